@@ -1,0 +1,76 @@
+"""The score matrix R and what continual learning reads from it.
+
+R[i][j], 0..100, is the score on task j after training on task i, in the order of training; Z[j] the score before any
+training (zero-shot). T is the number of rows, so a stream that is not finished is summarised as far as it got. The
+literature has several definitions of forgetting and of backward transfer, of different sign, divisor and clipping: all
+are computed, each under its own name, as FORMULAS says.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from statistics import fmean
+
+FORMULAS: dict[str, str] = {
+    "op": "Overall performance: mean over j < T of R[T-1][j]",
+    "bwt": "Backward transfer (TRACE): sum over j < T-1 of R[T-1][j] - R[j][j], divided by T-1; a loss is < 0",
+    "bwt_treelora": "Forgetting (TreeLoRA's paper): sum over j < T of R[j][j] - R[T-1][j], divided by T",
+    "bwt_treelora_clipped": "Forgetting (TreeLoRA's code, sign turned): sum over j < T of max(R[j][j] - R[T-1][j], 0), "
+                            "divided by T; gains count 0",
+    "forgetting": "Forgetting: mean over j < T-1 of (max over i = j..T-2 of R[i][j]) - R[T-1][j]",
+    "fwt": "Forward transfer: mean over 1 <= j < T of R[j-1][j] - Z[j], of the tasks where both are measured",
+}
+
+
+def summary(tasks: list[str], scores: list[list[float | None]], zero_shot: list[float | None] | None) -> dict:
+    """`tasks`, `matrix`, `zero_shot` and the numbers of FORMULAS, in points of 0..100.
+
+    scores: a row after each task trained so far, a column for each of `tasks`; None where not measured. A number is
+    None where it is undefined (backward transfer of one task) or where a score that it needs was not measured.
+    """
+    numbers = dict.fromkeys(FORMULAS)
+    seen = len(scores)
+    if seen:
+        last, old = scores[-1], range(seen - 1)
+        dropped = [_minus(scores[j][j], last[j]) for j in range(seen)]
+        numbers |= {
+            "op": _mean(last[:seen]),
+            "bwt": _mean(_minus(last[j], scores[j][j]) for j in old),
+            "bwt_treelora": _mean(dropped) if seen > 1 else None,
+            "bwt_treelora_clipped": _mean(d if d is None else max(d, 0.0) for d in dropped) if seen > 1 else None,
+            "forgetting": _mean(_minus(_best(row[j] for row in scores[j:-1]), last[j]) for j in old),
+        }
+    if zero_shot is not None:
+        gains = [_minus(scores[j - 1][j], zero_shot[j]) for j in range(1, seen)]
+        numbers["fwt"] = _mean(gain for gain in gains if gain is not None)
+    return {"tasks": list(tasks), "matrix": [list(row) for row in scores], "zero_shot": zero_shot, **numbers}
+
+
+def from_rows(tasks: list[str], rows: Iterable[Mapping], metric_of: Callable[[str], str]
+              ) -> tuple[list[list[float | None]], list[float | None] | None]:
+    """`scores` and `zero_shot` of `summary` from rows {"after": ..., "task": name, "metrics": {metric: value}}.
+
+    after: a task's name or index, -1 before any training. value: a number, or a dict with its "mean".
+    metric_of: task -> the metric that enters the matrix. Rows of tasks that are not in `tasks` (probes) are left out;
+    of two rows for one place the later counts.
+    """
+    places = {}
+    for row in rows:
+        if row["task"] in tasks:
+            after = tasks.index(row["after"]) if isinstance(row["after"], str) else row["after"]
+            value = row["metrics"][metric_of(row["task"])]
+            places[after, row["task"]] = value["mean"] if isinstance(value, Mapping) else value
+    trained = 1 + max((after for after, _ in places), default=-1)
+    zero_shot, *scores = ([places.get((i, task)) for task in tasks] for i in range(-1, trained))
+    return scores, zero_shot if any(z is not None for z in zero_shot) else None
+
+
+def _minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
+def _best(values: Iterable[float | None]) -> float | None:
+    return max((v for v in values if v is not None), default=None)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    values = list(values)
+    return fmean(values) if values and None not in values else None

@@ -1,0 +1,110 @@
+"""The score matrix against numbers worked out by hand, and the bootstrap against its closed form."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from codyra_llm.evaluate.matrix import FORMULAS, from_rows, summary
+from codyra_llm.evaluate.scores import summarise
+
+TASKS = ["a", "b", "c"]
+# Task a falls 60 -> 40 with its best, 70, in between; task b gains 50 -> 56, so clipping matters.
+SCORES = [[60.0, 30.0, None], [70.0, 50.0, 25.0], [40.0, 56.0, 90.0]]
+ZERO_SHOT = [10.0, 20.0, 30.0]
+BY_HAND = {
+    "op": (40 + 56 + 90) / 3,                    # 62
+    "bwt": ((40 - 60) + (56 - 50)) / 2,          # -7
+    "bwt_treelora": ((60 - 40) + (50 - 56)) / 3,  # 4.667
+    "bwt_treelora_clipped": (20 + 0) / 3,        # 6.667
+    "forgetting": ((70 - 40) + (50 - 56)) / 2,   # 12
+    "fwt": ((30 - 20) + (25 - 30)) / 2,          # 2.5
+}
+
+
+def test_every_number_is_the_one_worked_out_by_hand():
+    result = summary(TASKS, SCORES, ZERO_SHOT)
+    assert {name: result[name] for name in FORMULAS} == pytest.approx(BY_HAND)
+    assert list(FORMULAS) == list(BY_HAND)
+    assert result["tasks"] == TASKS and result["matrix"] == SCORES and result["zero_shot"] == ZERO_SHOT
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_a_score_before_the_task_was_learnt_is_no_forgetting():
+    early = [[60.0, 99.0, None], *SCORES[1:]]
+    assert summary(TASKS, early, None)["forgetting"] == pytest.approx(12)
+
+
+def test_one_task_has_performance_but_no_transfer():
+    result = summary(["a"], [[80.0]], [10.0])
+    assert result["op"] == 80.0
+    assert [result[name] for name in FORMULAS if name != "op"] == [None] * 5
+
+
+def test_nothing_trained_leaves_every_number_undefined():
+    assert [summary(TASKS, [], ZERO_SHOT)[name] for name in FORMULAS] == [None] * 6
+
+
+def test_an_unfinished_stream_is_summarised_as_far_as_it_got():
+    result = summary(TASKS, [[60.0, None, None], [70.0, 50.0, None]], None)
+    assert (result["op"], result["bwt"], result["fwt"]) == (60.0, 10.0, None)
+    assert (result["bwt_treelora"], result["bwt_treelora_clipped"], result["forgetting"]) == (-5.0, 0.0, -10.0)
+
+
+def test_a_missing_score_makes_what_needs_it_undefined_and_nothing_else():
+    scores = [[None, None, None], [70.0, 50.0, None], [40.0, 56.0, 90.0]]
+    result = summary(TASKS, scores, ZERO_SHOT)
+    assert result["op"] == pytest.approx(62) and result["forgetting"] == pytest.approx(12)
+    assert [result[k] for k in ("bwt", "bwt_treelora", "bwt_treelora_clipped", "fwt")] == [None] * 4
+
+
+def test_forward_transfer_takes_the_tasks_that_are_measured():
+    scores = [[60.0, 30.0, None], [70.0, 50.0, None], [40.0, 56.0, 90.0]]
+    assert summary(TASKS, scores, ZERO_SHOT)["fwt"] == 10.0
+
+
+@given(st.integers(2, 6).flatmap(lambda t: st.lists(st.lists(st.floats(0, 100), min_size=t, max_size=t),
+                                                    min_size=t, max_size=t)))
+def test_the_definitions_agree_where_they_must(scores):
+    t = len(scores)
+    r = summary([str(i) for i in range(t)], scores, None)
+    assert r["bwt_treelora"] == pytest.approx(-r["bwt"] * (t - 1) / t, abs=1e-9)
+    assert r["bwt_treelora_clipped"] >= max(r["bwt_treelora"], 0) - 1e-9
+    assert r["forgetting"] >= -r["bwt"] - 1e-9
+    array = np.array(scores)
+    assert r["bwt"] == pytest.approx((array[-1] - np.diag(array))[:-1].mean(), abs=1e-9)
+
+
+def test_rows_become_the_matrix():
+    rows = [{"after": i, "task": task, "metrics": {"m": value, "other": -1.0}}
+            for i, row in zip((-1, 0, 1, 2), [ZERO_SHOT, *SCORES])
+            for task, value in zip(TASKS, row) if value is not None]
+    rows += [{"after": -1, "task": "probe", "metrics": {"other": 5.0}}]
+    assert from_rows(TASKS, rows, lambda task: "m") == (SCORES, ZERO_SHOT)
+    named = [{**row, "after": TASKS[row["after"]], "metrics": {"m": {"mean": row["metrics"]["m"], "n": 3}}}
+             for row in rows if row["after"] >= 0]
+    assert from_rows(TASKS, named[::-1], lambda task: "m") == (SCORES, None)
+    again = rows + [{"after": 2, "task": "a", "metrics": {"m": 41.0}}]
+    assert from_rows(TASKS, again, lambda task: "m")[0][2][0] == 41.0
+    assert from_rows(TASKS, [], lambda task: "m") == ([], None)
+
+
+def test_the_interval_has_the_width_that_theory_gives():
+    scores = [100.0] * 300 + [0.0] * 700
+    result = summarise(scores, resamples=4000)
+    error = 100 * (0.3 * 0.7 / 1000) ** 0.5
+    assert result["mean"] == 30.0 and result["n"] == 1000
+    assert result["low"] == pytest.approx(30 - 1.96 * error, abs=0.25)
+    assert result["high"] == pytest.approx(30 + 1.96 * error, abs=0.25)
+
+
+def test_the_interval_is_the_same_each_time_and_follows_the_seed():
+    scores = list(np.random.default_rng(3).uniform(0, 100, 40))
+    assert summarise(scores) == summarise(scores)
+    assert summarise(scores, seed=1)["low"] != summarise(scores)["low"]
+
+
+def test_the_interval_of_constant_and_of_no_scores():
+    assert summarise([50.0] * 7) == {"mean": 50.0, "low": 50.0, "high": 50.0, "n": 7}
+    assert summarise([]) == {"mean": None, "low": None, "high": None, "n": 0}
