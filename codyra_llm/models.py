@@ -1,0 +1,188 @@
+"""Base models: from a hub id, a folder or a GGUF file to a checked local folder, and from there to a frozen model.
+
+Weights are read from safetensors only: pickles can run code, and lazy reading of single tensors needs safetensors.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from codyra_llm.errors import Fault, nearest
+from codyra_llm.pretrained import CHUNK, convert, file_sha256
+
+FAMILIES = ("llama", "gemma", "gemma2", "gemma3_text", "mistral", "qwen2", "qwen3")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+INDEX = "model.safetensors.index.json"
+
+
+def resolve(path: str, revision: str | None = None) -> Path:
+    """Local folder with config.json and safetensors for a folder, a `.gguf` file or a hub id (`owner/name`).
+
+    A GGUF file is converted once, into $CODYRA_CACHE (default ~/.cache/codyra_llm). Raises Fault where the path
+    doesn't exist, the hub refuses or can't be reached, or the folder lacks a file.
+    """
+    local = Path(path).expanduser()
+    if local.suffix == ".gguf":
+        if not local.is_file():
+            raise Fault(f"model '{path}' doesn't exist: expected a GGUF file, a folder or a hub id.")
+        cache = Path(os.environ.get("CODYRA_CACHE", "~/.cache/codyra_llm")).expanduser()
+        return convert(local, cache / f"gguf-{file_sha256(local)[:16]}")
+    folder = local if local.is_dir() else download(path, revision)
+    if faults := missing_files(folder):
+        raise Fault(*faults)
+    return folder
+
+
+def download(name: str, revision: str | None) -> Path:
+    """Snapshot of a hub model in the hub's own cache, without pickles and without second copies of the weights."""
+    at = f"{name}@{revision}" if revision else name
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED,
+                                      ignore_patterns=["*/*", "consolidated*"]))
+    except HFValidationError:
+        reason = "is neither an existing folder nor a hub id: expected a path to a folder, or owner/name"
+    except GatedRepoError:
+        reason = f"is gated: accept its licence at https://huggingface.co/{name} and run 'hf auth login'"
+    except RevisionNotFoundError:
+        reason = "has no such revision on the hub: expected a branch, a tag or a commit; check 'revision'"
+    except LocalEntryNotFoundError:
+        reason = ("is no folder here, is not in the hub's cache and the hub can't be reached: check the network and "
+                  "HF_HUB_OFFLINE, or give a local folder or a GGUF file")
+    except RepositoryNotFoundError:
+        reason = "is neither an existing folder nor a model on the hub (or it is private): check its name"
+    except HfHubHTTPError as error:
+        reason = f"can't be downloaded ({str(error).splitlines()[0]}): try again later or give a local folder"
+    raise Fault(f"model '{at}' {reason}.")
+
+
+def missing_files(folder: Path) -> list[str]:
+    """Faults of a model folder whose config or safetensors are not there; shards of the index are checked by name."""
+    faults = []
+    if not (folder / "config.json").is_file():
+        faults.append(f"{folder} has no config.json: expected a Hugging Face model folder; give one.")
+    if not any(folder.glob("*.safetensors")):
+        pickled = any(any(folder.glob(kind)) for kind in ("*.bin", "*.pth", "*.pt"))
+        faults.append(f"{folder} has only pickled weights, which can run code: expected *.safetensors; load it where "
+                      "you trust it and write it anew with save_pretrained." if pickled else
+                      f"{folder} has no *.safetensors: expected the model's weights; download them too.")
+    else:
+        faults += [f"{folder} lacks {file.name}, which {INDEX} names: expected every shard; download it again."
+                   for file in weight_files(folder) if not file.is_file()]
+    return faults
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of the model, sorted by name: those the index names, or else all of them."""
+    index = folder / INDEX
+    if index.is_file():
+        return sorted({folder / name for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
+    return sorted(folder.glob("*.safetensors"))
+
+
+def check(folder: Path, chat_template: bool = False) -> list[str]:
+    """Faults of the model's config and tokenizer, found without loading weights; empty when it can be trained."""
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except ValueError as error:
+        return [f"{folder}/config.json is no JSON ({error}): expected the model's config; download it again."]
+    family, faults = config.get("model_type"), []
+    if family not in FAMILIES:
+        faults.append(f"{folder} has model_type '{family}': expected one of {', '.join(FAMILIES)}; choose such a "
+                      "model.")
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method")
+        faults.append(f"{folder} is stored quantised ({method}): expected plain weights; choose the unquantised model.")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return [*faults, f"{folder} has no tokenizer.json or tokenizer.model: expected the tokenizer beside the model; "
+                         "copy it there."]
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.eos_token_id is None:
+        faults.append(f"{folder} has a tokenizer without EOS, so answers would never end: set eos_token in "
+                      "tokenizer_config.json.")
+    if tokenizer.pad_token_id is None:
+        faults.append(f"{folder} has a tokenizer without pad, EOS or unknown token: set pad_token in "
+                      "tokenizer_config.json.")
+    if len(tokenizer) > config.get("vocab_size", len(tokenizer)):
+        faults.append(f"{folder} has a tokenizer of {len(tokenizer)} tokens and a vocab_size of "
+                      f"{config['vocab_size']}: expected at least as many embeddings; use the model's own tokenizer.")
+    if chat_template and not tokenizer.chat_template:
+        faults.append(f"{folder} has no chat template, but chat_template is on: turn it off or choose a chat model.")
+    return faults
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Tokenizer that pads and truncates on the left, so that the end of a prompt meets its answer.
+
+    A missing pad token falls back to EOS, then to the unknown token. Labels are made by position and padding is
+    masked by position, so a pad token that is also EOS hides no EOS from the loss.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True,
+                                              padding_side="left", truncation_side="left")
+    if tokenizer.pad_token_id is None and (fallback := tokenizer.eos_token or tokenizer.unk_token):
+        tokenizer.pad_token = fallback
+    return tokenizer
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts BOS in front by itself (LLaMA and Gemma do, SmolLM2 and Qwen don't)."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+
+
+def load(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
+    """The causal LM of `folder` with every parameter frozen; Fault where weights are missing or of the wrong shape."""
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention, trust_remote_code=False, use_safetensors=True,
+            local_files_only=True, output_loading_info=True)
+    except (ImportError, ValueError) as error:  # a package that is missing, or Gemma 2 with sdpa
+        raise Fault(f"{folder} can't be loaded with attention '{attention}' ({str(error).split('. ')[0]}): choose "
+                    "eager, which every model supports, or install what is missing.") from None
+    if info["missing_keys"]:  # transformers leaves them at random values
+        names = sorted(info["missing_keys"])
+        raise Fault(f"{folder} lacks {len(names)} weights, such as {', '.join(names[:3])}: expected the whole model "
+                    "that config.json describes; download it again.")
+    return model.requires_grad_(False)
+
+
+def fingerprint(folder: Path) -> str:
+    """Hex sha256 over the bytes of the model's safetensors files in order of name; ties adapters to their base."""
+    digest = hashlib.sha256()
+    for file in weight_files(folder):
+        with open(file, "rb") as stream:
+            while chunk := stream.read(CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+class WeightReader:
+    """Reads single base weights from a model folder without loading the model; names are those of its state_dict."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.handles = [safe_open(file, framework="pt") for file in weight_files(folder)]
+        self.handle_of = {name: handle for handle in self.handles for name in handle.keys()}
+        embeddings = "model.embed_tokens.weight"
+        self.alias = {} if "lm_head.weight" in self.handle_of else {"lm_head.weight": embeddings}  # tied, stored once
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor called `name`, in its stored dtype and on the CPU; Fault with the nearest name otherwise."""
+        stored = self.alias.get(name, name)
+        if stored not in self.handle_of:
+            raise Fault(f"{self.folder} has no weight '{name}': expected one of its {len(self.handle_of)} names."
+                        f"{nearest(name, self.handle_of)}")
+        return self.handle_of[stored].get_tensor(stored)
