@@ -1,0 +1,124 @@
+"""The updates of a run on disk: one small safetensors file per task, chained by hashes to the base they belong to."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import Fault, nearest
+from ..files import replacing
+
+
+class Adapter(NamedTuple):
+    """The factors at one site: A [k, in], B [out, k] and w [k] (None: all ones), float32 on the CPU."""
+
+    a: Tensor
+    b: Tensor
+    w: Tensor | None
+
+    def delta(self, scale: float) -> Tensor:
+        """ΔW = s·B diag(w) A, [out, in], float32."""
+        return scale * (self.b if self.w is None else self.b * self.w) @ self.a
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one task changed. mode "add": on top of the tasks before; "replace": instead of them (one growing adapter)."""
+
+    adapters: dict[str, Adapter]
+    scale: float
+    mode: Literal["add", "replace"] = "add"
+
+
+class Archive:
+    """The updates of one run, in order: `<folder>/<index>-<task>.safetensors`.
+
+    Lineage: hash_t = sha256(hash_{t-1} ‖ tensors of t), hash_{-1} = the fingerprint of the base. A file that does not
+    continue the chain is a Fault.
+    """
+
+    def __init__(self, folder: Path, base: str):
+        self.folder, self.base = folder, base
+        self.files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+        self.lineage = [base]
+        for file in self.files:
+            meta = _metadata(file)
+            if meta["parent"] != self.lineage[-1]:
+                raise Fault(f"{file}: this update was made on {meta['parent'][:12]}, but what stands before it is "
+                            f"{self.lineage[-1][:12]}; restore the folder, or the base model that the run began with")
+            self.lineage.append(meta["lineage"])
+
+    @property
+    def tasks(self) -> list[str]:
+        return [file.stem.partition("-")[2] for file in self.files]
+
+    def index(self, task: str) -> int:
+        """The position of `task` (a name, 'base' = -1) in the run. Raises Fault for a task that has no update."""
+        if task == "base":
+            return -1
+        if task not in self.tasks:
+            raise Fault(f"'{task}' is not a finished task of {self.folder.parent}; finished: "
+                        f"{', '.join(self.tasks) or 'none'}.{nearest(task, self.tasks)}")
+        return self.tasks.index(task)
+
+    def append(self, task: str, update: Update) -> Path:
+        """Write the next update; its file appears whole or not at all."""
+        tensors = {f"{site}.{key}": value.contiguous() for site, adapter in update.adapters.items()
+                   for key, value in adapter._asdict().items() if value is not None}
+        meta = {"task": task, "mode": update.mode, "scale": repr(update.scale), "base": self.base,
+                "parent": self.lineage[-1], "lineage": _chain(self.lineage[-1], tensors),
+                "sites": json.dumps(list(update.adapters))}
+        path = self.folder / f"{len(self.files):02d}-{task}.safetensors"
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, meta)
+        self.files.append(path)
+        self.lineage.append(meta["lineage"])
+        return path
+
+    def load(self, index: int) -> Update:
+        """Read update `index` and check its tensors against its hash."""
+        with safe_open(self.files[index], "pt") as file:
+            meta = file.metadata()
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        if _chain(meta["parent"], tensors) != meta["lineage"]:
+            raise Fault(f"{self.files[index]}: its tensors do not match its hash; restore the file from a copy")
+        adapters = {site: Adapter(tensors[f"{site}.a"], tensors[f"{site}.b"], tensors.get(f"{site}.w"))
+                    for site in json.loads(meta["sites"])}
+        return Update(adapters, float(meta["scale"]), meta["mode"])
+
+    def terms(self, after: int, without: int | None = None) -> list[Update]:
+        """The updates whose sum is the model after task `after` (-1: the base), leaving task `without` out.
+
+        In mode "replace" update k holds the sum of all tasks up to k, so task k's own part is update k minus k - 1.
+        """
+        if after < 0:
+            return []
+        last = self.load(after)
+        if last.mode == "add":
+            return [self.load(k) for k in range(after) if k != without] + ([last] if without != after else [])
+        if without is None or without > after:
+            return [last]
+        return [last, negative(self.load(without))] + ([self.load(without - 1)] if without else [])
+
+
+def negative(update: Update) -> Update:
+    return Update(update.adapters, -update.scale, update.mode)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def _chain(parent: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(parent.encode())
+    for key in sorted(tensors):
+        digest.update(key.encode())
+        digest.update(tensors[key].contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,44 @@
+"""From a base and archived updates to weights: summed in float32 from the original base, cast once."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..models import WeightReader
+from .archive import Update
+
+
+def merged_weight(base: Tensor, terms: list[Update], site: str) -> Tensor:
+    """W₀ + Σ ΔW_k of one site in float32, [out, in]."""
+    weight = base.float()
+    for update in terms:
+        if site in update.adapters:
+            weight = weight + update.adapters[site].delta(update.scale)
+    return weight
+
+
+@torch.no_grad()
+def merge(model: nn.Module, reader: WeightReader, terms: list[Update]) -> None:
+    """Write base + `terms` into the model, in the model's own dtype; W₀ is read from the base's files."""
+    for site in {site for update in terms for site in update.adapters}:
+        weight = f"{site}.weight"
+        model.get_parameter(weight).copy_(merged_weight(reader.get(weight), terms, site))
+
+
+def report(reader: WeightReader, before: list[Update], after: list[Update], rank: int,
+           dtype: torch.dtype) -> Iterator[dict]:
+    """One row per site for the last update of `after`: rank kept of `rank`, ‖ΔW‖_F, drift ‖W_t - W₀‖_F, and the share
+    of ΔW = W_t - W_{t-1} that survives the cast to `dtype`.
+
+    The share is ⟨cast(W_t) - cast(W_{t-1}), ΔW⟩ / ‖ΔW‖²: 1 where the stored weights moved as the update asks, 0 where
+    all of it was lost below the grid of `dtype`; null for an update of zero.
+    """
+    for site, adapter in after[-1].adapters.items():
+        base = reader.get(f"{site}.weight").float()
+        old, new = merged_weight(base, before, site), merged_weight(base, after, site)
+        delta, moved = new - old, new.to(dtype).float() - old.to(dtype).float()
+        norm = delta.norm().item()
+        share = (moved.flatten().double() @ delta.flatten().double()).item() / norm**2 if norm else None
+        yield {"site": site, "rank": rank, "kept": len(adapter.a), "update_norm": norm,
+               "drift": (new - base).norm().item(), "surviving": share}
