@@ -1,0 +1,104 @@
+"""The proximal optimizer against the closed form, the schedules against their sums."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
+
+from codyra_llm.optim import (ProximalAdamW, budget_kappa, lr_factor, published_kappa, released_threshold,
+                              soft_threshold, vanishing_rate)
+
+
+@given(st.floats(-3, 3), st.floats(0, 2))
+def test_soft_threshold_is_the_proximal_operator(x, kappa):
+    """prox_κ(x) = argmin_p ½(p - x)² + κ|p|, found by a search on both sides of 0."""
+    cost = lambda p: 0.5 * (p - x) ** 2 + kappa * abs(p)  # noqa: E731
+    found = soft_threshold(torch.tensor(x, dtype=torch.float64), kappa).item()
+    candidates = [0.0] + [minimize_scalar(cost, bounds=b, method="bounded").x for b in ((-3, 0), (0, 3))]
+    assert cost(found) <= min(map(cost, candidates)) + 1e-9
+
+
+def test_released_rule_is_the_three_sequential_lines():
+    w, kappa = torch.linspace(-1, 1, 4001, dtype=torch.float64), 0.13
+    expected = w.clone()
+    expected[expected > kappa] -= kappa
+    expected[expected < -kappa] += kappa
+    expected[expected.abs() < kappa] = 0
+    torch.testing.assert_close(released_threshold(w, kappa), expected, rtol=0, atol=0)
+    assert (released_threshold(w, kappa) == 0).sum() > (soft_threshold(w, kappa) == 0).sum()
+
+
+def test_step_is_adamw_then_prox():
+    torch.manual_seed(0)
+    start, grads = torch.randn(50, dtype=torch.float64), torch.randn(5, 50, dtype=torch.float64)
+    ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
+    mine = ProximalAdamW([{"params": [ours], "kappa": 0.05, "operator": "soft"}], lr=0.01, weight_decay=0.1)
+    other = torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.1)
+    for g in grads:
+        ours.grad, theirs.grad = g.clone(), g.clone()
+        mine.step()
+        other.step()
+        with torch.no_grad():
+            theirs.copy_(theirs.sign() * torch.clamp(theirs.abs() - 0.05, min=0))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-15)
+    assert (ours == 0).any() and not (ours == 0).all()
+
+
+def test_no_kappa_is_adamw_bit_by_bit():
+    start, g = torch.randn(20), torch.randn(20)
+    ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
+    for p, optimizer in ((ours, ProximalAdamW([ours], lr=0.1)), (theirs, torch.optim.AdamW([theirs], lr=0.1))):
+        p.grad = g.clone()
+        optimizer.step()
+    assert torch.equal(ours, theirs)
+
+
+def test_dropped_elements_fall_on_a_straight_line_to_zero():
+    p, steps = torch.ones(4).requires_grad_(), 10
+    optimizer = ProximalAdamW([{"params": [p], "kappa": 0.0, "drop": [torch.tensor([1.0, 0, 1, 0])]}], lr=0.0)
+    seen = []
+    for step in range(steps):
+        optimizer.param_groups[0]["kappa"] = vanishing_rate(step, steps, 0.5)
+        p.grad = torch.zeros(4)
+        optimizer.step()
+        seen.append(p[0].item())
+    np.testing.assert_allclose(seen, [1] * 5 + [0.8, 0.6, 0.4, 0.2, 0.0], atol=1e-6)
+    assert p.tolist() == [0, 1, 0, 1]
+
+
+@given(st.integers(1, 400), st.floats(0, 0.95), st.floats(0.01, 3))
+def test_budget_does_not_depend_on_the_number_of_steps(steps, dense, budget):
+    kappas = [budget_kappa(step, steps, dense, budget) for step in range(steps)]
+    assert sum(kappas) == pytest.approx(budget)
+    assert kappas == sorted(kappas) and all(k == 0 for k in kappas[: int(dense * steps)])
+
+
+@pytest.mark.parametrize("steps, total, survivors", [(90, 0.0, 1.0), (500, 0.65, 0.52), (1000, 1.3, 0.19)])
+def test_published_schedule_prunes_by_the_number_of_steps(steps, total, survivors):
+    """Σκ and the share of N(0,1) weights that outlive it, against the loop of the released code."""
+    kappas = [published_kappa(step, steps, 0.5, 0.005) for step in range(steps)]
+    assert kappas == _released_loop(steps)
+    assert sum(kappas) == pytest.approx(total, rel=0.03, abs=1e-9)
+    w = torch.randn(20000, generator=torch.Generator().manual_seed(0))
+    for kappa in kappas:
+        w = released_threshold(w, kappa)
+    assert (w != 0).float().mean().item() == pytest.approx(survivors, abs=0.02)
+
+
+def _released_loop(steps, kappa_max=0.005, stages=50, dense=0.5):
+    table, stage, kappa, out = np.linspace(0, kappa_max, stages), 0, 0.0, []
+    first = int(dense * steps)
+    stride = (steps - first) // stages
+    for it in range(steps):
+        if stride > 0 and it >= first and it % stride == 0:
+            stage += 1
+            kappa = table[min(stages - 1, stage)]
+        out.append(float(kappa) if it > first else 0.0)
+    return pytest.approx(out)
+
+
+def test_learning_rates():
+    assert [lr_factor("constant", s, 10) for s in (0, 9)] == [1, 1]
+    assert lr_factor("cosine", 0, 10) == 1 and lr_factor("cosine", 5, 10) == pytest.approx(0.5)
