@@ -1,0 +1,108 @@
+"""The interface of all methods. The default of every hook is sequential LoRA; a method overrides only what differs."""
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import Tensor, nn
+
+from ..lora.archive import Adapter, Archive, Update
+from ..lora.layer import AdapterSpec, attach, sites
+from ..models import PROJECTIONS
+
+if TYPE_CHECKING:
+    from ..data import Batch, Stream
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+class Strict(BaseModel):
+    """A section of a recipe: unknown keys are errors, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class MethodConfig(Strict):
+    """What every method has: its name."""
+
+    name: str
+
+
+class LoraConfig(MethodConfig):
+    """The adapter of a LoRA method."""
+
+    rank: int = Field(16, ge=1, description="rank r of every adapter")
+    targets: list[str] = Field(list(PROJECTIONS), min_length=1, description="projections that get an adapter")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+
+    @field_validator("targets")
+    @classmethod
+    def _known(cls, value: list[str]) -> list[str]:
+        if unknown := [name for name in value if name not in PROJECTIONS]:
+            raise ValueError(f"unknown projections {unknown}; choose from {', '.join(PROJECTIONS)}")
+        if len(set(value)) < len(value):
+            raise ValueError("a projection is named twice")
+        return value
+
+
+class Method:
+    """Sequential LoRA with a fresh adapter per task, merged after it."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    Config: ClassVar[type[MethodConfig]]
+    trains: ClassVar[bool] = True
+    max_zero_stage: ClassVar[int] = 3
+    mode: ClassVar[Literal["add", "replace"]] = "add"
+    carries_optimizer: ClassVar[bool] = False
+
+    def __init__(self, config: MethodConfig, seed: int):
+        self.config, self.seed = config, seed
+
+    def spec(self) -> AdapterSpec:
+        """The adapter at every site."""
+        raise TypeError(f"{self.name} has no adapter")
+
+    def attach(self, model: nn.Module) -> None:
+        """Put in what trains; called on a fresh model at the start of every task."""
+        attach(model, self.config.targets, self.spec())
+
+    def begin_task(self, model: nn.Module, index: int, archive: Archive) -> None:
+        """Set the start of task `index`. No engine lives yet: weights may be written."""
+        for name, layer in sites(model).items():
+            layer.reset(self.seed, index, name)
+
+    def param_groups(self, model: nn.Module, lr: float) -> list[dict]:
+        """What trains, at which learning rate."""
+        return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr}]
+
+    def train_data(self, stream: "Stream", index: int) -> tuple[list[dict], list[range]]:
+        """The records of task `index` (and of memory), and for each epoch which of them it visits."""
+        records = stream.records(index, "train")
+        return records, [range(len(records))] * stream.epochs[index]
+
+    def loss(self, model: nn.Module, batch: "Batch") -> dict[str, Tensor]:
+        """Named terms; the loop sums them and logs each. `batch.weights` already carries the global average."""
+        return {"loss": batch.cross_entropy(model)}
+
+    def before_step(self, groups: list[dict], step: int, steps: int) -> None:
+        """Set what an optimizer group carries for step `step` of `steps`, e.g. a threshold."""
+
+    def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
+        """The update that task `index` leaves. No engine lives any more."""
+        return Update(adapters, self.spec().scale, self.mode)
+
+    def ranks(self, adapters: dict[str, Adapter]) -> dict[str, int]:
+        """Active ranks by site while training, for the log."""
+        return {site: len(a.a) if a.w is None else int((a.w != 0).sum()) for site, a in adapters.items()}
+
+
+@torch.no_grad()
+def restore(model: nn.Module, update: Update) -> None:
+    """Put the factors of `update` back into the model's adapters, to go on training them."""
+    layers = sites(model)
+    for site, adapter in update.adapters.items():
+        layers[site].lora_A.copy_(adapter.a)
+        layers[site].lora_B.copy_(adapter.b)

@@ -1,0 +1,41 @@
+"""Replay: sequential LoRA that also visits stored examples of the tasks before."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from .base import Fraction
+from .seqlora import SeqLora, SeqLoraConfig
+
+
+class ReplayConfig(SeqLoraConfig):
+    name: Literal["replay"] = "replay"
+    ratio: Fraction = Field(0.1, description="share of each earlier task's training set that is kept (its first part)")
+    lima: bool = Field(True, description="replay the Lima set beside it; it must lie in the data folder")
+    when: Literal["after", "mixed"] = Field("after", description="after: one more epoch over the memory when the "
+                                            "task's own are done, as published; mixed: memory in every epoch")
+
+
+class Replay(SeqLora):
+    """TRACE's replay: after the epochs of task t one epoch over the first 10 % of each earlier task and all of Lima.
+
+    Cost: the memory's examples, up to 0.7 of an epoch and Lima, per task (or per epoch with `when` mixed).
+    """
+
+    name, summary, Config = "replay", "seqlora that also visits stored examples of earlier tasks", ReplayConfig
+
+    def train_data(self, stream, index: int):
+        records, epochs = super().train_data(stream, index)
+        memory = [r for past in range(index) for r in _head(stream.records(past, "train"), self.config.ratio)]
+        if self.config.lima:
+            memory += stream.extra("Lima")
+        everything = range(len(records) + len(memory))
+        if not memory:
+            return records, epochs
+        if self.config.when == "mixed":
+            return records + memory, [everything] * len(epochs)
+        return records + memory, epochs + [everything[len(records):]]
+
+
+def _head(records: list[dict], ratio: float) -> list[dict]:
+    return records[: round(ratio * len(records))]
