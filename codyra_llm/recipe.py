@@ -1,0 +1,227 @@
+"""A recipe: the YAML file that describes one run, its schema, its overrides, and all of its faults at once."""
+
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
+
+from . import recipes
+from .benchmarks.trace import ORDERS, PROTOCOLS, TASKS
+from .errors import Fault, nearest
+from .methods import METHODS, MethodConfig
+from .methods.base import Fraction, NotNegative, Positive, Strict
+
+PROGRAM_KEYS = ("_", "launch")  # the two lines that make a recipe a Python program as well
+
+
+class ModelSection(Strict):
+    path: str = Field(description="hub id, folder, .gguf file, or 'mini' (a small LLaMA that is made on first use)")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on a GPU, else float32")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    gradient_checkpointing: bool = False
+
+
+class DataSection(Strict):
+    root: str = Field(description="folder that holds <task>/{train,eval,test}.json, or 'mini' (made on first use)")
+    protocol: Literal["trace", "treelora"] = Field("trace", description="whose lengths, epochs, batch size, schedule, "
+                                                   "loss average and accuracy rule fill what is not given")
+    tasks: list[str] | int = Field(1, description="names in order, or the number of a published order")
+    epochs: int | dict[str, int] | None = Field(None, description="for all tasks, or by task; default: the protocol's")
+    max_prompt_tokens: int | None = Field(None, ge=8)
+    max_answer_tokens: int | None = Field(None, ge=2)
+    truncation: Literal["left", "middle"] = Field("left", description="which part of a long prompt goes; left: TRACE")
+    chat_template: bool = False
+    max_train_examples: int | None = Field(None, ge=1, description="first N of each task")
+
+
+class OptimSection(Strict):
+    lr: Positive | None = None
+    schedule: Literal["constant", "cosine"] | None = None
+    batch_size: int | None = Field(None, ge=1, description="examples per optimizer step, over all ranks")
+    loss_average: Literal["token", "sample"] | None = Field(None, description="over all labelled tokens of the global "
+                                                            "batch, or the mean of each example's mean")
+    betas: tuple[Fraction, Fraction] | None = None
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: Positive = 1.0
+    micro_batch_tokens: int | None = Field(None, ge=16, description="padded tokens per forward and rank; default 4096 "
+                                           "on a CPU, 16384 on a GPU. Does not change the result")
+    validate_every: int | None = Field(None, ge=1, description="steps between losses on the eval split; default never")
+    keep_best: bool = Field(False, description="end each task at the step with the lowest eval loss")
+
+    @model_validator(mode="after")
+    def _best_needs_validation(self) -> "OptimSection":
+        if self.keep_best and not self.validate_every:
+            raise ValueError("'keep_best' needs 'validate_every'; give the steps between validations")
+        return self
+
+
+class EvalSection(Strict):
+    tasks: Literal["seen", "all"] = Field("seen", description="all: unseen tasks too")
+    zero_shot: bool = Field(False, description="also evaluate before the first task")
+    split: Literal["test", "eval"] = "test"
+    max_new_tokens: int | dict[str, int] | None = Field(None, description="for all tasks, or by task")
+    max_examples: int | None = Field(None, ge=1, description="first N of each task")
+    batch_tokens: int | None = Field(None, ge=16, description="tokens (prompt and answer) decoded at once; default "
+                                     "16384 on a CPU, 131072 on a GPU")
+    general: str | None = Field(None, description="folder of general-ability probes <probe>/test.json, or 'mini', "
+                                "measured before the first task and after the last")
+
+
+class Recipe(Strict):
+    """One run. Fields left at null are filled from the protocol by `resolved`."""
+
+    model: ModelSection
+    data: DataSection
+    method: SerializeAsAny[MethodConfig]
+    optim: OptimSection = OptimSection()
+    eval: EvalSection = EvalSection()
+    seed: int = 1234
+    output: str = Field(description="run folder")
+    checkpoint: bool = Field(True, description="write the final merged model to <output>/checkpoint")
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(ORDERS[self.data.tasks]) if isinstance(self.data.tasks, int) else self.data.tasks
+
+    @property
+    def epochs(self) -> list[int]:
+        return [by_task(self.data.epochs, task) for task in self.tasks]
+
+    @model_validator(mode="after")
+    def _names_are_consistent(self) -> "Recipe":
+        if isinstance(self.data.tasks, int) and self.data.tasks not in ORDERS:
+            raise ValueError(f"data.tasks: there is no order {self.data.tasks}; choose from {sorted(ORDERS)}")
+        tasks, faults = self.tasks, []
+        if not tasks or len(set(tasks)) < len(tasks):
+            faults.append(f"data.tasks: {tasks} must name at least one task, and each once")
+        for key, value in (("data.epochs", self.data.epochs), ("eval.max_new_tokens", self.eval.max_new_tokens)):
+            if isinstance(value, dict):
+                faults += [f"{key}: '{name}' is not a task of this recipe.{nearest(name, tasks)}"
+                           for name in value if name not in tasks]
+            numbers = value.values() if isinstance(value, dict) else [value]
+            faults += [f"{key}: {n} must be at least 1" for n in numbers if n is not None and n < 1]
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    def resolved(self) -> "Recipe":
+        """The same recipe with every null that the protocol knows filled in; valid, and equal to itself resolved."""
+        protocol = PROTOCOLS[self.data.protocol]
+        given = self.data.epochs if isinstance(self.data.epochs, dict) else {}
+        epochs = self.data.epochs if isinstance(self.data.epochs, int) else {
+            t: given.get(t, TASKS[t].epochs if t in TASKS else 1) for t in self.tasks}
+        limit = self.eval.max_new_tokens
+        limits = limit if isinstance(limit, int) else {
+            t: (limit or {}).get(t, protocol.max_new_tokens) for t in self.tasks}
+        return self.model_copy(update={
+            "data": _filled(self.data, protocol, tasks=self.tasks, epochs=epochs),
+            "optim": _filled(self.optim, protocol), "eval": _filled(self.eval, protocol, max_new_tokens=limits)})
+
+
+def by_task(value: int | dict[str, int], task: str) -> int:
+    """The value for one task of a setting that is one number or a number by task."""
+    return value if isinstance(value, int) else value[task]
+
+
+def _filled(section: BaseModel, protocol: Any, **known: Any) -> BaseModel:
+    missing = {key: getattr(protocol, key) for key, value in section if value is None and hasattr(protocol, key)}
+    return section.model_copy(update={**missing, **known})
+
+
+def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
+    """Read a recipe, apply `a.b=value` overrides, validate. Raises one Fault with every mistake."""
+    return parse(override(read(path), overrides), str(path))
+
+
+def read(path: str | Path) -> dict:
+    file = find(path)
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise Fault(f"{file} is not valid YAML: {' '.join(str(error).split())}; correct the file") from None
+    except UnicodeDecodeError as error:
+        raise Fault(f"{file} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    if not isinstance(raw, dict):
+        raise Fault(f"{file} holds a {type(raw).__name__}, not a mapping of sections; see recipes/quickstart.yaml")
+    return {key: value for key, value in raw.items() if key not in PROGRAM_KEYS}
+
+
+def find(path: str | Path) -> Path:
+    """The recipe file at `path`, or the shipped recipe of that name."""
+    shipped = Path(recipes.__path__[0])
+    for candidate in (Path(path), shipped / Path(path).name, shipped / f"{path}.yaml"):
+        if candidate.is_file():
+            return candidate
+    names = sorted(p.name for p in shipped.glob("*.yaml"))
+    raise Fault(f"there is no recipe '{path}'.{nearest(Path(path).name, names)} Shipped: {', '.join(names)}")
+
+
+def override(raw: dict, overrides: list[str]) -> dict:
+    """Apply `a.b=value` (value in YAML), in order. `method=NAME` starts the method's section afresh."""
+    faults = [f"'{item}' is not an override; write key=value, e.g. optim.lr=1e-4" for item in overrides
+              if "=" not in item]
+    if faults:
+        raise Fault(*faults)
+    for item in overrides:
+        key, _, value = item.partition("=")
+        *path, last = key.removeprefix("--").split(".")
+        node = raw
+        for part in path:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise Fault(f"{key}: '{part}' is a value, not a section; override '{part}' itself")
+        parsed = yaml.safe_load(value)
+        node[last] = {"name": parsed} if key == "method" and isinstance(parsed, str) else parsed
+    return raw
+
+
+def parse(raw: dict, source: str = "recipe") -> Recipe:
+    """A validated recipe from a mapping; every mistake of every section in one Fault."""
+    faults, method = [], raw.get("method")
+    if isinstance(method, str):
+        method = {"name": method}
+    config = METHODS["seqlora"].Config()  # stands in while the rest is validated
+    if not isinstance(method, dict) or method.get("name") not in METHODS:
+        name = method.get("name") if isinstance(method, dict) else method
+        faults.append(f"method.name: {name!r} is not a method.{nearest(str(name), METHODS)} "
+                      f"Known: {', '.join(METHODS)}")
+    else:
+        try:
+            config = METHODS[method["name"]].Config(**method)
+        except ValidationError as error:
+            faults += _sentences(error, METHODS[method["name"]].Config, ("method",))
+    try:
+        recipe = Recipe(**{**raw, "method": config})
+    except ValidationError as error:
+        faults += _sentences(error, Recipe)
+    if faults:
+        raise Fault(*(f"{source}: {fault}" for fault in faults))
+    return recipe
+
+
+def _sentences(error: ValidationError, schema: type[BaseModel], prefix: tuple = ()) -> list[str]:
+    out = []
+    for e in error.errors():
+        key = ".".join(str(part) for part in (*prefix, *e["loc"]))
+        if e["type"] == "extra_forbidden":
+            known = _fields(schema, e["loc"][:-1])
+            out.append(f"unknown key '{key}' (value {e['input']!r}).{nearest(str(e['loc'][-1]), known)} "
+                       f"Known here: {', '.join(known)}")
+        elif e["type"] == "missing":
+            out.append(f"'{key}' is missing; add it")
+        elif e["type"] == "value_error":
+            message = str(e["ctx"]["error"])
+            out += [f"{key}: {line}" if key else line for line in message.splitlines()]
+        else:
+            out.append(f"{key}: {e['input']!r} is not valid; {e['msg'][0].lower() + e['msg'][1:]}"
+                       + nearest(str(e["input"]), str(e.get("ctx", {}).get("expected", "")).split("'")))
+    return out
+
+
+def _fields(schema: type[BaseModel], loc: tuple) -> list[str]:
+    for part in loc:
+        annotation = schema.model_fields[part].annotation
+        schema = next(a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel))
+    return list(schema.model_fields)
