@@ -1,0 +1,179 @@
+"""From records to batches: the stream of tasks, token ids with a label mask by position, and micro-batches."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
+
+from .examples import read_split
+from .models import adds_bos
+from .recipe import DataSection
+from .seeds import generator
+
+IGNORED = -100
+disable_progress_bars()  # the bars of tokenising thousands of short rows say nothing
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example in token ids: BOS (where the tokenizer adds one) and prompt, then answer and EOS. Only the answer
+    and EOS are labelled, by position, so pad = EOS does no harm."""
+
+    prompt: list[int]
+    answer: list[int]
+    cut: bool  # the prompt or the answer was truncated
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+class Encoder:
+    """Text to token ids, the same for training and for generation.
+
+    The prompt is tokenised alone, as it is at generation; the answer as its continuation, without the word-start mark
+    that SentencePiece gives a text of its own. Room for BOS and EOS is kept: a truncated example still ends in EOS.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataSection):
+        self.tokenizer, self.data = tokenizer, data
+        self.bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+        self.newline = self._ids("\n")
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def prompt(self, text: str) -> tuple[list[int], bool]:
+        """Ids of a prompt, at most `max_prompt_tokens` with BOS, and whether it was cut."""
+        if self.data.chat_template:
+            text = self.tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
+                                                      add_generation_prompt=True)
+        ids = self._ids(text)
+        ids = ids[len(self.bos):] if self.bos and ids[:1] == self.bos else ids  # Py150's texts begin with "<s>"
+        room = self.data.max_prompt_tokens - len(self.bos)
+        if len(ids) <= room:
+            return self.bos + ids, False
+        head = room // 2 if self.data.truncation == "middle" else 0
+        return self.bos + ids[:head] + ids[len(ids) - (room - head):], True
+
+    def answer(self, text: str) -> tuple[list[int], bool]:
+        """Ids of an answer with EOS, at most `max_answer_tokens`, and whether it was cut."""
+        ids = self._ids("\n" + text)
+        n = len(self.newline)
+        ids = ids[n:] if ids[:n] == self.newline else self._ids(text)
+        room = self.data.max_answer_tokens - 1
+        return ids[:room] + [self.tokenizer.eos_token_id], len(ids) > room
+
+    def encode(self, records: Sequence[dict]) -> list[Encoded]:
+        columns = Dataset.from_list([{"prompt": r["prompt"], "answer": r["answer"]} for r in records])
+        rows = columns.map(self._row, remove_columns=columns.column_names, keep_in_memory=True, new_fingerprint="x")
+        return [Encoded(**row) for row in rows]
+
+    def _row(self, record: dict) -> dict:
+        (prompt, cut), (answer, cut_too) = self.prompt(record["prompt"]), self.answer(record["answer"])
+        return {"prompt": prompt, "answer": answer, "cut": cut or cut_too}
+
+
+class Stream:
+    """The tasks of a recipe and their records, read once."""
+
+    def __init__(self, data: DataSection, root: Path):
+        self.data, self.root, self.tasks = data, root, data.tasks
+
+    @cached_property
+    def epochs(self) -> list[int]:
+        given = self.data.epochs
+        return [given if isinstance(given, int) else given[task] for task in self.tasks]
+
+    @lru_cache(maxsize=None)  # noqa: B019 - a stream lives as long as the run
+    def _read(self, task: str, split: str) -> list[dict]:
+        return read_split(self.root, task, split)
+
+    def records(self, index: int, split: str) -> list[dict]:
+        """Records of task `index`; the training split is limited to `max_train_examples`."""
+        rows = self._read(self.tasks[index], split)
+        return rows[: self.data.max_train_examples] if split == "train" else rows
+
+    def extra(self, name: str) -> list[dict]:
+        """The training records of a set beside the tasks, e.g. Lima."""
+        return self._read(name, "train")
+
+
+@dataclass
+class Batch:
+    """One micro-batch, padded on the right (so causal attention needs no mask): ids, labels [N, T]; weights [N].
+
+    `weights` is each example's weight per labelled token; they sum to 1 over the labelled tokens of the global batch.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    weights: Tensor
+    examples: list[int]
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(self.ids.to(device), self.labels.to(device), self.weights.to(device), self.examples)
+
+    def cross_entropy(self, model: nn.Module) -> Tensor:
+        """Σ weight·CE over the labelled positions. The head runs on those positions alone: most of a TRACE example is
+        prompt, and logits over the vocabulary are the largest tensor of a step."""
+        hidden = model.model(input_ids=self.ids, use_cache=False).last_hidden_state[:, :-1]
+        targets = self.labels[:, 1:]
+        rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
+        logits = model.lm_head(hidden[rows, columns]).float()
+        if cap := getattr(model.config, "final_logit_softcapping", None):
+            logits = cap * torch.tanh(logits / cap)
+        losses = functional.cross_entropy(logits, targets[rows, columns], reduction="none")
+        return (losses * self.weights[rows]).sum()
+
+
+def collate(encoded: Sequence[Encoded], chosen: Sequence[int], weights: Sequence[float], pad: int) -> Batch:
+    """The batch of examples `chosen`; a weight of 0 marks a filler that keeps the ranks in step."""
+    width = max(len(encoded[i]) for i in chosen)
+    ids = torch.full((len(chosen), width), pad)
+    labels = torch.full((len(chosen), width), IGNORED)
+    for row, i in enumerate(chosen):
+        e = encoded[i]
+        ids[row, : len(e)] = torch.tensor(e.prompt + e.answer)
+        labels[row, len(e.prompt): len(e)] = torch.tensor(e.answer)
+    return Batch(ids, labels, torch.tensor(weights, dtype=torch.float32), list(chosen))
+
+
+def example_weights(encoded: Sequence[Encoded], chosen: Sequence[int], average: str) -> list[float]:
+    """Weight per labelled token: 1 / (labelled tokens of the global batch), or 1 / (examples · own labelled tokens)."""
+    counts = [len(encoded[i].answer) for i in chosen]
+    total = sum(counts)
+    return [1 / total if average == "token" else 1 / (len(chosen) * n) for n in counts]
+
+
+def shuffled(visited: range, *key: int) -> list[int]:
+    """The order of an epoch: a function of the key (seed, task, epoch) alone."""
+    return [visited[i] for i in torch.randperm(len(visited), generator=generator("order", *key)).tolist()]
+
+
+def micro_batches(lengths: Sequence[int], world: int, tokens: int) -> list[list[list[int]]]:
+    """Cut a global batch (positions 0 .. n-1, by their lengths) into micro-batches: [rank][step][positions].
+
+    Sorted by length, dealt to the ranks in turn, cut where padding would pass `tokens`. All ranks get the same number
+    of steps: a rank with fewer ends in empty ones, which the caller fills.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    ranks = [list(_cut(order[rank::world], lengths, tokens)) for rank in range(world)]
+    steps = max(map(len, ranks))
+    return [steps_of_rank + [[] for _ in range(steps - len(steps_of_rank))] for steps_of_rank in ranks]
+
+
+def _cut(order: list[int], lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    current: list[int] = []
+    for i in order:
+        if current and lengths[current[0]] * (len(current) + 1) > tokens:  # the first is the longest
+            yield current
+            current = []
+        current.append(i)
+    if current:
+        yield current

@@ -1,0 +1,137 @@
+"""The only training loop: one task, from encoded examples to the adapters that it leaves."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from .data import Batch, Encoded, collate, example_weights, micro_batches, shuffled
+from .distributed import Engine
+from .errors import Fault
+from .lora.archive import Adapter
+from .methods import Method
+from .optim import ProximalAdamW, lr_factor
+from .recipe import OptimSection
+
+
+class Objective(nn.Module):
+    """The method's loss as a module, so that DDP's and ZeRO's hooks run around it."""
+
+    def __init__(self, model: nn.Module, method: Method):
+        super().__init__()
+        self.model, self.method = model, method
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return self.method.loss(self.model, batch)
+
+
+@dataclass
+class TaskData:
+    """What one task trains on: examples, and for each epoch which of them; and the eval split, where it is used."""
+
+    name: str
+    index: int
+    examples: list[Encoded]
+    epochs: list[range]
+    validation: list[Encoded]
+
+    def batches(self, seed: int, size: int) -> Iterator[list[int]]:
+        """Global batches; a function of (seed, task, epoch) alone."""
+        for epoch, visited in enumerate(self.epochs):
+            order = shuffled(visited, seed, self.index, epoch)
+            yield from (order[i: i + size] for i in range(0, len(order), size))
+
+    def steps(self, size: int) -> int:
+        return sum(math.ceil(len(visited) / size) for visited in self.epochs)
+
+
+class Trainer:
+    """Trains the adapters of `model` on one task."""
+
+    def __init__(self, acc: Accelerator, method: Method, model: nn.Module, optim: OptimSection, pad: int):
+        self.acc, self.method, self.optim, self.pad = acc, method, optim, pad
+        self.tokens = optim.micro_batch_tokens or (16384 if acc.device.type == "cuda" else 4096)
+        groups = method.param_groups(model, optim.lr)
+        self.optimizer = ProximalAdamW(groups, betas=optim.betas, weight_decay=optim.weight_decay)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.engine = Engine(acc, Objective(model, method), self.optimizer, optim.max_grad_norm)
+
+    def fit(self, task: TaskData, seed: int, log: Callable[[dict], None]) -> dict[str, Adapter]:
+        """Train on `task`; returns the adapters of its last step, or of its best where `keep_best` is set.
+
+        `log` gets one row per optimizer step. Raises Fault when a loss is not finite, before anything is updated by it.
+        """
+        steps, best, kept = task.steps(self.optim.batch_size), math.inf, None
+        torch.manual_seed(seed + 1000 * task.index + self.acc.process_index)  # dropout
+        self.engine.module.train()
+        for step, chosen in enumerate(task.batches(seed, self.optim.batch_size)):
+            began = time.perf_counter()
+            for group, rate in zip(self.engine.groups, self.rates):
+                group["lr"] = rate * lr_factor(self.optim.schedule, step, steps)
+            self.method.before_step(self.engine.groups, step, steps)
+            row = self._step(task, chosen, step)
+            if step == 0:
+                self._check_that_all_move()
+            if (every := self.optim.validate_every) and ((step + 1) % every == 0 or step + 1 == steps):
+                row["eval_loss"] = self.validate(task.validation)
+                if self.optim.keep_best and row["eval_loss"] < best:
+                    best, kept = row["eval_loss"], self.engine.adapters()
+            kappa = max((group.get("kappa", 0.0) for group in self.engine.groups), default=0.0)
+            log({"task": task.name, "step": step + 1, "steps": steps, **row, "lr": self.engine.groups[0]["lr"],
+                 "kappa": kappa, "tokens": sum(len(task.examples[i]) for i in chosen),
+                 "seconds": round(time.perf_counter() - began, 4)})
+        return kept or self.engine.adapters()
+
+    def state(self) -> dict[str, Tensor]:
+        """Adam's moments and step counts by position of the parameter, for methods that carry them between tasks."""
+        held = self.optimizer.state_dict()["state"]
+        return {f"{i}.{key}": value.cpu().clone() for i, values in held.items() for key, value in values.items()}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        own = self.optimizer.state_dict()
+        for name, tensor in tensors.items():
+            i, _, key = name.partition(".")
+            own["state"].setdefault(int(i), {})[key] = tensor
+        self.optimizer.load_state_dict(own)
+
+    def _step(self, task: TaskData, chosen: list[int], step: int) -> dict[str, float]:
+        losses, batches = [], list(self._micro(task.examples, chosen))
+        for number, batch in enumerate(batches):
+            losses.append(self.engine.accumulate(batch, last=number == len(batches) - 1))
+        # One sum over ranks and one synchronisation per step; a NaN on any rank is a NaN on all.
+        totals = torch.stack([sum(term[name] for term in losses) for name in losses[0]])
+        totals = self.acc.reduce(totals, "sum").tolist()
+        if not all(map(math.isfinite, totals)):
+            bad = [b.examples for b, terms in zip(batches, losses) if not torch.stack(list(terms.values())).isfinite().all()]
+            raise Fault(f"task {task.name}, step {step + 1}: the loss is {sum(totals)}; the micro-batches of training "
+                        f"examples {bad or 'on another rank'} caused it (counted from 0 in train.json); look at them, "
+                        f"or lower optim.lr")
+        return {**dict(zip(losses[0], totals)), "grad_norm": self.engine.step()}
+
+    def _micro(self, examples: list[Encoded], chosen: list[int]) -> Iterator[Batch]:
+        """This rank's micro-batches of a global batch; an empty one becomes a filler of weight 0."""
+        weights = example_weights(examples, chosen, self.optim.loss_average)
+        lengths = [len(examples[i]) for i in chosen]
+        filler = min(range(len(chosen)), key=lambda i: lengths[i])
+        for positions in micro_batches(lengths, self.acc.num_processes, self.tokens)[self.acc.process_index]:
+            own = [chosen[i] for i in positions] or [chosen[filler]]
+            yield collate(examples, own, [weights[i] for i in positions] or [0.0], self.pad).to(self.acc.device)
+
+    @torch.no_grad()
+    def validate(self, examples: list[Encoded]) -> float:
+        """Mean loss over the examples, averaged as in training."""
+        self.engine.module.eval()
+        total = sum(sum(self.engine.module(batch).values()) for batch in self._micro(examples, list(range(len(examples)))))
+        self.engine.module.train()
+        return self.acc.reduce(total, "sum").item()
+
+    def _check_that_all_move(self) -> None:
+        """B starts at zero and Adam moves whatever has a gradient, so a B that is still zero had none."""
+        still = [site for site, adapter in self.engine.adapters().items() if not adapter.b.any()]
+        if still:
+            raise Fault(f"{len(still)} adapters got no gradient in the first step, {still[0]} among them; this happens "
+                        f"with a learning rate of 0 or where gradient checkpointing cuts the graph")

@@ -1,0 +1,104 @@
+"""Label masks by position, truncation that keeps EOS, weights, orders, micro-batches."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from codyra_llm import models
+from codyra_llm.data import (IGNORED, Encoded, Encoder, Stream, collate, example_weights, micro_batches, shuffled)
+from codyra_llm.recipe import DataSection
+
+TEXTS = [("The answer is", "B"), ("判断：\n态度：", "A"), ("Solve.\nQuestion:\n2+2\nAnswer:", "4.0"),
+         ("<EOL> import os <EOL>", "x = <STR_LIT> <EOL>"), ("Choices:\nA. a\nB. b\n\nAnswer:", "B\nBecause it is.\n")]
+
+
+def section(prompt=200, answer=64, **more):
+    return DataSection(root="-", tasks=["T"], max_prompt_tokens=prompt, max_answer_tokens=answer, **more)
+
+
+@pytest.fixture(params=["llama", "gemma3"])
+def tokenizer(request, tiny_llama, tiny_gemma3):
+    return models.load_tokenizer({"llama": tiny_llama, "gemma3": tiny_gemma3}[request.param])
+
+
+def check_masks(tokenizer, data):
+    encoder = Encoder(tokenizer, data)
+    for prompt, answer in TEXTS:
+        e, = encoder.encode([{"prompt": prompt, "answer": answer}])
+        ids = e.prompt + e.answer
+        assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
+        if models.adds_bos(tokenizer):
+            assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+        assert tokenizer.decode(e.answer, skip_special_tokens=True) == answer
+        assert e.prompt == encoder.prompt(prompt)[0], "training and generation must see the same prompt"
+        batch = collate([e, Encoded(e.prompt * 2, e.answer, False)], [0, 1], [1.0, 1.0], tokenizer.pad_token_id)
+        assert batch.ids[0][batch.labels[0] != IGNORED].tolist() == e.answer
+        assert (batch.labels[0, : len(e.prompt)] == IGNORED).all() and (batch.labels[0, len(e):] == IGNORED).all()
+
+
+def test_masks(tokenizer):
+    check_masks(tokenizer, section())
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
+def test_masks_with_real_tokenizers(name, real_model):
+    tokenizer = models.load_tokenizer(real_model(name))
+    check_masks(tokenizer, section())
+
+
+def test_a_bos_in_the_text_is_not_doubled(tokenizer):
+    """Py150's prompts begin with the text of LLaMA's BOS."""
+    ids, _ = Encoder(tokenizer, section()).prompt(f"{tokenizer.bos_token} import os")
+    assert ids.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("side", ["left", "middle"])
+def test_truncation_keeps_bos_eos_and_the_end(tokenizer, side):
+    encoder = Encoder(tokenizer, section(20, 8, truncation=side))
+    text = " ".join(map(str, range(100)))
+    e, = encoder.encode([{"prompt": text, "answer": text}])
+    whole = encoder._ids(text)
+    assert (len(e.prompt), len(e.answer), e.cut) == (20, 8, True)
+    assert e.prompt[0] == tokenizer.bos_token_id and e.answer[-1] == tokenizer.eos_token_id
+    head = 9 if side == "middle" else 0
+    assert e.prompt[1:] == whole[:head] + whole[len(whole) - (19 - head):]
+
+
+def test_loss_is_the_models_own(tiny_llama, tiny_gemma2, tiny_gemma3):
+    """Against the library's loss on the same labels, softcap included, and against a batch of one each."""
+    for folder in (tiny_llama, tiny_gemma2, tiny_gemma3):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+        examples = [Encoded(list(range(5, 15)), [20, 21, 2], False), Encoded([3, 4], [9, 2], False)]
+        batch = collate(examples, [0, 1], example_weights(examples, [0, 1], "token"), pad=0)
+        mask = torch.tensor([[1] * 13, [1] * 4 + [0] * 9])
+        expected = model(input_ids=batch.ids, attention_mask=mask, labels=batch.labels).loss
+        torch.testing.assert_close(batch.cross_entropy(model), expected, rtol=1e-6, atol=1e-6)
+        by_sample = collate(examples, [0, 1], example_weights(examples, [0, 1], "sample"), pad=0)
+        alone = [collate(examples, [i], example_weights(examples, [i], "token"), pad=0).cross_entropy(model)
+                 for i in (0, 1)]
+        torch.testing.assert_close(by_sample.cross_entropy(model), sum(alone) / 2, rtol=1e-6, atol=1e-6)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 4), st.integers(16, 200))
+def test_micro_batches_cover_each_example_once_and_keep_ranks_in_step(lengths, world, tokens):
+    ranks = micro_batches(lengths, world, tokens)
+    assert len(ranks) == world and len({len(steps) for steps in ranks}) == 1
+    assert sorted(i for steps in ranks for batch in steps for i in batch) == list(range(len(lengths)))
+    for batch in (b for steps in ranks for b in steps if len(b) > 1):
+        assert max(lengths[i] for i in batch) * len(batch) <= tokens
+    assert any(steps[-1] for steps in ranks), "no step is empty on all ranks"
+
+
+def test_order_is_a_function_of_seed_task_and_epoch():
+    assert shuffled(range(50), 1, 2, 3) == shuffled(range(50), 1, 2, 3)
+    orders = {tuple(shuffled(range(50), *key)) for key in ((1, 2, 3), (0, 2, 3), (1, 0, 3), (1, 2, 0))}
+    assert len(orders) == 4 and all(sorted(order) == list(range(50)) for order in orders)
+    assert sorted(shuffled(range(5, 9), 0, 0, 0)) == [5, 6, 7, 8]
+
+
+def test_stream_limits_the_training_split_alone(toy_stream):
+    stream = Stream(DataSection(root="-", tasks=["ONE"], max_train_examples=3, epochs=1), toy_stream)
+    assert len(stream.records(0, "train")) == 3 and len(stream.records(0, "test")) > 3
