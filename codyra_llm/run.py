@@ -1,0 +1,159 @@
+"""The experiment on one page: for each task learn, consolidate, evaluate; what lies in the run folder is not done again."""
+
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from . import __version__, distributed, models
+from .benchmarks.trace.metrics import headline, score
+from .errors import Fault
+from .evaluate.generate import answers
+from .evaluate.scores import summarise
+from .export import write_merged
+from .files import replacing
+from .folder import RunFolder
+from .lora.merge import report as update_report
+from .recipe import Recipe
+from .report import render, summarise_run, table
+from .setup import Setup, prepare
+from .train import TaskData, Trainer
+
+console = Console(highlight=False)
+PROBE_TOKENS = 32  # general-ability probes have short answers
+
+
+def run(recipe: Recipe) -> RunFolder:
+    """Run a recipe, or go on with it where it stopped. Returns the finished run's folder."""
+    acc = distributed.accelerator(recipe.model.dtype)
+    with acc.local_main_process_first():
+        setup = prepare(recipe)
+    _refuse_launch(setup, acc)
+    folder = RunFolder(Path(recipe.output))
+    if acc.is_main_process:
+        folder.open(setup.recipe, _manifest(setup, acc))
+    acc.wait_for_everyone()
+    if setup.recipe.eval.zero_shot or not setup.method.trains or setup.probes:
+        evaluate(setup, folder, acc, -1)
+    for index in range(len(setup.recipe.tasks)) if setup.method.trains else ():
+        if index >= len(folder.archive().files):
+            learn(setup, folder, acc, index)
+        evaluate(setup, folder, acc, index)
+    if acc.is_main_process:
+        finish(setup, folder)
+    acc.wait_for_everyone()
+    return folder
+
+
+def learn(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> None:
+    """Train on one task, from what is on disk to an update on disk."""
+    recipe, method, archive, task = setup.recipe, setup.method, folder.archive(), setup.recipe.tasks[index]
+    model = setup.model(archive, index - 1 if method.mode == "add" else -1).to(acc.device)
+    method.attach(model)
+    method.begin_task(model, index, archive)
+    if recipe.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    trainer = Trainer(acc, method, model, recipe.optim, setup.tokenizer.pad_token_id)
+    if method.carries_optimizer and index:
+        trainer.load_state(load_file(folder.state(index - 1)))
+    data, began = _task_data(setup, index), time.perf_counter()
+    with console.status(f"{task}: learning") as status:
+        def log(row: dict) -> None:
+            if acc.is_main_process:
+                folder.log(row)
+                status.update(f"{task}: step {row['step']}/{row['steps']}, loss {row['loss']:.3f}")
+        adapters = trainer.fit(data, recipe.seed, log)
+    if acc.is_main_process:
+        update = method.consolidate(adapters, index)
+        before = archive.terms(index - 1)
+        after = before + [update] if method.mode == "add" else [update]
+        rows = list(update_report(models.WeightReader(setup.base), before, after, recipe.method.rank, setup.dtype))
+        folder.add_update_report(task, rows)
+        if method.carries_optimizer:
+            with replacing(folder.state(index)) as temporary:
+                save_file(trainer.state(), temporary)
+        archive.append(task, update)  # last: a task is done when its update is there
+        kept, rank = sum(r["kept"] for r in rows), sum(r["rank"] for r in rows)
+        console.print(f"{task}: learnt in {time.perf_counter() - began:.0f} s, {kept} of {rank} ranks kept")
+    trainer.engine.free()
+    acc.wait_for_everyone()
+
+
+def evaluate(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> None:
+    """Score the merged model after task `index` (-1: the base) on what the recipe asks for and no row holds yet."""
+    recipe = setup.recipe
+    after = recipe.tasks[index] if index >= 0 else "base"
+    done = {(row["step"], row["task"]) for row in folder.scores}
+    pending = [item for item in _due(setup, index) if (index + 1, item[0]) not in done]
+    if not pending:
+        return
+    acc.wait_for_everyone()  # all ranks have read the rows before the first is added
+    model = setup.model(folder.archive(), index).to(acc.device).eval()
+    for task, records, new in pending:
+        began = time.perf_counter()
+        prompts, targets = [r["prompt"] for r in records], [r["answer"] for r in records]
+        predictions = answers(acc, model, setup.encoder, prompts, new, recipe.eval.batch_tokens)
+        if not acc.is_main_process:
+            continue
+        scores = score(task, prompts, predictions, targets)
+        main = headline(task, recipe.data.protocol)
+        row = {"after": after, "step": index + 1, "task": task, "kind": "task" if task in recipe.tasks else "general",
+               "headline": main, "score": summarise(scores[main])["mean"],
+               "metrics": {name: summarise(values) for name, values in scores.items()},
+               "empty": sum(not p for p in predictions), "seconds": round(time.perf_counter() - began, 2)}
+        folder.add_scores(row, [{"prompt": p, "prediction": q, "answer": t, **{n: v[i] for n, v in scores.items()}}
+                                for i, (p, q, t) in enumerate(zip(prompts, predictions, targets))])
+        console.print(f"after {after}: {task} {row['score']:.1f}  ({main}, {row['seconds']:.0f} s)")
+    acc.wait_for_everyone()
+
+
+def finish(setup: Setup, folder: RunFolder) -> None:
+    """Summary, report and, if asked, the final merged model."""
+    summary = summarise_run(setup.recipe, setup.method.trains, folder.scores)
+    folder.write_summary(summary, render(setup.recipe, summary))
+    console.print(table(summary))
+    target = folder.path / "checkpoint"
+    if setup.recipe.checkpoint and setup.method.trains:
+        write_merged(setup, folder.archive(), len(setup.recipe.tasks) - 1, None, target)
+        console.print(f"merged model: {target}")
+
+
+def _due(setup: Setup, index: int) -> list[tuple[str, list[dict], int]]:
+    """(name, records, new tokens) of everything to score after task `index`."""
+    tasks, wanted = setup.recipe.tasks, setup.recipe.eval
+    zero_shot = index < 0 and (wanted.zero_shot or not setup.method.trains)
+    count = len(tasks) if zero_shot or (index >= 0 and wanted.tasks == "all") else index + 1
+    due = [(tasks[i], setup.test(i), setup.new_tokens(i)) for i in range(count)]
+    if index in (-1, len(tasks) - 1):
+        due += [(name, records, PROBE_TOKENS) for name, records in setup.probes.items()]
+    return due
+
+
+def _task_data(setup: Setup, index: int) -> TaskData:
+    records, epochs = setup.method.train_data(setup.stream, index)
+    checked = setup.stream.records(index, "eval") if setup.recipe.optim.validate_every else []
+    return TaskData(setup.recipe.tasks[index], index, setup.encoder.encode(records), epochs,
+                    setup.encoder.encode(checked) if checked else [])
+
+
+def _refuse_launch(setup: Setup, acc: Accelerator) -> None:
+    stage, method = distributed.zero_stage(acc), setup.method
+    if stage > method.max_zero_stage:
+        raise Fault(f"method {method.name} runs up to ZeRO stage {method.max_zero_stage}, this launch has stage {stage}; "
+                    f"choose a lower stage in the accelerate config")
+    if stage and method.carries_optimizer:
+        raise Fault("method.carry_optimizer works with one process or DDP, not with DeepSpeed; set it to false or "
+                    "launch without DeepSpeed")
+
+
+def _manifest(setup: Setup, acc: Accelerator) -> dict:
+    names = ("torch", "transformers", "accelerate", "datasets", "safetensors")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"codyra_llm": __version__, "python": sys.version.split()[0], **{name: version(name) for name in names},
+            "device": gpu or "cpu", "dtype": str(setup.dtype), "world_size": acc.num_processes,
+            "zero_stage": distributed.zero_stage(acc), "base": models.fingerprint(setup.base)}

@@ -1,0 +1,38 @@
+"""Answer one prompt with a checkpoint or with any stage of a run."""
+
+from pathlib import Path
+
+import torch
+
+from . import models
+from .data import Encoder
+from .errors import Fault
+from .evaluate.generate import generate_ids
+from .folder import RunFolder
+from .recipe import DataSection
+from .setup import prepare
+
+
+def answer(source: str, prompt: str, new: int) -> str:
+    """The greedy answer to `prompt` of a model (folder, hub id, .gguf) or of RUN@TASK, at most `new` tokens.
+
+    A stage of a run reads the prompt as the run does (its lengths, its chat template).
+    """
+    run, at, task = source.rpartition("@")
+    if at and (Path(run) / "recipe.json").is_file():
+        folder = RunFolder(Path(run))
+        setup = prepare(folder.recipe)
+        archive = folder.archive()
+        model, encoder = setup.model(archive, archive.index(task)), setup.encoder
+    elif at and Path(run).is_dir():
+        raise Fault(f"{run} is not a run folder (it has no recipe.json); give RUN@TASK or a model folder")
+    else:
+        base = models.resolve(source, None)
+        if faults := models.check(base):
+            raise Fault(*faults)
+        model, tokenizer = models.load(base, torch.float32), models.load_tokenizer(base)
+        limit = getattr(model.config, "max_position_embeddings", 4096) - new
+        encoder = Encoder(tokenizer, DataSection(root="-", max_prompt_tokens=limit, max_answer_tokens=new + 2))
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    ids = generate_ids(model, encoder.tokenizer, [encoder.prompt(prompt)[0]], new)
+    return encoder.tokenizer.decode(ids[0], skip_special_tokens=True)

@@ -1,0 +1,116 @@
+"""From a recipe to everything that a run needs, checked before any weights load: all faults at once."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from . import models
+from .benchmarks.trace import mini
+from .data import Encoder, Stream
+from .errors import Fault
+from .examples import read_split
+from .lora.archive import Archive
+from .lora.merge import merge
+from .methods import METHODS, Method
+from .recipe import Recipe, by_task
+
+
+@dataclass
+class Setup:
+    """A resolved recipe and what it names."""
+
+    recipe: Recipe
+    method: Method
+    base: Path
+    tokenizer: PreTrainedTokenizerBase
+    encoder: Encoder
+    stream: Stream
+    probes: dict[str, list[dict]]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        name = self.recipe.model.dtype
+        return getattr(torch, ("bfloat16" if torch.cuda.is_available() else "float32") if name == "auto" else name)
+
+    def model(self, archive: Archive, after: int, without: int | None = None) -> PreTrainedModel:
+        """The merged model as it is after task `after` (-1: the base), on the CPU. All that is evaluated, exported or
+        trained on comes from here."""
+        model = models.load(self.base, self.dtype, self.recipe.model.attention)
+        merge(model, models.WeightReader(self.base), archive.terms(after, without))
+        return model
+
+    def test(self, index: int) -> list[dict]:
+        return self.stream.records(index, self.recipe.eval.split)[: self.recipe.eval.max_examples]
+
+    def new_tokens(self, index: int) -> int:
+        return by_task(self.recipe.eval.max_new_tokens, self.recipe.tasks[index])
+
+
+def prepare(recipe: Recipe) -> Setup:
+    """Resolve the recipe and check model, data, method and disk. Raises one Fault with all that is wrong."""
+    recipe, faults = recipe.resolved(), []
+
+    def tried(action, *args):
+        try:
+            return action(*args)
+        except Fault as fault:
+            faults.extend(fault.messages)
+
+    method = METHODS[recipe.method.name](recipe.method, recipe.seed)
+    base = tried(_base, recipe)
+    if base:
+        faults += models.check(base, recipe.data.chat_template)
+    root = tried(_root, recipe.data.root)
+    stream = Stream(recipe.data, root)
+    for index in range(len(recipe.tasks)) if root else ():
+        if method.trains:
+            tried(method.train_data, stream, index)
+        if method.trains and recipe.optim.validate_every:
+            tried(stream.records, index, "eval")
+        tried(stream.records, index, recipe.eval.split)
+    probes = tried(_probes, recipe.eval.general) if recipe.eval.general else {}
+    if base:
+        faults += _disk(Path(recipe.output), size(base) if recipe.checkpoint else 0)
+    if faults:
+        raise Fault(*dict.fromkeys(faults))
+    tokenizer = models.load_tokenizer(base)
+    return Setup(recipe, method, base, tokenizer, Encoder(tokenizer, recipe.data), stream, probes)
+
+
+def size(base: Path) -> int:
+    """Bytes of the base's weights."""
+    return sum(file.stat().st_size for file in base.glob("*.safetensors"))
+
+
+def _base(recipe: Recipe) -> Path:
+    return mini.mini_model() if recipe.model.path == "mini" else models.resolve(recipe.model.path, recipe.model.revision)
+
+
+def _root(root: str) -> Path:
+    path = mini.mini_data() if root == "mini" else Path(os.path.expandvars(root)).expanduser()
+    if not path.is_dir():
+        raise Fault(f"data.root: there is no folder '{root}'; give the folder that holds <task>/train.json, "
+                    f"e.g. .../LLM-CL-Benchmark_500")
+    return path
+
+
+def _probes(general: str) -> dict[str, list[dict]]:
+    folder = mini.mini_data() / "general" if general == "mini" else Path(general).expanduser()
+    names = sorted(path.parent.name for path in folder.glob("*/test.json"))
+    if not names:
+        raise Fault(f"eval.general: '{general}' holds no <probe>/test.json; give a folder of probes, 'mini' or null")
+    return {name: read_split(folder, name, "test") for name in names}
+
+
+def _disk(output: Path, needed: int) -> list[str]:
+    place = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    needed += 64 << 20
+    if free >= needed:
+        return []
+    return [f"output: {output} needs about {needed / 1e9:.1f} GB, {place} has {free / 1e9:.1f} GB free; free some, or "
+            f"choose another output"]
