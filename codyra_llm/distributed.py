@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from .errors import Fault
@@ -82,6 +84,33 @@ class Engine:
         return {name: Adapter(self._full(layer.lora_A), self._full(layer.lora_B),
                               None if layer.lora_w is None else self._full(layer.lora_w))
                 for name, layer in sites(self.model).items()}
+
+    def rewrite(self, function: Callable[[Adapter], Adapter]) -> None:
+        """Replace every adapter by `function` of it, on all ranks alike, and start Adam's moments from zero."""
+        for layer in sites(self.model).values():
+            factors = (layer.lora_A, layer.lora_B, layer.lora_w)
+            new = function(Adapter(*(None if p is None else self._full(p) for p in factors)))
+            for p, value in zip(factors, new):
+                if p is not None:
+                    self._write(p, broadcast(value.contiguous().to(self.acc.device)))
+
+    @torch.no_grad()
+    def _write(self, p: nn.Parameter, value: Tensor) -> None:
+        if not self.deepspeed:
+            p.copy_(value)
+            for key in ("exp_avg", "exp_avg_sq"):
+                if key in self.optimizer.state.get(p, {}):
+                    self.optimizer.state[p][key].zero_()
+            return
+        import deepspeed
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        # The float32 master is what the next step starts from; the working copy is what the next forward reads.
+        safe_set_full_fp32_param(p, value)
+        for key in ("exp_avg", "exp_avg_sq"):
+            safe_set_full_optimizer_state(p, torch.zeros_like(value), key)
+        with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
+            p.data.copy_(value)
 
     def _full(self, p: nn.Parameter) -> Tensor:
         full = None

@@ -43,19 +43,23 @@ def lr_factor(schedule: str, step: int, steps: int) -> float:
     return 1.0 if schedule == "constant" else 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def budget_kappa(step: int, steps: int, dense: float, budget: float) -> float:
-    """A linear ramp over the sparse phase whose sum is `budget`, whatever the number of steps.
+def budget_kappa(step: int, steps: int, dense: float, budget: float, schedule: str) -> float:
+    """A linear ramp over the sparse phase times the learning rate's factor, scaled to the sum `budget` for any `steps`.
 
-    With D = ⌊dense·steps⌋ dense steps and N = steps - D: κ_step = 2·budget·j / (N(N+1)), j = step - D + 1 ≥ 1.
+    With D = ⌊dense·steps⌋: κ_t ∝ (t - D + 1)·lr_factor(t) for t ≥ D. A shrink that comes when the learning rate is gone
+    can no longer be answered by the loss, and then all that survives is left too small.
     """
     first = int(dense * steps)
-    n, j = steps - first, step - first + 1
-    return 2 * budget * j / (n * (n + 1)) if j >= 1 else 0.0
+    shares = [(t - first + 1) * lr_factor(schedule, t, steps) for t in range(first, steps)]
+    return budget * shares[step - first] / sum(shares) if step >= first else 0.0
 
 
 def vanishing_rate(step: int, steps: int, dense: float) -> float:
-    """The share to take off at `step` so that a value falls on a straight line to exactly 0 at the last step."""
-    return 1 / (steps - step) if step >= int(dense * steps) else 0.0
+    """The share to take off at `step` so that a value falls on a straight line to exactly 0 in the first half of the
+    sparse phase; the second half is left to what stays."""
+    first = int(dense * steps)
+    last = first + (steps - first - 1) // 2
+    return 0.0 if step < first else 1.0 if step >= last else 1 / (last - step + 1)
 
 
 def published_kappa(step: int, steps: int, dense: float, kappa_max: float, stages: int = 50) -> float:

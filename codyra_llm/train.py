@@ -72,7 +72,9 @@ class Trainer:
             began = time.perf_counter()
             for group, rate in zip(self.engine.groups, self.rates):
                 group["lr"] = rate * lr_factor(self.optim.schedule, step, steps)
-            self.method.before_step(self.engine.groups, step, steps)
+            self.method.before_step(self.engine.groups, step, steps, self.optim.schedule)
+            if rewritten := self.method.rewrite(step, steps):
+                self.engine.rewrite(rewritten)
             row = self._step(task, chosen, step)
             if step == 0:
                 self._check_that_all_move()

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it gives
 
 CORPUS = [
     "Solve the following math problem.\nQuestion:\nSam has 3 pens and buys 4 more. How many pens?\nAnswer:7",

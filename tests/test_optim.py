@@ -64,15 +64,22 @@ def test_dropped_elements_fall_on_a_straight_line_to_zero():
         p.grad = torch.zeros(4)
         optimizer.step()
         seen.append(p[0].item())
-    np.testing.assert_allclose(seen, [1] * 5 + [0.8, 0.6, 0.4, 0.2, 0.0], atol=1e-6)
+    np.testing.assert_allclose(seen, [1] * 5 + [2 / 3, 1 / 3, 0, 0, 0], atol=1e-6)
     assert p.tolist() == [0, 1, 0, 1]
 
 
-@given(st.integers(1, 400), st.floats(0, 0.95), st.floats(0.01, 3))
-def test_budget_does_not_depend_on_the_number_of_steps(steps, dense, budget):
-    kappas = [budget_kappa(step, steps, dense, budget) for step in range(steps)]
+@given(st.integers(1, 400), st.floats(0, 0.95), st.floats(0.01, 3), st.sampled_from(["constant", "cosine"]))
+def test_budget_does_not_depend_on_the_number_of_steps(steps, dense, budget, schedule):
+    kappas = [budget_kappa(step, steps, dense, budget, schedule) for step in range(steps)]
     assert sum(kappas) == pytest.approx(budget)
-    assert kappas == sorted(kappas) and all(k == 0 for k in kappas[: int(dense * steps)])
+    assert all(k == 0 for k in kappas[: int(dense * steps)]) and all(k > 0 for k in kappas[int(dense * steps):])
+
+
+def test_budget_is_spent_while_the_learning_rate_can_answer():
+    ramp, humped = ([budget_kappa(t, 100, 0.5, 1.0, s) for t in range(100)] for s in ("constant", "cosine"))
+    assert ramp == sorted(ramp) and ramp[-1] == max(ramp)
+    np.testing.assert_allclose(np.array(humped) * sum(np.array(ramp) * [lr_factor("cosine", t, 100) for t in range(100)]),
+                               np.array(ramp) * [lr_factor("cosine", t, 100) for t in range(100)], rtol=1e-9)
 
 
 @pytest.mark.parametrize("steps, total, survivors", [(90, 0.0, 1.0), (500, 0.65, 0.52), (1000, 1.3, 0.19)])

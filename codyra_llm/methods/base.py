@@ -1,5 +1,6 @@
 """The interface of all methods. The default of every hook is sequential LoRA; a method overrides only what differs."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
@@ -87,8 +88,11 @@ class Method:
         """Named terms; the loop sums them and logs each. `batch.weights` already carries the global average."""
         return {"loss": batch.cross_entropy(model)}
 
-    def before_step(self, groups: list[dict], step: int, steps: int) -> None:
-        """Set what an optimizer group carries for step `step` of `steps`, e.g. a threshold."""
+    def before_step(self, groups: list[dict], step: int, steps: int, schedule: str) -> None:
+        """Set what an optimizer group carries for step `step` of `steps`, e.g. a threshold; `schedule` is the rate's."""
+
+    def rewrite(self, step: int, steps: int) -> Callable[[Adapter], Adapter] | None:
+        """A function that puts new factors in place of every adapter's before step `step`, or None: leave them."""
 
     def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
         """The update that task `index` leaves. No engine lives any more."""

@@ -17,7 +17,7 @@ class Threshold(Strict):
 
     schedule: Literal["budget", "published"] = Field("budget", description="budget: the shrinks of all steps sum to "
                                                      "`budget`; published: κ climbs to `kappa_max` in 50 stages")
-    budget: NotNegative | None = Field(None, description="S = Σκ over the sparse phase; default 1.0")
+    budget: NotNegative | None = Field(None, description="S = Σκ over the sparse phase; default 0.1")
     kappa_max: NotNegative | None = Field(None, description="published schedule only: the last κ; default 0.005")
     dense: Fraction = Field(0.5, lt=1, description="share of the steps before any shrinking")
     operator: Literal["soft", "released"] = Field("soft", description="soft: sign(w)·max(|w|-κ, 0); released: the "
@@ -30,9 +30,9 @@ class Threshold(Strict):
             raise ValueError(f"'{unused}' has no effect with schedule '{self.schedule}'; remove it")
         return self
 
-    def kappa(self, step: int, steps: int) -> float:
+    def kappa(self, step: int, steps: int, schedule: str) -> float:
         if self.schedule == "budget":
-            return budget_kappa(step, steps, self.dense, 1.0 if self.budget is None else self.budget)
+            return budget_kappa(step, steps, self.dense, 0.1 if self.budget is None else self.budget, schedule)
         return published_kappa(step, steps, self.dense, 0.005 if self.kappa_max is None else self.kappa_max)
 
 
@@ -43,6 +43,8 @@ class CodyraConfig(LoraConfig):
                                                            "value, or N(0, value²) as published")
     importance_value: Positive = Field(1.0, description="the constant, or the standard deviation")
     importance_lr: NotNegative | None = Field(None, description="learning rate of w; default: the optimizer's")
+    align: bool = Field(True, description="when the dense phase ends, rewrite each ΔW by its singular directions, with "
+                        "w = σ/σ₁, so that the threshold meets parts in the order of their size")
     threshold: Threshold = Threshold()
     selection: Literal["threshold", "random"] = Field("threshold", description="random: the control that drops ranks "
                                                       "by lot, along a straight line to zero")
@@ -60,9 +62,13 @@ class Codyra(Method):
     """ΔW = s·B diag(w) A per task; w ← prox_κ(w) after every AdamW step of the sparse phase; parts at w = 0 are dropped.
 
     Source: CoDyRA (2412.01004), objective L + λ Σ‖w‖₁ by proximal gradient, κ ramping up after a dense phase. As
-    published: scale 1, importance_init normal, schedule published, operator released, importance_lr the common one.
-    Ours: the threshold budget that does not depend on the number of steps, the constant start and the own rate of w.
-    Cost: r more parameters per site and an element-wise pass over them per step; nothing after the merge.
+    published: scale 1, importance_init normal, align false, schedule published, operator released, importance_lr null.
+
+    Ours, and the default: the constant start; the threshold budget that does not depend on the number of steps; and
+    `align`. Without it the parts share the update among them, each is as needed as the next, and which of them outlive
+    the threshold is decided by where their w began (docs/codyra.md has the figures).
+    Cost: r more parameters per site, an element-wise pass over them per step, one QR and SVD of rank r per site and
+    task; nothing after the merge.
     """
 
     name, summary, Config = "codyra", "LoRA with learned rank weights, thresholded, pruned and merged", CodyraConfig
@@ -82,12 +88,15 @@ class Codyra(Method):
             group["drop"] = self._lots(weights)
         return [{"params": [p for layer in layers for p in (layer.lora_A, layer.lora_B)], "lr": lr}, group]
 
-    def before_step(self, groups: list[dict], step: int, steps: int) -> None:
+    def before_step(self, groups: list[dict], step: int, steps: int, schedule: str) -> None:
         threshold = self.config.threshold
         for group in groups:
             if "kappa" in group:
                 group["kappa"] = (vanishing_rate(step, steps, threshold.dense) if "drop" in group
-                                  else threshold.kappa(step, steps))
+                                  else threshold.kappa(step, steps, schedule))
+
+    def rewrite(self, step: int, steps: int):
+        return aligned if self.config.align and step == int(self.config.threshold.dense * steps) else None
 
     def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
         return Update({site: _survivors(adapter) for site, adapter in adapters.items()}, self.config.scale)
@@ -98,6 +107,18 @@ class Codyra(Method):
         order = torch.randperm(sum(sizes), generator=generator("lots", self.seed))
         dropped = (order >= round(self.config.keep * sum(sizes))).to(weights[0])
         return list(dropped.split(sizes))
+
+
+def aligned(adapter: Adapter) -> Adapter:
+    """The same ΔW by its singular directions: with B diag(w) A = U diag(σ) Vᵀ, rows of A along V, columns of B along U,
+    w = σ/σ₁. A's rows get the norm 1/√3 of fresh ones, so that a step of the optimizer means to them what it did."""
+    q_b, r_b = torch.linalg.qr(adapter.b * adapter.w)
+    q_a, r_a = torch.linalg.qr(adapter.a.T)
+    u, sigma, vt = torch.linalg.svd(r_b @ r_a.T)
+    if not sigma[0] > 0:
+        return adapter
+    norm = 3**-0.5
+    return Adapter(norm * vt @ q_a.T, q_b @ u * (sigma[0] / norm), sigma / sigma[0])
 
 
 def _survivors(adapter: Adapter) -> Adapter:
