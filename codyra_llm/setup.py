@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from . import models
 from .benchmarks.trace import mini
@@ -17,6 +18,8 @@ from .lora.archive import Archive
 from .lora.merge import merge
 from .methods import METHODS, Method
 from .recipe import Recipe, by_task
+
+logging.disable_progress_bar()  # every task loads its model anew
 
 
 @dataclass
