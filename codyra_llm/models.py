@@ -143,7 +143,7 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
-def load(folder: Path, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
+def load(folder: Path, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
     """The causal LM of `folder` with every parameter frozen; Fault where weights are missing or of the wrong shape."""
     try:
         model, info = AutoModelForCausalLM.from_pretrained(

@@ -19,7 +19,8 @@ class ModelSection(Strict):
     path: str = Field(description="hub id, folder, .gguf file, or 'mini' (a small LLaMA that is made on first use)")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on a GPU, else float32")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(None, description="default: sdpa where the "
+                                                                            "family has it, else eager (gemma2)")
     gradient_checkpointing: bool = False
 
 
