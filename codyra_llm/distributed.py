@@ -2,31 +2,33 @@
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast
 from torch import Tensor, nn
+from transformers.integrations import unset_hf_deepspeed_config
 
 from .errors import Fault
 from .lora.archive import Adapter
 from .lora.layer import sites
 
 
-def accelerator(dtype: str) -> Accelerator:
+def accelerator() -> Accelerator:
     """The launch's Accelerator. On a CPU the gloo backend is named, since Accelerate would count one process without.
 
-    Parameters are cast where they are used, so there is no autocast; DeepSpeed alone has to be told of bfloat16.
+    Adapters are float32 and cast where they are used, whatever the base's dtype, so there is no autocast, and
+    DeepSpeed is told of no low precision: it would cast the adapters and their gradients.
     """
     cpu = not torch.cuda.is_available()
-    if cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
     many = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if zero:
+        _prepare_deepspeed(cpu)
     handlers = [InitProcessGroupKwargs(backend="gloo")] if cpu and (zero or many) else []
-    made = Accelerator(mixed_precision="bf16" if zero and dtype == "bfloat16" else "no",
-                       cpu=cpu, kwargs_handlers=handlers)
+    made = Accelerator(mixed_precision="no", cpu=cpu and not zero, kwargs_handlers=handlers)  # cpu=True drops DeepSpeed
     if zero:
         config = made.state.deepspeed_plugin.deepspeed_config
         if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
@@ -34,8 +36,24 @@ def accelerator(dtype: str) -> Accelerator:
                         "soft threshold; set its device to none (offload_param may stay)")
         # Batches are cut by tokens here, so the engine sees every micro-batch as a step of its own.
         config.update(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1,
-                      zero_allow_untested_optimizer=True)
+                      zero_allow_untested_optimizer=True, bf16={"enabled": False}, fp16={"enabled": False})
+        config.pop("train_batch_size", None)
+        unset_hf_deepspeed_config()
     return made
+
+
+def _prepare_deepspeed(cpu: bool) -> None:
+    if cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is first imported
+    try:
+        import deepspeed
+    except ImportError:
+        raise Fault("this launch asks for DeepSpeed, which is not installed; install codyra-llm[deepspeed], or launch "
+                    "without it") from None
+    # Without this DeepSpeed compiles a shared-memory all-reduce for minutes, and fails where there is no compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It calls collectives by names that torch is about to change, once per step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def zero_stage(acc: Accelerator) -> int:
@@ -52,8 +70,15 @@ class Engine:
         self.deepspeed = acc.state.deepspeed_plugin is not None
         if self.deepspeed:
             acc.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = max_norm
-        self.groups = optimizer.param_groups  # lr and kappa are set here; ZeRO keeps these very dictionaries
+        self.inner = optimizer  # ZeRO puts its shards in place of the parameters in this very optimizer
         self.module, self.optimizer = acc.prepare(objective, optimizer)
+        if self.deepspeed:  # prepare has set it: transformers would load the next task's model in shards
+            unset_hf_deepspeed_config()
+
+    @property
+    def groups(self) -> list[dict]:
+        """Where lr and kappa are set. Read anew each time: Accelerate and load_state_dict replace the dictionaries."""
+        return self.inner.param_groups
 
     def accumulate(self, batch, last: bool) -> dict[str, Tensor]:
         """Forward and backward of one micro-batch; gradients are summed over ranks with the last one of a step."""
@@ -85,6 +110,7 @@ class Engine:
                               None if layer.lora_w is None else self._full(layer.lora_w))
                 for name, layer in sites(self.model).items()}
 
+    @torch.no_grad()
     def rewrite(self, function: Callable[[Adapter], Adapter]) -> None:
         """Replace every adapter by `function` of it, on all ranks alike, and start Adam's moments from zero."""
         for layer in sites(self.model).values():
@@ -93,24 +119,24 @@ class Engine:
             for p, value in zip(factors, new):
                 if p is not None:
                     self._write(p, broadcast(value.contiguous().to(self.acc.device)))
+        for state in self.inner.state.values():
+            state["exp_avg"].zero_()
+            state["exp_avg_sq"].zero_()
 
-    @torch.no_grad()
     def _write(self, p: nn.Parameter, value: Tensor) -> None:
         if not self.deepspeed:
             p.copy_(value)
-            for key in ("exp_avg", "exp_avg_sq"):
-                if key in self.optimizer.state.get(p, {}):
-                    self.optimizer.state[p][key].zero_()
             return
         import deepspeed
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
-        # The float32 master is what the next step starts from; the working copy is what the next forward reads.
-        safe_set_full_fp32_param(p, value)
-        for key in ("exp_avg", "exp_avg_sq"):
-            safe_set_full_optimizer_state(p, torch.zeros_like(value), key)
+        # The working copy is what the next forward reads; the master is what the next step starts from.
         with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
-            p.data.copy_(value)
+            p.copy_(value)
+        if zero_stage(self.acc) == 3:  # safe_set_full_fp32_param fails where the ranks don't divide the size
+            safe_set_local_fp32_param(p, p.ds_tensor)
+        else:
+            safe_set_full_fp32_param(p, value)
 
     def _full(self, p: nn.Parameter) -> Tensor:
         full = None
@@ -122,7 +148,5 @@ class Engine:
 
     def free(self) -> None:
         """Tear the engine down; a later task builds its own."""
-        if self.deepspeed:
-            self.module.destroy()
-        self.module = self.optimizer = self.groups = None
+        self.module = self.optimizer = self.inner = None
         self.acc.free_memory()

@@ -30,7 +30,7 @@ PROBE_TOKENS = 32  # general-ability probes have short answers
 
 def run(recipe: Recipe) -> RunFolder:
     """Run a recipe, or go on with it where it stopped. Returns the finished run's folder."""
-    acc = distributed.accelerator(recipe.model.dtype)
+    acc = distributed.accelerator()
     with acc.local_main_process_first():
         setup = prepare(recipe)
     _refuse_launch(setup, acc)
