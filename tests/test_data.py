@@ -4,7 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, normalizers, processors
+from tokenizers.models import BPE
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from codyra_llm import models
 from codyra_llm.data import (IGNORED, Encoded, Encoder, Stream, collate, example_weights, micro_batches, shuffled)
@@ -40,6 +42,28 @@ def check_masks(tokenizer, data):
 
 def test_masks(tokenizer):
     check_masks(tokenizer, section())
+
+
+def sentencepiece_like():
+    """LLaMA-2's kind: every text gets a word-start mark in front, unknown bytes fall back, decoding strips one space."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *"▁AnswerBthcCx=import:.", "▁B"]
+    core = Tokenizer(BPE({t: i for i, t in enumerate(dict.fromkeys(tokens))}, [("▁", "B")], byte_fallback=True,
+                         unk_token="<unk>", fuse_unk=True))
+    core.add_special_tokens(["<unk>", "<s>", "</s>"])
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                      decoders.Strip(" ", 1, 0)])
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+                                   pad_token="<unk>")
+
+
+def test_masks_where_every_text_gets_a_word_start():
+    tokenizer = sentencepiece_like()
+    assert tokenizer.convert_ids_to_tokens(tokenizer("B", add_special_tokens=False)["input_ids"])[0].startswith("▁")
+    check_masks(tokenizer, section(300, 80))
+    answer, _ = Encoder(tokenizer, section(300, 80)).answer("B")
+    assert tokenizer.convert_ids_to_tokens(answer) == ["B", "</s>"], "as it stands after 'Answer:', without the mark"
 
 
 @pytest.mark.data
