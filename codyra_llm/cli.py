@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -32,10 +33,13 @@ def run(recipe: RecipeArg, overrides: Overrides = None, local_rank: LocalRank = 
     The same command goes on where a run stopped; a finished run whose recipe gains a task at the end goes on with it.
     Example: codyra-llm run recipes/quickstart.yaml method.rank=8 output=runs/rank8
     """
+    from accelerate.state import PartialState
+
     from . import recipe as recipes
     from .run import run as run_recipe
 
     run_recipe(recipes.load(recipe, overrides or []))
+    PartialState().destroy_process_group()  # if there is one
 
 
 @app.command()
@@ -56,7 +60,7 @@ def report(folder: Path) -> None:
 
     opened = RunFolder(folder)
     summary = summarise_run(opened.recipe, METHODS[opened.recipe.method.name].trains, opened.scores)
-    opened.write_summary(summary, render(opened.recipe, summary))
+    opened.write_summary(summary, render(opened.recipe, summary, opened.updates))
     console.print(table(summary))
 
 
@@ -145,7 +149,9 @@ def main(args: list[str] | None = None) -> None:
     try:
         app(args=args, prog_name="codyra-llm")
     except Fault as fault:
-        if int(os.environ.get("RANK", "0")) == 0:
-            for message in fault.messages:
-                print(f"error: {message}", file=sys.stderr)
+        # The launcher ends all ranks when one ends: the first gets time to say it, the others speak up if it does not.
+        if rank := int(os.environ.get("RANK", "0")):
+            time.sleep(15)
+        for message in fault.messages:
+            print(f"error{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -4,10 +4,12 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 from transformers.integrations import unset_hf_deepspeed_config
 
@@ -27,8 +29,9 @@ def accelerator() -> Accelerator:
     many = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if zero:
         _prepare_deepspeed(cpu)
-    handlers = [InitProcessGroupKwargs(backend="gloo")] if cpu and (zero or many) else []
-    made = Accelerator(mixed_precision="no", cpu=cpu and not zero, kwargs_handlers=handlers)  # cpu=True drops DeepSpeed
+    # The first process alone converts models and writes checkpoints, which can take longer than the usual ten minutes.
+    group = InitProcessGroupKwargs(timeout=timedelta(hours=2), **({"backend": "gloo"} if cpu and (zero or many) else {}))
+    made = Accelerator(mixed_precision="no", cpu=cpu and not zero, kwargs_handlers=[group])  # cpu=True drops DeepSpeed
     if zero:
         config = made.state.deepspeed_plugin.deepspeed_config
         if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
@@ -54,6 +57,20 @@ def _prepare_deepspeed(cpu: bool) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # It calls collectives by names that torch is about to change, once per step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def collectively(mine: bool, action: Callable, *args) -> Any:
+    """`action(*args)` on the processes where `mine` holds, None on the others, which wait for it. A Fault of any process
+    is raised on all, so that none goes on to wait for one that is gone."""
+    result, faults = None, []
+    if mine:
+        try:
+            result = action(*args)
+        except Fault as fault:
+            faults = fault.messages
+    if faults := gather_object(faults):
+        raise Fault(*dict.fromkeys(faults))
+    return result
 
 
 def zero_stage(acc: Accelerator) -> int:

@@ -3,10 +3,13 @@
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from .errors import Fault
 
 
 @contextmanager
@@ -24,6 +27,16 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+
+
+def await_file(path: Path, seconds: float = 90) -> None:
+    """Wait until a file that another node wrote is seen here: network file systems remember a listing for a while."""
+    end = time.monotonic() + seconds
+    while path not in path.parent.glob("*"):
+        if time.monotonic() > end:
+            raise Fault(f"{path} was written by the first process and is not seen by this one; give an output on a file "
+                        f"system that all nodes share")
+        time.sleep(0.5)
 
 
 def write_json(path: Path, value: Any) -> None:

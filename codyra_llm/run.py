@@ -7,16 +7,18 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from . import __version__, distributed, models
 from .benchmarks.trace.metrics import headline, score
+from .distributed import collectively
 from .errors import Fault
 from .evaluate.generate import answers
 from .evaluate.scores import summarise
 from .export import write_merged
-from .files import replacing
+from .files import await_file, replacing
 from .folder import RunFolder
 from .lora.merge import report as update_report
 from .recipe import Recipe
@@ -31,29 +33,30 @@ PROBE_TOKENS = 32  # general-ability probes have short answers
 def run(recipe: Recipe) -> RunFolder:
     """Run a recipe, or go on with it where it stopped. Returns the finished run's folder."""
     acc = distributed.accelerator()
-    with acc.local_main_process_first():
-        setup = prepare(recipe)
+    first = acc.is_local_main_process  # of each node, so that what is made or converted on first use is made once
+    setup = collectively(first, prepare, recipe)
+    setup = collectively(not first, prepare, recipe) or setup
     _refuse_launch(setup, acc)
     folder = RunFolder(Path(recipe.output))
-    if acc.is_main_process:
-        folder.open(setup.recipe, _manifest(setup, acc))
-    acc.wait_for_everyone()
+    manifest = _manifest(setup, acc) if acc.is_main_process else None
+    collectively(acc.is_main_process, folder.open, setup.recipe, manifest)
+    collectively(True, await_file, folder.path / "manifest.json")
     if setup.recipe.eval.zero_shot or not setup.method.trains or setup.probes:
         evaluate(setup, folder, acc, -1)
     for index in range(len(setup.recipe.tasks)) if setup.method.trains else ():
         if index >= len(folder.archive().files):
             learn(setup, folder, acc, index)
         evaluate(setup, folder, acc, index)
-    if acc.is_main_process:
-        finish(setup, folder)
-    acc.wait_for_everyone()
+    collectively(acc.is_main_process, finish, setup, folder)
     return folder
 
 
 def learn(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> None:
     """Train on one task, from what is on disk to an update on disk."""
     recipe, method, archive, task = setup.recipe, setup.method, folder.archive(), setup.recipe.tasks[index]
-    model = setup.model(archive, index - 1 if method.mode == "add" else -1).to(acc.device)
+    model = setup.model(archive, index - 1 if method.mode == "add" else -1)
+    if distributed.zero_stage(acc) < 3:  # stage 3 moves it to the device in shards
+        model = model.to(acc.device)
     method.attach(model)
     method.begin_task(model, index, archive)
     if recipe.model.gradient_checkpointing:
@@ -82,17 +85,17 @@ def learn(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> None
         console.print(f"{task}: learnt in {time.perf_counter() - began:.0f} s, {kept} of {rank} ranks kept")
     trainer.engine.free()
     acc.wait_for_everyone()
+    collectively(True, await_file, archive.path(index, task))
 
 
 def evaluate(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> None:
     """Score the merged model after task `index` (-1: the base) on what the recipe asks for and no row holds yet."""
     recipe = setup.recipe
     after = recipe.tasks[index] if index >= 0 else "base"
-    done = {(row["step"], row["task"]) for row in folder.scores}
+    done = broadcast_object_list([{(row["step"], row["task"]) for row in folder.scores}])[0]
     pending = [item for item in _due(setup, index) if (index + 1, item[0]) not in done]
     if not pending:
         return
-    acc.wait_for_everyone()  # all ranks have read the rows before the first is added
     model = setup.model(folder.archive(), index).to(acc.device).eval()
     for task, records, new in pending:
         began = time.perf_counter()
@@ -115,7 +118,7 @@ def evaluate(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> N
 def finish(setup: Setup, folder: RunFolder) -> None:
     """Summary, report and, if asked, the final merged model."""
     summary = summarise_run(setup.recipe, setup.method.trains, folder.scores)
-    folder.write_summary(summary, render(setup.recipe, summary))
+    folder.write_summary(summary, render(setup.recipe, summary, folder.updates))
     console.print(table(summary))
     target = folder.path / "checkpoint"
     if setup.recipe.checkpoint and setup.method.trains:
@@ -144,8 +147,8 @@ def _task_data(setup: Setup, index: int) -> TaskData:
 def _refuse_launch(setup: Setup, acc: Accelerator) -> None:
     stage, method = distributed.zero_stage(acc), setup.method
     if stage > method.max_zero_stage:
-        raise Fault(f"method {method.name} runs up to ZeRO stage {method.max_zero_stage}, this launch has stage {stage}; "
-                    f"choose a lower stage in the accelerate config")
+        raise Fault(f"method {method.name} with these settings runs up to ZeRO stage {method.max_zero_stage} (0: without "
+                    f"DeepSpeed), this launch has stage {stage}; choose a lower stage in the accelerate config")
     if stage and method.carries_optimizer:
         raise Fault("method.carry_optimizer works with one process or DDP, not with DeepSpeed; set it to false or "
                     "launch without DeepSpeed")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from .data import Batch, Encoded, collate, example_weights, micro_batches, shuffled
@@ -108,10 +109,10 @@ class Trainer:
         totals = torch.stack([sum(term[name] for term in losses) for name in losses[0]])
         totals = self.acc.reduce(totals, "sum").tolist()
         if not all(map(math.isfinite, totals)):
-            bad = [b.examples for b, terms in zip(batches, losses) if not torch.stack(list(terms.values())).isfinite().all()]
+            own = [b.examples for b, terms in zip(batches, losses) if not torch.stack(list(terms.values())).isfinite().all()]
             raise Fault(f"task {task.name}, step {step + 1}: the loss is {sum(totals)}; the micro-batches of training "
-                        f"examples {bad or 'on another rank'} caused it (counted from 0 in train.json); look at them, "
-                        f"or lower optim.lr")
+                        f"examples {gather_object(own)} caused it (counted from 0 in train.json); look at them, or "
+                        f"lower optim.lr")
         return {**dict(zip(losses[0], totals)), "grad_norm": self.engine.step()}
 
     def _micro(self, examples: list[Encoded], chosen: list[int]) -> Iterator[Batch]:

@@ -67,6 +67,9 @@ class Archive:
                         f"{', '.join(self.tasks) or 'none'}.{nearest(task, self.tasks)}")
         return self.tasks.index(task)
 
+    def path(self, index: int, task: str) -> Path:
+        return self.folder / f"{index:02d}-{task}.safetensors"
+
     def append(self, task: str, update: Update) -> Path:
         """Write the next update; its file appears whole or not at all."""
         tensors = {f"{site}.{key}": value.contiguous() for site, adapter in update.adapters.items()
@@ -74,7 +77,7 @@ class Archive:
         meta = {"task": task, "mode": update.mode, "scale": repr(update.scale), "base": self.base,
                 "parent": self.lineage[-1], "lineage": _chain(self.lineage[-1], tensors),
                 "sites": json.dumps(list(update.adapters))}
-        path = self.folder / f"{len(self.files):02d}-{task}.safetensors"
+        path = self.path(len(self.files), task)
         with replacing(path) as temporary:
             save_file(tensors, temporary, meta)
         self.files.append(path)

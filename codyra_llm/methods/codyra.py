@@ -74,6 +74,10 @@ class Codyra(Method):
     name, summary, Config = "codyra", "LoRA with learned rank weights, thresholded, pruned and merged", CodyraConfig
     config: CodyraConfig
 
+    @property
+    def max_zero_stage(self) -> int:
+        return 0 if self.config.selection == "random" else 3  # its masks have the parameters' shapes, ZeRO's shards not
+
     def spec(self) -> AdapterSpec:
         c = self.config
         return AdapterSpec(c.rank, c.scale, c.dropout, c.importance_init, c.importance_value)
