@@ -65,8 +65,12 @@ class RunFolder:
     def log(self, row: dict) -> None:
         append_jsonl(self.path / "log.jsonl", row)
 
+    @property
+    def updates(self) -> list[dict]:
+        return read_jsonl(self.path / "updates.jsonl")
+
     def add_update_report(self, task: str, rows: list[dict]) -> None:
-        kept = [row for row in read_jsonl(self.path / "updates.jsonl") if row["task"] != task]
+        kept = [row for row in self.updates if row["task"] != task]
         write_jsonl(self.path / "updates.jsonl", kept + [{"task": task, **row} for row in rows])
 
     def write_summary(self, summary: dict, report: str) -> None:

@@ -49,8 +49,27 @@ def table(found: dict) -> Table:
     return out
 
 
-def render(recipe: Recipe, found: dict) -> str:
-    """The report in Markdown: measures with their formulas, the matrix, general ability."""
+def updates_table(rows: list[dict]) -> list[str]:
+    """Lines of a Markdown table: per task and projection, over the layers, ranks kept of ranks, mean ‖ΔW‖, mean drift
+    and the share of the updates that survived the cast (weighted by ‖ΔW‖²)."""
+    if not rows:
+        return []
+    lines = ["", "| task | projection | ranks kept | ‖ΔW‖ | drift ‖W - W₀‖ | share that survives the cast |",
+             "|---|---|---|---|---|---|"]
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["task"], row["site"].rpartition(".")[2]), []).append(row)
+    for (task, projection), members in groups.items():
+        kept, rank = sum(m["kept"] for m in members), sum(m["rank"] for m in members)
+        moved = sum(m["update_norm"] ** 2 for m in members)
+        share = sum((m["surviving"] or 0) * m["update_norm"] ** 2 for m in members) / moved if moved else None
+        lines.append(f"| {task} | {projection} | {kept} of {rank} | {fmean(m['update_norm'] for m in members):.4f} | "
+                     f"{fmean(m['drift'] for m in members):.4f} | {'' if share is None else format(share, '.4f')} |")
+    return lines
+
+
+def render(recipe: Recipe, found: dict, updates: list[dict]) -> str:
+    """The report in Markdown: measures with their formulas, the matrix, general ability, what each task changed."""
     lines = [f"# {recipe.method.name} on {len(found['tasks'])} tasks", "",
              f"Base model `{recipe.model.path}`, protocol {found['protocol']}, seed {found['seed']}. Scores are 0 to 100.",
              "", "| measure | value | definition |", "|---|---|---|"]
@@ -64,4 +83,4 @@ def render(recipe: Recipe, found: dict) -> str:
     if found["general"]:
         lines += ["", "| general ability | before | after |", "|---|---|---|"]
         lines += [f"| {name} | {_cell(v.get('before'))} | {_cell(v.get('after'))} |" for name, v in found["general"].items()]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + updates_table(updates)) + "\n"

@@ -65,6 +65,9 @@ def test_update_report(finished):
         assert row["drift"] == pytest.approx((model.get_parameter(at) - base.get_parameter(at)).norm().item(), rel=1e-3)
         assert row["surviving"] == pytest.approx(1, abs=1e-3) if row["kept"] else row["surviving"] is None
     assert any(row["kept"] for row in rows)
+    both = [row for row in rows if row["task"] == "TWO" and row["site"].endswith("up_proj")]
+    line = next(x for x in (finished.path / "report.md").read_text().splitlines() if x.startswith("| TWO | up_proj |"))
+    assert f"| {sum(r['kept'] for r in both)} of 8 | {sum(r['update_norm'] for r in both) / 2:.4f} |" in line
 
 
 def test_the_same_command_again_does_nothing(finished):
