@@ -206,3 +206,24 @@ def test_accumulation_does_not_change_the_result(tiny_llama, toy_stream, tmp_pat
             torch.testing.assert_close(weights(eight)[name][key], tensor, rtol=2e-3, atol=2e-4)
     losses = [[json.loads(line)["loss"] for line in (f.path / "log.jsonl").read_text().splitlines()] for f in (one, eight)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_gradient_checkpointing_does_not_change_the_result(tiny_gemma3, toy_stream, tmp_path):
+    plain, checkpointed = (runs.run(recipe(tiny_gemma3, toy_stream, tmp_path / str(on), data__tasks=["ONE"],
+                                           model__gradient_checkpointing=on, checkpoint=False)) for on in (False, True))
+    for name, tensors in weights(plain).items():
+        for key, tensor in tensors.items():
+            torch.testing.assert_close(weights(checkpointed)[name][key], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_bfloat16_sums_in_float32_and_casts_once(tiny_llama, toy_stream, tmp_path):
+    folder = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "run", model__dtype="bfloat16"))
+    setup, archive = prepare(folder.recipe), folder.archive()
+    model, base = setup.model(archive, 1), AutoModelForCausalLM.from_pretrained(tiny_llama)
+    for site, adapter in archive.load(1).adapters.items():
+        w0 = base.get_parameter(f"{site}.weight")
+        exact = w0.double() + sum(a.delta(1.0).double() for a in (archive.load(0).adapters[site], adapter))
+        error = (model.get_parameter(f"{site}.weight").double() - exact).abs()
+        assert (error <= exact.abs() * 2**-8 * (1 + 1e-3) + 1e-9).all(), "one rounding to bfloat16 and no more"
+    shares = [row["surviving"] for row in folder.updates if row["kept"]]
+    assert shares and all(0.5 < share < 1.5 for share in shares) and any(share != 1 for share in shares)
