@@ -2,6 +2,7 @@
 # Installs what is missing, picks the launcher, runs a recipe or the tests.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+[ -f "$here/pyproject.toml" ] || here=${SLURM_SUBMIT_DIR:-$here}  # sbatch runs a copy of this file
 
 usage() {
   cat <<'TEXT'
@@ -26,15 +27,23 @@ importable() { (cd / && "$1" -c 'import importlib.util as u, sys; sys.exit(u.fin
 install() {
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
     echo "error: $("$python" --version 2>&1) is too old; set PYTHON to a Python 3.11 or later" >&2; exit 2; }
-  local want; want=$(cat "$here/pyproject.toml" "$here/constraints.txt" | cksum)
-  if [ "$(cat "$here/.venv/installed" 2>/dev/null)" != "$want" ]; then
-    echo "installing into $here/.venv (once; some minutes)" >&2
-    "$python" -m venv "$here/.venv"
+  local want venv=$here/.venv
+  want=$(cat "$here/pyproject.toml" "$here/constraints.txt" | cksum)
+  mkdir -p "$venv"
+  if command -v flock >/dev/null; then exec 9>"$venv/lock"; flock 9; fi  # two nodes, one folder
+  if [ "$(cat "$venv/installed" 2>/dev/null)" != "$want" ]; then
+    echo "installing into $venv (once; some minutes)" >&2
+    "$python" -m venv "$venv"
+    pip() { "$venv/bin/python" -m pip install --disable-pip-version-check --constraint "$here/constraints.txt" "$@"; }
+    # PyPI's torch for Linux brings 4 GB of CUDA: without a GPU the small build will do, where its index can be reached.
+    if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then
+      pip -qq --retries 0 --extra-index-url https://download.pytorch.org/whl/cpu torch || true
+    fi
     # DeepSpeed's operators are compiled where they are first used, if at all: nothing here needs them.
-    DS_BUILD_OPS=0 "$here/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-      --constraint "$here/constraints.txt" --editable "$here[deepspeed,test]"
-    echo "$want" > "$here/.venv/installed"
+    DS_BUILD_OPS=0 pip --quiet --editable "$here[deepspeed,test]"
+    echo "$want" > "$venv/installed"
   fi
+  exec 9>&-
   python=$here/.venv/bin/python
 }
 
@@ -55,14 +64,23 @@ processes=${PROCESSES:-$((gpus > 1 ? gpus : 1))}
 total=$((nodes * processes))
 if [ "$total" -eq 1 ] && [ -z "${ACCELERATE_CONFIG:-}" ]; then exec "$python" -m codyra_llm run "$@"; fi
 
-if [ "$nodes" -gt 1 ] && [ -z "${MASTER_ADDR:-}" ]; then
+master=${MASTER_ADDR:-} rank=${NODE_RANK:-${SLURM_NODEID:-0}} port=${MASTER_PORT:-29500}
+if [ "$nodes" -gt 1 ] && [ -z "$master" ]; then
   command -v scontrol >/dev/null || { echo "error: set MASTER_ADDR to the first node's address" >&2; exit 2; }
-  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 fi
-options=(--num_processes "$total" --num_machines "$nodes" --machine_rank "${NODE_RANK:-${SLURM_NODEID:-0}}"
-  --main_process_ip "${MASTER_ADDR:-127.0.0.1}" --main_process_port "${MASTER_PORT:-29500}" --mixed_precision no)
-if [ -n "${ACCELERATE_CONFIG:-}" ]; then options+=(--config_file "$ACCELERATE_CONFIG")
-elif [ "$gpus" -gt 0 ]; then options+=(--multi_gpu --dynamo_backend no)
-else options+=(--cpu --dynamo_backend no --num_cpu_threads_per_process "$(((($(nproc) + processes - 1)) / processes))")
+cores=$(( $(getconf _NPROCESSORS_ONLN) / processes ))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 0 ? cores : 1))}
+if [ -n "${ACCELERATE_CONFIG:-}" ]; then
+  options=(--config_file "$ACCELERATE_CONFIG" --num_processes "$total" --num_machines "$nodes" --machine_rank "$rank")
+  if [ "$nodes" -gt 1 ]; then  # standard: this script starts every node itself, DeepSpeed needs no ssh
+    options+=(--main_process_ip "$master" --main_process_port "$port" --deepspeed_multinode_launcher standard)
+  else options+=(--main_process_port "${MASTER_PORT:-0}")  # 0: a free one
+  fi
+  exec "$python" -m accelerate.commands.launch "${options[@]}" -m codyra_llm run "$@"
 fi
-exec "$python" -m accelerate.commands.launch "${options[@]}" -m codyra_llm run "$@"
+options=(--nproc-per-node "$processes")
+if [ "$nodes" -gt 1 ]; then options+=(--nnodes "$nodes" --node-rank "$rank" --master-addr "$master" --master-port "$port")
+else options+=(--standalone)
+fi
+exec "$python" -m torch.distributed.run "${options[@]}" -m codyra_llm run "$@"
