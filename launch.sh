@@ -34,13 +34,9 @@ install() {
   if [ "$(cat "$venv/installed" 2>/dev/null)" != "$want" ]; then
     echo "installing into $venv (once; some minutes)" >&2
     "$python" -m venv "$venv"
-    pip() { "$venv/bin/python" -m pip install --disable-pip-version-check --constraint "$here/constraints.txt" "$@"; }
-    # PyPI's torch for Linux brings 4 GB of CUDA: without a GPU the small build will do, where its index can be reached.
-    if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then
-      pip -qq --retries 0 --extra-index-url https://download.pytorch.org/whl/cpu torch || true
-    fi
     # DeepSpeed's operators are compiled where they are first used, if at all: nothing here needs them.
-    DS_BUILD_OPS=0 pip --quiet --editable "$here[deepspeed,test]"
+    DS_BUILD_OPS=0 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+      --constraint "$here/constraints.txt" --editable "$here[deepspeed,test]"
     echo "$want" > "$venv/installed"
   fi
   exec 9>&-
