@@ -76,7 +76,8 @@ if [ -n "${ACCELERATE_CONFIG:-}" ]; then
   exec "$python" -m accelerate.commands.launch "${options[@]}" -m codyra_llm run "$@"
 fi
 options=(--nproc-per-node "$processes")
-if [ "$nodes" -gt 1 ]; then options+=(--nnodes "$nodes" --node-rank "$rank" --master-addr "$master" --master-port "$port")
+if [ "$nodes" -gt 1 ]; then
+  options+=(--nnodes "$nodes" --node-rank "$rank" --master-addr "$master" --master-port "$port")
 else options+=(--standalone)
 fi
 exec "$python" -m torch.distributed.run "${options[@]}" -m codyra_llm run "$@"

@@ -1,4 +1,4 @@
-"""The engine of one task: one process, DDP or DeepSpeed ZeRO behind the same few verbs. No other file knows DeepSpeed."""
+"""The engine of one task: one process, DDP or DeepSpeed ZeRO behind the same verbs. No other file knows DeepSpeed."""
 
 import contextlib
 import os
@@ -30,7 +30,8 @@ def accelerator() -> Accelerator:
     if zero:
         _prepare_deepspeed(cpu)
     # The first process alone converts models and writes checkpoints, which can take longer than the usual ten minutes.
-    group = InitProcessGroupKwargs(timeout=timedelta(hours=2), **({"backend": "gloo"} if cpu and (zero or many) else {}))
+    backend = {"backend": "gloo"} if cpu and (zero or many) else {}
+    group = InitProcessGroupKwargs(timeout=timedelta(hours=2), **backend)
     made = Accelerator(mixed_precision="no", cpu=cpu and not zero, kwargs_handlers=[group])  # cpu=True drops DeepSpeed
     if zero:
         config = made.state.deepspeed_plugin.deepspeed_config
@@ -60,8 +61,8 @@ def _prepare_deepspeed(cpu: bool) -> None:
 
 
 def collectively(mine: bool, action: Callable, *args) -> Any:
-    """`action(*args)` on the processes where `mine` holds, None on the others, which wait for it. A Fault of any process
-    is raised on all, so that none goes on to wait for one that is gone."""
+    """`action(*args)` on the processes where `mine` holds, None on the others, which wait for it. A Fault of any
+    process is raised on all, so that none goes on to wait for one that is gone."""
     result, faults = None, []
     if mine:
         try:

@@ -34,8 +34,8 @@ def await_file(path: Path, seconds: float = 90) -> None:
     end = time.monotonic() + seconds
     while path not in path.parent.glob("*"):
         if time.monotonic() > end:
-            raise Fault(f"{path} was written by the first process and is not seen by this one; give an output on a file "
-                        f"system that all nodes share")
+            raise Fault(f"{path} was written by the first process and is not seen by this one; give an output on a "
+                        f"file system that all nodes share")
         time.sleep(0.5)
 
 

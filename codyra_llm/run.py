@@ -147,8 +147,8 @@ def _task_data(setup: Setup, index: int) -> TaskData:
 def _refuse_launch(setup: Setup, acc: Accelerator) -> None:
     stage, method = distributed.zero_stage(acc), setup.method
     if stage > method.max_zero_stage:
-        raise Fault(f"method {method.name} with these settings runs up to ZeRO stage {method.max_zero_stage} (0: without "
-                    f"DeepSpeed), this launch has stage {stage}; choose a lower stage in the accelerate config")
+        raise Fault(f"method {method.name} with these settings runs up to ZeRO stage {method.max_zero_stage} "
+                    f"(0: without DeepSpeed), this launch has stage {stage}; choose a lower stage in the accelerate config")
     if stage and method.carries_optimizer:
         raise Fault("method.carry_optimizer works with one process or DDP, not with DeepSpeed; set it to false or "
                     "launch without DeepSpeed")

@@ -109,7 +109,8 @@ class Trainer:
         totals = torch.stack([sum(term[name] for term in losses) for name in losses[0]])
         totals = self.acc.reduce(totals, "sum").tolist()
         if not all(map(math.isfinite, totals)):
-            own = [b.examples for b, terms in zip(batches, losses) if not torch.stack(list(terms.values())).isfinite().all()]
+            own = [batch.examples for batch, terms in zip(batches, losses)
+                   if not torch.stack(list(terms.values())).isfinite().all()]
             raise Fault(f"task {task.name}, step {step + 1}: the loss is {sum(totals)}; the micro-batches of training "
                         f"examples {gather_object(own)} caused it (counted from 0 in train.json); look at them, or "
                         f"lower optim.lr")

@@ -1,4 +1,4 @@
-"""Two processes on this machine equal one: DDP under torchrun, DeepSpeed under accelerate launch; faults end them all."""
+"""Two processes on this machine equal one: DDP under torchrun, DeepSpeed under accelerate launch; faults end both."""
 
 import json
 import os

@@ -1,5 +1,7 @@
 """Every shipped recipe runs as YAML and as a program; every launcher starts it; faults are sentences."""
 
+import json
+import os
 import socket
 import subprocess
 import sys
@@ -77,6 +79,17 @@ def test_launchers(launcher, small, tmp_path):
                           capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert finished(tmp_path)
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(not (ROOT / "launch.sh").is_file(), reason="not a checkout")
+def test_launch_script(small, tmp_path):
+    env = {**os.environ, "PYTHON": sys.executable, "PROCESSES": "2", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([ROOT / "launch.sh", str(SHIPPED / "quickstart.yaml"), *small], env=env, capture_output=True,
+                          text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert finished(tmp_path)
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["world_size"] == 2
 
 
 def test_all_faults_of_a_recipe_at_once(tmp_path, capsys):
