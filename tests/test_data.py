@@ -25,7 +25,7 @@ def tokenizer(request, tiny_llama, tiny_gemma3):
     return models.load_tokenizer({"llama": tiny_llama, "gemma3": tiny_gemma3}[request.param])
 
 
-def check_masks(tokenizer, data):
+def assert_masks(tokenizer, data):
     encoder = Encoder(tokenizer, data)
     for prompt, answer in TEXTS:
         e, = encoder.encode([{"prompt": prompt, "answer": answer}])
@@ -41,7 +41,7 @@ def check_masks(tokenizer, data):
 
 
 def test_masks(tokenizer):
-    check_masks(tokenizer, section())
+    assert_masks(tokenizer, section())
 
 
 def sentencepiece_like():
@@ -61,7 +61,7 @@ def sentencepiece_like():
 def test_masks_where_every_text_gets_a_word_start():
     tokenizer = sentencepiece_like()
     assert tokenizer.convert_ids_to_tokens(tokenizer("B", add_special_tokens=False)["input_ids"])[0].startswith("▁")
-    check_masks(tokenizer, section(300, 80))
+    assert_masks(tokenizer, section(300, 80))
     answer, _ = Encoder(tokenizer, section(300, 80)).answer("B")
     assert tokenizer.convert_ids_to_tokens(answer) == ["B", "</s>"], "as it stands after 'Answer:', without the mark"
 
@@ -70,7 +70,7 @@ def test_masks_where_every_text_gets_a_word_start():
 @pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
 def test_masks_with_real_tokenizers(name, real_model):
     tokenizer = models.load_tokenizer(real_model(name))
-    check_masks(tokenizer, section())
+    assert_masks(tokenizer, section())
 
 
 def test_a_bos_in_the_text_is_not_doubled(tokenizer):

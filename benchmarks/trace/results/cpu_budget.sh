@@ -16,12 +16,12 @@ published=(method=seqlora method.rank=8 method.alpha=32 method.dropout=0.1 'meth
 
 case $1 in
   smollm2)
-    size=(data.max_train_examples=32 eval.max_examples=20)
+    size=(data.max_train_examples=32 eval.max_examples=16)
     arm trace_smollm2 smollm2-135m smollm2-codyra-cpu "${size[@]}" optim.lr=1e-3 method=codyra
     arm trace_smollm2 smollm2-135m smollm2-seqlora-cpu "${size[@]}" optim.lr=1e-3 method=seqlora
     arm trace_smollm2 smollm2-135m smollm2-seqlora-published-cpu "${size[@]}" "${published[@]}" ;;
   gemma3)
-    size=(data.max_train_examples=16 eval.max_examples=10)
+    size=(data.max_train_examples=12 eval.max_examples=8)
     arm trace_gemma3_270m gemma3-270m gemma3-codyra-cpu "${size[@]}" optim.lr=1e-3 method=codyra
     arm trace_gemma3_270m gemma3-270m gemma3-seqlora-cpu "${size[@]}" optim.lr=1e-3 method=seqlora
     arm trace_gemma3_270m gemma3-270m gemma3-seqlora-published-cpu "${size[@]}" "${published[@]}" ;;
