@@ -62,6 +62,10 @@ class RunFolder:
         write_jsonl(self.path / "predictions" / f"{row['step']:02d}-{row['after']}" / f"{row['task']}.jsonl", predictions)
         append_jsonl(self.path / "scores.jsonl", row)
 
+    def restart_log(self, task: str) -> None:
+        """Leave out what an attempt at `task` logged before it was stopped."""
+        write_jsonl(self.path / "log.jsonl", [row for row in read_jsonl(self.path / "log.jsonl") if row["task"] != task])
+
     def log(self, row: dict) -> None:
         append_jsonl(self.path / "log.jsonl", row)
 

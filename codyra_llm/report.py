@@ -5,7 +5,7 @@ from statistics import fmean
 from rich.box import SIMPLE
 from rich.table import Column, Table
 
-from .benchmarks.trace.metrics import headline
+from .benchmarks.trace.metrics import headline, versioned
 from .evaluate.matrix import FORMULAS, summary
 from .recipe import Recipe
 
@@ -27,7 +27,7 @@ def summarise_run(recipe: Recipe, trains: bool, rows: list[dict]) -> dict:
         if row["kind"] == "general":
             general[row["task"]]["before" if row["step"] == 0 else "after"] = row["score"]
     return {"method": recipe.method.name, "protocol": recipe.data.protocol, "seed": recipe.seed,
-            "metrics": [headline(task, recipe.data.protocol) for task in tasks],
+            "metrics": [versioned(headline(task, recipe.data.protocol)) for task in tasks],
             **found, "general": general}
 
 

@@ -65,6 +65,8 @@ def learn(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> None
     if method.carries_optimizer and index:
         trainer.load_state(load_file(folder.state(index - 1)))
     data, began = _task_data(setup, index), time.perf_counter()
+    if acc.is_main_process:
+        folder.restart_log(task)
     with console.status(f"{task}: learning") as status:
         def log(row: dict) -> None:
             if acc.is_main_process:

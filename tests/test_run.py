@@ -12,6 +12,7 @@ from codyra_llm import recipe as recipes
 from codyra_llm import run as runs
 from codyra_llm.errors import Fault
 from codyra_llm.export import write_merged, write_peft
+from codyra_llm.files import read_jsonl
 from codyra_llm.lora.archive import Adapter, Archive
 from codyra_llm.lora.layer import sites
 from codyra_llm.setup import prepare
@@ -85,6 +86,7 @@ def test_killed_and_restarted_equals_straight_through(method, tiny_llama, toy_st
 
     def dies(setup, folder, acc, index):
         if index == 1:
+            folder.log({"task": "TWO", "step": 1})  # as far as it got
             raise KeyboardInterrupt
         learn(setup, folder, acc, index)
 
@@ -96,6 +98,8 @@ def test_killed_and_restarted_equals_straight_through(method, tiny_llama, toy_st
         for key, tensor in tensors.items():
             assert torch.equal(tensor, weights(killed)[name][key]), (name, key)
     assert [r["score"] for r in straight.scores] == [r["score"] for r in killed.scores]
+    steps = [[(r["task"], r["step"]) for r in read_jsonl(f.path / "log.jsonl")] for f in (straight, killed)]
+    assert steps[0] == steps[1]
 
 
 def test_a_finished_run_goes_on_with_a_task_added_at_the_end(finished, tiny_llama, toy_stream, tmp_path):

@@ -98,10 +98,6 @@ class Method:
         """The update that task `index` leaves. No engine lives any more."""
         return Update(adapters, self.spec().scale, self.mode)
 
-    def ranks(self, adapters: dict[str, Adapter]) -> dict[str, int]:
-        """Active ranks by site while training, for the log."""
-        return {site: len(a.a) if a.w is None else int((a.w != 0).sum()) for site, a in adapters.items()}
-
 
 @torch.no_grad()
 def restore(model: nn.Module, update: Update) -> None:

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from ..lora.archive import Archive
-from ..lora.layer import AdapterSpec, sites
+from ..lora.layer import AdapterSpec
 from .base import LoraConfig, Method, Positive, restore
 
 
