@@ -58,7 +58,8 @@ def story(rng: random.Random) -> tuple[str, str, int]:
     have, change = rng.randrange(2, 10), rng.randrange(2, 10)
     gains = have <= change or rng.random() < 0.5
     noun, verb = rng.choice(list(NOUNS)), rng.choice(GAIN if gains else LOSE)
-    return f"{rng.choice(NAMES)} has {have} {noun} and {verb} {change}.", noun, have + change if gains else have - change
+    left = have + change if gains else have - change
+    return f"{rng.choice(NAMES)} has {have} {noun} and {verb} {change}.", noun, left
 
 
 def mixture(rng: random.Random) -> tuple[str, int]:

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (DataCollatorForSeq2Seq, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer,
-                          TrainingArguments, set_seed)
+from transformers import (LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments,
+                          default_data_collator, set_seed)
 
 from codyra_llm.files import replacing
 
@@ -15,7 +15,7 @@ from .lexicon import WORDS_ZH
 from .skills import skill_records
 from .tasks import TASKS, Pair
 
-BATCH = 32
+ROWS = 6  # rows of 128 tokens in a step, about 33 examples
 # A digit stands alone and `<EOL>` stays whole, so one rule sees one token per unit of meaning.
 PIECES = r" ?<\w+>|\d| ?\p{L}+|\n+| ?[^\s\p{L}\d]|\s"
 
@@ -48,6 +48,25 @@ def encode(tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]) -> list[dict[s
              "labels": [-100] * len(p) + a + [tokenizer.eos_token_id]} for p, a in zip(prompts, answers)]
 
 
+def pack(examples: list[dict[str, list[int]]], length: int = 128) -> list[dict[str, list[int]]]:
+    """Rows of `length` tokens, each of several examples; positions restart with every example, which is what keeps the
+    attention of one from the next. Half the cost of padding each example to the longest."""
+    rows: list[dict[str, list[int]]] = []
+    for example in examples:
+        size = len(example["input_ids"])
+        if not rows or len(rows[-1]["input_ids"]) + size > length:
+            rows.append({"input_ids": [], "labels": [], "position_ids": []})
+        rows[-1]["input_ids"] += example["input_ids"]
+        rows[-1]["labels"] += example["labels"]
+        rows[-1]["position_ids"] += range(size)
+    for row in rows:
+        rest = length - len(row["input_ids"])
+        row["input_ids"] += [0] * rest
+        row["labels"] += [-100] * rest
+        row["position_ids"] += range(rest)
+    return rows
+
+
 def small_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A LLaMA of 0.43 million weights. The wide initialization and the low RoPE base let attention find its
     patterns within a few hundred steps, as texts are no longer than 50 tokens."""
@@ -59,12 +78,12 @@ def small_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def pretrain_mini(out: Path, seed: int = 0, steps: int = 1500) -> None:
-    """Train tokenizer and model from nothing in `steps` steps of 32 examples and write the Hugging Face folder `out`.
+    """Train tokenizer and model from nothing in `steps` steps of about 33 examples and write the Hugging Face folder `out`.
 
     Sets the global random seed. Replaces `out` when all is done.
     """
     rng = random.Random(f"pretrain {seed}")
-    pairs = skill_records(rng, steps * BATCH)
+    pairs = skill_records(rng, steps * ROWS * 6)
     # The tokenizer sees examples of the tasks as well, so that none of their words falls apart.
     examples = pairs[:8000] + [task(rng) for task in TASKS.values() for _ in range(200)]
     tokenizer = train_tokenizer(["".join(pair) for pair in examples])
@@ -72,11 +91,13 @@ def pretrain_mini(out: Path, seed: int = 0, steps: int = 1500) -> None:
     model = small_llama(tokenizer)
     with replacing(Path(out)) as scratch:
         arguments = TrainingArguments(
-            output_dir=scratch, max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=3e-3,
+            output_dir=scratch, max_steps=steps, per_device_train_batch_size=ROWS, learning_rate=3e-3,
             warmup_steps=steps // 20, lr_scheduler_type="cosine", weight_decay=0.01, adam_beta2=0.98, seed=seed,
             save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True)
-        Trainer(model=model, args=arguments, train_dataset=encode(tokenizer, pairs),
-                data_collator=DataCollatorForSeq2Seq(tokenizer)).train()
+        model.config.use_cache = False  # with a cache, attention would ignore where positions restart
+        Trainer(model=model, args=arguments, train_dataset=pack(encode(tokenizer, pairs)),
+                data_collator=default_data_collator).train()
+        model.config.use_cache = True
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
 

@@ -91,10 +91,12 @@ def program(rng: random.Random) -> Pair:
 
 def pick(rng: random.Random) -> Pair:
     kind, options, index = choices(rng)
-    listed = "\n".join(f"{number}. {option}" for number, option in zip("123", options))
     if rng.random() < 0.5:
-        return f"Choose a number.\n\nQuestion:\nWhich is {kind}?\n\nChoices:\n{listed}\n\nNumber:", str(index + 1)
-    return f"Find {kind}.\n{listed}\nPick:", f"{index + 1}. {options[index]}"
+        listed = "\n".join(f"{number}. {option}" for number, option in zip("123", options))
+        prompt = f"Choose a number.\n\nQuestion:\nWhich is {kind}?\n\nChoices:\n{listed}\n\nNumber:"
+        return prompt, f"{index + 1}\n{options[index]}"
+    listed = "\n".join(f"{letter}. {option}" for letter, option in zip("ABC", options))
+    return f"Find {kind}.\n{listed}\nPick:", f"{options[index]} {'ABC'[index]}"
 
 
 def calculate(rng: random.Random) -> Pair:
