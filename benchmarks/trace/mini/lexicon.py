@@ -42,7 +42,7 @@ CODE_VERBS = ["get", "set", "show", "test"]
 GAIN, LOSE = ["buys", "finds", "gets"], ["sells", "loses", "gives"]
 
 # Words of the tasks' answers and instructions; the small model learns to write them by copying.
-PLAIN = """A B C a an the is are I motion adopting rejecting animal thing dovish hawkish neutral stance summary import os
-return self print assert def How many now mol salt acid base Write Choose Which Answer Question Text""".split()
+PLAIN = """A B C a an the is are I motion adopting rejecting animal thing dovish hawkish neutral stance summary import
+os return self print assert def How many now mol salt acid base Write Choose Which Answer Question Text""".split()
 WORDS_ZH = [*PEOPLE_ZH, *STATES_ZH, *sum(ATTITUDE, []), *(zh for _, _, zh in NOUNS.values()),
             "判断", "态度", "中立", "文本", "对象", "很", "不", "好", "坏", "平", "文", "问", "答"]

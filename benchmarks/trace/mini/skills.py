@@ -85,7 +85,7 @@ def minutes(rng: random.Random) -> Pair:
 def program(rng: random.Random) -> Pair:
     verb, lines, result = code(rng)
     if rng.random() < 0.5:
-        return f"<s> import sys <EOL> {' <EOL> '.join(lines)} <EOL>", f"{result} . {verb} ( )"
+        return f"<s> import sys <EOL> {' <EOL> '.join(lines)} <EOL>", f"self . {verb} ( {result} )"
     return "\n".join(lines), f"\n{verb} ( {result} )"
 
 
@@ -96,7 +96,7 @@ def pick(rng: random.Random) -> Pair:
         prompt = f"Choose a number.\n\nQuestion:\nWhich is {kind}?\n\nChoices:\n{listed}\n\nNumber:"
         return prompt, f"{index + 1}\n{options[index]}"
     listed = "\n".join(f"{letter}. {option}" for letter, option in zip("ABC", options))
-    return f"Find {kind}.\n{listed}\nPick:", f"{options[index]} {'ABC'[index]}"
+    return f"Find {kind}.\n{listed}\nPick:", f"{'ABC'[index]} {options[index]}"
 
 
 def calculate(rng: random.Random) -> Pair:
@@ -109,8 +109,8 @@ def calculate(rng: random.Random) -> Pair:
 def limit(rng: random.Random) -> Pair:
     text, salt = mixture(rng)
     if rng.random() < 0.5:
-        return f"Solve the problem.\nQuestion:\n{text} How many salt?\nAnswer:", f"{salt} mol"
-    return ask("Limit", text), str(salt)
+        return f"Solve the problem.\nQuestion:\n{text} How many salt?\nAnswer:", f"{salt} mol salt"
+    return ask("Limit", text), f"{salt} mol"
 
 
 def synonyms(rng: random.Random) -> Pair:
