@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # The commands behind the mini-* results: mini-TRACE, small LLaMA, three seeds, one CPU thread per run.
-# seqlora (and its fresh variant) runs at the better of two learning rates (2e-3 and 4e-3, by OP with seed 1234), as codyra does.
 # usage: mini.sh [OUT]
 set -euo pipefail
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
@@ -13,8 +12,10 @@ arm() { # arm NAME SEED OVERRIDE...
 
 for seed in 1 2 3; do
   arm codyra "$seed"
-  arm seqlora "$seed" method=seqlora method.rank=8 optim.lr=2e-3
-  arm seqlora-fresh "$seed" method=seqlora method.rank=8 method.fresh=true optim.lr=2e-3
+  arm seqlora "$seed" method=seqlora method.rank=8
+  arm seqlora-fresh "$seed" method=seqlora method.rank=8 method.fresh=true
+done
+for seed in 1 2 3; do
   arm codyra-published "$seed" method.align=false method.importance_init=normal method.threshold.schedule=published \
     method.threshold.operator=released
   arm codyra-random "$seed" method.align=false method.selection=random method.keep=0.82
