@@ -16,6 +16,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from .errors import Fault
 from .lora.archive import Adapter
 from .lora.layer import sites
+from .lora.shared import shared_inputs
 
 
 def accelerator() -> Accelerator:
@@ -88,6 +89,7 @@ class Engine:
         self.deepspeed = acc.state.deepspeed_plugin is not None
         if self.deepspeed:
             acc.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = max_norm
+        self.shared = shared_inputs(objective)
         self.inner = optimizer  # ZeRO puts its shards in place of the parameters in this very optimizer
         self.module, self.optimizer = acc.prepare(objective, optimizer)
         if self.deepspeed:  # prepare has set it: transformers would load the next task's model in shards
@@ -116,11 +118,17 @@ class Engine:
         """Clip, update, clear. Returns the global gradient norm before clipping."""
         if self.deepspeed:
             self.module.step()
-            return float(self.module.get_global_grad_norm() or 0.0)
-        norm = self.acc.clip_grad_norm_(self.module.parameters(), self.max_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            norm = self.module.get_global_grad_norm() or 0.0
+        else:
+            norm = self.acc.clip_grad_norm_(self.module.parameters(), self.max_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self._forget()
         return float(norm)
+
+    def _forget(self) -> None:
+        for shared in self.shared:
+            shared.forget()
 
     def adapters(self) -> dict[str, Adapter]:
         """All adapters in float32 on the CPU, gathered whole on every rank (collective under ZeRO)."""
@@ -140,6 +148,7 @@ class Engine:
         for state in self.inner.state.values():
             state["exp_avg"].zero_()
             state["exp_avg_sq"].zero_()
+        self._forget()
 
     def _write(self, p: nn.Parameter, value: Tensor) -> None:
         if not self.deepspeed:

@@ -22,6 +22,7 @@ class ModelSection(Strict):
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(None, description="default: sdpa where the "
                                                                             "family has it, else eager (gemma2)")
     gradient_checkpointing: bool = False
+    fused: bool = Field(True, description="the hand-written LoRA functions; false: the same maths in plain autograd")
 
 
 class DataSection(Strict):

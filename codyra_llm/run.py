@@ -21,6 +21,7 @@ from .export import write_merged
 from .files import await_file, replacing
 from .folder import RunFolder
 from .lora.merge import report as update_report
+from .lora.shared import share_inputs
 from .recipe import Recipe
 from .report import render, summarise_run, table
 from .setup import Setup, prepare
@@ -58,6 +59,7 @@ def learn(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> None
     if distributed.zero_stage(acc) < 3:  # stage 3 moves it to the device in shards
         model = model.to(acc.device)
     method.attach(model)
+    share_inputs(model, recipe.model.fused, across=distributed.zero_stage(acc) < 3)
     method.begin_task(model, index, archive)
     if recipe.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

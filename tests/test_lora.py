@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from codyra_llm.errors import Fault
 from codyra_llm.lora.archive import Adapter, Archive, Update
-from codyra_llm.lora.function import RankSelective
+from codyra_llm.lora.function import Group, SharedLinears, shadow
 from codyra_llm.lora.layer import AdapterSpec, LoraLinear, attach, sites
 from codyra_llm.lora.merge import merged_weight
 
@@ -17,6 +17,13 @@ def tensors(n=5, i=7, o=6, r=3, dtype=torch.float64, seed=0):
     x, weight, bias = (torch.randn(*s, generator=g, dtype=dtype) for s in ((n, i), (o, i), (o,)))
     a, w, b = (torch.randn(*s, generator=g, dtype=dtype) for s in ((r, i), (r,), (o, r)))
     return x, weight, bias, a, w, b
+
+
+def ours(x, dropped, weight, bias, a, w, b, scale):
+    """One layer through the function."""
+    factors = [(a, w, b)]
+    group = Group((lambda: weight,), (bias,), scale, shadow(factors, scale, x.dtype))
+    return SharedLinears.apply(x, dropped, group, a, w, b)[0]
 
 
 def dense(x, dropped, weight, bias, a, w, b, scale):
@@ -36,28 +43,25 @@ def test_function_equals_the_dense_formula(weighted, dropout, biased):
     leaves = [t for t in (x, dropped, a, w, b) if t is not None]
     for leaf in leaves:
         leaf.requires_grad_()
-    ours = RankSelective.apply(x, dropped, weight, bias, a, w, b, 1.7)
-    theirs = dense(x, dropped, weight, bias, a, w, b, 1.7)
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-    seed = torch.randn_like(ours)
-    for mine, other in zip(torch.autograd.grad(ours, leaves, seed), torch.autograd.grad(theirs, leaves, seed)):
-        torch.testing.assert_close(mine, other, rtol=1e-11, atol=1e-11)
+    mine, theirs = (f(x, dropped, weight, bias, a, w, b, 1.7) for f in (ours, dense))
+    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    seed = torch.randn_like(mine)
+    for left, right in zip(torch.autograd.grad(mine, leaves, seed), torch.autograd.grad(theirs, leaves, seed)):
+        torch.testing.assert_close(left, right, rtol=1e-11, atol=1e-11)
 
 
 def test_gradcheck():
     x, weight, bias, a, w, b = tensors()
     for t in (x, a, w, b):
         t.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, a, w, b: RankSelective.apply(x, None, weight, bias, a, w, b, 0.9),
-                                    (x, a, w, b))
-    assert torch.autograd.gradcheck(lambda x, a, b: RankSelective.apply(x, x * 0.5, weight, None, a, None, b, 2.0),
-                                    (x, a, b))
+    assert torch.autograd.gradcheck(lambda x, a, w, b: ours(x, None, weight, bias, a, w, b, 0.9), (x, a, w, b))
+    assert torch.autograd.gradcheck(lambda x, a, b: ours(x, x * 0.5, weight, None, a, None, b, 2.0), (x, a, b))
 
 
 def test_a_weight_of_zero_still_gets_gradient():
     x, weight, bias, a, w, b = tensors()
     w = torch.zeros_like(w).requires_grad_()
-    RankSelective.apply(x, None, weight, None, a, w, b, 1.0).sum().backward()
+    ours(x, None, weight, None, a, w, b, 1.0).sum().backward()
     expected = ((x @ a.T) * (torch.ones(5, 6, dtype=torch.float64) @ b)).sum(0)
     torch.testing.assert_close(w.grad, expected)
     assert w.grad.abs().min() > 0
@@ -66,7 +70,7 @@ def test_a_weight_of_zero_still_gets_gradient():
 def test_backward_twice_and_double_use_of_an_input():
     x, weight, _, a, w, b = tensors()
     x.requires_grad_()
-    f = lambda x: RankSelective.apply(x, None, weight, None, a, w, b, 1.0)  # noqa: E731
+    f = lambda x: ours(x, None, weight, None, a, w, b, 1.0)  # noqa: E731
     y = (f(x) * f(x)).sum()
     first, = torch.autograd.grad(y, x, retain_graph=True)
     second, = torch.autograd.grad(y, x)
@@ -81,7 +85,7 @@ def test_small_updates_survive_in_bfloat16(ratio):
     x, weight, _, a, w, b = tensors(n=64, i=256, o=256, r=8, dtype=torch.float32)
     b *= ratio * weight.norm() / ((b * w) @ a).norm()
     x, weight = x.bfloat16(), weight.bfloat16()
-    run = lambda b: RankSelective.apply(x, None, weight, None, a, w, b, 1.0).double()  # noqa: E731
+    run = lambda b: ours(x, None, weight, None, a, w, b, 1.0).double()  # noqa: E731
     exact = x.double() @ ((b * w) @ a).double().T
     moved = run(b) - run(torch.zeros_like(b))
     share = (moved * exact).sum() / exact.square().sum()

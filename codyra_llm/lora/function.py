@@ -1,56 +1,161 @@
-"""The forward and backward of one rank-selective LoRA linear, written by hand on ATen matrix products (no Triton)."""
+"""Forward and backward of rank-selective LoRA written by hand on ATen matrix products (no Triton): linear layers that
+share an input, and the gated MLP as a whole."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-class RankSelective(torch.autograd.Function):
-    """y = x Wᵀ + b + s·((x̃ Aᵀ) ⊙ w) Bᵀ for a frozen W; x̃ is the adapter's own input (x after dropout, or x itself).
+class Shadow(NamedTuple):
+    """Copies of a group's factors in the compute dtype; R = Σ r_k. Masters stay float32 and get the gradients."""
 
-    Shapes: x, x̃ [N, in]; W [out, in]; b [out] or None; A [r, in]; w [r] or None (all ones); B [out, r]; y [N, out].
-    The adapter's product is taken first and the frozen one is added to it, so that a small update is not rounded away
-    on the grid of y. With H = x̃ Aᵀ, G = dY B, P = dYᵀ H and Q = Gᵀ x̃:
+    a: Tensor  # [R, in], all A_k one below the other
+    wa: Tensor  # [R, in], s·diag(w_k) A_k
+    b: tuple[Tensor, ...]  # [out_k, r_k]
+    wb: tuple[Tensor, ...]  # [out_k, r_k], s·B_k diag(w_k)
 
-        dB = s·P diag(w)     dA = s·diag(w) Q     dw = s·colsum(B ∘ P)     dx = dY W     dx̃ = s·(G ∘ w) A
 
-    dw costs no pass over N, and it is not zero where w is zero, so a rank can come back. Nothing saved is overwritten.
+class Group(NamedTuple):
+    """Frozen layers that read one input, and what their adapters need beside the masters. `weights` are called when
+    they are needed, in forward and in backward, so that a quantised W lives only that long."""
+
+    weights: tuple[Callable[[], Tensor], ...]  # () -> W_k [out_k, in]
+    biases: tuple[Tensor | None, ...]
+    scale: float
+    shadow: Shadow
+
+
+Factors = Sequence[tuple[Tensor, Tensor | None, Tensor]]  # (A_k, w_k, B_k), the masters
+
+
+@torch.no_grad()
+def shadow(factors: Factors, scale: float, dtype: torch.dtype) -> Shadow:
+    """Cast once what every micro-batch of an optimizer step reads; products with w are taken in float32 first."""
+    a = torch.cat([a for a, _, _ in factors]).to(dtype)
+    wa = torch.cat([scaled(a, w, scale, 0) for a, w, _ in factors]).to(dtype)
+    return Shadow(a, wa, tuple(b.detach().to(dtype) for _, _, b in factors),
+                  tuple(scaled(b, w, scale, 1).to(dtype) for _, w, b in factors))
+
+
+def scaled(factor: Tensor, w: Tensor | None, scale: float, rank_dim: int) -> Tensor:
+    """s·factor with its rank dimension weighted by w, in the dtype of the factor."""
+    return scale * factor if w is None else factor * (scale * w).unsqueeze(1 - rank_dim)
+
+
+class SharedLinears(torch.autograd.Function):
+    """y_k = x W_kᵀ + b_k + s·((x̃ A_kᵀ) ⊙ w_k) B_kᵀ for frozen W_k; x̃ is the adapters' input (x, or x after dropout).
+
+    Shapes: x, x̃ [N, in]; W_k [out_k, in]; A_k [r_k, in]; w_k [r_k] or None (all ones); B_k [out_k, r_k]; y_k [N, out_k].
+    Called as `apply(x, x̃ or None, group, A_1, w_1, B_1, A_2, ...)`, returns (y_1, y_2, ...). The adapter's product is taken
+    first and the frozen one is added to it, so that a small update is not rounded away on the grid of y. With
+    H = x̃ Aᵀ (one product for all k), G_k = dY_k B_k, P_k = dY_kᵀ H_k and Q = Gᵀ x̃ (one product):
+
+        dB = s·P diag(w)     dA = s·diag(w) Q     dw = s·colsum(B ∘ P)     dx = Σ dY_k W_k     dx̃ = s·(G ∘ w) A
+
+    dw costs no pass over N, and it is not zero where w is zero, so a rank can come back. x is read once for H and once
+    for Q whatever the number of layers; x and H are all that is saved, and nothing saved is overwritten.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor | None,
-                a: Tensor, w: Tensor | None, b: Tensor, scale: float) -> Tensor:
-        source = x if dropped is None else dropped
-        hidden = source @ a.to(x.dtype).T
-        y = hidden @ _scaled(b, w, scale).to(x.dtype).T
-        y.addmm_(x, weight.T)
-        if bias is not None:
-            y += bias
-        ctx.save_for_backward(x, dropped, weight, a, w, b, hidden)
-        ctx.scale = scale
+    def forward(ctx, x: Tensor, dropped: Tensor | None, group: Group, *factors: Tensor | None):
+        outputs, hidden = _forward(group, x, x if dropped is None else dropped)
+        ctx.group = group
+        ctx.save_for_backward(x, dropped, hidden, *factors)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys: Tensor):
+        x, dropped, hidden, *factors = ctx.saved_tensors
+        grads = _factor_grads(ctx.group, dys, x if dropped is None else dropped, hidden, _triples(factors))
+        dx = d_dropped = None
+        if dropped is None:
+            dx = _input_grad(ctx.group, dys, grads.g) if ctx.needs_input_grad[0] else None
+        elif ctx.needs_input_grad[1]:
+            dx, d_dropped = _input_grad(ctx.group, dys, None), grads.g @ ctx.group.shadow.wa
+        return dx, d_dropped, None, *grads.factors
+
+
+class GatedMlp(torch.autograd.Function):
+    """y = (act(gate) ⊙ up) W_dᵀ + …, gate and up from x, each linear with its adapter as in `SharedLinears`, no dropout.
+
+    Called as `apply(x, gate-and-up group, down group, act, six factors of gate and up, three of down)`; x [N, h] -> y [N, h].
+    Saves x, gate, up and the two [N, r] products; act(gate) ⊙ up, [N, intermediate], is taken again in backward, where
+    plain autograd would have kept it and act(gate).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, pair: Group, down: Group, act: nn.Module, *factors: Tensor | None):
+        (gate, up), hidden = _forward(pair, x, x)
+        inner = act(gate) * up
+        (y,), hidden_down = _forward(down, inner, inner)
+        ctx.groups, ctx.act = (pair, down), act
+        ctx.save_for_backward(x, gate, up, hidden, hidden_down, *factors)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        x, dropped, weight, a, w, b, hidden = ctx.saved_tensors
-        scale, low = ctx.scale, dy.dtype
-        g = dy @ b.to(low)
-        p = (dy.T @ hidden).to(b.dtype)
-        q = (g.T @ (x if dropped is None else dropped)).to(a.dtype)
-        db = _scaled(p, w, scale)
-        da = scale * q if w is None else (scale * w)[:, None] * q
-        dw = None if w is None else scale * (b * p).sum(0)
-        dx = d_dropped = None
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            d_adapter = g @ (scale * a if w is None else (scale * w)[:, None] * a).to(low)
-            if dropped is None:
-                dx = d_adapter.addmm_(dy, weight)
-            else:
-                dx, d_dropped = dy @ weight, d_adapter
-        return dx, d_dropped, None, None, da, dw, db, None
+        x, gate, up, hidden, hidden_down, *factors = ctx.saved_tensors
+        pair, down = ctx.groups
+        factors = _triples(factors)
+        with torch.enable_grad():  # the derivative of whatever activation the family has
+            leaf = gate.detach().requires_grad_()
+            activated = ctx.act(leaf)
+        value = activated.detach()
+        down_grads = _factor_grads(down, (dy,), value * up, hidden_down, factors[2:])
+        d_inner = _input_grad(down, (dy,), down_grads.g)
+        d_gate, = torch.autograd.grad(activated, leaf, d_inner * up)
+        dys = (d_gate, d_inner.mul_(value))
+        grads = _factor_grads(pair, dys, x, hidden, factors[:2])
+        dx = _input_grad(pair, dys, grads.g) if ctx.needs_input_grad[0] else None
+        return dx, None, None, None, *grads.factors, *down_grads.factors
 
 
-def _scaled(b: Tensor, w: Tensor | None, scale: float) -> Tensor:
-    """s·b·diag(w) in the dtype of b, before any cast to the compute dtype."""
-    return scale * b if w is None else b * (scale * w)
+def _triples(factors: Sequence[Tensor | None]) -> Factors:
+    return list(zip(factors[::3], factors[1::3], factors[2::3]))
+
+
+def _forward(group: Group, x: Tensor, source: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """(y_1, …) and H [N, R]."""
+    hidden = source @ group.shadow.a.T
+    parts = hidden.split([wb.shape[1] for wb in group.shadow.wb], 1)
+    outputs = []
+    for h, wb, weight, bias in zip(parts, group.shadow.wb, group.weights, group.biases):
+        y = h @ wb.T if bias is None else torch.addmm(bias, h, wb.T)
+        outputs.append(y.addmm_(x, weight().T))
+    return tuple(outputs), hidden
+
+
+class _Grads(NamedTuple):
+    factors: list[Tensor | None]  # dA_1, dw_1, dB_1, dA_2, …
+    g: Tensor  # [N, R]
+
+
+def _factor_grads(group: Group, dys: Sequence[Tensor], source: Tensor, hidden: Tensor, factors: Factors) -> _Grads:
+    g = torch.cat([dy @ b for dy, b in zip(dys, group.shadow.b)], 1)
+    ranks = [b.shape[1] for b in group.shadow.b]
+    out: list[Tensor | None] = []
+    for dy, h, q, (_, w, b) in zip(dys, hidden.split(ranks, 1), _master(g.T, source).split(ranks), factors):
+        p = _master(dy.T, h)
+        dw = None if w is None else group.scale * (b * p).sum(0)
+        out += [scaled(q, w, group.scale, 0), dw, scaled(p, w, group.scale, 1)]
+    return _Grads(out, g)
+
+
+def _input_grad(group: Group, dys: Sequence[Tensor], g: Tensor | None) -> Tensor:
+    """Σ dY_k W_k, on top of the adapters' part where g is given."""
+    dx = None if g is None else g @ group.shadow.wa
+    for dy, weight in zip(dys, group.weights):
+        dx = dy @ weight() if dx is None else dx.addmm_(dy, weight())
+    return dx
+
+
+def _master(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in the dtype of the masters: float32 sums are kept where the device can write them out."""
+    if a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
+    return a @ b

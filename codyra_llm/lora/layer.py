@@ -5,12 +5,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ..errors import Fault, nearest
 from ..models import PROJECTIONS
 from ..seeds import generator
-from .function import RankSelective
+from .shared import SharedInput
 
 
 @dataclass(frozen=True)
@@ -27,13 +26,13 @@ class AdapterSpec:
 class LoraLinear(nn.Linear):
     """y = x Wᵀ + b + s·((drop(x) Aᵀ) ⊙ w) Bᵀ: W and b frozen, A [r, in], w [r] (or None) and B [out, r] trained.
 
-    It owns W itself, under the name the plain layer had, so that the model's state dict keeps its keys and ZeRO-3
-    gathers W with the layer. A, w and B are float32 unless W is float64. `active` False leaves the plain linear.
+    It owns W itself, under the name the plain layer had, so that the model's state dict keeps its keys. A, w and B are
+    float32 unless W is float64. `shared` computes it, together with the layers that read the same input.
     """
 
     def __init__(self, base: nn.Linear, spec: AdapterSpec):
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.spec, self.active = base.in_features, base.out_features, spec, True
+        self.in_features, self.out_features, self.spec = base.in_features, base.out_features, spec
         self.weight, self.bias = base.weight.requires_grad_(False), base.bias
         if self.bias is not None:
             self.bias.requires_grad_(False)
@@ -41,6 +40,22 @@ class LoraLinear(nn.Linear):
         self.lora_A = nn.Parameter(torch.empty(spec.rank, self.in_features, **kind))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, spec.rank, **kind))
         self.lora_w = nn.Parameter(torch.empty(spec.rank, **kind)) if spec.importance else None
+        self.shared = SharedInput([self])
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The masters (A, w, B)."""
+        return self.lora_A, self.lora_w, self.lora_B
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype it computes in: autocast's where that is on, else that of W."""
+        device = self.weight.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+
+    def frozen(self, dtype: torch.dtype) -> Tensor:
+        """W [out, in] in the given dtype."""
+        return self.weight.to(dtype)
 
     @torch.no_grad()
     def reset(self, *key: int | str) -> None:
@@ -56,14 +71,7 @@ class LoraLinear(nn.Linear):
             self.lora_w.copy_(torch.full(shape, value) if fixed else value * torch.randn(shape, generator=draw))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.active:
-            return functional.linear(x, self.weight, self.bias)
-        flat = x.reshape(-1, self.in_features).to(self.weight.dtype)
-        rate = self.spec.dropout if self.training else 0.0
-        dropped = functional.dropout(flat, rate) if rate else None
-        y = RankSelective.apply(flat, dropped, self.weight, self.bias,
-                                self.lora_A, self.lora_w, self.lora_B, self.spec.scale)
-        return y.view(*x.shape[:-1], self.out_features)
+        return self.shared.output(self, x)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.spec.rank}, scale={self.spec.scale}"

@@ -1,0 +1,120 @@
+"""Adapted layers that read the same input computed together, and the gated MLP as one function."""
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .function import GatedMlp, Group, SharedLinears, shadow
+
+if TYPE_CHECKING:
+    from .layer import LoraLinear
+
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class SharedInput:
+    """Computes all its layers when the first of them is called, and hands the others theirs when they are called on the
+    same tensor: the model's own attention and MLP code stays as it is.
+
+    Dropout draws one mask for all of them. `fused` False: the same maths by plain autograd.
+    """
+
+    def __init__(self, layers: list["LoraLinear"]):
+        self.layers, self.fused = layers, True
+        self.forget()
+        for layer in layers:
+            layer.shared = self
+
+    def forget(self) -> None:
+        """Drop what is cached. Needed after the masters were written in a way that autograd's version counters don't
+        see (DeepSpeed writes to `.data`)."""
+        self._shadow = self._made_from = self._input = None
+        self._outputs: dict[int, Tensor] = {}
+
+    def output(self, layer: "LoraLinear", x: Tensor) -> Tensor:
+        """This layer's output for x [..., in]."""
+        if len(self.layers) == 1:
+            return self.compute(x)[0]
+        kept = self._input is not None and self._input[0] is x and self._input[1] == x._version
+        if not kept or id(layer) not in self._outputs:
+            self._input, self._outputs = (x, x._version), dict(zip(map(id, self.layers), self.compute(x)))
+        y = self._outputs.pop(id(layer))
+        if not self._outputs:
+            self._input = None
+        return y
+
+    def compute(self, x: Tensor) -> list[Tensor]:
+        """The outputs of all layers, in order."""
+        dtype = self.layers[0].dtype
+        flat = x.reshape(-1, x.shape[-1]).to(dtype)
+        spec = self.layers[0].spec
+        with torch.autocast(x.device.type, enabled=False):  # dtypes are explicit here, and autocast knows no addmm_
+            dropped = functional.dropout(flat, spec.dropout) if spec.dropout and self.layers[0].training else None
+            if self.fused:
+                out = SharedLinears.apply(flat, dropped, self.group(dtype), *self.masters())
+            else:
+                out = [_eager(layer, flat, flat if dropped is None else dropped) for layer in self.layers]
+        return [y.view(*x.shape[:-1], y.shape[-1]) for y in out]
+
+    def masters(self) -> list[Tensor | None]:
+        return [factor for layer in self.layers for factor in layer.factors]
+
+    def group(self, dtype: torch.dtype) -> Group:
+        """What the functions read, with shadows of the masters as they are now: made once per optimizer step."""
+        masters = self.masters()
+        made_from = (dtype, masters[0].device, [(id(m), m._version) for m in masters if m is not None])
+        if made_from != self._made_from:
+            self._shadow = shadow([layer.factors for layer in self.layers], self.layers[0].spec.scale, dtype)
+            self._made_from = made_from
+        biases = (None if layer.bias is None else layer.bias.to(dtype) for layer in self.layers)
+        return Group(tuple(partial(layer.frozen, dtype) for layer in self.layers), tuple(biases),
+                     self.layers[0].spec.scale, self._shadow)
+
+
+def _eager(layer: "LoraLinear", x: Tensor, source: Tensor) -> Tensor:
+    """The layer's formula in plain autograd."""
+    a, w, b = layer.factors
+    hidden = source @ a.to(x.dtype).T
+    scale = layer.spec.scale if w is None else (layer.spec.scale * w).to(x.dtype)
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return (hidden * scale) @ b.to(x.dtype).T + functional.linear(x, layer.frozen(x.dtype), bias)
+
+
+def share_inputs(model: nn.Module, fused: bool = True, across: bool = True) -> None:
+    """Let q, k, v and gate, up of every block be computed together where they have adapters, and a block's MLP as one
+    function where all three have and there is no dropout. `fused` False: the same grouping in plain autograd. `across`
+    False: every layer by itself, for ZeRO-3, which gathers weights layer by layer."""
+    for block in list(model.modules()):
+        for names in SIBLINGS if across else ():
+            layers = [child for name in names if hasattr(child := getattr(block, name, None), "shared")]
+            if layers:
+                SharedInput(layers)
+        if fused and across and _is_adapted_mlp(block):
+            block.forward = partial(_mlp, block)
+    for shared in shared_inputs(model):
+        shared.fused = fused
+
+
+def _is_adapted_mlp(block: nn.Module) -> bool:
+    layers = [getattr(block, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    return (all(hasattr(layer, "shared") and not layer.spec.dropout for layer in layers)
+            and isinstance(getattr(block, "act_fn", None), nn.Module))
+
+
+def _mlp(block: nn.Module, x: Tensor) -> Tensor:
+    """down(act(gate(x)) ⊙ up(x)), the forward of every supported family's MLP."""
+    pair, down = block.gate_proj.shared, block.down_proj.shared
+    dtype = block.gate_proj.dtype
+    with torch.autocast(x.device.type, enabled=False):
+        y = GatedMlp.apply(x.reshape(-1, x.shape[-1]).to(dtype), pair.group(dtype), down.group(dtype), block.act_fn,
+                           *pair.masters(), *down.masters())
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def shared_inputs(model: nn.Module) -> list[SharedInput]:
+    """The model's groups, each once."""
+    return list({id(m.shared): m.shared for m in model.modules() if hasattr(m, "shared")}.values())
+
