@@ -63,7 +63,7 @@ def learn(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> None
     method.begin_task(model, index, archive)
     if recipe.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    trainer = Trainer(acc, method, model, recipe.optim, setup.tokenizer.pad_token_id)
+    trainer = Trainer(acc, method, model, recipe.optim, setup.tokenizer.pad_token_id, recipe.data.batching)
     if method.carries_optimizer and index:
         trainer.load_state(load_file(folder.state(index - 1)))
     data, began = _task_data(setup, index), time.perf_counter()

@@ -10,17 +10,19 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from .data import Batch, Encoded, collate, example_weights, micro_batches, shuffled
+from . import attention
+from .data import Batch, Encoded, batch_tokens, collate, example_weights, micro_batches, shuffled
 from .distributed import Engine
 from .errors import Fault
 from .lora.archive import Adapter
 from .methods import Method
 from .optim import ProximalAdamW, lr_factor
 from .recipe import OptimSection
+from .seeds import generator
 
 
 class Objective(nn.Module):
-    """The method's loss as a module, so that DDP's and ZeRO's hooks run around it."""
+    """The method's loss as a module, so that ZeRO's hooks run around it."""
 
     def __init__(self, model: nn.Module, method: Method):
         super().__init__()
@@ -51,11 +53,15 @@ class TaskData:
 
 
 class Trainer:
-    """Trains the adapters of `model` on one task."""
+    """Trains the adapters of `model` on one task, its micro-batches padded or packed as `batching` says."""
 
-    def __init__(self, acc: Accelerator, method: Method, model: nn.Module, optim: OptimSection, pad: int):
+    def __init__(self, acc: Accelerator, method: Method, model: nn.Module, optim: OptimSection, pad: int,
+                 batching: str = "auto"):
         self.acc, self.method, self.optim, self.pad = acc, method, optim, pad
         self.tokens = optim.micro_batch_tokens or (16384 if acc.device.type == "cuda" else 4096)
+        self.packed = batching == "packed" or (batching == "auto" and attention.pays(model, acc.device))
+        if self.packed:
+            attention.use(model)
         groups = method.param_groups(model, optim.lr)
         self.optimizer = ProximalAdamW(groups, betas=optim.betas, weight_decay=optim.weight_decay)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -67,7 +73,6 @@ class Trainer:
         `log` gets one row per optimizer step. Raises Fault when a loss is not finite, before anything is updated by it.
         """
         steps, best, kept = task.steps(self.optim.batch_size), math.inf, None
-        torch.manual_seed(seed + 1000 * task.index + self.acc.process_index)  # dropout
         self.engine.module.train()
         for step, chosen in enumerate(task.batches(seed, self.optim.batch_size)):
             began = time.perf_counter()
@@ -76,7 +81,7 @@ class Trainer:
             self.method.before_step(self.engine.groups, step, steps, self.optim.schedule)
             if rewritten := self.method.rewrite(step, steps):
                 self.engine.rewrite(rewritten)
-            row = self._step(task, chosen, step)
+            row = self._step(task, chosen, step, seed)
             if step == 0:
                 self._check_that_all_move()
             if (every := self.optim.validate_every) and ((step + 1) % every == 0 or step + 1 == steps):
@@ -85,7 +90,7 @@ class Trainer:
                     best, kept = row["eval_loss"], self.engine.adapters()
             kappa = max((group.get("kappa", 0.0) for group in self.engine.groups), default=0.0)
             log({"task": task.name, "step": step + 1, "steps": steps, **row, "lr": self.engine.groups[0]["lr"],
-                 "kappa": kappa, "tokens": sum(len(task.examples[i]) for i in chosen),
+                 "kappa": kappa, "tokens": sum(len(task.examples[i]) for i in chosen), "micro_batch_tokens": self.tokens,
                  "seconds": round(time.perf_counter() - began, 4)})
         return kept or self.engine.adapters()
 
@@ -101,13 +106,16 @@ class Trainer:
             own["state"].setdefault(int(i), {})[key] = tensor
         self.optimizer.load_state_dict(own)
 
-    def _step(self, task: TaskData, chosen: list[int], step: int) -> dict[str, float]:
-        losses, batches = [], list(self._micro(task.examples, chosen))
-        for number, batch in enumerate(batches):
-            losses.append(self.engine.accumulate(batch, last=number == len(batches) - 1))
-        # One sum over ranks and one synchronisation per step; a NaN on any rank is a NaN on all.
-        totals = torch.stack([sum(term[name] for term in losses) for name in losses[0]])
-        totals = self.acc.reduce(totals, "sum").tolist()
+    def _step(self, task: TaskData, chosen: list[int], step: int, seed: int) -> dict[str, float]:
+        while True:  # until the micro-batches of all ranks fit into their memories
+            torch.manual_seed(generator("dropout", seed, task.index, step, self.acc.process_index).initial_seed())
+            batches, losses = self._attempt(task.examples, chosen)
+            if not self.engine.anywhere(losses is None):
+                break
+            self.engine.discard()
+            self._shrink([len(task.examples[i]) for i in chosen], f"task {task.name}, step {step + 1}")
+        # A NaN on any rank is a NaN on all.
+        totals = self.engine.reduce(torch.stack([sum(term[name] for term in losses) for name in losses[0]])).tolist()
         if not all(map(math.isfinite, totals)):
             own = [batch.examples for batch, terms in zip(batches, losses)
                    if not torch.stack(list(terms.values())).isfinite().all()]
@@ -116,14 +124,35 @@ class Trainer:
                         f"lower optim.lr")
         return {**dict(zip(losses[0], totals)), "grad_norm": self.engine.step()}
 
+    def _attempt(self, examples: list[Encoded], chosen: list[int]) -> tuple[list[Batch], list[dict[str, Tensor]] | None]:
+        """Forward and backward of this rank's share: the micro-batches and their losses, None where memory ran out."""
+        try:
+            batches = list(self._micro(examples, chosen))
+            return batches, [self.engine.accumulate(batch, last=batch is batches[-1]) for batch in batches]
+        except torch.OutOfMemoryError:
+            return [], None  # outside of this block, where the failed forward's tensors are not held any more
+
+    def _shrink(self, lengths: list[int], where: str) -> None:
+        """Halve the tokens of a micro-batch, down to the longest example alone. Same numbers, so same outcome, on all
+        ranks."""
+        cut = micro_batches(lengths, self.acc.num_processes, self.tokens, self.packed)
+        largest = max(batch_tokens([lengths[i] for i in positions], self.packed) for rank in cut for positions in rank)
+        longest = max(lengths)
+        if largest <= longest:
+            raise Fault(f"{where}: one training example of {longest} tokens alone does not fit into the device's memory, "
+                        f"so optim.micro_batch_tokens ({self.tokens} now) can't be lowered any further; turn on "
+                        f"model.gradient_checkpointing or lower data.max_prompt_tokens")
+        self.tokens = max(longest, largest // 2)
+        self.acc.print(f"{where}: out of memory, going on with optim.micro_batch_tokens at {self.tokens}")
+
     def _micro(self, examples: list[Encoded], chosen: list[int]) -> Iterator[Batch]:
         """This rank's micro-batches of a global batch; an empty one becomes a filler of weight 0."""
         weights = example_weights(examples, chosen, self.optim.loss_average)
         lengths = [len(examples[i]) for i in chosen]
         filler = min(range(len(chosen)), key=lambda i: lengths[i])
-        for positions in micro_batches(lengths, self.acc.num_processes, self.tokens)[self.acc.process_index]:
-            own = [chosen[i] for i in positions] or [chosen[filler]]
-            yield collate(examples, own, [weights[i] for i in positions] or [0.0], self.pad).to(self.acc.device)
+        for positions in micro_batches(lengths, self.acc.num_processes, self.tokens, self.packed)[self.acc.process_index]:
+            own, shares = [chosen[i] for i in positions] or [chosen[filler]], [weights[i] for i in positions] or [0.0]
+            yield collate(examples, own, shares, self.pad, self.packed).to(self.acc.device)
 
     @torch.no_grad()
     def validate(self, examples: list[Encoded]) -> float:
