@@ -185,6 +185,11 @@ def micro_batches(lengths: Sequence[int], world: int, tokens: int, packed: bool 
     return [steps_of_rank + [[] for _ in range(steps - len(steps_of_rank))] for steps_of_rank in ranks]
 
 
+def default_tokens(device: torch.device) -> int:
+    """Tokens of a micro-batch where the recipe names none."""
+    return 16384 if device.type == "cuda" else 4096
+
+
 def batch_tokens(lengths: Sequence[int], packed: bool) -> int:
     """Tokens of a micro-batch of examples of these lengths, padding included."""
     return sum(lengths) if packed else max(lengths, default=0) * len(lengths)

@@ -101,17 +101,19 @@ class Engine:
         """Where lr and kappa are set. Read anew each time: Accelerate and load_state_dict replace the dictionaries."""
         return self.inner.param_groups
 
-    def accumulate(self, batch, last: bool) -> dict[str, Tensor]:
-        """Forward and backward of one micro-batch, the `last` of its step or not. No rank waits for another but under
+    def accumulate(self, batch, first: bool, last: bool) -> dict[str, Tensor]:
+        """Forward and backward of one micro-batch, the `first` (which brings the parameters' own terms) or `last` of its
+        step or not. No rank waits for another but under
         ZeRO, which sums over ranks as it goes, so that a rank out of memory is a Fault there."""
-        terms = self._forward_backward(batch, last) if self.deepspeed else self.module(batch)
+        share = first / self.acc.num_processes
+        terms = self._forward_backward(batch, share, last) if self.deepspeed else self.module(batch, share)
         if not self.deepspeed:
             sum(terms.values()).backward()
         return {name: term.detach() for name, term in terms.items()}
 
-    def _forward_backward(self, batch, last: bool) -> dict[str, Tensor]:
+    def _forward_backward(self, batch, penalty: float, last: bool) -> dict[str, Tensor]:
         try:
-            terms = self.module(batch)
+            terms = self.module(batch, penalty)
             self.module.set_gradient_accumulation_boundary(last)
             # ZeRO averages over ranks, but the batch's weights already divide by the global count.
             self.module.backward(sum(terms.values()) * self.acc.num_processes)
@@ -168,18 +170,21 @@ class Engine:
                               None if layer.lora_w is None else self._full(layer.lora_w))
                 for name, layer in sites(self.model).items()}
 
-    @torch.no_grad()
     def rewrite(self, function: Callable[[Adapter], Adapter]) -> None:
         """Replace every adapter by `function` of it, on all ranks alike, and start Adam's moments from zero."""
-        for layer in sites(self.model).values():
-            factors = (layer.lora_A, layer.lora_B, layer.lora_w)
-            new = function(Adapter(*(None if p is None else self._full(p) for p in factors)))
-            for p, value in zip(factors, new):
-                if p is not None:
-                    self._write(p, broadcast(value.contiguous().to(self.acc.device)))
+        self.put({site: function(adapter) for site, adapter in self.adapters().items()})
         for state in self.inner.state.values():
             state["exp_avg"].zero_()
             state["exp_avg_sq"].zero_()
+
+    @torch.no_grad()
+    def put(self, adapters: dict[str, Adapter]) -> None:
+        """Write these factors, the first rank's, into the model's adapters (collective)."""
+        for site, layer in sites(self.model).items():
+            a, b, w = adapters[site]
+            for p, value in ((layer.lora_A, a), (layer.lora_B, b), (layer.lora_w, w)):
+                if p is not None:
+                    self._write(p, broadcast(value.contiguous().to(self.acc.device)))
         self._forget()
 
     def _write(self, p: nn.Parameter, value: Tensor) -> None:

@@ -11,9 +11,10 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from . import attention
-from .data import Batch, Encoded, batch_tokens, collate, example_weights, micro_batches, shuffled
+from .data import Batch, Encoded, batch_tokens, collate, default_tokens, example_weights, micro_batches, shuffled
 from .distributed import Engine
 from .errors import Fault
+from .gradients import Gradients
 from .lora.archive import Adapter
 from .methods import Method
 from .optim import ProximalAdamW, lr_factor
@@ -28,8 +29,10 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.method = model, method
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        return self.method.loss(self.model, batch)
+    def forward(self, batch: Batch, penalty: float = 0.0) -> dict[str, Tensor]:
+        """The method's terms; with this share of those of the parameters alone."""
+        terms = self.method.loss(self.model, batch)
+        return {**terms, **{k: penalty * v for k, v in self.method.penalty(self.model).items()}} if penalty else terms
 
 
 @dataclass
@@ -58,7 +61,7 @@ class Trainer:
     def __init__(self, acc: Accelerator, method: Method, model: nn.Module, optim: OptimSection, pad: int,
                  batching: str = "auto"):
         self.acc, self.method, self.optim, self.pad = acc, method, optim, pad
-        self.tokens = optim.micro_batch_tokens or (16384 if acc.device.type == "cuda" else 4096)
+        self.tokens = optim.micro_batch_tokens or default_tokens(acc.device)
         self.packed = batching == "packed" or (batching == "auto" and attention.pays(model, acc.device))
         if self.packed:
             attention.use(model)
@@ -66,6 +69,8 @@ class Trainer:
         self.optimizer = ProximalAdamW(groups, betas=optim.betas, weight_decay=optim.weight_decay)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.engine = Engine(acc, Objective(model, method), self.optimizer, optim.max_grad_norm)
+        self.gradients = Gradients(self.engine, self._micro, lambda one: collate([one], [0], [1 / len(one.answer)], pad,
+                                                                                  self.packed).to(acc.device))
 
     def fit(self, task: TaskData, seed: int, log: Callable[[dict], None]) -> dict[str, Adapter]:
         """Train on `task`; returns the adapters of its last step, or of its best where `keep_best` is set.
@@ -92,7 +97,9 @@ class Trainer:
             log({"task": task.name, "step": step + 1, "steps": steps, **row, "lr": self.engine.groups[0]["lr"],
                  "kappa": kappa, "tokens": sum(len(task.examples[i]) for i in chosen), "micro_batch_tokens": self.tokens,
                  "seconds": round(time.perf_counter() - began, 4)})
-        return kept or self.engine.adapters()
+        if kept:
+            self.engine.put(kept)
+        return self.engine.adapters()
 
     def state(self) -> dict[str, Tensor]:
         """Adam's moments and step counts by position of the parameter, for methods that carry them between tasks."""
@@ -115,20 +122,24 @@ class Trainer:
             self.engine.discard()
             self._shrink([len(task.examples[i]) for i in chosen], f"task {task.name}, step {step + 1}")
         # A NaN on any rank is a NaN on all.
-        totals = self.engine.reduce(torch.stack([sum(term[name] for term in losses) for name in losses[0]])).tolist()
+        totals = self.engine.reduce(torch.stack([sum(term.get(name, 0.0) for term in losses) for name in losses[0]])).tolist()
         if not all(map(math.isfinite, totals)):
             own = [batch.examples for batch, terms in zip(batches, losses)
                    if not torch.stack(list(terms.values())).isfinite().all()]
             raise Fault(f"task {task.name}, step {step + 1}: the loss is {sum(totals)}; the micro-batches of training "
                         f"examples {gather_object(own)} caused it (counted from 0 in train.json); look at them, or "
                         f"lower optim.lr")
-        return {**dict(zip(losses[0], totals)), "grad_norm": self.engine.step()}
+        self.method.edit_gradients(self.gradients)
+        norm = self.engine.step()
+        self.method.after_step(self.gradients)
+        return {**dict(zip(losses[0], totals)), "grad_norm": norm}
 
     def _attempt(self, examples: list[Encoded], chosen: list[int]) -> tuple[list[Batch], list[dict[str, Tensor]] | None]:
         """Forward and backward of this rank's share: the micro-batches and their losses, None where memory ran out."""
         try:
             batches = list(self._micro(examples, chosen))
-            return batches, [self.engine.accumulate(batch, last=batch is batches[-1]) for batch in batches]
+            return batches, [self.engine.accumulate(batch, first=batch is batches[0], last=batch is batches[-1])
+                             for batch in batches]
         except torch.OutOfMemoryError:
             return [], None  # outside of this block, where the failed forward's tensors are not held any more
 
