@@ -114,6 +114,17 @@ def export(folder: Annotated[Path, typer.Argument(metavar="RUN")], out: Path,
                   + (f" without {without}" if without else "") + f": {out}")
 
 
+@app.command()
+def methods(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """List the methods: what each trains and needs, whether it merges into the base, and how it can be launched."""
+    from .methods import METHODS, table
+
+    if as_json:
+        print(json.dumps([method.declared() for method in METHODS.values()], indent=1))
+    else:
+        console.print(table())
+
+
 @data_app.command("check")
 def data_check(root: Path, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     """Verify a TRACE folder of any variant: counts, fields, empty answers, encodings, duplicates within and across splits."""

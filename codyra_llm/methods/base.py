@@ -85,6 +85,17 @@ class Method:
     def __init__(self, config: MethodConfig, seed: int):
         self.config, self.seed = config, seed
 
+    @classmethod
+    def declared(cls) -> dict[str, str | bool | int]:
+        """What `codyra-llm methods` says of it."""
+        return {"name": cls.name, "summary": cls.summary, "trains": cls.trains, "old_data": cls.old_data,
+                "task_id": cls.task_id, "merges": cls.merges, "grows": cls.grows, "max_zero_stage": cls.zero_stages()}
+
+    @classmethod
+    def zero_stages(cls) -> int:
+        """The highest ZeRO stage with default settings; 0: one process or data parallel."""
+        return cls(cls.Config(), 0).max_zero_stage
+
     def spec(self) -> AdapterSpec:
         """The adapter at every site."""
         raise TypeError(f"{self.name} has no adapter")
