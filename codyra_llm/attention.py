@@ -1,4 +1,4 @@
-"""Attention over a packed row: examples follow one another, each attends to itself alone and nothing builds a T x T mask."""
+"""Attention over a packed row: examples follow one another, each attends to itself alone, without a T x T mask."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -15,8 +15,8 @@ WIDE = ((8, 0), (9, 0), (10, 0))  # compute capabilities whose flash backward ta
 
 
 def use(model: PreTrainedModel) -> None:
-    """Let `model` attend within segments; every call must give them (`arguments`). Its flash_attention_2 stays: it takes
-    the same arguments. Not for generation: there is no mask for padding."""
+    """Let `model` attend within segments; every call must give them (`arguments`). Its flash_attention_2 stays, since
+    it takes the same arguments. Not for generation: there is no mask for padding."""
     if model.config._attn_implementation != FLASH:
         model.set_attn_implementation(NAME)
 

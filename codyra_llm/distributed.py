@@ -119,8 +119,8 @@ class Engine:
             self.module.backward(sum(terms.values()) * self.acc.num_processes)
         except torch.OutOfMemoryError:
             raise Fault(f"a micro-batch of {batch.ids.numel()} tokens does not fit into the device's memory, and under "
-                        f"DeepSpeed no rank can try again; lower optim.micro_batch_tokens or data.max_prompt_tokens, or "
-                        f"turn on model.gradient_checkpointing") from None
+                        "DeepSpeed no rank can try again; lower optim.micro_batch_tokens or data.max_prompt_tokens, "
+                        "or turn on model.gradient_checkpointing") from None
         return terms
 
     def anywhere(self, mine: bool) -> bool:

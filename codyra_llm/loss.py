@@ -12,8 +12,8 @@ MIN_ROWS = 16  # below this the product with the head reads its weight too often
 class WeightedCrossEntropy(torch.autograd.Function):
     """Σ_m weights[m]·CE(z[m], targets[m]) with logits z = cap·tanh(x Wᵀ + b / cap), or x Wᵀ + b without a cap.
 
-    Shapes: hidden x [M, h]; weight W [V, h]; bias b [V] or None; targets [M]; weights [M]; result [] in float32 (float64
-    for float64). The product runs in x's dtype, everything after it in float32. With p = softmax(z) and y one-hot,
+    Shapes: hidden x [M, h]; weight W [V, h]; bias b [V] or None; targets [M]; weights [M]; result [] in float32, for
+    float64 in float64. The product runs in x's dtype, everything after it in float32. With p = softmax(z) and y one-hot,
 
         dL/dz = weights·(p - y)     dL/d(x Wᵀ + b) = dL/dz·(1 - (z/cap)²)
 

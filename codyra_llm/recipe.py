@@ -36,8 +36,8 @@ class DataSection(Strict):
     truncation: Literal["left", "middle"] = Field("left", description="which part of a long prompt goes; left: TRACE")
     chat_template: bool = False
     max_train_examples: int | None = Field(None, ge=1, description="first N of each task")
-    batching: Literal["auto", "buckets", "packed"] = Field("auto", description="buckets: rows of similar length, padded; "
-                                                           "packed: one row without padding; auto: packed where a GPU "
+    batching: Literal["auto", "buckets", "packed"] = Field("auto", description="buckets: rows of similar length, "
+                                                           "padded; packed: one row without padding; auto: packed where a GPU "
                                                            "has a kernel for it. Does not change the result")
 
 

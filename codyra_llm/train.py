@@ -95,8 +95,8 @@ class Trainer:
                     best, kept = row["eval_loss"], self.engine.adapters()
             kappa = max((group.get("kappa", 0.0) for group in self.engine.groups), default=0.0)
             log({"task": task.name, "step": step + 1, "steps": steps, **row, "lr": self.engine.groups[0]["lr"],
-                 "kappa": kappa, "tokens": sum(len(task.examples[i]) for i in chosen), "micro_batch_tokens": self.tokens,
-                 "seconds": round(time.perf_counter() - began, 4)})
+                 "kappa": kappa, "tokens": sum(len(task.examples[i]) for i in chosen),
+                 "micro_batch_tokens": self.tokens, "seconds": round(time.perf_counter() - began, 4)})
         if kept:
             self.engine.put(kept)
         return self.engine.adapters()
@@ -134,7 +134,7 @@ class Trainer:
         self.method.after_step(self.gradients)
         return {**dict(zip(losses[0], totals)), "grad_norm": norm}
 
-    def _attempt(self, examples: list[Encoded], chosen: list[int]) -> tuple[list[Batch], list[dict[str, Tensor]] | None]:
+    def _attempt(self, examples: list[Encoded], chosen: list[int]) -> tuple[list[Batch], list[dict] | None]:
         """Forward and backward of this rank's share: the micro-batches and their losses, None where memory ran out."""
         try:
             batches = list(self._micro(examples, chosen))
@@ -150,8 +150,8 @@ class Trainer:
         largest = max(batch_tokens([lengths[i] for i in positions], self.packed) for rank in cut for positions in rank)
         longest = max(lengths)
         if largest <= longest:
-            raise Fault(f"{where}: one training example of {longest} tokens alone does not fit into the device's memory, "
-                        f"so optim.micro_batch_tokens ({self.tokens} now) can't be lowered any further; turn on "
+            raise Fault(f"{where}: one training example of {longest} tokens alone does not fit into the device's "
+                        f"memory, so optim.micro_batch_tokens ({self.tokens} now) can't be lowered any further; turn on "
                         f"model.gradient_checkpointing or lower data.max_prompt_tokens")
         self.tokens = max(longest, largest // 2)
         self.acc.print(f"{where}: out of memory, going on with optim.micro_batch_tokens at {self.tokens}")
@@ -161,7 +161,8 @@ class Trainer:
         weights = example_weights(examples, chosen, self.optim.loss_average)
         lengths = [len(examples[i]) for i in chosen]
         filler = min(range(len(chosen)), key=lambda i: lengths[i])
-        for positions in micro_batches(lengths, self.acc.num_processes, self.tokens, self.packed)[self.acc.process_index]:
+        ranks = micro_batches(lengths, self.acc.num_processes, self.tokens, self.packed)
+        for positions in ranks[self.acc.process_index]:
             own, shares = [chosen[i] for i in positions] or [chosen[filler]], [weights[i] for i in positions] or [0.0]
             yield collate(examples, own, shares, self.pad, self.packed).to(self.acc.device)
 

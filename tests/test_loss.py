@@ -1,4 +1,4 @@
-"""The loss in chunks against PyTorch's and transformers' own, to the gradient; and that no tensor of all logits is made."""
+"""The loss in chunks against PyTorch's and transformers' own, to the gradient; no tensor of all logits is made."""
 
 from unittest import mock
 
@@ -150,5 +150,6 @@ def test_it_is_the_models_own_loss(chosen, tiny_llama, tiny_gemma2, tiny_gemma3)
 def test_average_by_sample_is_the_mean_of_each_alone(tiny_llama):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float64)
     together = collate(EXAMPLES, [0, 1], example_weights(EXAMPLES, [0, 1], "sample"), pad=0).cross_entropy(model)
-    alone = [collate(EXAMPLES, [i], example_weights(EXAMPLES, [i], "token"), pad=0).cross_entropy(model) for i in (0, 1)]
+    alone = [collate(EXAMPLES, [i], example_weights(EXAMPLES, [i], "token"), pad=0).cross_entropy(model)
+             for i in (0, 1)]
     torch.testing.assert_close(together, sum(alone) / 2, rtol=1e-6, atol=1e-9)
