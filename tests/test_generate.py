@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from codyra_llm import models
 from codyra_llm import recipe as recipes
 from codyra_llm import run as runs
+from codyra_llm.benchmarks.speed import evaluation
 from codyra_llm.data import Encoder
 from codyra_llm.errors import Fault
 from codyra_llm.evaluate import generate
@@ -54,7 +55,7 @@ def model(request):
 
 
 @pytest.fixture
-def widths(model, monkeypatch):
+def widths(model):
     """(rows, tokens) of every forward pass of the model."""
     seen = []
     model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)),
@@ -151,6 +152,17 @@ def test_ranks_share_the_work_and_repeated_prompts_are_answered_once(tiny_llama,
     assert [found[i] for i in (0, 1, 2, 1, 3)] == everywhere and any(everywhere)
 
 
+def test_the_benchmark_counts_what_differs(tiny_llama, toy_stream, monkeypatch):
+    def measured():
+        return evaluation.measure(tiny_llama, toy_stream, examples=4, new={"ONE": 3, "THREE": 5})
+    assert [(r["task"], r["identical"], r["flipped"]) for r in measured()] == [
+        ("ONE", True, 0), ("ONE", True, 0), ("THREE", True, 0), ("THREE", True, 0)]
+    monkeypatch.setitem(evaluation.ARMS, "batched", lambda *args: [[-1], *evaluation.batched(*args)[1:]])
+    rows = measured()
+    assert [(r["identical"], r["flipped"]) for r in rows] == [(True, 0), (False, 1)] * 2
+    assert rows[0]["ratio"] == 1 and rows[1]["ratio"] == pytest.approx(rows[0]["seconds"] / rows[1]["seconds"])
+
+
 @pytest.fixture
 def vllm_stub(monkeypatch):
     """A module `vllm` that notes what it is given and answers by the torch decoder."""
@@ -202,6 +214,6 @@ def test_vllm_gets_the_evaluated_weights_and_the_same_prompts(vllm_stub, tiny_ll
 
 def test_vllm_is_refused_where_it_is_not_installed(tiny_llama, toy_stream, tmp_path, monkeypatch):
     monkeypatch.setattr("codyra_llm.evaluate.vllm.find_spec", lambda name: None)
-    with pytest.raises(Fault, match=r"vllm is not installed; pip install codyra-llm\[vllm\], or set eval.backend=torch"):
+    with pytest.raises(Fault, match=r"vllm is not installed; .* or set eval.backend=torch$"):
         runs.run(recipe(tiny_llama, toy_stream, tmp_path / "run", "vllm"))
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Greedy generation in plain torch: batched by length, finished rows leave, a shared prefix is encoded once, sharded."""
+"""Greedy generation in torch: batched by length, finished rows leave, a shared prefix is encoded once, sharded."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
