@@ -69,8 +69,10 @@ class EvalSection(Strict):
     split: Literal["test", "eval"] = "test"
     max_new_tokens: int | dict[str, int] | None = Field(None, description="for all tasks, or by task")
     max_examples: int | None = Field(None, ge=1, description="first N of each task")
-    batch_tokens: int | None = Field(None, ge=16, description="tokens (prompt and answer) decoded at once; default "
-                                     "16384 on a CPU, 131072 on a GPU")
+    backend: Literal["torch", "vllm"] = Field("torch", description="vllm: an optional package, on one GPU of the first "
+                                              "process")
+    batch_tokens: int | None = Field(None, ge=16, description="tokens (prompt and answer) that torch decodes at once; "
+                                     "default 4096 on a CPU, 131072 on a GPU")
     general: str | None = Field(None, description="folder of general-ability probes <probe>/test.json, or 'mini', "
                                 "measured before the first task and after the last")
 

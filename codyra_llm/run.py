@@ -17,7 +17,7 @@ from .benchmarks.trace.metrics import headline, score
 from .data import Batch, Encoded, collate, default_tokens, micro_batches
 from .distributed import collectively
 from .errors import Fault
-from .evaluate.generate import answers
+from .evaluate import generate, vllm
 from .evaluate.scores import summarise
 from .export import write_merged
 from .files import await_file, replacing
@@ -28,11 +28,11 @@ from .lora.shared import share_inputs
 from .methods.base import Task
 from .recipe import Recipe
 from .report import render, summarise_run, table
-from .setup import Setup, prepare
+from .setup import PROBE_TOKENS, Setup, prepare
 from .train import TaskData, Trainer
 
 console = Console(highlight=False)
-PROBE_TOKENS = 32  # general-ability probes have short answers
+BACKENDS = {"torch": generate.answering, "vllm": vllm.answering}
 OPTIMIZER = "optimizer."  # in a task's state: Adam's moments
 
 
@@ -131,22 +131,13 @@ def evaluate(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> N
     pending = [item for item in _due(setup, index) if (index + 1, item[0]) not in done]
     if not pending:
         return
-    model = setup.model(folder.archive(), index).to(acc.device).eval()
-    for task, records, new in pending:
-        began = time.perf_counter()
-        prompts, targets = [r["prompt"] for r in records], [r["answer"] for r in records]
-        predictions = answers(acc, model, setup.encoder, prompts, new, recipe.eval.batch_tokens)
-        if not acc.is_main_process:
-            continue
-        scores = score(task, prompts, predictions, targets)
-        main = headline(task, recipe.data.protocol)
-        row = {"after": after, "step": index + 1, "task": task, "kind": "task" if task in recipe.tasks else "general",
-               "headline": main, "score": summarise(scores[main])["mean"],
-               "metrics": {name: summarise(values) for name, values in scores.items()},
-               "empty": sum(not p for p in predictions), "seconds": round(time.perf_counter() - began, 2)}
-        folder.add_scores(row, [{"prompt": p, "prediction": q, "answer": t, **{n: v[i] for n, v in scores.items()}}
-                                for i, (p, q, t) in enumerate(zip(prompts, predictions, targets))])
-        console.print(f"after {after}: {task} {row['score']:.1f}  ({main}, {row['seconds']:.0f} s)")
+    with BACKENDS[recipe.eval.backend](acc, setup, folder.archive(), index) as answers:
+        for task, records, new in pending:
+            began = time.perf_counter()
+            predictions = answers([r["prompt"] for r in records], new)
+            if acc.is_main_process:
+                known = {"after": after, "step": index + 1, "task": task}
+                _add_scores(setup, folder, known, records, predictions, began)
     acc.wait_for_everyone()
 
 
@@ -172,6 +163,19 @@ def _due(setup: Setup, index: int) -> list[tuple[str, list[dict], int]]:
     return due
 
 
+def _add_scores(setup: Setup, folder: RunFolder, known: dict, records: list[dict], predictions: list[str],
+                began: float) -> None:
+    task, prompts, targets = known["task"], [r["prompt"] for r in records], [r["answer"] for r in records]
+    scores, main = score(task, prompts, predictions, targets), headline(task, setup.recipe.data.protocol)
+    row = {**known, "kind": "task" if task in setup.recipe.tasks else "general",
+           "headline": main, "score": summarise(scores[main])["mean"],
+           "metrics": {name: summarise(values) for name, values in scores.items()},
+           "empty": sum(not p for p in predictions), "seconds": round(time.perf_counter() - began, 2)}
+    folder.add_scores(row, [{"prompt": p, "prediction": q, "answer": t, **{n: v[i] for n, v in scores.items()}}
+                            for i, (p, q, t) in enumerate(zip(prompts, predictions, targets))])
+    console.print(f"after {known['after']}: {task} {row['score']:.1f}  ({main}, {row['seconds']:.0f} s)")
+
+
 def _task_data(setup: Setup, index: int) -> TaskData:
     records, epochs = setup.method.train_data(setup.stream, index)
     checked = setup.stream.records(index, "eval") if setup.recipe.optim.validate_every else []
@@ -181,6 +185,8 @@ def _task_data(setup: Setup, index: int) -> TaskData:
 
 def _refuse_launch(setup: Setup, acc: Accelerator) -> None:
     stage, method = distributed.zero_stage(acc), setup.method
+    if setup.recipe.eval.backend == "vllm":
+        vllm.require()
     if stage > method.max_zero_stage:
         raise Fault(f"method {method.name} with these settings runs up to ZeRO stage {method.max_zero_stage} "
                     f"(0: without DeepSpeed), this launch has stage {stage}; choose a lower stage in the accelerate config")

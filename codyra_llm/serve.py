@@ -34,5 +34,5 @@ def answer(source: str, prompt: str, new: int) -> str:
         limit = getattr(model.config, "max_position_embeddings", 4096) - new
         encoder = Encoder(tokenizer, DataSection(root="-", max_prompt_tokens=limit, max_answer_tokens=new + 2))
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    ids = generate_ids(model, encoder.tokenizer, [encoder.prompt(prompt)[0]], new)
+    ids = generate_ids(model, [encoder.prompt(prompt)[0]], new, encoder.tokenizer.eos_token_id)
     return encoder.tokenizer.decode(ids[0], skip_special_tokens=True)

@@ -19,6 +19,7 @@ from .lora.merge import merge
 from .methods import METHODS, Method
 from .recipe import Recipe, by_task
 
+PROBE_TOKENS = 32  # general-ability probes have short answers
 logging.disable_progress_bar()  # every task loads its model anew
 
 
@@ -52,6 +53,12 @@ class Setup:
     def new_tokens(self, index: int) -> int:
         return by_task(self.recipe.eval.max_new_tokens, self.recipe.tasks[index])
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and answer that evaluation can meet."""
+        answers = [self.new_tokens(index) for index in range(len(self.recipe.tasks))]
+        return self.recipe.data.max_prompt_tokens + max(PROBE_TOKENS, *answers)
+
 
 def prepare(recipe: Recipe) -> Setup:
     """Resolve the recipe and check model, data, method and disk. Raises one Fault with all that is wrong."""
@@ -77,7 +84,8 @@ def prepare(recipe: Recipe) -> Setup:
         tried(stream.records, index, recipe.eval.split)
     probes = tried(_probes, recipe.eval.general) if recipe.eval.general else {}
     if base:
-        faults += _disk(Path(recipe.output), size(base) if recipe.checkpoint else 0)
+        merged = recipe.checkpoint or recipe.eval.backend == "vllm"  # never both at once
+        faults += _disk(Path(recipe.output), size(base) if merged else 0)
     if faults:
         raise Fault(*dict.fromkeys(faults))
     tokenizer = models.load_tokenizer(base)

@@ -86,13 +86,13 @@ def test_an_example_that_alone_does_not_fit(tiny_llama, toy_stream, tmp_path, mo
 
 
 def test_deepspeed_says_what_to_lower():
-    def fails(batch):
+    def fails(batch, penalty):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     engine = Engine.__new__(Engine)
-    engine.deepspeed, engine.module = True, fails
+    engine.deepspeed, engine.module, engine.acc = True, fails, SimpleNamespace(num_processes=2)
     with pytest.raises(Fault, match=r"72 tokens .*DeepSpeed.*optim.micro_batch_tokens"):
-        engine.accumulate(SimpleNamespace(ids=torch.zeros(3, 24)), last=True)
+        engine.accumulate(SimpleNamespace(ids=torch.zeros(3, 24)), first=True, last=True)
 
 
 ON_RANK_1 = """

@@ -1,39 +1,89 @@
-"""Greedy generation: batched by length, left-padded, sharded over ranks."""
+"""Greedy generation in torch: batched by length, finished rows leave, a shared prefix is encoded once, sharded."""
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel
 
 from ..data import Encoder
+from ..lora.archive import Archive
+from ..setup import Setup
+
+LEAST_SHARED = 16  # tokens; a shorter prefix does not pay a forward pass of its own
+CPU, GPU = (4096, 16), (131072, 1024)  # tokens and `step` of `batches`; the CPU's are measured, the GPU's estimated
 
 
-def batches(lengths: Sequence[int], new: int, tokens: int) -> Iterator[list[int]]:
-    """Positions in batches of like length, longest first, each at most `tokens` tokens with its `new` ones."""
+def batches(lengths: Sequence[int], new: int, tokens: int, step: int) -> Iterator[list[int]]:
+    """Positions in batches of like length, longest first, each at most `tokens` tokens with its `new` ones.
+
+    `step` says how many prompt tokens cost as much as one decoding step: where the pads of a batch would cost more
+    than the `new` steps of another batch, it ends.
+    """
     current: list[int] = []
+    pads = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if current and (lengths[current[0]] + new) * (len(current) + 1) > tokens:
+        longest = lengths[current[0]] if current else lengths[i]
+        pads += longest - lengths[i]
+        if current and ((longest + new) * (len(current) + 1) > tokens or pads > step * new):
             yield current
-            current = []
+            current, pads = [], 0
         current.append(i)
     if current:
         yield current
 
 
+def shared_prefix(prompts: Sequence[list[int]], new: int, windows: Sequence[int]) -> int:
+    """How many first tokens of all `prompts` to encode once; 0 where it saves less than an eighth of the tokens.
+
+    The pads of shorter prompts then lie between prefix and rest. A sliding window counts them, so with `windows` (of
+    the sliding layers, in tokens) nothing is shared unless prompt and answer fit into each.
+    """
+    lengths = [len(p) for p in prompts]
+    shared = min(len(os.path.commonprefix(prompts)), min(lengths) - 1)
+    pays = shared >= LEAST_SHARED and 8 * shared * (len(prompts) - 1) >= sum(lengths)
+    return shared if pays and all(max(lengths) + new <= window for window in windows) else 0
+
+
 @torch.no_grad()
-def generate_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]],
-                 new: int) -> list[list[int]]:
-    """Greedy continuations of one batch of prompts, left-padded; without pads, up to and with EOS."""
+def generate_ids(model: PreTrainedModel, prompts: Sequence[list[int]], new: int, eos: int) -> list[list[int]]:
+    """Greedy continuations of one batch of prompts, each of at most `new` tokens, up to and with EOS.
+
+    A row of the cache holds [shared prefix | pads | own tokens]; pads are masked and positions count tokens alone.
+    Rows that are done leave when they are a quarter of the batch, since leaving copies the cache of those that stay.
+    """
+    cache = DynamicCache(config=model.config)
     width = max(map(len, prompts))
-    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new, do_sample=False, num_beams=1,
-                         temperature=None, top_p=None, top_k=None, repetition_penalty=1.0,
-                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    rows = out[:, width:].tolist()
-    return [row[: row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row for row in rows]
+    shared = shared_prefix(prompts, new, [layer.sliding_window for layer in cache.layers if layer.is_sliding])
+    tensor = partial(torch.tensor, device=model.device)
+    if shared:
+        model(input_ids=tensor([prompts[0][:shared]]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(prompts))
+    ids = tensor([[0] * (width - len(p)) + p[shared:] for p in prompts])
+    mask = tensor([[1] * shared + [0] * (width - len(p)) + [1] * (len(p) - shared) for p in prompts])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
+    rows, out = list(range(len(prompts))), [[] for _ in prompts]
+    for _ in range(new):
+        padded = any(len(prompts[row]) < width for row in rows)
+        logits = model(input_ids=ids, attention_mask=mask if padded else None, position_ids=positions,
+                       past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        ids = logits[:, -1].argmax(-1, keepdim=True)
+        for row, token in zip(rows, ids[:, 0].tolist()):
+            if out[row][-1:] != [eos]:
+                out[row].append(token)
+        going = [i for i, row in enumerate(rows) if out[row][-1] != eos]
+        if not going:
+            break
+        mask, positions = torch.cat([mask, torch.ones_like(ids)], 1), positions[:, -1:] + 1
+        if 4 * len(going) <= 3 * len(rows):
+            rows, chosen = [rows[i] for i in going], tensor(going)
+            ids, mask, positions = ids[chosen], mask[chosen], positions[chosen]
+            cache.batch_select_indices(chosen)
+    return out
 
 
 def answers(acc: Accelerator, model: PreTrainedModel, encoder: Encoder, texts: Sequence[str], new: int,
@@ -42,14 +92,21 @@ def answers(acc: Accelerator, model: PreTrainedModel, encoder: Encoder, texts: S
 
     Each distinct prompt is answered once: TRACE's test sets repeat some, and greedy answers are the same.
     """
-    tokens = tokens or (131072 if acc.device.type == "cuda" else 16384)
+    budget, step = GPU if acc.device.type == "cuda" else CPU
     distinct = list(dict.fromkeys(texts))
     prompts = [encoder.prompt(text)[0] for text in distinct]
     own: list[tuple[int, str]] = []
-    for number, chosen in enumerate(batches([len(p) for p in prompts], new, tokens)):
+    for number, chosen in enumerate(batches([len(p) for p in prompts], new, tokens or budget, step)):
         if number % acc.num_processes == acc.process_index:
-            ids = generate_ids(model, encoder.tokenizer, [prompts[i] for i in chosen], new)
+            ids = generate_ids(model, [prompts[i] for i in chosen], new, encoder.tokenizer.eos_token_id)
             own += zip(chosen, encoder.tokenizer.batch_decode(ids, skip_special_tokens=True))
     found = dict(gather_object(own))
     by_text = {text: found[i] for i, text in enumerate(distinct)}
     return [by_text[text] for text in texts]
+
+
+@contextmanager
+def answering(acc: Accelerator, setup: Setup, archive: Archive, after: int) -> Iterator[Callable]:
+    """`answers(texts, new)` by the merged model after task `after`."""
+    model = setup.model(archive, after).to(acc.device).eval()
+    yield partial(answers, acc, model, setup.encoder, tokens=setup.recipe.eval.batch_tokens)
