@@ -133,6 +133,20 @@ def test_no_dequantised_weight_is_left_for_backward(kind):
     assert saved_bytes(lambda: packed(x)) == 0 and saved_bytes(lambda: plain(x)) == 32 * 32 * 4
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_on_the_cpu_read_on_the_gpu(kind):
+    packed, plain = (model.cuda() for model in made(CONFIGS["llama"], kind, targets=["q_proj", "v_proj"]))
+    assert {p.device.type for p in packed.parameters()} == {"cuda"}
+    x = IDS.cuda()
+    found, expected = packed(x).logits, plain(x).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    parameters = [[p for p in model.parameters() if p.requires_grad] for model in (packed, plain)]
+    for a, b in zip(*(torch.autograd.grad(y.square().mean(), ps) for y, ps in zip((found, expected), parameters))):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_bytes_and_what_stays(kind):
     """4.127 or 8 bits per weight beside a table of 256 (nf4) or a float per row (int8); the rest of the model is as it
