@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .data import Encoded
+from .models import PROJECTIONS
 from .recipe import Recipe
 from .setup import Setup, prepare, size
 from .train import TaskData
@@ -80,8 +81,21 @@ def _estimates(setup: Setup, model: nn.Module, trained: int, total: int) -> list
     per_token = c.num_hidden_layers * (10 * c.hidden_size + 4 * c.intermediate_size) * width
     activations = 0 if not setup.method.trains else tokens * (
         c.hidden_size * c.num_hidden_layers * width if setup.recipe.model.gradient_checkpointing else per_token)
-    memory = total * width + trained * 16 + activations
+    weights = _weight_bytes(setup, model, total)
+    memory = weights + trained * 16 + activations
     disk = len(setup.recipe.tasks) * trained * 4 + (size(setup.base) if setup.recipe.checkpoint else 0)
-    return [f"memory, estimated: {memory / 1e9:.2f} GB (weights {total * width / 1e9:.2f}, adapters with optimizer "
+    return [f"memory, estimated: {memory / 1e9:.2f} GB (weights {weights / 1e9:.2f}, adapters with optimizer "
             f"{trained * 16 / 1e9:.2f}, {tokens} tokens at once {activations / 1e9:.2f})",
             f"disk, at most: {disk / 1e9:.2f} GB in {setup.recipe.output}"]
+
+
+def _weight_bytes(setup: Setup, model: nn.Module, total: int) -> float:
+    """Bytes of the frozen weights in training; the packed ones counted without loading any."""
+    kind, width = setup.recipe.model.quantization, setup.dtype.itemsize
+    if not (kind and setup.method.trains):
+        return total * width
+    from .quantize import KINDS  # bitsandbytes is an extra
+
+    packed = sum(module.weight.numel() for name, module in model.named_modules()
+                 if name.rpartition(".")[2] in PROJECTIONS)
+    return (total - packed) * width + packed * KINDS[kind].bits / 8

@@ -21,6 +21,8 @@ class ModelSection(Strict):
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on a GPU, else float32")
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(None, description="default: sdpa where the "
                                                                             "family has it, else eager (gemma2)")
+    quantization: Literal["nf4", "int8"] | None = Field(None, description="train on a base whose projections lie in 4 or "
+                                                        "8 bits (bitsandbytes); evaluation and export don't")
     gradient_checkpointing: bool = False
     fused: bool = Field(True, description="the hand-written LoRA functions; false: the same maths in plain autograd")
 

@@ -61,6 +61,10 @@ def learn(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> None
     """Train on one task, from what is on disk to an update on disk."""
     recipe, method, archive = setup.recipe, setup.method, folder.archive()
     model = setup.model(archive, index - 1 if method.mode == "add" else -1)
+    if recipe.model.quantization:
+        from .quantize import quantize  # bitsandbytes is an extra
+
+        quantize(model, recipe.model.quantization)
     if distributed.zero_stage(acc) < 3:  # stage 3 moves it to the device in shards
         model = model.to(acc.device)
     before = load_file(folder.state(index - 1)) if folder.state(index - 1).is_file() else {}
@@ -190,13 +194,18 @@ def _refuse_launch(setup: Setup, acc: Accelerator) -> None:
     if stage > method.max_zero_stage:
         raise Fault(f"method {method.name} with these settings runs up to ZeRO stage {method.max_zero_stage} "
                     f"(0: without DeepSpeed), this launch has stage {stage}; choose a lower stage in the accelerate config")
+    if stage == 3 and setup.recipe.model.quantization:
+        raise Fault(f"model.quantization: '{setup.recipe.model.quantization}' runs up to ZeRO stage 2, this launch has "
+                    f"stage 3, which shards floating-point weights; choose a lower stage in the accelerate config, or "
+                    f"set it to null")
     if stage and method.carries_optimizer:
         raise Fault("method.carry_optimizer works with one process or DDP, not with DeepSpeed; set it to false or "
                     "launch without DeepSpeed")
 
 
 def _manifest(setup: Setup, acc: Accelerator) -> dict:
-    names = ("torch", "transformers", "accelerate", "datasets", "safetensors")
+    names = ["torch", "transformers", "accelerate", "datasets", "safetensors"]
+    names += ["bitsandbytes"] if setup.recipe.model.quantization else []
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"codyra_llm": __version__, "python": sys.version.split()[0], **{name: version(name) for name in names},
             "device": gpu or "cpu", "dtype": str(setup.dtype), "world_size": acc.num_processes,

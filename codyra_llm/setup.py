@@ -3,6 +3,7 @@
 import os
 import shutil
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -70,6 +71,9 @@ def prepare(recipe: Recipe) -> Setup:
         except Fault as fault:
             faults.extend(fault.messages)
 
+    if recipe.model.quantization and not find_spec("bitsandbytes"):
+        faults.append(f"model.quantization: '{recipe.model.quantization}' needs bitsandbytes, which is not installed; "
+                      f"install codyra-llm[bitsandbytes], or set it to null")
     method = METHODS[recipe.method.name](recipe.method, recipe.seed)
     base = tried(_base, recipe)
     if base:

@@ -26,8 +26,9 @@ class AdapterSpec:
 class LoraLinear(nn.Linear):
     """y = x Wᵀ + b + s·((drop(x) Aᵀ) ⊙ w) Bᵀ: W and b frozen, A [r, in], w [r] (or None) and B [out, r] trained.
 
-    It owns W itself, under the name the plain layer had, so that the model's state dict keeps its keys. A, w and B are
-    float32 unless W is float64. `shared` computes it, together with the layers that read the same input.
+    It owns W itself, under the name the plain layer had, so that the model's state dict keeps its keys; a packed W
+    (`quantize.py`) stays packed. A, w and B are float32 unless W is float64. `shared` computes it, together with the
+    layers that read the same input.
     """
 
     def __init__(self, base: nn.Linear, spec: AdapterSpec):
@@ -54,8 +55,8 @@ class LoraLinear(nn.Linear):
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
 
     def frozen(self, dtype: torch.dtype) -> Tensor:
-        """W [out, in] in the given dtype."""
-        return self.weight.to(dtype)
+        """W [out, in] in the given dtype; made at each call where W is packed."""
+        return self.weight.to(dtype) if isinstance(self.weight, Tensor) else self.weight.dequantize(dtype)
 
     @torch.no_grad()
     def reset(self, *key: int | str) -> None:
