@@ -23,12 +23,17 @@ class PackedWeight(nn.Module):
     def __init__(self, weight: Tensor):
         super().__init__()
         self.shape, self.dtype = weight.shape, weight.dtype
-        for name, tensor in self.pack(weight.detach()).items():
+        for name, tensor in self.pack(weight.detach().to(self.packed_on())).items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     @property
     def device(self) -> torch.device:
         return self.packed.device
+
+    @staticmethod
+    def packed_on() -> torch.device:
+        """Where to pack: on the host, unless a kind knows better."""
+        return torch.device("cpu")
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         """What is kept of W, by name; "packed" among it."""
@@ -44,6 +49,11 @@ class Nf4Weight(PackedWeight):
     bits in blocks of 256 around their mean (Dettmers et al., QLoRA, 2305.14314, section 3)."""
 
     bits = 4 + 8 / BLOCK + 32 / (BLOCK * NESTED_BLOCK)
+
+    @staticmethod
+    def packed_on() -> torch.device:
+        """A core packs 20 million weights per second, minutes for a large model; a GPU takes one weight at a time."""
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         packed, state = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4", compress_statistics=True)
