@@ -93,23 +93,29 @@ def generate(model: Annotated[str, typer.Argument(metavar="CHECKPOINT|RUN@TASK",
 def export(folder: Annotated[Path, typer.Argument(metavar="RUN")], out: Path,
            after: Annotated[str | None, typer.Option(help="task after which; default: the last")] = None,
            without: Annotated[str | None, typer.Option(help="leave this task's update out")] = None,
-           format: Annotated[str, typer.Option(help="merged: a plain model; peft: an adapter on the base")] = "merged",
+           format: Annotated[str, typer.Option(help="merged: a plain model; peft: an adapter on the base; stage: the part "
+                                               "of the run folder that answers, for methods that don't merge")] = "merged",
            ) -> None:
     """Write the model as it was after any task of a run, rebuilt from the base and the archived updates."""
-    from .export import write_merged, write_peft
+    from .export import write_merged, write_peft, write_stage
     from .folder import RunFolder
     from .setup import prepare
 
-    writers = {"merged": write_merged, "peft": write_peft}
+    writers = {"merged": write_merged, "peft": write_peft, "stage": None}
     if format not in writers:
-        raise Fault(f"--format: '{format}' is not a format; choose merged or peft.{nearest(format, writers)}")
+        raise Fault(f"--format: '{format}' is not a format; choose merged, peft or stage.{nearest(format, writers)}")
     if out.exists():
         raise Fault(f"{out} exists already; give a new name")
     opened = RunFolder(folder)
     setup = prepare(opened.recipe)
     archive = opened.archive()
     last = archive.index(after) if after else len(archive.files) - 1
-    writers[format](setup, archive, last, archive.index(without) if without else None, out)
+    if format == "stage":
+        if without:
+            raise Fault("--without: a stage holds all tasks up to --after; leave --without out, or use --format merged")
+        write_stage(opened, last, out)
+    else:
+        writers[format](setup, archive, last, archive.index(without) if without else None, out)
     console.print(f"{format} model after {after or archive.tasks[last]}"
                   + (f" without {without}" if without else "") + f": {out}")
 

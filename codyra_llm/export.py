@@ -1,5 +1,6 @@
 """The model as it was after any task of a run: a merged Hugging Face folder, or a PEFT adapter on the original base."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -7,12 +8,17 @@ from safetensors.torch import save_file
 
 from .errors import Fault
 from .files import replacing
+from .folder import RunFolder
 from .lora.archive import Archive, Update
 from .setup import Setup
 
 
 def write_merged(setup: Setup, archive: Archive, after: int, without: int | None, out: Path) -> None:
-    """A plain Hugging Face folder (safetensors, config, tokenizer): the very weights that were evaluated."""
+    """A plain Hugging Face folder (safetensors, config, tokenizer): the very weights that were evaluated.
+
+    Raises Fault for a method that is no plain model.
+    """
+    refuse_unmerged(setup)
     model = setup.model(archive, after, without)
     model.config.use_cache = True
     with replacing(out) as temporary:
@@ -25,6 +31,7 @@ def write_peft(setup: Setup, archive: Archive, after: int, without: int | None, 
 
     Raises Fault where peft is missing or all ranks were pruned.
     """
+    refuse_unmerged(setup)
     try:
         from peft import LoraConfig
     except ImportError:
@@ -44,6 +51,27 @@ def write_peft(setup: Setup, archive: Archive, after: int, without: int | None, 
         config.save_pretrained(temporary)
         save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
         setup.tokenizer.save_pretrained(temporary)
+
+
+def refuse_unmerged(setup: Setup) -> None:
+    if not setup.method.merges:
+        raise Fault(f"a {setup.method.name} run is no plain model after a task, since what it adds depends on the prompt; "
+                    f"export with --format stage, and ask it with `codyra-llm generate OUT@TASK`")
+
+
+def write_stage(folder: RunFolder, after: int, out: Path) -> None:
+    """The part of a run folder that answers as the model did after task `after`: recipe, manifest, updates and states up
+    to it. The base model stays where the recipe names it."""
+    archive = folder.archive()
+    with replacing(out) as temporary:
+        for part in ("updates", "state"):
+            (temporary / part).mkdir(parents=True)
+        for name in ("recipe.json", "manifest.json"):
+            shutil.copy(folder.path / name, temporary / name)
+        for index, file in enumerate(archive.files[: after + 1]):
+            shutil.copy(file, temporary / "updates" / file.name)
+            if folder.state(index).is_file():
+                shutil.copy(folder.state(index), temporary / "state")
 
 
 def _concatenated(terms: list[Update]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

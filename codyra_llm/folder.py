@@ -5,6 +5,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+from torch import Tensor
+
 from . import recipe as recipes
 from .errors import Fault
 from .files import append_jsonl, read_jsonl, write_json, write_jsonl
@@ -52,6 +55,10 @@ class RunFolder:
     def state(self, index: int) -> Path:
         """Where the method's state after task `index` lies."""
         return self.path / "state" / f"{index:02d}.safetensors"
+
+    def load_state(self, index: int) -> dict[str, Tensor]:
+        """What task `index` left beside its update; empty where it left nothing."""
+        return load_file(self.state(index)) if self.state(index).is_file() else {}
 
     @property
     def scores(self) -> list[dict]:

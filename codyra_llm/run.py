@@ -2,7 +2,6 @@
 
 import sys
 import time
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,22 +9,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from . import __version__, distributed, models
 from .benchmarks.trace.metrics import headline, score
-from .data import Batch, Encoded, collate, default_tokens, micro_batches
 from .distributed import collectively
 from .errors import Fault
 from .evaluate import generate, vllm
 from .evaluate.scores import summarise
-from .export import write_merged
+from .export import write_merged, write_stage
 from .files import await_file, replacing
 from .folder import RunFolder
 from .lora.archive import Adapter, Archive, Update
 from .lora.merge import report as update_report
 from .lora.shared import share_inputs
-from .methods.base import Task
 from .recipe import Recipe
 from .report import render, summarise_run, table
 from .setup import PROBE_TOKENS, Setup, prepare
@@ -67,8 +64,9 @@ def learn(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> None
         quantize(model, recipe.model.quantization)
     if distributed.zero_stage(acc) < 3:  # stage 3 moves it to the device in shards
         model = model.to(acc.device)
-    before = load_file(folder.state(index - 1)) if folder.state(index - 1).is_file() else {}
-    task = _task(setup, archive, acc, index, {k: v for k, v in before.items() if not k.startswith(OPTIMIZER)})
+    before = folder.load_state(index - 1)
+    own = {k: v for k, v in before.items() if not k.startswith(OPTIMIZER)}
+    task = setup.task(archive, index, own, acc.device)
     method.attach(model)
     share_inputs(model, recipe.model.fused, across=distributed.zero_stage(acc) < 3)
     method.begin_task(model, task)
@@ -92,15 +90,6 @@ def learn(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> None
         collectively(True, await_file, file)
 
 
-def _task(setup: Setup, archive: Archive, acc: Accelerator, index: int, state: dict[str, torch.Tensor]) -> Task:
-    def batches(examples: list[Encoded]) -> Iterator[Batch]:
-        tokens = setup.recipe.optim.micro_batch_tokens or default_tokens(acc.device)
-        for chosen in micro_batches([len(e) for e in examples], 1, tokens)[0]:
-            yield collate(examples, chosen, [0.0] * len(chosen), setup.tokenizer.pad_token_id).to(acc.device)
-
-    return Task(index, archive, setup.stream, setup.encoder.encode, batches, state)
-
-
 def _fit(setup: Setup, folder: RunFolder, acc: Accelerator, trainer: Trainer, index: int) -> dict[str, Adapter]:
     name = setup.recipe.tasks[index]
     if acc.is_main_process:
@@ -117,7 +106,7 @@ def _archive(setup: Setup, folder: RunFolder, archive: Archive, index: int, upda
              state: dict[str, torch.Tensor]) -> list[dict]:
     """Write what task `index` left; returns the rows of its update report."""
     before = archive.terms(index - 1)
-    after = before + [update] if update.mode == "add" else [update]
+    after = {"add": [*before, update], "replace": [update], "apart": [update]}[update.mode]
     rows = list(update_report(models.WeightReader(setup.base), before, after, setup.recipe.method.rank, setup.dtype))
     folder.add_update_report(setup.recipe.tasks[index], rows)
     if state:
@@ -135,10 +124,13 @@ def evaluate(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> N
     pending = [item for item in _due(setup, index) if (index + 1, item[0]) not in done]
     if not pending:
         return
-    with BACKENDS[recipe.eval.backend](acc, setup, folder.archive(), index) as answers:
+    with BACKENDS[recipe.eval.backend](acc, setup, folder, index) as answers:
         for task, records, new in pending:
-            began = time.perf_counter()
-            predictions = answers([r["prompt"] for r in records], new)
+            began, prompts = time.perf_counter(), [r["prompt"] for r in records]
+            number = recipe.tasks.index(task) if task in recipe.tasks else None
+            if number is not None:
+                prompts = setup.method.present(setup.stream, number, prompts)
+            predictions = [setup.method.read(task, p) for p in answers(prompts, new, number)]
             if acc.is_main_process:
                 known = {"after": after, "step": index + 1, "task": task}
                 _add_scores(setup, folder, known, records, predictions, began)
@@ -152,8 +144,12 @@ def finish(setup: Setup, folder: RunFolder) -> None:
     console.print(table(summary))
     target = folder.path / "checkpoint"
     if setup.recipe.checkpoint and setup.method.trains:
-        write_merged(setup, folder.archive(), len(setup.recipe.tasks) - 1, None, target)
-        console.print(f"merged model: {target}")
+        last = len(setup.recipe.tasks) - 1
+        if setup.method.merges:
+            write_merged(setup, folder.archive(), last, None, target)
+        else:
+            write_stage(folder, last, target)
+        console.print(f"{'merged model' if setup.method.merges else 'stage of the run'}: {target}")
 
 
 def _due(setup: Setup, index: int) -> list[tuple[str, list[dict], int]]:

@@ -16,14 +16,19 @@ from .setup import prepare
 def answer(source: str, prompt: str, new: int) -> str:
     """The greedy answer to `prompt` of a model (folder, hub id, .gguf) or of RUN@TASK, at most `new` tokens.
 
-    A stage of a run reads the prompt as the run does (its lengths, its chat template).
+    A stage of a run reads the prompt as the run does (its lengths, its chat template); a method that must be told the
+    prompt's task is told TASK.
     """
     run, at, task = source.rpartition("@")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if at and (Path(run) / "recipe.json").is_file():
         folder = RunFolder(Path(run))
         setup = prepare(folder.recipe)
         archive = folder.archive()
-        model, encoder = setup.model(archive, archive.index(task)), setup.encoder
+        index = archive.index(task)
+        number = setup.recipe.tasks.index(task) if index >= 0 else None
+        model, conditions = setup.stage(folder, index, device)
+        encoder = setup.encoder
     elif at and Path(run).is_dir():
         raise Fault(f"{run} is not a run folder (it has no recipe.json); give RUN@TASK or a model folder")
     else:
@@ -33,6 +38,7 @@ def answer(source: str, prompt: str, new: int) -> str:
         model, tokenizer = models.load(base, torch.float32), models.load_tokenizer(base)
         limit = getattr(model.config, "max_position_embeddings", 4096) - new
         encoder = Encoder(tokenizer, DataSection(root="-", max_prompt_tokens=limit, max_answer_tokens=new + 2))
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    ids = generate_ids(model, [encoder.prompt(prompt)[0]], new, encoder.tokenizer.eos_token_id)
+        model, conditions, number = model.to(device).eval(), None, None
+    ids = [encoder.prompt(prompt)[0]]
+    ids = generate_ids(model, ids, new, encoder.tokenizer.eos_token_id, conditions and conditions(ids, number))
     return encoder.tokenizer.decode(ids[0], skip_special_tokens=True)

@@ -2,22 +2,26 @@
 
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from . import models
 from .benchmarks.trace import mini
-from .data import Encoder, Stream
+from .data import Batch, Encoded, Encoder, Stream, collate, default_tokens, micro_batches
 from .errors import Fault
 from .examples import read_split
+from .folder import RunFolder
 from .lora.archive import Archive
 from .lora.merge import merge
 from .methods import METHODS, Method
+from .methods.base import Task
 from .recipe import Recipe, by_task
 
 PROBE_TOKENS = 32  # general-ability probes have short answers
@@ -48,6 +52,25 @@ class Setup:
         merge(model, models.WeightReader(self.base), archive.terms(after, without))
         return model
 
+    def stage(self, folder: RunFolder, after: int, device: torch.device) -> tuple[PreTrainedModel, Callable | None]:
+        """The model that answers after task `after`, and for methods that don't merge what makes the condition of a
+        batch, `(prompts, task) -> Condition`."""
+        archive = folder.archive()
+        model = self.model(archive, after).to(device).eval()
+        if self.method.merges or after < 0:
+            return model, None
+        self.method.install(model, self.task(archive, after, folder.load_state(after), device))
+        return model, lambda prompts, task: self.method.condition(model, prompts, task if self.method.task_id else None)
+
+    def task(self, archive: Archive, index: int, state: dict[str, Tensor], device: torch.device) -> Task:
+        """What the method may use at task `index`."""
+        def batches(examples: list[Encoded]) -> Iterator[Batch]:
+            tokens = self.recipe.optim.micro_batch_tokens or default_tokens(device)
+            for chosen in micro_batches([len(e) for e in examples], 1, tokens)[0]:
+                yield collate(examples, chosen, [0.0] * len(chosen), self.tokenizer.pad_token_id).to(device)
+
+        return Task(index, archive, self.stream, self.encoder.encode, batches, state)
+
     def test(self, index: int) -> list[dict]:
         return self.stream.records(index, self.recipe.eval.split)[: self.recipe.eval.max_examples]
 
@@ -75,6 +98,11 @@ def prepare(recipe: Recipe) -> Setup:
         faults.append(f"model.quantization: '{recipe.model.quantization}' needs bitsandbytes, which is not installed; "
                       f"install codyra-llm[bitsandbytes], or set it to null")
     method = METHODS[recipe.method.name](recipe.method, recipe.seed)
+    if recipe.data.batching == "packed" and not method.packs:
+        faults.append(f"data.batching: method {method.name} puts something in front of every example, so they can't be "
+                      f"packed; use buckets")
+    if recipe.eval.backend == "vllm" and not method.merges:
+        faults.append(f"eval.backend: vllm runs plain models, and a {method.name} model is none; set it to torch")
     base = tried(_base, recipe)
     if base:
         faults += models.check(base, recipe.data.chat_template)

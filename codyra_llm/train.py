@@ -62,7 +62,7 @@ class Trainer:
                  batching: str = "auto"):
         self.acc, self.method, self.optim, self.pad = acc, method, optim, pad
         self.tokens = optim.micro_batch_tokens or default_tokens(acc.device)
-        self.packed = batching == "packed" or (batching == "auto" and attention.pays(model, acc.device))
+        self.packed = batching == "packed" or (batching == "auto" and method.packs and attention.pays(model, acc.device))
         if self.packed:
             attention.use(model)
         groups = method.param_groups(model, optim.lr)

@@ -8,10 +8,12 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ..data import Encoder
-from ..lora.archive import Archive
+from ..folder import RunFolder
+from ..methods.base import Condition
 from ..setup import Setup
 
 LEAST_SHARED = 16  # tokens; a shorter prefix does not pay a forward pass of its own
@@ -50,26 +52,31 @@ def shared_prefix(prompts: Sequence[list[int]], new: int, windows: Sequence[int]
 
 
 @torch.no_grad()
-def generate_ids(model: PreTrainedModel, prompts: Sequence[list[int]], new: int, eos: int) -> list[list[int]]:
+def generate_ids(model: PreTrainedModel, prompts: Sequence[list[int]], new: int, eos: int,
+                 condition: Condition | None = None) -> list[list[int]]:
     """Greedy continuations of one batch of prompts, each of at most `new` tokens, up to and with EOS.
 
-    A row of the cache holds [shared prefix | pads | own tokens]; pads are masked and positions count tokens alone.
-    Rows that are done leave when they are a quarter of the batch, since leaving copies the cache of those that stay.
+    A row of the cache holds [shared prefix | pads | own tokens], or [pads | a method's prefix | own tokens]; pads are
+    masked and positions count tokens alone. Rows that are done leave when they are a quarter of the batch, since leaving
+    copies the cache of those that stay.
     """
     cache = DynamicCache(config=model.config)
     width = max(map(len, prompts))
-    shared = shared_prefix(prompts, new, [layer.sliding_window for layer in cache.layers if layer.is_sliding])
+    windows = [layer.sliding_window for layer in cache.layers if layer.is_sliding]
+    shared = 0 if condition else shared_prefix(prompts, new, windows)  # a condition may differ from row to row
     tensor = partial(torch.tensor, device=model.device)
     if shared:
         model(input_ids=tensor([prompts[0][:shared]]), past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache.batch_repeat_interleave(len(prompts))
     ids = tensor([[0] * (width - len(p)) + p[shared:] for p in prompts])
-    mask = tensor([[1] * shared + [0] * (width - len(p)) + [1] * (len(p) - shared) for p in prompts])
+    front = 0 if condition is None or condition.prefix is None else condition.prefix.shape[1]
+    mask = tensor([[1] * shared + [0] * (width - len(p)) + [1] * (front + len(p) - shared) for p in prompts])
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
+    given = {"inputs_embeds": _prefixed(model, ids, prompts, condition.prefix)} if front else {"input_ids": ids}
     rows, out = list(range(len(prompts))), [[] for _ in prompts]
     for _ in range(new):
         padded = any(len(prompts[row]) < width for row in rows)
-        logits = model(input_ids=ids, attention_mask=mask if padded else None, position_ids=positions,
+        logits = model(**given, attention_mask=mask if padded else None, position_ids=positions,
                        past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         ids = logits[:, -1].argmax(-1, keepdim=True)
         for row, token in zip(rows, ids[:, 0].tolist()):
@@ -83,14 +90,24 @@ def generate_ids(model: PreTrainedModel, prompts: Sequence[list[int]], new: int,
             rows, chosen = [rows[i] for i in going], tensor(going)
             ids, mask, positions = ids[chosen], mask[chosen], positions[chosen]
             cache.batch_select_indices(chosen)
+            if condition:
+                condition.select(chosen)
+        given = {"input_ids": ids}
     return out
 
 
+def _prefixed(model: PreTrainedModel, ids: Tensor, prompts: Sequence[list[int]], prefix: Tensor) -> Tensor:
+    """Embeddings of left-padded ids [B, T] with `prefix` [B, P, h] between pads and prompt: [B, P + T, h]."""
+    embedded = model.get_input_embeddings()(ids)
+    starts = [ids.shape[1] - len(p) for p in prompts]
+    return torch.stack([torch.cat([row[:n], own.to(row.dtype), row[n:]]) for row, own, n in zip(embedded, prefix, starts)])
+
+
 def answers(acc: Accelerator, model: PreTrainedModel, encoder: Encoder, texts: Sequence[str], new: int,
-            tokens: int | None = None) -> list[str]:
+            tokens: int | None = None, conditions: Callable[[list[list[int]]], Condition] | None = None) -> list[str]:
     """The model's answers to prompts, at most `new` tokens each, the same list on every rank.
 
-    Each distinct prompt is answered once: TRACE's test sets repeat some, and greedy answers are the same.
+    `conditions` makes what a batch of prompts needs beside the model. Each distinct prompt is answered once: TRACE's test sets repeat some, and greedy answers are the same.
     """
     budget, step = GPU if acc.device.type == "cuda" else CPU
     distinct = list(dict.fromkeys(texts))
@@ -98,7 +115,8 @@ def answers(acc: Accelerator, model: PreTrainedModel, encoder: Encoder, texts: S
     own: list[tuple[int, str]] = []
     for number, chosen in enumerate(batches([len(p) for p in prompts], new, tokens or budget, step)):
         if number % acc.num_processes == acc.process_index:
-            ids = generate_ids(model, [prompts[i] for i in chosen], new, encoder.tokenizer.eos_token_id)
+            batch = [prompts[i] for i in chosen]
+            ids = generate_ids(model, batch, new, encoder.tokenizer.eos_token_id, conditions and conditions(batch))
             own += zip(chosen, encoder.tokenizer.batch_decode(ids, skip_special_tokens=True))
     found = dict(gather_object(own))
     by_text = {text: found[i] for i, text in enumerate(distinct)}
@@ -106,7 +124,12 @@ def answers(acc: Accelerator, model: PreTrainedModel, encoder: Encoder, texts: S
 
 
 @contextmanager
-def answering(acc: Accelerator, setup: Setup, archive: Archive, after: int) -> Iterator[Callable]:
-    """`answers(texts, new)` by the merged model after task `after`."""
-    model = setup.model(archive, after).to(acc.device).eval()
-    yield partial(answers, acc, model, setup.encoder, tokens=setup.recipe.eval.batch_tokens)
+def answering(acc: Accelerator, setup: Setup, folder: RunFolder, after: int) -> Iterator[Callable]:
+    """`answers(texts, new, task)` by the model after task `after`; `task` is the number of the texts' task, or None."""
+    model, conditions = setup.stage(folder, after, acc.device)
+
+    def ask(texts: Sequence[str], new: int, task: int | None) -> list[str]:
+        return answers(acc, model, setup.encoder, texts, new, setup.recipe.eval.batch_tokens,
+                       conditions and partial(conditions, task=task))
+
+    yield ask

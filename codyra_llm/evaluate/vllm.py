@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from ..data import Encoder
 from ..errors import Fault
 from ..export import write_merged
-from ..lora.archive import Archive
+from ..folder import RunFolder
 from ..setup import Setup
 
 
@@ -26,8 +26,8 @@ def require() -> None:
 
 
 @contextmanager
-def answering(acc: Accelerator, setup: Setup, archive: Archive, after: int) -> Iterator[Callable]:
-    """`answers(texts, new)` by the merged model after task `after`. The first process alone has an engine, on one GPU;
+def answering(acc: Accelerator, setup: Setup, folder: RunFolder, after: int) -> Iterator[Callable]:
+    """`answers(texts, new, task)` by the merged model after task `after`. The first process alone has an engine, on one GPU;
     the others wait for its answers."""
     if not acc.is_main_process:
         yield partial(answers, None, setup.encoder)
@@ -35,10 +35,10 @@ def answering(acc: Accelerator, setup: Setup, archive: Archive, after: int) -> I
     from vllm import LLM
 
     with TemporaryDirectory(prefix=".vllm-", dir=setup.recipe.output) as parent:
-        folder = Path(parent) / "model"
-        write_merged(setup, archive, after, None, folder)
+        merged = str(Path(parent) / "model")
+        write_merged(setup, folder.archive(), after, None, Path(merged))
         torch.cuda.empty_cache()  # vLLM claims a share of the whole GPU's memory and refuses where less is free
-        engine = LLM(model=str(folder), tokenizer=str(folder), dtype=str(setup.dtype).removeprefix("torch."),
+        engine = LLM(model=merged, tokenizer=merged, dtype=str(setup.dtype).removeprefix("torch."),
                      seed=setup.recipe.seed, max_model_len=setup.longest)
         try:
             yield partial(answers, engine, setup.encoder)
@@ -46,7 +46,7 @@ def answering(acc: Accelerator, setup: Setup, archive: Archive, after: int) -> I
             engine.llm_engine.engine_core.shutdown()  # dropping the object alone leaves its memory claimed
 
 
-def answers(engine: Any | None, encoder: Encoder, texts: Sequence[str], new: int) -> list[str]:
+def answers(engine: Any | None, encoder: Encoder, texts: Sequence[str], new: int, task: int | None = None) -> list[str]:
     """The engine's answers to prompts, at most `new` tokens each, the same list on every rank.
 
     Ids go in and out, so prompts are cut and answers decoded as with torch. The tokenizer's EOS alone ends an answer:

@@ -29,11 +29,12 @@ class Adapter(NamedTuple):
 
 @dataclass(frozen=True)
 class Update:
-    """What one task changed. mode "add": on top of the tasks before; "replace": instead of them (one growing adapter)."""
+    """What one task changed. mode "add": on top of the tasks before; "replace": instead of them (one growing adapter);
+    "apart": beside the base, for a method that chooses among the tasks' adapters, or has none, at inference."""
 
     adapters: dict[str, Adapter]
     scale: float
-    mode: Literal["add", "replace"] = "add"
+    mode: Literal["add", "replace", "apart"] = "add"
 
 
 class Archive:
@@ -96,13 +97,16 @@ class Archive:
         return Update(adapters, float(meta["scale"]), meta["mode"])
 
     def terms(self, after: int, without: int | None = None) -> list[Update]:
-        """The updates whose sum is the model after task `after` (-1: the base), leaving task `without` out.
+        """The updates whose sum is the model after task `after` (-1: the base), leaving task `without` out; none in mode
+        "apart", where the base itself stays.
 
         In mode "replace" update k holds the sum of all tasks up to k, so task k's own part is update k minus k - 1.
         """
         if after < 0:
             return []
         last = self.load(after)
+        if last.mode == "apart":
+            return []
         if last.mode == "add":
             return [self.load(k) for k in range(after) if k != without] + ([last] if without != after else [])
         if without is None or without > after:

@@ -66,6 +66,17 @@ class Task:
         return self.stream.records(self.index if past is None else past, "train")
 
 
+class Condition:
+    """What one batch of prompts needs at inference beside the model, for methods that don't merge.
+
+    `prefix` [B, P, h], or None: embeddings in front of each prompt. `select(rows)` is called with the rows that go on
+    when others are finished, so that what lies in the model per row can follow.
+    """
+
+    def __init__(self, prefix: Tensor | None = None, select: Callable[[Tensor], None] = lambda rows: None):
+        self.prefix, self.select = prefix, select
+
+
 class Method:
     """Sequential LoRA with a fresh adapter per task, merged after it. The class attributes are what
     `codyra-llm methods` lists; the contract tests hold them against what the method does."""
@@ -79,7 +90,8 @@ class Method:
     merges: ClassVar[bool] = True  # is a plain model after every task
     grows: ClassVar[bool] = False  # keeps more with every task than the archive of updates
     max_zero_stage: ClassVar[int] = 3
-    mode: ClassVar[Literal["add", "replace"]] = "add"
+    mode: ClassVar[Literal["add", "replace", "apart"]] = "add"
+    packs: ClassVar[bool] = True  # its loss takes packed batches
     carries_optimizer: ClassVar[bool] = False
 
     def __init__(self, config: MethodConfig, seed: int):
@@ -145,6 +157,22 @@ class Method:
     def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
         """The update that task `index` leaves. No engine lives any more."""
         return Update(adapters, self.spec().scale, self.mode)
+
+    def install(self, model: nn.Module, task: Task) -> None:
+        """Put what inference after `task` needs into the base model; `task.archive` and `task.state` hold what the tasks
+        up to it left. Only for methods that don't merge."""
+
+    def condition(self, model: nn.Module, prompts: list[list[int]], task: int | None) -> Condition:
+        """Prepare the model for one batch of prompts. `task` is None unless the method has declared `task_id`."""
+        return Condition()
+
+    def present(self, stream: "Stream", task: int, prompts: list[str]) -> list[str]:
+        """What the model is shown in place of task `task`'s test prompts."""
+        return prompts
+
+    def read(self, task: str, prediction: str) -> str:
+        """The part of the model's output that is the answer."""
+        return prediction
 
 
 @torch.no_grad()
