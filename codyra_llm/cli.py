@@ -140,6 +140,17 @@ def bench(level: Annotated[str, typer.Argument(help="linear, block (a decoder la
     print(json.dumps(result, indent=1)) if as_json else show(result, console)
 
 
+@app.command()
+def methods(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """List the methods: what each trains and needs, whether it merges into the base, and how it can be launched."""
+    from .methods import METHODS, table
+
+    if as_json:
+        print(json.dumps([method.declared() for method in METHODS.values()], indent=1))
+    else:
+        console.print(table())
+
+
 @data_app.command("check")
 def data_check(root: Path, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     """Verify a TRACE folder of any variant: counts, fields, empty answers, encodings, duplicates within and across splits."""

@@ -1,22 +1,24 @@
 """From records to batches: the stream of tasks, token ids with a label mask by position, and micro-batches."""
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from datasets import Dataset, disable_progress_bars
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
+from . import attention
 from .examples import read_split
+from .loss import head_loss
 from .models import adds_bos
 from .recipe import DataSection
 from .seeds import generator
 
-IGNORED = -100
 disable_progress_bars()  # the bars of tokenising thousands of short rows say nothing
 
 
@@ -106,42 +108,56 @@ class Stream:
 
 @dataclass
 class Batch:
-    """One micro-batch, padded on the right (so causal attention needs no mask): ids, labels [N, T]; weights [N].
+    """One micro-batch of `examples`: padded on the right (so causal attention needs no mask), or packed into one row in
+    which they follow one another, of the lengths `segments`, with `positions` that restart.
 
-    `weights` is each example's weight per labelled token; they sum to 1 over the labelled tokens of the global batch.
+    ids [R, T]; positions [1, T] or None. A labelled token is a target [M]; the hidden state that predicts it stands at
+    `predictors` [M] of the flattened rows. weights [M] sum to 1 over the labelled tokens of the global batch.
     """
 
     ids: Tensor
-    labels: Tensor
+    positions: Tensor | None
+    predictors: Tensor
+    targets: Tensor
     weights: Tensor
     examples: list[int]
+    segments: list[int] | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.ids.to(device), self.labels.to(device), self.weights.to(device), self.examples)
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
+    def hidden(self, model: nn.Module) -> Tensor:
+        """The last hidden states that predict the labelled tokens, [M, h]."""
+        packing = {} if self.segments is None else {
+            "position_ids": self.positions, **attention.arguments(self.segments, self.ids.device)}
+        states = model.model(input_ids=self.ids, use_cache=False, **packing).last_hidden_state
+        return states.flatten(0, 1).index_select(0, self.predictors)
 
     def cross_entropy(self, model: nn.Module) -> Tensor:
-        """Σ weight·CE over the labelled positions. The head runs on those positions alone: most of a TRACE example is
+        """Σ weight·CE over the labelled tokens. The head runs on their positions alone: most of a TRACE example is
         prompt, and logits over the vocabulary are the largest tensor of a step."""
-        hidden = model.model(input_ids=self.ids, use_cache=False).last_hidden_state[:, :-1]
-        targets = self.labels[:, 1:]
-        rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
-        logits = model.lm_head(hidden[rows, columns]).float()
-        if cap := getattr(model.config, "final_logit_softcapping", None):
-            logits = cap * torch.tanh(logits / cap)
-        losses = functional.cross_entropy(logits, targets[rows, columns], reduction="none")
-        return (losses * self.weights[rows]).sum()
+        cap = getattr(model.config, "final_logit_softcapping", None)
+        return head_loss(model.lm_head, self.hidden(model), self.targets, self.weights, cap)
 
 
-def collate(encoded: Sequence[Encoded], chosen: Sequence[int], weights: Sequence[float], pad: int) -> Batch:
+def collate(encoded: Sequence[Encoded], chosen: Sequence[int], weights: Sequence[float], pad: int,
+            packed: bool = False) -> Batch:
     """The batch of examples `chosen`; a weight of 0 marks a filler that keeps the ranks in step."""
-    width = max(len(encoded[i]) for i in chosen)
-    ids = torch.full((len(chosen), width), pad)
-    labels = torch.full((len(chosen), width), IGNORED)
-    for row, i in enumerate(chosen):
-        e = encoded[i]
-        ids[row, : len(e)] = torch.tensor(e.prompt + e.answer)
-        labels[row, len(e.prompt): len(e)] = torch.tensor(e.answer)
-    return Batch(ids, labels, torch.tensor(weights, dtype=torch.float32), list(chosen))
+    own = [encoded[i] for i in chosen]
+    lengths = [len(e) for e in own]
+    shape = (1, sum(lengths)) if packed else (len(own), max(lengths))
+    starts = accumulate([0] + lengths) if packed else range(0, math.prod(shape), shape[1])
+    ids, predictors, targets, shares = torch.full(shape, pad), [], [], []
+    for start, e, weight in zip(starts, own, weights):
+        tokens, first = e.prompt + e.answer, max(len(e.prompt), 1)  # nothing predicts the first token of all
+        ids.view(-1)[start: start + len(e)] = torch.tensor(tokens)
+        predictors.extend(range(start + first - 1, start + len(e) - 1))
+        targets += tokens[first:]
+        shares += [weight] * (len(e) - first)
+    return Batch(ids, torch.cat([torch.arange(n) for n in lengths])[None] if packed else None,
+                 torch.tensor(predictors, dtype=torch.long), torch.tensor(targets, dtype=torch.long),
+                 torch.tensor(shares, dtype=torch.float32), list(chosen), lengths if packed else None)
 
 
 def example_weights(encoded: Sequence[Encoded], chosen: Sequence[int], average: str) -> list[float]:
@@ -156,22 +172,33 @@ def shuffled(visited: range, *key: int) -> list[int]:
     return [visited[i] for i in torch.randperm(len(visited), generator=generator("order", *key)).tolist()]
 
 
-def micro_batches(lengths: Sequence[int], world: int, tokens: int) -> list[list[list[int]]]:
+def micro_batches(lengths: Sequence[int], world: int, tokens: int, packed: bool = False) -> list[list[list[int]]]:
     """Cut a global batch (positions 0 .. n-1, by their lengths) into micro-batches: [rank][step][positions].
 
-    Sorted by length, dealt to the ranks in turn, cut where padding would pass `tokens`. All ranks get the same number
-    of steps: a rank with fewer ends in empty ones, which the caller fills.
+    Sorted by length, dealt to the ranks in turn, cut where a micro-batch would pass `tokens` (padding counts; packed
+    rows have none), though it always holds at least one example. All ranks get the same number of steps: a rank with
+    fewer ends in empty ones, which the caller fills.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    ranks = [list(_cut(order[rank::world], lengths, tokens)) for rank in range(world)]
+    ranks = [list(_cut(order[rank::world], lengths, tokens, packed)) for rank in range(world)]
     steps = max(map(len, ranks))
     return [steps_of_rank + [[] for _ in range(steps - len(steps_of_rank))] for steps_of_rank in ranks]
 
 
-def _cut(order: list[int], lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+def default_tokens(device: torch.device) -> int:
+    """Tokens of a micro-batch where the recipe names none."""
+    return 16384 if device.type == "cuda" else 4096
+
+
+def batch_tokens(lengths: Sequence[int], packed: bool) -> int:
+    """Tokens of a micro-batch of examples of these lengths, padding included."""
+    return sum(lengths) if packed else max(lengths, default=0) * len(lengths)
+
+
+def _cut(order: list[int], lengths: Sequence[int], tokens: int, packed: bool) -> Iterator[list[int]]:
     current: list[int] = []
     for i in order:
-        if current and lengths[current[0]] * (len(current) + 1) > tokens:  # the first is the longest
+        if current and batch_tokens([lengths[j] for j in (*current, i)], packed) > tokens:
             yield current
             current = []
         current.append(i)

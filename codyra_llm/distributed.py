@@ -1,6 +1,5 @@
 """The engine of one task: one process, DDP or DeepSpeed ZeRO behind the same verbs. No other file knows DeepSpeed."""
 
-import contextlib
 import os
 import warnings
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast, gather_object
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers.integrations import unset_hf_deepspeed_config
 
@@ -91,28 +91,62 @@ class Engine:
             acc.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = max_norm
         self.shared = shared_inputs(objective)
         self.inner = optimizer  # ZeRO puts its shards in place of the parameters in this very optimizer
-        self.module, self.optimizer = acc.prepare(objective, optimizer)
-        if self.deepspeed:  # prepare has set it: transformers would load the next task's model in shards
-            unset_hf_deepspeed_config()
+        self.module, self.optimizer = objective, optimizer
+        if self.deepspeed:
+            self.module, self.optimizer = acc.prepare(objective, optimizer)
+            unset_hf_deepspeed_config()  # prepare has set it: transformers would load the next task's model in shards
 
     @property
     def groups(self) -> list[dict]:
         """Where lr and kappa are set. Read anew each time: Accelerate and load_state_dict replace the dictionaries."""
         return self.inner.param_groups
 
-    def accumulate(self, batch, last: bool) -> dict[str, Tensor]:
-        """Forward and backward of one micro-batch; gradients are summed over ranks with the last one of a step."""
-        hold = contextlib.nullcontext() if last or self.deepspeed else self.acc.no_sync(self.module)
-        with hold:
-            terms = self.module(batch)
-            # Both DDP and ZeRO average over ranks, but the batch's weights already divide by the global count.
-            loss = sum(terms.values()) * self.acc.num_processes
-            if self.deepspeed:
-                self.module.set_gradient_accumulation_boundary(last)
-                self.module.backward(loss)
-            else:
-                self.acc.backward(loss)
+    def accumulate(self, batch, first: bool, last: bool) -> dict[str, Tensor]:
+        """Forward and backward of one micro-batch, the `first` (which brings the parameters' own terms) or `last` of its
+        step or not. No rank waits for another but under
+        ZeRO, which sums over ranks as it goes, so that a rank out of memory is a Fault there."""
+        share = first / self.acc.num_processes
+        terms = self._forward_backward(batch, share, last) if self.deepspeed else self.module(batch, share)
+        if not self.deepspeed:
+            sum(terms.values()).backward()
         return {name: term.detach() for name, term in terms.items()}
+
+    def _forward_backward(self, batch, penalty: float, last: bool) -> dict[str, Tensor]:
+        try:
+            terms = self.module(batch, penalty)
+            self.module.set_gradient_accumulation_boundary(last)
+            # ZeRO averages over ranks, but the batch's weights already divide by the global count.
+            self.module.backward(sum(terms.values()) * self.acc.num_processes)
+        except torch.OutOfMemoryError:
+            raise Fault(f"a micro-batch of {batch.ids.numel()} tokens does not fit into the device's memory, and under "
+                        "DeepSpeed no rank can try again; lower optim.micro_batch_tokens or data.max_prompt_tokens, "
+                        "or turn on model.gradient_checkpointing") from None
+        return terms
+
+    def anywhere(self, mine: bool) -> bool:
+        """Whether `mine` is true on any rank."""
+        if self.acc.num_processes == 1:
+            return mine
+        return self.acc.reduce(torch.tensor(float(mine), device=self.acc.device), "sum").item() > 0
+
+    def discard(self) -> None:
+        """Drop the gradients of a step that did not come to its end, and what the allocator keeps for later."""
+        self.inner.zero_grad(set_to_none=True)
+        clear_device_cache(garbage_collection=True)
+
+    @torch.no_grad()
+    def reduce(self, terms: Tensor) -> Tensor:
+        """Sum the logged `terms` [n] over ranks, and the step's gradients with them in the same all-reduce (ZeRO has
+        summed its own)."""
+        if self.acc.num_processes == 1:
+            return terms
+        trained = [] if self.deepspeed else [p for group in self.groups for p in group["params"]]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+        total = self.acc.reduce(torch.cat([terms, *(g.flatten() for g in gradients)]), "sum")
+        terms, *sums = total.split([len(terms), *(g.numel() for g in gradients)])
+        for p, summed in zip(trained, sums):
+            p.grad = summed.view_as(p).to(p.dtype)
+        return terms
 
     def step(self) -> float:
         """Clip, update, clear. Returns the global gradient norm before clipping."""
@@ -120,7 +154,7 @@ class Engine:
             self.module.step()
             norm = self.module.get_global_grad_norm() or 0.0
         else:
-            norm = self.acc.clip_grad_norm_(self.module.parameters(), self.max_norm)
+            norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.max_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self._forget()
@@ -136,18 +170,21 @@ class Engine:
                               None if layer.lora_w is None else self._full(layer.lora_w))
                 for name, layer in sites(self.model).items()}
 
-    @torch.no_grad()
     def rewrite(self, function: Callable[[Adapter], Adapter]) -> None:
         """Replace every adapter by `function` of it, on all ranks alike, and start Adam's moments from zero."""
-        for layer in sites(self.model).values():
-            factors = (layer.lora_A, layer.lora_B, layer.lora_w)
-            new = function(Adapter(*(None if p is None else self._full(p) for p in factors)))
-            for p, value in zip(factors, new):
-                if p is not None:
-                    self._write(p, broadcast(value.contiguous().to(self.acc.device)))
+        self.put({site: function(adapter) for site, adapter in self.adapters().items()})
         for state in self.inner.state.values():
             state["exp_avg"].zero_()
             state["exp_avg_sq"].zero_()
+
+    @torch.no_grad()
+    def put(self, adapters: dict[str, Adapter]) -> None:
+        """Write these factors, the first rank's, into the model's adapters (collective)."""
+        for site, layer in sites(self.model).items():
+            a, b, w = adapters[site]
+            for p, value in ((layer.lora_A, a), (layer.lora_B, b), (layer.lora_w, w)):
+                if p is not None:
+                    self._write(p, broadcast(value.contiguous().to(self.acc.device)))
         self._forget()
 
     def _write(self, p: nn.Parameter, value: Tensor) -> None:

@@ -89,7 +89,8 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     if new.tasks[: len(old.tasks)] != old.tasks:
         lines.append(f"data.tasks was {old.tasks}, now {new.tasks}")
     for key in sorted(before.keys() | after.keys()):
-        free = key in ("output", "checkpoint", "data.tasks", "optim.micro_batch_tokens", "eval.batch_tokens")
+        free = key in ("output", "checkpoint", "data.tasks", "optim.micro_batch_tokens", "eval.batch_tokens",
+                       "model.fused", "data.batching")
         added = key.startswith(("data.epochs.", "eval.max_new_tokens.")) and key.rpartition(".")[2] not in old.tasks
         if not (free or added) and before.get(key) != after.get(key):
             lines.append(f"{key} was {before.get(key)!r}, now {after.get(key)!r}")

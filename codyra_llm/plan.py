@@ -1,6 +1,6 @@
 """What a recipe will do, without training: steps, tokens, parameters, memory, time, disk, and one example as it is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from rich.box import SIMPLE
@@ -10,7 +10,8 @@ from rich.text import Text
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .data import Batch, Encoded, collate, micro_batches
+from . import attention
+from .data import Batch, Encoded, batch_tokens, collate, default_tokens, micro_batches
 from .estimate import activation_bytes, matmul_speed, step_flops
 from .lora.shared import share_inputs
 from .recipe import Recipe
@@ -20,17 +21,21 @@ from .train import TaskData
 
 @dataclass
 class Work:
-    """What the recipe trains on: its tasks, and every micro-batch of one process as (rows, width, labelled tokens)."""
+    """What the recipe trains on, as one process cuts it: its tasks, the sums over all micro-batches of their tokens, of
+    their segments' squared lengths and of labelled tokens, and the micro-batch with the most tokens."""
 
-    tasks: list[TaskData]
-    shapes: list[tuple[int, int, int]]
-    biggest: Batch | None
+    tasks: list[TaskData] = field(default_factory=list)
+    tokens: int = 0
+    squares: int = 0
+    labelled: int = 0
+    biggest: Batch | None = None
 
 
 def plan(recipe: Recipe, console: Console) -> None:
     """Print the plan of a recipe. Raises one Fault with all that is wrong with it."""
     setup = prepare(recipe)
-    model, work = skeleton(setup), _work(setup)
+    model = skeleton(setup)
+    work = _work(setup, model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     console.print(f"[b]{setup.recipe.model.path}[/b] ({model.config.model_type}, {total / 1e6:.1f} M parameters, "
@@ -56,22 +61,28 @@ def skeleton(setup: Setup) -> nn.Module:
     return model.train()
 
 
-def _work(setup: Setup) -> Work:
-    recipe, work, biggest = setup.recipe, Work([], [], None), (-1, -1)
-    limit = recipe.optim.micro_batch_tokens or (16384 if torch.cuda.is_available() else 4096)
+def _work(setup: Setup, model: nn.Module) -> Work:
+    recipe, work, most = setup.recipe, Work(), (0, 0)
+    device = _device()
+    limit = recipe.optim.micro_batch_tokens or default_tokens(device)
+    packed = recipe.data.batching == "packed" or (recipe.data.batching == "auto" and attention.pays(model, device))
+    if packed:
+        attention.use(model)
     for index, task in enumerate(recipe.tasks if setup.method.trains else ()):
         records, epochs = setup.method.train_data(setup.stream, index)
         data = TaskData(task, index, setup.encoder.encode(records), epochs, [])
         work.tasks.append(data)
         for chosen in data.batches(recipe.seed, recipe.optim.batch_size):
-            for positions in micro_batches([len(data.examples[i]) for i in chosen], 1, limit)[0]:
+            for positions in micro_batches([len(data.examples[i]) for i in chosen], 1, limit, packed)[0]:
                 own = [chosen[i] for i in positions]
-                rows, width = len(own), max(len(data.examples[i]) for i in own)
-                labelled = sum(len(data.examples[i].answer) for i in own)
-                work.shapes.append((rows, width, labelled))
-                if (rows * width, labelled) > biggest:
-                    biggest = (rows * width, labelled)
-                    work.biggest = collate(data.examples, own, [1.0] * rows, setup.tokenizer.pad_token_id)
+                lengths = [len(data.examples[i]) for i in own]
+                tokens, labelled = batch_tokens(lengths, packed), sum(len(data.examples[i].answer) for i in own)
+                work.tokens += tokens
+                work.squares += sum(n * n for n in lengths) if packed else max(lengths) * tokens
+                work.labelled += labelled
+                if (tokens, labelled) > most:
+                    most = (tokens, labelled)
+                    work.biggest = collate(data.examples, own, [1.0] * len(own), setup.tokenizer.pad_token_id, packed)
     return work
 
 
@@ -106,12 +117,12 @@ def _shown(setup: Setup, example: Encoded) -> Text:
 def _estimates(setup: Setup, model: nn.Module, work: Work, trained: int, total: int) -> list[str]:
     """Memory: weights, adapters with two moments in float32, and the peak of the largest micro-batch. Time: the matrix
     products of all steps at the speed of a short probe. Disk: updates and, if asked, the final model."""
-    device, width = torch.device("cuda" if torch.cuda.is_available() else "cpu"), setup.dtype.itemsize
+    device, width = _device(), setup.dtype.itemsize
     held = {"weights": total * width}
     lines = []
     if work.biggest:
         # Before the memory, whose run fills the skeleton with fake tensors.
-        operations = sum(step_flops(model, *shape) for shape in work.shapes)
+        operations = step_flops(model, work.tokens, work.squares, work.labelled)
         tokens = work.biggest.ids.numel()
         speed = matmul_speed(model, tokens, setup.dtype, device)
         held["adapters and Adam's moments"] = trained * 12
@@ -123,6 +134,10 @@ def _estimates(setup: Setup, model: nn.Module, work: Work, trained: int, total: 
     disk = len(setup.recipe.tasks) * trained * 4 + (size(setup.base) if setup.recipe.checkpoint else 0)
     return [f"memory, estimated: {sum(held.values()) / 1e9:.2f} GB ({parts})", *lines,
             f"disk, at most: {disk / 1e9:.2f} GB in {setup.recipe.output}"]
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _duration(seconds: float) -> str:

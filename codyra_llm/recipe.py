@@ -36,6 +36,9 @@ class DataSection(Strict):
     truncation: Literal["left", "middle"] = Field("left", description="which part of a long prompt goes; left: TRACE")
     chat_template: bool = False
     max_train_examples: int | None = Field(None, ge=1, description="first N of each task")
+    batching: Literal["auto", "buckets", "packed"] = Field("auto", description="buckets: rows of similar length, "
+                                                           "padded; packed: one row without padding; auto: packed where a GPU "
+                                                           "has a kernel for it. Does not change the result")
 
 
 class OptimSection(Strict):
@@ -47,8 +50,9 @@ class OptimSection(Strict):
     betas: tuple[Fraction, Fraction] | None = None
     weight_decay: NotNegative = 0.0
     max_grad_norm: Positive = 1.0
-    micro_batch_tokens: int | None = Field(None, ge=16, description="padded tokens per forward and rank; default 4096 "
-                                           "on a CPU, 16384 on a GPU. Does not change the result")
+    micro_batch_tokens: int | None = Field(None, ge=16, description="tokens per forward and rank, padding "
+                                           "included; default 4096 on a CPU, 16384 on a GPU; halved where memory runs "
+                                           "out. Does not change the result")
     validate_every: int | None = Field(None, ge=1, description="steps between losses on the eval split; default never")
     keep_best: bool = Field(False, description="end each task at the step with the lowest eval loss")
 

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from . import __version__, distributed, models
 from .benchmarks.trace.metrics import headline, score
+from .data import Batch, Encoded, collate, default_tokens, micro_batches
 from .distributed import collectively
 from .errors import Fault
 from .evaluate.generate import answers
@@ -20,8 +22,10 @@ from .evaluate.scores import summarise
 from .export import write_merged
 from .files import await_file, replacing
 from .folder import RunFolder
+from .lora.archive import Adapter, Archive, Update
 from .lora.merge import report as update_report
 from .lora.shared import share_inputs
+from .methods.base import Task
 from .recipe import Recipe
 from .report import render, summarise_run, table
 from .setup import Setup, prepare
@@ -29,6 +33,7 @@ from .train import TaskData, Trainer
 
 console = Console(highlight=False)
 PROBE_TOKENS = 32  # general-ability probes have short answers
+OPTIMIZER = "optimizer."  # in a task's state: Adam's moments
 
 
 def run(recipe: Recipe) -> RunFolder:
@@ -54,42 +59,68 @@ def run(recipe: Recipe) -> RunFolder:
 
 def learn(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> None:
     """Train on one task, from what is on disk to an update on disk."""
-    recipe, method, archive, task = setup.recipe, setup.method, folder.archive(), setup.recipe.tasks[index]
+    recipe, method, archive = setup.recipe, setup.method, folder.archive()
     model = setup.model(archive, index - 1 if method.mode == "add" else -1)
     if distributed.zero_stage(acc) < 3:  # stage 3 moves it to the device in shards
         model = model.to(acc.device)
+    before = load_file(folder.state(index - 1)) if folder.state(index - 1).is_file() else {}
+    task = _task(setup, archive, acc, index, {k: v for k, v in before.items() if not k.startswith(OPTIMIZER)})
     method.attach(model)
     share_inputs(model, recipe.model.fused, across=distributed.zero_stage(acc) < 3)
-    method.begin_task(model, index, archive)
+    method.begin_task(model, task)
     if recipe.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    trainer = Trainer(acc, method, model, recipe.optim, setup.tokenizer.pad_token_id)
+    trainer = Trainer(acc, method, model, recipe.optim, setup.tokenizer.pad_token_id, recipe.data.batching)
     if method.carries_optimizer and index:
-        trainer.load_state(load_file(folder.state(index - 1)))
-    data, began = _task_data(setup, index), time.perf_counter()
+        trainer.load_state({k.removeprefix(OPTIMIZER): v for k, v in before.items() if k.startswith(OPTIMIZER)})
+    began = time.perf_counter()
+    adapters = _fit(setup, folder, acc, trainer, index)
+    state = method.end_task(model, task, trainer.gradients)
+    if method.carries_optimizer:
+        state |= {OPTIMIZER + k: v for k, v in trainer.state().items()}
     if acc.is_main_process:
-        folder.restart_log(task)
-    with console.status(f"{task}: learning") as status:
+        rows = _archive(setup, folder, archive, index, method.consolidate(adapters, index), state)
+        kept, rank = sum(r["kept"] for r in rows), sum(r["rank"] for r in rows)
+        console.print(f"{recipe.tasks[index]}: learnt in {time.perf_counter() - began:.0f} s, {kept} of {rank} ranks kept")
+    trainer.engine.free()
+    acc.wait_for_everyone()
+    for file in [folder.state(index)] * bool(state) + [archive.path(index, recipe.tasks[index])]:
+        collectively(True, await_file, file)
+
+
+def _task(setup: Setup, archive: Archive, acc: Accelerator, index: int, state: dict[str, torch.Tensor]) -> Task:
+    def batches(examples: list[Encoded]) -> Iterator[Batch]:
+        tokens = setup.recipe.optim.micro_batch_tokens or default_tokens(acc.device)
+        for chosen in micro_batches([len(e) for e in examples], 1, tokens)[0]:
+            yield collate(examples, chosen, [0.0] * len(chosen), setup.tokenizer.pad_token_id).to(acc.device)
+
+    return Task(index, archive, setup.stream, setup.encoder.encode, batches, state)
+
+
+def _fit(setup: Setup, folder: RunFolder, acc: Accelerator, trainer: Trainer, index: int) -> dict[str, Adapter]:
+    name = setup.recipe.tasks[index]
+    if acc.is_main_process:
+        folder.restart_log(name)
+    with console.status(f"{name}: learning") as status:
         def log(row: dict) -> None:
             if acc.is_main_process:
                 folder.log(row)
-                status.update(f"{task}: step {row['step']}/{row['steps']}, loss {row['loss']:.3f}")
-        adapters = trainer.fit(data, recipe.seed, log)
-    if acc.is_main_process:
-        update = method.consolidate(adapters, index)
-        before = archive.terms(index - 1)
-        after = before + [update] if method.mode == "add" else [update]
-        rows = list(update_report(models.WeightReader(setup.base), before, after, recipe.method.rank, setup.dtype))
-        folder.add_update_report(task, rows)
-        if method.carries_optimizer:
-            with replacing(folder.state(index)) as temporary:
-                save_file(trainer.state(), temporary)
-        archive.append(task, update)  # last: a task is done when its update is there
-        kept, rank = sum(r["kept"] for r in rows), sum(r["rank"] for r in rows)
-        console.print(f"{task}: learnt in {time.perf_counter() - began:.0f} s, {kept} of {rank} ranks kept")
-    trainer.engine.free()
-    acc.wait_for_everyone()
-    collectively(True, await_file, archive.path(index, task))
+                status.update(f"{name}: step {row['step']}/{row['steps']}, loss {row['loss']:.3f}")
+        return trainer.fit(_task_data(setup, index), setup.recipe.seed, log)
+
+
+def _archive(setup: Setup, folder: RunFolder, archive: Archive, index: int, update: Update,
+             state: dict[str, torch.Tensor]) -> list[dict]:
+    """Write what task `index` left; returns the rows of its update report."""
+    before = archive.terms(index - 1)
+    after = before + [update] if update.mode == "add" else [update]
+    rows = list(update_report(models.WeightReader(setup.base), before, after, setup.recipe.method.rank, setup.dtype))
+    folder.add_update_report(setup.recipe.tasks[index], rows)
+    if state:
+        with replacing(folder.state(index)) as temporary:
+            save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary)
+    archive.append(setup.recipe.tasks[index], update)  # last: a task is done when its update is there
+    return rows
 
 
 def evaluate(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> None:
@@ -121,7 +152,7 @@ def evaluate(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> N
 
 def finish(setup: Setup, folder: RunFolder) -> None:
     """Summary, report and, if asked, the final merged model."""
-    summary = summarise_run(setup.recipe, setup.method.trains, folder.scores)
+    summary = summarise_run(setup.recipe, bool(setup.method.trains), folder.scores)
     folder.write_summary(summary, render(setup.recipe, summary, folder.updates))
     console.print(table(summary))
     target = folder.path / "checkpoint"

@@ -10,24 +10,29 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from .data import Batch, Encoded, collate, example_weights, micro_batches, shuffled
+from . import attention
+from .data import Batch, Encoded, batch_tokens, collate, default_tokens, example_weights, micro_batches, shuffled
 from .distributed import Engine
 from .errors import Fault
+from .gradients import Gradients
 from .lora.archive import Adapter
 from .methods import Method
 from .optim import ProximalAdamW, lr_factor
 from .recipe import OptimSection
+from .seeds import generator
 
 
 class Objective(nn.Module):
-    """The method's loss as a module, so that DDP's and ZeRO's hooks run around it."""
+    """The method's loss as a module, so that ZeRO's hooks run around it."""
 
     def __init__(self, model: nn.Module, method: Method):
         super().__init__()
         self.model, self.method = model, method
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        return self.method.loss(self.model, batch)
+    def forward(self, batch: Batch, penalty: float = 0.0) -> dict[str, Tensor]:
+        """The method's terms; with this share of those of the parameters alone."""
+        terms = self.method.loss(self.model, batch)
+        return {**terms, **{k: penalty * v for k, v in self.method.penalty(self.model).items()}} if penalty else terms
 
 
 @dataclass
@@ -51,15 +56,21 @@ class TaskData:
 
 
 class Trainer:
-    """Trains the adapters of `model` on one task."""
+    """Trains the adapters of `model` on one task, its micro-batches padded or packed as `batching` says."""
 
-    def __init__(self, acc: Accelerator, method: Method, model: nn.Module, optim: OptimSection, pad: int):
+    def __init__(self, acc: Accelerator, method: Method, model: nn.Module, optim: OptimSection, pad: int,
+                 batching: str = "auto"):
         self.acc, self.method, self.optim, self.pad = acc, method, optim, pad
-        self.tokens = optim.micro_batch_tokens or (16384 if acc.device.type == "cuda" else 4096)
+        self.tokens = optim.micro_batch_tokens or default_tokens(acc.device)
+        self.packed = batching == "packed" or (batching == "auto" and attention.pays(model, acc.device))
+        if self.packed:
+            attention.use(model)
         groups = method.param_groups(model, optim.lr)
         self.optimizer = ProximalAdamW(groups, betas=optim.betas, weight_decay=optim.weight_decay)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.engine = Engine(acc, Objective(model, method), self.optimizer, optim.max_grad_norm)
+        self.gradients = Gradients(self.engine, self._micro, lambda one: collate([one], [0], [1 / len(one.answer)], pad,
+                                                                                  self.packed).to(acc.device))
 
     def fit(self, task: TaskData, seed: int, log: Callable[[dict], None]) -> dict[str, Adapter]:
         """Train on `task`; returns the adapters of its last step, or of its best where `keep_best` is set.
@@ -67,7 +78,6 @@ class Trainer:
         `log` gets one row per optimizer step. Raises Fault when a loss is not finite, before anything is updated by it.
         """
         steps, best, kept = task.steps(self.optim.batch_size), math.inf, None
-        torch.manual_seed(seed + 1000 * task.index + self.acc.process_index)  # dropout
         self.engine.module.train()
         for step, chosen in enumerate(task.batches(seed, self.optim.batch_size)):
             began = time.perf_counter()
@@ -76,7 +86,7 @@ class Trainer:
             self.method.before_step(self.engine.groups, step, steps, self.optim.schedule)
             if rewritten := self.method.rewrite(step, steps):
                 self.engine.rewrite(rewritten)
-            row = self._step(task, chosen, step)
+            row = self._step(task, chosen, step, seed)
             if step == 0:
                 self._check_that_all_move()
             if (every := self.optim.validate_every) and ((step + 1) % every == 0 or step + 1 == steps):
@@ -86,8 +96,10 @@ class Trainer:
             kappa = max((group.get("kappa", 0.0) for group in self.engine.groups), default=0.0)
             log({"task": task.name, "step": step + 1, "steps": steps, **row, "lr": self.engine.groups[0]["lr"],
                  "kappa": kappa, "tokens": sum(len(task.examples[i]) for i in chosen),
-                 "seconds": round(time.perf_counter() - began, 4)})
-        return kept or self.engine.adapters()
+                 "micro_batch_tokens": self.tokens, "seconds": round(time.perf_counter() - began, 4)})
+        if kept:
+            self.engine.put(kept)
+        return self.engine.adapters()
 
     def state(self) -> dict[str, Tensor]:
         """Adam's moments and step counts by position of the parameter, for methods that carry them between tasks."""
@@ -101,29 +113,58 @@ class Trainer:
             own["state"].setdefault(int(i), {})[key] = tensor
         self.optimizer.load_state_dict(own)
 
-    def _step(self, task: TaskData, chosen: list[int], step: int) -> dict[str, float]:
-        losses, batches = [], list(self._micro(task.examples, chosen))
-        for number, batch in enumerate(batches):
-            losses.append(self.engine.accumulate(batch, last=number == len(batches) - 1))
-        # One sum over ranks and one synchronisation per step; a NaN on any rank is a NaN on all.
-        totals = torch.stack([sum(term[name] for term in losses) for name in losses[0]])
-        totals = self.acc.reduce(totals, "sum").tolist()
+    def _step(self, task: TaskData, chosen: list[int], step: int, seed: int) -> dict[str, float]:
+        while True:  # until the micro-batches of all ranks fit into their memories
+            torch.manual_seed(generator("dropout", seed, task.index, step, self.acc.process_index).initial_seed())
+            batches, losses = self._attempt(task.examples, chosen)
+            if not self.engine.anywhere(losses is None):
+                break
+            self.engine.discard()
+            self._shrink([len(task.examples[i]) for i in chosen], f"task {task.name}, step {step + 1}")
+        # A NaN on any rank is a NaN on all.
+        totals = self.engine.reduce(torch.stack([sum(term.get(name, 0.0) for term in losses) for name in losses[0]])).tolist()
         if not all(map(math.isfinite, totals)):
             own = [batch.examples for batch, terms in zip(batches, losses)
                    if not torch.stack(list(terms.values())).isfinite().all()]
             raise Fault(f"task {task.name}, step {step + 1}: the loss is {sum(totals)}; the micro-batches of training "
                         f"examples {gather_object(own)} caused it (counted from 0 in train.json); look at them, or "
                         f"lower optim.lr")
-        return {**dict(zip(losses[0], totals)), "grad_norm": self.engine.step()}
+        self.method.edit_gradients(self.gradients)
+        norm = self.engine.step()
+        self.method.after_step(self.gradients)
+        return {**dict(zip(losses[0], totals)), "grad_norm": norm}
+
+    def _attempt(self, examples: list[Encoded], chosen: list[int]) -> tuple[list[Batch], list[dict] | None]:
+        """Forward and backward of this rank's share: the micro-batches and their losses, None where memory ran out."""
+        try:
+            batches = list(self._micro(examples, chosen))
+            return batches, [self.engine.accumulate(batch, first=batch is batches[0], last=batch is batches[-1])
+                             for batch in batches]
+        except torch.OutOfMemoryError:
+            return [], None  # outside of this block, where the failed forward's tensors are not held any more
+
+    def _shrink(self, lengths: list[int], where: str) -> None:
+        """Halve the tokens of a micro-batch, down to the longest example alone. Same numbers, so same outcome, on all
+        ranks."""
+        cut = micro_batches(lengths, self.acc.num_processes, self.tokens, self.packed)
+        largest = max(batch_tokens([lengths[i] for i in positions], self.packed) for rank in cut for positions in rank)
+        longest = max(lengths)
+        if largest <= longest:
+            raise Fault(f"{where}: one training example of {longest} tokens alone does not fit into the device's "
+                        f"memory, so optim.micro_batch_tokens ({self.tokens} now) can't be lowered any further; turn on "
+                        f"model.gradient_checkpointing or lower data.max_prompt_tokens")
+        self.tokens = max(longest, largest // 2)
+        self.acc.print(f"{where}: out of memory, going on with optim.micro_batch_tokens at {self.tokens}")
 
     def _micro(self, examples: list[Encoded], chosen: list[int]) -> Iterator[Batch]:
         """This rank's micro-batches of a global batch; an empty one becomes a filler of weight 0."""
         weights = example_weights(examples, chosen, self.optim.loss_average)
         lengths = [len(examples[i]) for i in chosen]
         filler = min(range(len(chosen)), key=lambda i: lengths[i])
-        for positions in micro_batches(lengths, self.acc.num_processes, self.tokens)[self.acc.process_index]:
-            own = [chosen[i] for i in positions] or [chosen[filler]]
-            yield collate(examples, own, [weights[i] for i in positions] or [0.0], self.pad).to(self.acc.device)
+        ranks = micro_batches(lengths, self.acc.num_processes, self.tokens, self.packed)
+        for positions in ranks[self.acc.process_index]:
+            own, shares = [chosen[i] for i in positions] or [chosen[filler]], [weights[i] for i in positions] or [0.0]
+            yield collate(examples, own, shares, self.pad, self.packed).to(self.acc.device)
 
     @torch.no_grad()
     def validate(self, examples: list[Encoded]) -> float:

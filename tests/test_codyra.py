@@ -9,6 +9,7 @@ from torch import nn
 from codyra_llm.lora.archive import Adapter
 from codyra_llm.lora.layer import LoraLinear, sites
 from codyra_llm.methods import METHODS
+from codyra_llm.methods.base import Task
 from codyra_llm.methods.codyra import aligned
 from codyra_llm.optim import ProximalAdamW, lr_factor
 
@@ -27,7 +28,7 @@ def planted(seed, steps=150, size=48, noise=0.1, **config):
     linear.weight.data = weight.clone()
     model = nn.ModuleDict({"q_proj": linear})
     method.attach(model)
-    method.begin_task(model, 0, None)
+    method.begin_task(model, Task(0, None, None, None, None, {}))
     layer: LoraLinear = sites(model)["q_proj"]
     optimizer = ProximalAdamW(method.param_groups(model, 1e-2), betas=(0.9, 0.95), weight_decay=0.0)
     rates = [group["lr"] for group in optimizer.param_groups]

@@ -8,6 +8,7 @@ from torch.nn import functional
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from codyra_llm.data import Batch, Encoded, collate, example_weights
+from codyra_llm.errors import Fault
 from codyra_llm.meter import saved_bytes
 
 from .measure import Contestant, Options, compare, machine
@@ -54,6 +55,9 @@ def measure(options: Options) -> dict:
     positions, width, vocabulary, count = options.sizes("N,hidden,vocabulary,labelled", default)
     generator = torch.Generator().manual_seed(0)
     length, answer = positions // ROWS, count // ROWS
+    if not 0 < answer < length:
+        raise Fault(f"--shape: {count} labelled of {positions} positions do not fit; there are {ROWS} rows, so give at least "
+                    f"{ROWS} labelled, and {ROWS} positions more than that")
     ids = torch.randint(vocabulary, (ROWS, length), generator=generator)
     encoded = [Encoded(row[:-answer], row[-answer:], False) for row in ids.tolist()]
     weights = example_weights(encoded, range(ROWS), "token")

@@ -6,9 +6,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from codyra_llm import models
+from codyra_llm import attention, models
 from codyra_llm.benchmarks.trace import PROTOCOLS, TASKS, mini
-from codyra_llm.data import Encoded, Encoder, collate, example_weights, micro_batches
+from codyra_llm.data import Encoded, Encoder, collate, default_tokens, example_weights, micro_batches
 from codyra_llm.errors import Fault
 from codyra_llm.examples import read_split, task_folders
 from codyra_llm.recipe import DataSection
@@ -36,17 +36,18 @@ def measure(options: Options) -> dict:
     largest, smallest = sizes.index(max(sizes)), sizes.index(min(sizes))
     base = models.load(folder, options.dtype).to(options.device).train()
     numbers, pad = draw(base, RANK), tokenizer.pad_token_id
-    limit = options.tokens or (16384 if options.device.type == "cuda" else 4096)
-    settings = {"limit": limit, "pad": pad, "device": options.device}
+    limit, packed = options.tokens or default_tokens(options.device), attention.pays(base, options.device)
+    peft = partial(_peft_losses, limit=limit, pad=pad, device=options.device)
+    ours = partial(_our_losses, limit=limit, pad=pad, device=options.device, packed=packed)
     contestants, expected = {}, {}
     for name in options.chosen(list(ARMS)):
         kind = "frozen" if name == "frozen" else "adapted"
         if kind not in expected:
-            reference = _wants_gradients(exact(base, numbers, name))
-            expected[kind] = _outcome(reference, partial(_our_losses, **settings), batches[smallest], options.device)
+            reference = _prepared(exact(base, numbers, name), packed)
+            expected[kind] = _outcome(reference, ours, batches[smallest], options.device)
             del reference
-        losses = partial(_peft_losses if name == "peft" else _our_losses, **settings)
-        arm = _wants_gradients(ARMS[name](base, numbers))
+        losses = peft if name == "peft" else ours
+        arm = _prepared(ARMS[name](base, numbers), packed and losses is ours)
         contestants[name] = Contestant(partial(_outcome, arm, losses, batches[smallest], options.device), expected[kind],
                                        _stepper(arm, losses, batches, options.device))
     rows = compare(contestants, options, (options.rounds or 1) * len(batches), largest)
@@ -56,11 +57,13 @@ def measure(options: Options) -> dict:
     notes = [f"{name}: {NOTES[name]}; {BATCHES.get(name, BATCHES['others'])}" for name in rows]
     return {"level": "step", "shape": shape, "machine": machine(options), "arms": rows, "notes": [
         *notes, f"tokens without padding; peak: the batch of {max(sizes)} tokens, beside weights and Adam's moments; "
-        f"at most {limit} padded tokens at once; AdamW for all"]}
+        f"at most {limit} tokens at once, padding included{', rows packed' if packed else ''}; AdamW for all"]}
 
 
-def _wants_gradients(arm: Arm) -> Arm:
-    """Where nothing trains, let backward run down to the embeddings' output."""
+def _prepared(arm: Arm, packed: bool) -> Arm:
+    """Ready for packed rows; and where nothing trains, backward runs down to the embeddings' output."""
+    if packed:
+        attention.use(arm.model)
     if not arm.masters:
         arm.model.enable_input_require_grads()
     return arm
@@ -84,10 +87,11 @@ def _global_batches(options: Options, encoder: Encoder) -> list[list[Encoded]]:
     return batches
 
 
-def _our_losses(model: nn.Module, batch: list[Encoded], limit: int, pad: int, device: torch.device) -> Iterator[Tensor]:
+def _our_losses(model: nn.Module, batch: list[Encoded], limit: int, pad: int, device: torch.device,
+                packed: bool) -> Iterator[Tensor]:
     weights = example_weights(batch, range(len(batch)), "token")
-    for chosen in micro_batches([len(e) for e in batch], 1, limit)[0]:
-        yield collate(batch, chosen, [weights[i] for i in chosen], pad).to(device).cross_entropy(model)
+    for chosen in micro_batches([len(e) for e in batch], 1, limit, packed)[0]:
+        yield collate(batch, chosen, [weights[i] for i in chosen], pad, packed).to(device).cross_entropy(model)
 
 
 def _peft_losses(model: nn.Module, batch: list[Encoded], limit: int, pad: int, device: torch.device) -> Iterator[Tensor]:

@@ -1,6 +1,7 @@
 """The interface of all methods. The default of every hook is sequential LoRA; a method overrides only what differs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
@@ -12,7 +13,8 @@ from ..lora.layer import AdapterSpec, attach, sites
 from ..models import PROJECTIONS
 
 if TYPE_CHECKING:
-    from ..data import Batch, Stream
+    from ..data import Batch, Encoded, Stream
+    from ..gradients import Gradients
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -48,19 +50,51 @@ class LoraConfig(MethodConfig):
         return value
 
 
+@dataclass(frozen=True)
+class Task:
+    """What a method may use when task `index` begins and ends."""
+
+    index: int
+    archive: Archive
+    stream: "Stream"
+    encode: Callable[[list[dict]], list["Encoded"]]
+    batches: Callable[[list["Encoded"]], Iterator["Batch"]]  # all of them in micro-batches, on every rank alike
+    state: dict[str, Tensor]  # what `end_task` of the task before returned
+
+    def records(self, past: int | None = None) -> list[dict]:
+        """Training records of an earlier task, or of this one."""
+        return self.stream.records(self.index if past is None else past, "train")
+
+
 class Method:
-    """Sequential LoRA with a fresh adapter per task, merged after it."""
+    """Sequential LoRA with a fresh adapter per task, merged after it. The class attributes are what
+    `codyra-llm methods` lists; the contract tests hold them against what the method does."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
     Config: ClassVar[type[MethodConfig]]
-    trains: ClassVar[bool] = True
+    trains: ClassVar[str] = "adapters"  # "" for nothing
+    old_data: ClassVar[bool] = False  # reads earlier tasks' training examples
+    task_id: ClassVar[bool] = False  # has to be told at test which task an example is of
+    merges: ClassVar[bool] = True  # is a plain model after every task
+    grows: ClassVar[bool] = False  # keeps more with every task than the archive of updates
     max_zero_stage: ClassVar[int] = 3
     mode: ClassVar[Literal["add", "replace"]] = "add"
     carries_optimizer: ClassVar[bool] = False
 
     def __init__(self, config: MethodConfig, seed: int):
         self.config, self.seed = config, seed
+
+    @classmethod
+    def declared(cls) -> dict[str, str | bool | int]:
+        """What `codyra-llm methods` says of it."""
+        return {"name": cls.name, "summary": cls.summary, "trains": cls.trains, "old_data": cls.old_data,
+                "task_id": cls.task_id, "merges": cls.merges, "grows": cls.grows, "max_zero_stage": cls.zero_stages()}
+
+    @classmethod
+    def zero_stages(cls) -> int:
+        """The highest ZeRO stage with default settings; 0: one process or data parallel."""
+        return cls(cls.Config(), 0).max_zero_stage
 
     def spec(self) -> AdapterSpec:
         """The adapter at every site."""
@@ -70,10 +104,10 @@ class Method:
         """Put in what trains; called on a fresh model at the start of every task."""
         attach(model, self.config.targets, self.spec())
 
-    def begin_task(self, model: nn.Module, index: int, archive: Archive) -> None:
-        """Set the start of task `index`. No engine lives yet: weights may be written."""
+    def begin_task(self, model: nn.Module, task: Task) -> None:
+        """Set the start of a task. No engine lives yet: weights may be written, passes over data may be made."""
         for name, layer in sites(model).items():
-            layer.reset(self.seed, index, name)
+            layer.reset(self.seed, task.index, name)
 
     def param_groups(self, model: nn.Module, lr: float) -> list[dict]:
         """What trains, at which learning rate."""
@@ -88,11 +122,25 @@ class Method:
         """Named terms; the loop sums them and logs each. `batch.weights` already carries the global average."""
         return {"loss": batch.cross_entropy(model)}
 
+    def penalty(self, model: nn.Module) -> dict[str, Tensor]:
+        """Named terms of the parameters alone; the loop adds them to the loss once per optimizer step."""
+        return {}
+
     def before_step(self, groups: list[dict], step: int, steps: int, schedule: str) -> None:
         """Set what an optimizer group carries for step `step` of `steps`, e.g. a threshold; `schedule` is the rate's."""
 
+    def edit_gradients(self, gradients: "Gradients") -> None:
+        """Change the step's gradients, summed over ranks and not yet clipped. Not under ZeRO."""
+
+    def after_step(self, gradients: "Gradients") -> None:
+        """Change the parameters behind the optimizer's step. Not under ZeRO."""
+
     def rewrite(self, step: int, steps: int) -> Callable[[Adapter], Adapter] | None:
         """A function that puts new factors in place of every adapter's before step `step`, or None: leave them."""
+
+    def end_task(self, model: nn.Module, task: Task, gradients: "Gradients") -> dict[str, Tensor]:
+        """What later tasks need beside the update, e.g. a Fisher matrix; saved, and given back as `Task.state`."""
+        return {}
 
     def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
         """The update that task `index` leaves. No engine lives any more."""

@@ -12,4 +12,4 @@ class NoneConfig(MethodConfig):
 class NoMethod(Method):
     """The frozen base on every task: the anchor of OP. Nothing is trained, nothing can be forgotten."""
 
-    name, summary, Config, trains = "none", "the frozen model, zero-shot", NoneConfig, False
+    name, summary, Config, trains = "none", "the frozen model, zero-shot", NoneConfig, ""

@@ -4,9 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from ..lora.archive import Archive
 from ..lora.layer import AdapterSpec
-from .base import LoraConfig, Method, Positive, restore
+from .base import LoraConfig, Method, Positive, Task, restore
 
 
 class SeqLoraConfig(LoraConfig):
@@ -38,8 +37,8 @@ class SeqLora(Method):
         c = self.config
         return AdapterSpec(c.rank, (c.alpha or c.rank) / c.rank, c.dropout)
 
-    def begin_task(self, model, index: int, archive: Archive) -> None:
-        if index and not self.config.fresh:
-            restore(model, archive.load(index - 1))
+    def begin_task(self, model, task: Task) -> None:
+        if task.index and not self.config.fresh:
+            restore(model, task.archive.load(task.index - 1))
         else:
-            super().begin_task(model, index, archive)
+            super().begin_task(model, task)
