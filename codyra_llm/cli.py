@@ -121,6 +121,32 @@ def export(folder: Annotated[Path, typer.Argument(metavar="RUN")], out: Path,
 
 
 @app.command()
+def bench(level: Annotated[str, typer.Argument(help="linear, block (a decoder layer), head (with its loss) or step (of "
+                                               "training)")],
+          device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one")] = None,
+          dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: bfloat16 on a GPU")] = None,
+          shape: Annotated[str | None, typer.Option(help="numbers, e.g. N,in,out,r of linear")] = None,
+          rounds: Annotated[int | None, typer.Option(min=1, help="times that every arm is run")] = None,
+          arms: Annotated[str | None, typer.Option(help="names, e.g. peft,ours; default: all")] = None,
+          model: Annotated[str | None, typer.Option(help="block: whose shapes; step: the model, default mini")] = None,
+          data: Annotated[str, typer.Option(help="step: TRACE folder, or mini")] = "mini",
+          tasks: Annotated[str | None, typer.Option(help="step: names; default: all of TRACE's that DATA holds")] = None,
+          batch: Annotated[int, typer.Option(min=1, help="step: examples of a global batch")] = 8,
+          examples: Annotated[int, typer.Option(min=1, help="step: first examples of each task")] = 8,
+          tokens: Annotated[int | None, typer.Option(min=16, help="step: padded tokens at once")] = None,
+          as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """Time training against PEFT and a floor, each arm first checked against float64: speed, peak memory, saved bytes.
+
+    Example: codyra-llm bench step --model models/smollm2-135m --data data/LLM-CL-Benchmark_500 --arms peft,ours
+    """
+    from .benchmarks.speed import measured, options, show
+
+    result = measured(level, options(device, dtype, shape, arms, tasks, rounds=rounds, model=model, data=data, batch=batch,
+                                     examples=examples, tokens=tokens))
+    print(json.dumps(result, indent=1)) if as_json else show(result, console)
+
+
+@app.command()
 def methods(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     """List the methods: what each trains and needs, whether it merges into the base, and how it can be launched."""
     from .methods import METHODS, table

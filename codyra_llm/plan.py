@@ -1,4 +1,6 @@
-"""What a recipe will do, counted without training: steps, tokens, parameters, memory, disk, and one example as it is."""
+"""What a recipe will do, without training: steps, tokens, parameters, memory, time, disk, and one example as it is."""
+
+from dataclasses import dataclass, field
 
 import torch
 from rich.box import SIMPLE
@@ -8,61 +10,102 @@ from rich.text import Text
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .data import Encoded
+from . import attention
+from .data import Batch, Encoded, batch_tokens, collate, default_tokens, micro_batches
+from .estimate import activation_bytes, matmul_speed, step_flops
+from .lora.shared import share_inputs
 from .models import PROJECTIONS
 from .recipe import Recipe
 from .setup import Setup, prepare, size
 from .train import TaskData
 
 
+@dataclass
+class Work:
+    """What the recipe trains on, as one process cuts it: its tasks, the sums over all micro-batches of their tokens, of
+    their segments' squared lengths and of labelled tokens, and the micro-batch with the most tokens."""
+
+    tasks: list[TaskData] = field(default_factory=list)
+    tokens: int = 0
+    squares: int = 0
+    labelled: int = 0
+    biggest: Batch | None = None
+
+
 def plan(recipe: Recipe, console: Console) -> None:
     """Print the plan of a recipe. Raises one Fault with all that is wrong with it."""
     setup = prepare(recipe)
     model = skeleton(setup)
+    work = _work(setup, model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     console.print(f"[b]{setup.recipe.model.path}[/b] ({model.config.model_type}, {total / 1e6:.1f} M parameters, "
                   f"{str(setup.dtype).removeprefix('torch.')}); method [b]{setup.method.name}[/b] trains "
                   f"{trained / 1e6:.2f} M parameters", highlight=False)
-    table, example = _tasks(setup)
-    console.print(table)
-    if example:
-        console.print(_shown(setup, example))
-    for line in _estimates(setup, model, trained, total):
+    console.print(_table(setup, work))
+    if work.tasks:
+        console.print(_shown(setup, work.tasks[0].examples[0]))
+    for line in _estimates(setup, model, work, trained, total):
         console.print(line, highlight=False)
 
 
 def skeleton(setup: Setup) -> nn.Module:
-    """The model with its adapters, without weights (meta device)."""
+    """The model as it trains, without weights (meta device)."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(setup.base)).requires_grad_(False)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(setup.base), dtype=setup.dtype,
+                                                 attn_implementation=setup.recipe.model.attention).requires_grad_(False)
     if setup.method.trains:
         setup.method.attach(model)
-    return model
+        share_inputs(model, setup.recipe.model.fused)
+    if setup.recipe.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
 
 
-def _tasks(setup: Setup) -> tuple[Table, Encoded | None]:
-    recipe, example = setup.recipe, None
-    right = {"justify": "right", "no_wrap": True}
+def _work(setup: Setup, model: nn.Module) -> Work:
+    recipe, work, most = setup.recipe, Work(), (0, 0)
+    device = _device()
+    limit = recipe.optim.micro_batch_tokens or default_tokens(device)
+    packed = recipe.data.batching == "packed" or (
+        recipe.data.batching == "auto" and setup.method.packs and attention.pays(model, device))
+    if packed:
+        attention.use(model)
+    for index, task in enumerate(recipe.tasks if setup.method.trains else ()):
+        records, epochs = setup.method.train_data(setup.stream, index)
+        data = TaskData(task, index, setup.encoder.encode(records), epochs, [])
+        work.tasks.append(data)
+        for chosen in data.batches(recipe.seed, recipe.optim.batch_size):
+            for positions in micro_batches([len(data.examples[i]) for i in chosen], 1, limit, packed)[0]:
+                own = [chosen[i] for i in positions]
+                lengths = [len(data.examples[i]) for i in own]
+                tokens, labelled = batch_tokens(lengths, packed), sum(len(data.examples[i].answer) for i in own)
+                work.tokens += tokens
+                work.squares += sum(n * n for n in lengths) if packed else max(lengths) * tokens
+                work.labelled += labelled
+                if (tokens, labelled) > most:
+                    most = (tokens, labelled)
+                    work.biggest = collate(data.examples, own, [1.0] * len(own), setup.tokenizer.pad_token_id, packed)
+    return work
+
+
+def _table(setup: Setup, work: Work) -> Table:
+    recipe, right = setup.recipe, {"justify": "right", "no_wrap": True}
     table = Table(Column("task", no_wrap=True), *(Column(name, **right) for name in (
                       "train", "epochs", "steps", "tokens", "labelled", "longest", "cut", "test", "new")),
                   box=SIMPLE, padding=0, collapse_padding=True,
                   title=f"{recipe.data.protocol} protocol, batch {recipe.optim.batch_size}, lr {recipe.optim.lr:g} "
                         f"{recipe.optim.schedule}, loss per {recipe.optim.loss_average}")
     for index, task in enumerate(recipe.tasks):
-        tests = [str(len(setup.test(index))), str(setup.new_tokens(index))]
-        if not setup.method.trains:
-            table.add_row(task, *[""] * 7, *tests)
-            continue
-        records, epochs = setup.method.train_data(setup.stream, index)
-        encoded = setup.encoder.encode(records)
-        example = example or encoded[0]
-        visited = [encoded[i] for epoch in epochs for i in epoch]
-        table.add_row(task, str(len(records)), str(len(epochs)),
-                      str(TaskData(task, index, encoded, epochs, []).steps(recipe.optim.batch_size)),
-                      f"{sum(map(len, visited)):,}", f"{sum(len(e.answer) for e in visited):,}",
-                      str(max(map(len, encoded))), f"{sum(e.cut for e in encoded) / len(encoded):.0%}", *tests)
-    return table, example
+        training = [""] * 7
+        if work.tasks:
+            data = work.tasks[index]
+            visited = [data.examples[i] for epoch in data.epochs for i in epoch]
+            training = [str(len(data.examples)), str(len(data.epochs)), str(data.steps(recipe.optim.batch_size)),
+                        f"{sum(map(len, visited)):,}", f"{sum(len(e.answer) for e in visited):,}",
+                        str(max(map(len, data.examples))),
+                        f"{sum(e.cut for e in data.examples) / len(data.examples):.0%}"]
+        table.add_row(task, *training, str(len(setup.test(index))), str(setup.new_tokens(index)))
+    return table
 
 
 def _shown(setup: Setup, example: Encoded) -> Text:
@@ -73,20 +116,35 @@ def _shown(setup: Setup, example: Encoded) -> Text:
                          f"\n{len(example.prompt)} prompt tokens, {len(example.answer)} labelled: {example.answer[:12]}")
 
 
-def _estimates(setup: Setup, model: nn.Module, trained: int, total: int) -> list[str]:
-    """Memory: weights, adapters with gradient and two moments in float32, and what a micro-batch leaves for backward
-    (per token and layer about 10 hidden and 4 intermediate vectors). Disk: updates and, if asked, the final model."""
-    c, width = model.config, setup.dtype.itemsize
-    tokens = setup.recipe.optim.micro_batch_tokens or (16384 if torch.cuda.is_available() else 4096)
-    per_token = c.num_hidden_layers * (10 * c.hidden_size + 4 * c.intermediate_size) * width
-    activations = 0 if not setup.method.trains else tokens * (
-        c.hidden_size * c.num_hidden_layers * width if setup.recipe.model.gradient_checkpointing else per_token)
-    weights = _weight_bytes(setup, model, total)
-    memory = weights + trained * 16 + activations
+def _estimates(setup: Setup, model: nn.Module, work: Work, trained: int, total: int) -> list[str]:
+    """Memory: weights, adapters with two moments in float32, and the peak of the largest micro-batch. Time: the matrix
+    products of all steps at the speed of a short probe. Disk: updates and, if asked, the final model."""
+    device = _device()
+    held = {"weights": _weight_bytes(setup, model, total)}
+    lines = []
+    if work.biggest:
+        # Before the memory, whose run fills the skeleton with fake tensors.
+        operations = step_flops(model, work.tokens, work.squares, work.labelled)
+        tokens = work.biggest.ids.numel()
+        speed = matmul_speed(model, tokens, setup.dtype, device)
+        held["adapters and Adam's moments"] = trained * 12
+        held[f"forward and backward of {tokens} tokens"] = activation_bytes(model, work.biggest, device)
+        lines = [f"time to train, estimated: {_duration(operations / speed)} ({operations:.2g} operations of matrix products, "
+                 f"{speed:.2g} a second measured here, one process; on top come everything else in a step, loading and "
+                 f"evaluation)"]
+    parts = ", ".join(f"{name} {part / 1e9:.2f}" for name, part in held.items())
     disk = len(setup.recipe.tasks) * trained * 4 + (size(setup.base) if setup.recipe.checkpoint else 0)
-    return [f"memory, estimated: {memory / 1e9:.2f} GB (weights {weights / 1e9:.2f}, adapters with optimizer "
-            f"{trained * 16 / 1e9:.2f}, {tokens} tokens at once {activations / 1e9:.2f})",
+    return [f"memory, estimated: {sum(held.values()) / 1e9:.2f} GB ({parts})", *lines,
             f"disk, at most: {disk / 1e9:.2f} GB in {setup.recipe.output}"]
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{max(1, minutes)} min"
 
 
 def _weight_bytes(setup: Setup, model: nn.Module, total: int) -> float:

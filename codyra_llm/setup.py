@@ -106,7 +106,7 @@ def prepare(recipe: Recipe) -> Setup:
     base = tried(_base, recipe)
     if base:
         faults += models.check(base, recipe.data.chat_template)
-    root = tried(_root, recipe.data.root)
+    root = tried(data_root, recipe.data.root)
     stream = Stream(recipe.data, root)
     for index in range(len(recipe.tasks)) if root else ():
         if method.trains:
@@ -133,7 +133,8 @@ def _base(recipe: Recipe) -> Path:
     return mini.mini_model() if recipe.model.path == "mini" else models.resolve(recipe.model.path, recipe.model.revision)
 
 
-def _root(root: str) -> Path:
+def data_root(root: str) -> Path:
+    """The folder of tasks that `root` names; mini-TRACE is made on first use."""
     path = mini.mini_data() if root == "mini" else Path(os.path.expandvars(root)).expanduser()
     if not path.is_dir():
         raise Fault(f"data.root: there is no folder '{root}'; give the folder that holds <task>/train.json, "

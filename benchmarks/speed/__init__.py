@@ -1,0 +1,37 @@
+"""How fast training is and what memory it takes, against PEFT and against a floor, on this machine."""
+
+import torch
+
+from codyra_llm.errors import Fault, nearest
+
+from . import head, layers, step
+from .measure import TOLERANCE, Options, show
+
+LEVELS = {"linear": layers.linear, "block": layers.block, "head": head.measure, "step": step.measure}
+
+__all__ = ["LEVELS", "measured", "options", "show"]
+
+
+def measured(level: str, options: Options) -> dict:
+    """What a level found, as plain JSON values; Fault where an arm is off."""
+    if level not in LEVELS:
+        raise Fault(f"'{level}' is not a level; choose from {', '.join(LEVELS)}.{nearest(level, LEVELS)}")
+    return LEVELS[level](options)
+
+
+def options(device: str | None, dtype: str | None, shape: str | None, arms: str | None, tasks: str | None, **others) -> Options:
+    """From the command line's words."""
+    cuda = torch.cuda.is_available()
+    device = device or ("cuda" if cuda else "cpu")
+    if device.partition(":")[0] not in ("cpu", "cuda") or (device != "cpu" and not cuda):
+        raise Fault(f"--device: '{device}' is not here; choose {'cpu or cuda' if cuda else 'cpu'}")
+    names = {str(known).removeprefix("torch."): known for known in TOLERANCE}
+    dtype = dtype or ("bfloat16" if device != "cpu" else "float32")
+    if dtype not in names:
+        raise Fault(f"--dtype: '{dtype}' is unknown; choose from {', '.join(names)}.{nearest(dtype, names)}")
+    try:
+        numbers = tuple(int(n) for n in shape.split(",")) if shape else None
+    except ValueError:
+        raise Fault(f"--shape: '{shape}' must be whole numbers with commas between, e.g. 1024,576,1536,16") from None
+    split = (tuple(text.split(",")) if text else None for text in (arms, tasks))
+    return Options(torch.device(device), names[dtype], shape=numbers, **dict(zip(("arms", "tasks"), split)), **others)

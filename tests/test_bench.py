@@ -1,0 +1,185 @@
+"""The benchmark's levels, its gate and its meter; the estimates of `plan` against what a step takes."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from codyra_llm.benchmarks.speed import arms, head, measured, options
+from codyra_llm.cli import main
+from codyra_llm.data import Encoded, collate, example_weights
+from codyra_llm.estimate import activation_bytes, matmul_speed, step_flops
+from codyra_llm.lora.layer import AdapterSpec, attach, sites
+from codyra_llm.lora.shared import share_inputs
+from codyra_llm.meter import Meter, peak_bytes, saved_bytes
+from codyra_llm.models import PROJECTIONS
+
+CPU = torch.device("cpu")
+ALL = ["frozen", "peft", "peft-strong", "eager", "ours"]
+
+
+def bench(capsys, *args):
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", *map(str, args)])
+    out, err = capsys.readouterr()
+    return caught.value.code, out, err
+
+
+@pytest.fixture
+def levels(tiny_llama, toy_stream):
+    return {"linear": ["--shape", "12,8,20,3"], "block": ["--shape", "2,6,3", "--model", tiny_llama],
+            "head": ["--shape", "48,8,40,16"],
+            "step": ["--model", tiny_llama, "--data", toy_stream, "--tasks", "ONE,THREE", "--batch", "3", "--examples", "5"]}
+
+
+@pytest.mark.parametrize("level, expected", [("linear", ALL), ("block", ALL), ("head", list(head.ARMS)), ("step", ALL)])
+def test_a_level_measures_every_arm(level, expected, levels, capsys):
+    code, out, _ = bench(capsys, level, *levels[level], "--rounds", 2, "--device", "cpu", "--json")
+    result = json.loads(out)
+    assert code == 0 and list(result["arms"]) == expected and result["machine"]["threads"]
+    for row in result["arms"].values():
+        spread = row["milliseconds"]
+        assert 0 < spread["p20"] <= spread["median"] <= spread["p80"] and row["peak_bytes"] > 0 and row["error"] < 1e-4
+        assert row["over_floor"] is None or row["over_floor"] > 0
+    assert result["arms"][result["arms"][expected[-1]]["over"]]["speedup"]["median"] == 1
+    if level == "step":  # 2 tasks of 5 examples in batches of 3: four steps a round, twice
+        rates = [row["tokens_per_second"] * row["seconds"] for row in result["arms"].values()]
+        assert "4 batches of 3" in result["shape"] and rates == pytest.approx([rates[0]] * 5)
+
+
+def test_the_table_and_other_families_and_dtypes(tiny_gemma3, capsys):
+    code, out, _ = bench(capsys, "block", "--shape", "2,6,3", "--model", tiny_gemma3, "--rounds", 2, "--dtype", "bfloat16",
+                         "--device", "cpu", "--arms", "peft,ours")
+    assert code == 0 and "speed over" in out and "floor" not in out and "ours" in out and "measured on" in out
+
+
+@pytest.mark.parametrize("level", ["linear", "block", "step"])
+def test_a_wrong_arm_is_told_and_not_timed(level, levels, capsys, monkeypatch):
+    def without_w(base, numbers):
+        return arms.weighted(base, {site: (a, torch.ones_like(w), b) for site, (a, w, b) in numbers.items()}, True)
+
+    monkeypatch.setitem(arms.ARMS, "ours", without_w)
+    code, out, err = bench(capsys, level, *levels[level], "--rounds", 1, "--json")
+    assert code != 0 and not out and "arm ours" in err and "arm peft" not in err
+
+
+def test_an_arm_that_forgets_a_gradient_is_told(capsys, monkeypatch, levels):
+    def cut(base, numbers):
+        arm = arms.weighted(base, numbers, True)
+        next(iter(sites(arm.model).values())).lora_w.requires_grad_(False)
+        return arm
+
+    monkeypatch.setitem(arms.ARMS, "ours", cut)
+    code, _, err = bench(capsys, "linear", *levels["linear"], "--rounds", 1)
+    assert code != 0 and "dw is 1 away" in err
+
+
+def test_a_loss_that_counts_the_prompt_is_told(capsys, monkeypatch, levels):
+    monkeypatch.setitem(head.ARMS, "labelled", lambda model, batch, labels: head.full(model, batch, batch.ids))
+    code, _, err = bench(capsys, "head", *levels["head"], "--rounds", 1)
+    assert code != 0 and "arm labelled" in err
+
+
+@pytest.mark.parametrize("args, message", [
+    (["liner"], "Did you mean 'linear'?"), (["linear", "--shape", "3,4"], "N,in,out,r"), (["linear", "--shape", "x"], "whole"),
+    (["head", "--shape", "8,4,9,8"], "labelled"), (["linear", "--arms", "our"], "choose from"),
+    (["linear", "--dtype", "bf16"], "bfloat16"), (["linear", "--device", "tpu"], "--device: 'tpu'")])
+def test_mistakes_are_one_sentence(args, message, capsys):
+    code, _, err = bench(capsys, *args)
+    assert code == 2 and message in err and "Traceback" not in err
+
+
+def test_the_meter_counts_storages_while_they_live():
+    before = torch.ones(100)
+    with Meter() as meter:
+        view = before.view(10, 10).T
+        before.mul_(2)
+        assert (meter.live, meter.peak) == (0, 0)  # a view of what was there before, and an operation in place
+        a = view + 1  # 400 bytes
+        b = a[:5].double()  # 50 doubles: 400 bytes
+        assert meter.live == 800
+        c = a.T
+        del a, view
+        assert meter.live == 800  # c holds it
+        del c
+        assert meter.live == 400
+        del b
+    assert (meter.live, meter.peak) == (0, 800)
+
+
+def test_the_meter_sees_what_autograd_keeps_and_backward():
+    x = torch.ones(50, requires_grad=True)  # 200 bytes
+
+    def action():
+        y = x.exp()  # kept for backward
+        z = y.sin()  # keeps y; only the sum reads z
+        total = z.sum()  # 4 bytes
+        del y, z
+        assert meter.live == 204 and meter.peak == 404
+        total.backward()
+
+    with Meter() as meter:
+        action()
+    # backward: 1's [], y, cos(y) and its product with the expanded 1, all 50 wide, is the most at once.
+    assert meter.peak >= 604 and meter.live == 200 and x.grad.shape == (50,)
+    assert saved_bytes(lambda: x.exp().sin().sum(), [x]) == 200
+    assert peak_bytes(lambda: torch.ones(7), CPU) == 28
+
+
+def training_model(folder, kind, layers=2, checkpointing=False, fused=True, attention=None):
+    """The model of `folder` with adapters, on `kind` of tensors, as it trains."""
+    config = AutoConfig.from_pretrained(folder)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = (config.layer_types * layers)[:layers]
+    with torch.device(kind):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).requires_grad_(False)
+    attach(model, list(PROJECTIONS), AdapterSpec(4, importance="constant"))
+    for name, layer in sites(model).items() if kind == "cpu" else ():
+        layer.reset(0, name)
+    share_inputs(model, fused)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def batch(rows=3, prompt=50, answer=10):
+    encoded = [Encoded(list(range(3, 3 + prompt)), list(range(3, 3 + answer)), False)] * rows
+    return collate(encoded, range(rows), example_weights(encoded, range(rows), "token"), 0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"checkpointing": True}, {"fused": False}, {"attention": "eager"}, {"layers": 9},
+                                      {"layers": 9, "checkpointing": True}], ids=str)
+@pytest.mark.parametrize("family", ["tiny_llama", "tiny_gemma2", "tiny_gemma3"])
+def test_estimated_memory_is_what_a_step_takes(family, settings, request):
+    folder, one = request.getfixturevalue(family), batch()
+    estimate = activation_bytes(training_model(folder, "meta", **settings), one, CPU)
+    model = training_model(folder, "cpu", **settings)
+    assert estimate == pytest.approx(peak_bytes(lambda: one.cross_entropy(model).backward(), CPU), rel=0.1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", ["tiny_llama", "tiny_gemma3"])
+def test_counted_operations_are_those_that_run(family, checkpointing, request):
+    """Against PyTorch's own counter. Input gradients run down to the embeddings here, which the count assumes;
+    a checkpoint's second forward stops where nothing more is saved, which it does not."""
+    model = training_model(request.getfixturevalue(family), "cpu", checkpointing=checkpointing, fused=False, attention="eager")
+    model.enable_input_require_grads()
+    with FlopCounterMode(display=False) as counter:
+        batch(3, 50, 10).cross_entropy(model).backward()
+    assert step_flops(model, 3 * 60, 3 * 60**2, 30) == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_the_probe_gives_the_speed_of_a_product():
+    model = SimpleNamespace(config=SimpleNamespace(hidden_size=64, intermediate_size=128))
+    assert 1e7 < matmul_speed(model, 32, torch.float32, CPU, 0.01) < 1e14
+
+
+def test_options_take_the_device_there_is():
+    made = options("cpu", None, "4,5", "peft,ours", None)
+    assert made.dtype == torch.float32 and made.shape == (4, 5) and made.chosen(ALL) == ["peft", "ours"]
+    assert isinstance(arms.targets(nn.Sequential()), list) and callable(measured)
