@@ -129,9 +129,9 @@ def _estimates(setup: Setup, model: nn.Module, work: Work, trained: int, total: 
         speed = matmul_speed(model, tokens, setup.dtype, device)
         held["adapters and Adam's moments"] = trained * 12
         held[f"forward and backward of {tokens} tokens"] = activation_bytes(model, work.biggest, device)
-        lines = [f"time to train, estimated: {_duration(operations / speed)} ({operations:.2g} operations of matrix products, "
-                 f"{speed:.2g} a second measured here, one process; on top come everything else in a step, loading and "
-                 f"evaluation)"]
+        lines.append(f"time to train, estimated: {_duration(operations / speed)} ({operations:.2g} operations of matrix "
+                     f"products, {speed:.2g} a second measured here, one process; everything else in a step, loading and "
+                     f"evaluation come on top)")
     parts = ", ".join(f"{name} {part / 1e9:.2f}" for name, part in held.items())
     disk = len(setup.recipe.tasks) * trained * 4 + (size(setup.base) if setup.recipe.checkpoint else 0)
     return [f"memory, estimated: {sum(held.values()) / 1e9:.2f} GB ({parts})", *lines,

@@ -156,10 +156,11 @@ def batch(rows=3, prompt=50, answer=10):
                                       {"layers": 9, "checkpointing": True}], ids=str)
 @pytest.mark.parametrize("family", ["tiny_llama", "tiny_gemma2", "tiny_gemma3"])
 def test_estimated_memory_is_what_a_step_takes(family, settings, request):
+    """Gemma 3 here has windows shorter than the rows, and then transformers gives fake tensors masks in all layers."""
     folder, one = request.getfixturevalue(family), batch()
     estimate = activation_bytes(training_model(folder, "meta", **settings), one, CPU)
     model = training_model(folder, "cpu", **settings)
-    assert estimate == pytest.approx(peak_bytes(lambda: one.cross_entropy(model).backward(), CPU), rel=0.1)
+    assert estimate == pytest.approx(peak_bytes(lambda: one.cross_entropy(model).backward(), CPU), rel=0.15 if family == "tiny_gemma3" else 0.01)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -167,7 +168,8 @@ def test_estimated_memory_is_what_a_step_takes(family, settings, request):
 def test_counted_operations_are_those_that_run(family, checkpointing, request):
     """Against PyTorch's own counter. Input gradients run down to the embeddings here, which the count assumes;
     a checkpoint's second forward stops where nothing more is saved, which it does not."""
-    model = training_model(request.getfixturevalue(family), "cpu", checkpointing=checkpointing, fused=False, attention="eager")
+    model = training_model(request.getfixturevalue(family), "cpu", checkpointing=checkpointing, fused=False,
+                           attention="eager")
     model.enable_input_require_grads()
     with FlopCounterMode(display=False) as counter:
         batch(3, 50, 10).cross_entropy(model).backward()

@@ -10,8 +10,8 @@ from codyra_llm.models import resolve
 from .arms import ARMS, NOTES, Arm, draw, exact
 from .measure import Contestant, Options, compare, machine
 
-LLAMA_3_8B = dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8)
-SMOLLM2_135M = dict(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3)
+LLAMA_3_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+SMOLLM2_135M = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
 
 
 class Linear(nn.Module):
@@ -66,7 +66,7 @@ def _measure(level: str, base: nn.Module, shape: tuple[int, ...], rank: int, opt
     with torch.no_grad():
         dy = torch.randn_like(base(x))
     contestants = {name: _contestant(ARMS[name](base, numbers), exact(base, numbers, name), x, dy) for name in names}
-    return {"level": level, "shape": [*shape, f"r={rank}"], "machine": machine(options),
+    return {"level": level, "shape": [f"x {list(shape)}", f"y {list(dy.shape)}", f"r={rank}"], "machine": machine(options),
             "arms": compare(contestants, options, options.rounds or 20), "notes": [f"{n}: {NOTES[n]}" for n in names]}
 
 

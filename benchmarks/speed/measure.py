@@ -4,6 +4,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median, quantiles
 
@@ -72,7 +73,7 @@ def compare(contestants: dict[str, Contestant], options: Options, rounds: int, l
             "speedup": _spread([b / a for a, b in zip(times[name], times[reference])]), "over": reference,
             "over_floor": median([a / b for a, b in zip(times[name], times["frozen"])]) if "frozen" in times else None,
             "milliseconds": _spread([1000 * t for t in times[name]]), "seconds": sum(times[name]),
-            "peak_bytes": peak_bytes(lambda: c.run(largest), options.device),
+            "peak_bytes": peak_bytes(partial(c.run, largest), options.device),
             "saved_bytes": c.saved() if c.saved else None, "error": errors[name]}
     return rows
 
@@ -100,11 +101,10 @@ def _distance(found: Tensor, expected: Tensor) -> float:
 def interleaved(actions: dict[str, Callable[[int], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of every arm in every round, after one of warm-up. All arms run in every round, another one first each
     time, so that a drift of the machine hits all of them."""
-    times: dict[str, list[float]] = {name: [] for name in actions}
-    names = list(actions)
+    names, times = list(actions), {name: [] for name in actions}
     for number in range(-1, rounds):
         for name in names[number % len(names):] + names[: number % len(names)]:
-            elapsed = _seconds(lambda: actions[name](max(number, 0)), device)
+            elapsed = _seconds(partial(actions[name], max(number, 0)), device)
             if number >= 0:
                 times[name].append(elapsed)
     return times
@@ -146,7 +146,7 @@ def show(result: dict, console: Console) -> None:
     """The table of one level: ratios first. Columns that no arm fills are left out."""
     rows = {name: _cells(row) for name, row in result["arms"].items()}
     titles = [title for title in next(iter(rows.values())) if any(cells[title] for cells in rows.values())]
-    table = Table("arm", *(Column(title, justify="right", no_wrap=True) for title in titles), box=SIMPLE, padding=0,
+    table = Table(Column("arm", no_wrap=True), *(Column(title, justify="right", no_wrap=True) for title in titles), box=SIMPLE, padding=0,
                   collapse_padding=True, title=" ".join([result["level"], *map(str, result["shape"])]))
     for name, cells in rows.items():
         table.add_row(name, *(cells[title] for title in titles))
@@ -159,10 +159,13 @@ def show(result: dict, console: Console) -> None:
 def _cells(row: dict) -> dict[str, str]:
     def told(spread: dict[str, float], form: str) -> str:
         return f"{spread['median']:{form}} ({spread['p20']:{form}}-{spread['p80']:{form}})"
-    filled = lambda value, text: "" if value is None else text(value)  # noqa: E731
-    return {f"speed over\n{row['over']}": told(row["speedup"], ".2f"),
-            "time over\nfloor": filled(row["over_floor"], "{:.2f}".format),
-            "tokens/s": filled(row.get("tokens_per_second"), "{:.0f}".format),
-            "ms\n(p20-p80)": told(row["milliseconds"], ".1f"), "peak\nMB": f"{row['peak_bytes'] / 1e6:.1f}",
-            "saved\nMB": filled(row["saved_bytes"], lambda n: f"{n / 1e6:.1f}"),
+
+    def filled(value: float | None, form: str) -> str:
+        return "" if value is None else f"{value:{form}}"
+    saved = None if row["saved_bytes"] is None else row["saved_bytes"] / 1e6
+    return {f"speed over\n{row['over']} (p20-p80)": told(row["speedup"], ".2f"),
+            "time over\nfloor": filled(row["over_floor"], ".2f"),
+            "tokens/s": filled(row.get("tokens_per_second"), ".0f"),
+            "median\nms": f"{row['milliseconds']['median']:.1f}", "peak\nMB": f"{row['peak_bytes'] / 1e6:.1f}",
+            "saved\nMB": filled(saved, ".1f"),
             "off\nfloat64": f"{row['error']:.0e}"}
