@@ -1,12 +1,13 @@
 """Gradients that a method asks for beside those of the step, at the parameters as they are."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from .data import Batch, Encoded
 from .distributed import Engine
+from .lora.layer import without_dropout
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 
@@ -16,7 +17,8 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
 
 
 class Gradients:
-    """One process or data parallel; under ZeRO gradients are in shards. Lists are in the order of `parameters`."""
+    """Lists are in the order of `parameters`, that of the model. Beside the step's, gradients are taken without dropout
+    and leave no trace; they work wherever parameters are whole, so up to ZeRO stage 2."""
 
     def __init__(self, engine: Engine, micro: Callable[[list[Encoded], list[int]], Iterator[Batch]],
                  alone: Callable[[Encoded], Batch]):
@@ -25,33 +27,43 @@ class Gradients:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """All that trains."""
-        return [p for group in self.engine.groups for p in group["params"]]
+        return [p for p in self.model.parameters() if p.requires_grad]
 
     @property
     def step(self) -> list[Tensor]:
-        """The gradients of the step, summed over ranks; what is written into them is what the optimizer sees."""
+        """The gradients of the step, summed over ranks; what is written into them is what the optimizer sees. Not
+        under ZeRO, which keeps them in shards."""
         return [p.grad for p in self.parameters]
 
     def mean(self, examples: list[Encoded], loss: Loss = cross_entropy) -> list[Tensor]:
         """Gradient of the loss averaged over `examples` as in training, each rank computing its share."""
-        return self._apart(self.micro(examples, list(range(len(examples)))), loss, summed=True)
+        return self.total(self._sum(self.micro(examples, list(range(len(examples)))), loss))
 
     def each(self, examples: list[Encoded], loss: Loss = cross_entropy) -> Iterator[list[Tensor]]:
-        """The gradient of every single example, its labelled tokens weighted 1/their number; on all ranks the same."""
+        """The gradient of every single example, its labelled tokens weighted 1/their number; no rank waits
+        for another, and where all go through the same examples they get the same."""
         for example in examples:
-            yield self._apart([self.alone(example)], loss, summed=False)
+            yield self._sum([self.alone(example)], loss)
 
-    def _apart(self, batches: list[Batch] | Iterator[Batch], loss: Loss, summed: bool) -> list[Tensor]:
+    def own(self, examples: list[Encoded]) -> list[Encoded]:
+        """This rank's share of `examples`."""
+        return examples[self.engine.acc.process_index :: self.engine.acc.num_processes]
+
+    def total(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The tensors summed over ranks."""
+        if self.engine.acc.num_processes == 1:
+            return tensors
+        return unflatten(self.engine.acc.reduce(flat(tensors), "sum"), tensors)
+
+    def _sum(self, batches: Iterable[Batch], loss: Loss) -> list[Tensor]:
+        """autograd.grad, not backward: the step's gradients and DeepSpeed's hooks are left alone."""
         parameters = self.parameters
-        held = [p.grad for p in parameters]
-        self.engine.inner.zero_grad(set_to_none=True)
-        for batch in batches:
-            loss(self.model, batch).backward()
-        if summed:
-            self.engine.reduce(torch.zeros(1, device=parameters[0].device))
-        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        for p, grad in zip(parameters, held):
-            p.grad = grad
+        found = [torch.zeros_like(p) for p in parameters]
+        with without_dropout(self.model):
+            for batch in batches:
+                for into, grad in zip(found, torch.autograd.grad(loss(self.model, batch), parameters, allow_unused=True)):
+                    if grad is not None:
+                        into += grad
         return found
 
 

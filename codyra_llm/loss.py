@@ -1,4 +1,6 @@
-"""The head and cross entropy on labelled positions, chunk by chunk: no tensor of all logits is ever made."""
+"""The head with cross entropy or distillation on labelled positions, chunk by chunk: no tensor of all logits is ever made."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +31,7 @@ class WeightedCrossEntropy(torch.autograd.Function):
         dx, dw, db = _empty_gradients(ctx.needs_input_grad, hidden, weight, bias, precise)
         for part in (slice(i, i + rows) for i in range(0, len(targets), rows)):
             x, y, share = hidden[part], targets[part], weights[part].to(precise)
-            z = functional.linear(x, weight, bias).to(precise)
-            if cap:
-                z.div_(cap).tanh_().mul_(cap)
+            z = _logits(x, weight, bias, cap, precise)
             norm = z.logsumexp(1, keepdim=True)
             loss += share @ (norm - z.gather(1, y[:, None])).squeeze(1)
             if any(ctx.needs_input_grad):
@@ -69,18 +69,66 @@ def _logit_gradient(z: Tensor, norm: Tensor, targets: Tensor, share: Tensor, cap
     return p.mul_(z.div_(cap).square_().neg_().add_(1)) if cap else p
 
 
-def head_loss(head: nn.Linear, hidden: Tensor, targets: Tensor, weights: Tensor, cap: float | None = None) -> Tensor:
-    """`WeightedCrossEntropy` of rows `hidden` [M, h] under the language model's `head`.
+class Distillation(torch.autograd.Function):
+    """T² Σ_m weights[m]·KL(q_m ‖ p_m), q = softmax(z'/T) of the teacher and p = softmax(z/T) of the student (Hinton et al.,
+    1503.02531), with z, z' the logits of `hidden` and `taught` [M, h] under one frozen head, softcap included.
 
-    It runs inside the head's own call, since ZeRO-3 gathers a module's weight around its call and nowhere else.
+    As `WeightedCrossEntropy`, but for dL/dz = T·weights·(p - q), and two chunks of logits live at once instead of one.
+    No gradient goes to the teacher or the head.
     """
-    def loss(x: Tensor) -> Tensor:
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, taught: Tensor, weight: Tensor, bias: Tensor | None, weights: Tensor,
+                temperature: float, cap: float | None) -> Tensor:
+        precise = torch.promote_types(hidden.dtype, torch.float32)
+        loss, rows = hidden.new_zeros((), dtype=precise), max(MIN_ROWS, CHUNK // (2 * len(weight)))
+        dx = torch.empty_like(hidden, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
+        for part in (slice(i, i + rows) for i in range(0, len(hidden), rows)):
+            z, share = _logits(hidden[part], weight, bias, cap, precise), weights[part].to(precise)
+            log_q = _logits(taught[part], weight, bias, cap, precise).div_(temperature).log_softmax(1)
+            log_p = (z / temperature).log_softmax(1)
+            q = log_q.exp()
+            loss += temperature**2 * (share @ log_q.sub_(log_p).mul_(q).sum(1))
+            if dx is not None:
+                d = log_p.exp_().sub_(q).mul_(temperature * share[:, None])
+                d = d.mul_(z.div_(cap).square_().neg_().add_(1)) if cap else d
+                torch.mm(d.to(hidden.dtype), weight, out=dx[part])
+        ctx.save_for_backward(dx)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale: Tensor):
+        dx, = ctx.saved_tensors
+        return (None if dx is None else dx * scale, *[None] * 6)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, cap: float | None, precise: torch.dtype) -> Tensor:
+    z = functional.linear(hidden, weight, bias).to(precise)
+    return z.div_(cap).tanh_().mul_(cap) if cap else z
+
+
+def head_loss(head: nn.Linear, hidden: Tensor, targets: Tensor, weights: Tensor, cap: float | None = None) -> Tensor:
+    """`WeightedCrossEntropy` of rows `hidden` [M, h] under the language model's `head`."""
+    return _inside(head, lambda x, w, b: WeightedCrossEntropy.apply(x, w, b, targets, weights, cap), hidden)
+
+
+def distillation(head: nn.Linear, hidden: Tensor, taught: Tensor, weights: Tensor, temperature: float,
+                 cap: float | None = None) -> Tensor:
+    """`Distillation` of a teacher's rows `taught` into `hidden`, both [M, h], under the language model's `head`."""
+    return _inside(head, lambda x, w, b: Distillation.apply(x, taught, w, b, weights, temperature, cap), hidden)
+
+
+def _inside(head: nn.Linear, loss: Callable[[Tensor, Tensor, Tensor | None], Tensor], hidden: Tensor) -> Tensor:
+    """`loss(hidden, weight, bias)` inside the head's own call, since ZeRO-3 gathers a module's weight around its call and
+    nowhere else."""
+    def forward(x: Tensor) -> Tensor:
         parts = (x, head.weight, head.bias)
         if not torch.is_grad_enabled():
             parts = (None if p is None else p.detach() for p in parts)
-        return WeightedCrossEntropy.apply(*parts, targets, weights, cap)
+        return loss(*parts)
 
-    head.forward = loss
+    head.forward = forward
     try:
         return head(hidden)
     finally:

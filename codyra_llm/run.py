@@ -66,7 +66,7 @@ def learn(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> None
         model = model.to(acc.device)
     before = folder.load_state(index - 1)
     own = {k: v for k, v in before.items() if not k.startswith(OPTIMIZER)}
-    task = setup.task(archive, index, own, acc.device)
+    task = setup.task(model, archive, index, own)
     method.attach(model)
     share_inputs(model, recipe.model.fused, across=distributed.zero_stage(acc) < 3)
     method.begin_task(model, task)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from . import models
+from . import attention, models
 from .benchmarks.trace import mini
 from .data import Batch, Encoded, Encoder, Stream, collate, default_tokens, micro_batches
 from .errors import Fault
@@ -59,15 +59,16 @@ class Setup:
         model = self.model(archive, after).to(device).eval()
         if self.method.merges or after < 0:
             return model, None
-        self.method.install(model, self.task(archive, after, folder.load_state(after), device))
+        self.method.install(model, self.task(model, archive, after, folder.load_state(after)))
         return model, lambda prompts, task: self.method.condition(model, prompts, task if self.method.task_id else None)
 
-    def task(self, archive: Archive, index: int, state: dict[str, Tensor], device: torch.device) -> Task:
+    def task(self, model: PreTrainedModel, archive: Archive, index: int, state: dict[str, Tensor]) -> Task:
         """What the method may use at task `index`."""
         def batches(examples: list[Encoded]) -> Iterator[Batch]:
-            tokens = self.recipe.optim.micro_batch_tokens or default_tokens(device)
-            for chosen in micro_batches([len(e) for e in examples], 1, tokens)[0]:
-                yield collate(examples, chosen, [0.0] * len(chosen), self.tokenizer.pad_token_id).to(device)
+            tokens = self.recipe.optim.micro_batch_tokens or default_tokens(model.device)
+            packed, pad = attention.used(model), self.tokenizer.pad_token_id
+            for chosen in micro_batches([len(e) for e in examples], 1, tokens, packed)[0]:
+                yield collate(examples, chosen, [0.0] * len(chosen), pad, packed).to(model.device)
 
         return Task(index, archive, self.stream, self.encoder.encode, batches, state)
 

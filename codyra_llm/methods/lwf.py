@@ -1,0 +1,46 @@
+"""LwF: sequential LoRA that keeps to the answers of the adapter before the task, on the task's own inputs."""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..data import softcap
+from ..lora.layer import snapshot, stand_in
+from ..loss import distillation, head_loss
+from .base import NotNegative, Positive, Task
+from .seqlora import SeqLora, SeqLoraConfig
+
+
+class LwfConfig(SeqLoraConfig):
+    name: Literal["lwf"] = "lwf"
+    weight: NotNegative = Field(1.0, description="α of α·T²·KL(teacher ‖ student)")
+    temperature: Positive = Field(2.0, description="T that divides both models' logits")
+
+
+class Lwf(SeqLora):
+    """Loss + α T² Σ weights·KL(softmax(z'/T) ‖ softmax(z/T)) at the labelled positions, averaged like the loss; z' the
+    logits of the model that the task began with.
+
+    Source: Li and Hoiem (1606.09282). α = 1, T = 2 as TRACE, whose code has the two models in each other's place, leaves
+    T² out and sums over prompts and padding. The teacher is a second set of factors on the same base.
+    Cost per step from the second task on: one forward without gradient or dropout and the head three times; one more copy
+    of the adapter.
+    """
+
+    name, summary, Config = "lwf", "seqlora that distils the model before the task on the task's own inputs", LwfConfig
+    max_zero_stage = 2  # the teacher is a copy of whole parameters
+
+    def begin_task(self, model, task: Task) -> None:
+        super().begin_task(model, task)
+        self._teacher = snapshot(model) if task.index else None
+
+    def loss(self, model, batch) -> dict[str, Tensor]:
+        if not self._teacher:
+            return super().loss(model, batch)
+        with torch.no_grad(), stand_in(model, self._teacher):
+            taught = batch.hidden(model)
+        hidden, cap = batch.hidden(model), softcap(model)
+        kl = distillation(model.lm_head, hidden, taught, batch.weights, self.config.temperature, cap)
+        return {"loss": head_loss(model.lm_head, hidden, batch.targets, batch.weights, cap), "lwf": self.config.weight * kl}
