@@ -21,6 +21,11 @@ def use(model: PreTrainedModel) -> None:
         model.set_attn_implementation(NAME)
 
 
+def used(model: PreTrainedModel) -> bool:
+    """Whether `model` takes packed rows only, since `use`."""
+    return model.config._attn_implementation == NAME
+
+
 def pays(model: PreTrainedModel, device: torch.device) -> bool:
     """Whether packing is faster than padding: one kernel handles all segments of the row."""
     config = model.config

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from . import __version__, distributed, models
+from . import __version__, attention, distributed, models
 from .benchmarks.trace.metrics import headline, score
 from .data import Batch, Encoded, collate, default_tokens, micro_batches
 from .distributed import collectively
@@ -64,7 +64,7 @@ def learn(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> None
     if distributed.zero_stage(acc) < 3:  # stage 3 moves it to the device in shards
         model = model.to(acc.device)
     before = load_file(folder.state(index - 1)) if folder.state(index - 1).is_file() else {}
-    task = _task(setup, archive, acc, index, {k: v for k, v in before.items() if not k.startswith(OPTIMIZER)})
+    task = _task(setup, model, archive, acc, index, {k: v for k, v in before.items() if not k.startswith(OPTIMIZER)})
     method.attach(model)
     share_inputs(model, recipe.model.fused, across=distributed.zero_stage(acc) < 3)
     method.begin_task(model, task)
@@ -88,11 +88,13 @@ def learn(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> None
         collectively(True, await_file, file)
 
 
-def _task(setup: Setup, archive: Archive, acc: Accelerator, index: int, state: dict[str, torch.Tensor]) -> Task:
+def _task(setup: Setup, model: torch.nn.Module, archive: Archive, acc: Accelerator, index: int,
+          state: dict[str, torch.Tensor]) -> Task:
     def batches(examples: list[Encoded]) -> Iterator[Batch]:
         tokens = setup.recipe.optim.micro_batch_tokens or default_tokens(acc.device)
         for chosen in micro_batches([len(e) for e in examples], 1, tokens)[0]:
-            yield collate(examples, chosen, [0.0] * len(chosen), setup.tokenizer.pad_token_id).to(acc.device)
+            yield collate(examples, chosen, [0.0] * len(chosen), setup.tokenizer.pad_token_id,
+                          packed=attention.used(model)).to(acc.device)
 
     return Task(index, archive, setup.stream, setup.encoder.encode, batches, state)
 

@@ -1,5 +1,7 @@
 """Adapted layers that read the same input computed together, and the gated MLP as one function."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -64,8 +66,8 @@ class SharedInput:
 
     def group(self, dtype: torch.dtype) -> Group:
         """What the functions read, with shadows of the masters as they are now: made once per optimizer step."""
-        masters = self.masters()
-        made_from = (dtype, masters[0].device, [(id(m), m._version) for m in masters if m is not None])
+        sources = [source for layer in self.layers for source in layer.sources if source is not None]
+        made_from = (dtype, sources[0].device, [(id(s), s._version) for s in sources])
         if made_from != self._made_from:
             self._shadow = shadow([layer.factors for layer in self.layers], self.layers[0].spec.scale, dtype)
             self._made_from = made_from
@@ -96,6 +98,18 @@ def share_inputs(model: nn.Module, fused: bool = True, across: bool = True) -> N
             block.forward = partial(_mlp, block)
     for shared in shared_inputs(model):
         shared.fused = fused
+
+
+@contextmanager
+def layer_by_layer(model: nn.Module) -> Iterator[None]:
+    """Within it no MLP is one function, so that every adapted layer is called and hooks on it see its input."""
+    fused = {block: vars(block).pop("forward") for block in model.modules() if _is_adapted_mlp(block)
+             and "forward" in vars(block)}
+    try:
+        yield
+    finally:
+        for block, forward in fused.items():
+            block.forward = forward
 
 
 def _is_adapted_mlp(block: nn.Module) -> bool:
