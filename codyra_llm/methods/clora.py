@@ -43,6 +43,7 @@ class RoutedLinear(LoraLinear):
     def reset(self, *key: int | str) -> None:
         """A and B drawn, U(-1/√in, 1/√in) and U(-1/√r, 1/√r), R = 0: so ΔW = 0."""
         super().reset(*key)
+        self.lora_w.zero_()
         draw = generator(*key, "B")
         self.lora_B.copy_((torch.rand(self.lora_B.shape, generator=draw) * 2 - 1) / math.sqrt(self.spec.rank))
 
