@@ -32,28 +32,33 @@ from codyra_llm.setup import prepare
 
 TASKS = ["ONE", "TWO", "THREE"]
 METHOD_SETTINGS = {
-    "olora": {}, "sora": {}, "inflora": {"layers_at_once": 1}, "treelora": {"weight": 0.5}, "treelora_repo": {"weight": 5.0},
-    "hidelora_treelora_repo": {}, "clora": {}}
+    "olora": {}, "sora": {}, "inflora": {"layers_at_once": 1}, "treelora": {"weight": 0.5},
+    "treelora_repo": {"weight": 5.0}, "hidelora_treelora_repo": {}, "clora": {}}
 
 
 @pytest.fixture(scope="module")
 def run(tiny_llama, toy_stream, tmp_path_factory):
-    """Function from a method's section (and data's) to its finished run, each made once."""
+    """Function from a method's section to its finished run, each made once."""
     made = {}
 
-    def finished(method, **data):
-        key = json.dumps([method, data], sort_keys=True)
+    def finished(method):
+        key = json.dumps(method, sort_keys=True)
         if key not in made:
-            made[key] = runs.run(recipe(tiny_llama, toy_stream, tmp_path_factory.mktemp("runs") / "run", method, **data))
+            made[key] = runs.run(recipe(tiny_llama, toy_stream, tmp_path_factory.mktemp("runs") / "run", method))
         return made[key]
     return finished
 
 
-def recipe(model, stream, out, method, **data):
+def recipe(model, stream, out, method):
     return recipes.parse({
-        "model": {"path": str(model)}, "data": {"root": str(stream), "tasks": TASKS, "epochs": 2, **data},
-        "method": {"rank": 4, **method}, "optim": {"lr": 1e-2, "batch_size": 8}, "output": str(out), "checkpoint": False,
-        "eval": {"max_new_tokens": 2, "max_examples": 1}})
+        "model": {"path": str(model)}, "data": {"root": str(stream), "tasks": TASKS, "epochs": 2},
+        "method": {"rank": 4, **method}, "optim": {"lr": 1e-2, "batch_size": 8}, "output": str(out),
+        "checkpoint": False, "eval": {"max_new_tokens": 2, "max_examples": 1}})
+
+
+def baseline(name):
+    """The seqlora that `name` is an addition to: with a fresh adapter per task, or with one for all."""
+    return {"name": "seqlora", "fresh": True} if METHODS[name].Config().fresh else {"name": "seqlora"}
 
 
 def tensors(folder):
@@ -94,18 +99,18 @@ def test_stopped_after_two_tasks_and_started_again_equals_straight_through(name,
 @pytest.mark.parametrize("name", METHOD_SETTINGS)
 def test_it_is_not_seqlora(name, run):
     """With its weight on, what later tasks leave is not what seqlora leaves."""
-    plain = run({"name": "seqlora", "fresh": True} if name in ("olora", "inflora") else {"name": "seqlora"})
+    plain = run(baseline(name))
     own = run({"name": name, **METHOD_SETTINGS[name]})
     assert losses(own)[8:12] != losses(plain)[8:12]
     assert all(math.isfinite(x) for x in losses(own)) and losses(own)[11] < losses(own)[6]
 
 
 @pytest.mark.parametrize("method", [
-    {"name": "olora", "lambda_orthogonal": 0.0}, {"name": "sora", "kappa": 0.0, "gate_init": "constant", "gate_lr": 0.0},
-    {"name": "treelora", "weight": 0.0}, {"name": "treelora_repo", "weight": 0.0},
+    {"name": "olora", "lambda_orthogonal": 0.0}, {"name": "treelora", "weight": 0.0},
+    {"name": "sora", "kappa": 0.0, "gate_init": "constant", "gate_lr": 0.0}, {"name": "treelora_repo", "weight": 0.0},
     {"name": "hidelora_treelora_repo", "weight": 0.0}], ids=lambda m: m["name"])
 def test_without_its_weight_it_is_seqlora_step_by_step(method, run):
-    assert_equal(run({"name": "seqlora", "fresh": True} if method["name"] == "olora" else {"name": "seqlora"}), run(method))
+    assert_equal(run(baseline(method["name"])), run(method))
 
 
 # --- on single layers -------------------------------------------------------------------------------------------------
@@ -140,8 +145,9 @@ def two_updates(tmp_path):
     draw = torch.Generator().manual_seed(1)
     archive = Archive(tmp_path / "updates", "base")
     for task in TASKS[:2]:
-        archive.append(task, Update({site: Adapter(torch.randn(3, i, generator=draw), torch.randn(o, 3, generator=draw), None)
-                                     for site, (i, o) in SIZES.items()}, 2.0))
+        factors = {site: (torch.randn(3, i, generator=draw), torch.randn(o, 3, generator=draw))
+                   for site, (i, o) in SIZES.items()}
+        archive.append(task, Update({site: Adapter(a, b, None) for site, (a, b) in factors.items()}, 2.0))
     return archive
 
 
@@ -256,10 +262,14 @@ def test_hidelora_contrast():
 
 # --- InfLoRA ----------------------------------------------------------------------------------------------------------
 
-def planted(*directions, size=12, seed=0, noise=0.0):
+def normal(rows, columns, seed):
+    return torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def planted(*directions, size=12, seed=0):
     """A covariance with the given variances along the first unit vectors, turned by a fixed rotation."""
-    turn = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))[0]
-    variances = torch.full((size,), noise, dtype=torch.float64)
+    turn = torch.linalg.qr(normal(size, size, seed))[0]
+    variances = torch.zeros(size, dtype=torch.float64)
     for place, variance in directions:
         variances[place] = variance
     return turn * variances @ turn.T, turn
@@ -286,7 +296,7 @@ def test_dualgpm_keeps_the_complement_beyond_half_of_the_space():
     kept = Subspace.nothing(12).grown(first, 0.9999)
     assert kept.complement and kept.basis.shape[1] == 4
     used = Subspace(turn[:, :8])
-    mixed = torch.randn(12, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    mixed = normal(12, 40, 3)
     torch.testing.assert_close(kept.free(mixed), used.free(mixed))
     covariance = mixed @ mixed.T
     torch.testing.assert_close(kept.leading(covariance, 3).abs(), used.leading(covariance, 3).abs())
@@ -300,20 +310,15 @@ def test_dualgpm_keeps_the_complement_beyond_half_of_the_space():
 
 
 def test_left_singular_vectors_of_a_product_that_is_not_symmetric():
-    covariance = torch.cov(torch.randn(12, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(4)))
-    old = Subspace(torch.linalg.qr(torch.randn(12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5)))[0])
+    covariance, old = torch.cov(normal(12, 30, 4)), Subspace(torch.linalg.qr(normal(12, 4, 5))[0])
     u = torch.linalg.svd(covariance - old.basis @ old.basis.T @ covariance)[0][:, :3]
     torch.testing.assert_close(old.leading(covariance, 3).abs(), u.abs())
 
 
 def test_old_inputs_see_no_change():
-    draw = torch.Generator().manual_seed(6)
-    seen = torch.randn(200, 4, generator=draw) @ torch.randn(4, 12, generator=draw) + 1e-3 * torch.randn(200, 12, generator=draw)
-    fresh = torch.randn(200, 12, generator=draw)
-    covariance = [x.double().T @ x.double() / 200 for x in (seen, fresh)]
-    a = Subspace.nothing(12).grown(covariance[0], 0.9999).leading(covariance[1], 3).T.float()
-    b = torch.randn(5, 3, generator=draw)
-    delta = b @ a
+    seen, fresh = normal(200, 4, 6) @ normal(4, 12, 7) + 1e-3 * normal(200, 12, 8), normal(200, 12, 9)
+    old = Subspace.nothing(12).grown(seen.T @ seen, 0.9999)
+    delta = normal(5, 3, 10) @ old.leading(fresh.T @ fresh, 3).T
     assert (seen @ delta.T).norm() / seen.norm() < 2e-3 * delta.norm() < 0.01 * (fresh @ delta.T).norm() / fresh.norm()
 
 
@@ -355,7 +360,8 @@ def test_covariances_are_those_of_prompt_and_answer_without_bos(packed, on_llama
     examples = task.encode(task.records())
     block, rows = model.model.layers[1], [[], [], []]
     fused = block.mlp.forward
-    found = covariances(model.train(), [block.self_attn.q_proj, block.mlp.gate_proj, block.mlp.down_proj], task, examples)
+    layers = [block.self_attn.q_proj, block.mlp.gate_proj, block.mlp.down_proj]
+    found = covariances(model.train(), layers, task, examples)
     assert block.mlp.forward is fused and model.training and not block.mlp.down_proj._forward_pre_hooks
     other = plain.model.layers[1]
     for i, module in enumerate((other.self_attn.q_proj, other.mlp.gate_proj, other.mlp.down_proj)):
@@ -470,7 +476,8 @@ def released(saved, vs, steps, draws):
         for k in range(t):
             for d in range(depth):
                 m = sim[k][d] / max(n_sel[k][d], 1)
-                s[k][d] = -(m - math.sqrt(math.log(2 * steps * (tau + 1) * (tau + 2))) / math.sqrt(2 * n_sel[k][d] + 1e-5))
+                top = math.sqrt(math.log(2 * steps * (tau + 1) * (tau + 2)))
+                s[k][d] = -(m - top / math.sqrt(2 * n_sel[k][d] + 1e-5))
         low = min(map(min, s))
         s = [[x + low for x in row] for row in s]
         rows = [sum(row) for row in s]
@@ -529,7 +536,8 @@ def test_repo_mode_regulariser_and_ramp():
         previous = {site: p[d] for group, p in zip(method._groups, method._previous) for d, site in enumerate(group)}
         s = sum((layer.lora_A.flatten() @ previous[site]).item() for site, layer in sites(model).items())
         for site, layer in sites(model).items():
-            torch.testing.assert_close(layer.lora_A.grad.flatten(), -3.0 * ramp * previous[site] / s, rtol=1e-4, atol=1e-6)
+            slope = -3.0 * ramp * previous[site] / s
+            torch.testing.assert_close(layer.lora_A.grad.flatten(), slope, rtol=1e-4, atol=1e-6)
             assert any(torch.equal(previous[site], old) for old in state[site])
     model.eval()
     assert method.loss(model, batch).keys() == {"loss"}

@@ -83,8 +83,8 @@ class LoraLinear(nn.Linear):
 
 
 def attach(model: nn.Module, targets: list[str], spec: AdapterSpec, kind: type[LoraLinear] = LoraLinear) -> None:
-    """Put an adapter of this kind on every linear layer whose last name is in `targets`. Raises Fault for a target found
-    nowhere."""
+    """Put an adapter of this kind on every linear layer whose last name is in `targets`. Raises Fault for a target
+    found nowhere."""
     found = {name: module for name, module in model.named_modules()
              if name.rpartition(".")[2] in targets and isinstance(module, nn.Linear)}
     present = {name.rpartition(".")[2] for name in found}

@@ -17,10 +17,10 @@ from .seqlora import SeqLora, SeqLoraConfig
 class CLoraConfig(SeqLoraConfig):
     name: Literal["clora"] = "clora"
     fresh: Literal[False] = Field(False, description="must stay false: the factors are shared by all tasks")
-    carry_optimizer: Literal[False] = Field(False, description="must stay false: after the first task fewer parameters train")
+    carry_optimizer: Literal[False] = Field(False, description="must stay false: fewer parameters train later")
     weight: NotNegative = Field(1.0, description="λ of ‖R_oldᵀ R_δ‖_F², per optimizer step")
-    factor_lr: NotNegative = Field(0.0, description="learning rate of A and B from the second task on, as a share of the "
-                                   "optimizer's; 0: frozen")
+    factor_lr: NotNegative = Field(0.0, description="learning rate of A and B from the second task on, as a share of "
+                                   "the optimizer's; 0: frozen")
 
 
 class RoutedLinear(LoraLinear):
@@ -52,10 +52,11 @@ class CLora(SeqLora):
     """ΔW = s·B (R_old + R_δ) A with L + λ Σ_sites ‖R_oldᵀ R_δ‖_F²; after each task R_old ← R_old + R_δ, R_δ ← 0.
 
     Source: C-LoRA (2502.17920), of which the abstract alone was read: one shared pair, R = R_old (frozen) + R_δ, and an
-    orthogonality between the two. Ours: the order B R A, the regulariser's form and λ, the start (A, B drawn, R = 0), and
-    that A and B train in the first task and are frozen (`factor_lr` 0) afterwards. R = R_old + R_δ is one parameter that
-    starts a task at R_old, which is the same, without weight decay. R_old has full rank after one task, so the term holds R
-    back in the directions R_old uses, in proportion to their weight. The archive has the plain factors A and B·R.
+    orthogonality between the two. Ours: the order B R A, the regulariser's form and λ, the start (A, B drawn, R = 0),
+    and that A and B train in the first task and are frozen (`factor_lr` 0) afterwards. R = R_old + R_δ is one parameter
+    that starts a task at R_old, which is the same, without weight decay. R_old has full rank after one task, so the
+    term holds R back in the directions R_old uses, in proportion to their weight. The archive has the plain factors A
+    and B·R.
     Cost per step: out·r² per site to multiply B R, r³ for the term. Memory: r² more parameters per site, and R_old.
     """
 
@@ -72,7 +73,7 @@ class CLora(SeqLora):
         else:
             super().begin_task(model, task)
         self._layers = list(sites(model).values())
-        self._old = torch.stack([layer.lora_w.detach() for layer in self._layers])  # [sites, r, r], zero at the first task
+        self._old = torch.stack([layer.lora_w.detach() for layer in self._layers])  # R_old [sites, r, r], at first 0
         self._later = task.index > 0
 
     def param_groups(self, model, lr: float) -> list[dict]:

@@ -1,4 +1,4 @@
-"""InfLoRA: each task's A is chosen before training inside the inputs that earlier tasks leave free, and only B trains."""
+"""InfLoRA: each task's A is chosen before training in the inputs that earlier tasks leave free; only B trains."""
 
 import math
 from collections.abc import Iterator
@@ -19,31 +19,32 @@ from .subspace import Subspace
 class InfLoraConfig(SeqLoraConfig):
     name: Literal["inflora"] = "inflora"
     fresh: Literal[True] = Field(True, description="must stay true: every task has an A of its own")
-    energy_first: Fraction = Field(0.95, description="ε at the first task: share of Σσ² of the inputs' covariance that the "
-                                   "basis of old inputs must hold (`lamb` in the released code)")
-    energy_last: Fraction = Field(1.0, description="ε that a task after the last would have; linear in between (`lame`)")
-    max_examples: int = Field(512, ge=1, description="training examples of a task, from the first, whose inputs are read")
-    layers_at_once: int = Field(4, ge=1, description="decoder layers whose covariances are in memory together; each such "
-                                "portion is a pass over the examples")
+    energy_first: Fraction = Field(0.95, description="ε at the first task: share of Σσ² of the inputs' covariance that "
+                                   "the basis of old inputs must hold (`lamb` in the released code)")
+    energy_last: Fraction = Field(1.0, description="ε of a task after the last one; linear in between (`lame`)")
+    max_examples: int = Field(512, ge=1, description="training examples of a task, from the first, that are read")
+    layers_at_once: int = Field(4, ge=1, description="decoder layers whose covariances are in memory together; each "
+                                "such portion is a pass over the examples")
 
 
 class InfLora(SeqLora):
-    """ΔW_t = s·B_t A_t, A_t = U_rᵀ/√3 frozen; U_r: leading left singular vectors of P C, C = mean of x xᵀ over the task's
-    inputs, P the projector on what old inputs leave free (`Subspace`, which grows by DualGPM after each task).
+    """ΔW_t = s·B_t A_t, A_t = U_rᵀ/√3 frozen; U_r: leading left singular vectors of P C, C = mean of x xᵀ over the
+    task's inputs, P the projector on what old inputs leave free (`Subspace`, which grows by DualGPM after each task).
 
-    Source: Liang and Li (2404.00228) and its released code; no setting for TRACE is published. As there, the energy is that
-    of singular values of the covariance, squared again, so few directions make up the share. Ours: the first token of
-    every example does not count (BOS, or what attends as BOS does, has outliers that would be all of C); sites that read
-    one tensor (q, k, v; gate, up) share one covariance; the first task too takes the fewest vectors that reach ε (the
-    release takes one fewer, and the wrong ones where it keeps the complement); rows of A that no free direction is left
-    for are zero.
+    Source: Liang and Li (2404.00228) and its released code; no setting for TRACE is published. As there, the energy is
+    that of singular values of the covariance, squared again, so few directions make up the share. Ours: the first token
+    of every example does not count (BOS, or what attends as BOS does, has outliers that would be all of C); sites that
+    read one tensor (q, k, v; gate, up) share one covariance; the first task too takes the fewest vectors that reach ε
+    (the release takes one fewer, and the wrong ones where it keeps the complement); rows of A that no free direction is
+    left for are zero.
     Cost per step: none. Per task: 2·layers/`layers_at_once` passes over `max_examples`, one eigenproblem in float64 of
-    size `in` on the CPU for each distinct input before and one after, and all ranks do the same. Memory: in² float64 for
-    each distinct input of a portion. State: at most in²/2 float32 for each, so think of leaving down_proj out of
+    size `in` on the CPU for each distinct input before and one after, and all ranks do the same. Memory: in² float64
+    for each distinct input of a portion. State: at most in²/2 float32 for each, so think of leaving down_proj out of
     `targets` on large models.
     """
 
-    name, summary, Config = "inflora", "fresh LoRA per task with A in the inputs that old tasks leave free", InfLoraConfig
+    name, Config = "inflora", InfLoraConfig
+    summary = "fresh LoRA per task with A in the inputs that old tasks leave free"
     config: InfLoraConfig
     max_zero_stage = 2  # passes over data need whole parameters
     grows = True

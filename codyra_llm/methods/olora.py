@@ -26,8 +26,8 @@ class OLora(SeqLora):
     """L + λ1 Σ_sites Σ_ij |A_old Aᵀ|_ij + λ2 Σ_sites (‖A‖_F + ‖B‖_F); A_old: the rows of all earlier tasks' A.
 
     Source: Wang et al. (2310.14152). On TRACE: λ1 0.5, λ2 0, rank 8, alpha 32, dropout 0.1, targets q_proj and v_proj.
-    Ours: earlier adapters are merged into W instead of being run beside it, which is the same function; the penalty enters
-    once per optimizer step, whatever the number of micro-batches. With both λ at 0 it is seqlora with `fresh`.
+    Ours: earlier adapters are merged into W instead of being run beside it, which is the same function; the penalty
+    enters once per optimizer step, whatever the number of micro-batches. With both λ at 0 it is seqlora with `fresh`.
     Cost: tasks·r²·in multiplications per site and step; memory: every earlier A in float32.
     """
 
@@ -38,18 +38,18 @@ class OLora(SeqLora):
     def begin_task(self, model, task: Task) -> None:
         super().begin_task(model, task)
         past = range(task.index if self.config.lambda_orthogonal else 0)
-        updates = [task.archive.load(k).adapters for k in past]
+        before = [task.archive.load(k).adapters for k in past]
         self._groups = []
         for group in by_shape(sites(model)):
             layers = list(group.values())
-            old = torch.stack([torch.cat([update[site].a for update in updates]) for site in group]) if updates else None
-            self._groups.append((layers, None if old is None else old.to(layers[0].lora_A)))
+            rows = [torch.cat([adapters[site].a for adapters in before]) for site in group] if before else []
+            self._groups.append((layers, torch.stack(rows).to(layers[0].lora_A) if rows else None))
 
     def penalty(self, model) -> dict[str, Tensor]:
         c, terms = self.config, {}
         if any(old is not None for _, old in self._groups):
-            terms["orthogonal"] = c.lambda_orthogonal * sum(
-                overlap(old, torch.stack([layer.lora_A for layer in layers]), c.overlap) for layers, old in self._groups)
+            stacks = ((old, torch.stack([layer.lora_A for layer in layers])) for layers, old in self._groups)
+            terms["orthogonal"] = c.lambda_orthogonal * sum(overlap(old, new, c.overlap) for old, new in stacks)
         if c.lambda_norm:
             terms["norm"] = c.lambda_norm * sum(
                 layer.lora_A.norm() + layer.lora_B.norm() for layers, _ in self._groups for layer in layers)

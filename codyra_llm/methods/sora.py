@@ -16,8 +16,8 @@ class SoraConfig(SeqLoraConfig):
     fresh: Literal[False] = Field(False, description="must stay false: one gated adapter for all tasks; codyra is the "
                                   "method that merges and restarts")
     kappa: NotNegative = Field(5e-4, description="threshold κ after every step, not multiplied by the learning rate")
-    gate_init: Literal["normal", "constant"] = Field("normal", description="gates at the start of the stream: N(0, 1) as "
-                                                     "published, or 1")
+    gate_init: Literal["normal", "constant"] = Field("normal", description="gates at the start of the stream: N(0, 1) "
+                                                     "as published, or 1")
     gate_lr: NotNegative | None = Field(None, description="learning rate of the gates; null: the optimizer's; 0: no "
                                         "gradient, the threshold alone moves them")
 
@@ -25,11 +25,13 @@ class SoraConfig(SeqLoraConfig):
 class Sora(SeqLora):
     """y = W x + s·B (g ⊙ A x); after each AdamW step on g: shrink by κ, then zero what is below κ (dead zone 2κ).
 
-    Source: Ding et al. (2311.11696), its released rule; there is no published setting for TRACE. Ours: a constant κ (the
-    release can raise it in stages) of 5e-4, AdamW instead of its own copy of it for the gates, no weight decay on them.
-    A zero gate keeps its gradient and may come back in a later task, so training goes on from all ranks (the task's state)
-    and what the archive holds (mode "replace") is without those at zero.
-    Cost: r parameters more per site and an element-wise pass over them. With κ 0, gates of 1 and gate_lr 0 it is seqlora.
+    Source: Ding et al. (2311.11696), its released rule; there is no published setting for TRACE. Ours: a constant κ
+    (the release can raise it in stages) of 5e-4, AdamW instead of its own copy of it for the gates, no weight decay on
+    them.
+    A zero gate keeps its gradient and may come back in a later task, so training goes on from all ranks (the task's
+    state) and what the archive holds (mode "replace") is without those at zero.
+    Cost: r parameters more per site and an element-wise pass over them. With κ 0, gates of 1 and gate_lr 0 it is
+    seqlora.
     """
 
     name, summary, Config = "sora", "one LoRA for all tasks with thresholded rank gates", SoraConfig

@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 class Subspace(NamedTuple):
-    """Orthonormal columns `basis` [in, k], float64 on the CPU. They span what is used, or with `complement` what is free,
-    so that k is at most in/2."""
+    """Orthonormal columns `basis` [in, k], float64 on the CPU. They span what is used, or with `complement` what is
+    free, so that k is at most in/2."""
 
     basis: Tensor
     complement: bool = False
@@ -24,13 +24,13 @@ class Subspace(NamedTuple):
         return inside if self.complement else x - inside
 
     def leading(self, covariance: Tensor, count: int) -> Tensor:
-        """The first `count` left singular vectors of P C, [in, count], zero where the free space has no more of them."""
+        """The first `count` left singular vectors of P C, [in, count]; zero where the free space has no more."""
         vectors, squares = self._singular(covariance)
         kept = squares[:count] > 1e-12 * squares.sum().clamp_min(torch.finfo(squares.dtype).tiny)
         return self.free(vectors[:, :count] * kept)
 
     def grown(self, covariance: Tensor, energy: float) -> "Subspace":
-        """With the fewest leading left singular vectors of P C more, so that the used space holds `energy` of ‖C‖_F²."""
+        """With the fewest leading left singular vectors of P C more that make it hold `energy` of ‖C‖_F²."""
         vectors, squares = self._singular(covariance)
         total = covariance.square().sum()
         held = (total - squares.sum()) / total + torch.cat([squares.new_zeros(1), (squares / total).cumsum(0)])

@@ -23,7 +23,7 @@ def grow(signatures: Tensor, arms: list[int]) -> Node:
     if spread == 0:
         return Node(arms)
     apart = (own - own.mean(0)).abs().sum(1)
-    order = torch.argsort(apart, stable=True).tolist()  # halves by rank: two arms are always equally far from their mean
+    order = torch.argsort(apart, stable=True).tolist()  # by rank: two arms are always equally far from their mean
     half = (len(arms) + 1) // 2
     return Node(arms, spread, [grow(signatures, [arms[i] for i in part]) for part in (order[:half], order[half:])])
 
@@ -32,8 +32,9 @@ class Bandit:
     """Minimum lower confidence bound by descent of a tree; costs in [0, 1], half of the ℓ1 distance of the `signatures`
     [tasks, n] from what is sought.
 
-    L(node) = max(μ - c·√(log t / n) - spread, min of its children's L); -∞ where nothing was observed. The first is a bound
-    on the arms below, since they differ from one another by `spread` at most; so a subtree of alike arms is left as one.
+    L(node) = max(μ - c·√(log t / n) - spread, min of its children's L); -∞ where nothing was observed. The first is a
+    bound on the arms below, since they differ from one another by `spread` at most; so a subtree of alike arms is left
+    as one.
     """
 
     def __init__(self, signatures: Tensor, exploration: float):

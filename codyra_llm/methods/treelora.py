@@ -1,4 +1,4 @@
-"""TreeLoRA as its paper has it: each site finds the earlier task whose gradients are most like its own and leans to it."""
+"""TreeLoRA as its paper has it: each site finds the earlier task with gradients like its own, and leans to it."""
 
 from typing import Literal
 
@@ -16,26 +16,27 @@ class TreeLoraConfig(SeqLoraConfig):
     name: Literal["treelora"] = "treelora"
     weight: Fraction = Field(0.1, description="β, share of the step's gradient that the similar task's takes; not the "
                              "paper's λ (0.5), which weighs another term")
-    exploration: NotNegative = Field(0.2, description="c in the lower confidence bound μ - c·√(log n / n_k); the paper has 2, "
-                                     "with which the 100 steps of a task go to all earlier tasks nearly alike")
+    exploration: NotNegative = Field(0.2, description="c in the lower confidence bound μ - c·√(log n / n_k); the paper "
+                                     "has 2, with which 100 steps go to all earlier tasks nearly alike")
 
 
 class TreeLora(SeqLora):
     """g ← (1 - β) g + β g_k ‖g‖/‖g_k‖ at every site, k the earlier task that a bandit on a tree of gradients selects.
 
-    Source: Qian et al. (2506.10355): residuals ‖ĝ - g_k‖₁, minimum lower confidence bound, K-D style tree, λ‖ĝ - g_k‖₁ in
-    the loss. Its exact gradient is a Hessian-vector product. Two surrogates are in use, of opposite sign: (i) the Hessian
-    taken as c·I, g + λc·sign(g - g_k), steps towards where the gradients would agree if the curvature were even; (ii)
-    the blend above makes the applied update resemble the similar task's, which is what the method is said to do, and
-    needs no guess of c. This is (ii); say so beside its results.
+    Source: Qian et al. (2506.10355): residuals ‖ĝ - g_k‖₁, minimum lower confidence bound, K-D style tree, λ‖ĝ - g_k‖₁
+    in the loss. Its exact gradient is a Hessian-vector product. Two surrogates are in use, of opposite sign: (i) the
+    Hessian taken as c·I, g + λc·sign(g - g_k), steps towards where the gradients would agree if the curvature were
+    even; (ii) the blend above makes the applied update resemble the similar task's, which is what the method is said to
+    do, and needs no guess of c. This is (ii); say so beside its results.
     Ours: g_k, a task's signature, is its mean gradient of A and B over its last epoch, and ĝ the mean over the epoch so
-    far; residuals are taken between vectors of ℓ1 norm 1 and halved, so they lie in [0, 1] as the bound expects, and the
-    size of a gradient early or late in training plays no part; one tree and bandit per site; β's value is untuned.
+    far; residuals are taken between vectors of ℓ1 norm 1 and halved, so they lie in [0, 1] as the bound expects, and
+    the size of a gradient early or late in training plays no part; one tree and bandit per site; β's value is untuned.
     Cost per step: two passes over the adapter's gradients and one transfer of a number per site. Memory and state: the
     signatures of all earlier tasks, float32, each of the adapter's size. With β 0 it is seqlora.
     """
 
-    name, summary, Config = "treelora", "seqlora whose gradients lean to the most similar earlier task's", TreeLoraConfig
+    name, Config = "treelora", TreeLoraConfig
+    summary = "seqlora whose gradients lean to the most similar earlier task's"
     config: TreeLoraConfig
     grows = True
     max_zero_stage = 0

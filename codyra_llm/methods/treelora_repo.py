@@ -1,4 +1,4 @@
-"""TreeLoRA as its repository runs it: A is held along an earlier task's A, drawn by a bandit that likes distant ones."""
+"""TreeLoRA as its repository runs it: A is held along an earlier task's A, drawn by a bandit that likes it distant."""
 
 import math
 from typing import Literal
@@ -20,16 +20,16 @@ class TreeLoraRepoConfig(SeqLoraConfig):
 
 
 class TreeLoraRepo(SeqLora):
-    """L - w_τ·L·s/|s|₀ with s = Σ_sites ⟨A, A_k⟩, so that only the direction of ∇s counts; w_τ = weight·τ/S in step τ of
-    the S of an epoch; A_k the signature of an earlier task k that `Draw` draws for every site and step.
+    """L - w_τ·[L]·s/[s] with s = Σ_sites ⟨A, A_k⟩ and [·] a value without gradient; w_τ = weight·τ/S in step τ of the S
+    of an epoch; A_k the signature of an earlier task k that `Draw` draws for every site and step.
 
     Source: TreeLoRA's released code, for parity with its numbers. As run there: rank 8, alpha 32, dropout 0.1, targets
-    q_proj and v_proj, epochs 2,1,3,2,1,2,2,3. It differs from the paper: signatures are A itself, not gradients; the draw
-    favours the least similar task; of the tree only the first split is read. Ours: τ and S count optimizer steps, not
-    micro-steps, with one draw for each; the draw comes from (seed, task, step), the same on all ranks; sites are stacked
-    within groups of one shape, depth being the place within the group; |s| is at least 1e-3 in the division.
-    Cost per step: one pass over the signatures, [tasks, sites, r·in] float32 in memory and in the state. With weight 0, or
-    on the first task, it is seqlora.
+    q_proj and v_proj, epochs 2,1,3,2,1,2,2,3. It differs from the paper: signatures are A itself, not gradients; the
+    draw favours the least similar task; of the tree only the first split is read. Ours: τ and S count optimizer steps,
+    not micro-steps, with one draw for each; the draw comes from (seed, task, step), the same on all ranks; sites are
+    stacked within groups of one shape, depth being the place within the group; |s| is at least 1e-3 in the division.
+    Cost per step: one pass over the signatures, [tasks, sites, r·in] float32 in memory and in the state. With weight 0,
+    or on the first task, it is seqlora.
     """
 
     name, Config = "treelora_repo", TreeLoraRepoConfig
@@ -139,5 +139,6 @@ def first_split(saved: Tensor) -> list[tuple[list[int], float | None]]:
     at_root = similarities(tasks, 0)
     low = (at_root <= at_root.median()).tolist()
     parts = [[k for k in tasks if low[k]], [k for k in tasks if not low[k]]]
-    deeper = saved.shape[1] > 1
-    return [(part, similarities(part, 1).median().item() if deeper and len(part) > 1 else None) for part in parts if part]
+    inner = [saved.shape[1] > 1 and len(part) > 1 for part in parts]
+    medians = [similarities(part, 1).median().item() if split else None for part, split in zip(parts, inner)]
+    return [(part, median) for part, median in zip(parts, medians) if part]
