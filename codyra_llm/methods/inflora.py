@@ -32,11 +32,13 @@ class InfLora(SeqLora):
     task's inputs, P the projector on what old inputs leave free (`Subspace`, which grows by DualGPM after each task).
 
     Source: Liang and Li (2404.00228) and its released code; no setting for TRACE is published. As there, the energy is
-    that of singular values of the covariance, squared again, so few directions make up the share. Ours: the first token
-    of every example does not count (BOS, or what attends as BOS does, has outliers that would be all of C); sites that
-    read one tensor (q, k, v; gate, up) share one covariance; the first task too takes the fewest vectors that reach ε
-    (the release takes one fewer, and the wrong ones where it keeps the complement); rows of A that no free direction is
-    left for are zero.
+    that of singular values of the covariance, squared again, so few directions make up the share: on SmolLM2 135M (24
+    examples of FOMC, then of NumGLUE-cm) 1 or 2 of 576 at 0.95, and A reads 6 to 14 % of the old inputs' energy, where a
+    random A reads 1 %. At 0.9999 it is 33 to 146, and A reads 0.2 %: raise `energy_first` to protect more.
+    Ours: the first token of every example does not count (BOS, or what attends as BOS does, has outliers that would be
+    all of C); sites that read one tensor (q, k, v; gate, up) share one covariance; the first task too takes the fewest
+    vectors that reach ε (the release takes one fewer, and the wrong ones where it keeps the complement); rows of A that
+    no free direction is left for are zero.
     Cost per step: none. Per task: 2·layers/`layers_at_once` passes over `max_examples`, one eigenproblem in float64 of
     size `in` on the CPU for each distinct input before and one after, and all ranks do the same. Memory: in² float64
     for each distinct input of a portion. State: at most in²/2 float32 for each, so think of leaving down_proj out of
