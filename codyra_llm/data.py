@@ -130,6 +130,14 @@ class Batch:
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
+    def content(self, lengths: Sequence[int]) -> Tensor:
+        """Where the tokens of the examples, of these lengths, stand in the flattened rows, without pads and without the
+        first of each: BOS, or what attends as BOS does."""
+        width = self.ids.shape[1]
+        starts = range(0, self.ids.numel(), width) if self.segments is None else accumulate([0, *lengths[:-1]])
+        places = [torch.arange(start + 1, start + n) for start, n in zip(starts, lengths)]
+        return torch.cat(places).to(self.ids.device)
+
     def hidden(self, model: nn.Module) -> Tensor:
         """The last hidden states that predict the labelled tokens, [M, h]."""
         packing = {} if self.segments is None else {

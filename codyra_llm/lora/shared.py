@@ -1,5 +1,7 @@
 """Adapted layers that read the same input computed together, and the gated MLP as one function."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -65,12 +67,12 @@ class SharedInput:
 
     def group(self, dtype: torch.dtype) -> Group:
         """What the functions read, with shadows of the masters as they are now: made once per optimizer step."""
-        masters = self.masters()
-        made_from = (dtype, masters[0].device, [(id(m), m._version) for m in masters if m is not None])
-        kept = self._shadows.get(id(masters[0]))
+        sources = [source for layer in self.layers for source in layer.sources if source is not None]
+        made_from = (dtype, sources[0].device, [(id(s), s._version) for s in sources])
+        kept = self._shadows.get(id(sources[0]))
         if kept is None or kept[0] != made_from:
             kept = made_from, shadow([layer.factors for layer in self.layers], self.layers[0].spec.scale, dtype)
-            self._shadows[id(masters[0])] = kept
+            self._shadows[id(sources[0])] = kept
         biases = (None if layer.bias is None else layer.bias.to(dtype) for layer in self.layers)
         return Group(tuple(partial(layer.frozen, dtype) for layer in self.layers), tuple(biases),
                      self.layers[0].spec.scale, kept[1])
@@ -98,6 +100,18 @@ def share_inputs(model: nn.Module, fused: bool = True, across: bool = True) -> N
             block.forward = partial(_mlp, block)
     for shared in shared_inputs(model):
         shared.fused = fused
+
+
+@contextmanager
+def layer_by_layer(model: nn.Module) -> Iterator[None]:
+    """Within it no MLP is one function, so that every adapted layer is called and hooks on it see its input."""
+    fused = {block: vars(block).pop("forward") for block in model.modules() if _is_adapted_mlp(block)
+             and "forward" in vars(block)}
+    try:
+        yield
+    finally:
+        for block, forward in fused.items():
+            block.forward = forward
 
 
 def _is_adapted_mlp(block: nn.Module) -> bool:

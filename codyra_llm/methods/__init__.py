@@ -5,16 +5,25 @@ from rich.table import Table
 
 from .agem import AGem
 from .base import Method, MethodConfig
+from .clora import CLora
 from .codyra import Codyra
 from .ewc import Ewc
 from .gem import Gem
+from .hidelora import HideLoraRepo
+from .inflora import InfLora
 from .lwf import Lwf
 from .none import NoMethod
 from .ogd import Ogd
+from .olora import OLora
 from .replay import Replay
 from .seqlora import SeqLora
+from .sora import Sora
+from .treelora import TreeLora
+from .treelora_repo import TreeLoraRepo
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (NoMethod, SeqLora, Replay, Ewc, Gem, AGem, Ogd, Lwf, Codyra)}
+METHODS: dict[str, type[Method]] = {m.name: m for m in (
+    NoMethod, SeqLora, Replay, Ewc, Gem, AGem, Ogd, Lwf, OLora, Sora, InfLora, TreeLora, TreeLoraRepo, HideLoraRepo, CLora,
+    Codyra)}
 
 __all__ = ["METHODS", "Method", "MethodConfig", "table"]
 

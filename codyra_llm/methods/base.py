@@ -189,3 +189,21 @@ def restore(model: nn.Module, update: Update) -> None:
     for site, adapter in update.adapters.items():
         layers[site].lora_A.copy_(adapter.a)
         layers[site].lora_B.copy_(adapter.b)
+
+
+def trained_factors(model: nn.Module) -> dict[str, Tensor]:
+    """All factors as the adapters have them, by parameter name, for methods that archive something else."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if ".lora_" in name}
+
+
+@torch.no_grad()
+def load_factors(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put back what `trained_factors` gave."""
+    for name, tensor in state.items():
+        model.get_parameter(name).copy_(tensor)
+
+
+def survivors(adapter: Adapter) -> Adapter:
+    """The same ΔW without the ranks whose weight is zero."""
+    kept = adapter.w != 0
+    return Adapter(adapter.a[kept], adapter.b[:, kept], adapter.w[kept])

@@ -9,7 +9,7 @@ from ..lora.archive import Adapter, Update
 from ..lora.layer import AdapterSpec, sites
 from ..optim import budget_kappa, published_kappa, vanishing_rate
 from ..seeds import generator
-from .base import Fraction, LoraConfig, Method, NotNegative, Positive, Strict
+from .base import Fraction, LoraConfig, Method, NotNegative, Positive, Strict, survivors
 
 
 class Threshold(Strict):
@@ -103,7 +103,7 @@ class Codyra(Method):
         return aligned if self.config.align and step == int(self.config.threshold.dense * steps) else None
 
     def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
-        return Update({site: _survivors(adapter) for site, adapter in adapters.items()}, self.config.scale)
+        return Update({site: survivors(adapter) for site, adapter in adapters.items()}, self.config.scale)
 
     def _lots(self, weights: list) -> list:
         """Masks over all sites together, 1 where a rank is to go; as many stay as `keep` says, to the nearest rank."""
@@ -123,8 +123,3 @@ def aligned(adapter: Adapter) -> Adapter:
         return adapter
     norm = 3**-0.5
     return Adapter(norm * vt @ q_a.T, q_b @ u * (sigma[0] / norm), sigma / sigma[0])
-
-
-def _survivors(adapter: Adapter) -> Adapter:
-    kept = adapter.w != 0
-    return Adapter(adapter.a[kept], adapter.b[:, kept], adapter.w[kept])
