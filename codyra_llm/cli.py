@@ -121,21 +121,22 @@ def export(folder: Annotated[Path, typer.Argument(metavar="RUN")], out: Path,
 
 
 @app.command()
-def bench(level: Annotated[str, typer.Argument(help="linear, block (a decoder layer), head (with its loss) or step (of "
-                                               "training)")],
+def bench(level: Annotated[str, typer.Argument(help="linear, block (a decoder layer), head (with its loss), step (of "
+                                               "training) or eval (generation)")],
           device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one")] = None,
           dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: bfloat16 on a GPU")] = None,
           shape: Annotated[str | None, typer.Option(help="numbers, e.g. N,in,out,r of linear")] = None,
           rounds: Annotated[int | None, typer.Option(min=1, help="times that every arm is run")] = None,
           arms: Annotated[str | None, typer.Option(help="names, e.g. peft,ours; default: all")] = None,
-          model: Annotated[str | None, typer.Option(help="block: whose shapes; step: the model, default mini")] = None,
-          data: Annotated[str, typer.Option(help="step: TRACE folder, or mini")] = "mini",
-          tasks: Annotated[str | None, typer.Option(help="step: names; default: all of TRACE's that DATA holds")] = None,
+          model: Annotated[str | None, typer.Option(help="block: whose shapes; step, eval: the model, default mini")] = None,
+          data: Annotated[str, typer.Option(help="step, eval: TRACE folder, or mini")] = "mini",
+          tasks: Annotated[str | None, typer.Option(help="step, eval: names; default: all of TRACE's that DATA holds")] = None,
           batch: Annotated[int, typer.Option(min=1, help="step: examples of a global batch")] = 8,
-          examples: Annotated[int, typer.Option(min=1, help="step: first examples of each task")] = 8,
-          tokens: Annotated[int | None, typer.Option(min=16, help="step: padded tokens at once")] = None,
+          examples: Annotated[int, typer.Option(min=1, help="step, eval: first examples of each task")] = 8,
+          tokens: Annotated[int | None, typer.Option(min=16, help="step: padded tokens at once; eval: longest prompt, default 256")] = None,
           as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
-    """Time training against PEFT and a floor, each arm first checked against float64: speed, peak memory, saved bytes.
+    """Time training against PEFT and a floor, each arm first checked against float64: speed, peak memory, saved bytes;
+    and generation against one prompt at a time.
 
     Example: codyra-llm bench step --model models/smollm2-135m --data data/LLM-CL-Benchmark_500 --arms peft,ours
     """

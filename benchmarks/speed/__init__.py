@@ -1,13 +1,15 @@
-"""How fast training is and what memory it takes, against PEFT and against a floor, on this machine."""
+"""How fast training and evaluation are and what memory they take, against PEFT, transformers and a floor, on this machine."""
 
 import torch
+from rich.console import Console
 
 from codyra_llm.errors import Fault, nearest
 
-from . import head, layers, step
-from .measure import TOLERANCE, Options, show
+from . import evaluation, head, layers, measure, step
+from .measure import TOLERANCE, Options
 
-LEVELS = {"linear": layers.linear, "block": layers.block, "head": head.measure, "step": step.measure}
+LEVELS = {"linear": layers.linear, "block": layers.block, "head": head.measure, "step": step.measure,
+          "eval": evaluation.measure}
 
 __all__ = ["LEVELS", "measured", "options", "show"]
 
@@ -17,6 +19,11 @@ def measured(level: str, options: Options) -> dict:
     if level not in LEVELS:
         raise Fault(f"'{level}' is not a level; choose from {', '.join(LEVELS)}.{nearest(level, LEVELS)}")
     return LEVELS[level](options)
+
+
+def show(result: dict, console: Console) -> None:
+    """Print what `measured` found."""
+    (evaluation if result["level"] == "eval" else measure).show(result, console)
 
 
 def options(device: str | None, dtype: str | None, shape: str | None, arms: str | None, tasks: str | None, **others) -> Options:

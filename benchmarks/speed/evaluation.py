@@ -2,16 +2,22 @@
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Column, Table
 from transformers import PreTrainedModel
 
 from codyra_llm import models
+from codyra_llm.benchmarks.trace import mini
 from codyra_llm.data import Encoder
 from codyra_llm.evaluate.generate import CPU, GPU, batches, generate_ids
 from codyra_llm.examples import read_split
 from codyra_llm.recipe import DataSection
+from codyra_llm.setup import data_root
+
+from .measure import Options, machine, report
 
 # New tokens per task, about as long as its answers, so that a row in the table costs seconds on a CPU.
 NEW = {"C-STANCE": 4, "FOMC": 4, "NumGLUE-cm": 12, "NumGLUE-ds": 12, "ScienceQA": 24, "Py150": 40, "MeetingBank": 40,
@@ -39,31 +45,52 @@ def batched(model: PreTrainedModel, prompts: list[list[int]], new: int, eos: int
     return [found[i] for i in range(len(prompts))]
 
 
-ARMS: dict[str, Callable] = {"transformers, one by one": one_by_one, "batched": batched}
+ARMS: dict[str, Callable] = {"one by one": one_by_one, "ours": batched}
 
 
-def measure(model_folder: Path, data_root: Path, examples: int = 8, new: dict[str, int] = NEW, max_prompt: int = 256,
-            dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[dict]:
-    """One row per task and arm, on the first `examples` test prompts of each task in `new`.
+def measure(options: Options) -> dict:
+    """The first `examples` test prompts of each task, the end of each up to `tokens` (default 256) tokens long.
 
-    A row has task, arm, seconds (wall-clock, decoding alone), tokens_per_s (new tokens), ratio (speed over the first
-    arm's), identical (all ids equal the first arm's) and flipped (prompts whose ids do not).
+    Seconds are wall-clock, decoding alone; `flipped` counts prompts whose ids are not those of one-by-one decoding.
     """
-    model = models.load(model_folder, dtype).to(device).eval()
-    tokenizer = models.load_tokenizer(model_folder)
-    encoder = Encoder(tokenizer, DataSection(root=str(data_root), max_prompt_tokens=max_prompt, max_answer_tokens=2))
-    rows = []
-    for task, limit in new.items():
-        records = read_split(data_root, task, "test")[:examples]
+    folder = mini.mini_model() if options.model in (None, "mini") else models.resolve(options.model)
+    model, tokenizer = models.load(folder, options.dtype).to(options.device).eval(), models.load_tokenizer(folder)
+    longest, root = options.tokens or 256, data_root(options.data)
+    encoder = Encoder(tokenizer, DataSection(root=options.data, max_prompt_tokens=longest, max_answer_tokens=2))
+    rows = {}
+    for task in options.tasks or NEW:
+        records = read_split(root, task, "test")[: options.examples]
         prompts = [encoder.prompt(record["prompt"])[0] for record in records]
-        first = None
-        for name, arm in ARMS.items():
-            arm(model, [prompts[0][:8]], 2, tokenizer.eos_token_id)  # first calls allocate and compile
-            began = time.perf_counter()
-            found = arm(model, prompts, limit, tokenizer.eos_token_id)
-            seconds = time.perf_counter() - began
-            first = first or (seconds, found)
-            flipped = sum(a != b for a, b in zip(found, first[1]))
-            rows.append({"task": task, "arm": name, "seconds": seconds, "tokens_per_s": sum(map(len, found)) / seconds,
-                         "ratio": first[0] / seconds, "identical": not flipped, "flipped": flipped})
-    return rows
+        rows[task] = _task(model, prompts, NEW.get(task, 40), tokenizer.eos_token_id)
+    total = {key: sum(row[key] for row in rows.values()) for key in next(iter(rows.values()))}
+    return {"level": "eval", "machine": machine(options), "tasks": {**rows, "all": total},
+            "shape": [folder.name, f"{options.examples} prompts per task", f"of at most {longest} tokens"],
+            "notes": ["one by one: transformers' generate on one prompt at a time; ours: batches of like length, finished "
+                      "rows leave, a shared prefix is encoded once",
+                      f"new tokens: {', '.join(f'{task} {NEW.get(task, 40)}' for task in rows)}, or up to EOS"]}
+
+
+def _task(model: PreTrainedModel, prompts: list[list[int]], new: int, eos: int) -> dict:
+    row = {"prompts": len(prompts), "prompt_tokens": sum(map(len, prompts))}
+    found = {}
+    for name, arm in ARMS.items():
+        arm(model, [prompts[0][:8]], 2, eos)  # first calls allocate
+        began = time.perf_counter()
+        found[name] = arm(model, prompts, new, eos)
+        row[f"{name}, seconds"] = time.perf_counter() - began
+    first, ours = found.values()
+    return {**row, "new_tokens": sum(map(len, first)), "flipped": sum(a != b for a, b in zip(first, ours))}
+
+
+def show(result: dict, console: Console) -> None:
+    """One line per task."""
+    right = {"justify": "right", "no_wrap": True}
+    table = Table(Column("task", no_wrap=True), *(Column(name, **right) for name in (
+        "times as fast", "one by one, s", "ours, s", "prompt tokens", "new tokens", "flipped")), box=SIMPLE, padding=0,
+        collapse_padding=True, title=" ".join(["eval", *result["shape"]]))
+    for task, row in result["tasks"].items():
+        slow, fast = row["one by one, seconds"], row["ours, seconds"]
+        table.add_row(task, f"{slow / fast:.2f}", f"{slow:.1f}", f"{fast:.1f}", str(row["prompt_tokens"]),
+                      str(row["new_tokens"]), f"{row['flipped']} of {row['prompts']}")
+    console.print(table)
+    report(result, console)

@@ -146,11 +146,16 @@ def show(result: dict, console: Console) -> None:
     """The table of one level: ratios first. Columns that no arm fills are left out."""
     rows = {name: _cells(row) for name, row in result["arms"].items()}
     titles = [title for title in next(iter(rows.values())) if any(cells[title] for cells in rows.values())]
-    table = Table(Column("arm", no_wrap=True), *(Column(title, justify="right", no_wrap=True) for title in titles), box=SIMPLE, padding=0,
-                  collapse_padding=True, title=" ".join([result["level"], *map(str, result["shape"])]))
+    table = Table(Column("arm", no_wrap=True), *(Column(title, justify="right", no_wrap=True) for title in titles),
+                  box=SIMPLE, padding=0, collapse_padding=True, title=" ".join([result["level"], *map(str, result["shape"])]))
     for name, cells in rows.items():
         table.add_row(name, *(cells[title] for title in titles))
     console.print(table)
+    report(result, console)
+
+
+def report(result: dict, console: Console) -> None:
+    """What a table was measured on, and what its arms are."""
     measured_on = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
     for line in (f"measured on: {measured_on}", *result["notes"]):
         console.print(line, highlight=False, soft_wrap=True)
