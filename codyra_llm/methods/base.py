@@ -95,7 +95,7 @@ class Method:
     old_data: ClassVar[bool] = False  # reads earlier tasks' training examples
     task_id: ClassVar[bool] = False  # has to be told at test which task an example is of
     merges: ClassVar[bool] = True  # is a plain model after every task
-    grows: ClassVar[bool] = False  # keeps more with every task than the archive of updates
+    grows: ClassVar[bool] = False  # with every task more is kept for later ones or runs at inference, updates aside
     max_zero_stage: ClassVar[int] = 3
     mode: ClassVar[Literal["add", "replace", "apart"]] = "add"
     packs: ClassVar[bool] = True  # its loss takes packed batches

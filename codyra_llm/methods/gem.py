@@ -32,7 +32,7 @@ class GemConfig(MemoryConfig):
 class EpisodicMemory(SeqLora):
     """What GEM and A-GEM share: `memory` examples of each earlier task, a function of (seed, task), so there is no state."""
 
-    old_data = True
+    old_data = grows = True
     max_zero_stage = 0
 
     def begin_task(self, model, task: Task) -> None:

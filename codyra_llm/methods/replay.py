@@ -23,7 +23,7 @@ class Replay(SeqLora):
     """
 
     name, summary, Config = "replay", "seqlora that also visits stored examples of earlier tasks", ReplayConfig
-    old_data = True
+    old_data = grows = True
 
     def train_data(self, stream, index: int):
         records, epochs = super().train_data(stream, index)

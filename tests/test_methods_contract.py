@@ -1,0 +1,257 @@
+"""What holds for every method, and its declarations against what it does."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import codyra_llm.recipes
+from codyra_llm import distributed, models
+from codyra_llm import recipe as recipes
+from codyra_llm import run as runs
+from codyra_llm.cli import main
+from codyra_llm.data import Stream
+from codyra_llm.errors import Fault
+from codyra_llm.export import write_merged, write_stage
+from codyra_llm.folder import RunFolder
+from codyra_llm.methods import METHODS, Method
+from codyra_llm.setup import prepare
+
+TASKS = ["ONE", "TWO", "THREE"]
+# What a method needs to do something on three tiny tasks, and no data beside them.
+SETTINGS = {"replay": {"lima": False, "ratio": 0.3}, "ewc": {"examples": 6}, "gem": {"memory": 4, "batch": 4},
+            "agem": {"memory": 4, "batch": 4}, "ogd": {"examples": 3}}
+SHARED = {"rank": 3}
+
+
+def raw(model, stream, out, name) -> dict:
+    config = METHODS[name].Config.model_fields
+    shared = {key: value for key, value in SHARED.items() if key in config}
+    return {"model": {"path": str(model)}, "data": {"root": str(stream), "tasks": TASKS, "epochs": 2},
+            "method": {"name": name, **shared, **SETTINGS.get(name, {})},
+            "optim": {"lr": 1e-2, "batch_size": 8, "micro_batch_tokens": 90},
+            "eval": {"max_new_tokens": 3, "max_examples": 4}, "output": str(out), "checkpoint": False}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_llama, toy_stream, tmp_path_factory):
+    """Function from a method's name to its finished run, made once, and what it read of which split while it learnt."""
+    made: dict[str, tuple[RunFolder, set]] = {}
+    out = tmp_path_factory.mktemp("runs")
+
+    def run(name: str) -> tuple[RunFolder, set]:
+        if name not in made:
+            with pytest.MonkeyPatch.context() as patch:
+                read = watched(patch)
+                made[name] = runs.run(recipes.parse(raw(tiny_llama, toy_stream, out / name, name))), read
+        return made[name]
+    return run
+
+
+def watched(patch: pytest.MonkeyPatch) -> set[tuple[int, int, str]]:
+    """(task that is learnt, task whose records are read, split), from now on."""
+    read, now = set(), []
+    records, learn = Stream.records, runs.learn
+
+    def spying(stream, index, split):
+        read.update((current, index, split) for current in now)
+        return records(stream, index, split)
+
+    def learning(setup, folder, acc, index):
+        now.append(index)
+        learn(setup, folder, acc, index)
+        now.pop()
+    patch.setattr(Stream, "records", spying)
+    patch.setattr(runs, "learn", learning)
+    return read
+
+
+def tensors(folder: RunFolder) -> dict[str, torch.Tensor]:
+    return {f"{part} {file.name} {key}": value for part in ("updates", "state")
+            for file in sorted((folder.path / part).glob("*.safetensors")) for key, value in load_file(file).items()}
+
+
+def predictions(folder: RunFolder) -> dict[str, str]:
+    return {str(p.relative_to(folder.path)): p.read_text() for p in (folder.path / "predictions").rglob("*.jsonl")}
+
+
+def rows(folder: RunFolder) -> list[dict]:
+    path = folder.path / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_three_tasks_run(name, finished):
+    folder, _ = finished(name)
+    log, summary = rows(folder), json.loads((folder.path / "summary.json").read_text())
+    assert bool(log) == bool(METHODS[name].trains)
+    assert all(math.isfinite(row["loss"]) for row in log) and summary["op"] is not None
+    for task in {row["task"] for row in log}:
+        losses = [row["loss"] for row in log if row["task"] == task]
+        assert min(losses[1:]) < losses[0], "nothing is learnt"
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.trains])
+def test_stopped_and_restarted_equals_straight_through(name, finished, tmp_path):
+    """Stopped after the second task: the third needs what is on disk and nothing else."""
+    folder, _ = finished(name)
+    shutil.copytree(folder.path, tmp_path / "run")
+    stopped = RunFolder(tmp_path / "run")
+    for part in ("updates", "state"):
+        for file in (stopped.path / part).glob("02-*"):
+            file.unlink()
+    (stopped.path / "state" / "02.safetensors").unlink(missing_ok=True)
+    kept = [row for row in stopped.scores if row["step"] < 3]
+    (stopped.path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    again = runs.run(folder.recipe.model_copy(update={"output": str(stopped.path)}))
+    one, two = tensors(folder), tensors(again)
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    assert predictions(folder) == predictions(again)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_declared_old_data_is_what_it_reads(name, finished):
+    _, read = finished(name)
+    past = {(now, index) for now, index, split in read if index < now and split == "train"}
+    assert bool(past) == METHODS[name].old_data
+    assert not [entry for entry in read if entry[2] == "test"], "a method must not see test examples while it learns"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_declared_merge_is_a_plain_model(name, finished, tmp_path):
+    folder, _ = finished(name)
+    setup, method = prepare(folder.recipe), METHODS[name]
+    if not method.trains:
+        return
+    model, conditions = setup.stage(folder, 2, torch.device("cpu"))
+    assert (conditions is None) == method.merges
+    if method.merges:
+        write_merged(setup, folder.archive(), 2, None, tmp_path / "out")
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert plain.state_dict().keys() == models.load(setup.base, setup.dtype).state_dict().keys()
+        assert all(torch.equal(model.state_dict()[key], value) for key, value in plain.state_dict().items())
+        return
+    with pytest.raises(Fault, match="no plain model"):
+        write_merged(setup, folder.archive(), 2, None, tmp_path / "out")
+    write_stage(folder, 2, tmp_path / "stage")
+    prompt = setup.test(0)[0]["prompt"]
+    for source in (folder.path, tmp_path / "stage"):
+        assert main_prints(["generate", f"{source}@THREE", prompt, "--max-new-tokens", "3"]) is not None
+
+
+def main_prints(arguments: list[str]) -> str | None:
+    """What a command prints; None where it fails."""
+    done = subprocess.run([sys.executable, "-c", f"from codyra_llm.cli import main; main({arguments!r})"],
+                          capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    return done.stdout if done.returncode == 0 else None
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_declared_growth(name, finished):
+    folder, _ = finished(name)
+    method = METHODS[name]
+    sizes = [sum(t.numel() for t in folder.load_state(i).values()) for i in range(3)]
+    files = folder.archive().files
+    apart = bool(files) and folder.archive().load(2).mode == "apart" and bool(folder.archive().load(2).adapters)
+    assert method.grows == (sizes[0] < sizes[1] < sizes[2] or method.old_data or apart)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_task_is_told_only_where_that_is_declared(name, finished, monkeypatch):
+    folder, _ = finished(name)
+    if METHODS[name].merges:
+        return
+    told = []
+    condition = METHODS[name].condition
+    monkeypatch.setattr(METHODS[name], "condition",
+                        lambda self, model, prompts, task: told.append(task) or condition(self, model, prompts, task))
+    setup = prepare(folder.recipe)
+    _, conditions = setup.stage(folder, 2, torch.device("cpu"))
+    conditions([setup.encoder.prompt(setup.test(1)[0]["prompt"])[0]], 1)
+    assert told == [1 if METHODS[name].task_id else None]
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.trains and method.zero_stages() < 3])
+def test_an_undeclared_launch_is_refused(name, tiny_llama, toy_stream, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "zero_stage", lambda acc: METHODS[name].zero_stages() + 1)
+    monkeypatch.setattr("codyra_llm.models.load", lambda *a, **k: pytest.fail("weights were loaded"))
+    with pytest.raises(Fault, match=f"method {name} .*ZeRO stage") as fault:
+        runs.run(recipes.parse(raw(tiny_llama, toy_stream, tmp_path / "run", name)))
+    assert len(fault.value.messages) == 1 and not (tmp_path / "run").exists()
+
+
+def files(names: list[str], model, stream, folder: Path) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        recipe = {**raw(model, stream, folder / name, name), "eval": {"max_new_tokens": 3, "max_examples": 2}}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return [folder / f"{name}.yaml" for name in names]
+
+
+def launched(command: list, recipe_files: list[Path]) -> None:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "DS_")) and k not in (
+        "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    script = Path(__file__).with_name("run_many.py")
+    done = subprocess.run([sys.executable, "-m", *map(str, command), str(script), *map(str, recipe_files)], timeout=900,
+                          capture_output=True, text=True, env={**clean, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def assert_same(name: str, one: RunFolder, two: RunFolder) -> None:
+    """Losses and what is left, to rounding."""
+    for a, b in zip(rows(one), rows(two), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=2e-3), (name, a["task"], a["step"])
+    old, new = tensors(one), tensors(two)
+    assert old.keys() == new.keys()
+    for key, value in old.items():
+        if key.startswith("updates"):
+            torch.testing.assert_close(new[key], value, rtol=2e-2, atol=2e-3, msg=lambda m: f"{name} {key}: {m}")
+
+
+@pytest.mark.distributed
+def test_two_processes_equal_one(finished, tiny_llama, toy_stream, tmp_path):
+    """Data parallel, all methods in one pair of processes."""
+    names = [name for name, method in METHODS.items() if method.trains]
+    launched(["torch.distributed.run", "--standalone", "--nproc-per-node", "2"], files(names, tiny_llama, toy_stream, tmp_path / "two"))
+    for name in names:
+        assert_same(name, finished(name)[0], RunFolder(tmp_path / "two" / name))
+
+
+@pytest.mark.distributed
+def test_zero_2_equals_one_process(finished, tiny_llama, toy_stream, tmp_path):
+    """Every method that declares it, in one pair of processes."""
+    names = [name for name, method in METHODS.items() if method.trains and method.zero_stages() >= 2]
+    config = Path(codyra_llm.recipes.__path__[0]) / "accelerate" / "zero2.yaml"
+    launched(["accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"],
+             files(names, tiny_llama, toy_stream, tmp_path / "two"))
+    for name in names:
+        assert_same(name, finished(name)[0], RunFolder(tmp_path / "two" / name))
+
+
+def test_a_sample_of_methods_on_gemma(tiny_gemma3, toy_stream, tmp_path):
+    for name in ("codyra", "ewc", "olora", "inflora"):
+        folder = runs.run(recipes.parse(raw(tiny_gemma3, toy_stream, tmp_path / name, name)))
+        assert all(math.isfinite(row["loss"]) for row in rows(folder))
+
+
+def test_methods_are_listed(capsys):
+    main_methods = json.loads(run_cli(capsys, "methods", "--json"))
+    assert [m["name"] for m in main_methods] == list(METHODS)
+    assert all(m["summary"] and len(m["summary"]) < 90 for m in main_methods)
+    assert issubclass(METHODS["codyra"], Method)
+
+
+def run_cli(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    assert not end.value.code
+    return capsys.readouterr().out
