@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from datasets import Dataset, disable_progress_bars
@@ -16,8 +17,10 @@ from . import attention
 from .examples import read_split
 from .loss import head_loss
 from .models import adds_bos
-from .recipe import DataSection
 from .seeds import generator
+
+if TYPE_CHECKING:
+    from .recipe import DataSection
 
 disable_progress_bars()  # the bars of tokenising thousands of short rows say nothing
 
@@ -42,7 +45,7 @@ class Encoder:
     that SentencePiece gives a text of its own. Room for BOS and EOS is kept: a truncated example still ends in EOS.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataSection):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: "DataSection"):
         self.tokenizer, self.data = tokenizer, data
         self.bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         self.newline = self._ids("\n")
@@ -84,7 +87,7 @@ class Encoder:
 class Stream:
     """The tasks of a recipe and their records, read once."""
 
-    def __init__(self, data: DataSection, root: Path):
+    def __init__(self, data: "DataSection", root: Path):
         self.data, self.root, self.tasks = data, root, data.tasks
 
     @cached_property
@@ -137,8 +140,12 @@ class Batch:
     def cross_entropy(self, model: nn.Module) -> Tensor:
         """Σ weight·CE over the labelled tokens. The head runs on their positions alone: most of a TRACE example is
         prompt, and logits over the vocabulary are the largest tensor of a step."""
-        cap = getattr(model.config, "final_logit_softcapping", None)
-        return head_loss(model.lm_head, self.hidden(model), self.targets, self.weights, cap)
+        return head_loss(model.lm_head, self.hidden(model), self.targets, self.weights, softcap(model))
+
+
+def softcap(model: nn.Module) -> float | None:
+    """c of logits c·tanh(z/c), where the model has one."""
+    return getattr(model.config, "final_logit_softcapping", None)
 
 
 def collate(encoded: Sequence[Encoded], chosen: Sequence[int], weights: Sequence[float], pad: int,

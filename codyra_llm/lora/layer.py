@@ -1,6 +1,8 @@
 """A frozen linear layer with a rank-selective adapter, and how it gets into a model."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +12,8 @@ from ..errors import Fault, nearest
 from ..models import PROJECTIONS
 from ..seeds import generator
 from .shared import SharedInput
+
+Factors = tuple[Tensor, Tensor | None, Tensor]  # (A, w, B)
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,13 @@ class LoraLinear(nn.Linear):
         self.lora_A = nn.Parameter(torch.empty(spec.rank, self.in_features, **kind))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, spec.rank, **kind))
         self.lora_w = nn.Parameter(torch.empty(spec.rank, **kind)) if spec.importance else None
+        self.stand_in: Factors | None = None
         self.shared = SharedInput([self])
 
     @property
-    def factors(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The masters (A, w, B)."""
-        return self.lora_A, self.lora_w, self.lora_B
+    def factors(self) -> Factors:
+        """What it computes with: the masters (A, w, B), or what stands in for them (`stand_in`)."""
+        return self.stand_in or (self.lora_A, self.lora_w, self.lora_B)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,3 +98,38 @@ def attach(model: nn.Module, targets: list[str], spec: AdapterSpec) -> None:
 def sites(model: nn.Module) -> dict[str, LoraLinear]:
     """The model's adapted layers by name, e.g. 'model.layers.0.self_attn.q_proj'."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+def snapshot(model: nn.Module) -> dict[str, Factors]:
+    """A copy of the factors at every site, without gradient."""
+    return {site: tuple(None if f is None else f.detach().clone() for f in layer.factors)
+            for site, layer in sites(model).items()}
+
+
+@contextmanager
+def stand_in(model: nn.Module, factors: dict[str, Factors]) -> Iterator[None]:
+    """Within it the adapters compute with these factors (of every site, on its device) in place of their parameters and
+    without dropout: another stage of the run on the same base, e.g. a teacher under no_grad. A backward belongs inside,
+    or gradient checkpointing would compute anew with the parameters."""
+    layers = sites(model)
+    for site, layer in layers.items():
+        layer.stand_in = factors[site]
+    try:
+        with without_dropout(model):
+            yield
+    finally:
+        for layer in layers.values():
+            layer.stand_in = None
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Within it the adapters drop nothing. Not model.eval(), which would also turn gradient checkpointing off."""
+    layers = [layer for layer in sites(model).values() if layer.training]
+    for layer in layers:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = True

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .function import GatedMlp, Group, SharedLinears, shadow
+from .function import GatedMlp, Group, Shadow, SharedLinears, shadow
 
 if TYPE_CHECKING:
     from .layer import LoraLinear
@@ -31,7 +31,8 @@ class SharedInput:
     def forget(self) -> None:
         """Drop what is cached. Needed after the masters were written in a way that autograd's version counters don't
         see (DeepSpeed writes to `.data`)."""
-        self._shadow = self._made_from = self._input = None
+        self._input = None
+        self._shadows: dict[int, tuple[tuple, Shadow]] = {}  # of the masters and of what stands in for them
         self._outputs: dict[int, Tensor] = {}
 
     def output(self, layer: "LoraLinear", x: Tensor) -> Tensor:
@@ -66,12 +67,13 @@ class SharedInput:
         """What the functions read, with shadows of the masters as they are now: made once per optimizer step."""
         masters = self.masters()
         made_from = (dtype, masters[0].device, [(id(m), m._version) for m in masters if m is not None])
-        if made_from != self._made_from:
-            self._shadow = shadow([layer.factors for layer in self.layers], self.layers[0].spec.scale, dtype)
-            self._made_from = made_from
+        kept = self._shadows.get(id(masters[0]))
+        if kept is None or kept[0] != made_from:
+            kept = made_from, shadow([layer.factors for layer in self.layers], self.layers[0].spec.scale, dtype)
+            self._shadows[id(masters[0])] = kept
         biases = (None if layer.bias is None else layer.bias.to(dtype) for layer in self.layers)
         return Group(tuple(partial(layer.frozen, dtype) for layer in self.layers), tuple(biases),
-                     self.layers[0].spec.scale, self._shadow)
+                     self.layers[0].spec.scale, kept[1])
 
 
 def _eager(layer: "LoraLinear", x: Tensor, source: Tensor) -> Tensor:

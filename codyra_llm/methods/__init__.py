@@ -5,11 +5,17 @@ from rich.table import Table
 
 from .base import Method, MethodConfig
 from .codyra import Codyra
+from .icl import Icl
+from .ilora import Ilora
+from .mtl import Mtl
 from .none import NoMethod
+from .rcl import Rcl
 from .replay import Replay
+from .seqft import SeqFt
 from .seqlora import SeqLora
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (NoMethod, SeqLora, Replay, Codyra)}
+METHODS: dict[str, type[Method]] = {m.name: m for m in (NoMethod, Icl, SeqFt, SeqLora, Mtl, Replay, Ilora, Rcl,
+                                                         Codyra)}
 
 __all__ = ["METHODS", "Method", "MethodConfig", "table"]
 
