@@ -111,7 +111,7 @@ def test_icl_prompt_by_hand(icl_of):
     rows = [{"prompt": f"{FOMC}Text:\n{text}\nStance:", "answer": answer}
             for text, answer in (("up", "A"), ("down", "B"), ("asked", "C"), ("flat", "C"))]
     asked = f"{FOMC}Text:\nasked\nStance:"
-    (one, other), _ = icl_of("FOMC", rows, [asked, f"{FOMC}Text:\nsideways\nStance:"])
+    (one, other), _ = icl_of("FOMC", rows, [asked, f"{FOMC}Text:\nsideways\nStance:"], shots=4)
     by_hand = ["What is the stance? Choose one from A, B and C.\nWe will give you several examples and you should follow "
                "them to accomplish the task.\n Examples:\n" + "".join(chosen) + "Text:\nasked\nStance:" for chosen in
                permutations(["Text:\nup\nStance:A\n\n", "Text:\ndown\nStance:B\n\n", "Text:\nflat\nStance:C\n\n"])]
@@ -388,23 +388,25 @@ def test_seqft_reports_every_parameter_and_refuses_what_needs_parts(tuned, tiny_
 
 
 def test_seqft_is_adam_on_all_weights(tiny_llama, toy_stream, tmp_path):
-    """Two steps on all of task ONE against transformers' own loss and torch's own Adam."""
-    run = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "run", method="seqft", data__tasks=["ONE"], optim__lr=1e-3,
-                          optim__batch_size=20, checkpoint=False))
-    setup = prepare(run.recipe)
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    adam = torch.optim.Adam(model.parameters(), 1e-3, betas=(0.9, 0.95))
-    for _ in range(2):
-        total, count = 0, 0
-        for e in setup.encoder.encode(setup.stream.records(0, "train")):
-            z = model(input_ids=torch.tensor([e.prompt + e.answer])).logits[0, len(e.prompt) - 1: -1]
-            total, count = total + functional.cross_entropy(z, torch.tensor(e.answer), reduction="sum"), count + len(e.answer)
-        (total / count).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        adam.step()
-        adam.zero_grad()
-    for name, tensor in run.archive().load(0).dense.items():
-        torch.testing.assert_close(tensor, model.get_parameter(name).detach(), rtol=1e-3, atol=2e-4)
+    """Two steps on all of each task, one task after the other, against transformers' own loss and torch's own Adam."""
+    run = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "run", method="seqft", optim__lr=1e-3, optim__batch_size=20,
+                          checkpoint=False))
+    setup, model = prepare(run.recipe), AutoModelForCausalLM.from_pretrained(tiny_llama)
+    for index in (0, 1):
+        adam = torch.optim.Adam(model.parameters(), 1e-3, betas=(0.9, 0.95))
+        encoded = setup.encoder.encode(setup.stream.records(index, "train"))
+        for _ in range(2):
+            total = 0
+            for e in encoded:
+                z = model(input_ids=torch.tensor([e.prompt + e.answer])).logits[0, len(e.prompt) - 1: -1]
+                total = total + functional.cross_entropy(z, torch.tensor(e.answer), reduction="sum")
+            (total / sum(len(e.answer) for e in encoded)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            adam.step()
+            adam.zero_grad()
+        for name, tensor in run.archive().load(index).dense.items():
+            error = (tensor - model.get_parameter(name).detach()).abs()
+            assert error.mean() < 2e-5 and error.max() < 2e-3, name  # Adam turns rounding of near-zero gradients into steps
 
 
 def test_plans(tiny_llama, reasoned, tmp_path):
