@@ -18,7 +18,7 @@ def write_merged(setup: Setup, archive: Archive, after: int, without: int | None
 
     Raises Fault for a method that is no plain model.
     """
-    refuse_unmerged(setup)
+    refuse_unmerged(setup, without)
     model = setup.model(archive, after, without)
     model.config.use_cache = True
     with replacing(out) as temporary:
@@ -31,7 +31,9 @@ def write_peft(setup: Setup, archive: Archive, after: int, without: int | None, 
 
     Raises Fault where peft is missing or all ranks were pruned.
     """
-    refuse_unmerged(setup)
+    refuse_unmerged(setup, without)
+    if setup.method.trains == "all weights":
+        raise Fault(f"format peft holds adapters, and {setup.method.name} trains all weights; export with --format merged")
     try:
         from peft import LoraConfig
     except ImportError:
@@ -53,7 +55,10 @@ def write_peft(setup: Setup, archive: Archive, after: int, without: int | None, 
         setup.tokenizer.save_pretrained(temporary)
 
 
-def refuse_unmerged(setup: Setup) -> None:
+def refuse_unmerged(setup: Setup, without: int | None) -> None:
+    if without is not None and not setup.method.separable:
+        raise Fault(f"--without: {setup.method.name} keeps no part of a task's own that could be left out; leave --without "
+                    f"out")
     if not setup.method.merges:
         raise Fault(f"a {setup.method.name} run is no plain model after a task, since what it adds depends on the prompt; "
                     f"export with --format stage, and ask it with `codyra-llm generate OUT@TASK`")

@@ -51,7 +51,7 @@ def table(found: dict) -> Table:
 
 def updates_table(rows: list[dict]) -> list[str]:
     """Lines of a Markdown table: per task and projection, over the layers, ranks kept of ranks, mean ‖ΔW‖, mean drift
-    and the share of the updates that survived the cast (weighted by ‖ΔW‖²)."""
+    and the share of the updates that survived the cast (weighted by ‖ΔW‖²); blank where a row has none."""
     if not rows:
         return []
     lines = ["", "| task | projection | ranks kept | ‖ΔW‖ | drift ‖W - W₀‖ | share that survives the cast |",
@@ -60,10 +60,11 @@ def updates_table(rows: list[dict]) -> list[str]:
     for row in rows:
         groups.setdefault((row["task"], row["site"].rpartition(".")[2]), []).append(row)
     for (task, projection), members in groups.items():
-        kept, rank = sum(m["kept"] for m in members), sum(m["rank"] for m in members)
+        ranks = "" if members[0]["rank"] is None else (f"{sum(m['kept'] for m in members)} of "
+                                                       f"{sum(m['rank'] for m in members)}")
         moved = sum(m["update_norm"] ** 2 for m in members)
-        share = sum((m["surviving"] or 0) * m["update_norm"] ** 2 for m in members) / moved if moved else None
-        lines.append(f"| {task} | {projection} | {kept} of {rank} | {fmean(m['update_norm'] for m in members):.4f} | "
+        share = sum((m["surviving"] or 0) * m["update_norm"] ** 2 for m in members) / moved if moved and ranks else None
+        lines.append(f"| {task} | {projection} | {ranks} | {fmean(m['update_norm'] for m in members):.4f} | "
                      f"{fmean(m['drift'] for m in members):.4f} | {'' if share is None else format(share, '.4f')} |")
     return lines
 

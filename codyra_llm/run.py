@@ -47,9 +47,11 @@ def run(recipe: Recipe) -> RunFolder:
     if setup.recipe.eval.zero_shot or not setup.method.trains or setup.probes:
         evaluate(setup, folder, acc, -1)
     for index in range(len(setup.recipe.tasks)) if setup.method.trains else ():
+        early = setup.method.joint and index + 1 < len(setup.recipe.tasks)
         if index >= len(folder.archive().files):
-            learn(setup, folder, acc, index)
-        evaluate(setup, folder, acc, index)
+            (pass_over if early else learn)(setup, folder, acc, index)
+        if not early:
+            evaluate(setup, folder, acc, index)
     collectively(acc.is_main_process, finish, setup, folder)
     return folder
 
@@ -82,12 +84,22 @@ def learn(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> None
         state |= {OPTIMIZER + k: v for k, v in trainer.state().items()}
     if acc.is_main_process:
         rows = _archive(setup, folder, archive, index, method.consolidate(adapters, index), state)
-        kept, rank = sum(r["kept"] for r in rows), sum(r["rank"] for r in rows)
-        console.print(f"{recipe.tasks[index]}: learnt in {time.perf_counter() - began:.0f} s, {kept} of {rank} ranks kept")
+        ranks = [(r["kept"], r["rank"]) for r in rows if r["rank"] is not None]
+        counted = f", {sum(k for k, _ in ranks)} of {sum(r for _, r in ranks)} ranks kept" if ranks else ""
+        console.print(f"{recipe.tasks[index]}: learnt in {time.perf_counter() - began:.0f} s{counted}")
     trainer.engine.free()
     acc.wait_for_everyone()
     for file in [folder.state(index)] * bool(state) + [archive.path(index, recipe.tasks[index])]:
         collectively(True, await_file, file)
+
+
+def pass_over(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> None:
+    """Leave an empty update for a task that a joint method learns later."""
+    archive, name = folder.archive(), setup.recipe.tasks[index]
+    if acc.is_main_process:
+        archive.append(name, Update({}, 1.0, setup.method.mode))
+    acc.wait_for_everyone()
+    collectively(True, await_file, archive.path(index, name))
 
 
 def _fit(setup: Setup, folder: RunFolder, acc: Accelerator, trainer: Trainer, index: int) -> dict[str, Adapter]:
@@ -107,7 +119,8 @@ def _archive(setup: Setup, folder: RunFolder, archive: Archive, index: int, upda
     """Write what task `index` left; returns the rows of its update report."""
     before = archive.terms(index - 1)
     after = {"add": [*before, update], "replace": [update], "apart": [update]}[update.mode]
-    rows = list(update_report(models.WeightReader(setup.base), before, after, setup.recipe.method.rank, setup.dtype))
+    rank = getattr(setup.recipe.method, "rank", None)
+    rows = list(update_report(models.WeightReader(setup.base), before, after, rank, setup.dtype))
     folder.add_update_report(setup.recipe.tasks[index], rows)
     if state:
         with replacing(folder.state(index)) as temporary:
@@ -129,8 +142,10 @@ def evaluate(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> N
             began, prompts = time.perf_counter(), [r["prompt"] for r in records]
             number = recipe.tasks.index(task) if task in recipe.tasks else None
             if number is not None:
-                prompts = setup.method.present(setup.stream, number, prompts)
-            predictions = [setup.method.read(task, p) for p in answers(prompts, new, number)]
+                prompts = setup.method.present(setup.stream, setup.encoder, number, prompts)
+            predictions = answers(prompts, new, number)
+            if number is not None:
+                predictions = [setup.method.read(task, p) for p in predictions]
             if acc.is_main_process:
                 known = {"after": after, "step": index + 1, "task": task}
                 _add_scores(setup, folder, known, records, predictions, began)

@@ -99,6 +99,12 @@ def prepare(recipe: Recipe) -> Setup:
         faults.append(f"model.quantization: '{recipe.model.quantization}' needs bitsandbytes, which is not installed; "
                       f"install codyra-llm[bitsandbytes], or set it to null")
     method = METHODS[recipe.method.name](recipe.method, recipe.seed)
+    whole = method.trains == "all weights"
+    if whole and recipe.model.quantization:
+        faults.append(f"model.quantization: '{recipe.model.quantization}' packs weights that stay frozen, and "
+                      f"{method.name} trains all; set it to null")
+    if whole and recipe.optim.keep_best:
+        faults.append(f"optim.keep_best: it keeps the best adapters, and {method.name} has none; set it to false")
     if recipe.data.batching == "packed" and not method.packs:
         faults.append(f"data.batching: method {method.name} puts something in front of every example, so they can't be "
                       f"packed; use buckets")
@@ -110,7 +116,7 @@ def prepare(recipe: Recipe) -> Setup:
     root = tried(data_root, recipe.data.root)
     stream = Stream(recipe.data, root)
     for index in range(len(recipe.tasks)) if root else ():
-        if method.trains:
+        if method.trains or method.old_data:
             tried(method.train_data, stream, index)
         if method.trains and recipe.optim.validate_every:
             tried(stream.records, index, "eval")
@@ -118,7 +124,7 @@ def prepare(recipe: Recipe) -> Setup:
     probes = tried(_probes, recipe.eval.general) if recipe.eval.general else {}
     if base:
         merged = recipe.checkpoint or recipe.eval.backend == "vllm"  # never both at once
-        faults += _disk(Path(recipe.output), size(base) if merged else 0)
+        faults += _disk(Path(recipe.output), size(base) * (merged + whole * len(recipe.tasks)))
     if faults:
         raise Fault(*dict.fromkeys(faults))
     tokenizer = models.load_tokenizer(base)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..errors import Fault, nearest
 from ..files import replacing
+
+DENSE = "dense."  # in a file: a whole parameter of that name
 
 
 class Adapter(NamedTuple):
@@ -30,11 +32,14 @@ class Adapter(NamedTuple):
 @dataclass(frozen=True)
 class Update:
     """What one task changed. mode "add": on top of the tasks before; "replace": instead of them (one growing adapter);
-    "apart": beside the base, for a method that chooses among the tasks' adapters, or has none, at inference."""
+    "apart": beside the base, for a method that chooses among the tasks' adapters, or has none, at inference.
+
+    `dense`: whole new parameters by name, in the dtype of the model; only in mode "replace"."""
 
     adapters: dict[str, Adapter]
     scale: float
     mode: Literal["add", "replace", "apart"] = "add"
+    dense: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Archive:
@@ -75,6 +80,7 @@ class Archive:
         """Write the next update; its file appears whole or not at all."""
         tensors = {f"{site}.{key}": value.contiguous() for site, adapter in update.adapters.items()
                    for key, value in adapter._asdict().items() if value is not None}
+        tensors |= {DENSE + name: value.contiguous() for name, value in update.dense.items()}
         meta = {"task": task, "mode": update.mode, "scale": repr(update.scale), "base": self.base,
                 "parent": self.lineage[-1], "lineage": _chain(self.lineage[-1], tensors),
                 "sites": json.dumps(list(update.adapters))}
@@ -94,7 +100,8 @@ class Archive:
             raise Fault(f"{self.files[index]}: its tensors do not match its hash; restore the file from a copy")
         adapters = {site: Adapter(tensors[f"{site}.a"], tensors[f"{site}.b"], tensors.get(f"{site}.w"))
                     for site in json.loads(meta["sites"])}
-        return Update(adapters, float(meta["scale"]), meta["mode"])
+        dense = {key.removeprefix(DENSE): value for key, value in tensors.items() if key.startswith(DENSE)}
+        return Update(adapters, float(meta["scale"]), meta["mode"], dense)
 
     def terms(self, after: int, without: int | None = None) -> list[Update]:
         """The updates whose sum is the model after task `after` (-1: the base), leaving task `without` out; none in mode

@@ -10,20 +10,25 @@ from .codyra import Codyra
 from .ewc import Ewc
 from .gem import Gem
 from .hidelora import HideLoraRepo
+from .icl import Icl
+from .ilora import Ilora
 from .inflora import InfLora
 from .lwf import Lwf
+from .mtl import Mtl
 from .none import NoMethod
 from .ogd import Ogd
 from .olora import OLora
+from .rcl import Rcl
 from .replay import Replay
+from .seqft import SeqFt
 from .seqlora import SeqLora
 from .sora import Sora
 from .treelora import TreeLora
 from .treelora_repo import TreeLoraRepo
 
 METHODS: dict[str, type[Method]] = {m.name: m for m in (
-    NoMethod, SeqLora, Replay, Ewc, Gem, AGem, Ogd, Lwf, OLora, Sora, InfLora, TreeLora, TreeLoraRepo, HideLoraRepo, CLora,
-    Codyra)}
+    NoMethod, Icl, SeqFt, SeqLora, Mtl, Replay, Ilora, Rcl, Ewc, Gem, AGem, Ogd, Lwf, OLora, Sora, InfLora, TreeLora,
+    TreeLoraRepo, HideLoraRepo, CLora, Codyra)}
 
 __all__ = ["METHODS", "Method", "MethodConfig", "table"]
 

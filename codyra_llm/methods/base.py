@@ -14,7 +14,7 @@ from ..models import PROJECTIONS
 from ..seeds import generator
 
 if TYPE_CHECKING:
-    from ..data import Batch, Encoded, Stream
+    from ..data import Batch, Encoded, Encoder, Stream
     from ..gradients import Gradients
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -91,11 +91,13 @@ class Method:
     name: ClassVar[str]
     summary: ClassVar[str]
     Config: ClassVar[type[MethodConfig]]
-    trains: ClassVar[str] = "adapters"  # "" for nothing
+    trains: ClassVar[str] = "adapters"  # "" for nothing, "all weights" for the model itself
     old_data: ClassVar[bool] = False  # reads earlier tasks' training examples
     task_id: ClassVar[bool] = False  # has to be told at test which task an example is of
     merges: ClassVar[bool] = True  # is a plain model after every task
     grows: ClassVar[bool] = False  # with every task more is kept for later ones or runs at inference, updates aside
+    joint: ClassVar[bool] = False  # trains once, at the last task, and is evaluated there alone
+    separable: ClassVar[bool] = True  # one task's part can be left out of the merged model
     max_zero_stage: ClassVar[int] = 3
     mode: ClassVar[Literal["add", "replace", "apart"]] = "add"
     packs: ClassVar[bool] = True  # its loss takes packed batches
@@ -173,22 +175,25 @@ class Method:
         """Prepare the model for one batch of prompts. `task` is None unless the method has declared `task_id`."""
         return Condition()
 
-    def present(self, stream: "Stream", task: int, prompts: list[str]) -> list[str]:
+    def present(self, stream: "Stream", encoder: "Encoder", task: int, prompts: list[str]) -> list[str]:
         """What the model is shown in place of task `task`'s test prompts."""
         return prompts
 
     def read(self, task: str, prediction: str) -> str:
-        """The part of the model's output that is the answer."""
+        """The part of the model's output that is the answer; of a task's, not of a general-ability probe's."""
         return prediction
 
 
 @torch.no_grad()
 def restore(model: nn.Module, update: Update) -> None:
-    """Put the factors of `update` back into the model's adapters, to go on training them."""
+    """Put the factors of `update` back into the model's adapters, or whole parameters into the model, to go on training
+    them."""
     layers = sites(model)
     for site, adapter in update.adapters.items():
         layers[site].lora_A.copy_(adapter.a)
         layers[site].lora_B.copy_(adapter.b)
+    for name, whole in update.dense.items():
+        model.get_parameter(name).copy_(whole)
 
 
 def trained_factors(model: nn.Module) -> dict[str, Tensor]:

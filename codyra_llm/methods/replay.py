@@ -27,7 +27,7 @@ class Replay(SeqLora):
 
     def train_data(self, stream, index: int):
         records, epochs = super().train_data(stream, index)
-        memory = [r for past in range(index) for r in _head(stream.records(past, "train"), self.config.ratio)]
+        memory = [r for past in range(index) for r in head(stream.records(past, "train"), self.config.ratio)]
         if self.config.lima:
             memory += stream.extra("Lima")
         everything = range(len(records) + len(memory))
@@ -38,5 +38,6 @@ class Replay(SeqLora):
         return records + memory, epochs + [everything[len(records):]]
 
 
-def _head(records: list[dict], ratio: float) -> list[dict]:
+def head(records: list[dict], ratio: float) -> list[dict]:
+    """The first part of a training set, its share `ratio`."""
     return records[: round(ratio * len(records))]
