@@ -99,7 +99,7 @@ def prepare(recipe: Recipe) -> Setup:
                       f"install codyra-llm[bitsandbytes], or set it to null")
     method = METHODS[recipe.method.name](recipe.method, recipe.seed)
     if recipe.data.batching == "packed" and not method.packs:
-        faults.append(f"data.batching: method {method.name} puts something in front of every example, so they can't be "
+        faults.append(f"data.batching: method {method.name} needs every example in a row of its own, so they can't be "
                       f"packed; use buckets")
     if recipe.eval.backend == "vllm" and not method.merges:
         faults.append(f"eval.backend: vllm runs plain models, and a {method.name} model is none; set it to torch")

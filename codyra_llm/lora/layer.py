@@ -78,8 +78,9 @@ class LoraLinear(nn.Linear):
         return f"{super().extra_repr()}, rank={self.spec.rank}, scale={self.spec.scale}"
 
 
-def attach(model: nn.Module, targets: list[str], spec: AdapterSpec) -> None:
-    """Put an adapter on every linear layer whose last name is in `targets`. Raises Fault for a target found nowhere."""
+def attach(model: nn.Module, targets: list[str], spec: AdapterSpec, kind: type[LoraLinear] = LoraLinear) -> None:
+    """Put an adapter of this kind on every linear layer whose last name is in `targets`. Raises Fault for a target found
+    nowhere."""
     found = {name: module for name, module in model.named_modules()
              if name.rpartition(".")[2] in targets and isinstance(module, nn.Linear)}
     present = {name.rpartition(".")[2] for name in found}
@@ -87,7 +88,7 @@ def attach(model: nn.Module, targets: list[str], spec: AdapterSpec) -> None:
         raise Fault(*(f"method.targets: the model has no projection '{t}'.{nearest(t, PROJECTIONS)}" for t in missing))
     for name, linear in found.items():
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, LoraLinear(linear, spec))
+        setattr(model.get_submodule(parent), leaf, kind(linear, spec))
 
 
 def sites(model: nn.Module) -> dict[str, LoraLinear]:

@@ -5,11 +5,15 @@ from rich.table import Table
 
 from .base import Method, MethodConfig
 from .codyra import Codyra
+from .duallora import DualLora
+from .experts import Color, HideLora, Single
 from .none import NoMethod
 from .replay import Replay
+from .sapt import Sapt
 from .seqlora import SeqLora
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (NoMethod, SeqLora, Replay, Codyra)}
+METHODS: dict[str, type[Method]] = {m.name: m for m in (
+    NoMethod, SeqLora, Replay, Single, Color, HideLora, Sapt, DualLora, Codyra)}
 
 __all__ = ["METHODS", "Method", "MethodConfig", "table"]
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..lora.archive import Adapter, Archive, Update
 from ..lora.layer import AdapterSpec, attach, sites
 from ..models import PROJECTIONS
+from ..seeds import generator
 
 if TYPE_CHECKING:
     from ..data import Batch, Encoded, Stream
@@ -64,6 +65,12 @@ class Task:
     def records(self, past: int | None = None) -> list[dict]:
         """Training records of an earlier task, or of this one."""
         return self.stream.records(self.index if past is None else past, "train")
+
+    def sample(self, count: int, seed: int, past: int | None = None) -> list["Encoded"]:
+        """`count` of these records, or all there are, drawn by (seed, task) alone: the same whenever it is asked for."""
+        records = self.records(past)
+        draw = generator("sample", seed, self.index if past is None else past)
+        return self.encode([records[i] for i in torch.randperm(len(records), generator=draw)[:count].tolist()])
 
 
 class Condition:
