@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 class MixtureLinear(LoraLinear):
     """y_b = x_b Wᵀ + bias + Σ_k m[b, k]·s·drop(x_b) A_kᵀ B_kᵀ for x [rows, T, in] and weights m [rows, K] (`rows`).
 
-    The last of the K adapters is the layer's own, A and B, and may train. The others (`hold`) are frozen, in the compute
-    dtype; x and m get their gradients through them too. All A_k are one product and all B_k are one, with m repeated over
-    the ranks of its adapter between them. With `rows` None it is the plain base. Plain autograd, every layer by itself:
-    a packed W is kept unpacked until backward.
+    The last of the K adapters is the layer's own, A and B, and may train. The others (`hold`) are frozen, in the
+    compute dtype; x and m get their gradients through them too. All A_k are one product and all B_k are one, with m
+    repeated over the ranks of its adapter between them. With `rows` None it is the plain base. Plain autograd, every
+    layer by itself: a packed W is kept unpacked until backward.
     """
 
     def __init__(self, base: nn.Linear, spec: "AdapterSpec"):
@@ -33,7 +33,7 @@ class MixtureLinear(LoraLinear):
         a, b = self.lora_A.detach(), self.lora_B.detach()
         old_a, old_b = [x.a.to(a) for x in adapters], [self.spec.scale * x.b.to(b) for x in adapters]
         self.register_buffer("old_a", torch.cat([a[:0], *old_a]).to(self.dtype), persistent=False)  # [R, in]
-        self.register_buffer("old_b", torch.cat([b[:, :0], *old_b], 1).to(self.dtype), persistent=False)  # [out, R], with s
+        self.register_buffer("old_b", torch.cat([b[:, :0], *old_b], 1).to(self.dtype), persistent=False)  # s·B [out, R]
         self.parts = [len(x.a) for x in adapters] + self.own_parts
 
     @property
@@ -59,7 +59,7 @@ class MixtureLinear(LoraLinear):
         repeats = torch.tensor(self.parts, device=x.device)
         m = self.weights(hidden).to(x.dtype).repeat_interleave(repeats, 1, output_size=len(a))
         added = (hidden * m[:, None]) @ b.T
-        y = torch.addmm(added.flatten(0, 1), x.flatten(0, 1), weight.T).view_as(added)  # as ever the small product first
+        y = torch.addmm(added.flatten(0, 1), x.flatten(0, 1), weight.T).view_as(added)  # small product first
         return y if self.bias is None else y + self.bias
 
 

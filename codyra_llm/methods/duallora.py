@@ -1,4 +1,4 @@
-"""DualLoRA: one adapter kept orthogonal to old tasks' inputs, and one per task in what those leave free, gated by the prompt."""
+"""DualLoRA: an adapter kept orthogonal to old tasks' inputs, and one per task in what those leave free, gated."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -21,18 +21,18 @@ from .subspace import Subspace
 class DualLoraConfig(ExpertConfig):
     name: Literal["duallora"] = "duallora"
     rank: int = Field(8, ge=2, description="ranks of a task's two adapters together: ⌊rank/2⌋ for O, the others for R")
-    energy_first: Fraction = Field(0.95, description="share of ‖C‖_F² of the inputs' covariance C that the basis of old "
+    energy_first: Fraction = Field(0.95, description="share of ‖C‖_F² of the inputs' covariance C that old inputs' basis "
                                    "inputs holds after the first task")
     energy_last: Fraction = Field(1.0, description="that share after a task behind the last; linear in between")
     max_examples: int = Field(512, ge=1, description="training examples of a task, drawn, whose inputs are read")
-    inputs_at_once: int = Field(16, ge=1, description="distinct inputs whose covariances are in memory together; each such "
-                                "portion is a pass over the examples")
+    inputs_at_once: int = Field(16, ge=1, description="distinct inputs whose covariances are in memory together; each "
+                                "such portion is a pass over the examples")
 
 
 class DualLinear(MixtureLinear):
-    """y = x Wᵀ + s·x (B_o A_o)ᵀ + Σ_k g_k·s·x (B_k A_k)ᵀ; O = B_o A_o is the own adapter's first ⌊rank/2⌋ ranks, R_t the
-    others, earlier R_k are held. Gates of a row: g_k = ρ_k / Σ ρ, ρ_k = ‖A_k x̄‖², x̄ the mean of x over `prompts` [rows, T];
-    they are kept in `rows` and hold where `prompts` is None."""
+    """y = x Wᵀ + s·x (B_o A_o)ᵀ + Σ_k g_k·s·x (B_k A_k)ᵀ; O = B_o A_o is the own adapter's first ⌊rank/2⌋ ranks, R_t
+    the others, earlier R_k are held. Gates of a row: g_k = ρ_k / Σ ρ, ρ_k = ‖A_k x̄‖², x̄ the mean of x over `prompts`
+    [rows, T]; they are kept in `rows` and hold where `prompts` is None."""
 
     prompts: Tensor | None = None
 
@@ -48,7 +48,7 @@ class DualLinear(MixtureLinear):
     def weights(self, hidden: Tensor) -> Tensor:
         if self.prompts is not None:
             squares = mean_state(hidden, self.prompts).square()  # A x̄ = the mean of A x
-            *old, orthogonal, new = (part.sum(1) for part in squares.split(self.parts, 1))
+            *old, _orthogonal, new = (part.sum(1) for part in squares.split(self.parts, 1))
             relevance = torch.stack([*old, new], 1)
             gates = relevance / relevance.sum(1, keepdim=True).clamp_min(torch.finfo(relevance.dtype).tiny)
             self.rows = torch.cat([gates[:, :-1], torch.ones_like(gates[:, :1]), gates[:, -1:]], 1)
@@ -56,21 +56,22 @@ class DualLinear(MixtureLinear):
 
 
 class DualLora(Single):
-    """W + s·B_o A_o + Σ_k g_k·s·B_k A_k: O for the whole stream, a residual R_k per task, gates g by the prompt (`DualLinear`).
+    """W + s·B_o A_o + Σ_k g_k·s·B_k A_k: O for the stream, a residual R_k per task, gated by the prompt (`DualLinear`).
 
     Idea: DualLoRA (2411.00623), for vision transformers, of which the abstract alone was read: an adapter updated
     orthogonally to the features of old tasks, one within bases that those do not contain, and a memory that weighs the
     latter by how well a test input lies in them. All formulas are ours, so this is not a reproduction:
     M: orthonormal basis per input of what old tasks read, grown by DualGPM as in InfLoRA (2404.00228).
-    O: in the first task plain LoRA; later B_o is frozen (another B_o would change old outputs whatever A_o does) and A_o's
-    applied updates are projected, ΔA_o ← ΔA_o (I - M Mᵀ), Adam's scaling and weight decay included.
+    O: in the first task plain LoRA; later B_o is frozen (another B_o would change old outputs whatever A_o does) and
+    A_o's applied updates are projected, ΔA_o ← ΔA_o (I - M Mᵀ), Adam's scaling and weight decay included.
     R_t: A_t = U_tᵀ frozen, U_t the leading left singular vectors of (I - M Mᵀ) C_t; B_t trains from zero.
-    Gates: without gradient; ‖x̄‖² cancels. x̄ leaves the first token out, as C does: BOS, or what attends as BOS does. Since
-    U_1 has what all prompts share, ρ_1 is large for every prompt. Gates of old prompts do shrink when a task is added.
-    Cost per step: (tasks + 1)× the adapter's products in plain autograd, 4·r·in·k per site for the projections, k columns
-    of M. Per task: 2·inputs/`inputs_at_once` passes over `max_examples`, an eigenproblem of size `in` in float64 on the
-    CPU per distinct input, before and after. At test: a second pass over the prompts, for the gates. State and memory: at
-    most in²/2 float32 per distinct input.
+    Gates: without gradient; ‖x̄‖² cancels. x̄ leaves the first token out, as C does: BOS, or what attends as BOS does.
+    Since U_1 has what all prompts share, ρ_1 is large for every prompt. Gates of old prompts do shrink when a task is
+    added.
+    Cost per step: (tasks + 1)× the adapter's products in plain autograd, 4·r·in·k per site for the projections, k
+    columns of M. Per task: 2·inputs/`inputs_at_once` passes over `max_examples`, an eigenproblem of size `in` in
+    float64 on the CPU per distinct input, before and after. At test: a second pass over the prompts, for the gates.
+    State and memory: at most in²/2 float32 per distinct input.
     """
 
     name, summary, Config = "duallora", "an orthogonal LoRA and gated residual LoRAs per task", DualLoraConfig

@@ -27,8 +27,9 @@ class SingleConfig(ExpertConfig):
 class Single(Method):
     """A fresh LoRA of its own for each task (Hu et al., 2106.09685), trained from the base and chosen by the true task.
 
-    The upper bound for methods that infer the task, and the only one here that is told it. A prompt of no task, or of one
-    not learnt yet, is answered by the base. As published on TRACE: rank 8, alpha 32, dropout 0.1, q_proj and v_proj.
+    The upper bound for methods that infer the task, and the only one here that is told it. A prompt of no task, or of
+    one not learnt yet, is answered by the base. As published on TRACE: rank 8, alpha 32, dropout 0.1, q_proj and
+    v_proj.
     Cost per step: none beside the adapter. Inference holds all adapters and multiplies with all of them.
     """
 
@@ -69,10 +70,10 @@ class ColorConfig(ExpertConfig):
 class Color(Single):
     """A fresh LoRA per task; the nearest of all tasks' k-means centroids picks the adapter for each prompt.
 
-    Source: CoLoR (2311.17601), for vision transformers, of which the abstract alone was read: not a reproduction. Ours: the
-    feature, which is the mean over the prompt's tokens of the frozen base's last hidden state, the same at training and at
-    test; k-means++ seeds; Euclidean distance. Where `model.quantization` packs the base for training, centroids come from
-    the packed weights and test features from the plain ones.
+    Source: CoLoR (2311.17601), for vision transformers, of which the abstract alone was read: not a reproduction. Ours:
+    the feature, which is the mean over the prompt's tokens of the frozen base's last hidden state, the same at training
+    and at test; k-means++ seeds; Euclidean distance. Where `model.quantization` packs the base for training, centroids
+    come from the packed weights and test features from the plain ones.
     Cost: none per step; one forward pass over the task's prompts per task and one over every test prompt. State: the
     centroids, 5·h float32 per task. TRACE's tasks but the two of NumGLUE have prompts of their own, so expect this
     near `single`.
@@ -105,24 +106,25 @@ class HideLoraConfig(ExpertConfig):
     name: Literal["hidelora"] = "hidelora"
     weight: NotNegative = Field(0.01, description="weight of the contrastive term")
     temperature: Positive = Field(0.8, description="τ, divisor of the cosines in it")
-    shrinkage: Fraction = Field(0.1, gt=0, description="γ in (1 - γ)·Σ + γ·tr(Σ)/h·I, the covariance that tells tasks apart")
+    shrinkage: Fraction = Field(0.1, gt=0, description="γ in (1 - γ)·Σ + γ·tr(Σ)/h·I, the covariance that is used")
 
 
 class HideLora(Single):
     """A LoRA per task that starts from the one before; the task is inferred by linear discriminant analysis of prompts.
 
-    Source: HiDe (Wang et al., 2310.07234, and its released code), for vision transformers with a classifier. Kept of it:
-    the adapters' start, statistics of features of the base that infer the task, a contrastive term against what earlier
-    tasks left, weight 0.01, τ = 0.8. Ours, as a causal LM has no class head to align: the feature (mean over the prompt's
-    tokens of the last hidden state), one Gaussian per task with the pooled covariance Σ, equal priors, and the term
+    Source: HiDe (its public code, HiDe-Prompt, was read), for vision transformers with a classifier. Kept of
+    it: the adapters' start, statistics of features of the base that infer the task, a contrastive term against what
+    earlier tasks left, weight 0.01, τ = 0.8. Ours, as a causal LM has no class head to align: the feature (mean over
+    the prompt's tokens of the last hidden state), one Gaussian per task with the pooled covariance Σ, equal priors, and
+    the term
 
         L_i = -log( e^{1/τ} / (e^{1/τ} + Σ_{k<t} e^{cos(z_i, c_k)/τ}) ),
 
-    z_i the adapted model's feature of prompt i, c_k the mean that task k's own adapter left; averaged as the loss is. The
-    release takes unnormalised products and every other row of the batch as a negative, those of the same task too. It
-    shapes z and has no part in inferring the task. What TreeLoRA's table calls HideLoRA is another method.
-    Cost per step: an [examples, tasks] product. Per task: a forward pass over its prompts before and one after; one over
-    every test prompt; a Cholesky factor of size h per evaluation. State: h² + 2·h per task in float32.
+    z_i the adapted model's feature of prompt i, c_k the mean that task k's own adapter left; averaged as the loss is.
+    The release takes unnormalised products and every other row of the batch as a negative, those of the same task too.
+    It shapes z and has no part in inferring the task. What TreeLoRA's table calls HideLoRA is another method.
+    Cost per step: an [examples, tasks] product. Per task: a forward pass over its prompts before and one after; one
+    over every test prompt; a Cholesky factor of size h per evaluation. State: h² + 2·h per task in float32.
     """
 
     name, summary, Config = "hidelora", "one LoRA per task from the one before, chosen by prompt statistics", HideLoraConfig
@@ -149,7 +151,8 @@ class HideLora(Single):
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
         adapted = over_prompts(model, task, self._examples, pooled_states).mean(0, keepdim=True)
-        return {**self._gaussians.state(), "adapted": torch.cat([adapted] if self._old is None else [self._old, adapted])}
+        old = [] if self._old is None else [self._old]
+        return {**self._gaussians.state(), "adapted": torch.cat([*old, adapted])}  # [tasks, h]
 
     def install(self, model, task: Task) -> None:
         super().install(model, task)

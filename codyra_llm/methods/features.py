@@ -26,8 +26,8 @@ def padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tens
 
 
 def prompt_mask(batch: "Batch") -> Tensor:
-    """Mask [R, T] of a training batch's prompt tokens, one example per row: a prompt's last token is the first to predict
-    a label."""
+    """Mask [R, T] of a training batch's prompt tokens, one example per row: a prompt's last token is the first to
+    predict a label."""
     rows, width = batch.ids.shape
     at = batch.predictors
     last = torch.full((rows,), width, device=at.device).scatter_reduce(0, at // width, at % width, "amin")

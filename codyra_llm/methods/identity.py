@@ -10,8 +10,8 @@ from ..seeds import generator
 
 
 def kmeans(x: Tensor, k: int, *key: int | str, rounds: int = 100) -> Tensor:
-    """k centroids [k, h] of x [n, h] on the CPU: k-means++ seeds drawn by `key`, then Lloyd's rounds until none moves. A
-    centroid that no point is nearest to stays; with fewer than k distinct points some coincide."""
+    """k centroids [k, h] of x [n, h] on the CPU: k-means++ seeds drawn by `key`, then Lloyd's rounds until none moves.
+    A centroid that no point is nearest to stays; with fewer than k distinct points some coincide."""
     draw = generator(*key)
     chosen = [int(torch.randint(len(x), (1,), generator=draw))]
     while len(chosen) < k:
@@ -29,8 +29,8 @@ def kmeans(x: Tensor, k: int, *key: int | str, rounds: int = 100) -> Tensor:
 
 @dataclass(frozen=True)
 class Gaussians:
-    """Means [tasks, h] and the scatter Σ (x - μ)(x - μ)ᵀ [h, h] of all tasks about their own means, over `count` vectors.
-    On the CPU in float64; stored in float32."""
+    """Means [tasks, h] and the scatter Σ (x - μ)(x - μ)ᵀ [h, h] of all tasks about their own means, over `count`
+    vectors. On the CPU in float64; stored in float32."""
 
     means: Tensor
     scatter: Tensor

@@ -19,14 +19,14 @@ from .features import over_prompts, padded, pooled_embeddings, prompt_mask
 class SaptConfig(ExpertConfig):
     name: Literal["sapt"] = "sapt"
     hidden: int = Field(100, ge=1, description="inner width of the query net")
-    kl_ratio: NotNegative = Field(1.0, description="weight of each old task's term KL(its stored attention ‖ attention now)")
-    replay_examples: int = Field(512, ge=1, description="training prompts of each old task to draw that term's batches from")
+    kl_ratio: NotNegative = Field(1.0, description="weight of each old task's KL(its stored attention ‖ attention now)")
+    replay_examples: int = Field(512, ge=1, description="training prompts of each old task, drawn, for that term")
     replay_batch: int = Field(16, ge=1, description="prompts of each old task per optimizer step")
 
 
 class PromptAttention(nn.Module):
-    """w = softmax(K q / √h), q = LayerNorm(SiLU(V U e)) for a prompt's pooled embedding e [h]; K [tasks, h], of which the
-    last row trains. U [hidden, h] and V [h, hidden] without biases, nothing between them."""
+    """w = softmax(K q / √h), q = LayerNorm(SiLU(V U e)) for a prompt's pooled embedding e [h]; K [tasks, h], of which
+    the last row trains. U [hidden, h] and V [h, hidden] without biases, nothing between them."""
 
     def __init__(self, size: int, hidden: int, device: torch.device):
         super().__init__()
@@ -69,18 +69,19 @@ class PromptAttention(nn.Module):
 
 
 class Sapt(Single):
-    """Δ(x) = Σ_k w_k·s·B_k A_k x over all tasks' adapters, w the prompt's attention (`PromptAttention`), in training and at
-    test; L = CE + kl_ratio Σ_{old j} KL(a_j ‖ w'), a_j the mean attention of task j's prompts when it was learnt (zero
-    for later adapters), w' that of its stored prompts now.
+    """Δ(x) = Σ_k w_k·s·B_k A_k x over all tasks' adapters, w the prompt's attention (`PromptAttention`), in training
+    and at test; L = CE + kl_ratio Σ_{old j} KL(a_j ‖ w'), a_j the mean attention of task j's prompts when it was learnt
+    (zero for later adapters), w' that of its stored prompts now.
 
-    Source: SAPT (Zhao et al., 2401.08295) and its released code; e is the maximum over the prompt's token embeddings, pads
-    and answer left out. Published on SuperNI: rank 4, alpha 32, learning rate 5e-5, kl_ratio 1, q_proj and v_proj; no
-    setting for TRACE is. Ours: the stored prompts are real training prompts, where the release trains a generator, so
-    this method reads old data; old adapters are frozen but the gradient of their input is exact, where the release cuts it;
-    the term comes once per optimizer step, with a batch drawn by (seed, task, step). `optim.keep_best` restores the adapters
-    of the best step, not the attention.
-    Cost per step: (tasks)× the adapter's products, in plain autograd; the attention on `replay_batch` prompts per old task.
-    Memory: all adapters, `replay_examples`·h float32 per old task. State: h + tasks float32 per task and 2·hidden·h.
+    Source: SAPT (Zhao et al., 2401.08295) and its released code; e is the maximum over the prompt's token embeddings,
+    pads and answer left out. Published on SuperNI: rank 4, alpha 32, learning rate 5e-5, kl_ratio 1, q_proj and v_proj;
+    no setting for TRACE is. Ours: the stored prompts are real training prompts, where the release trains a generator,
+    so this method reads old data; old adapters are frozen but the gradient of their input is exact, where the release
+    cuts it; the term comes once per optimizer step, with a batch drawn by (seed, task, step). `optim.keep_best`
+    restores the adapters of the best step, not the attention.
+    Cost per step: (tasks)× the adapter's products, in plain autograd; the attention on `replay_batch` prompts per old
+    task. Memory: all adapters, `replay_examples`·h float32 per old task. State: h + tasks float32 per task and
+    2·hidden·h.
     """
 
     name, summary, Config = "sapt", "attention from the prompt mixes the adapters of all tasks", SaptConfig
@@ -102,7 +103,8 @@ class Sapt(Single):
         self._replayed = []  # of each old task: features [n, h] of its prompts, its mean attention [tasks], zero-padded
         for past in range(task.index):
             self._means[f"mean.{past}"] = mean = task.state[f"mean.{past}"]
-            features = over_prompts(model, task, task.sample(self.config.replay_examples, self.seed, past), pooled_embeddings)
+            stored = task.sample(self.config.replay_examples, self.seed, past)
+            features = over_prompts(model, task, stored, pooled_embeddings)
             self._replayed.append((features, functional.pad(mean, (0, task.index + 1 - len(mean))).to(features)))
 
     def before_step(self, groups, step: int, steps: int, schedule: str) -> None:
