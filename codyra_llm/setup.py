@@ -106,7 +106,7 @@ def prepare(recipe: Recipe) -> Setup:
     if whole and recipe.optim.keep_best:
         faults.append(f"optim.keep_best: it keeps the best adapters, and {method.name} has none; set it to false")
     if recipe.data.batching == "packed" and not method.packs:
-        faults.append(f"data.batching: method {method.name} puts something in front of every example, so they can't be "
+        faults.append(f"data.batching: method {method.name} needs every example in a row of its own, so they can't be "
                       f"packed; use buckets")
     if recipe.eval.backend == "vllm" and not method.merges:
         faults.append(f"eval.backend: vllm runs plain models, and a {method.name} model is none; set it to torch")

@@ -308,7 +308,7 @@ def test_ilora_distance_is_that_of_two_merged_models(packed, tiny_llama, toy_str
     archive.append("ONE", slow)
     share_inputs(model)
     state = {f"{site}.{key}": t for site, a in quick.adapters.items() for key, t in (("a", a.a), ("b", a.b))}
-    method.begin_task(model, setup.task(archive, 1, state, torch.device("cpu")))
+    method.begin_task(model, setup.task(model, archive, 1, state))
     encoded = setup.encoder.encode(method.train_data(setup.stream, 1)[0])
     chosen, share = [3, 21, 0, 20], [0.1, 0.2, 0.3, 0.4]
     if packed:

@@ -7,7 +7,9 @@ from .agem import AGem
 from .base import Method, MethodConfig
 from .clora import CLora
 from .codyra import Codyra
+from .duallora import DualLora
 from .ewc import Ewc
+from .experts import Color, HideLora, Single
 from .gem import Gem
 from .hidelora import HideLoraRepo
 from .icl import Icl
@@ -20,6 +22,7 @@ from .ogd import Ogd
 from .olora import OLora
 from .rcl import Rcl
 from .replay import Replay
+from .sapt import Sapt
 from .seqft import SeqFt
 from .seqlora import SeqLora
 from .sora import Sora
@@ -27,8 +30,8 @@ from .treelora import TreeLora
 from .treelora_repo import TreeLoraRepo
 
 METHODS: dict[str, type[Method]] = {m.name: m for m in (
-    NoMethod, Icl, SeqFt, SeqLora, Mtl, Replay, Ilora, Rcl, Ewc, Gem, AGem, Ogd, Lwf, OLora, Sora, InfLora, TreeLora,
-    TreeLoraRepo, HideLoraRepo, CLora, Codyra)}
+    NoMethod, Icl, SeqFt, SeqLora, Mtl, Single, Replay, Ilora, Rcl, Ewc, Gem, AGem, Ogd, Lwf, OLora, Sora, InfLora, TreeLora,
+    TreeLoraRepo, HideLora, HideLoraRepo, Color, Sapt, DualLora, CLora, Codyra)}
 
 __all__ = ["METHODS", "Method", "MethodConfig", "table"]
 

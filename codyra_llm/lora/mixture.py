@@ -1,0 +1,92 @@
+"""A frozen linear layer with the adapters of many tasks, which every row of a batch weighs on its own."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .archive import Adapter
+from .layer import LoraLinear, attach
+
+if TYPE_CHECKING:
+    from .layer import AdapterSpec
+
+
+class MixtureLinear(LoraLinear):
+    """y_b = x_b Wᵀ + bias + Σ_k m[b, k]·s·drop(x_b) A_kᵀ B_kᵀ for x [rows, T, in] and weights m [rows, K] (`rows`).
+
+    The last of the K adapters is the layer's own, A and B, and may train. The others (`hold`) are frozen, in the
+    compute dtype; x and m get their gradients through them too. All A_k are one product and all B_k are one, with m
+    repeated over the ranks of its adapter between them. With `rows` None it is the plain base. Plain autograd, every
+    layer by itself: a packed W is kept unpacked until backward.
+    """
+
+    def __init__(self, base: nn.Linear, spec: "AdapterSpec"):
+        super().__init__(base, spec)
+        del self.shared  # which would compute it with its siblings, without the weights of the rows
+        self.rows: Tensor | None = None
+        self.hold([])
+
+    def hold(self, adapters: list[Adapter]) -> None:
+        """Keep these frozen adapters of earlier tasks in front of the own one."""
+        a, b = self.lora_A.detach(), self.lora_B.detach()
+        old_a, old_b = [x.a.to(a) for x in adapters], [self.spec.scale * x.b.to(b) for x in adapters]
+        self.register_buffer("old_a", torch.cat([a[:0], *old_a]).to(self.dtype), persistent=False)  # [R, in]
+        self.register_buffer("old_b", torch.cat([b[:, :0], *old_b], 1).to(self.dtype), persistent=False)  # s·B [out, R]
+        self.parts = [len(x.a) for x in adapters] + self.own_parts
+
+    @property
+    def own_parts(self) -> list[int]:
+        """How many of the own ranks each weight is for."""
+        return [self.spec.rank]
+
+    @property
+    def mixes(self) -> bool:
+        return self.rows is not None
+
+    def weights(self, hidden: Tensor) -> Tensor:
+        """m [rows, K], which may depend on hidden = x Aᵀ [rows, T, R]."""
+        return self.rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, weight = x.to(self.dtype), self.frozen(self.dtype)
+        if not self.mixes:
+            return functional.linear(x, weight, self.bias)
+        a = torch.cat([self.old_a, self.lora_A.to(x.dtype)])
+        b = torch.cat([self.old_b, (self.spec.scale * self.lora_B).to(x.dtype)], 1)
+        hidden = functional.dropout(x, self.spec.dropout, self.training) @ a.T
+        repeats = torch.tensor(self.parts, device=x.device)
+        m = self.weights(hidden).to(x.dtype).repeat_interleave(repeats, 1, output_size=len(a))
+        added = (hidden * m[:, None]) @ b.T
+        y = torch.addmm(added.flatten(0, 1), x.flatten(0, 1), weight.T).view_as(added)  # small product first
+        return y if self.bias is None else y + self.bias
+
+
+def mixtures(model: nn.Module) -> dict[str, MixtureLinear]:
+    """The model's mixing layers by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MixtureLinear)}
+
+
+def attach_mixture(model: nn.Module, targets: list[str], spec: "AdapterSpec", adapters: list[dict[str, Adapter]]) -> None:
+    """Mixing layers on all `targets` with the adapters of all tasks, oldest first, nothing of it to be trained."""
+    attach(model, targets, spec, MixtureLinear)
+    for name, layer in mixtures(model).items():
+        *old, last = (of_task[name] for of_task in adapters)
+        layer.hold(old)
+        layer.lora_A.data.copy_(last.a)
+        layer.lora_B.data.copy_(last.b)
+    model.requires_grad_(False)
+
+
+def weigh(model: nn.Module, rows: Tensor | None) -> None:
+    """Let all layers mix by the weights `rows` [rows, K]; None: the plain base."""
+    for layer in mixtures(model).values():
+        layer.rows = rows
+
+
+def select(model: nn.Module, chosen: Tensor) -> None:
+    """Keep the weights of these rows."""
+    for layer in mixtures(model).values():
+        if layer.rows is not None:
+            layer.rows = layer.rows[chosen]
