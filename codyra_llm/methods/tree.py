@@ -23,7 +23,8 @@ def grow(signatures: Tensor, arms: list[int]) -> Node:
     if spread == 0:
         return Node(arms)
     apart = (own - own.mean(0)).abs().sum(1)
-    order = torch.argsort(apart, stable=True).tolist()  # by rank: two arms are always equally far from their mean
+    # By rank, since two arms are always equally far from their mean; rounded, so that no rounding error decides for them.
+    order = torch.argsort((apart / apart.max()).round(decimals=5), stable=True).tolist()
     half = (len(arms) + 1) // 2
     return Node(arms, spread, [grow(signatures, [arms[i] for i in part]) for part in (order[:half], order[half:])])
 
