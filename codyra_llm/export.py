@@ -33,7 +33,8 @@ def write_peft(setup: Setup, archive: Archive, after: int, without: int | None, 
     """
     refuse_unmerged(setup, without)
     if setup.method.trains == "all weights":
-        raise Fault(f"format peft holds adapters, and {setup.method.name} trains all weights; export with --format merged")
+        raise Fault(f"format peft holds adapters, and {setup.method.name} trains all weights; export with "
+                    f"--format merged")
     try:
         from peft import LoraConfig
     except ImportError:
@@ -57,8 +58,8 @@ def write_peft(setup: Setup, archive: Archive, after: int, without: int | None, 
 
 def refuse_unmerged(setup: Setup, without: int | None) -> None:
     if without is not None and not setup.method.separable:
-        raise Fault(f"--without: {setup.method.name} keeps no part of a task's own that could be left out; leave --without "
-                    f"out")
+        raise Fault(f"--without: {setup.method.name} keeps no part of a task's own that could be left out; export "
+                    f"without --without")
     if not setup.method.merges:
         raise Fault(f"a {setup.method.name} run is no plain model after a task, since what it adds depends on the prompt; "
                     f"export with --format stage, and ask it with `codyra-llm generate OUT@TASK`")

@@ -1,5 +1,6 @@
 """icl, rcl, mtl, ilora and seqft: what they show, read, visit, average and store."""
 
+import io
 import json
 import os
 import re
@@ -73,7 +74,8 @@ def test_killed_after_the_second_task_and_restarted_equals_straight_through(name
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(runs, "evaluate", dies)
         if name != "icl":  # before it has learnt the last task, too
-            patch.setattr(runs, "learn", lambda s, f, a, i, learn=runs.learn: dies(s, f, a, i) if i == 2 else learn(s, f, a, i))
+            learn = runs.learn
+            patch.setattr(runs, "learn", lambda *args: (dies if args[-1] == 2 else learn)(*args))
         runs.run(recipe(tiny_llama, reasoned, tmp_path / "killed", **changes))
     killed = runs.run(recipe(tiny_llama, reasoned, tmp_path / "killed", **changes))
     found, expected = weights(killed), weights(straight)
@@ -160,7 +162,7 @@ def test_rcl_reads_the_answer_after_its_marker():
     assert read("NumGLUE-cm", "Therefore 6 * 6 = 36 hours.\nAnswer: 36 ") == read("NumGLUE-ds", "Answer:36") == "36"
     assert read("ScienceQA", "It keeps its height.\nAnswer:B") == "B"
     assert read("20Minuten", "Der Text sagt …\n\nAnswer:Die Polizei hat.\nZwei Frauen.\n") == "Die Polizei hat.\nZwei Frauen."
-    assert read("MeetingBank", "They vote.Therefore, the summary of the meeting transcripts is:\nA resolution") == "A resolution"
+    assert read("MeetingBank", "They vote.Therefore, the summary of the meeting transcripts is:\nA bill") == "A bill"
     assert read("Py150", 'blueprint = Blueprint ( ) \nReasoning:The code\nReasoning:x') == "blueprint = Blueprint ( )"
     assert read("FOMC", "reasoning that never comes to an end") == read("C-STANCE", "Answer:B") == ""
 
@@ -184,11 +186,12 @@ def test_rcl_prompts_by_hand():
         return method.present(stream, None, stream.tasks.index(task), [prompt])[0]
 
     assert shown("C-STANCE", "判断以下。\n文本：\nx\n态度：") == "判断以下。先给出推理，然后给出答案。\n文本：\nx\n推理："
-    assert shown("ScienceQA", "Choose an answer for the following question and give your reasons.\n\nQuestion:\nx\n\nAnswer:") == (
+    science = "Choose an answer for the following question and give your reasons.\n\nQuestion:\nx\n\nAnswer:"
+    assert shown("ScienceQA", science) == (
         "Choose an answer for the following question. Give your reasoning first, and then the answer.\nQuestion:\nx\n\n"
         "Reasoning:")
-    assert shown("Py150", "<s> x <EOL>") == ("Complete the next line of the following codes. Give your answer first, and "
-                                             "then the reasoning.\n<s> x <EOL>")
+    assert shown("Py150", "<s> x <EOL>") == (
+        "Complete the next line of the following codes. Give your answer first, and then the reasoning.\n<s> x <EOL>")
     assert shown("MINE", "x\nAnswer:") == "x\nAnswer:"
 
 
@@ -411,6 +414,6 @@ def test_seqft_is_adam_on_all_weights(tiny_llama, toy_stream, tmp_path):
 
 def test_plans(tiny_llama, reasoned, tmp_path):
     for name in ("icl", "rcl", "mtl", "ilora", "seqft"):
-        console = Console(width=200, record=True, file=open(os.devnull, "w"))
+        console = Console(width=200, record=True, file=io.StringIO())
         plan(recipe(tiny_llama, reasoned, tmp_path / "run", method=name), console)
         assert f"method {name} trains" in console.export_text()

@@ -51,5 +51,5 @@ def report(reader: WeightReader, before: list[Update], after: list[Update], rank
     for name, whole in after[-1].dense.items():
         base, new = reader.get(name).float(), whole.float()
         old = held[name].float() if name in held else base.to(dtype).float()
-        yield {"site": name.removesuffix(".weight"), "rank": None, "kept": None, "update_norm": (new - old).norm().item(),
-               "drift": (new - base).norm().item(), "surviving": None}
+        yield {"site": name.removesuffix(".weight"), "rank": None, "kept": None,
+               "update_norm": (new - old).norm().item(), "drift": (new - base).norm().item(), "surviving": None}

@@ -30,13 +30,13 @@ class Icl(NoMethod):
     """Prompt = instruction + "We will give you several examples …" + k demonstrations + the test prompt without its
     instruction; MeetingBank goes without, as published. Model and weights are those of `none`.
 
-    Source: TRACE (2310.06762), with 6 demonstrations and data.max_prompt_tokens 3584. Ours: demonstrations come from the
-    training split, and not from test prompts that stand in it too (TRACE draws them from the test set itself); one
+    Source: TRACE (2310.06762), with 6 demonstrations and data.max_prompt_tokens 3584. Ours: demonstrations come from
+    the training split, and not from test prompts that stand in it too (TRACE draws them from the test set itself); one
     draw by the seed serves all prompts of a task, answers as balanced as can be (two of each for three classes, all
     different where there are many), those that fit into max_prompt_tokens / (2·shots) tokens first, and what is longer
     loses its beginning. What a model writes after its answer, mostly a further example, is cut where TRACE cuts it; for
-    the tasks with letters that is after the first character that is no blank (TRACE: the first token), for tasks that are
-    not TRACE's at the blank line between examples.
+    the tasks with letters that is after the first character that is no blank (TRACE: the first token), for tasks that
+    are not TRACE's at the blank line between examples.
     Cost: prompts up to twice as long, in evaluation; their common beginning is encoded once per batch.
     """
 
@@ -80,8 +80,8 @@ def _instruction(prompts: list[str]) -> str:
 
 def _end(encoder: "Encoder", text: str, tokens: int) -> str:
     """The last `tokens` tokens of a text, to whole characters."""
-    starts = encoder.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    return text[starts[-tokens][0]:] if len(starts) > tokens else text
+    spans = encoder.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False).offset_mapping
+    return text[spans[-tokens][0]:] if len(spans) > tokens else text
 
 
 def _balanced(order: list[int], answers: list[str]) -> list[int]:

@@ -18,7 +18,8 @@ from .seqlora import SeqLora
 class IloraConfig(LoraConfig):
     name: Literal["ilora"] = "ilora"
     alpha: Positive | None = Field(None, description="scale s = alpha / rank; null: alpha = rank, so s = 1")
-    ratio: Fraction = Field(0.1, description="share of each earlier task's training set that is replayed (its first part)")
+    ratio: Fraction = Field(0.1, description="share of each earlier task's training set that is replayed (its "
+                                 "first part)")
     decay: Fraction = Field(0.95, description="λ of slow ← λ·slow + (1-λ)·fast after every step; 0: slow is fast")
     weight: NotNegative = Field(1.0, description="γ of the distance between the two adapters' hidden states")
 
@@ -33,8 +34,8 @@ class Ilora(SeqLora):
     positions, averaged like the loss; memory mixed into every epoch of the task; both adapters start alike; the slow
     forward without dropout. The average is of the factors, not of their product.
     Cost per step from the second task on: the memory's examples, and for micro-batches that hold one of them a forward
-    without gradient; one more copy of the adapter, on the device and, per task, in the state. The run's validation losses
-    (and optim.keep_best) see the fast adapter.
+    without gradient; one more copy of the adapter, on the device and, per task, in the state. Validation losses (and optim.keep_best)
+    see the fast adapter.
     """
 
     name, summary, Config = "ilora", "replay with a slow average of the adapter", IloraConfig

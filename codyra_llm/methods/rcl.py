@@ -28,8 +28,8 @@ class Rcl(SeqLora):
 
     Source: TRACE (2310.06762), reasoning-augmented continual learning, on 376 to 513 examples per task of the variant
     LLM-CL-Benchmark_Reasoning. Its markers: "\\n回答：" (C-STANCE), "… summary of the meeting transcripts is:"
-    (MeetingBank), "\\nAnswer:" elsewhere, and Py150 has the answer first, then "\\nReasoning:". Test prompts are those of
-    data.root, put into the words of the training prompts (checked on the prompts that both variants hold). An output
+    (MeetingBank), "\\nAnswer:" elsewhere, and Py150 has the answer first, then "\\nReasoning:". Test prompts are those
+    of data.root, put into the words of the training prompts (checked on the prompts that both variants hold). An output
     without the marker has given no answer and is read as an empty one; eval rows count these.
     Tasks that are not TRACE's: their prompts must be the same in both folders, and the marker is "\\nAnswer:".
     Cost: longer answers, in training and evaluation; leave room for them in data.max_answer_tokens and

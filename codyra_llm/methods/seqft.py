@@ -7,8 +7,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ..data import softcap
-from ..loss import head_loss
 from ..lora.archive import Adapter, Update
+from ..loss import head_loss
 from .base import Method, MethodConfig, Task, restore
 
 
@@ -21,11 +21,11 @@ class SeqFt(Method):
     """Full fine-tuning: every parameter trains, embeddings, norms and head among them; tied embeddings stay tied.
 
     As published on TRACE (2310.06762): optim.lr 1e-5 constant, epochs 1, 1, 5, 5, 1, 5, 5, 5 in order 1,
-    `carry_optimizer` true. Parameters, gradients and moments are float32; with model.dtype bfloat16 the blocks compute in
-    bfloat16 by autocast, the head in float32. Weights are rounded to model.dtype once per task, when they are archived,
+    `carry_optimizer` true. Parameters, gradients and moments are float32; with model.dtype bfloat16 the blocks compute
+    in bfloat16 by autocast, the head in float32. Weights are rounded to model.dtype once per task, when they are archived,
     and the next task goes on from what was evaluated.
-    Cost: 16 bytes of memory per parameter beside the activations, and on disk one copy of the model per task. One process
-    or data parallel. A task can't be taken out again, since no part of the weights is its own.
+    Cost: 16 bytes of memory per parameter beside the activations, and on disk one copy of the model per task. One
+    process or data parallel. A task can't be taken out again, since no part of the weights is its own.
     """
 
     name, summary, Config, trains = "seqft", "all weights trained on all tasks in turn", SeqFtConfig, "all weights"
