@@ -127,18 +127,24 @@ class Batch:
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
-    def hidden(self, model: nn.Module) -> Tensor:
-        """The last hidden states that predict the labelled tokens, [M, h]."""
+    def hidden(self, model: nn.Module, front: Tensor | None = None) -> Tensor:
+        """The last hidden states that predict the labelled tokens, [M, h]. `front` [R, P, h]: embeddings before each row,
+        which is not packed."""
+        if front is not None:
+            embedded = model.get_input_embeddings()(self.ids)
+            embedded = torch.cat([front.to(embedded.dtype), embedded], 1)
+            states = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state[:, front.shape[1]:]
+            return states.flatten(0, 1).index_select(0, self.predictors)
         packing = {} if self.segments is None else {
             "position_ids": self.positions, **attention.arguments(self.segments, self.ids.device)}
         states = model.model(input_ids=self.ids, use_cache=False, **packing).last_hidden_state
         return states.flatten(0, 1).index_select(0, self.predictors)
 
-    def cross_entropy(self, model: nn.Module) -> Tensor:
+    def cross_entropy(self, model: nn.Module, front: Tensor | None = None) -> Tensor:
         """Σ weight·CE over the labelled tokens. The head runs on their positions alone: most of a TRACE example is
         prompt, and logits over the vocabulary are the largest tensor of a step."""
         cap = getattr(model.config, "final_logit_softcapping", None)
-        return head_loss(model.lm_head, self.hidden(model), self.targets, self.weights, cap)
+        return head_loss(model.lm_head, self.hidden(model, front), self.targets, self.weights, cap)
 
 
 def collate(encoded: Sequence[Encoded], chosen: Sequence[int], weights: Sequence[float], pad: int,

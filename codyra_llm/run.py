@@ -83,7 +83,8 @@ def learn(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> None
     if acc.is_main_process:
         rows = _archive(setup, folder, archive, index, method.consolidate(adapters, index), state)
         kept, rank = sum(r["kept"] for r in rows), sum(r["rank"] for r in rows)
-        console.print(f"{recipe.tasks[index]}: learnt in {time.perf_counter() - began:.0f} s, {kept} of {rank} ranks kept")
+        console.print(f"{recipe.tasks[index]}: learnt in {time.perf_counter() - began:.0f} s"
+                      + (f", {kept} of {rank} ranks kept" if rank else ""))
     trainer.engine.free()
     acc.wait_for_everyone()
     for file in [folder.state(index)] * bool(state) + [archive.path(index, recipe.tasks[index])]:
@@ -107,7 +108,8 @@ def _archive(setup: Setup, folder: RunFolder, archive: Archive, index: int, upda
     """Write what task `index` left; returns the rows of its update report."""
     before = archive.terms(index - 1)
     after = {"add": [*before, update], "replace": [update], "apart": [update]}[update.mode]
-    rows = list(update_report(models.WeightReader(setup.base), before, after, setup.recipe.method.rank, setup.dtype))
+    rank = getattr(setup.recipe.method, "rank", 0)  # a method without adapters has none, and no rows
+    rows = list(update_report(models.WeightReader(setup.base), before, after, rank, setup.dtype))
     folder.add_update_report(setup.recipe.tasks[index], rows)
     if state:
         with replacing(folder.state(index)) as temporary:

@@ -5,11 +5,15 @@ from rich.table import Table
 
 from .base import Method, MethodConfig
 from .codyra import Codyra
+from .dualprompt import DualPrompt
+from .l2p import L2p
 from .none import NoMethod
+from .pp import ProgressivePrompts
 from .replay import Replay
 from .seqlora import SeqLora
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (NoMethod, SeqLora, Replay, Codyra)}
+METHODS: dict[str, type[Method]] = {m.name: m for m in (
+    NoMethod, SeqLora, Replay, L2p, DualPrompt, ProgressivePrompts, Codyra)}
 
 __all__ = ["METHODS", "Method", "MethodConfig", "table"]
 
