@@ -138,17 +138,23 @@ class Batch:
         places = [torch.arange(start + 1, start + n) for start, n in zip(starts, lengths)]
         return torch.cat(places).to(self.ids.device)
 
-    def hidden(self, model: nn.Module) -> Tensor:
-        """The last hidden states that predict the labelled tokens, [M, h]."""
+    def hidden(self, model: nn.Module, front: Tensor | None = None) -> Tensor:
+        """The last hidden states that predict the labelled tokens, [M, h]. `front` [R, P, h]: embeddings before each row,
+        which is not packed."""
+        if front is not None:
+            embedded = model.get_input_embeddings()(self.ids)
+            embedded = torch.cat([front.to(embedded.dtype), embedded], 1)
+            states = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state[:, front.shape[1]:]
+            return states.flatten(0, 1).index_select(0, self.predictors)
         packing = {} if self.segments is None else {
             "position_ids": self.positions, **attention.arguments(self.segments, self.ids.device)}
         states = model.model(input_ids=self.ids, use_cache=False, **packing).last_hidden_state
         return states.flatten(0, 1).index_select(0, self.predictors)
 
-    def cross_entropy(self, model: nn.Module) -> Tensor:
+    def cross_entropy(self, model: nn.Module, front: Tensor | None = None) -> Tensor:
         """Σ weight·CE over the labelled tokens. The head runs on their positions alone: most of a TRACE example is
         prompt, and logits over the vocabulary are the largest tensor of a step."""
-        return head_loss(model.lm_head, self.hidden(model), self.targets, self.weights, softcap(model))
+        return head_loss(model.lm_head, self.hidden(model, front), self.targets, self.weights, softcap(model))
 
 
 def softcap(model: nn.Module) -> float | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from . import attention, models
@@ -108,11 +108,15 @@ def prepare(recipe: Recipe) -> Setup:
     if recipe.data.batching == "packed" and not method.packs:
         faults.append(f"data.batching: method {method.name} needs every example in a row of its own, so they can't be "
                       f"packed; use buckets")
+    if recipe.optim.keep_best and method.trains not in ("adapters", ""):
+        faults.append(f"optim.keep_best: only adapters are put back, and {method.name} trains {method.trains}; set it to "
+                      f"false")
     if recipe.eval.backend == "vllm" and not method.merges:
         faults.append(f"eval.backend: vllm runs plain models, and a {method.name} model is none; set it to torch")
     base = tried(_base, recipe)
     if base:
-        faults += models.check(base, recipe.data.chat_template)
+        wrong = models.check(base, recipe.data.chat_template)
+        faults += wrong or method.check(AutoConfig.from_pretrained(base), recipe.model.attention)
     root = tried(data_root, recipe.data.root)
     stream = Stream(recipe.data, root)
     for index in range(len(recipe.tasks)) if root else ():

@@ -8,6 +8,7 @@ from .base import Method, MethodConfig
 from .clora import CLora
 from .codyra import Codyra
 from .duallora import DualLora
+from .dualprompt import DualPrompt
 from .ewc import Ewc
 from .experts import Color, HideLora, Single
 from .gem import Gem
@@ -15,11 +16,13 @@ from .hidelora import HideLoraRepo
 from .icl import Icl
 from .ilora import Ilora
 from .inflora import InfLora
+from .l2p import L2p
 from .lwf import Lwf
 from .mtl import Mtl
 from .none import NoMethod
 from .ogd import Ogd
 from .olora import OLora
+from .pp import ProgressivePrompts
 from .rcl import Rcl
 from .replay import Replay
 from .sapt import Sapt
@@ -30,8 +33,9 @@ from .treelora import TreeLora
 from .treelora_repo import TreeLoraRepo
 
 METHODS: dict[str, type[Method]] = {m.name: m for m in (
-    NoMethod, Icl, SeqFt, SeqLora, Mtl, Single, Replay, Ilora, Rcl, Ewc, Gem, AGem, Ogd, Lwf, OLora, Sora, InfLora, TreeLora,
-    TreeLoraRepo, HideLora, HideLoraRepo, Color, Sapt, DualLora, CLora, Codyra)}
+    NoMethod, Icl, SeqFt, SeqLora, Mtl, Single, Replay, Ilora, Rcl, Ewc, Gem, AGem, Ogd, Lwf, L2p, DualPrompt,
+    ProgressivePrompts, OLora, Sora, InfLora, TreeLora, TreeLoraRepo, HideLora, HideLoraRepo, Color, Sapt, DualLora, CLora,
+    Codyra)}
 
 __all__ = ["METHODS", "Method", "MethodConfig", "table"]
 

@@ -14,6 +14,8 @@ from ..models import PROJECTIONS
 from ..seeds import generator
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from ..data import Batch, Encoded, Encoder, Stream
     from ..gradients import Gradients
 
@@ -116,6 +118,10 @@ class Method:
     def zero_stages(cls) -> int:
         """The highest ZeRO stage with default settings; 0: one process or data parallel."""
         return cls(cls.Config(), 0).max_zero_stage
+
+    def check(self, config: "PreTrainedConfig", attention: str | None) -> list[str]:
+        """What of these settings does not go with a base model of this config, one sentence each."""
+        return []
 
     def spec(self) -> AdapterSpec:
         """The adapter at every site."""

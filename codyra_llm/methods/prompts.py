@@ -1,0 +1,107 @@
+"""What the prompt methods share: the base is frozen, prompts train, and the frozen base says what a prompt is about."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..lora.archive import Update
+from ..seeds import generator
+from .base import Method, MethodConfig, Positive, Task
+
+if TYPE_CHECKING:
+    from ..data import Batch
+
+
+class PromptConfig(MethodConfig):
+    """The rate of the prompts; those that suit LoRA are too small for them."""
+
+    prompt_lr: Positive = Field(0.01, description="learning rate of prompts and keys")
+
+
+class PromptMethod(Method):
+    """Prompts, registered as `model.prompts`, are all that trains. The update is empty; `end_task` keeps the prompts."""
+
+    trains, merges, mode, packs = "prompts", False, "apart", False
+    max_zero_stage = 2  # 3 would gather a module's parameters around its own call alone
+
+    def param_groups(self, model, lr: float) -> list[dict]:
+        """No weight decay: it would wear down what no example has chosen."""
+        return [{"params": list(model.prompts.parameters()), "lr": self.config.prompt_lr, "weight_decay": 0.0}]
+
+    def consolidate(self, adapters, index: int) -> Update:
+        return Update({}, 1.0, "apart")
+
+    def install(self, model, task: Task) -> None:
+        model.prompts = nn.ParameterDict({key: nn.Parameter(value, requires_grad=False)
+                                          for key, value in task.state.items()}).to(model.device)
+
+
+class Queries:
+    """Queries of training prompts, each computed once."""
+
+    def __init__(self):
+        self.known: dict[tuple[int, ...], Tensor] = {}
+
+    def __call__(self, model: nn.Module, prompts: Sequence[list[int]]) -> Tensor:
+        keys = [tuple(prompt) for prompt in prompts]
+        if missing := [key for key in dict.fromkeys(keys) if key not in self.known]:
+            self.known.update(zip(missing, query(model, missing)))
+        return torch.stack([self.known[key] for key in keys])
+
+
+@torch.no_grad()
+def query(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """Mean of the base's last hidden states over the tokens of each prompt, BOS included and no answer: [B, h]."""
+    width, training = max(map(len, prompts)), model.training
+    ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=model.device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    states = model.eval().model(input_ids=ids, use_cache=False).last_hidden_state
+    model.train(training)
+    own = torch.arange(width, device=model.device) < lengths[:, None]
+    states = states.to(torch.promote_types(states.dtype, torch.float32)) * own[..., None]
+    return states.sum(1) / lengths[:, None]
+
+
+def cosine(queries: Tensor, keys: Tensor) -> Tensor:
+    """cos(q, k) of queries [B, h] and keys [M, h]: [B, M]."""
+    return functional.normalize(queries, dim=-1) @ functional.normalize(keys, dim=-1).T
+
+
+def prompts_of(batch: "Batch") -> list[list[int]]:
+    """The prompt of each row: its tokens up to the first that predicts a labelled one."""
+    width, last = batch.ids.shape[1], {}
+    for place in batch.predictors.tolist():
+        last.setdefault(place // width, place % width)
+    return [row[: last[number] + 1] for number, row in enumerate(batch.ids.tolist())]
+
+
+def shares(batch: "Batch") -> Tensor:
+    """The share of each row in the loss [R]: its tokens' weights, which sum to 1 over the global batch. A term per
+    example weighted by it does not depend on how a global batch is cut."""
+    rows = batch.predictors // batch.ids.shape[1]
+    return batch.weights.new_zeros(len(batch.ids)).index_add(0, rows, batch.weights)
+
+
+def random_tokens(model: nn.Module, count: int, *key: int | str) -> Tensor:
+    """`count` token ids, drawn by the key."""
+    return torch.randint(model.config.vocab_size, (count,), generator=generator(*key)).to(model.device)
+
+
+def random_embeddings(model: nn.Module, count: int, *key: int | str) -> Tensor:
+    """Embeddings of `count` random tokens [count, h], as they enter the first layer."""
+    return model.get_input_embeddings()(random_tokens(model, count, *key)).detach()
+
+
+def uniform(shape: tuple[int, ...], *key: int | str) -> Tensor:
+    """U(-1, 1), drawn by the key."""
+    return torch.rand(shape, generator=generator(*key)) * 2 - 1
+
+
+def zeros(model: nn.Module, *shape: int) -> nn.Parameter:
+    """A parameter in float32 (float64 for such a base) on the model's device."""
+    base = model.get_input_embeddings().weight
+    return nn.Parameter(torch.zeros(shape, device=base.device, dtype=torch.promote_types(base.dtype, torch.float32)))
