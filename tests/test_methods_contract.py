@@ -29,13 +29,16 @@ from codyra_llm.setup import prepare
 TASKS = ["ONE", "TWO", "THREE"]
 # What a method needs to do something on three tiny tasks, and no data beside them.
 SETTINGS = {"replay": {"lima": False, "ratio": 0.3}, "ewc": {"examples": 6}, "gem": {"memory": 4, "batch": 4},
-            "agem": {"memory": 4, "batch": 4}, "ogd": {"examples": 3}}
+            "agem": {"memory": 4, "batch": 4}, "ogd": {"examples": 3}, "ilora": {"ratio": 0.3}, "icl": {"shots": 2},
+            "pp": {"length": 4}, "dualprompt": {"general_layers": [0], "expert_layers": [1]}}
 SHARED = {"rank": 3}
 
 
 def raw(model, stream, out, name) -> dict:
     config = METHODS[name].Config.model_fields
     shared = {key: value for key, value in SHARED.items() if key in config}
+    if name == "rcl":
+        shared["folder"] = str(stream)  # without markers in its answers, which leaves nothing to read in predictions
     return {"model": {"path": str(model)}, "data": {"root": str(stream), "tasks": TASKS, "epochs": 2},
             "method": {"name": name, **shared, **SETTINGS.get(name, {})},
             "optim": {"lr": 1e-2, "batch_size": 8, "micro_batch_tokens": 90},
@@ -121,6 +124,8 @@ def test_stopped_and_restarted_equals_straight_through(name, finished, tmp_path)
 @pytest.mark.parametrize("name", METHODS)
 def test_declared_old_data_is_what_it_reads(name, finished):
     _, read = finished(name)
+    if not METHODS[name].trains:
+        return  # icl reads training examples when it is asked, not when it learns
     past = {(now, index) for now, index, split in read if index < now and split == "train"}
     assert bool(past) == METHODS[name].old_data
     assert not [entry for entry in read if entry[2] == "test"], "a method must not see test examples while it learns"
@@ -162,7 +167,8 @@ def test_declared_growth(name, finished):
     sizes = [sum(t.numel() for t in folder.load_state(i).values()) for i in range(3)]
     files = folder.archive().files
     apart = bool(files) and folder.archive().load(2).mode == "apart" and bool(folder.archive().load(2).adapters)
-    assert method.grows == (sizes[0] < sizes[1] < sizes[2] or method.old_data or apart)
+    examples = method.old_data and bool(method.trains) and not method.joint  # kept for later tasks
+    assert method.grows == (sizes[0] < sizes[1] < sizes[2] or examples or apart)
 
 
 @pytest.mark.parametrize("name", METHODS)

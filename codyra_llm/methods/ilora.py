@@ -39,7 +39,7 @@ class Ilora(SeqLora):
     """
 
     name, summary, Config = "ilora", "replay with a slow average of the adapter", IloraConfig
-    old_data, max_zero_stage = True, 0  # the slow adapter is an average of whole parameters
+    old_data, grows, max_zero_stage = True, True, 0  # the slow adapter is an average of whole parameters
     mode, carries_optimizer = "replace", False
     config: IloraConfig
 
