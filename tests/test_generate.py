@@ -8,12 +8,14 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from accelerate import Accelerator
 
 from codyra_llm import models
 from codyra_llm import recipe as recipes
 from codyra_llm import run as runs
 from codyra_llm.benchmarks.speed import evaluation
+from codyra_llm.benchmarks.speed.measure import Options
 from codyra_llm.data import Encoder
 from codyra_llm.errors import Fault
 from codyra_llm.evaluate import generate
@@ -152,15 +154,18 @@ def test_ranks_share_the_work_and_repeated_prompts_are_answered_once(tiny_llama,
     assert [found[i] for i in (0, 1, 2, 1, 3)] == everywhere and any(everywhere)
 
 
-def test_the_benchmark_counts_what_differs(tiny_llama, toy_stream, monkeypatch):
-    def measured():
-        return evaluation.measure(tiny_llama, toy_stream, examples=4, new={"ONE": 3, "THREE": 5})
-    assert [(r["task"], r["identical"], r["flipped"]) for r in measured()] == [
-        ("ONE", True, 0), ("ONE", True, 0), ("THREE", True, 0), ("THREE", True, 0)]
-    monkeypatch.setitem(evaluation.ARMS, "batched", lambda *args: [[-1], *evaluation.batched(*args)[1:]])
-    rows = measured()
-    assert [(r["identical"], r["flipped"]) for r in rows] == [(True, 0), (False, 1)] * 2
-    assert rows[0]["ratio"] == 1 and rows[1]["ratio"] == pytest.approx(rows[0]["seconds"] / rows[1]["seconds"])
+def test_the_benchmark_counts_what_differs(tiny_llama, toy_stream, monkeypatch, capsys):
+    options = Options(torch.device("cpu"), torch.float32, model=str(tiny_llama), data=str(toy_stream), examples=4,
+                      tasks=("ONE", "THREE"))
+    found = evaluation.measure(options)["tasks"]
+    assert list(found) == ["ONE", "THREE", "all"]
+    assert [(row["prompts"], row["flipped"]) for row in found.values()] == [(4, 0), (4, 0), (8, 0)]
+    assert found["all"]["ours, seconds"] == pytest.approx(sum(found[task]["ours, seconds"] for task in ("ONE", "THREE")))
+    monkeypatch.setitem(evaluation.ARMS, "ours", lambda *args: [[-1], *evaluation.batched(*args)[1:]])
+    result = evaluation.measure(options)
+    assert [row["flipped"] for row in result["tasks"].values()] == [1, 1, 2]
+    evaluation.show(result, Console())
+    assert "2 of 8" in capsys.readouterr().out
 
 
 @pytest.fixture
