@@ -155,6 +155,8 @@ def methods(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     if as_json:
         print(json.dumps([method.declared() for method in METHODS.values()], indent=1))
     else:
+        for method in METHODS.values():
+            console.print(f"[b]{method.name}[/b]: {method.summary}", highlight=False)
         console.print(table())
 
 

@@ -1,7 +1,7 @@
 """All methods by name."""
 
 from rich.box import SIMPLE
-from rich.table import Table
+from rich.table import Column, Table
 
 from .agem import AGem
 from .base import Method, MethodConfig
@@ -41,13 +41,15 @@ __all__ = ["METHODS", "Method", "MethodConfig", "table"]
 
 
 def table() -> Table:
-    """The methods and their declarations, for the terminal."""
-    out = Table("method", "what it is", "trains", "old data", "task id at test", "merges", "grows", "launches", box=SIMPLE,
-                padding=0, collapse_padding=True)
+    """The methods' declarations, for the terminal."""
+    columns = ("trains", "old data", "task id", "merges", "grows", "launches")
+    out = Table(Column("method", no_wrap=True), *(Column(name, no_wrap=True) for name in columns), box=SIMPLE, padding=0,
+                collapse_padding=True, caption="old data: needs earlier tasks' examples; task id: must be told it at test; merges: "
+                "a plain model after every task; grows: keeps or runs more with every task; launches: DDP is data parallel")
     yes = {True: "yes", False: ""}
     for m in (method.declared() for method in METHODS.values()):
         stage = m["max_zero_stage"]
         launches = "any" if not m["trains"] else "DDP" + ("" if not stage else ", ZeRO-1" + f"..{stage}" * (stage > 1))
-        out.add_row(m["name"], m["summary"], m["trains"], yes[m["old_data"]], yes[m["task_id"]], yes[m["merges"]],
-                    yes[m["grows"]], launches)
+        out.add_row(m["name"], m["trains"], yes[m["old_data"]], yes[m["task_id"]],
+                    yes[m["merges"]], yes[m["grows"]], launches)
     return out

@@ -86,7 +86,7 @@ class Sapt(Single):
 
     name, summary, Config = "sapt", "attention from the prompt mixes the adapters of all tasks", SaptConfig
     config: SaptConfig
-    trains = "adapters, keys and query net"
+    trains = "adapters"
     old_data, task_id, grows, max_zero_stage, packs = True, False, True, 0, False
 
     def attach(self, model) -> None:
