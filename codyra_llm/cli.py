@@ -133,7 +133,8 @@ def bench(level: Annotated[str, typer.Argument(help="linear, block (a decoder la
           tasks: Annotated[str | None, typer.Option(help="step, eval: names; default: all of TRACE's that DATA holds")] = None,
           batch: Annotated[int, typer.Option(min=1, help="step: examples of a global batch")] = 8,
           examples: Annotated[int, typer.Option(min=1, help="step, eval: first examples of each task")] = 8,
-          tokens: Annotated[int | None, typer.Option(min=16, help="step: padded tokens at once; eval: longest prompt, default 256")] = None,
+          tokens: Annotated[int | None, typer.Option(min=16, help="step: padded tokens at once; eval: longest "
+                                                           "prompt, default 256")] = None,
           as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     """Time training against PEFT and a floor, each arm first checked against float64: speed, peak memory, saved bytes;
     and generation against one prompt at a time.

@@ -160,7 +160,8 @@ def test_estimated_memory_is_what_a_step_takes(family, settings, request):
     folder, one = request.getfixturevalue(family), batch()
     estimate = activation_bytes(training_model(folder, "meta", **settings), one, CPU)
     model = training_model(folder, "cpu", **settings)
-    assert estimate == pytest.approx(peak_bytes(lambda: one.cross_entropy(model).backward(), CPU), rel=0.15 if family == "tiny_gemma3" else 0.01)
+    allowed = 0.15 if family == "tiny_gemma3" else 0.01
+    assert estimate == pytest.approx(peak_bytes(lambda: one.cross_entropy(model).backward(), CPU), rel=allowed)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -227,7 +227,8 @@ def assert_same(name: str, one: RunFolder, two: RunFolder) -> None:
 def test_two_processes_equal_one(finished, tiny_llama, toy_stream, tmp_path):
     """Data parallel, all methods in one pair of processes."""
     names = [name for name, method in METHODS.items() if method.trains]
-    launched(["torch.distributed.run", "--standalone", "--nproc-per-node", "2"], files(names, tiny_llama, toy_stream, tmp_path / "two"))
+    launched(["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+             files(names, tiny_llama, toy_stream, tmp_path / "two"))
     for name in names:
         assert_same(name, finished(name)[0], RunFolder(tmp_path / "two" / name))
 

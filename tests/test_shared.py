@@ -233,7 +233,8 @@ def test_saved_bytes(rows):
     block = model.model.layers[0]
     x = torch.randn(1, rows, 32, requires_grad=True)
     parameters = [p for p in model.parameters()]
-    attention = saved_bytes(lambda: [block.self_attn.q_proj(x), block.self_attn.k_proj(x), block.self_attn.v_proj(x)], *parameters)
+    projections = (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
+    attention = saved_bytes(lambda: [projection(x) for projection in projections], *parameters)
     assert attention == rows * (32 + 3 * 4) * 4
     assert saved_bytes(lambda: block.mlp(x), *parameters) == rows * (32 + 2 * 48 + 3 * 4) * 4
     eager = adapted(CONFIGS["llama"], False, dtype=torch.float32).model.layers[0]

@@ -107,7 +107,8 @@ def answers(acc: Accelerator, model: PreTrainedModel, encoder: Encoder, texts: S
             tokens: int | None = None, conditions: Callable[[list[list[int]]], Condition] | None = None) -> list[str]:
     """The model's answers to prompts, at most `new` tokens each, the same list on every rank.
 
-    `conditions` makes what a batch of prompts needs beside the model. Each distinct prompt is answered once: TRACE's test sets repeat some, and greedy answers are the same.
+    `conditions` makes what a batch of prompts needs beside the model. Each distinct prompt is answered
+    once: TRACE's test sets repeat some, and greedy answers are the same.
     """
     budget, step = GPU if acc.device.type == "cuda" else CPU
     distinct = list(dict.fromkeys(texts))

@@ -44,8 +44,8 @@ def table() -> Table:
     """The methods' declarations, for the terminal."""
     columns = ("trains", "old data", "task id", "merges", "grows", "launches")
     out = Table(Column("method", no_wrap=True), *(Column(name, no_wrap=True) for name in columns), box=SIMPLE, padding=0,
-                collapse_padding=True, caption="old data: needs earlier tasks' examples; task id: must be told it at test; merges: "
-                "a plain model after every task; grows: keeps or runs more with every task; launches: DDP is data parallel")
+                collapse_padding=True, caption="old data: needs earlier tasks' examples; task id: must be told it at test; "
+                "merges: a plain model after every task; grows: keeps or runs more with every task; launches: DDP is data parallel")
     yes = {True: "yes", False: ""}
     for m in (method.declared() for method in METHODS.values()):
         stage = m["max_zero_stage"]

@@ -34,8 +34,8 @@ class Ilora(SeqLora):
     positions, averaged like the loss; memory mixed into every epoch of the task; both adapters start alike; the slow
     forward without dropout. The average is of the factors, not of their product.
     Cost per step from the second task on: the memory's examples, and for micro-batches that hold one of them a forward
-    without gradient; one more copy of the adapter, on the device and, per task, in the state. Validation losses (and optim.keep_best)
-    see the fast adapter.
+    without gradient; one more copy of the adapter, on the device and, per task, in the state. Validation losses (and
+    optim.keep_best) see the fast adapter.
     """
 
     name, summary, Config = "ilora", "replay with a slow average of the adapter", IloraConfig
