@@ -109,15 +109,16 @@ def test_query_at_training_is_the_query_at_test(family, request):
     rows = prompts([3, 20, 11])
     batch = collate(encoded(rows), [2, 0, 1], [1.0] * 3, 0)
     assert prompts_of(batch) == [rows[2], rows[0], rows[1]]
-    for name in ("l2p", "dualprompt"):
-        made = ready(model, name, rows)
-        made.loss(model.train(), batch)  # leaves a prefix in the layers
+    for name, changes in (("l2p", {}), ("dualprompt", {}), ("dualprompt", {"key_init": "uniform"})):
+        made = ready(model, name, rows, **changes)
+        made.loss(model.train(), collate(encoded(rows), [0], [1.0], 0))  # leaves a prefix in the layers
+        made.loss(model, batch)
         assert sorted(made.queries.known) == sorted(map(tuple, rows))
         for row, known in made.queries.known.items():
             bare = models.load(request.getfixturevalue(family), torch.float32).eval()
             expected = bare.model(input_ids=torch.tensor([row])).last_hidden_state[0].mean(0)
             torch.testing.assert_close(known, expected, rtol=1e-4, atol=1e-5)
-        prefixed.show(model, {})
+        prefixed.use(model)
         torch.testing.assert_close(query(model, rows), torch.stack([made.queries.known[tuple(r)] for r in rows]))
         assert model.training
 
@@ -305,7 +306,8 @@ def states(folder):
 @every_method
 def test_killed_and_restarted_equals_straight_through_and_a_stage_answers(name, tiny_llama, toy_stream, tmp_path,
                                                                          monkeypatch):
-    straight = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "straight", name))
+    short = {"data__epochs": 1, "data__max_train_examples": 12}
+    straight = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "straight", name, **short))
     learn = runs.learn
 
     def dies(setup, folder, acc, index):
@@ -315,8 +317,8 @@ def test_killed_and_restarted_equals_straight_through_and_a_stage_answers(name, 
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(runs, "learn", dies)
-        runs.run(recipe(tiny_llama, toy_stream, tmp_path / "killed", name))
-    killed = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "killed", name))
+        runs.run(recipe(tiny_llama, toy_stream, tmp_path / "killed", name, **short))
+    killed = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "killed", name, **short))
     for one, two in zip(states(straight), states(killed), strict=True):
         assert one and one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     assert [r["score"] for r in straight.scores] == [r["score"] for r in killed.scores]
@@ -337,7 +339,7 @@ def test_killed_and_restarted_equals_straight_through_and_a_stage_answers(name, 
 
 @every_method
 def test_training_lowers_the_loss_and_keeps_what_was_learnt(name, tiny_llama, toy_stream, tmp_path):
-    folder = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "run", name, data__epochs=12, data__tasks=["ONE", "TWO"],
+    folder = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "run", name, data__epochs=8, data__tasks=["ONE", "TWO"],
                              method__prompt_lr=0.5))
     rows = [json.loads(line) for line in (folder.path / "log.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if row["task"] == "ONE"]

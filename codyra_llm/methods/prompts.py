@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 class PromptConfig(MethodConfig):
-    """The rate of the prompts; those that suit LoRA are too small for them."""
+    """The rate of the prompts; those that suit LoRA are too small for them. Published: 0.03·batch/256 for L2P on a vision
+    transformer, 0.3 for Progressive Prompts on T5, 1e-5 on TRACE, where prompts hardly move. The default is ours."""
 
     prompt_lr: Positive = Field(0.01, description="learning rate of prompts and keys")
 
