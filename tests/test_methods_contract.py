@@ -31,7 +31,7 @@ TASKS = ["ONE", "TWO", "THREE"]
 SETTINGS = {"replay": {"lima": False, "ratio": 0.3}, "ewc": {"examples": 6}, "gem": {"memory": 4, "batch": 4},
             "agem": {"memory": 4, "batch": 4}, "ogd": {"examples": 3}, "ilora": {"ratio": 0.3}, "icl": {"shots": 2},
             "pp": {"length": 4}, "dualprompt": {"general_layers": [0], "expert_layers": [1]}}
-SHARED = {"rank": 3}
+SHARED = {"rank": 3, "alpha": 3.0}  # a scale of 1: some have 32 / rank, with which so short a run is chaotic
 
 
 def raw(model, stream, out, name) -> dict:
