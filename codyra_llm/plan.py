@@ -57,6 +57,8 @@ def skeleton(setup: Setup) -> nn.Module:
     if setup.method.trains:
         setup.method.attach(model)
         share_inputs(model, setup.recipe.model.fused)
+        if not setup.method.merges:  # what it puts in front of, or beside, the model is small and not counted
+            model.enable_input_require_grads()
     if setup.recipe.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -24,6 +25,7 @@ from codyra_llm.errors import Fault
 from codyra_llm.export import write_merged, write_stage
 from codyra_llm.folder import RunFolder
 from codyra_llm.methods import METHODS, Method
+from codyra_llm.plan import plan
 from codyra_llm.setup import prepare
 
 TASKS = ["ONE", "TWO", "THREE"]
@@ -193,6 +195,13 @@ def test_an_undeclared_launch_is_refused(name, tiny_llama, toy_stream, tmp_path,
     with pytest.raises(Fault, match=f"method {name} .*ZeRO stage") as fault:
         runs.run(recipes.parse(raw(tiny_llama, toy_stream, tmp_path / "run", name)))
     assert len(fault.value.messages) == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_can_be_planned(name, tiny_llama, toy_stream, tmp_path, capsys):
+    plan(recipes.parse(raw(tiny_llama, toy_stream, tmp_path / "run", name)), Console(width=200))
+    shown = capsys.readouterr().out
+    assert "memory, estimated" in shown and ("time to train" in shown) == bool(METHODS[name].trains)
 
 
 def files(names: list[str], model, stream, folder: Path) -> list[Path]:

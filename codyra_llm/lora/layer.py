@@ -62,7 +62,8 @@ class LoraLinear(nn.Linear):
     def dtype(self) -> torch.dtype:
         """The dtype it computes in: autocast's where that is on, else that of W."""
         device = self.weight.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if autocast else self.weight.dtype
 
     def frozen(self, dtype: torch.dtype) -> Tensor:
         """W [out, in] in the given dtype; made at each call where W is packed."""
