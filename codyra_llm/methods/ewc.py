@@ -30,7 +30,7 @@ class Ewc(SeqLora):
     the adapter in float32; one on disk per task.
     """
 
-    name, summary, Config = "ewc", "seqlora with a pull to the last task's end, weighted by Fisher information", EwcConfig
+    name, summary, Config = "ewc", "seqlora pulled to the last task's end, weighted by Fisher information", EwcConfig
     max_zero_stage = 2  # the penalty reads whole parameters
 
     def begin_task(self, model, task: Task) -> None:
