@@ -61,7 +61,8 @@ class Gradients:
         found = [torch.zeros_like(p) for p in parameters]
         with without_dropout(self.model):
             for batch in batches:
-                for into, grad in zip(found, torch.autograd.grad(loss(self.model, batch), parameters, allow_unused=True)):
+                grads = torch.autograd.grad(loss(self.model, batch), parameters, allow_unused=True)
+                for into, grad in zip(found, grads):
                     if grad is not None:
                         into += grad
         return found

@@ -1,4 +1,4 @@
-"""The head with cross entropy or distillation on labelled positions, chunk by chunk: no tensor of all logits is ever made."""
+"""The head with cross entropy or distillation on labelled positions, in chunks: no tensor of all logits is made."""
 
 from collections.abc import Callable
 
@@ -70,11 +70,11 @@ def _logit_gradient(z: Tensor, norm: Tensor, targets: Tensor, share: Tensor, cap
 
 
 class Distillation(torch.autograd.Function):
-    """T² Σ_m weights[m]·KL(q_m ‖ p_m), q = softmax(z'/T) of the teacher and p = softmax(z/T) of the student (Hinton et al.,
-    1503.02531), with z, z' the logits of `hidden` and `taught` [M, h] under one frozen head, softcap included.
+    """T² Σ_m weights[m]·KL(q_m ‖ p_m), q = softmax(z'/T) of the teacher and p = softmax(z/T) of the student (Hinton et
+    al., 1503.02531), with z, z' the logits of `hidden` and `taught` [M, h] under one frozen head, softcap included.
 
-    As `WeightedCrossEntropy`, but for dL/dz = T·weights·(p - q), and two chunks of logits live at once instead of one.
-    No gradient goes to the teacher or the head.
+    As `WeightedCrossEntropy`, but for dL/dz = T·weights·(p - q). Chunks are half as long, since about five tensors of
+    one live at once. No gradient goes to the teacher or the head.
     """
 
     @staticmethod
@@ -120,8 +120,8 @@ def distillation(head: nn.Linear, hidden: Tensor, taught: Tensor, weights: Tenso
 
 
 def _inside(head: nn.Linear, loss: Callable[[Tensor, Tensor, Tensor | None], Tensor], hidden: Tensor) -> Tensor:
-    """`loss(hidden, weight, bias)` inside the head's own call, since ZeRO-3 gathers a module's weight around its call and
-    nowhere else."""
+    """`loss(hidden, weight, bias)` inside the head's own call, since ZeRO-3 gathers a module's weight around its call
+    and nowhere else."""
     def forward(x: Tensor) -> Tensor:
         parts = (x, head.weight, head.bias)
         if not torch.is_grad_enabled():

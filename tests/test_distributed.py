@@ -29,6 +29,8 @@ PROGRAM = '_: r"""\n{}\nlaunch: python """; import sys; from codyra_llm.cli impo
 METHODS = {  # rank 5 and a batch of 7 divide by two nowhere; 60 tokens leave one rank with fewer micro-batches
     "codyra": {"name": "codyra", "rank": 5, "importance_lr": 0.05, "threshold": {"budget": 0.3}},
     "seqlora": {"name": "seqlora", "rank": 5},
+    "gem": {"name": "gem", "rank": 5, "memory": 7},
+    "ewc": {"name": "ewc", "rank": 5, "weight": 1e3, "examples": 7},
 }
 
 
@@ -140,14 +142,15 @@ def test_what_the_loop_sets_is_what_the_optimizer_reads():
 
 
 @pytest.mark.distributed
-def test_ddp(one_process, recipe_files, tmp_path):
-    done = torchrun(recipe_files / "codyra.yaml", f"output={tmp_path / 'run'}")
+@pytest.mark.parametrize("method", ["codyra", "gem"])
+def test_ddp(method, one_process, recipe_files, tmp_path):
+    done = torchrun(recipe_files / f"{method}.yaml", f"output={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
-    assert_same_run(one_process["codyra"], tmp_path / "run", 0)
+    assert_same_run(one_process[method], tmp_path / "run", 0)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("stage", "method"), [(1, "seqlora"), (2, "codyra")])
+@pytest.mark.parametrize(("stage", "method"), [(1, "seqlora"), (2, "codyra"), (2, "ewc")])
 def test_zero(stage, method, one_process, recipe_files, tmp_path):
     done = accelerate(SHIPPED / "accelerate" / f"zero{stage}.yaml", recipe_files / f"{method}.yaml",
                       f"output={tmp_path / 'run'}")

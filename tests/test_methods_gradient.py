@@ -1,4 +1,4 @@
-"""EWC, GEM, A-GEM, OGD and LwF: each against its closed form, against seqlora where it has nothing to do, and restarted."""
+"""EWC, GEM, A-GEM, OGD, LwF: each against its closed form, against seqlora where it has nothing to do, restarted."""
 
 import copy
 import shutil
@@ -58,8 +58,8 @@ def run_of(tiny_llama, toy_stream, tmp_path_factory):
 
 @pytest.fixture
 def begun(toy_stream, tmp_path, tiny_llama):
-    """Function from a method, its settings and state to (model, task TWO, trainer), as they are when TWO begins: after a
-    first task whose update is random, so that nothing is zero."""
+    """Function from a method, its settings and state to (model, task TWO, trainer), as they are when TWO begins: after
+    a first task whose update is random, so that nothing is zero."""
     def begin(name, state=None, base=tiny_llama, tokens=4096, average="token", **config):
         setup = prepare(recipe(base, toy_stream, tmp_path / "run", method=name, method__rank=3,
                                optim__micro_batch_tokens=tokens, optim__loss_average=average,
@@ -149,7 +149,7 @@ def test_a_sample_is_a_function_of_seed_and_task(begun):
     _, task, _ = begun("seqlora")
     assert task.sample(5, 1) == task.sample(9, 1)[:5] == task.sample(5, 1, past=1)
     assert task.sample(5, 1) != task.sample(5, 2)
-    key = lambda e: (e.prompt, e.answer)  # noqa: E731
+    key = lambda e: (e.prompt, e.answer)
     assert sorted(map(key, task.sample(999, 1))) == sorted(map(key, task.encode(task.records())))
 
 
@@ -195,8 +195,9 @@ def test_a_large_weight_holds_what_the_first_task_needs(tiny_llama, toy_stream, 
     """Σ F δ² of the second task; λ large makes it small, where F is small the adapter may go on moving."""
     drift = {}
     for weight in (0, 1e5):
-        run = runs.run(recipe(tiny_llama, toy_stream, tmp_path / str(weight), method="ewc", method__rank=4, checkpoint=False,
-                              method__weight=weight, data__epochs=8, optim__schedule="cosine", eval__max_examples=1))
+        run = runs.run(recipe(tiny_llama, toy_stream, tmp_path / str(weight), method="ewc", method__weight=weight,
+                              method__rank=4, data__epochs=8, optim__schedule="cosine", eval__max_examples=1,
+                              checkpoint=False))
         fisher = load_file(run.state(0))
         ordered = [fisher[f"{s}.lora_{x}"].flatten() for s in run.archive().load(1).adapters for x in "AB"]
         drift[weight] = (torch.cat(ordered) * moved(run, 1) ** 2).sum()
@@ -214,8 +215,9 @@ def test_gem_finds_the_nearest_gradient_without_conflict(t, seed):
     found = g + v @ matrix
     unit = matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
     assert (unit @ found).min() > -1e-6
-    best = minimize(lambda x: ((x - g) ** 2).sum() / 2, g, method="SLSQP", jac=lambda x: x - g,
-                    constraints={"type": "ineq", "fun": lambda x: unit @ x, "jac": lambda x: unit}, options={"ftol": 1e-12})
+    positive = {"type": "ineq", "fun": lambda x: unit @ x, "jac": lambda x: unit}
+    best = minimize(lambda x: ((x - g) ** 2).sum() / 2, g, method="SLSQP", jac=lambda x: x - g, constraints=positive,
+                    options={"ftol": 1e-12})
     np.testing.assert_allclose(found, best.x, atol=1e-5)
     if (matrix @ g).min() >= 0:
         assert not v.any()
@@ -224,16 +226,17 @@ def test_gem_finds_the_nearest_gradient_without_conflict(t, seed):
 @pytest.mark.parametrize(("margin", "epsilon"), [(0.0, 1e-3), (0.5, 1e-3), (0.5, 0.3)])
 def test_gem_solves_its_dual(margin, epsilon):
     """With margin and ridge, and with two memories alike, by a second solver on the dual as it is written."""
+    def dual(v, p, products):
+        return v @ p @ v / 2 + products @ v, p @ v + products
+
     draw = np.random.default_rng(0)
     for _ in range(10):
         matrix, g = draw.normal(size=(4, 6)), draw.normal(size=6)
         matrix[3] = matrix[0]
-        gram, products = matrix @ matrix.T, matrix @ g
-        if products.min() >= 0:
-            continue
+        gram, products = matrix @ matrix.T, -abs(matrix @ g)
         p = gram + epsilon * gram.diagonal().mean() * np.eye(4)
-        best = minimize(lambda v: v @ p @ v / 2 + products @ v, np.ones(4), jac=lambda v: p @ v + products,
-                        bounds=[(margin, None)] * 4, method="L-BFGS-B", options={"ftol": 1e-16, "gtol": 1e-10})
+        best = minimize(dual, np.ones(4), (p, products), jac=True, bounds=[(margin, None)] * 4, method="L-BFGS-B",
+                        options={"ftol": 1e-16, "gtol": 1e-10})
         np.testing.assert_allclose(multipliers(gram, products, margin, epsilon), best.x, atol=1e-4)
 
 
@@ -258,8 +261,8 @@ PAIR = [torch.tensor([[-1.0, 2.0]]), torch.tensor([0.5])]
 
 @pytest.mark.parametrize("name", ["gem", "agem"])
 def test_a_conflict_is_taken_out_over_all_tensors_together(name):
-    """m = ((1, 0), 0), g = ((-1, 2), ½): the published code with its signs turned round doubles g·m to -2. In the second
-    case the first tensor alone is in conflict, but the vector of all is not."""
+    """m = ((1, 0), 0), g = ((-1, 2), ½): the published code with its signs turned round doubles g·m to -2. In the
+    second case the first tensor alone is in conflict, but the vector of all is not."""
     config = {"margin": 0, "epsilon": 1e-9} if name == "gem" else {}
     gradients = Given(PAIR, [torch.tensor([[1.0, 0.0]]), torch.zeros(1)])
     surgeon(name, **config).edit_gradients(gradients)
@@ -281,7 +284,7 @@ def test_gem_with_one_memory_has_a_closed_form(margin, seed):
 
 
 def test_memory_is_of_the_tasks_before_and_drawn_anew_each_step(begun):
-    model, task, trainer = begun("gem", memory=5, batch=3)
+    _, task, trainer = begun("gem", memory=5, batch=3)
     method, seen = trainer.method, []
     assert method._memories == [task.sample(5, method.seed, past=0)] and method.old_data
     for step in (0, 1, 0):
@@ -314,7 +317,7 @@ def test_what_adam_applies_is_orthogonal(begun):
     basis = torch.linalg.qr(torch.randn(size, 4, generator=torch.Generator().manual_seed(0)))[0].T.contiguous()
     escaped = {}
     for whole_method in (True, False):
-        model, task, trainer = begun("ogd", {"basis": basis}, examples=4)
+        _, task, trainer = begun("ogd", {"basis": basis}, examples=4)
         if not whole_method:
             trainer.method.after_step = lambda gradients: None
         start, examples = flat(trainer.gradients.parameters).detach().clone(), task.sample(8, 0)
@@ -328,12 +331,14 @@ def test_what_adam_applies_is_orthogonal(begun):
         gone = flat(trainer.gradients.parameters).detach() - start
         assert gone.norm() > 0.1
         escaped[whole_method] = ((basis @ gone).abs().max() / gone.norm()).item()
-    assert escaped[True] < 1e-5 < 1e-3 < escaped[False]
+    assert escaped[True] < 1e-5 and escaped[False] > 1e-3
 
 
 def test_the_basis_is_of_the_answers_logits(begun, tiny_gemma2):
     for base in (None, tiny_gemma2):
         model, task, trainer = begun("ogd", examples=4, dropout=0.5, **({"base": base} if base else {}))
+        if base:
+            model.config.final_logit_softcapping = 0.5  # which logits this small feel
         got = trainer.method.end_task(model, task, trainer.gradients)["basis"]
         vectors = []
         for example in task.sample(4, trainer.method.seed):
@@ -361,7 +366,7 @@ def test_a_run_stays_orthogonal_and_its_basis_grows(run_of):
 
 
 def test_a_basis_that_is_too_large_is_refused(begun):
-    with pytest.raises(Fault, match=r"method.examples: 9 directions .* for each of 2 tasks .* method.max_gigabytes \(1e-06\)"):
+    with pytest.raises(Fault, match=r"9 directions .* for each of 2 tasks .* method.max_gigabytes \(1e-06\)"):
         begun("ogd", examples=9, max_gigabytes=1e-6)
 
 
@@ -395,7 +400,8 @@ def test_distillation_gradcheck_and_nothing_to_the_teacher(cap):
     taught = torch.randn_like(hidden, requires_grad=True)
     frozen = [p.detach() for p in head.parameters()]
     with chunks_of(4, 5):
-        assert torch.autograd.gradcheck(lambda x: Distillation.apply(x, taught.detach(), *frozen, share, 2.0, cap), hidden)
+        assert torch.autograd.gradcheck(
+            lambda x: Distillation.apply(x, taught.detach(), *frozen, share, 2.0, cap), hidden)
         Distillation.apply(hidden, taught, *frozen, share, 2.0, cap).backward()
     assert taught.grad is None and hidden.grad.any()
 
@@ -412,7 +418,7 @@ def test_lwf_is_two_models(begun, tiny_gemma2):
     """Loss and gradient against two merged copies and plain autograd in float64, softcap included; padding, dropout of
     the teacher and the order of examples change nothing."""
     model, task, trainer = begun("lwf", base=tiny_gemma2, weight=0.7, temperature=3.0)
-    model.double()
+    model.double().config.final_logit_softcapping = 0.5  # which logits this small feel
     trainer.method.begin_task(model, task)
     before, examples = copy.deepcopy(model), task.sample(4, 0) + task.sample(2, 0, past=0)
     share = [0.1, 0.2, 0.3, 0.05, 0.15, 0.2]
@@ -431,7 +437,7 @@ def test_lwf_is_two_models(begun, tiny_gemma2):
         ce += weight * len(example.answer) * loss
         kl += 0.7 * definition(z, plain_loss(before, example)[1].detach(), torch.full((len(z),), weight).double(), 3.0)
     torch.testing.assert_close(terms, {"loss": ce, "lwf": kl}, rtol=1e-6, atol=1e-9)
-    assert kl > 1e-3 and softcap(model) == 30
+    assert kl > 1e-3 and softcap(model) == 0.5
     for own, exact in zip(got, torch.autograd.grad(ce + kl, list(factors(model).values())), strict=True):
         torch.testing.assert_close(own, exact, rtol=1e-5, atol=3e-8)
 

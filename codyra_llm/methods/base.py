@@ -69,7 +69,7 @@ class Task:
         return self.stream.records(self.index if past is None else past, "train")
 
     def sample(self, count: int, seed: int, past: int | None = None) -> list["Encoded"]:
-        """`count` of these records, or all there are, drawn by (seed, task) alone: the same whenever it is asked for."""
+        """`count` of these records, or all there are, drawn by (seed, task) alone: the same whenever asked for."""
         records = self.records(past)
         draw = generator("sample", seed, self.index if past is None else past)
         return self.encode([records[i] for i in torch.randperm(len(records), generator=draw)[:count].tolist()])

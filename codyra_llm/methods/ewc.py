@@ -13,8 +13,8 @@ from .seqlora import SeqLora, SeqLoraConfig
 class EwcConfig(SeqLoraConfig):
     name: Literal["ewc"] = "ewc"
     fresh: Literal[False] = Field(False, description="must stay false: F belongs to one adapter for all tasks")
-    weight: NotNegative = Field(400.0, description="λ of the penalty λ/2 Σ F (θ - θ*)²; as F follows the gradients' size, "
-                                "so does the λ that is needed")
+    weight: NotNegative = Field(400.0, description="λ of the penalty λ/2 Σ F (θ - θ*)²; F is as small as squared "
+                                "gradients, so tune it until `ewc` in the log is not negligible")
     decay: Fraction = Field(1.0, description="γ in F ← γ F + F_new; 1 sums all tasks")
     examples: int = Field(500, ge=1, description="training examples of a finished task that F_new is a mean over")
 
@@ -23,14 +23,14 @@ class Ewc(SeqLora):
     """Loss + λ/2 Σ_i F_i (θ_i - θ*_i)², θ* the adapter that the task began with; after each task F ← γ F + F_new, with
     F_new = mean over examples of (∂/∂θ mean CE of one example)², the empirical diagonal Fisher at the task's end.
 
-    Source: Kirkpatrick et al. (1612.00796), in the online form of Schwarz et al. (1805.06370). λ = 400, γ = 1 as TRACE,
-    whose code takes the squares of batch gradients while it trains, its own penalty's among them. Ours: drawn examples
-    one by one, without dropout; on the adapter's factors alone.
-    Cost: an element-wise pass per step, `examples` backward passes of one example per task. Memory and disk: two and one
-    more copies of the adapter in float32.
+    Source: Kirkpatrick et al. (1612.00796), in the online form of Schwarz et al. (1805.06370). λ = 400, γ = 1 as in
+    TRACE, whose code takes the squares of batch gradients while it trains, its own penalty's among them. Ours: drawn
+    examples one by one, without dropout; on the adapter's factors alone.
+    Cost: an element-wise pass per step, `examples` backward passes of one example per task. Memory: two more copies of
+    the adapter in float32; one on disk per task.
     """
 
-    name, summary, Config = "ewc", "seqlora with a quadratic pull, by Fisher information, to the last task's end", EwcConfig
+    name, summary, Config = "ewc", "seqlora pulled to the last task's end, weighted by Fisher information", EwcConfig
     max_zero_stage = 2  # the penalty reads whole parameters
 
     def begin_task(self, model, task: Task) -> None:

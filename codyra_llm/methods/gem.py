@@ -1,4 +1,4 @@
-"""GEM: sequential LoRA whose gradient is changed where it would raise the loss on stored examples of an earlier task."""
+"""GEM: sequential LoRA whose gradient is changed where it would raise the loss on stored examples of earlier tasks."""
 
 from typing import Literal
 
@@ -25,12 +25,13 @@ class MemoryConfig(SeqLoraConfig):
 
 class GemConfig(MemoryConfig):
     name: Literal["gem"] = "gem"
-    margin: NotNegative = Field(0.5, description="γ: lowest multiplier of every earlier gradient where one is in conflict")
+    margin: NotNegative = Field(0.5, description="γ: lowest multiplier of every earlier gradient, once one "
+                                "is in conflict")
     epsilon: Positive = Field(1e-3, description="ridge of the dual, relative to the mean squared norm of the g_k")
 
 
 class EpisodicMemory(SeqLora):
-    """What GEM and A-GEM share: `memory` examples of each earlier task, a function of (seed, task), so there is no state."""
+    """What GEM and A-GEM share: `memory` examples of each earlier task, a function of (seed, task): no state."""
 
     old_data = grows = True
     max_zero_stage = 0
@@ -56,13 +57,13 @@ class Gem(EpisodicMemory):
     Source: Lopez-Paz and Ranzato (1706.08840). Where any g·g_k < 0, the dual: v = argmin_{v ≥ γ} ½ vᵀ(G Gᵀ + εI)v +
     (G g)ᵀ v, g̃ = g + Gᵀ v, over the vector of all parameters, in float64 by non-negative least squares. γ = 0.5 and
     ε = 1e-3 as TRACE, whose code stores a single gradient per task, projects tensor by tensor and has both signs of the
-    quadratic programme turned round. Ours: ε is relative, since adapters' gradients are small beside 1e-3; a drawn batch
-    of the memory in each step, where the original takes all of it. The bound holds for the gradient, not for what Adam
-    makes of it.
+    quadratic programme turned round. Ours: ε is relative, since adapters' gradients are small beside 1e-3; a batch
+    drawn from the memory in each step, where the original takes all of it. The bound holds for the gradient, not for
+    what Adam makes of it.
     Cost per step in task t: t · `batch` more examples forward and backward, and t + 1 vectors of all parameters.
     """
 
-    name, summary, Config = "gem", "seqlora whose gradient is kept from raising the loss on earlier tasks' memory", GemConfig
+    name, summary, Config = "gem", "seqlora whose gradient must not raise the loss on earlier tasks' memory", GemConfig
 
     def edit_gradients(self, gradients) -> None:
         if not self._memories:
@@ -77,7 +78,7 @@ class Gem(EpisodicMemory):
 def multipliers(gram: np.ndarray, products: np.ndarray, margin: float, epsilon: float) -> np.ndarray:
     """v [t] of g̃ = g + Gᵀ v, from G Gᵀ [t, t] and G g [t]; zeros where no product is negative.
 
-    With u = v - γ ≥ 0 and the Cholesky factor of P = G Gᵀ + ε·mean(diag) I = L Lᵀ the dual is min ‖Lᵀu + L⁻¹(G g + γ P 1)‖.
+    With u = v - γ ≥ 0 and P = G Gᵀ + ε·mean(diag) I = L Lᵀ (Cholesky) the dual is min ‖Lᵀu + L⁻¹(G g + γ P 1)‖.
     """
     scale = gram.diagonal().mean()
     if scale == 0 or products.min() >= 0:

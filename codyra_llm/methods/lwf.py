@@ -20,13 +20,13 @@ class LwfConfig(SeqLoraConfig):
 
 
 class Lwf(SeqLora):
-    """Loss + α T² Σ weights·KL(softmax(z'/T) ‖ softmax(z/T)) at the labelled positions, averaged like the loss; z' the
-    logits of the model that the task began with.
+    """Loss + α T² Σ weights·KL(softmax(z'/T) ‖ softmax(z/T)) at the labelled positions, averaged like the loss; z' are
+    the logits of the model that the task began with.
 
-    Source: Li and Hoiem (1606.09282). α = 1, T = 2 as TRACE, whose code has the two models in each other's place, leaves
-    T² out and sums over prompts and padding. The teacher is a second set of factors on the same base.
-    Cost per step from the second task on: one forward without gradient or dropout and the head three times; one more copy
-    of the adapter.
+    Source: Li and Hoiem (1606.09282). α = 1, T = 2 as TRACE, whose code has the two models in each other's place,
+    leaves T² out and sums over prompts and padding. The teacher is a second set of factors on the same base.
+    Cost per step from the second task on: one forward without gradient or dropout and the head three times; one more
+    copy of the adapter.
     """
 
     name, summary, Config = "lwf", "seqlora that distils the model before the task on the task's own inputs", LwfConfig
@@ -43,4 +43,5 @@ class Lwf(SeqLora):
             taught = batch.hidden(model)
         hidden, cap = batch.hidden(model), softcap(model)
         kl = distillation(model.lm_head, hidden, taught, batch.weights, self.config.temperature, cap)
-        return {"loss": head_loss(model.lm_head, hidden, batch.targets, batch.weights, cap), "lwf": self.config.weight * kl}
+        ce = head_loss(model.lm_head, hidden, batch.targets, batch.weights, cap)
+        return {"loss": ce, "lwf": self.config.weight * kl}

@@ -18,8 +18,8 @@ NEW = 1e-4  # share of a direction that must lie outside of the basis for it to 
 class OgdConfig(SeqLoraConfig):
     name: Literal["ogd"] = "ogd"
     fresh: Literal[False] = Field(False, description="must stay false: directions belong to one adapter for all tasks")
-    examples: int = Field(20, ge=0, description="training examples of each finished task whose directions are kept; each "
-                          "costs as much memory as the adapter in float32")
+    examples: int = Field(20, ge=0, description="training examples of each finished task whose directions are kept; "
+                          "each costs as much memory as the adapter in float32")
     max_gigabytes: Positive = Field(16.0, description="the most that the directions of all tasks may take")
 
 
@@ -27,11 +27,11 @@ class Ogd(SeqLora):
     """g̃ = g - Uᵀ(U g), and the same for the step that AdamW makes of it; rows of U: an orthonormal basis of
     ∂/∂θ Σ (logit of the true token) over drawn examples of each finished task (the variant OGD-GTL).
 
-    Source: Farajtabar et al. (1910.07104). TRACE declares 150 directions in all and never reads the number; 20 for each of
-    its eight tasks come near it. Ours: the optimizer's step (momentum, preconditioning, weight decay) is projected as well,
-    since it leaves the complement that the gradient lies in; logits summed over the answer, without dropout.
-    Cost per step: four products with U. Memory: 4 bytes · parameters · (tasks · `examples` + 3); each task's state on disk
-    holds the basis so far.
+    Source: Farajtabar et al. (1910.07104). TRACE declares 150 directions in all and never reads the number; 20 for each
+    of its eight tasks come near it. Ours: the optimizer's step (momentum, preconditioning, weight decay) is projected
+    as well, since it leaves the complement that the gradient lies in; logits summed over the answer, without dropout.
+    Cost per step: eight products of U with a vector, as each projection is done twice against rounding. Memory:
+    4 bytes · parameters · (tasks · `examples` + 3); each task's state on disk holds the basis so far.
     """
 
     name, summary, Config = "ogd", "seqlora whose steps are orthogonal to earlier tasks' logit gradients", OgdConfig
@@ -43,8 +43,8 @@ class Ogd(SeqLora):
         trained = [p for p in model.parameters() if p.requires_grad]
         size, rows = sum(p.numel() for p in trained), len(task.stream.tasks) * self.config.examples
         if (needed := 4e-9 * size * rows) > self.config.max_gigabytes:
-            raise Fault(f"method.examples: {self.config.examples} directions of {size / 1e6:.1f} M parameters for each of "
-                        f"{len(task.stream.tasks)} tasks take {needed:.1f} GB, more than method.max_gigabytes "
+            raise Fault(f"method.examples: {self.config.examples} directions of {size / 1e6:.1f} M parameters for each "
+                        f"of {len(task.stream.tasks)} tasks take {needed:.1f} GB, more than method.max_gigabytes "
                         f"({self.config.max_gigabytes:g}); lower the first or raise the second")
         self._basis = task.state.get("basis", torch.zeros(0, size)).to(trained[0])
 
