@@ -35,7 +35,7 @@ class Single(Method):
 
     name, summary, Config = "single", "one LoRA per task, chosen by the true task", SingleConfig
     config: ExpertConfig
-    mode, merges, task_id, grows = "apart", False, True, True
+    mode, merges, task_id, grows, max_zero_stage = "apart", False, True, True, 2
 
     def spec(self) -> AdapterSpec:
         return AdapterSpec(self.config.rank, self.config.alpha / self.config.rank, self.config.dropout)
