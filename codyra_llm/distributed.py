@@ -132,6 +132,7 @@ class Engine:
     def discard(self) -> None:
         """Drop the gradients of a step that did not come to its end, and what the allocator keeps for later."""
         self.inner.zero_grad(set_to_none=True)
+        self._forget()  # what a forward that stopped half-way has computed for layers not called yet
         clear_device_cache(garbage_collection=True)
 
     @torch.no_grad()

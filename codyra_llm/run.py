@@ -59,13 +59,7 @@ def run(recipe: Recipe) -> RunFolder:
 def learn(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> None:
     """Train on one task, from what is on disk to an update on disk."""
     recipe, method, archive = setup.recipe, setup.method, folder.archive()
-    model = setup.model(archive, index - 1 if method.mode == "add" else -1)
-    if recipe.model.quantization:
-        from .quantize import quantize  # bitsandbytes is an extra
-
-        quantize(model, recipe.model.quantization)
-    if distributed.zero_stage(acc) < 3:  # stage 3 moves it to the device in shards
-        model = model.to(acc.device)
+    model = _start(setup, acc, archive, index)
     before = folder.load_state(index - 1)
     own = {k: v for k, v in before.items() if not k.startswith(OPTIMIZER)}
     task = setup.task(model, archive, index, own)
@@ -91,6 +85,16 @@ def learn(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> None
     acc.wait_for_everyone()
     for file in [folder.state(index)] * bool(state) + [archive.path(index, recipe.tasks[index])]:
         collectively(True, await_file, file)
+
+
+def _start(setup: Setup, acc: Accelerator, archive: Archive, index: int) -> torch.nn.Module:
+    """The model that task `index` starts from, packed if the recipe says so, on the device."""
+    model = setup.model(archive, index - 1 if setup.method.mode == "add" else -1)
+    if kind := setup.recipe.model.quantization:
+        from .quantize import quantize  # bitsandbytes is an extra
+
+        quantize(model, kind)
+    return model.to(acc.device) if distributed.zero_stage(acc) < 3 else model  # stage 3 moves it in shards
 
 
 def pass_over(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> None:

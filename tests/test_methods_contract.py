@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import codyra_llm.recipes
 import pytest
 import torch
 import yaml
@@ -15,7 +16,6 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import codyra_llm.recipes
 from codyra_llm import distributed, models
 from codyra_llm import recipe as recipes
 from codyra_llm import run as runs
@@ -32,6 +32,7 @@ TASKS = ["ONE", "TWO", "THREE"]
 # What a method needs to do something on three tiny tasks, and no data beside them.
 SETTINGS = {"replay": {"lima": False, "ratio": 0.3}, "ewc": {"examples": 6}, "gem": {"memory": 4, "batch": 4},
             "agem": {"memory": 4, "batch": 4}, "ogd": {"examples": 3}, "ilora": {"ratio": 0.3}, "icl": {"shots": 2},
+            "inflora": {"inputs_at_once": 3}, "treelora": {"weight": 0.5}, "treelora_repo": {"weight": 5.0},
             "pp": {"length": 4}, "dualprompt": {"general_layers": [0], "expert_layers": [1]}}
 SHARED = {"rank": 3, "alpha": 3.0}  # a scale of 1: some have 32 / rank, with which so short a run is chaotic
 

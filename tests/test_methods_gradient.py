@@ -1,7 +1,6 @@
-"""EWC, GEM, A-GEM, OGD, LwF: each against its closed form, against seqlora where it has nothing to do, restarted."""
+"""EWC, GEM, A-GEM, OGD, LwF: each against its closed form, against seqlora where it has nothing to do."""
 
 import copy
-import shutil
 
 import numpy as np
 import pytest
@@ -112,21 +111,7 @@ def test_it_changes_the_second_task_and_not_the_first(name, run_of):
     first, second, _ = plain
     assert all(torch.equal(plain[first][key], on[first][key]) for key in plain[first])
     assert any((plain[second][key] - on[second][key]).abs().max() > 1e-3 for key in plain[second])
-
-
-@pytest.mark.parametrize("name", ON)
-def test_a_restart_in_the_third_task_equals_straight_through(name, run_of, tmp_path):
-    """From what lies on disk when a run is killed in its third task, with a fresh method."""
-    straight, killed = run_of(name, **ON[name]), tmp_path / "run"
-    shutil.copytree(straight.path, killed)
-    (killed / "updates" / "02-THREE.safetensors").unlink()
-    (killed / "state" / "02.safetensors").unlink(missing_ok=True)
-    again = runs.run(straight.recipe.model_copy(update={"output": str(killed)}))
-    for file, tensors in weights(straight).items():
-        assert all(torch.equal(t, weights(again)[file][key]) for key, t in tensors.items())
-    assert again.state(2).is_file() == straight.state(2).is_file() == (name in ("ewc", "ogd"))
-    if again.state(2).is_file():
-        torch.testing.assert_close(load_file(again.state(2)), load_file(straight.state(2)), rtol=0, atol=0)
+    assert run_of(name, **ON[name]).state(2).is_file() == (name in ("ewc", "ogd"))
 
 
 def test_gradients_on_request(begun):

@@ -21,11 +21,11 @@ from codyra_llm.lora.archive import Adapter
 from codyra_llm.lora.layer import AdapterSpec, sites
 from codyra_llm.lora.mixture import MixtureLinear, mixtures, select, weigh
 from codyra_llm.methods import METHODS
-from codyra_llm.methods import duallora as dual
-from codyra_llm.methods.duallora import DualLinear, gate_by, loaded
-from codyra_llm.methods.experts import contrast
+from codyra_llm.methods.duallora import DualLinear, gate_by
 from codyra_llm.methods.features import pooled_embeddings, pooled_states, prompt_mask
+from codyra_llm.methods.hidelora import contrast
 from codyra_llm.methods.identity import Gaussians, kmeans
+from codyra_llm.methods.inputs import distinct_inputs, loaded
 from codyra_llm.methods.sapt import attention_divergence
 from codyra_llm.serve import answer
 from codyra_llm.setup import prepare
@@ -302,8 +302,7 @@ def test_duallora_updates_are_orthogonal_to_old_inputs(finished):
     folder, _ = finished("duallora")
     first, second, third = (folder.archive().load(k).adapters for k in range(3))
     model, used = begun(prepare(folder.recipe), folder, 2), 0
-    site_of = {layer: site for site, layer in mixtures(model).items()}
-    seen = {site_of[layer]: name for name, layers in dual.inputs(model).items() for layer in layers}
+    seen = {site: names[0] for names in distinct_inputs(model) for site in names}
     assert len(seen) == 14 and len(set(seen.values())) == 8
     for before, after, state in ((first, second, folder.load_state(0)), (second, third, folder.load_state(1))):
         spaces = loaded(state)
@@ -339,30 +338,6 @@ def test_duallora_bases_are_those_of_the_first_inputs(finished):
     top = torch.linalg.svd(x.T @ x / len(x))[0][:, :2]
     a = folder.archive().load(0).adapters[site].a[2:].double()
     torch.testing.assert_close(a.T @ a, top @ top.T, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_killed_after_two_tasks_and_restarted_equals_straight_through(name, finished, tiny_llama, toy_stream, tmp_path,
-                                                                    monkeypatch):
-    straight, _ = finished(name)
-    learn = runs.learn
-
-    def dies(setup, folder, acc, index):
-        if index == 2:
-            raise KeyboardInterrupt
-        learn(setup, folder, acc, index)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runs, "learn", dies)
-        runs.run(recipe(name, tiny_llama, toy_stream, tmp_path / "killed"))
-    killed = runs.run(recipe(name, tiny_llama, toy_stream, tmp_path / "killed"))
-    for index in range(3):
-        for kind in ("adapters", "state"):
-            one, other = (f.load_state(index) if kind == "state" else
-                          {f"{s}.{k}": v for s, x in f.archive().load(index).adapters.items() for k, v in zip("ab", x)}
-                          for f in (straight, killed))
-            assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
-    assert [r["score"] for r in straight.scores] == [r["score"] for r in killed.scores]
 
 
 @pytest.mark.parametrize("name", NAMES)

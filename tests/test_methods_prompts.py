@@ -19,7 +19,8 @@ from codyra_llm.export import write_merged
 from codyra_llm.lora.archive import Archive
 from codyra_llm.methods import METHODS
 from codyra_llm.methods.base import Condition, Task
-from codyra_llm.methods.prompts import cosine, prompts_of, query, shares
+from codyra_llm.methods.features import cosine, row_weights
+from codyra_llm.methods.prompts import prompts_of, query
 from codyra_llm.setup import prepare
 
 SECTIONS = {
@@ -132,7 +133,7 @@ def test_a_term_per_example_is_weighted_as_the_loss(tiny_llama):
     parts = [made.loss(model, collate(examples, [i], [w], 0)) for i, w in [*enumerate(weights), (1, 0.0)]]
     for key in whole:
         assert sum(p[key] for p in parts).item() == pytest.approx(whole[key].item(), rel=1e-5)
-    torch.testing.assert_close(shares(collate(examples, [0, 1, 2], weights, 0)), torch.tensor([0.5, 0.25, 0.25]))
+    torch.testing.assert_close(row_weights(collate(examples, [0, 1, 2], weights, 0)), torch.tensor([0.5, 0.25, 0.25]))
     near = cosine(query(model, rows), model.prompts["match"]).topk(2, 1).values.sum(1)
     assert whole["pull"].item() == pytest.approx(-0.5 * (near @ torch.tensor([0.5, 0.25, 0.25])).item(), rel=1e-5)
 

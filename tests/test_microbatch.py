@@ -11,9 +11,13 @@ from test_run import recipe, weights
 from codyra_llm import recipe as recipes
 from codyra_llm import run as runs
 from codyra_llm.data import Batch
-from codyra_llm.distributed import Engine
+from codyra_llm.distributed import Engine, accelerator
 from codyra_llm.errors import Fault
 from codyra_llm.files import read_jsonl
+from codyra_llm.lora.layer import AdapterSpec, attach, sites
+from codyra_llm.lora.shared import share_inputs
+from codyra_llm.models import load
+from codyra_llm.optim import ProximalAdamW
 
 ONE_TASK = {"data__tasks": ["THREE"], "checkpoint": False}
 PLAIN = Batch.cross_entropy
@@ -145,3 +149,20 @@ def test_one_of_two_ranks_runs_out(two_ranks, tmp_path):
 def test_one_of_two_ranks_can_not_go_on(two_ranks, tmp_path):
     refused(two_ranks[1]("True"), "tokens alone does not fit")
     assert not (tmp_path / "two" / "updates").exists()
+
+
+def test_what_a_failed_forward_kept_is_dropped(tiny_llama):
+    """q was called, so k and v are waiting, with their input; memory ran out before they were asked for."""
+    model = load(tiny_llama, torch.float32)
+    attach(model, ["q_proj", "k_proj", "v_proj"], AdapterSpec(2))
+    share_inputs(model)
+    objective = torch.nn.Module()
+    objective.model = model
+    trained = [layer.lora_A for layer in sites(model).values()]
+    engine = Engine(accelerator(), objective, ProximalAdamW([{"params": trained}]), 1.0)
+    attention = model.model.layers[0].self_attn
+    attention.q_proj(torch.ones(1, 2, 32))
+    assert attention.q_proj.shared._outputs and attention.q_proj.shared._input
+    engine.discard()
+    assert not attention.q_proj.shared._outputs and not attention.q_proj.shared._input
+    engine.free()

@@ -7,12 +7,13 @@ from .agem import AGem
 from .base import Method, MethodConfig
 from .clora import CLora
 from .codyra import Codyra
+from .color import Color
 from .duallora import DualLora
 from .dualprompt import DualPrompt
 from .ewc import Ewc
-from .experts import Color, HideLora, Single
 from .gem import Gem
-from .hidelora import HideLoraRepo
+from .hidelora import HideLora
+from .hidelora_treelora_repo import HideLoraRepo
 from .icl import Icl
 from .ilora import Ilora
 from .inflora import InfLora
@@ -28,6 +29,7 @@ from .replay import Replay
 from .sapt import Sapt
 from .seqft import SeqFt
 from .seqlora import SeqLora
+from .single import Single
 from .sora import Sora
 from .treelora import TreeLora
 from .treelora_repo import TreeLoraRepo
@@ -45,7 +47,7 @@ def table() -> Table:
     columns = ("trains", "old data", "task id", "merges", "grows", "launches")
     out = Table(Column("method", no_wrap=True), *(Column(name, no_wrap=True) for name in columns), box=SIMPLE, padding=0,
                 collapse_padding=True, caption="old data: needs earlier tasks' examples; task id: must be told it at test; "
-                "merges: a plain model after every task; grows: keeps or runs more with every task; launches: DDP is data parallel")
+                "merges: a plain model after every task; grows: keeps or runs more with every task; DDP: data parallel")
     yes = {True: "yes", False: ""}
     for m in (method.declared() for method in METHODS.values()):
         stage = m["max_zero_stage"]

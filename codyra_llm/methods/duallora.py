@@ -1,32 +1,24 @@
 """DualLoRA: an adapter kept orthogonal to old tasks' inputs, and one per task in what those leave free, gated."""
 
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..errors import Fault
 from ..lora.archive import Adapter
 from ..lora.layer import attach, sites
 from ..lora.mixture import MixtureLinear, mixtures, select, weigh
-from ..lora.shared import SIBLINGS
-from .base import Condition, Fraction, Task, restore
-from .experts import ExpertConfig, Single
-from .features import first_tokens, mean_state, padded, prompt_mask
+from .base import Condition, Task, restore
+from .features import mean_state, padded, prompt_mask
+from .inputs import InputsConfig, free_rows, grown, input_covariances, loaded
+from .single import ExpertConfig, Single
 from .subspace import Subspace
 
 
-class DualLoraConfig(ExpertConfig):
+class DualLoraConfig(InputsConfig, ExpertConfig):
     name: Literal["duallora"] = "duallora"
     rank: int = Field(8, ge=2, description="ranks of a task's two adapters together: ⌊rank/2⌋ for O, the others for R")
-    energy_first: Fraction = Field(0.95, description="share of ‖C‖_F² of the inputs' covariance C that old inputs' basis "
-                                   "inputs holds after the first task")
-    energy_last: Fraction = Field(1.0, description="that share after a task behind the last; linear in between")
-    max_examples: int = Field(512, ge=1, description="training examples of a task, drawn, whose inputs are read")
-    inputs_at_once: int = Field(16, ge=1, description="distinct inputs whose covariances are in memory together; each "
-                                "such portion is a pass over the examples")
 
 
 class DualLinear(MixtureLinear):
@@ -89,12 +81,9 @@ class DualLora(Single):
         for layer in sites(model).values():
             layer.lora_A[half:], layer.lora_B[:, half:] = 0, 0  # no gate for what is not there yet
         old, self._old = loaded(task.state), {}
-        for name, (covariance, layers) in self._covariances(model, task):
+        for name, covariance, layers in self._covariances(model, task):
             free = old.get(name, Subspace.nothing(len(covariance)))
-            rows = free.leading(covariance, self.config.rank - half).T
-            if not rows.any():
-                raise Fault(f"{name}: earlier tasks' inputs leave no direction free for task {task.index + 1}; lower "
-                            f"method.energy_first or method.energy_last")
+            rows = free_rows(free, name, covariance, self.config.rank - half, task)
             basis = Subspace(free.basis.to(layers[0].lora_A), free.complement)
             for layer in layers:
                 layer.lora_A[half:] = rows
@@ -126,12 +115,7 @@ class DualLora(Single):
                 layer.lora_B[:, :half] = b
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
-        c, old, state = self.config, loaded(task.state), {}
-        energy = c.energy_first + (c.energy_last - c.energy_first) * task.index / len(task.stream.tasks)
-        for name, (covariance, _) in self._covariances(model, task):
-            grown = old.get(name, Subspace.nothing(len(covariance))).grown(covariance, energy)
-            state[f"{name}.{'free' if grown.complement else 'old'}"] = grown.basis.float()
-        return state
+        return grown(self.config, task, self._covariances(model, task))
 
     def install(self, model, task: Task) -> None:
         self.attach(model)
@@ -157,13 +141,8 @@ class DualLora(Single):
             layer.hold([Adapter(x.a[half:], x.b[:, half:], None) for x in (u.adapters[name] for u in held)])
         restore(model, updates[-1])
 
-    def _covariances(self, model: nn.Module, task: Task) -> Iterator[tuple[str, tuple[Tensor, list[DualLinear]]]]:
-        """(name of the first site, (C [in, in] float64 on the CPU, all layers)) of every distinct input."""
-        found, examples = list(inputs(model).items()), task.sample(self.config.max_examples, self.seed)
-        for first in range(0, len(found), self.config.inputs_at_once):
-            portion = found[first: first + self.config.inputs_at_once]
-            sums = covariances(model, [layers[0] for _, layers in portion], task, examples)
-            yield from ((name, (c, layers)) for (name, layers), c in zip(portion, sums))
+    def _covariances(self, model: nn.Module, task: Task):
+        return input_covariances(self.config, model, task, self.seed, lambda batch: gate_by(model, prompt_mask(batch)))
 
 
 def gate_by(model: nn.Module, mask: Tensor) -> None:
@@ -173,43 +152,3 @@ def gate_by(model: nn.Module, mask: Tensor) -> None:
     second[:, 0] = mask.sum(1) == 1
     for layer in mixtures(model).values():
         layer.prompts = second
-
-
-def inputs(model: nn.Module) -> dict[str, list[DualLinear]]:
-    """The layers that read the same tensor, by the first one's name."""
-    groups: dict[tuple, list] = {}
-    for name, layer in mixtures(model).items():
-        block, _, leaf = name.rpartition(".")
-        groups.setdefault((block, next((s for s in SIBLINGS if leaf in s), leaf)), []).append((name, layer))
-    return {group[0][0]: [layer for _, layer in group] for group in groups.values()}
-
-
-def loaded(state: dict[str, Tensor]) -> dict[str, Subspace]:
-    """The subspaces by the input's name."""
-    return {key.rpartition(".")[0]: Subspace(basis.double(), key.endswith(".free")) for key, basis in state.items()}
-
-
-@torch.no_grad()
-def covariances(model: nn.Module, layers: list[nn.Module], task: Task, examples: list) -> list[Tensor]:
-    """C = (1/n) Σ x xᵀ of the input of each of `layers` over the n tokens of prompt and answer but the first of every
-    example, gates by the prompts; products in float32, sums in float64; on the CPU."""
-    sums = [torch.zeros(2 * (layer.in_features,), dtype=torch.float64, device=layer.lora_A.device) for layer in layers]
-    seen: dict[int, Tensor] = {}
-    hooks = [layer.register_forward_pre_hook(lambda _, args, i=i: seen.__setitem__(i, args[0]))
-             for i, layer in enumerate(layers)]
-    count, training = 0, model.training
-    model.eval()
-    for batch in task.batches(examples):
-        lengths = torch.tensor([len(examples[i]) for i in batch.examples], device=batch.ids.device)
-        read = first_tokens(lengths, batch.ids.shape[1])
-        read[:, 0] = False
-        gate_by(model, prompt_mask(batch))
-        batch.hidden(model)
-        count += int(read.sum())
-        for i, total in enumerate(sums):
-            x = seen.pop(i)[read].float()
-            total += x.T @ x
-    for hook in hooks:
-        hook.remove()
-    model.train(training)
-    return [(total / count).cpu() for total in sums]

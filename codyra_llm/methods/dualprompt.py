@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from .. import prefixed
 from .base import Condition, NotNegative, Task
-from .prompts import PromptConfig, PromptMethod, Queries, cosine, prompts_of, query, random_tokens, shares, uniform, zeros
+from .features import cosine, row_weights
+from .prompts import PromptConfig, PromptMethod, Queries, prompts_of, query, random_tokens, uniform, zeros
 
 Layer = Annotated[int, Field(ge=0)]
 
@@ -90,7 +91,7 @@ class DualPrompt(PromptMethod):
         prefixed.show(model, {})  # the query is the bare model's
         near = cosine(self.queries(model, prompts), held["key"][None]).squeeze(1)
         self._show(model, held["general"], held["expert"].expand(len(prompts), *held["expert"].shape))
-        return {"loss": batch.cross_entropy(model), "pull": -self.config.pull * (shares(batch) @ near.to(batch.weights))}
+        return {"loss": batch.cross_entropy(model), "pull": -self.config.pull * (row_weights(batch) @ near.to(batch.weights))}
 
     def end_task(self, model, task: Task, gradients) -> dict:
         held, before, self.queries = model.prompts, task.state, Queries()

@@ -1,6 +1,6 @@
 """What methods read from prompts: which tokens of a batch are prompt, and features pooled over them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ def first_tokens(lengths: Tensor, width: int) -> Tensor:
     return torch.arange(width, device=lengths.device) < lengths[:, None]
 
 
-def padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """ids [R, T], padded on the right, and the mask of what is no pad."""
     ids = nn.utils.rnn.pad_sequence([torch.tensor(p, dtype=torch.long) for p in prompts], batch_first=True).to(device)
     return ids, first_tokens(torch.tensor([len(p) for p in prompts], device=device), ids.shape[1])
@@ -35,15 +35,17 @@ def prompt_mask(batch: "Batch") -> Tensor:
 
 
 def row_weights(batch: "Batch") -> Tensor:
-    """The share [R] of each example in the global loss; they sum to 1 over the global batch."""
+    """The share [R] of each example in the global loss; they sum to 1 over the global batch, so a term per example that
+    is weighted by them does not depend on how that is cut."""
     rows, width = batch.ids.shape
     return batch.weights.new_zeros(rows).index_add(0, batch.predictors // width, batch.weights)
 
 
 def mean_state(states: Tensor, mask: Tensor) -> Tensor:
-    """Mean of states [R, T, h] where the mask [R, T] is on: [R, h] in float32."""
-    weights = mask / mask.sum(1, keepdim=True).clamp_min(1)
-    return torch.einsum("rth,rt->rh", states.float(), weights.float())
+    """Mean of states [R, T, h] where the mask [R, T] is on: [R, h] in float32 (float64 for float64)."""
+    states = states.to(torch.promote_types(states.dtype, torch.float32))
+    weights = (mask / mask.sum(1, keepdim=True).clamp_min(1)).to(states)
+    return torch.einsum("rth,rt->rh", states, weights)
 
 
 def pooled_states(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:

@@ -1,47 +1,80 @@
-"""HideLoRA as TreeLoRA's repository has it: one LoRA whose rows of A are made unlike each other, and nothing else."""
+"""HiDe-LoRA for a causal LM: one adapter per task that goes on from the one before, the task inferred from the prompt."""
 
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional
 
-from ..lora.layer import sites
-from .base import NotNegative, Positive
-from .seqlora import SeqLora, SeqLoraConfig
-from .shapes import by_shape
-
-
-class HideLoraRepoConfig(SeqLoraConfig):
-    name: Literal["hidelora_treelora_repo"] = "hidelora_treelora_repo"
-    weight: NotNegative = Field(0.5, description="weight of the contrastive term, per optimizer step")
-    temperature: Positive = Field(0.8, description="divisor of the similarities")
+from ..data import softcap
+from ..loss import head_loss
+from .base import Fraction, NotNegative, Positive, Task, restore
+from .features import cosine, mean_state, over_prompts, padded, pooled_states, prompt_mask, row_weights
+from .identity import Gaussians
+from .single import ExpertConfig, Single
 
 
-class HideLoraRepo(SeqLora):
-    """L + 0.5 Σ_sites CE(A Aᵀ / 0.8, identity): each row of A is to be more like itself than like the other rows.
+class HideLoraConfig(ExpertConfig):
+    name: Literal["hidelora"] = "hidelora"
+    weight: NotNegative = Field(0.01, description="weight of the contrastive term")
+    temperature: Positive = Field(0.8, description="τ, divisor of the cosines in it")
+    shrinkage: Fraction = Field(0.1, gt=0, description="γ in (1 - γ)·Σ + γ·tr(Σ)/h·I, the covariance that is used")
 
-    Source: the code behind TreeLoRA's HideLoRA row. It is not HiDe: it keeps no statistics of tasks, infers no task and
-    has one LoRA for all of them; nothing in the term knows of earlier tasks. For parity with that row alone.
-    As run there: rank 8, alpha 32, dropout 0.1, targets q_proj and v_proj. Ours: once per optimizer step.
-    Cost: r²·in multiplications per site and step. With weight 0 it is seqlora.
+
+class HideLora(Single):
+    """A LoRA per task that starts from the one before; the task is inferred by linear discriminant analysis of prompts.
+
+    Source: HiDe (its public code, HiDe-Prompt, was read), for vision transformers with a classifier. Kept of
+    it: the adapters' start, statistics of features of the base that infer the task, a contrastive term against what
+    earlier tasks left, weight 0.01, τ = 0.8. Ours, as a causal LM has no class head to align: the feature (mean over
+    the prompt's tokens of the last hidden state), one Gaussian per task with the pooled covariance Σ, equal priors, and
+    the term
+
+        L_i = -log( e^{1/τ} / (e^{1/τ} + Σ_{k<t} e^{cos(z_i, c_k)/τ}) ),
+
+    z_i the adapted model's feature of prompt i, c_k the mean that task k's own adapter left; averaged as the loss is.
+    The release takes unnormalised products and every other row of the batch as a negative, those of the same task too.
+    It shapes z and has no part in inferring the task. What TreeLoRA's table calls HideLoRA is another method.
+    Cost per step: an [examples, tasks] product. Per task: a forward pass over its prompts before and one after; one
+    over every test prompt; a Cholesky factor of size h per evaluation. State: h² + 2·h per task in float32.
     """
 
-    name, Config = "hidelora_treelora_repo", HideLoraRepoConfig
-    summary = "seqlora with rows of A pushed apart, as TreeLoRA's repository runs HideLoRA"
-    config: HideLoraRepoConfig
-    max_zero_stage = 2  # the penalty reads whole parameters
+    name, summary, Config = "hidelora", "one LoRA per task from the one before, chosen by prompt statistics", HideLoraConfig
+    config: HideLoraConfig
+    task_id, grows, max_zero_stage, packs = False, True, 0, False
 
-    def penalty(self, model) -> dict[str, Tensor]:
-        c = self.config
-        if not c.weight:
-            return {}
-        stacks = (torch.stack([layer.lora_A for layer in group.values()]) for group in by_shape(sites(model)))
-        return {"contrast": c.weight * sum(contrast(a, c.temperature) for a in stacks)}
+    def begin_task(self, model, task: Task) -> None:
+        super().begin_task(model, task)  # B = 0, so the features are the base's
+        self._examples = task.encode(task.records())
+        self._gaussians = Gaussians.load(task.state).with_task(over_prompts(model, task, self._examples, pooled_states))
+        self._old = task.state["adapted"].to(model.device) if task.index else None  # [tasks, h]
+        if task.index:
+            restore(model, task.archive.load(task.index - 1))
+
+    def loss(self, model, batch) -> dict[str, Tensor]:
+        if self._old is None or not self.config.weight:
+            return super().loss(model, batch)
+        states = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state
+        labelled = states.flatten(0, 1).index_select(0, batch.predictors)
+        terms = contrast(mean_state(states, prompt_mask(batch)), self._old, self.config.temperature)
+        return {"loss": head_loss(model.lm_head, labelled, batch.targets, batch.weights, softcap(model)),
+                "contrast": self.config.weight * row_weights(batch) @ terms}
+
+    def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        adapted = over_prompts(model, task, self._examples, pooled_states).mean(0, keepdim=True)
+        old = [] if self._old is None else [self._old]
+        return {**self._gaussians.state(), "adapted": torch.cat([*old, adapted])}  # [tasks, h]
+
+    def install(self, model, task: Task) -> None:
+        super().install(model, task)
+        self._tells = Gaussians.load(task.state).classifier(self.config.shrinkage)
+
+    def mixture(self, model, prompts, task) -> Tensor:
+        features = pooled_states(model, *padded(prompts, model.device))
+        return self.only(self._tells(features).to(model.device))
 
 
-def contrast(a: Tensor, temperature: float) -> Tensor:
-    """Σ over sites of the mean cross entropy of row i of A Aᵀ/τ with label i; a [n, r, in]."""
-    labels = torch.arange(a.shape[1], device=a.device).repeat(len(a))
-    return len(a) * functional.cross_entropy((a @ a.mT / temperature).flatten(0, 1), labels)
+def contrast(features: Tensor, old: Tensor, temperature: float) -> Tensor:
+    """The term L_i of each row of `features` [n, h] against `old` [tasks, h]: [n]."""
+    own = features.new_full((len(features), 1), 1 / temperature)
+    return torch.cat([own, cosine(features, old) / temperature], 1).logsumexp(1) - own.squeeze(1)

@@ -7,15 +7,14 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from .base import Condition, NotNegative, Task
+from .features import cosine, row_weights
 from .prompts import (
     PromptConfig,
     PromptMethod,
     Queries,
-    cosine,
     prompts_of,
     query,
     random_embeddings,
-    shares,
     uniform,
     zeros,
 )
@@ -70,7 +69,7 @@ class L2p(PromptMethod):
         held = model.prompts
         near = self._near(model, self.queries(model, prompts_of(batch)))
         front = held["prompts"][near.indices].flatten(1, 2)
-        pull = shares(batch) @ near.values.sum(1).to(batch.weights)
+        pull = row_weights(batch) @ near.values.sum(1).to(batch.weights)
         return {"loss": batch.cross_entropy(model, front), "pull": -self.config.pull * pull}
 
     def end_task(self, model, task: Task, gradients) -> dict:

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ..lora.archive import Update
 from ..seeds import generator
 from .base import Method, MethodConfig, Positive, Task
+from .features import padded, pooled_states
 
 if TYPE_CHECKING:
     from ..data import Batch
@@ -57,19 +57,10 @@ class Queries:
 @torch.no_grad()
 def query(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Tensor:
     """Mean of the base's last hidden states over the tokens of each prompt, BOS included and no answer: [B, h]."""
-    width, training = max(map(len, prompts)), model.training
-    ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=model.device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-    states = model.eval().model(input_ids=ids, use_cache=False).last_hidden_state
+    training = model.training
+    found = pooled_states(model.eval(), *padded(prompts, model.device))
     model.train(training)
-    own = torch.arange(width, device=model.device) < lengths[:, None]
-    states = states.to(torch.promote_types(states.dtype, torch.float32)) * own[..., None]
-    return states.sum(1) / lengths[:, None]
-
-
-def cosine(queries: Tensor, keys: Tensor) -> Tensor:
-    """cos(q, k) of queries [B, h] and keys [M, h]: [B, M]."""
-    return functional.normalize(queries, dim=-1) @ functional.normalize(keys, dim=-1).T
+    return found
 
 
 def prompts_of(batch: "Batch") -> list[list[int]]:
@@ -78,13 +69,6 @@ def prompts_of(batch: "Batch") -> list[list[int]]:
     for place in batch.predictors.tolist():
         last.setdefault(place // width, place % width)
     return [row[: last[number] + 1] for number, row in enumerate(batch.ids.tolist())]
-
-
-def shares(batch: "Batch") -> Tensor:
-    """The share of each row in the loss [R]: its tokens' weights, which sum to 1 over the global batch. A term per
-    example weighted by it does not depend on how a global batch is cut."""
-    rows = batch.predictors // batch.ids.shape[1]
-    return batch.weights.new_zeros(len(batch.ids)).index_add(0, rows, batch.weights)
 
 
 def random_tokens(model: nn.Module, count: int, *key: int | str) -> Tensor:

@@ -12,8 +12,8 @@ from ..lora.layer import attach
 from ..lora.mixture import MixtureLinear, mixtures, weigh
 from ..seeds import generator
 from .base import NotNegative, Task
-from .experts import ExpertConfig, Single
 from .features import over_prompts, padded, pooled_embeddings, prompt_mask
+from .single import ExpertConfig, Single
 
 
 class SaptConfig(ExpertConfig):
@@ -86,7 +86,6 @@ class Sapt(Single):
 
     name, summary, Config = "sapt", "attention from the prompt mixes the adapters of all tasks", SaptConfig
     config: SaptConfig
-    trains = "adapters"
     old_data, task_id, grows, max_zero_stage, packs = True, False, True, 0, False
 
     def attach(self, model) -> None:
