@@ -46,9 +46,11 @@ def run(recipe: Recipe) -> RunFolder:
     collectively(True, await_file, folder.path / "manifest.json")
     if setup.recipe.eval.zero_shot or not setup.method.trains or setup.probes:
         evaluate(setup, folder, acc, -1)
+    # Of one process for all: what a later look into the folder finds depends on how far the first has come meanwhile.
+    learnt = broadcast_object_list([len(folder.archive().files)])[0]
     for index in range(len(setup.recipe.tasks)) if setup.method.trains else ():
         early = setup.method.joint and index + 1 < len(setup.recipe.tasks)
-        if index >= len(folder.archive().files):
+        if index >= learnt:
             (pass_over if early else learn)(setup, folder, acc, index)
         if not early:
             evaluate(setup, folder, acc, index)

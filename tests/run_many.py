@@ -1,12 +1,27 @@
-"""Run every recipe file given, one after the other: what the two-process tests start once for all methods."""
+"""Run every recipe file given, one after the other: what the two-process tests start once for all methods.
 
+The second process is late whenever it looks into the run folder: what it sees there must decide nothing.
+"""
+
+import os
 import sys
+import time
 
 from accelerate.state import PartialState
 
 from codyra_llm import recipe as recipes
+from codyra_llm.folder import RunFolder
 from codyra_llm.run import run
 
+punctual = RunFolder.archive
+
+
+def late(folder: RunFolder):
+    time.sleep(0.02 * int(os.environ["RANK"]))
+    return punctual(folder)
+
+
+RunFolder.archive = late
 for file in sys.argv[1:]:
     run(recipes.load(file))
 PartialState().destroy_process_group()
