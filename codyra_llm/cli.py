@@ -59,7 +59,7 @@ def report(folder: Path) -> None:
     from .report import render, summarise_run, table
 
     opened = RunFolder(folder)
-    summary = summarise_run(opened.recipe, METHODS[opened.recipe.method.name].trains, opened.scores)
+    summary = summarise_run(opened.recipe, bool(METHODS[opened.recipe.method.name].trains), opened.scores, opened.costs)
     opened.write_summary(summary, render(opened.recipe, summary, opened.updates))
     console.print(table(summary))
 

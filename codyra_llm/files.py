@@ -60,4 +60,4 @@ def read_jsonl(path: Path) -> list[dict]:
     if not path.is_file():
         return []
     text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [json.loads(line) for line in text.split("\n")[:-1]]  # splitlines() would split at U+2028 too

@@ -16,8 +16,8 @@ from .recipe import Recipe
 
 
 class RunFolder:
-    """`recipe.json`, `manifest.json`, `updates/`, `state/`, `predictions/`, `log.jsonl`, `updates.jsonl`, `scores.jsonl`,
-    and what is derived from them: `summary.json`, `report.md`, `checkpoint/`."""
+    """`recipe.json`, `manifest.json`, `updates/`, `state/`, `predictions/`, `log.jsonl`, `updates.jsonl`, `costs.jsonl`,
+    `scores.jsonl`, and what is derived from them: `summary.json`, `report.md`, `checkpoint/`."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -71,7 +71,7 @@ class RunFolder:
 
     def restart_log(self, task: str) -> None:
         """Leave out what an attempt at `task` logged before it was stopped."""
-        write_jsonl(self.path / "log.jsonl", [row for row in read_jsonl(self.path / "log.jsonl") if row["task"] != task])
+        self._replace("log", task, [])
 
     def log(self, row: dict) -> None:
         append_jsonl(self.path / "log.jsonl", row)
@@ -81,8 +81,20 @@ class RunFolder:
         return read_jsonl(self.path / "updates.jsonl")
 
     def add_update_report(self, task: str, rows: list[dict]) -> None:
-        kept = [row for row in self.updates if row["task"] != task]
-        write_jsonl(self.path / "updates.jsonl", kept + [{"task": task, **row} for row in rows])
+        self._replace("updates", task, rows)
+
+    @property
+    def costs(self) -> list[dict]:
+        return read_jsonl(self.path / "costs.jsonl")
+
+    def add_costs(self, task: str, row: dict) -> None:
+        self._replace("costs", task, [row])
+
+    def _replace(self, name: str, task: str, rows: list[dict]) -> None:
+        """Put `rows` in place of those of an earlier attempt at `task`."""
+        file = self.path / f"{name}.jsonl"
+        kept = [row for row in read_jsonl(file) if row["task"] != task]
+        write_jsonl(file, kept + [{"task": task, **row} for row in rows])
 
     def write_summary(self, summary: dict, report: str) -> None:
         write_json(self.path / "summary.json", summary)

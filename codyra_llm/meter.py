@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -55,6 +56,33 @@ def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
     action()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+class ProcessPeak:
+    """The most memory that this process holds, in bytes: from the allocator on a GPU; on a CPU the resident set (Linux
+    tells it) above what was there when this object was made, which leaves the libraries out."""
+
+    STATUS = Path("/proc/self/status")
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.before = 0 if device.type == "cuda" else self._resident("VmRSS")
+
+    def restart(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif self.before is not None:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM, see proc(5)
+
+    def read(self) -> int | None:
+        """Since `restart`; None where the system does not tell."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return None if self.before is None else self._resident("VmHWM") - self.before
+
+    def _resident(self, name: str) -> int | None:
+        lines = self.STATUS.read_text(encoding="ascii").splitlines() if self.STATUS.is_file() else []
+        return next((int(line.split()[1]) << 10 for line in lines if line.startswith(name)), None)
 
 
 def saved_bytes(forward: Callable[[], object], held: Iterable[Tensor]) -> int:

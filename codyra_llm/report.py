@@ -12,8 +12,9 @@ from .recipe import Recipe
 MEASURES = ("op", "bwt", "bwt_treelora", "bwt_treelora_clipped", "forgetting", "fwt")
 
 
-def summarise_run(recipe: Recipe, trains: bool, rows: list[dict]) -> dict:
-    """summary.json: tasks, matrix, the measures, and general ability before and after."""
+def summarise_run(recipe: Recipe, trains: bool, rows: list[dict], costs: list[dict]) -> dict:
+    """summary.json: tasks, matrix, the measures, general ability before and after, and what training took: the most
+    parameters trained at once, seconds, and the peak of memory in bytes."""
     tasks = recipe.tasks
     cells = {(row["step"], row["task"]): row["score"] for row in rows if row["kind"] == "task"}
     by_step = [[cells.get((step, task)) for task in tasks] for step in range(len(tasks) + 1)]
@@ -28,7 +29,15 @@ def summarise_run(recipe: Recipe, trains: bool, rows: list[dict]) -> dict:
             general[row["task"]]["before" if row["step"] == 0 else "after"] = row["score"]
     return {"method": recipe.method.name, "protocol": recipe.data.protocol, "seed": recipe.seed,
             "metrics": [versioned(headline(task, recipe.data.protocol)) for task in tasks],
-            **found, "general": general}
+            **found, "general": general, "costs": _costs(costs)}
+
+
+def _costs(rows: list[dict]) -> dict | None:
+    if not rows:
+        return None
+    peaks = [row["peak_bytes"] for row in rows]
+    return {"trained": max(row["trained"] for row in rows), "seconds": round(sum(row["seconds"] for row in rows), 1),
+            "peak_bytes": None if None in peaks else max(peaks)}
 
 
 def _cell(value: float | None) -> str:
@@ -84,4 +93,7 @@ def render(recipe: Recipe, found: dict, updates: list[dict]) -> str:
     if found["general"]:
         lines += ["", "| general ability | before | after |", "|---|---|---|"]
         lines += [f"| {name} | {_cell(v.get('before'))} | {_cell(v.get('after'))} |" for name, v in found["general"].items()]
+    if costs := found["costs"]:
+        peak = "not measured" if costs["peak_bytes"] is None else f"{costs['peak_bytes'] / 2**20:.0f} MiB"
+        lines += ["", f"Training: {costs['trained']:,} parameters, {costs['seconds']:.0f} s, peak memory {peak}."]
     return "\n".join(lines + updates_table(updates)) + "\n"

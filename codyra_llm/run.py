@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from rich.console import Console
 from safetensors.torch import save_file
 
@@ -23,6 +23,7 @@ from .folder import RunFolder
 from .lora.archive import Adapter, Archive, Update
 from .lora.merge import report as update_report
 from .lora.shared import share_inputs
+from .meter import ProcessPeak
 from .recipe import Recipe
 from .report import render, summarise_run, table
 from .setup import PROBE_TOKENS, Setup, prepare
@@ -40,6 +41,7 @@ def run(recipe: Recipe) -> RunFolder:
     setup = collectively(first, prepare, recipe)
     setup = collectively(not first, prepare, recipe) or setup
     _refuse_launch(setup, acc)
+    peak = ProcessPeak(acc.device)
     folder = RunFolder(Path(recipe.output))
     manifest = _manifest(setup, acc) if acc.is_main_process else None
     collectively(acc.is_main_process, folder.open, setup.recipe, manifest)
@@ -51,20 +53,38 @@ def run(recipe: Recipe) -> RunFolder:
     for index in range(len(setup.recipe.tasks)) if setup.method.trains else ():
         early = setup.method.joint and index + 1 < len(setup.recipe.tasks)
         if index >= learnt:
-            (pass_over if early else learn)(setup, folder, acc, index)
+            pass_over(setup, folder, acc, index) if early else learn(setup, folder, acc, peak, index)
         if not early:
             evaluate(setup, folder, acc, index)
     collectively(acc.is_main_process, finish, setup, folder)
     return folder
 
 
-def learn(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> None:
+def learn(setup: Setup, folder: RunFolder, acc: Accelerator, peak: ProcessPeak, index: int) -> None:
     """Train on one task, from what is on disk to an update on disk."""
-    recipe, method, archive = setup.recipe, setup.method, folder.archive()
-    model = _start(setup, acc, archive, index)
-    before = folder.load_state(index - 1)
-    own = {k: v for k, v in before.items() if not k.startswith(OPTIMIZER)}
-    task = setup.task(model, archive, index, own)
+    archive, name = folder.archive(), setup.recipe.tasks[index]
+    peak.restart()
+    model, began = _start(setup, acc, archive, index), time.perf_counter()
+    trainer, adapters, state = _train(setup, folder, acc, archive, model, index)
+    seconds, peaks = time.perf_counter() - began, gather_object([peak.read()])
+    if acc.is_main_process:
+        folder.add_costs(name, {"trained": trainer.trained, "seconds": round(seconds, 3),
+                                "peak_bytes": None if None in peaks else max(peaks)})
+        rows = _archive(setup, folder, archive, index, setup.method.consolidate(adapters, index), state)
+        ranks = [(r["kept"], r["rank"]) for r in rows if r["rank"] is not None]
+        counted = f", {sum(k for k, _ in ranks)} of {sum(r for _, r in ranks)} ranks kept" if ranks else ""
+        console.print(f"{name}: learnt in {seconds:.0f} s{counted}")
+    trainer.engine.free()
+    acc.wait_for_everyone()
+    for file in [folder.state(index)] * bool(state) + [archive.path(index, name)]:
+        collectively(True, await_file, file)
+
+
+def _train(setup: Setup, folder: RunFolder, acc: Accelerator, archive: Archive, model: torch.nn.Module,
+           index: int) -> tuple[Trainer, dict[str, Adapter], dict[str, torch.Tensor]]:
+    """The method's whole course on task `index`: the trainer, the adapters that it left, the method's state."""
+    recipe, method, before = setup.recipe, setup.method, folder.load_state(index - 1)
+    task = setup.task(model, archive, index, {k: v for k, v in before.items() if not k.startswith(OPTIMIZER)})
     method.attach(model)
     share_inputs(model, recipe.model.fused, across=distributed.zero_stage(acc) < 3)
     method.begin_task(model, task)
@@ -73,20 +93,11 @@ def learn(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> None
     trainer = Trainer(acc, method, model, recipe.optim, setup.tokenizer.pad_token_id, recipe.data.batching)
     if method.carries_optimizer and index:
         trainer.load_state({k.removeprefix(OPTIMIZER): v for k, v in before.items() if k.startswith(OPTIMIZER)})
-    began = time.perf_counter()
     adapters = _fit(setup, folder, acc, trainer, index)
     state = method.end_task(model, task, trainer.gradients)
     if method.carries_optimizer:
         state |= {OPTIMIZER + k: v for k, v in trainer.state().items()}
-    if acc.is_main_process:
-        rows = _archive(setup, folder, archive, index, method.consolidate(adapters, index), state)
-        ranks = [(r["kept"], r["rank"]) for r in rows if r["rank"] is not None]
-        counted = f", {sum(k for k, _ in ranks)} of {sum(r for _, r in ranks)} ranks kept" if ranks else ""
-        console.print(f"{recipe.tasks[index]}: learnt in {time.perf_counter() - began:.0f} s{counted}")
-    trainer.engine.free()
-    acc.wait_for_everyone()
-    for file in [folder.state(index)] * bool(state) + [archive.path(index, recipe.tasks[index])]:
-        collectively(True, await_file, file)
+    return trainer, adapters, state
 
 
 def _start(setup: Setup, acc: Accelerator, archive: Archive, index: int) -> torch.nn.Module:
@@ -160,7 +171,7 @@ def evaluate(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> N
 
 def finish(setup: Setup, folder: RunFolder) -> None:
     """Summary, report and, if asked, the final merged model."""
-    summary = summarise_run(setup.recipe, bool(setup.method.trains), folder.scores)
+    summary = summarise_run(setup.recipe, bool(setup.method.trains), folder.scores, folder.costs)
     folder.write_summary(summary, render(setup.recipe, summary, folder.updates))
     console.print(table(summary))
     target = folder.path / "checkpoint"

@@ -66,6 +66,7 @@ class Trainer:
         if self.packed:
             attention.use(model)
         groups = method.param_groups(model, optim.lr)
+        self.trained = sum(p.numel() for group in groups for p in group["params"])
         self.optimizer = ProximalAdamW(groups, betas=optim.betas, weight_decay=optim.weight_decay)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.engine = Engine(acc, Objective(model, method), self.optimizer, optim.max_grad_norm)
