@@ -52,6 +52,50 @@ def plan(recipe: RecipeArg, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def sweep(file: Annotated[Path, typer.Argument(metavar="SWEEP", help="a YAML file: recipe, output, set, arms, grid, tune")],
+          overrides: Overrides = None,
+          jobs: Annotated[int | None, typer.Option(min=1, help="runs at the same time; default: one per GPU, or 1")] = None,
+          launcher: Annotated[str | None, typer.Option(help="start each run with this, one after the other, e.g. "
+                                                       "'accelerate launch --config_file zero2.yaml'")] = None,
+          report: Annotated[bool, typer.Option("--report", help="run nothing, compare what is finished")] = False) -> None:
+    """Compare methods, or any settings: every arm at every point of a grid, resumable, with intervals.
+
+    \b
+    recipe: quickstart
+    output: runs/ewc
+    set: {optim.lr: 1e-3}               # for all runs
+    arms:                               # name: what is set in it; the first is the baseline
+      seqlora: {method: seqlora}
+      ewc: {method: ewc}
+    grid: {seed: [1, 2, 3], data.tasks: [1, 2]}
+    tune:                               # optional: as many tries for every arm
+      set: {seed: 0, eval.split: eval}
+      tries:
+        seqlora: [{optim.lr: 1e-3}, {optim.lr: 3e-3}]
+        ewc: [{method.weight: 1e+4}, {method.weight: 1e+6}]
+
+    The comparison is in <output>/sweep.md and sweep.json, anew after every run.
+    """
+    from . import compare, sweep as sweeps
+    from .files import write_json
+
+    asked = sweeps.load(file, overrides or [])
+
+    def write() -> None:
+        found = compare.compare(asked)
+        write_json(asked.output / "sweep.json", found)
+        (asked.output / "sweep.md").write_text(compare.render(found, file.stem), encoding="utf-8")
+
+    try:
+        if not report:
+            sweeps.run(asked, jobs, launcher, write)
+    finally:
+        write()
+        console.print(compare.table(compare.compare(asked)))
+        console.print(f"comparison: {asked.output / 'sweep.md'}")
+
+
+@app.command()
 def report(folder: Path) -> None:
     """Print a run's scores and rewrite its summary.json and report.md; needs no model."""
     from .folder import RunFolder

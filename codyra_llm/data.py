@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from . import attention
+from .errors import Fault
 from .examples import read_split
 from .loss import head_loss
 from .models import adds_bos
@@ -100,8 +101,15 @@ class Stream:
         return read_split(self.root, task, split)
 
     def records(self, index: int, split: str) -> list[dict]:
-        """Records of task `index`; the training split is limited to `max_train_examples`."""
+        """Records of task `index`; the training split is limited to `max_train_examples`, the eval split is without
+        the prompts that it shares with test, since settings are chosen on it."""
         rows = self._read(self.tasks[index], split)
+        if split == "eval":
+            known = {row["prompt"] for row in self._read(self.tasks[index], "test")}
+            rows = [row for row in rows if row["prompt"] not in known]
+            if not rows:
+                raise Fault(f"{self.root / self.tasks[index] / 'eval.json'} has no prompt that test.json has not; give "
+                            f"an eval split of its own")
         return rows[: self.data.max_train_examples] if split == "train" else rows
 
     def extra(self, name: str) -> list[dict]:

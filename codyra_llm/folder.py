@@ -96,6 +96,12 @@ class RunFolder:
         kept = [row for row in read_jsonl(file) if row["task"] != task]
         write_jsonl(file, kept + [{"task": task, **row} for row in rows])
 
+    @property
+    def summary(self) -> dict:
+        """Empty before the run has come to its end."""
+        file = self.path / "summary.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
     def write_summary(self, summary: dict, report: str) -> None:
         write_json(self.path / "summary.json", summary)
         (self.path / "report.md").write_text(report, encoding="utf-8")

@@ -146,16 +146,24 @@ def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
 
 
 def read(path: str | Path) -> dict:
-    file = find(path)
+    """The recipe file at `path`, or the shipped one of that name, as a mapping."""
+    raw = read_mapping(find(path), "see recipes/quickstart.yaml")
+    return {key: value for key, value in raw.items() if key not in PROGRAM_KEYS}
+
+
+def read_mapping(file: Path, example: str) -> dict:
+    """A YAML file that holds a mapping. Raises Fault with what is wrong with it."""
     try:
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise Fault(f"{file} is not valid YAML: {' '.join(str(error).split())}; correct the file") from None
     except UnicodeDecodeError as error:
         raise Fault(f"{file} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise Fault(f"{file} can't be read ({error.strerror}); give a YAML file") from None
     if not isinstance(raw, dict):
-        raise Fault(f"{file} holds a {type(raw).__name__}, not a mapping of sections; see recipes/quickstart.yaml")
-    return {key: value for key, value in raw.items() if key not in PROGRAM_KEYS}
+        raise Fault(f"{file} holds a {type(raw).__name__}, not a mapping of sections; {example}")
+    return raw
 
 
 def find(path: str | Path) -> Path:
@@ -170,21 +178,29 @@ def find(path: str | Path) -> Path:
 
 def override(raw: dict, overrides: list[str]) -> dict:
     """Apply `a.b=value` (value in YAML), in order. `method=NAME` starts the method's section afresh."""
+    for key, value in split_overrides(overrides):
+        assign(raw, key, value)
+    return raw
+
+
+def split_overrides(overrides: list[str]) -> list[tuple[str, Any]]:
+    """Keys and values of `a.b=value` texts. Raises one Fault with all that are none."""
     faults = [f"'{item}' is not an override; write key=value, e.g. optim.lr=1e-4" for item in overrides
               if "=" not in item]
     if faults:
         raise Fault(*faults)
-    for item in overrides:
-        key, _, value = item.partition("=")
-        *path, last = key.removeprefix("--").split(".")
-        node = raw
-        for part in path:
-            node = node.setdefault(part, {})
-            if not isinstance(node, dict):
-                raise Fault(f"{key}: '{part}' is a value, not a section; override '{part}' itself")
-        parsed = yaml.safe_load(value)
-        node[last] = {"name": parsed} if key == "method" and isinstance(parsed, str) else parsed
-    return raw
+    return [(key.removeprefix("--"), yaml.safe_load(value)) for key, _, value in (item.partition("=") for item in overrides)]
+
+
+def assign(raw: dict, key: str, value: Any) -> None:
+    """Set `a.b` of a recipe's mapping."""
+    *path, last = key.split(".")
+    node = raw
+    for part in path:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise Fault(f"{key}: '{part}' is a value, not a section; override '{part}' itself")
+    node[last] = {"name": value} if key == "method" and isinstance(value, str) else value
 
 
 def parse(raw: dict, source: str = "recipe") -> Recipe:
@@ -201,17 +217,18 @@ def parse(raw: dict, source: str = "recipe") -> Recipe:
         try:
             config = METHODS[method["name"]].Config(**method)
         except ValidationError as error:
-            faults += _sentences(error, METHODS[method["name"]].Config, ("method",))
+            faults += sentences(error, METHODS[method["name"]].Config, ("method",))
     try:
         recipe = Recipe(**{**raw, "method": config})
     except ValidationError as error:
-        faults += _sentences(error, Recipe)
+        faults += sentences(error, Recipe)
     if faults:
         raise Fault(*(f"{source}: {fault}" for fault in faults))
     return recipe
 
 
-def _sentences(error: ValidationError, schema: type[BaseModel], prefix: tuple = ()) -> list[str]:
+def sentences(error: ValidationError, schema: type[BaseModel], prefix: tuple = ()) -> list[str]:
+    """What pydantic found wrong with `schema`, one sentence each."""
     out = []
     for e in error.errors():
         key = ".".join(str(part) for part in (*prefix, *e["loc"]))

@@ -1,0 +1,167 @@
+"""The comparison that a sweep was made for: its finished runs, arm by arm, every mean with an interval.
+
+Over seeds where an arm has several: Student's t at 95 %. Where it has one: the percentile bootstrap over test examples, the same
+draws in every cell of a task and in every arm, so that a difference between arms is a paired one.
+"""
+
+from collections.abc import Callable
+from statistics import fmean
+
+import numpy as np
+from rich.box import SIMPLE
+from rich.table import Table
+from scipy.stats import sem, t
+
+from .benchmarks.trace.metrics import headline
+from .evaluate.matrix import summary as summarise
+from .files import read_jsonl
+from .sweep import Run, Settings, Sweep
+
+MEASURES = {"op": "OP", "bwt": "BWT", "bwt_treelora": "BWT, TreeLoRA's", "forgetting": "forgetting", "learnt": "just learnt",
+            "general": "general ability"}
+RESAMPLES = 1000
+
+
+def compare(sweep: Sweep) -> dict:
+    """`{"baseline", "by", "rows", "tries", "runs"}` of what is finished; an empty list of rows where nothing is."""
+    runs, groups = [run for run in sweep.runs() if run.finished], {}
+    for run in runs:
+        groups.setdefault((run.arm, _rest(run.settings)), []).append(run)
+    return {"baseline": sweep.baseline, "by": sweep.by,
+            "rows": [_row(arm, rest, members, groups.get((sweep.baseline, rest), [])) | {"chosen": sweep.chosen(arm)}
+                     for (arm, rest), members in groups.items()],
+            "tries": [{"arm": run.arm, "settings": run.settings, sweep.by: run.folder.summary[sweep.by]}
+                      for run in sweep.tries if run.finished],
+            "runs": [{"arm": run.arm, "settings": run.settings, **run.folder.summary} for run in runs]}
+
+
+def measures(summary: dict) -> dict[str, float | None]:
+    """The numbers of MEASURES from a run's summary; None where not measured."""
+    matrix, general = summary["matrix"], [v.get("after") for v in summary["general"].values()]
+    learnt = [matrix[i][i] for i in range(len(matrix))]
+    return {**{name: summary[name] for name in ("op", "bwt", "bwt_treelora", "forgetting")},
+            "learnt": fmean(learnt) if learnt and None not in learnt else None,
+            "general": fmean(general) if general and None not in general else None}
+
+
+def _rest(settings: Settings) -> str:
+    return ", ".join(f"{key}={value}" for key, value in settings.items() if key != "seed")
+
+
+def _row(arm: str, rest: str, runs: list[Run], baseline: list[Run]) -> dict:
+    """The measures of one arm over its seeds, their differences to the baseline's of the same seeds, and the costs."""
+    found = [measures(run.folder.summary) for run in runs]
+    pairs = [(a, b) for a in runs for b in baseline if a.settings == b.settings and a.arm != b.arm]
+    differences = [{k: _minus(measures(a.folder.summary)[k], measures(b.folder.summary)[k]) for k in MEASURES}
+                   for a, b in pairs]
+    alone = _resampled(runs[0]) if len(runs) == 1 else None
+    other = _resampled(pairs[0][1]) if len(pairs) == 1 else None
+    drawn = [{k: _minus(x[k], y[k]) for k in MEASURES} for x, y in zip(alone, other)] if alone and other else None
+    return {"arm": arm, "settings": rest, "seeds": len(runs),
+            **{name: _interval([f[name] for f in found], alone and [a[name] for a in alone]) for name in MEASURES},
+            "difference": {name: _interval([d[name] for d in differences], drawn and [d[name] for d in drawn])
+                           for name in MEASURES} if pairs else None,
+            "costs": _costs(runs), "relative": _relative(_costs(runs), _costs(baseline))}
+
+
+def _minus(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
+def _interval(values: list[float | None], drawn: list[float | None] | None) -> dict | None:
+    """Mean and bounds: of `values` over seeds, or of the one value from what was `drawn` for it."""
+    if not values or None in values:
+        return None
+    if len(values) > 1:
+        half = float(t.ppf(0.975, len(values) - 1) * sem(values))
+        return {"mean": fmean(values), "low": fmean(values) - half, "high": fmean(values) + half, "over": "seeds"}
+    if not drawn or None in drawn:
+        return {"mean": values[0], "low": None, "high": None, "over": None}
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return {"mean": values[0], "low": float(low), "high": float(high), "over": "test examples"}
+
+
+def _resampled(run: Run) -> list[dict[str, float | None]]:
+    """The measures of RESAMPLES test sets drawn from the run's own, with replacement."""
+    recipe, tasks = run.folder.recipe, run.folder.recipe.tasks
+    cells = {}
+    for row in run.folder.scores:
+        file = run.folder.path / "predictions" / f"{row['step']:02d}-{row['after']}" / f"{row['task']}.jsonl"
+        metric = headline(row["task"], recipe.data.protocol)
+        scores = np.array([r[metric] for r in read_jsonl(file)], dtype=float)
+        drawn = np.random.default_rng(sum(map(ord, row["task"]))).integers(len(scores), size=(RESAMPLES, len(scores)))
+        cells[row["step"], row["task"]] = scores[drawn].mean(axis=1)
+    general = run.folder.summary["general"]
+    steps = len(run.folder.summary["matrix"])
+
+    def cell(step: int, task: str, i: int) -> float | None:
+        return float(cells[step, task][i]) if (step, task) in cells else None
+
+    return [measures(summarise(tasks, [[cell(step, task, i) for task in tasks] for step in range(1, steps + 1)], None)
+                     | {"general": {name: {"after": cell(len(tasks), name, i)} for name in general}})
+            for i in range(RESAMPLES)]
+
+
+def _costs(runs: list[Run]) -> dict | None:
+    """Means over the runs: parameters trained, seconds of training, peak of memory in bytes."""
+    costs = [run.folder.summary["costs"] for run in runs]
+    if not costs or None in costs:
+        return None
+    return {key: None if any(c[key] is None for c in costs) else fmean(c[key] for c in costs)
+            for key in ("trained", "seconds", "peak_bytes")}
+
+
+def _relative(own: dict | None, baseline: dict | None) -> dict | None:
+    return {key: own[key] / baseline[key] if own[key] and baseline[key] else None for key in own} if own and baseline else None
+
+
+COLUMNS: dict[str, Callable[[dict], str]] = {
+    "arm": lambda row: " ".join(filter(None, (row["arm"], row["settings"]))),
+    **{title: lambda row, name=name: _shown(row[name]) for name, title in MEASURES.items()},
+    "OP, less the baseline's": lambda row: _shown(row["difference"] and row["difference"]["op"], "+.1f"),
+    "forgetting, less the baseline's": lambda row: _shown(row["difference"] and row["difference"]["forgetting"], "+.1f"),
+    "trained": lambda row: f"{row['costs']['trained']:,.0f}" if row["costs"] else "",
+    "time": lambda row: _times(row, "seconds"),
+    "memory": lambda row: _times(row, "peak_bytes"),
+}
+
+
+def _shown(value: dict | None, form: str = ".1f") -> str:
+    if value is None:
+        return ""
+    half = "" if value["low"] is None else f" ± {(value['high'] - value['low']) / 2:.1f}"
+    return f"{value['mean']:{form}}{half}"
+
+
+def _times(row: dict, key: str) -> str:
+    ratio = row["relative"] and row["relative"][key]
+    return f"{ratio:.2f}" if ratio else ""
+
+
+def table(found: dict) -> Table:
+    """For the terminal: the columns that fit, all rows."""
+    shown = [name for name in COLUMNS if name not in ("BWT, TreeLoRA's", "forgetting, less the baseline's")]
+    out = Table(*shown, box=SIMPLE, padding=0, collapse_padding=True, title=_caption(found))
+    for row in found["rows"]:
+        out.add_row(*(COLUMNS[name](row) for name in shown))
+    return out
+
+
+def render(found: dict, name: str) -> str:
+    """The comparison in Markdown: the arms, and, where settings were chosen, every try."""
+    lines = [f"# {name}", "", _caption(found), "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    lines += ["| " + " | ".join(show(row) for show in COLUMNS.values()) + " |" for row in found["rows"]]
+    if found["tries"]:
+        lines += ["", f"Settings of each arm were chosen by {found['by']} on the eval splits, among:", "",
+                  f"| arm | try | {found['by']} | chosen |", "|---|---|---|---|"]
+        chosen = {row["arm"]: row["chosen"] for row in found["rows"]}
+        lines += [f"| {x['arm']} | {', '.join(f'{k}={v}' for k, v in x['settings'].items()) or 'as it is'} | "
+                  f"{x[found['by']]:.1f} | {'yes' if chosen.get(x['arm']) == x['settings'] else ''} |" for x in found["tries"]]
+    return "\n".join(lines) + "\n"
+
+
+def _caption(found: dict) -> str:
+    over = sorted({row["op"]["over"] for row in found["rows"] if row["op"] and row["op"]["over"]})
+    seeds = sorted({row["seeds"] for row in found["rows"]})
+    return (f"Means over {'/'.join(map(str, seeds))} seeds, ± half the width of a 95 % interval over {' or '.join(over)}; time and "
+            f"peak memory of training as multiples of {found['baseline']}'s")
