@@ -72,7 +72,10 @@ class ProcessPeak:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         elif self.before is not None:
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM, see proc(5)
+            try:
+                Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM, see proc(5)
+            except OSError:  # a container may forbid it; then the peak is not known
+                self.before = None
 
     def read(self) -> int | None:
         """Since `restart`; None where the system does not tell."""

@@ -83,9 +83,10 @@ def tiny_gemma3(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def toy_stream(tmp_path_factory):
-    """Folder of three tiny tasks in TRACE's layout: copy a letter, name the next digit, answer in two words."""
+    """Folder of three tiny tasks in TRACE's layout: copy a letter (for eval "now": a prompt that test has not), name
+    the next digit, answer in two words."""
     root = tmp_path_factory.mktemp("stream")
-    makers = {"ONE": lambda i: ("Say " + "ABC"[i % 3] + ":", "ABC"[i % 3]), "TWO": lambda i: (f"{i} next:", str(i + 1)),
+    makers = {"ONE": lambda i: (f"Say {'ABC'[i % 3]}{' now' * (20 <= i < 24)}:", "ABC"[i % 3]), "TWO": lambda i: (f"{i} next:", str(i + 1)),
               "THREE": lambda i: (f"Who is number {i} of the list?\nAnswer:", f"person {i % 4}")}
     for task, make in makers.items():
         for split, numbers in (("train", range(20)), ("eval", range(20, 24)), ("test", range(24, 30))):

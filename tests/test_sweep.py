@@ -1,0 +1,211 @@
+"""Sweeps: which runs a file asks for, that each is run once, how settings are chosen, and the intervals of the comparison."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from scipy.stats import norm, ttest_1samp
+
+from codyra_llm import compare, sweep as sweeps
+from codyra_llm import run as runs
+from codyra_llm.cli import main
+from codyra_llm.errors import Fault
+from codyra_llm.evaluate.matrix import summary as summarise
+from codyra_llm.files import write_json, write_jsonl
+
+
+@pytest.fixture
+def file(tiny_llama, toy_stream, tmp_path):
+    """Function that writes a sweep file over a small recipe; keywords replace its sections."""
+    recipe = {"model": {"path": str(tiny_llama)}, "data": {"root": str(toy_stream), "tasks": ["ONE", "TWO"], "epochs": 1},
+              "method": {"name": "seqlora", "rank": 2}, "optim": {"lr": 1e-2, "batch_size": 8},
+              "eval": {"max_new_tokens": 3, "max_examples": 4}, "output": "replaced"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+
+    def write(**sections) -> Path:
+        raw = {"recipe": str(tmp_path / "recipe.yaml"), "output": str(tmp_path / "out"), "set": {"checkpoint": False},
+               "arms": {"seqlora": {}, "ewc": {"method.weight": 1e3, "method": "ewc"}}, "grid": {"seed": [1, 2]}, **sections}
+        (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+        return tmp_path / "sweep.yaml"
+    return write
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Runs go in this process; the list of those that were started."""
+    started = []
+
+    def launch(run, place, launcher):
+        started.append(f"{run.arm}/{run.folder.path.name}")
+        runs.run(run.recipe)
+        return 0
+    monkeypatch.setattr(sweeps, "_launch", launch)
+    return started
+
+
+def go(file: Path, *overrides: str) -> sweeps.Sweep:
+    asked = sweeps.load(file, list(overrides))
+    sweeps.run(asked, 1, None, lambda: None)
+    return asked
+
+
+def test_every_arm_at_every_point(file):
+    asked = sweeps.load(file(grid={"seed": [1, 2], "data.tasks": [["ONE", "TWO"], ["TWO", "ONE"]], "optim.lr": [1e-3]}),
+                        ["data.epochs=2"])
+    found = {run.folder.path.relative_to(asked.output): run.recipe for run in asked.runs()}
+    assert len(found) == 8
+    one = found[Path("ewc/seed=2,data.tasks=#2,optim.lr=0.001")]
+    assert (one.method.name, one.method.weight, one.seed, one.tasks) == ("ewc", 1e3, 2, ["TWO", "ONE"])
+    assert one.optim.lr == 1e-3 and one.data.epochs == 2 and one.checkpoint is False and one.optim.batch_size == 8
+
+
+def test_all_faults_of_the_file_at_once(file):
+    with pytest.raises(Fault) as fault:
+        sweeps.load(file(arms={"a/b": {}, "good": {}}, grid={"seed": []}, baseline="goof",
+                         tune={"tries": {"good": [{}], "a/b": [{}, {}], "other": [{}]}}))
+    text = str(fault.value)
+    assert len(fault.value.messages) == 5
+    assert all(part in text for part in ("'a/b' becomes a folder", "grid.seed", "Did you mean 'good'?", "'other' is not an arm",
+                                         "good 1, a/b 2"))
+
+
+def test_what_any_run_would_refuse_is_told_before_the_first(file, launches):
+    broken = file(arms={"x": {"optim.lr": -1}, "y": {"method": "ewk"}})
+    with pytest.raises(Fault) as fault:
+        sweeps.load(broken)
+    assert len(fault.value.messages) == 4  # two arms at two seeds
+    with pytest.raises(Fault, match="replay: .*Lima"):
+        sweeps.load(file(arms={"seqlora": {}, "replay": {"method": "replay"}}))
+    with pytest.raises(Fault, match="tune.tries: ewc would be compared without tries"):
+        sweeps.load(file(tune={"tries": {"seqlora": [{}]}}))
+    with pytest.raises(Fault, match="can't be read"):
+        sweeps.load("nowhere.yaml")
+
+
+def test_a_finished_run_is_not_run_again(file, launches):
+    go(file())
+    assert launches == ["seqlora/seed=1", "ewc/seed=1", "seqlora/seed=2", "ewc/seed=2"]
+    go(file(grid={"seed": [1, 2, 3]}))
+    assert launches[4:] == ["seqlora/seed=3", "ewc/seed=3"]
+    go(file(set={"checkpoint": False, "data.tasks": ["ONE", "TWO", "THREE"]}, arms={"seqlora": {}}))  # a longer stream
+    assert launches[6:] == ["seqlora/seed=1", "seqlora/seed=2"]
+    with pytest.raises(Fault, match="seed=1 was run with other settings: data.epochs was .*name"):
+        go(file(), "data.epochs=2")
+
+
+def test_the_best_try_is_what_is_run(file, launches):
+    rates = [{"optim.lr": 1e-9}, {"optim.lr": 3e-2}]
+    asked = go(file(arms={"seqlora": {}}, set={"checkpoint": False, "data.epochs": 20, "data.tasks": ["ONE"]},
+                    tune={"set": {"seed": 0, "eval.split": "eval"}, "tries": {"seqlora": rates}}))
+    scores = [run.folder.summary["op"] for run in asked.tries]
+    assert scores[0] < scores[1]
+    assert all(run.recipe.eval.split == "eval" and run.recipe.seed == 0 for run in asked.tries)
+    assert [(r.recipe.optim.lr, r.recipe.eval.split) for r in asked.runs()] == [(3e-2, "test")] * 2
+    assert launches == ["seqlora/try=1", "seqlora/try=2", "seqlora/seed=1", "seqlora/seed=2"]
+    text = compare.render(compare.compare(asked), "x")
+    assert f"| seqlora | optim.lr=0.03 | {scores[1]:.1f} | yes |" in text
+
+
+def test_a_run_that_fails_stops_no_other(file, monkeypatch):
+    started = []
+    monkeypatch.setattr(sweeps, "_launch", lambda run, place, launcher: started.append(run.arm) or run.arm == "seqlora")
+    with pytest.raises(Fault) as fault:
+        go(file())
+    assert started == ["seqlora", "ewc"] * 2 and len(fault.value.messages) == 2
+    assert "seed=1.log" in fault.value.messages[0]
+
+
+def test_one_run_per_gpu_or_a_share_of_the_cores(monkeypatch):
+    def places(*args):
+        queue = sweeps._places(*args)
+        return [queue.get() for _ in range(queue.qsize())]
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(sweeps.os, "cpu_count", lambda: 8)
+    assert places(None, None) == [{"OMP_NUM_THREADS": "8"}] and places(4, None) == [{"OMP_NUM_THREADS": "2"}] * 4
+    monkeypatch.setattr(sweeps.torch.cuda, "device_count", lambda: 2)
+    assert places(None, None) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+    assert places(None, "accelerate launch") == [{}]
+
+
+def test_from_the_command_line(file, capsys):
+    """Two processes of their own, one launched as on many GPUs, then the comparison alone."""
+    path = file(arms={"none": {"method": "none"}, "seqlora": {}}, grid={"seed": [1]}, baseline="none")
+    with pytest.raises(SystemExit) as end:
+        main(["sweep", str(path), "--jobs", "2"])
+    assert not end.value.code, capsys.readouterr().err
+    out = path.parent / "out"
+    found = json.loads((out / "sweep.json").read_text())
+    assert [row["arm"] for row in found["rows"]] == ["none", "seqlora"] and len(found["runs"]) == 2
+    assert found["rows"][1]["costs"]["trained"] > 0 and found["rows"][0]["costs"] is None
+    assert "after TWO: ONE" in (out / "seqlora" / "seed=1.log").read_text()
+    (out / "sweep.md").unlink()
+    with pytest.raises(SystemExit):
+        main(["sweep", str(path), "--report"])
+    assert "| seqlora | " in (out / "sweep.md").read_text() and "seqlora" in capsys.readouterr().out
+
+
+def faked(sweep, scores: dict[tuple[str, int], dict[tuple[int, str], list[float]]]) -> None:
+    """Write run folders of two tasks with these scores by (step, task), each exact match of an example."""
+    for run in sweep.runs():
+        cells = scores[run.arm, run.settings["seed"]]
+        run.folder.open(run.recipe.resolved(), {"base": "x"})
+        means = {cell: float(np.mean(values)) for cell, values in cells.items()}
+        found = summarise(["ONE", "TWO"], [[means.get((s, t)) for t in ("ONE", "TWO")] for s in (1, 2)], None)
+        cost = {"trained": 10, "seconds": 2.0 if run.arm == "ewc" else 1.0, "peak_bytes": None}
+        write_json(run.folder.path / "summary.json", {**found, "general": {}, "costs": cost})
+        for (step, task), values in cells.items():
+            after = ("ONE", "TWO")[step - 1]
+            row = {"after": after, "step": step, "task": task, "kind": "task"}
+            run.folder.add_scores(row, [{"exact_match": v} for v in values])
+
+
+def test_intervals_over_seeds_and_paired_differences(file):
+    rng = np.random.default_rng(0)
+    asked = sweeps.load(file(grid={"seed": [1, 2, 3, 4]}))
+    scores = {(arm, seed): {cell: list(rng.integers(0, 2, 5) * 100.0) for cell in ((1, "ONE"), (2, "ONE"), (2, "TWO"))}
+              for arm in ("seqlora", "ewc") for seed in (1, 2, 3, 4)}
+    faked(asked, scores)
+    base, ewc = compare.compare(asked)["rows"]
+    ops = {arm: [np.mean([np.mean(scores[arm, s][2, t]) for t in ("ONE", "TWO")]) for s in (1, 2, 3, 4)]
+           for arm in ("seqlora", "ewc")}
+    for found, values in ((ewc["op"], ops["ewc"]), (ewc["difference"]["op"], np.subtract(ops["ewc"], ops["seqlora"]))):
+        bounds = ttest_1samp(values, 0).confidence_interval(0.95)
+        assert (found["mean"], found["low"], found["high"]) == pytest.approx((np.mean(values), *bounds))
+        assert found["over"] == "seeds"
+    assert base["difference"] is None and ewc["relative"] == {"trained": 1, "seconds": 2, "peak_bytes": None}
+    assert ewc["seeds"] == 4 and ewc["learnt"]["mean"] == pytest.approx(
+        np.mean([[np.mean(scores["ewc", s][1, "ONE"]), np.mean(scores["ewc", s][2, "TWO"])] for s in (1, 2, 3, 4)]))
+
+
+def test_intervals_over_test_examples(file):
+    """Of one seed: near the normal approximation, and nought for a difference between equal predictions."""
+    asked = sweeps.load(file(grid={"seed": [1]}))
+    rng = np.random.default_rng(1)
+    cells = {cell: list(rng.integers(0, 2, 400) * 100.0) for cell in ((1, "ONE"), (2, "ONE"), (2, "TWO"))}
+    faked(asked, {("seqlora", 1): cells, ("ewc", 1): cells})
+    _, ewc = compare.compare(asked)["rows"]
+    error = np.sqrt(sum(np.var(cells[2, t]) / 400 for t in ("ONE", "TWO"))) / 2
+    half = (ewc["op"]["high"] - ewc["op"]["low"]) / 2
+    assert half == pytest.approx(norm.ppf(0.975) * error, rel=0.1) and ewc["op"]["over"] == "test examples"
+    # The same examples are drawn in both rows of ONE, so BWT's interval is that of the paired difference.
+    change = np.subtract(cells[2, "ONE"], cells[1, "ONE"])
+    assert (ewc["bwt"]["high"] - ewc["bwt"]["low"]) / 2 == pytest.approx(norm.ppf(0.975) * change.std() / 20, rel=0.1)
+    assert ewc["difference"]["op"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "over": "test examples"}
+
+
+def test_a_measure_that_was_not_taken_is_left_blank(file):
+    asked = sweeps.load(file())
+    faked(asked, {(arm, seed): {(2, "ONE"): [100.0], (2, "TWO"): [0.0]} for arm in ("seqlora", "ewc") for seed in (1, 2)})
+    found = compare.compare(asked)
+    assert found["rows"][0]["bwt"] is None and found["rows"][0]["op"]["mean"] == 50
+    assert "| seqlora | 50.0 ± 0.0 |  |  |" in compare.render(found, "x")
+
+
+def test_read_jsonl_keeps_line_separators(tmp_path):
+    from codyra_llm.files import read_jsonl
+
+    write_jsonl(tmp_path / "x.jsonl", [{"a": "one\u2028two\x85three"}, {"a": "\n"}])
+    assert [row["a"] for row in read_jsonl(tmp_path / "x.jsonl")] == ["one\u2028two\x85three", "\n"]
