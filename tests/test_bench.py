@@ -15,7 +15,7 @@ from codyra_llm.data import Encoded, collate, example_weights
 from codyra_llm.estimate import activation_bytes, matmul_speed, step_flops
 from codyra_llm.lora.layer import AdapterSpec, attach, sites
 from codyra_llm.lora.shared import share_inputs
-from codyra_llm.meter import Meter, peak_bytes, saved_bytes
+from codyra_llm.meter import Meter, ProcessPeak, peak_bytes, saved_bytes
 from codyra_llm.models import PROJECTIONS
 
 CPU = torch.device("cpu")
@@ -109,6 +109,24 @@ def test_the_meter_counts_storages_while_they_live():
         assert meter.live == 400
         del b
     assert (meter.live, meter.peak) == (0, 800)
+
+
+@pytest.mark.skipif(not ProcessPeak.STATUS.is_file(), reason="only Linux tells a process's memory")
+def test_the_peak_of_the_process_starts_anew():
+    peak = ProcessPeak(torch.device("cpu"))
+    size = 200 << 20
+    peak.restart()
+    torch.ones(size // 4).sum()
+    first = peak.read()
+    peak.restart()
+    assert size * 0.9 < first < size * 1.3 and peak.read() < first - size * 0.9
+
+
+def test_a_peak_that_is_not_told_is_none(monkeypatch, tmp_path):
+    monkeypatch.setattr(ProcessPeak, "STATUS", tmp_path / "none")
+    peak = ProcessPeak(torch.device("cpu"))
+    peak.restart()
+    assert peak.read() is None
 
 
 def test_the_meter_sees_what_autograd_keeps_and_backward():

@@ -1,5 +1,7 @@
 """Label masks by position, truncation that keeps EOS, weights, orders, micro-batches."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from codyra_llm import models
 from codyra_llm.data import Encoded, Encoder, Stream, collate, micro_batches, shuffled
+from codyra_llm.errors import Fault
 from codyra_llm.recipe import DataSection
 
 TEXTS = [("The answer is", "B"), ("判断：\n态度：", "A"), ("Solve.\nQuestion:\n2+2\nAnswer:", "4.0"),
@@ -131,3 +134,21 @@ def test_order_is_a_function_of_seed_task_and_epoch():
 def test_stream_limits_the_training_split_alone(toy_stream):
     stream = Stream(DataSection(root="-", tasks=["ONE"], max_train_examples=3, epochs=1), toy_stream)
     assert len(stream.records(0, "train")) == 3 and len(stream.records(0, "test")) > 3
+
+
+def test_settings_are_not_chosen_on_prompts_of_the_test_split(tmp_path):
+    def write(split, prompts):
+        (tmp_path / "X").mkdir(exist_ok=True)
+        rows = [{"prompt": p, "answer": "a"} for p in prompts]
+        (tmp_path / "X" / f"{split}.json").write_text(json.dumps(rows), encoding="utf-8")
+
+    def prompts(split):
+        stream = Stream(DataSection(root="-", tasks=["X"], epochs=1), tmp_path)
+        return [row["prompt"] for row in stream.records(0, split)]
+
+    write("eval", ["p", "q", "r"])
+    write("test", ["q", "s"])
+    assert prompts("eval") == ["p", "r"] and prompts("test") == ["q", "s"]
+    write("test", ["p", "q", "r"])
+    with pytest.raises(Fault, match="eval.json has no prompt that test.json has not"):
+        prompts("eval")

@@ -72,9 +72,9 @@ def watched(patch: pytest.MonkeyPatch) -> set[tuple[int, int, str]]:
         read.update((current, index, split) for current in now)
         return records(stream, index, split)
 
-    def learning(setup, folder, acc, index):
+    def learning(setup, folder, acc, peak, index):
         now.append(index)
-        learn(setup, folder, acc, index)
+        learn(setup, folder, acc, peak, index)
         now.pop()
     patch.setattr(Stream, "records", spying)
     patch.setattr(runs, "learn", learning)

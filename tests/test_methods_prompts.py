@@ -311,10 +311,10 @@ def test_killed_and_restarted_equals_straight_through_and_a_stage_answers(name, 
     straight = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "straight", name, **short))
     learn = runs.learn
 
-    def dies(setup, folder, acc, index):
+    def dies(setup, folder, acc, peak, index):
         if index == 2:
             raise KeyboardInterrupt
-        learn(setup, folder, acc, index)
+        learn(setup, folder, acc, peak, index)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(runs, "learn", dies)

@@ -205,10 +205,10 @@ def test_updates_go_to_the_original_weights_and_each_task_quantises_anew(tiny_ll
     again = recipe(tiny_llama, toy_stream, tmp_path / "restarted")
     learn = runs.learn
 
-    def dies(setup, folder, acc, index):
+    def dies(setup, folder, acc, peak, index):
         if index == 1:
             raise KeyboardInterrupt
-        learn(setup, folder, acc, index)
+        learn(setup, folder, acc, peak, index)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(runs, "learn", dies)

@@ -49,7 +49,14 @@ def test_run_folder_is_whole(finished):
     logs = [json.loads(line) for line in (finished.path / "log.jsonl").read_text().splitlines()]
     assert [(r["task"], r["step"]) for r in logs] == [(t, s) for t in ("ONE", "TWO") for s in range(1, 7)]
     assert sum(r["kappa"] for r in logs if r["task"] == "ONE") == pytest.approx(0.1)
-    assert "divided by" in (finished.path / "report.md").read_text()
+    costs = read_jsonl(finished.path / "costs.jsonl")
+    setup = prepare(finished.recipe)
+    trained = sum(4 * (m.in_features + m.out_features + 1) for m in setup.model(finished.archive(), -1).model.layers.modules()
+                  if isinstance(m, torch.nn.Linear))
+    assert [(row["task"], row["trained"]) for row in costs] == [("ONE", trained), ("TWO", trained)]
+    assert summary["costs"]["seconds"] == pytest.approx(sum(row["seconds"] for row in costs), abs=0.1)
+    report = (finished.path / "report.md").read_text()
+    assert "divided by" in report and f"Training: {trained:,} parameters" in report
 
 
 def test_update_report(finished):
@@ -84,11 +91,11 @@ def test_killed_and_restarted_equals_straight_through(method, tiny_llama, toy_st
     straight = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "straight", **method))
     learn = runs.learn
 
-    def dies(setup, folder, acc, index):
+    def dies(setup, folder, acc, peak, index):
         if index == 1:
             folder.log({"task": "TWO", "step": 1})  # as far as it got
             raise KeyboardInterrupt
-        learn(setup, folder, acc, index)
+        learn(setup, folder, acc, peak, index)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(runs, "learn", dies)
