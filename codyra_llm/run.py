@@ -24,6 +24,7 @@ from .lora.archive import Adapter, Archive, Update
 from .lora.merge import report as update_report
 from .lora.shared import share_inputs
 from .meter import ProcessPeak
+from .preflight import preflight
 from .recipe import Recipe
 from .report import render, summarise_run, table
 from .setup import PROBE_TOKENS, Setup, prepare
@@ -40,10 +41,15 @@ def run(recipe: Recipe) -> RunFolder:
     first = acc.is_local_main_process  # of each node, so that what is made or converted on first use is made once
     setup = collectively(first, prepare, recipe)
     setup = collectively(not first, prepare, recipe) or setup
-    _refuse_launch(setup, acc)
+    collectively(True, _refuse_launch, setup, acc)
+    base = models.fingerprint(setup.base) if first else None
+    if acc.num_processes > 1:
+        told = preflight(acc, setup, base)
+        if acc.is_main_process:
+            console.print(told, soft_wrap=True)
     peak = ProcessPeak(acc.device)
     folder = RunFolder(Path(recipe.output))
-    manifest = _manifest(setup, acc) if acc.is_main_process else None
+    manifest = _manifest(setup, acc, base) if acc.is_main_process else None
     collectively(acc.is_main_process, folder.open, setup.recipe, manifest)
     collectively(True, await_file, folder.path / "manifest.json")
     if setup.recipe.eval.zero_shot or not setup.method.trains or setup.probes:
@@ -231,10 +237,10 @@ def _refuse_launch(setup: Setup, acc: Accelerator) -> None:
                     "launch without DeepSpeed")
 
 
-def _manifest(setup: Setup, acc: Accelerator) -> dict:
+def _manifest(setup: Setup, acc: Accelerator, base: str) -> dict:
     names = ["torch", "transformers", "accelerate", "datasets", "safetensors"]
     names += ["bitsandbytes"] if setup.recipe.model.quantization else []
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"codyra_llm": __version__, "python": sys.version.split()[0], **{name: version(name) for name in names},
             "device": gpu or "cpu", "dtype": str(setup.dtype), "world_size": acc.num_processes,
-            "zero_stage": distributed.zero_stage(acc), "base": models.fingerprint(setup.base)}
+            "zero_stage": distributed.zero_stage(acc), "base": base}
