@@ -25,9 +25,14 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
                                                        "e.g. method=seqlora optim.lr=1e-4 data.epochs=2")]
 LocalRank = Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)]  # added by launchers
 
+DeepSpeedConfig = Annotated[Path | None, typer.Option("--deepspeed_config", "--deepspeed-config", metavar="FILE.json", help=
+                            "ZeRO under `deepspeed` or torchrun, which run as DDP without it; `accelerate launch` has "
+                            "configs of its own")]
+
 
 @app.command()
-def run(recipe: RecipeArg, overrides: Overrides = None, local_rank: LocalRank = None) -> None:
+def run(recipe: RecipeArg, overrides: Overrides = None, local_rank: LocalRank = None,
+        deepspeed_config: DeepSpeedConfig = None) -> None:
     """Run a recipe: the whole stream, evaluation and the final checkpoint.
 
     The same command goes on where a run stopped; a finished run whose recipe gains a task at the end goes on with it.
@@ -36,8 +41,11 @@ def run(recipe: RecipeArg, overrides: Overrides = None, local_rank: LocalRank = 
     from accelerate.state import PartialState
 
     from . import recipe as recipes
+    from .distributed import ask_deepspeed
     from .run import run as run_recipe
 
+    if deepspeed_config:
+        ask_deepspeed(deepspeed_config)
     run_recipe(recipes.load(recipe, overrides or []))
     PartialState().destroy_process_group()  # if there is one
 

@@ -1,9 +1,11 @@
 """The engine of one task: one process, DDP or DeepSpeed ZeRO behind the same verbs. No other file knows DeepSpeed."""
 
+import json
 import os
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +47,22 @@ def accelerator() -> Accelerator:
         config.pop("train_batch_size", None)
         unset_hf_deepspeed_config()
     return made
+
+
+def ask_deepspeed(file: Path) -> None:
+    """Have `accelerator` use DeepSpeed with this JSON file: what `accelerate launch` says through the environment, for
+    launchers that say only ranks. Raises Fault where there is no launcher, or the file asks for no ZeRO stage."""
+    if "RANK" not in os.environ:
+        raise Fault(f"--deepspeed_config: {file} needs a launcher; start with deepspeed, torchrun or launch.sh")
+    try:
+        stage = json.loads(file.read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage")
+    except (OSError, ValueError, AttributeError) as error:
+        raise Fault(f"--deepspeed_config: {file} can't be read ({error}); give a JSON file such as "
+                    '{"zero_optimization": {"stage": 2}}') from None
+    if stage not in (1, 2, 3):
+        raise Fault(f"--deepspeed_config: zero_optimization.stage of {file} is {stage}, expected 1, 2 or 3; set it, or "
+                    f"leave the option out to run as DDP")
+    os.environ.update(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_CONFIG_FILE=str(file))
 
 
 def _prepare_deepspeed(cpu: bool) -> None:

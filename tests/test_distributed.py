@@ -146,17 +146,49 @@ def test_what_the_loop_sets_is_what_the_optimizer_reads():
 def test_ddp(method, one_process, recipe_files, tmp_path):
     done = torchrun(recipe_files / f"{method}.yaml", f"output={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
+    assert "2 processes on 1 machine (DDP) agree; 7 examples per optimizer step over all, up to 60 tokens" in done.stdout
     assert_same_run(one_process[method], tmp_path / "run", 0)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("stage", "method"), [(1, "seqlora"), (2, "codyra"), (2, "ewc")])
-def test_zero(stage, method, one_process, recipe_files, tmp_path):
-    done = accelerate(SHIPPED / "accelerate" / f"zero{stage}.yaml", recipe_files / f"{method}.yaml",
+@pytest.mark.parametrize(("config", "method"), [("zero1", "seqlora"), ("zero2", "codyra"), ("zero2", "ewc"),
+                                               ("zero3_offload", "codyra")])
+def test_zero(config, method, one_process, recipe_files, tmp_path):
+    done = accelerate(SHIPPED / "accelerate" / f"{config}.yaml", recipe_files / f"{method}.yaml",
                       f"output={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert "built successfully" not in done.stdout  # nothing was compiled
-    assert_same_run(one_process[method], tmp_path / "run", stage)
+    assert_same_run(one_process[method], tmp_path / "run", int(config[4]))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [0, 2])
+def test_deepspeeds_own_launcher(stage, one_process, recipe_files, tmp_path):
+    """It says ranks and nothing else, so that a recipe runs as DDP where no DeepSpeed file is named. With one host it
+    starts the processes here, whatever its name; only its checks would use ssh."""
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    asked = ["--deepspeed_config", tmp_path / "zero.json"] if stage else []
+    done = launched("deepspeed.launcher.runner", "--hostfile", tmp_path / "hosts", "--no_ssh_check", "--master_addr",
+                    "127.0.0.1", "--master_port", free_port(), recipe_files / "codyra.yaml", *asked,
+                    f"output={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(one_process["codyra"], tmp_path / "run", stage)
+
+
+@pytest.mark.parametrize(("text", "told"), [
+    ("{}", "zero_optimization.stage of .* is None, expected 1, 2 or 3"), ("[1]", "can't be read"), ("{", "can't be read"),
+    ('{"zero_optimization": {"stage": 0}}', "is 0, expected 1, 2 or 3"), (None, "can't be read"),
+    ('{"zero_optimization": {"stage": 2}}', "needs a launcher")])
+def test_a_deepspeed_file_that_asks_for_nothing_is_refused(text, told, tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    if told != "needs a launcher":
+        monkeypatch.setenv("RANK", "0")
+    if text:
+        (tmp_path / "zero.json").write_text(text)
+    with pytest.raises(Fault, match=told):
+        distributed.ask_deepspeed(tmp_path / "zero.json")
+    assert "ACCELERATE_DEEPSPEED_CONFIG_FILE" not in os.environ
 
 
 @pytest.mark.distributed

@@ -110,7 +110,16 @@ def test_accelerate_reads_the_shipped_configs(config):
     from accelerate.commands.config.config_args import load_config_from_file
 
     loaded = load_config_from_file(str(config))
-    assert loaded.num_processes == 2 and loaded.distributed_type in ("MULTI_GPU", "DEEPSPEED")
+    assert loaded.num_processes == 2 and loaded.num_machines == 1 + (config.stem == "two_nodes")
+    stage = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}.get(config.stem)
+    assert loaded.distributed_type == ("DEEPSPEED" if stage else "MULTI_GPU")
+    assert loaded.deepspeed_config.get("zero_stage") == stage
+    assert (loaded.deepspeed_config.get("offload_param_device") == "cpu") == config.stem.endswith("_offload")
+
+
+def test_there_are_accelerate_configs():
+    assert {path.stem for path in (SHIPPED / "accelerate").glob("*.yaml")} == {
+        "ddp", "two_nodes", "zero1", "zero2", "zero3", "zero3_offload"}
 
 
 def test_a_wheel_holds_every_package():
