@@ -193,7 +193,7 @@ def test_the_documented_commands(command, launch, tmp_path):
         path = word.partition("=")[2] or word
         assert "/" not in path or (ROOT / path).is_file(), path
     (tmp_path / "hosts").write_text("n7 slots=8\nn8 slots=8\n")
-    (tmp_path / "sbatch").write_text(command.replace("sbatch ", f"cd {ROOT} && bash ") if command.startswith("sbatch") else
+    (tmp_path / "sbatch").write_text(command.replace("sbatch ", f"cd {ROOT} && bash ", 1) if command.startswith("sbatch") else
                                      command.replace("./launch.sh", f"{ROOT}/launch.sh --dry-run"))
     python = write_stubs(tmp_path / "shell", {"srun": 'printf "srun "; printf "%s " "$@"; echo'})
     environment = BATCH if command.startswith("sbatch") else {"GPUS": "8"}
