@@ -84,11 +84,11 @@ def test_killed_and_restarted_equals_straight_through(method, tiny_llama, toy_st
     straight = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "straight", **method))
     learn = runs.learn
 
-    def dies(setup, folder, acc, index):
+    def dies(setup, folder, acc, peak, index):
         if index == 1:
             folder.log({"task": "TWO", "step": 1})  # as far as it got
             raise KeyboardInterrupt
-        learn(setup, folder, acc, index)
+        learn(setup, folder, acc, peak, index)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(runs, "learn", dies)
