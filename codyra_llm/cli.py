@@ -74,24 +74,26 @@ def sweep(file: Annotated[Path, typer.Argument(metavar="SWEEP", help="a YAML fil
         seqlora: [{optim.lr: 1e-3}, {optim.lr: 3e-3}]
         ewc: [{method.weight: 1e+4}, {method.weight: 1e+6}]
 
+    Whatever layer names a method, it starts its section afresh, and every layer's method.KEY is set over it.
     The comparison is in <output>/sweep.md and sweep.json, anew after every run.
     """
-    from . import compare, sweep as sweeps
+    from . import compare, execute
+    from . import sweep as sweeps
     from .files import write_json
 
     asked = sweeps.load(file, overrides or [])
 
-    def write() -> None:
+    def write() -> dict:
         found = compare.compare(asked)
         write_json(asked.output / "sweep.json", found)
         (asked.output / "sweep.md").write_text(compare.render(found, file.stem), encoding="utf-8")
+        return found
 
     try:
         if not report:
-            sweeps.run(asked, jobs, launcher, write)
+            execute.execute(asked, jobs, launcher, write)
     finally:
-        write()
-        console.print(compare.table(compare.compare(asked)))
+        console.print(compare.table(write()))
         console.print(f"comparison: {asked.output / 'sweep.md'}")
 
 

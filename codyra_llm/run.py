@@ -170,9 +170,8 @@ def evaluate(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> N
 
 
 def finish(setup: Setup, folder: RunFolder) -> None:
-    """Summary, report and, if asked, the final merged model."""
+    """If asked the final merged model, then summary and report: whoever finds them finds a finished run."""
     summary = summarise_run(setup.recipe, bool(setup.method.trains), folder.scores, folder.costs)
-    folder.write_summary(summary, render(setup.recipe, summary, folder.updates))
     console.print(table(summary))
     target = folder.path / "checkpoint"
     if setup.recipe.checkpoint and setup.method.trains:
@@ -182,6 +181,7 @@ def finish(setup: Setup, folder: RunFolder) -> None:
         else:
             write_stage(folder, last, target)
         console.print(f"{'merged model' if setup.method.merges else 'stage of the run'}: {target}")
+    folder.write_summary(summary, render(setup.recipe, summary, folder.updates))
 
 
 def _due(setup: Setup, index: int) -> list[tuple[str, list[dict], int]]:
