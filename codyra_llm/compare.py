@@ -58,8 +58,8 @@ def _row(arm: str, rest: str, runs: list[Run], baseline: list[Run]) -> dict:
     other = _resampled(pairs[0][1]) if len(pairs) == 1 else None
     drawn = [{k: _minus(x[k], y[k]) for k in MEASURES} for x, y in zip(alone, other)] if alone and other else None
     return {"arm": arm, "settings": rest, "seeds": len(runs),
-            **{name: _interval([f[name] for f in found], alone and [a[name] for a in alone]) for name in MEASURES},
-            "difference": {name: _interval([d[name] for d in differences], drawn and [d[name] for d in drawn])
+            **{name: interval([f[name] for f in found], alone and [a[name] for a in alone]) for name in MEASURES},
+            "difference": {name: interval([d[name] for d in differences], drawn and [d[name] for d in drawn])
                            for name in MEASURES} if pairs else None,
             "costs": _costs(runs), "relative": _relative(_costs(runs), _costs(baseline))}
 
@@ -68,7 +68,7 @@ def _minus(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a - b
 
 
-def _interval(values: list[float | None], drawn: list[float | None] | None) -> dict | None:
+def interval(values: list[float | None], drawn: list[float | None] | None) -> dict | None:
     """Mean and bounds: of `values` over seeds, or of the one value from what was `drawn` for it."""
     if not values or None in values:
         return None
