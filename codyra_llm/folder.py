@@ -14,7 +14,7 @@ from .files import append_jsonl, read_jsonl, write_json, write_jsonl
 from .lora.archive import Archive
 from .recipe import Recipe
 
-
+# settings that change no result
 NO_RESULT = ("output", "checkpoint", "optim.micro_batch_tokens", "eval.batch_tokens", "model.fused", "data.batching")
 
 

@@ -64,10 +64,10 @@ def curve(series: dict[str, list[tuple[float, float]]], tasks: list[tuple[str, i
     marks = ticks(0 if from_zero else min(values), max(values))
     x, y = Scale(0, max(last for *_, last in tasks) + 1, 60, 950), Scale(marks[0], marks[-1], 150, 24)
     lines = []
-    for number, (name, line) in enumerate(series.items()):
+    for number, line in enumerate(series.values()):
         for _, first, last in tasks:
-            own = [(s, v) for s, v in line if first <= s <= last]
-            lines += [{"name": name, "number": number, "points": points((x(s) for s, _ in own), (y(v) for _, v in own))}] * bool(own)
+            if own := [(s, v) for s, v in line if first <= s <= last]:
+                lines.append({"number": number, "points": points((x(s) for s, _ in own), (y(v) for _, v in own))})
     spans = [(label, x(first), x(last + 1)) for label, first, last in tasks]
     return {"lines": lines, "names": list(series), "ys": [(y(v), f"{v:g}") for v in marks],
             "tasks": [{"x": a, "middle": round((a + b) / 2, 1), "title": label,

@@ -1,7 +1,6 @@
 """Test examples that a run could answer and then could not."""
 
 from ..benchmarks.trace.metrics import headline
-from ..files import read_jsonl
 from ..folder import RunFolder
 
 SHOWN, PROMPT, ANSWER = 3, 700, 400  # examples per task; letters kept of each text

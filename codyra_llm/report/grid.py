@@ -19,7 +19,7 @@ class Cell:
     small: str = ""  # a second line
     hint: str = ""
     heat: float | None = None  # 0..100: how strong the cell's colour is
-    marked: bool = False
+    marked: bool = False  # outlined, or bold
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,9 @@ class Grid:
     columns: list[str]
     rows: list[tuple[str, list[Cell | None]]]
     note: str = ""
+
+    def holds_words(self, column: int) -> bool:
+        return any(cells[column] is not None and isinstance(cells[column].value, str) for _, cells in self.rows)
 
     def filled(self) -> "Grid":
         """Without the columns that hold nothing."""
@@ -68,7 +71,10 @@ def markdown(grids: Iterable[Grid]) -> str:
 
 
 def _words(cell: Cell | None) -> str:
-    return "" if cell is None else f"{cell.text} ({cell.small})" if cell.small else cell.text
+    if cell is None:
+        return ""
+    text = f"**{cell.text}**" if cell.marked else cell.text
+    return f"{text} ({cell.small})" if cell.small else text
 
 
 def _line(texts: Iterable[str]) -> str:

@@ -1,6 +1,6 @@
 """What the page of several runs shows: groups of equal recipe but seed, their means with spread, and paired differences."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -103,20 +103,20 @@ def _facts(groups: list[list[Run]]) -> list[str]:
     short = [run.folder.path for run in runs if run.summary["matrix"] and len(run.summary["matrix"]) < len(run.recipe.tasks)]
     splits = {run.recipe.eval.split for run in runs}
     return [line for line in (
-        "Runs with the same recipe but for the seed are a group. ± is half the 95 % interval over seeds (Student's t), sd "
-        "the standard deviation; a group of one run has neither.",
+        ("Runs with the same recipe but for the seed are a group. ± is half the 95 % interval over seeds (Student's t), sd "
+         "the standard deviation; a group of one run has neither."),
         f"Scored on the {' and '.join(sorted(splits))} split." if splits != {"test"} else "",
         f"Not finished: {', '.join(map(str, short))}." if short else "") if line]
 
 
-def _over(values: list[float | None], form: str = ".1f", **more) -> Cell | None:
+def _over(values: list[float | None], form: str = ".1f", heat: float | None = None) -> Cell | None:
     """Mean, interval and standard deviation over seeds; None where a run lacks the number."""
     found = compare.interval(values, None)
     if found is None:
         return None
     half = "" if found["low"] is None else f" ± {found['high'] - found['mean']:.1f}"
     return Cell(found["mean"], f"{found['mean']:{form}}{half}", found["low"], found["high"],
-                small=f"sd {stdev(values):.1f}" if half else "", **more)
+                small=f"sd {stdev(values):.1f}" if half else "", heat=heat)
 
 
 def _leaderboard(names: list[str], groups: list[list[Run]]) -> Grid:
@@ -126,9 +126,8 @@ def _leaderboard(names: list[str], groups: list[list[Run]]) -> Grid:
         costs = [run.summary["costs"] or {} for run in group]
         trained, seconds, peak = ([cost.get(key) for cost in costs] for key in ("trained", "seconds", "peak_bytes"))
         lines.append((name, [Cell(len(group), str(len(group))),
-                             *(_over([run.measures[key] for run in group],
-                                     heat=_heat([run.measures[key] for run in group]) if key in ("op", "learnt", "general") else None)
-                               for key in compare.MEASURES),
+                             *(_over(values, heat=_heat(values) if key in ("op", "learnt", "general") else None)
+                               for key in compare.MEASURES for values in [[run.measures[key] for run in group]]),
                              *(number(None if None in values else fmean(values) / unit, ",.0f")
                                for values, unit in ((trained, 1), (seconds, 1), (peak, 2 ** 20)))]))
     op = 1 + list(compare.MEASURES).index("op")
@@ -159,16 +158,15 @@ def _differences(names: list[str], groups: list[list[Run]]) -> Grid | None:
     for name, group in zip(names[1:], groups[1:]):
         pairs = [(run.measures, first[run.recipe.seed]) for run in group if run.recipe.seed in first]
         if pairs:
-            values = {key: [None if None in (a[key], b[key]) else a[key] - b[key] for a, b in pairs] for key in compare.MEASURES}
-            lines.append((name, [Cell(len(pairs), str(len(pairs))), *(_difference(v) for v in values.values())]))
+            values = [[None if None in (a[key], b[key]) else a[key] - b[key] for a, b in pairs] for key in compare.MEASURES]
+            lines.append((name, [Cell(len(pairs), str(len(pairs))), *map(_difference, values)]))
     return Grid("paired differences", f"less {names[0]}", ["pairs", *compare.MEASURES.values()], lines,
-                "Means over the seeds that both have. Outlined: the 95 % interval leaves 0 out.").filled() if lines else None
+                "Means over the seeds that both have. Marked: the 95 % interval leaves 0 out.").filled() if lines else None
 
 
 def _difference(values: list[float | None]) -> Cell | None:
     cell = _over(values, "+.1f")
-    clear = cell and cell.low is not None and (cell.low > 0 or cell.high < 0)
-    return cell and _over(values, "+.1f", marked=clear)
+    return cell and replace(cell, marked=cell.low is not None and (cell.low > 0 or cell.high < 0))
 
 
 def _runs(names: list[str], groups: list[list[Run]]) -> Grid:

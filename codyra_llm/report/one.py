@@ -79,7 +79,7 @@ def _scores(found: dict, rows: dict) -> Grid:
              for step, label in lines]
     metrics = ", ".join(f"{task}: {metric}" for task, metric in zip(tasks, found["metrics"]))
     return Grid("scores", "after", tasks, [line for line in cells if any(line[1])],
-                f"Below each score its 95 % interval over test examples; outlined: the task just learnt. {metrics}.")
+                f"Below each score its 95 % interval over test examples; marked: the task just learnt. {metrics}.")
 
 
 def _panels(found: dict, rows: dict) -> list[dict]:
@@ -120,7 +120,8 @@ def _ranks(updates: list[dict]) -> Grid | None:
     sums = [[sum(v) for v in zip(*(part for (t, _), part in parts.items() if t == task))] for task in tasks]
     lines.append(("all", [_kept(*both) for both in sums]))
     whole = all(row["kept"] == row["rank"] for row in rows)
-    return Grid("ranks kept", "projection", tasks, lines, "Every rank was kept." if whole else "Over all layers.") if rows else None
+    note = "Every rank was kept." if whole else "Over all layers."
+    return Grid("ranks kept", "projection", tasks, lines, note) if rows else None
 
 
 def _kept(kept: int, rank: int) -> Cell:
@@ -136,8 +137,10 @@ def _rank_maps(updates: list[dict]) -> list[Grid]:
     for task, members in groupby(rows, key=lambda row: row["task"]):
         cells = {_site(row["site"]): row for row in members}
         layers, names = (list(dict.fromkeys(keys)) for keys in zip(*cells))
+        ranks = sorted({row["rank"] for row in cells.values()})
         maps.append(Grid(f"ranks kept: {task}", "layer", [name.removesuffix("_proj") for name in names],
-                         [(layer, [_mapped(cells.get((layer, name))) for name in names]) for layer in layers]))
+                         [(layer, [_mapped(cells.get((layer, name))) for name in names]) for layer in layers],
+                         f"of {' or '.join(map(str, ranks))}"))
     return maps
 
 

@@ -27,7 +27,8 @@ def write(folders: list[RunFolder], out: Path, examples: bool = True) -> None:
         if out.suffix == ".csv":
             write_csv(grids(found), file)
         else:
-            file.write(html(found, len(folders)) if out.suffix == ".html" else f"# {found['title']}\n\n{markdown(grids(found))}")
+            page = html(found, len(folders)) if out.suffix == ".html" else f"# {found['title']}\n\n{markdown(grids(found))}"
+            file.write(page)
 
 
 def html(found: dict, runs: int) -> str:
