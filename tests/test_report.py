@@ -86,8 +86,8 @@ def make(path, lift: float = 0.0, lose: float = 0.0, **overrides) -> RunFolder:
     write_jsonl(path / "updates.jsonl", [
         {"task": task, "site": f"model.layers.{layer}.mlp.up_proj", "rank": 4, "kept": (i + layer) % 5, "update_norm": 0.5 + i,
          "drift": 1.5 + i, "surviving": 0.75} for i, task in enumerate(tasks) for layer in range(2)])
-    write_jsonl(path / "log.jsonl", [{"task": task, "step": s + 1, "steps": 5, "loss": 5.0 - s, "lr": 1e-3 / (s + 1), "tokens": 64,
-                                      "seconds": 0.5} for task in tasks for s in range(5)])
+    write_jsonl(path / "log.jsonl", [{"task": task, "step": s + 1, "steps": 5, "loss": 5.0 - s, "lr": 1e-3 / (s + 1),
+                                      "tokens": 64, "seconds": 0.5} for task in tasks for s in range(5)])
     write_jsonl(path / "costs.jsonl", [{"task": task, "trained": 1234, "seconds": 2.5, "peak_bytes": 7 * 2 ** 20}
                                        for task in tasks])
     return RunFolder(path)
@@ -181,7 +181,8 @@ def test_long_texts_keep_both_ends():
 def test_the_page_stays_small(tmp_path):
     folder = make(tmp_path / "run")
     updates = [{"task": task, "site": f"model.layers.{layer}.self_attn.{name}_proj", "rank": 64, "kept": layer,
-                "update_norm": 1.0, "drift": 1.0, "surviving": 1.0} for task in TASKS for layer in range(80) for name in "qkvogud"]
+                "update_norm": 1.0, "drift": 1.0, "surviving": 1.0}
+               for task in TASKS for layer in range(80) for name in "qkvogud"]
     write_jsonl(folder.path / "updates.jsonl", updates)
     write_jsonl(folder.path / "log.jsonl", [{"task": task, "step": s, "steps": 4000, "loss": math.sin(s) + 2, "lr": 1e-3,
                                              "tokens": 9, "seconds": 1.0} for task in TASKS for s in range(4000)])
