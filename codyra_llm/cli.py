@@ -98,16 +98,29 @@ def sweep(file: Annotated[Path, typer.Argument(metavar="SWEEP", help="a YAML fil
 
 
 @app.command()
-def report(folder: Path) -> None:
-    """Print a run's scores and rewrite its summary.json and report.md; needs no model."""
-    from .folder import RunFolder
-    from .methods import METHODS
-    from .report import render, summarise_run, table
+def report(folders: Annotated[list[Path], typer.Argument(metavar="RUN...")],
+           out: Annotated[Path | None, typer.Option(help="file to write: .html, a page; .csv or .md, its tables")] = None,
+           examples: Annotated[bool, typer.Option(help="show test examples that were forgotten")] = True) -> None:
+    """Report on a run, or on several together; needs no model.
 
-    opened = RunFolder(folder)
-    summary = summarise_run(opened.recipe, bool(METHODS[opened.recipe.method.name].trains), opened.scores, opened.costs)
-    opened.write_summary(summary, render(opened.recipe, summary, opened.updates))
-    console.print(table(summary))
+    Without --out: print the run's scores and rewrite its summary.json, report.md and report.html.
+    Example: codyra-llm report runs/* --out report.html
+    """
+    from .folder import RunFolder
+    from .report import page
+    from .report.one import summarised
+    from .report.tables import render, table
+
+    opened = [RunFolder(path) for path in {path.resolve(): path for path in folders}.values()]
+    if out is None and len(opened) > 1:
+        raise Fault("--out: several runs have no folder in common; name the file to write, e.g. --out report.html")
+    if out is None:
+        summary = summarised(opened[0])
+        opened[0].write_summary(summary, render(opened[0].recipe, summary, opened[0].updates))
+        console.print(table(summary))
+    target = out or opened[0].path / "report.html"
+    page.write(opened, target, examples)
+    console.print(f"report: {target}")
 
 
 @app.command()

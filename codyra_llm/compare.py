@@ -62,8 +62,8 @@ def _row(arm: str, rest: str, runs: list[Run], baseline: list[Run]) -> dict:
     one, other = map(_drawn, pairs[0]) if len(pairs) == 1 else ({}, {})
     drawn = {k: one[k] - other[k] for k in one.keys() & other.keys()}
     return {"arm": arm, "settings": rest, "seeds": len(runs),
-            **{name: _interval([f[name] for f in found], alone.get(name)) for name in MEASURES},
-            "difference": {name: _interval([d[name] for d in differences], drawn.get(name)) for name in MEASURES}
+            **{name: interval([f[name] for f in found], alone.get(name)) for name in MEASURES},
+            "difference": {name: interval([d[name] for d in differences], drawn.get(name)) for name in MEASURES}
             if pairs and runs != baseline else None,
             "costs": _costs(runs), "relative": _relative(_costs([a for a, _ in pairs]), _costs([b for _, b in pairs]))}
 
@@ -72,7 +72,7 @@ def _minus(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a - b
 
 
-def _interval(values: list[float | None], drawn: np.ndarray | None) -> dict | None:
+def interval(values: list[float | None], drawn: np.ndarray | None) -> dict | None:
     """Mean and bounds: of `values` over seeds, or of the one value from what was `drawn` for it."""
     if not values or None in values:
         return None

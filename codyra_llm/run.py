@@ -25,7 +25,8 @@ from .lora.merge import report as update_report
 from .lora.shared import share_inputs
 from .meter import ProcessPeak
 from .recipe import Recipe
-from .report import render, summarise_run, table
+from .report import page
+from .report.tables import render, summarise_run, table
 from .setup import PROBE_TOKENS, Setup, prepare
 from .train import TaskData, Trainer
 
@@ -170,7 +171,7 @@ def evaluate(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> N
 
 
 def finish(setup: Setup, folder: RunFolder) -> None:
-    """If asked the final merged model, then summary and report: whoever finds them finds a finished run."""
+    """If asked the final merged model, then the reports, and the summary last: whoever finds it finds a finished run."""
     summary = summarise_run(setup.recipe, bool(setup.method.trains), folder.scores, folder.costs)
     console.print(table(summary))
     target = folder.path / "checkpoint"
@@ -181,6 +182,7 @@ def finish(setup: Setup, folder: RunFolder) -> None:
         else:
             write_stage(folder, last, target)
         console.print(f"{'merged model' if setup.method.merges else 'stage of the run'}: {target}")
+    page.write([folder], folder.path / "report.html")
     folder.write_summary(summary, render(setup.recipe, summary, folder.updates))
 
 
