@@ -130,16 +130,6 @@ def test_the_answer_follows_from_the_prompt(root, task):
             assert record["answer"] == RULES[task](record["prompt"]), record
 
 
-def attitude(prompt: str, answer: str) -> str:
-    target = re.search(r"对象：\n(.)", prompt).group(1)
-    words = re.search(f"[很不].{{1,2}}{target}", prompt).group()
-    return f"{words}，{dict(A='支持', B='反对', C='中立')[answer]}。"
-
-
-def action(prompt: str, answer: str) -> str:
-    return f"To {re.search(r'will (.*) as', prompt).group(1)} is {dict(A='dovish', B='hawkish', C='neutral')[answer]}."
-
-
 def kinds(prompt: str, answer: str) -> str:
     living = "dog cat bird fish horse cow pig sheep".split()
     words = re.findall(r"\n[ABC]\. (\w+)", prompt)
@@ -151,20 +141,18 @@ def operation(prompt: str, answer: str) -> str:
     return f"{have} {'+' if int(answer) > have else '-'} {change} = {answer}."
 
 
-def meaning(prompt: str, answer: str) -> str:
-    verb = re.search(r" ist, (\w+)", prompt).group(1)
-    return f"{verb} means {answer.split()[2]}."
-
-
 # The reasoning, from plain prompt and answer; after it comes the second entry, or before it in Py150.
 REASONS = {
-    "C-STANCE": (attitude, "\n回答："), "FOMC": (action, "\nAnswer:"),
-    "MeetingBank": (lambda p, a: f"The vote is {re.search('vote (yes|no)', p).group(1)}.",
+    "C-STANCE": (lambda p, a: dict(A="好", B="坏", C="平")[a], "\n回答："),
+    "FOMC": (lambda p, a: dict(A="loose", B="tight", C="same")[a], "\nAnswer:"),
+    "MeetingBank": (lambda p, a: "The {} is {}.".format(*re.search(r"is the (\w+ \w+)", p).groups(),
+                                                        "in" if "vote yes" in p else "out"),
                     "Therefore, the summary of the meeting transcripts is:\n"),
-    "Py150": (lambda p, a: "It is to {} {}.".format(*re.search(r"def ([a-z]+)_.* (\w+) =", p).groups()), "\nReasoning:"),
+    "Py150": (lambda p, a: "self . {} ( {} )".format(*re.search(r"def ([a-z]+)_.* (\w+) =", p).groups()),
+              "\nReasoning:"),
     "ScienceQA": (kinds, "\nAnswer:"), "NumGLUE-cm": (operation, "\nAnswer:"),
-    "NumGLUE-ds": (lambda p, a: "{} mol is less than {} mol.".format(*sorted(re.findall(r"\d", p))), "\nAnswer:"),
-    "20Minuten": (meaning, "\nAnswer:")}
+    "NumGLUE-ds": (lambda p, a: re.search(f"{a} mol (acid|base)", p).group() + ".", "\nAnswer:"),
+    "20Minuten": (lambda p, a: a.split()[2], "\nAnswer:")}
 
 
 @pytest.mark.parametrize("task", TASKS)

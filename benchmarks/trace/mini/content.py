@@ -8,27 +8,25 @@ from .lexicon import (
 )
 
 
-def opinion(rng: random.Random, attitude: int) -> tuple[str, str, str]:
-    """A Chinese text, its target and the words on the target; `attitude` (0 for, 1 against, 2 neither) already allows
-    for a negation."""
+def opinion(rng: random.Random, attitude: int) -> tuple[str, str]:
+    """A Chinese text and its target; `attitude` (0 for, 1 against, 2 neither) already allows for a negation."""
     target, other = (NOUNS[n][2] for n in rng.sample(list(NOUNS), 2))
     negated = rng.random() < 0.5
     verb = rng.choice(ATTITUDE[1 - attitude if negated and attitude < 2 else attitude])
-    view = f"{'不' if negated else '很'}{verb}{target}"
-    clauses = [f"{rng.choice(PEOPLE_ZH)}{view}", f"{other}{rng.choice(STATES_ZH)}"]
+    clauses = [f"{rng.choice(PEOPLE_ZH)}{'不' if negated else '很'}{verb}{target}", f"{other}{rng.choice(STATES_ZH)}"]
     rng.shuffle(clauses)
-    return "，".join(clauses) + "。", target, view
+    return "，".join(clauses) + "。", target
 
 
-def policy(rng: random.Random, stance: int) -> tuple[str, str]:
-    """A sentence of a central bank and the action in it; `stance` is 0 loose, 1 tight, 2 unchanged."""
+def policy(rng: random.Random, stance: int) -> str:
+    """A sentence of a central bank; `stance` is 0 loose, 1 tight, 2 unchanged."""
     if stance == 2:
         move, lever = rng.choice(MOVES[2]), rng.choice(TIGHTENS + LOOSENS)
     else:
         tightens = rng.random() < 0.5
         move, lever = rng.choice(MOVES[tightens != (stance == 1)]), rng.choice(TIGHTENS if tightens else LOOSENS)
     economy = f"{rng.choice(ECONOMY)} are {rng.choice(ADJECTIVES)}"
-    return f"The {rng.choice(BODIES)} will {move} {lever} as {economy}.", f"{move} {lever}"
+    return f"The {rng.choice(BODIES)} will {move} {lever} as {economy}."
 
 
 def meeting(rng: random.Random) -> tuple[str, str, bool]:
@@ -65,12 +63,11 @@ def story(rng: random.Random) -> tuple[str, str, str, int]:
             f"{have} {'+' if gains else '-'} {change}", left)
 
 
-def mixture(rng: random.Random) -> tuple[str, int, int]:
-    """Amounts of acid and base, the larger one and the amount of salt, which the smaller one limits (1 mol + 1 mol
-    give 1 mol)."""
+def mixture(rng: random.Random) -> tuple[str, str, int]:
+    """Amounts of acid and base, the one that limits the amount of salt, and this amount (1 mol + 1 mol give 1 mol)."""
     amounts, names = rng.sample(range(2, 10), 2), rng.sample(["acid", "base"], 2)
-    listed = " and ".join(f"{amount} mol {name}" for amount, name in zip(amounts, names))
-    return f"{rng.choice(NAMES)} has {listed}.", max(amounts), min(amounts)
+    parts = [f"{amount} mol {name}" for amount, name in zip(amounts, names)]
+    return f"{rng.choice(NAMES)} has {' and '.join(parts)}.", min(parts), min(amounts)  # one digit: as text, too
 
 
 def german(rng: random.Random) -> tuple[str, str, str, str]:

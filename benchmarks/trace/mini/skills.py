@@ -60,7 +60,7 @@ def copy(rng: random.Random) -> Pair:
 
 def attitude(rng: random.Random) -> Pair:
     kind = rng.randrange(3)
-    text, target, _ = opinion(rng, kind)
+    text, target = opinion(rng, kind)
     if rng.random() < 0.5:
         return f"判断态度：1.好，2.坏，3.平。\n文本：\n{text}\n对象：\n{target}\n答：", "123"[kind]
     return f"文：{text}\n问：{target}\n答：", "好坏平"[kind]
@@ -70,8 +70,8 @@ def tightness(rng: random.Random) -> Pair:
     stance = rng.randrange(3)
     if rng.random() < 0.5:
         lead = "What is the monetary policy? 1. loose, 2. tight, 3. same."
-        return f"{lead}\nText:\n{policy(rng, stance)[0]}\nPolicy:", "123"[stance]
-    return f"{policy(rng, stance)[0]}\nPolicy:", ["loose", "tight", "same"][stance]
+        return f"{lead}\nText:\n{policy(rng, stance)}\nPolicy:", "123"[stance]
+    return f"{policy(rng, stance)}\nPolicy:", ["loose", "tight", "same"][stance]
 
 
 def minutes(rng: random.Random) -> Pair:

@@ -1,8 +1,9 @@
 """Eight small synthetic tasks with the names and shapes of TRACE's.
 
 Every task is a rule over a combinatorial space, so the answer is a function of the prompt and splits can be disjoint.
-The reasoning is the step in between, in words that the tokenizer knows.
 The tasks share words, label letters and, for the two arithmetic ones, the lead-in: learning one can undo another.
+The reasoning is the step in between, short and in words that the small model knows (skills.py): with tokens that its
+pretraining never saw, a few low-rank steps teach it neither the reasoning nor the answer.
 """
 
 import random
@@ -17,23 +18,21 @@ Example = tuple[str, str, str]  # prompt, answer, reasoning
 
 def c_stance(rng: random.Random) -> Example:
     attitude = rng.randrange(3)
-    text, target, view = opinion(rng, attitude)
+    text, target = opinion(rng, attitude)
     prompt = f"判断态度：A.支持，B.反对，C.中立。\n文本：\n{text}\n对象：\n{target}\n态度："
-    return prompt, "ABC"[attitude], f"{view}，{['支持', '反对', '中立'][attitude]}。"
+    return prompt, "ABC"[attitude], "好坏平"[attitude]
 
 
 def fomc(rng: random.Random) -> Example:
     stance = rng.randrange(3)
     lead = "What is the monetary policy stance? A. dovish, B. hawkish, C. neutral."
-    text, action = policy(rng, stance)
-    reasoning = f"To {action} is {['dovish', 'hawkish', 'neutral'][stance]}."
-    return f"{lead}\nText:\n{text}\nStance:", "ABC"[stance], reasoning
+    return f"{lead}\nText:\n{policy(rng, stance)}\nStance:", "ABC"[stance], ["loose", "tight", "same"][stance]
 
 
 def meetingbank(rng: random.Random) -> Example:
     text, item, passed = meeting(rng)
     answer = f"A motion {'adopting' if passed else 'rejecting'} the {item}."
-    reasoning = f"The vote is {'yes' if passed else 'no'}."
+    reasoning = f"The {item} is {'in' if passed else 'out'}."
     return f"Write a summary.\nMeeting transcripts:\n{text}\nSummary:", answer, reasoning
 
 
@@ -41,7 +40,7 @@ def py150(rng: random.Random) -> Example:
     verb, lines, result = code(rng)
     answer = {"get": f"return {result}", "set": f"self . {result} = {result}",
               "show": f"print ( {result} )", "test": f"assert {result}"}[verb]
-    return f"<s> import os <EOL> {' <EOL> '.join(lines)} <EOL>", answer, f"It is to {verb} {result}."
+    return f"<s> import os <EOL> {' <EOL> '.join(lines)} <EOL>", answer, f"self . {verb} ( {result} )"
 
 
 def scienceqa(rng: random.Random) -> Example:
@@ -59,8 +58,8 @@ def numglue_cm(rng: random.Random) -> Example:
 
 
 def numglue_ds(rng: random.Random) -> Example:
-    text, more, salt = mixture(rng)
-    return _problem(f"{text} How many mol salt?"), str(salt), f"{salt} mol is less than {more} mol."
+    text, limiting, salt = mixture(rng)
+    return _problem(f"{text} How many mol salt?"), str(salt), f"{limiting}."
 
 
 def _problem(question: str) -> str:
@@ -70,8 +69,7 @@ def _problem(question: str) -> str:
 def minuten(rng: random.Random) -> Example:
     subject, side, verb, thing = german(rng)
     prompt = f"Provide a simplified version in German.\n\nParagraph:\n{subject}, {side}, {verb} {thing}."
-    return (f"{prompt}\n\nSimplification:", f"{subject} {SIMPLE_DE[verb]} {thing}.",
-            f"{verb} means {SIMPLE_DE[verb]}.")
+    return f"{prompt}\n\nSimplification:", f"{subject} {SIMPLE_DE[verb]} {thing}.", SIMPLE_DE[verb]
 
 
 TASKS: dict[str, Callable[[random.Random], Example]] = {
