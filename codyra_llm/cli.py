@@ -233,7 +233,8 @@ def data_check(root: Path, as_json: Annotated[bool, typer.Option("--json")] = Fa
 
 @data_app.command("make-mini")
 def make_mini(out: Path, seed: int = 0) -> None:
-    """Write mini-TRACE: eight small synthetic tasks of TRACE's shapes, in TRACE's layout, with general-ability probes."""
+    """Write mini-TRACE: eight small synthetic tasks of TRACE's shapes, in TRACE's layout, their training examples with
+    reasoning as well, and general-ability probes."""
     from .benchmarks.trace.mini import make_mini as write
 
     if out.exists():
