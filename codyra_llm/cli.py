@@ -82,38 +82,53 @@ def sweep(file: Annotated[Path, typer.Argument(metavar="SWEEP", help="a YAML fil
         seqlora: [{optim.lr: 1e-3}, {optim.lr: 3e-3}]
         ewc: [{method.weight: 1e+4}, {method.weight: 1e+6}]
 
+    Whatever layer names a method, it starts its section afresh, and every layer's method.KEY is set over it.
     The comparison is in <output>/sweep.md and sweep.json, anew after every run.
     """
-    from . import compare, sweep as sweeps
+    from . import compare, execute
+    from . import sweep as sweeps
     from .files import write_json
 
     asked = sweeps.load(file, overrides or [])
 
-    def write() -> None:
+    def write() -> dict:
         found = compare.compare(asked)
         write_json(asked.output / "sweep.json", found)
         (asked.output / "sweep.md").write_text(compare.render(found, file.stem), encoding="utf-8")
+        return found
 
     try:
         if not report:
-            sweeps.run(asked, jobs, launcher, write)
+            execute.execute(asked, jobs, launcher, write)
     finally:
-        write()
-        console.print(compare.table(compare.compare(asked)))
+        console.print(compare.table(write()))
         console.print(f"comparison: {asked.output / 'sweep.md'}")
 
 
 @app.command()
-def report(folder: Path) -> None:
-    """Print a run's scores and rewrite its summary.json and report.md; needs no model."""
-    from .folder import RunFolder
-    from .methods import METHODS
-    from .report import render, summarise_run, table
+def report(folders: Annotated[list[Path], typer.Argument(metavar="RUN...")],
+           out: Annotated[Path | None, typer.Option(help="file to write: .html, a page; .csv or .md, its tables")] = None,
+           examples: Annotated[bool, typer.Option(help="show test examples that were forgotten")] = True) -> None:
+    """Report on a run, or on several together; needs no model.
 
-    opened = RunFolder(folder)
-    summary = summarise_run(opened.recipe, bool(METHODS[opened.recipe.method.name].trains), opened.scores, opened.costs)
-    opened.write_summary(summary, render(opened.recipe, summary, opened.updates))
-    console.print(table(summary))
+    Without --out: print the run's scores and rewrite its summary.json, report.md and report.html.
+    Example: codyra-llm report runs/* --out report.html
+    """
+    from .folder import RunFolder
+    from .report import page
+    from .report.one import summarised
+    from .report.tables import render, table
+
+    opened = [RunFolder(path) for path in {path.resolve(): path for path in folders}.values()]
+    if out is None and len(opened) > 1:
+        raise Fault("--out: several runs have no folder in common; name the file to write, e.g. --out report.html")
+    if out is None:
+        summary = summarised(opened[0])
+        opened[0].write_summary(summary, render(opened[0].recipe, summary, opened[0].updates))
+        console.print(table(summary))
+    target = out or opened[0].path / "report.html"
+    page.write(opened, target, examples)
+    console.print(f"report: {target}")
 
 
 @app.command()
@@ -226,7 +241,8 @@ def data_check(root: Path, as_json: Annotated[bool, typer.Option("--json")] = Fa
 
 @data_app.command("make-mini")
 def make_mini(out: Path, seed: int = 0) -> None:
-    """Write mini-TRACE: eight small synthetic tasks of TRACE's shapes, in TRACE's layout, with general-ability probes."""
+    """Write mini-TRACE: eight small synthetic tasks of TRACE's shapes, in TRACE's layout, their training examples with
+    reasoning as well, and general-ability probes."""
     from .benchmarks.trace.mini import make_mini as write
 
     if out.exists():

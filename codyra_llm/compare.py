@@ -5,16 +5,19 @@ draws in every cell of a task and in every arm, so that a difference between arm
 """
 
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 from rich.box import SIMPLE
-from rich.table import Table
+from rich.table import Column, Table
 from scipy.stats import sem, t
 
 from .benchmarks.trace.metrics import headline
 from .evaluate.matrix import summary as summarise
 from .files import read_jsonl
+from .folder import RunFolder
 from .sweep import Run, Settings, Sweep
 
 MEASURES = {"op": "OP", "bwt": "BWT", "bwt_treelora": "BWT, TreeLoRA's", "forgetting": "forgetting", "learnt": "just learnt",
@@ -37,7 +40,8 @@ def compare(sweep: Sweep) -> dict:
 
 def measures(summary: dict) -> dict[str, float | None]:
     """The numbers of MEASURES from a run's summary; None where not measured."""
-    matrix, general = summary["matrix"], [v.get("after") for v in summary["general"].values()]
+    matrix = summary["matrix"]
+    general = [v.get("after" if matrix else "before") for v in summary["general"].values()]  # no matrix: nothing trains
     learnt = [matrix[i][i] for i in range(len(matrix))]
     return {**{name: summary[name] for name in ("op", "bwt", "bwt_treelora", "forgetting")},
             "learnt": fmean(learnt) if learnt and None not in learnt else None,
@@ -51,60 +55,75 @@ def _rest(settings: Settings) -> str:
 def _row(arm: str, rest: str, runs: list[Run], baseline: list[Run]) -> dict:
     """The measures of one arm over its seeds, their differences to the baseline's of the same seeds, and the costs."""
     found = [measures(run.folder.summary) for run in runs]
-    pairs = [(a, b) for a in runs for b in baseline if a.settings == b.settings and a.arm != b.arm]
+    pairs = [(a, b) for a in runs for b in baseline if a.settings == b.settings]
     differences = [{k: _minus(measures(a.folder.summary)[k], measures(b.folder.summary)[k]) for k in MEASURES}
                    for a, b in pairs]
-    alone = _resampled(runs[0]) if len(runs) == 1 else None
-    other = _resampled(pairs[0][1]) if len(pairs) == 1 else None
-    drawn = [{k: _minus(x[k], y[k]) for k in MEASURES} for x, y in zip(alone, other)] if alone and other else None
+    alone = _drawn(runs[0]) if len(runs) == 1 else {}
+    one, other = map(_drawn, pairs[0]) if len(pairs) == 1 else ({}, {})
+    drawn = {k: one[k] - other[k] for k in one.keys() & other.keys()}
     return {"arm": arm, "settings": rest, "seeds": len(runs),
-            **{name: _interval([f[name] for f in found], alone and [a[name] for a in alone]) for name in MEASURES},
-            "difference": {name: _interval([d[name] for d in differences], drawn and [d[name] for d in drawn])
-                           for name in MEASURES} if pairs else None,
-            "costs": _costs(runs), "relative": _relative(_costs(runs), _costs(baseline))}
+            **{name: interval([f[name] for f in found], alone.get(name)) for name in MEASURES},
+            "difference": {name: interval([d[name] for d in differences], drawn.get(name)) for name in MEASURES}
+            if pairs and runs != baseline else None,
+            "costs": _costs(runs), "relative": _relative(_costs([a for a, _ in pairs]), _costs([b for _, b in pairs]))}
 
 
 def _minus(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a - b
 
 
-def _interval(values: list[float | None], drawn: list[float | None] | None) -> dict | None:
+def interval(values: list[float | None], drawn: np.ndarray | None) -> dict | None:
     """Mean and bounds: of `values` over seeds, or of the one value from what was `drawn` for it."""
     if not values or None in values:
         return None
     if len(values) > 1:
         half = float(t.ppf(0.975, len(values) - 1) * sem(values))
         return {"mean": fmean(values), "low": fmean(values) - half, "high": fmean(values) + half, "over": "seeds"}
-    if not drawn or None in drawn:
+    if drawn is None:
         return {"mean": values[0], "low": None, "high": None, "over": None}
     low, high = np.percentile(drawn, [2.5, 97.5])
     return {"mean": values[0], "low": float(low), "high": float(high), "over": "test examples"}
 
 
-def _resampled(run: Run) -> list[dict[str, float | None]]:
-    """The measures of RESAMPLES test sets drawn from the run's own, with replacement."""
-    recipe, tasks = run.folder.recipe, run.folder.recipe.tasks
-    cells = {}
-    for row in run.folder.scores:
-        file = run.folder.path / "predictions" / f"{row['step']:02d}-{row['after']}" / f"{row['task']}.jsonl"
-        metric = headline(row["task"], recipe.data.protocol)
+def _drawn(run: Run) -> dict[str, np.ndarray]:
+    return _resampled(run.folder.path, len(run.folder.recipe.tasks))
+
+
+@cache
+def _resampled(path: Path, count: int) -> dict[str, np.ndarray]:
+    """The measures, [RESAMPLES] each, of test sets drawn with replacement from that of the run of `count` tasks at `path`;
+    without those not measured."""
+    folder = RunFolder(path)
+    tasks, found, cells = folder.recipe.tasks, folder.summary, {}
+    for row in folder.scores:
+        file = path / "predictions" / f"{row['step']:02d}-{row['after']}" / f"{row['task']}.jsonl"
+        metric = headline(row["task"], folder.recipe.data.protocol)
         scores = np.array([r[metric] for r in read_jsonl(file)], dtype=float)
-        drawn = np.random.default_rng(sum(map(ord, row["task"]))).integers(len(scores), size=(RESAMPLES, len(scores)))
-        cells[row["step"], row["task"]] = scores[drawn].mean(axis=1)
-    general = run.folder.summary["general"]
-    steps = len(run.folder.summary["matrix"])
+        cells[row["step"], row["task"]] = scores[_draws(row["task"], len(scores))].mean(axis=1)
+    steps = len(found["matrix"])
 
     def cell(step: int, task: str, i: int) -> float | None:
         return float(cells[step, task][i]) if (step, task) in cells else None
 
-    return [measures(summarise(tasks, [[cell(step, task, i) for task in tasks] for step in range(1, steps + 1)], None)
-                     | {"general": {name: {"after": cell(len(tasks), name, i)} for name in general}})
-            for i in range(RESAMPLES)]
+    def sample(i: int) -> dict[str, float | None]:
+        out = summarise(tasks, [[cell(step, task, i) for task in tasks] for step in range(1, steps + 1)], None)
+        if not steps and found["op"] is not None:
+            out["op"] = fmean(cell(0, task, i) for task in tasks)
+        return measures(out | {"general": {name: {"before": cell(0, name, i), "after": cell(count, name, i)}
+                                           for name in found["general"]}})
+
+    samples = [sample(i) for i in range(RESAMPLES)]
+    return {name: np.array([s[name] for s in samples]) for name in MEASURES if samples[0][name] is not None}
+
+
+def _draws(task: str, n: int) -> np.ndarray:
+    """[RESAMPLES, n] places of examples: the same for a task wherever it is scored, others for other tasks."""
+    return np.random.default_rng(list(task.encode())).integers(n, size=(RESAMPLES, n))
 
 
 def _costs(runs: list[Run]) -> dict | None:
     """Means over the runs: parameters trained, seconds of training, peak of memory in bytes."""
-    costs = [run.folder.summary["costs"] for run in runs]
+    costs = [run.folder.summary.get("costs") for run in runs]
     if not costs or None in costs:
         return None
     return {key: None if any(c[key] is None for c in costs) else fmean(c[key] for c in costs)
@@ -139,9 +158,12 @@ def _times(row: dict, key: str) -> str:
 
 
 def table(found: dict) -> Table:
-    """For the terminal: the columns that fit, all rows."""
-    shown = [name for name in COLUMNS if name not in ("BWT, TreeLoRA's", "forgetting, less the baseline's")]
-    out = Table(*shown, box=SIMPLE, padding=0, collapse_padding=True, title=_caption(found))
+    """For the terminal: the columns that fit into 80 or so, all rows."""
+    shown = {"arm": "arm", "OP": "OP", "BWT": "BWT", "just learnt": "learnt", "OP, less the baseline's": "OP - base",
+             "time": "time", "memory": "memory"}
+    heads = [Column(title, no_wrap=title != "arm", overflow="fold", justify="left" if title == "arm" else "right")
+             for title in shown.values()]
+    out = Table(*heads, box=SIMPLE, padding=0, show_edge=False, title=_caption(found))
     for row in found["rows"]:
         out.add_row(*(COLUMNS[name](row) for name in shown))
     return out
@@ -161,7 +183,10 @@ def render(found: dict, name: str) -> str:
 
 
 def _caption(found: dict) -> str:
+    if not found["rows"]:
+        return "No run is finished yet"
     over = sorted({row["op"]["over"] for row in found["rows"] if row["op"] and row["op"]["over"]})
     seeds = sorted({row["seeds"] for row in found["rows"]})
-    return (f"Means over {'/'.join(map(str, seeds))} seeds, ± half the width of a 95 % interval over {' or '.join(over)}; time and "
-            f"peak memory of training as multiples of {found['baseline']}'s")
+    interval = f", ± half the width of a 95 % interval over {' or '.join(over)}" if over else ""
+    return (f"Means over {'/'.join(map(str, seeds))} seed{'s' * (seeds != [1])}{interval}; time and peak memory of training "
+            f"as multiples of {found['baseline']}'s")

@@ -14,10 +14,13 @@ from .files import append_jsonl, read_jsonl, write_json, write_jsonl
 from .lora.archive import Archive
 from .recipe import Recipe
 
+# settings that change no result
+NO_RESULT = ("output", "checkpoint", "optim.micro_batch_tokens", "eval.batch_tokens", "model.fused", "data.batching")
+
 
 class RunFolder:
     """`recipe.json`, `manifest.json`, `updates/`, `state/`, `predictions/`, `log.jsonl`, `updates.jsonl`, `costs.jsonl`,
-    `scores.jsonl`, and what is derived from them: `summary.json`, `report.md`, `checkpoint/`."""
+    `scores.jsonl`, and what is derived from them: `summary.json`, `report.md`, `report.html`, `checkpoint/`."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -66,8 +69,15 @@ class RunFolder:
 
     def add_scores(self, row: dict, predictions: list[dict]) -> None:
         """Predictions first: a score without its predictions can't be checked."""
-        write_jsonl(self.path / "predictions" / f"{row['step']:02d}-{row['after']}" / f"{row['task']}.jsonl", predictions)
+        write_jsonl(self._predictions(row["step"], row["after"], row["task"]), predictions)
         append_jsonl(self.path / "scores.jsonl", row)
+
+    def predictions(self, step: int, after: str, task: str) -> list[dict]:
+        """Prompt, prediction, answer and scores of the examples of `task`, as answered after the step; [] if it wasn't."""
+        return read_jsonl(self._predictions(step, after, task))
+
+    def _predictions(self, step: int, after: str, task: str) -> Path:
+        return self.path / "predictions" / f"{step:02d}-{after}" / f"{task}.jsonl"
 
     def restart_log(self, task: str) -> None:
         """Leave out what an attempt at `task` logged before it was stopped."""
@@ -75,6 +85,10 @@ class RunFolder:
 
     def log(self, row: dict) -> None:
         append_jsonl(self.path / "log.jsonl", row)
+
+    @property
+    def log_rows(self) -> list[dict]:
+        return read_jsonl(self.path / "log.jsonl")
 
     @property
     def updates(self) -> list[dict]:
@@ -109,20 +123,20 @@ class RunFolder:
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """Keys in which two resolved recipes differ, beside tasks added at the end and settings that change no result."""
-    before, after = (_flat(r.model_dump(mode="json")) for r in (old, new))
+    before, after = (flat(r.model_dump(mode="json")) for r in (old, new))
     lines = []
     if new.tasks[: len(old.tasks)] != old.tasks:
         lines.append(f"data.tasks was {old.tasks}, now {new.tasks}")
     for key in sorted(before.keys() | after.keys()):
-        free = key in ("output", "checkpoint", "data.tasks", "optim.micro_batch_tokens", "eval.batch_tokens",
-                       "model.fused", "data.batching")
+        free = key in (*NO_RESULT, "data.tasks")
         added = key.startswith(("data.epochs.", "eval.max_new_tokens.")) and key.rpartition(".")[2] not in old.tasks
         if not (free or added) and before.get(key) != after.get(key):
             lines.append(f"{key} was {before.get(key)!r}, now {after.get(key)!r}")
     return lines
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as one, keys joined by dots."""
     if not isinstance(value, dict):
         return {prefix: value}
-    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}" if prefix else key).items()}
+    return {k: v for key, inner in value.items() for k, v in flat(inner, f"{prefix}.{key}" if prefix else key).items()}

@@ -187,9 +187,15 @@ def split_overrides(overrides: list[str]) -> list[tuple[str, Any]]:
     """Keys and values of `a.b=value` texts. Raises one Fault with all that are none."""
     faults = [f"'{item}' is not an override; write key=value, e.g. optim.lr=1e-4" for item in overrides
               if "=" not in item]
+    pairs = []
+    for key, _, text in (item.partition("=") for item in overrides if "=" in item):
+        try:
+            pairs.append((key.removeprefix("--"), yaml.safe_load(text)))
+        except yaml.YAMLError:
+            faults.append(f"{key}: '{text}' is not valid YAML; write a value, e.g. 1e-4, text, [1, 2] or null")
     if faults:
         raise Fault(*faults)
-    return [(key.removeprefix("--"), yaml.safe_load(value)) for key, _, value in (item.partition("=") for item in overrides)]
+    return pairs
 
 
 def assign(raw: dict, key: str, value: Any) -> None:
@@ -209,17 +215,17 @@ def parse(raw: dict, source: str = "recipe") -> Recipe:
     if isinstance(method, str):
         method = {"name": method}
     config = METHODS["seqlora"].Config()  # stands in while the rest is validated
-    if not isinstance(method, dict) or method.get("name") not in METHODS:
+    if not isinstance(method, dict) or method.get("name") not in list(METHODS):  # any YAML
         name = method.get("name") if isinstance(method, dict) else method
         faults.append(f"method.name: {name!r} is not a method.{nearest(str(name), METHODS)} "
                       f"Known: {', '.join(METHODS)}")
     else:
         try:
-            config = METHODS[method["name"]].Config(**method)
+            config = METHODS[method["name"]].Config.model_validate(method)
         except ValidationError as error:
             faults += sentences(error, METHODS[method["name"]].Config, ("method",))
     try:
-        recipe = Recipe(**{**raw, "method": config})
+        recipe = Recipe.model_validate({**raw, "method": config})
     except ValidationError as error:
         faults += sentences(error, Recipe)
     if faults:

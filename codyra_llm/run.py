@@ -26,7 +26,8 @@ from .lora.shared import share_inputs
 from .meter import ProcessPeak
 from .preflight import preflight
 from .recipe import Recipe
-from .report import render, summarise_run, table
+from .report import page
+from .report.tables import render, summarise_run, table
 from .setup import PROBE_TOKENS, Setup, prepare
 from .train import TaskData, Trainer
 
@@ -176,9 +177,8 @@ def evaluate(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> N
 
 
 def finish(setup: Setup, folder: RunFolder) -> None:
-    """Summary, report and, if asked, the final merged model."""
+    """If asked the final merged model, then the reports, and the summary last: whoever finds it finds a finished run."""
     summary = summarise_run(setup.recipe, bool(setup.method.trains), folder.scores, folder.costs)
-    folder.write_summary(summary, render(setup.recipe, summary, folder.updates))
     console.print(table(summary))
     target = folder.path / "checkpoint"
     if setup.recipe.checkpoint and setup.method.trains:
@@ -188,6 +188,8 @@ def finish(setup: Setup, folder: RunFolder) -> None:
         else:
             write_stage(folder, last, target)
         console.print(f"{'merged model' if setup.method.merges else 'stage of the run'}: {target}")
+    page.write([folder], folder.path / "report.html")
+    folder.write_summary(summary, render(setup.recipe, summary, folder.updates))
 
 
 def _due(setup: Setup, index: int) -> list[tuple[str, list[dict], int]]:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from codyra_llm import attention
 from codyra_llm import run as runs
+from codyra_llm.benchmarks.trace.reasoning import VARIANT
 from codyra_llm.cli import export
 from codyra_llm.data import collate
 from codyra_llm.errors import Fault
@@ -28,7 +29,6 @@ from codyra_llm.lora.layer import sites
 from codyra_llm.lora.merge import merge
 from codyra_llm.lora.shared import share_inputs
 from codyra_llm.methods import METHODS
-from codyra_llm.methods.rcl import VARIANT
 from codyra_llm.models import WeightReader
 from codyra_llm.plan import plan
 from codyra_llm.setup import prepare
@@ -176,6 +176,15 @@ def test_rcl_trains_on_reasoning_and_names_what_lacks(tiny_llama, reasoned, toy_
     elsewhere = str(reasoned.parent / VARIANT)
     again = prepare(recipe(tiny_llama, toy_stream, tmp_path / "run", method="rcl", method__folder=elsewhere))
     assert again.method.train_data(again.stream, 0)[0] == records
+
+
+def test_rcl_prefers_the_variant_in_the_root_to_the_one_beside_it(tiny_llama, reasoned, tmp_path):
+    root = shutil.copytree(reasoned.parent, tmp_path / "trace") / "plain"
+    inside = [{"prompt": "Say B:", "answer": "Inside.\nAnswer:B"}]
+    for task in ("ONE", "TWO", "THREE"):
+        write(root / VARIANT / task, inside)
+    setup = prepare(recipe(tiny_llama, root, tmp_path / "run", method="rcl"))
+    assert setup.method.train_data(setup.stream, 0)[0] == inside
 
 
 def test_rcl_prompts_by_hand():

@@ -1,5 +1,6 @@
 """mini-TRACE: same seed same bytes, disjoint splits, answers recomputed from the prompts by rules written anew."""
 
+import hashlib
 import json
 import random
 import re
@@ -14,8 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from codyra_llm.benchmarks.trace.mini import make_mini, mini_data
 from codyra_llm.benchmarks.trace.mini import make as making
 from codyra_llm.benchmarks.trace.mini import pretrain, skills
+from codyra_llm.benchmarks.trace.reasoning import VARIANT, reasoned_prompt
+from codyra_llm.examples import check_root
+from codyra_llm.methods import METHODS
 
 TASKS = ["C-STANCE", "FOMC", "MeetingBank", "Py150", "ScienceQA", "NumGLUE-cm", "NumGLUE-ds", "20Minuten"]
+RCL = METHODS["rcl"](METHODS["rcl"].Config(), 0)
 SIZES = {"train": 400, "eval": 50, "test": 200}
 
 
@@ -123,6 +128,58 @@ def test_the_answer_follows_from_the_prompt(root, task):
     for split in SIZES:
         for record in read(root, task, split):
             assert record["answer"] == RULES[task](record["prompt"]), record
+
+
+def kinds(prompt: str, answer: str) -> str:
+    living = "dog cat bird fish horse cow pig sheep".split()
+    words = re.findall(r"\n[ABC]\. (\w+)", prompt)
+    return " ".join(f"{word} is {'an animal' if word in living else 'a thing'}." for word in words)
+
+
+def operation(prompt: str, answer: str) -> str:
+    have, change = map(int, re.findall(r"\d", prompt))
+    return f"{have} {'+' if int(answer) > have else '-'} {change} = {answer}."
+
+
+# The reasoning, from plain prompt and answer; after it comes the second entry, or before it in Py150.
+REASONS = {
+    "C-STANCE": (lambda p, a: dict(A="好", B="坏", C="平")[a], "\n回答："),
+    "FOMC": (lambda p, a: dict(A="loose", B="tight", C="same")[a], "\nAnswer:"),
+    "MeetingBank": (lambda p, a: "The {} is {}.".format(*re.search(r"is the (\w+ \w+)", p).groups(),
+                                                        "in" if "vote yes" in p else "out"),
+                    "Therefore, the summary of the meeting transcripts is:\n"),
+    "Py150": (lambda p, a: "self . {} ( {} )".format(*re.search(r"def ([a-z]+)_.* (\w+) =", p).groups()),
+              "\nReasoning:"),
+    "ScienceQA": (kinds, "\nAnswer:"), "NumGLUE-cm": (operation, "\nAnswer:"),
+    "NumGLUE-ds": (lambda p, a: re.search(f"{a} mol (acid|base)", p).group() + ".", "\nAnswer:"),
+    "20Minuten": (lambda p, a: a.split()[2], "\nAnswer:")}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_variant_with_reasoning_holds_the_training_examples_and_rcl_reads_its_answers(root, task):
+    plain, variant = read(root, task, "train"), read(root / VARIANT, task, "train")
+    assert sorted(path.name for path in (root / VARIANT / task).iterdir()) == ["train.json"]
+    why, marker = REASONS[task]
+    for record, reasoned in zip(plain, variant, strict=True):
+        prompt, answer = record["prompt"], record["answer"]
+        parts = why(prompt, answer), marker, answer
+        assert reasoned["answer"] == "".join(parts[::-1] if task == "Py150" else parts)
+        assert reasoned["prompt"] == reasoned_prompt(task, prompt) != prompt
+        assert RCL.read(task, reasoned["answer"]) == answer
+
+
+def test_the_plain_files_are_those_of_the_first_version(root):
+    """Scores of runs on them stay comparable; only a new `DATA_VERSION` with other figures may change this."""
+    digest = hashlib.sha256()
+    for name, data in sorted(contents(root).items()):
+        if VARIANT not in name:
+            digest.update(name.encode() + data)
+    assert digest.hexdigest() == "2070de7a86a9b833f6d762eab8d5665df29bd23b9db983967f924de9801f00e2"
+
+
+def test_check_of_a_mini_folder_leaves_the_variant_to_a_check_of_its_own(root):
+    report = check_root(root)
+    assert list(report["variants"][root.name]) == sorted(TASKS) and not report["faults"] + report["warnings"]
 
 
 @pytest.mark.parametrize("task", ["C-STANCE", "FOMC", "ScienceQA"])

@@ -1,15 +1,20 @@
 """Sweeps: which runs a file asks for, that each is run once, how settings are chosen, and the intervals of the comparison."""
 
+import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 from scipy.stats import norm, ttest_1samp
 
-from codyra_llm import compare, sweep as sweeps
+from codyra_llm import compare, execute
 from codyra_llm import run as runs
+from codyra_llm import sweep as sweeps
 from codyra_llm.cli import main
 from codyra_llm.errors import Fault
 from codyra_llm.evaluate.matrix import summary as summarise
@@ -32,22 +37,32 @@ def file(tiny_llama, toy_stream, tmp_path):
     return write
 
 
+class Ended:
+    """A process that has ended."""
+
+    def __init__(self, code: int):
+        self.returncode = code
+
+    def poll(self) -> int:
+        return self.returncode
+
+
 @pytest.fixture
 def launches(monkeypatch):
     """Runs go in this process; the list of those that were started."""
     started = []
 
-    def launch(run, place, launcher):
+    def launch(run, place, launcher, lock):
         started.append(f"{run.arm}/{run.folder.path.name}")
         runs.run(run.recipe)
-        return 0
-    monkeypatch.setattr(sweeps, "_launch", launch)
+        return Ended(0)
+    monkeypatch.setattr(execute, "_launch", launch)
     return started
 
 
 def go(file: Path, *overrides: str) -> sweeps.Sweep:
     asked = sweeps.load(file, list(overrides))
-    sweeps.run(asked, 1, None, lambda: None)
+    execute.execute(asked, 1, None, lambda: None)
     return asked
 
 
@@ -59,6 +74,30 @@ def test_every_arm_at_every_point(file):
     one = found[Path("ewc/seed=2,data.tasks=#2,optim.lr=0.001")]
     assert (one.method.name, one.method.weight, one.seed, one.tasks) == ("ewc", 1e3, 2, ["TWO", "ONE"])
     assert one.optim.lr == 1e-3 and one.data.epochs == 2 and one.checkpoint is False and one.optim.batch_size == 8
+
+
+def test_a_method_comes_first_whichever_layer_names_it(file):
+    ranks = {"small": {"method.rank": 3}, "large": {"method.rank": 5}}
+    found = sweeps.load(file(arms=ranks, grid={"method": ["seqlora", "ewc"]}, set={"method.rank": 9}), ["method.dropout=0.1"])
+    assert [(r.recipe.method.name, r.recipe.method.rank, r.recipe.method.dropout) for r in found.runs()] == [
+        ("seqlora", 3, 0.1), ("seqlora", 5, 0.1), ("ewc", 3, 0.1), ("ewc", 5, 0.1)]
+    with pytest.raises(Fault, match="unknown key 'method.rank'"):  # told, not dropped
+        sweeps.load(file(arms={"none": {"method": "none"}}, set={"method.rank": 9}))
+
+
+@pytest.mark.parametrize("sections, said", [
+    ({"grid": {"seed": [1, "1"]}}, "each once"),  # one folder
+    ({"grid": {"output": ["x", "y"]}}, "folder of its own"), ({"arms": {"x": {"output": "y"}}}, "arms.x: .*folder of its own"),
+    ({"arms": {"x": {"method": {"name": [1]}}}}, r"\[1\] is not a method"), ({3: 4}, "keys should be strings"),
+    ({"tune": {"by": "forgetting", "set": {"data.tasks": ["ONE"]}, "tries": {"seqlora": [{}], "ewc": [{}]}}},
+     "ewc, seqlora has no forgetting")])
+def test_mistakes_are_sentences(file, sections, said):
+    path = file()
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | sections), encoding="utf-8")
+    with pytest.raises(Fault, match=said):
+        sweeps.load(path)
+    with pytest.raises(Fault, match="not valid YAML"):
+        sweeps.load(path, ["optim.betas=[0.9"])
 
 
 def test_all_faults_of_the_file_at_once(file):
@@ -75,9 +114,10 @@ def test_what_any_run_would_refuse_is_told_before_the_first(file, launches):
     broken = file(arms={"x": {"optim.lr": -1}, "y": {"method": "ewk"}})
     with pytest.raises(Fault) as fault:
         sweeps.load(broken)
-    assert len(fault.value.messages) == 4  # two arms at two seeds
+    assert [m.partition(":")[0] for m in fault.value.messages] == ["x/seed=1", "y/seed=1"]  # not for every seed again
     with pytest.raises(Fault, match="replay: .*Lima"):
-        sweeps.load(file(arms={"seqlora": {}, "replay": {"method": "replay"}}))
+        go(file(arms={"seqlora": {}, "replay": {"method": "replay"}}))
+    assert not launches
     with pytest.raises(Fault, match="tune.tries: ewc would be compared without tries"):
         sweeps.load(file(tune={"tries": {"seqlora": [{}]}}))
     with pytest.raises(Fault, match="can't be read"):
@@ -110,7 +150,7 @@ def test_the_best_try_is_what_is_run(file, launches):
 
 def test_a_run_that_fails_stops_no_other(file, monkeypatch):
     started = []
-    monkeypatch.setattr(sweeps, "_launch", lambda run, place, launcher: started.append(run.arm) or run.arm == "seqlora")
+    monkeypatch.setattr(execute, "_launch", lambda run, *_: started.append(run.arm) or Ended(run.arm == "seqlora"))
     with pytest.raises(Fault) as fault:
         go(file())
     assert started == ["seqlora", "ewc"] * 2 and len(fault.value.messages) == 2
@@ -118,16 +158,37 @@ def test_a_run_that_fails_stops_no_other(file, monkeypatch):
 
 
 def test_one_run_per_gpu_or_a_share_of_the_cores(monkeypatch):
-    def places(*args):
-        queue = sweeps._places(*args)
-        return [queue.get() for _ in range(queue.qsize())]
-
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(sweeps.os, "cpu_count", lambda: 8)
-    assert places(None, None) == [{"OMP_NUM_THREADS": "8"}] and places(4, None) == [{"OMP_NUM_THREADS": "2"}] * 4
-    monkeypatch.setattr(sweeps.torch.cuda, "device_count", lambda: 2)
-    assert places(None, None) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
-    assert places(None, "accelerate launch") == [{}]
+    monkeypatch.setattr(execute.os, "cpu_count", lambda: 8)
+    assert execute._places(None, None) == [{"OMP_NUM_THREADS": "8"}]
+    assert execute._places(4, None) == [{"OMP_NUM_THREADS": "2"}] * 4
+    monkeypatch.setattr(execute.torch.cuda, "device_count", lambda: 2)
+    for visible, gpus in (("", ["0", "1"]), ("3,5", ["3", "5"])):  # those of the machine that were given
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert [place["CUDA_VISIBLE_DEVICES"] for place in execute._places(None, None)] == gpus
+    assert execute._places(None, "accelerate launch") == [{}]
+
+
+def test_one_sweep_at_a_time_and_no_run_outlives_an_interrupt(file, monkeypatch):
+    asked = sweeps.load(file())
+    started = []
+
+    def launch(run, place, launcher, lock):
+        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=(lock,)))
+        if len(started) == 2:
+            with pytest.raises(Fault, match="is at work in"):
+                execute.execute(asked, 1, None, lambda: None)
+            raise KeyboardInterrupt
+        return started[-1]
+
+    monkeypatch.setattr(execute, "_launch", launch)
+    with pytest.raises(KeyboardInterrupt):
+        execute.execute(asked, 2, None, lambda: None)
+    assert len(started) == 2 and started[0].returncode < 0
+    with pytest.raises(Fault, match="a run that it left"):  # the second, which the sweep never got to know
+        execute.execute(asked, 1, None, lambda: None)
+    started[1].kill()
+    started[1].wait()
 
 
 def test_from_the_command_line(file, capsys):
@@ -194,6 +255,39 @@ def test_intervals_over_test_examples(file):
     change = np.subtract(cells[2, "ONE"], cells[1, "ONE"])
     assert (ewc["bwt"]["high"] - ewc["bwt"]["low"]) / 2 == pytest.approx(norm.ppf(0.975) * change.std() / 20, rel=0.1)
     assert ewc["difference"]["op"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "over": "test examples"}
+
+
+def test_arms_with_other_seeds_are_compared_over_those_they_share(file):
+    asked = sweeps.load(file(grid={"seed": [1, 2, 3]}))
+    cells = {(1, "ONE"): [0.0, 100.0], (2, "ONE"): [0.0, 100.0], (2, "TWO"): [0.0, 100.0]}
+    faked(asked, {(arm, seed): cells for arm in ("seqlora", "ewc") for seed in (1, 2, 3)})
+    for run in asked.runs():
+        summary = run.folder.summary
+        if run.arm == "ewc" and run.settings["seed"] > 1:
+            (run.folder.path / "summary.json").unlink()
+        else:
+            summary["costs"]["seconds"] *= run.settings["seed"]
+            write_json(run.folder.path / "summary.json", summary)
+    base, ewc = compare.compare(asked)["rows"]
+    assert (base["seeds"], ewc["seeds"]) == (3, 1) and base["relative"]["seconds"] == 1
+    assert ewc["relative"]["seconds"] == 2  # 2 s against the 1 s of the same seed, not against the mean of 1, 2 and 3 s
+    assert ewc["difference"]["op"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "over": "test examples"}
+
+
+def test_tasks_are_drawn_independently():
+    first, again, other = (compare._draws(name, 50) for name in ("task12", "task12", "task21"))
+    assert (first == again).all() and (first == other).mean() < 0.05
+
+
+def test_the_table_fits_a_terminal():
+    """Every number whole in 80 columns, however long the name of the arm."""
+    value = {"mean": -43.21, "low": -46.0, "high": -40.0, "over": "seeds"}
+    row = {"arm": "hidelora_treelora_repo", "settings": "", "seeds": 3, **dict.fromkeys(compare.MEASURES, value),
+           "difference": dict.fromkeys(compare.MEASURES, value), "costs": None, "relative": {"seconds": 12.3, "peak_bytes": 1.25}}
+    console = Console(width=80, file=io.StringIO())
+    console.print(compare.table({"rows": [row], "baseline": "seqlora"}))
+    assert " -43.2 ± 3.0 -43.2 ± 3.0 -43.2 ± 3.0 -43.2 ± 3.0 12.30   1.25" in console.file.getvalue()
+    console.print(compare.table({"rows": [], "baseline": "seqlora"}))
 
 
 def test_a_measure_that_was_not_taken_is_left_blank(file):

@@ -53,20 +53,21 @@ def choices(rng: random.Random) -> tuple[str, list[str], int]:
     return ["an animal", "a thing"][kind], options, index
 
 
-def story(rng: random.Random) -> tuple[str, str, int]:
-    """What somebody has and then gains or loses, the noun and the number left."""
+def story(rng: random.Random) -> tuple[str, str, str, int]:
+    """What somebody has and then gains or loses, the noun, the sum to do and the number left."""
     have, change = rng.randrange(2, 10), rng.randrange(2, 10)
     gains = have <= change or rng.random() < 0.5
     noun, verb = rng.choice(list(NOUNS)), rng.choice(GAIN if gains else LOSE)
     left = have + change if gains else have - change
-    return f"{rng.choice(NAMES)} has {have} {noun} and {verb} {change}.", noun, left
+    return (f"{rng.choice(NAMES)} has {have} {noun} and {verb} {change}.", noun,
+            f"{have} {'+' if gains else '-'} {change}", left)
 
 
-def mixture(rng: random.Random) -> tuple[str, int]:
-    """Amounts of acid and base and the amount of salt, which the smaller one limits (1 mol + 1 mol give 1 mol)."""
+def mixture(rng: random.Random) -> tuple[str, str, int]:
+    """Amounts of acid and base, the one that limits the amount of salt, and this amount (1 mol + 1 mol give 1 mol)."""
     amounts, names = rng.sample(range(2, 10), 2), rng.sample(["acid", "base"], 2)
-    listed = " and ".join(f"{amount} mol {name}" for amount, name in zip(amounts, names))
-    return f"{rng.choice(NAMES)} has {listed}.", min(amounts)
+    parts = [f"{amount} mol {name}" for amount, name in zip(amounts, names)]
+    return f"{rng.choice(NAMES)} has {' and '.join(parts)}.", min(parts), min(amounts)  # one digit: as text, too
 
 
 def german(rng: random.Random) -> tuple[str, str, str, str]:

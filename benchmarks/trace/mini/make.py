@@ -6,53 +6,66 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock
 
 from codyra_llm.files import replacing, write_json
 
+from ..reasoning import VARIANT, reasoned_answer, reasoned_prompt
 from .skills import PROBES, held_out
 from .tasks import TASKS, Pair
 
-VERSION = 1  # part of the cached folders' names: raise it when what the generator or the pretraining makes changes
+# Parts of the cached folders' names: raise one when what the generator or the pretraining makes changes.
+DATA_VERSION, MODEL_VERSION = 2, 1
+Made = TypeVar("Made", bound=tuple[str, ...])
 LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
 
 
 def make_mini(out: Path, seed: int = 0, train: int = 400, eval: int = 50, test: int = 200) -> None:
-    """Write `<out>/<task>/{train,eval,test}.json` and the probes of general ability `<out>/general/<probe>/test.json`.
+    """Write `<out>/<task>/{train,eval,test}.json`, the same training examples with reasoning
+    `<out>/LLM-CL-Benchmark_Reasoning/<task>/train.json`, and the probes of general ability
+    `<out>/general/<probe>/test.json`.
 
     Each file is a JSON list of `{"prompt", "answer"}`. Equal arguments give equal bytes. No prompt occurs twice in a
     task, so its splits are disjoint.
     """
+    out = Path(out)
     for name, task in TASKS.items():
-        records = distinct(task, random.Random(f"{name} {seed}"), train + eval + test)
-        splits = {"train": records[:train], "eval": records[train:train + eval], "test": records[train + eval:]}
+        examples = distinct(task, random.Random(f"{name} {seed}"), train + eval + test)
+        splits = {"train": examples[:train], "eval": examples[train:train + eval], "test": examples[train + eval:]}
         for split, part in splits.items():
-            write_json(Path(out) / name / f"{split}.json", part)
+            _write(out / name / f"{split}.json", [(prompt, answer) for prompt, answer, _ in part])
+        _write(out / VARIANT / name / "train.json", [
+            (reasoned_prompt(name, prompt), reasoned_answer(name, reasoning, answer))
+            for prompt, answer, reasoning in splits["train"]])
     for name, probe in PROBES.items():
-        records = distinct(probe, random.Random(f"{name} {seed}"), 100, held_out)
-        write_json(Path(out) / "general" / name / "test.json", records)
+        _write(out / "general" / name / "test.json", distinct(probe, random.Random(f"{name} {seed}"), 100, held_out))
 
 
-def distinct(make: Callable[[random.Random], Pair], rng: random.Random, count: int,
-             keep: Callable[[str], bool] = lambda prompt: True) -> list[dict[str, str]]:
-    """`count` records with pairwise different prompts that `keep` admits."""
-    answers: dict[str, str] = {}
-    while len(answers) < count:
-        prompt, answer = make(rng)
-        if keep(prompt):
-            assert answers.setdefault(prompt, answer) == answer, f"two answers to {prompt!r}"
-    return [{"prompt": prompt, "answer": answer} for prompt, answer in answers.items()]
+def _write(path: Path, pairs: list[Pair]) -> None:
+    write_json(path, [{"prompt": prompt, "answer": answer} for prompt, answer in pairs])
+
+
+def distinct(make: Callable[[random.Random], Made], rng: random.Random, count: int,
+             keep: Callable[[str], bool] = lambda prompt: True) -> list[Made]:
+    """`count` results of `make` with pairwise different prompts, their first items, that `keep` admits."""
+    made: dict[str, Made] = {}
+    while len(made) < count:
+        example = make(rng)
+        if keep(prompt := example[0]):
+            assert made.setdefault(prompt, example) == example, f"two answers to {prompt!r}"
+    return list(made.values())
 
 
 def mini_data(seed: int = 0) -> Path:
     """The cached folder of `make_mini(seed)`, written on first use."""
-    return _cached(f"mini-data-v{VERSION}-{seed}", lambda out: make_mini(out, seed))
+    return _cached(f"mini-data-v{DATA_VERSION}-{seed}", lambda out: make_mini(out, seed))
 
 
 def mini_model(seed: int = 0) -> Path:
     """The cached folder of `pretrain_mini(seed)`, trained on first use."""
-    return _cached(f"mini-model-v{VERSION}-{seed}", lambda out: _pretrain_apart(out, seed))
+    return _cached(f"mini-model-v{MODEL_VERSION}-{seed}", lambda out: _pretrain_apart(out, seed))
 
 
 def _cached(name: str, make: Callable[[Path], None]) -> Path:

@@ -86,7 +86,7 @@ def pretrain_mini(out: Path, seed: int = 0, steps: int = 1500) -> None:
     rng = random.Random(f"pretrain {seed}")
     pairs = skill_records(rng, steps * ROWS * 6)
     # The tokenizer sees examples of the tasks as well, so that none of their words falls apart.
-    examples = pairs[:8000] + [task(rng) for task in TASKS.values() for _ in range(200)]
+    examples = pairs[:8000] + [task(rng)[:2] for task in TASKS.values() for _ in range(200)]
     tokenizer = train_tokenizer(["".join(pair) for pair in examples])
     set_seed(seed)
     model = small_llama(tokenizer)

@@ -100,14 +100,14 @@ def pick(rng: random.Random) -> Pair:
 
 
 def calculate(rng: random.Random) -> Pair:
-    text, noun, left = story(rng)
+    text, noun, _, left = story(rng)
     if rng.random() < 0.5:
         return f"Solve the problem.\nQuestion:\n{text} How many {noun}?\nAnswer:", f"{left} {noun}"
     return ask("Now", text), str(left)
 
 
 def limit(rng: random.Random) -> Pair:
-    text, salt = mixture(rng)
+    text, _, salt = mixture(rng)
     if rng.random() < 0.5:
         return f"Solve the problem.\nQuestion:\n{text} How many salt?\nAnswer:", f"{salt} mol salt"
     return ask("Limit", text), f"{salt} mol"

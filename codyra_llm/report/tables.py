@@ -1,13 +1,13 @@
-"""From score rows to the summary, the table in the terminal and the report; needs no model."""
+"""From score rows to the summary, the table in the terminal and the report in Markdown; needs no model."""
 
 from statistics import fmean
 
 from rich.box import SIMPLE
 from rich.table import Column, Table
 
-from .benchmarks.trace.metrics import headline, versioned
-from .evaluate.matrix import FORMULAS, summary
-from .recipe import Recipe
+from ..benchmarks.trace.metrics import headline, versioned
+from ..evaluate.matrix import FORMULAS, summary
+from ..recipe import Recipe
 
 MEASURES = ("op", "bwt", "bwt_treelora", "bwt_treelora_clipped", "forgetting", "fwt")
 
@@ -58,23 +58,35 @@ def table(found: dict) -> Table:
     return out
 
 
+def by_projection(rows: list[dict]) -> list[dict]:
+    """What each task changed, per projection over the layers: ranks `kept` of `rank` (None without ranks), mean ‖ΔW‖
+    (`norm`), mean `drift`, and the share of the updates that survived the cast (`surviving`, weighted by ‖ΔW‖²)."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["task"], row["site"].rpartition(".")[2]), []).append(row)
+    out = []
+    for (task, projection), members in groups.items():
+        ranked = members[0]["rank"] is not None
+        moved = sum(m["update_norm"] ** 2 for m in members)
+        out.append({"task": task, "projection": projection,
+                    "kept": sum(m["kept"] for m in members) if ranked else None,
+                    "rank": sum(m["rank"] for m in members) if ranked else None,
+                    "norm": fmean(m["update_norm"] for m in members), "drift": fmean(m["drift"] for m in members),
+                    "surviving": sum((m["surviving"] or 0) * m["update_norm"] ** 2 for m in members) / moved
+                    if moved and ranked else None})
+    return out
+
+
 def updates_table(rows: list[dict]) -> list[str]:
-    """Lines of a Markdown table: per task and projection, over the layers, ranks kept of ranks, mean ‖ΔW‖, mean drift
-    and the share of the updates that survived the cast (weighted by ‖ΔW‖²); blank where a row has none."""
+    """Lines of a Markdown table of `by_projection`; blank where a row has none."""
     if not rows:
         return []
     lines = ["", "| task | projection | ranks kept | ‖ΔW‖ | drift ‖W - W₀‖ | share that survives the cast |",
              "|---|---|---|---|---|---|"]
-    groups: dict[tuple[str, str], list[dict]] = {}
-    for row in rows:
-        groups.setdefault((row["task"], row["site"].rpartition(".")[2]), []).append(row)
-    for (task, projection), members in groups.items():
-        ranks = "" if members[0]["rank"] is None else (f"{sum(m['kept'] for m in members)} of "
-                                                       f"{sum(m['rank'] for m in members)}")
-        moved = sum(m["update_norm"] ** 2 for m in members)
-        share = sum((m["surviving"] or 0) * m["update_norm"] ** 2 for m in members) / moved if moved and ranks else None
-        lines.append(f"| {task} | {projection} | {ranks} | {fmean(m['update_norm'] for m in members):.4f} | "
-                     f"{fmean(m['drift'] for m in members):.4f} | {'' if share is None else format(share, '.4f')} |")
+    for row in by_projection(rows):
+        ranks = "" if row["rank"] is None else f"{row['kept']} of {row['rank']}"
+        share = "" if row["surviving"] is None else format(row["surviving"], ".4f")
+        lines.append(f"| {row['task']} | {row['projection']} | {ranks} | {row['norm']:.4f} | {row['drift']:.4f} | {share} |")
     return lines
 
 

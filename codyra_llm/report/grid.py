@@ -1,0 +1,86 @@
+"""A table that knows its numbers: the page shows it as a heat map, CSV and Markdown write it as it is."""
+
+import csv
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TextIO
+
+HEADER = ("table", "row", "column", "value", "low", "high")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value, how it is shown, and where known its 95 % interval."""
+
+    value: float | int | str
+    text: str
+    low: float | None = None
+    high: float | None = None
+    small: str = ""  # a second line
+    hint: str = ""
+    heat: float | None = None  # 0..100: how strong the cell's colour is
+    marked: bool = False  # outlined, or bold
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Rows and columns with names; a cell is None where nothing was measured."""
+
+    name: str
+    corner: str
+    columns: list[str]
+    rows: list[tuple[str, list[Cell | None]]]
+    note: str = ""
+
+    def holds_words(self, column: int) -> bool:
+        return any(cells[column] is not None and isinstance(cells[column].value, str) for _, cells in self.rows)
+
+    def filled(self) -> "Grid":
+        """Without the columns that hold nothing."""
+        kept = [i for i in range(len(self.columns)) if any(cells[i] is not None for _, cells in self.rows)]
+        return Grid(self.name, self.corner, [self.columns[i] for i in kept],
+                    [(label, [cells[i] for i in kept]) for label, cells in self.rows], self.note)
+
+
+def number(value: float | None, form: str = ".1f", **more) -> Cell | None:
+    return None if value is None else Cell(value, format(value, form), **more)
+
+
+def word(value: str) -> Cell:
+    return Cell(value, value)
+
+
+def write_csv(grids: Iterable[Grid], file: TextIO) -> None:
+    """One line per cell that holds something, in full precision: HEADER."""
+    out = csv.writer(file, lineterminator="\n")
+    out.writerow(HEADER)
+    for grid in grids:
+        for label, cells in grid.rows:
+            out.writerows([grid.name, label, column, cell.value, cell.low, cell.high]
+                          for column, cell in zip(grid.columns, cells) if cell is not None)
+
+
+def markdown(grids: Iterable[Grid]) -> str:
+    """A section with a table for each."""
+    lines = []
+    for grid in grids:
+        lines += [f"## {_plain(grid.name)}", "", *([_plain(grid.note), ""] if grid.note else []),
+                  _line([grid.corner, *grid.columns]), "|" + "---|" * (len(grid.columns) + 1)]
+        lines += [_line([label, *(_words(cell) for cell in cells)]) for label, cells in grid.rows] + [""]
+    return "\n".join(lines)
+
+
+def _words(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    text = f"**{cell.text}**" if cell.marked else cell.text
+    return f"{text} ({cell.small})" if cell.small else text
+
+
+def _line(texts: Iterable[str]) -> str:
+    return "| " + " | ".join(map(_plain, texts)) + " |"
+
+
+def _plain(text: str) -> str:
+    """A name of the user's as text in a Markdown table: no cell ends in it, no tag begins."""
+    return " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")

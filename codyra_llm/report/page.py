@@ -1,0 +1,44 @@
+"""The report as a file: one HTML page that loads nothing, or its tables as CSV or Markdown."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from .. import __version__
+from ..errors import Fault, nearest
+from ..files import replacing
+from ..folder import RunFolder
+from . import many, one
+from .grid import Grid, markdown, write_csv
+
+SUFFIXES = (".html", ".csv", ".md")
+
+
+def write(folders: list[RunFolder], out: Path, examples: bool = True) -> None:
+    """The report on one run, or on several together, in the format that the suffix of `out` names.
+
+    examples: show test prompts, answers and predictions. Raises Fault for another suffix or a folder that holds no run.
+    """
+    if out.suffix not in SUFFIXES:
+        raise Fault(f"--out: '{out}' must end in {', '.join(SUFFIXES)}.{nearest(out.suffix, SUFFIXES)}")
+    found = one.content(folders[0], examples) if len(folders) == 1 else many.content(folders)
+    with replacing(out) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        if out.suffix == ".csv":
+            write_csv(grids(found), file)
+        else:
+            page = html(found, len(folders)) if out.suffix == ".html" else f"# {found['title']}\n\n{markdown(grids(found))}"
+            file.write(page)
+
+
+def html(found: dict, runs: int) -> str:
+    """The page. Whatever comes from data, a model or a recipe is escaped: autoescape is on, and nothing is marked safe."""
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+                              trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("page.html.jinja").render(found, runs=runs, version=__version__)
+
+
+def grids(found: dict) -> Iterator[Grid]:
+    """The tables among the parts, in their order."""
+    for part in found.values():
+        yield from (grid for grid in (part if isinstance(part, list) else [part]) if isinstance(grid, Grid))
