@@ -38,16 +38,14 @@ def run(recipe: RecipeArg, overrides: Overrides = None, local_rank: LocalRank = 
     The same command goes on where a run stopped; a finished run whose recipe gains a task at the end goes on with it.
     Example: codyra-llm run recipes/quickstart.yaml method.rank=8 output=runs/rank8
     """
-    from accelerate.state import PartialState
-
     from . import recipe as recipes
-    from .distributed import ask_deepspeed
+    from .distributed import ask_deepspeed, leave
     from .run import run as run_recipe
 
     if deepspeed_config:
         ask_deepspeed(deepspeed_config)
     run_recipe(recipes.load(recipe, overrides or []))
-    PartialState().destroy_process_group()  # if there is one
+    leave()
 
 
 @app.command()
@@ -269,4 +267,6 @@ def main(args: list[str] | None = None) -> None:
             time.sleep(15)
         for message in fault.messages:
             print(f"error{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr, flush=True)
+        if started := sys.modules.get("codyra_llm.distributed"):
+            started.leave(2)
         sys.exit(2)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -77,6 +78,17 @@ def _prepare_deepspeed(cpu: bool) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # It calls collectives by names that torch is about to change, once per step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def leave(code: int = 0) -> None:
+    """End this process where it belongs to a group, at once: gloo's threads may still be letting go of the last tensors,
+    and Python aborts the process if they do while it finalises. Without a group it returns."""
+    if torch.distributed.is_initialized():
+        if not code:
+            torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def collectively(mine: bool, action: Callable, *args) -> Any:

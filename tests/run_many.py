@@ -7,8 +7,7 @@ import os
 import sys
 import time
 
-from accelerate.state import PartialState
-
+from codyra_llm import distributed
 from codyra_llm import recipe as recipes
 from codyra_llm.folder import RunFolder
 from codyra_llm.run import run
@@ -24,4 +23,4 @@ def late(folder: RunFolder):
 RunFolder.archive = late
 for file in sys.argv[1:]:
     run(recipes.load(file))
-PartialState().destroy_process_group()
+distributed.leave()

@@ -247,3 +247,14 @@ def test_a_file_that_another_node_can_not_see(tmp_path):
         await_file(tmp_path / "nowhere" / "x", seconds=0)
     (tmp_path / "x").touch()
     await_file(tmp_path / "x", seconds=0)
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_process_of_a_group_ends_at_once(code, tmp_path):
+    """With what it printed, its exit code, and without the interpreter's own end; alone it goes on."""
+    script = (f"import atexit, torch; from codyra_llm.distributed import leave; atexit.register(print, 'finalised')\n"
+              f"leave({code}); print('alone')\n"
+              f"torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)\n"
+              f"leave({code}); print('left')")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (code, "alone\n"), done.stderr
