@@ -5,9 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from accelerate.state import PartialState
-
-from codyra_llm import models
+from codyra_llm import distributed, models
 from codyra_llm import recipe as recipes
 from codyra_llm.errors import Fault
 from codyra_llm.run import run
@@ -19,4 +17,4 @@ try:
     run(recipes.load(file, others if rank == "1" else []))
 except Fault as fault:
     Path(folder, rank).write_text(str(fault), encoding="utf-8")
-PartialState().destroy_process_group()
+distributed.leave()
