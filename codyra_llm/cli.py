@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from . import stop
 from .errors import Fault, nearest
 
 app = typer.Typer(help="Continual fine-tuning of LLaMA and Gemma on TRACE-like task streams.", no_args_is_help=True,
@@ -44,6 +45,7 @@ def run(recipe: RecipeArg, overrides: Overrides = None, local_rank: LocalRank = 
 
     if deepspeed_config:
         ask_deepspeed(deepspeed_config)
+    stop.listen()
     run_recipe(recipes.load(recipe, overrides or []))
     leave()
 
@@ -262,11 +264,37 @@ def main(args: list[str] | None = None) -> None:
     try:
         app(args=args, prog_name="codyra-llm")
     except Fault as fault:
+        _tell(2)
         # The launcher ends all ranks when one ends: the first gets time to say it, the others speak up if it does not.
         if rank := int(os.environ.get("RANK", "0")):
             time.sleep(15)
         for message in fault.messages:
             print(f"error{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr, flush=True)
-        if started := sys.modules.get("codyra_llm.distributed"):
-            started.leave(2)
-        sys.exit(2)
+        _end(2)
+    except stop.Stopped as stopped:
+        _look_for_lost()
+        print(f"stopped at {stopped}, all is saved; the same command goes on", file=sys.stderr, flush=True)
+        _end(stop.EXIT)
+    except RuntimeError:
+        _look_for_lost()
+        _tell(1)
+        raise
+
+
+def _tell(code: int) -> None:
+    """The other processes of the launch learn that this one ends."""
+    if watch := sys.modules.get("codyra_llm.watch"):
+        watch.leave(code)
+
+
+def _look_for_lost() -> None:
+    """End this process with its name where another is gone: it broke a connection, or made the launcher end all."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and (watch := sys.modules.get("codyra_llm.watch")) and (verdict := watch.lost(world)):
+        watch.end(verdict)
+
+
+def _end(code: int) -> None:
+    if started := sys.modules.get("codyra_llm.distributed"):
+        started.leave(code)
+    sys.exit(code)

@@ -4,22 +4,25 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers.integrations import unset_hf_deepspeed_config
 
+from . import watch
 from .errors import Fault
 from .lora.archive import Adapter
 from .lora.layer import sites
 from .lora.shared import shared_inputs
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def accelerator() -> Accelerator:
@@ -84,7 +87,9 @@ def leave(code: int = 0) -> None:
     """End this process where it belongs to a group, at once: gloo's threads may still be letting go of the last tensors,
     and Python aborts the process if they do while it finalises. Without a group it returns."""
     if torch.distributed.is_initialized():
+        watch.leave(code)
         if not code:
+            torch.distributed.barrier()  # none watches any more when the first, who may keep the store, goes
             torch.distributed.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -100,9 +105,23 @@ def collectively(mine: bool, action: Callable, *args) -> Any:
             result = action(*args)
         except Fault as fault:
             faults = fault.messages
-    if faults := gather_object(faults):
+    with watch.waiting():
+        faults = gather_object(faults)
+    if faults:
         raise Fault(*dict.fromkeys(faults))
     return result
+
+
+def wait(acc: Accelerator) -> None:
+    """Until all processes are here."""
+    with watch.waiting():
+        acc.wait_for_everyone()
+
+
+def of_first(value: Any) -> Any:
+    """The first process's `value`, on all."""
+    with watch.waiting():
+        return broadcast_object_list([value])[0]
 
 
 def zero_stage(acc: Accelerator) -> int:
@@ -173,7 +192,8 @@ class Engine:
             return terms
         trained = [] if self.deepspeed else [p for group in self.groups for p in group["params"]]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-        total = self.acc.reduce(torch.cat([terms, *(g.flatten() for g in gradients)]), "sum")
+        with watch.waiting():
+            total = self.acc.reduce(torch.cat([terms, *(g.flatten() for g in gradients)]), "sum")
         terms, *sums = total.split([len(terms), *(g.numel() for g in gradients)])
         for p, summed in zip(trained, sums):
             p.grad = summed.view_as(p).to(p.dtype)
@@ -232,6 +252,60 @@ class Engine:
             safe_set_local_fp32_param(p, p.ds_tensor)
         else:
             safe_set_full_fp32_param(p, value)
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """What trains, and Adam's moments and step count of it, by `<kind>.<name>`: whole, in their own precision, the
+        same whatever the number of processes (collective under ZeRO)."""
+        for name, p in self._trained():
+            yield f"value.{name}", self._full(p) if self.deepspeed else p
+            if self.deepspeed:
+                from deepspeed.utils import safe_get_full_optimizer_state as moment
+
+                yield from ((f"{key}.{name}", moment(p, key)) for key in MOMENTS)
+                yield f"step.{name}", next(iter(self.inner.state.values()))["step"]
+            else:  # a parameter that never had a gradient has no moments
+                yield from ((f"{key}.{name}", value) for key, value in self.inner.state[p].items())
+
+    @torch.no_grad()
+    def load_state(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """Put back what `state` gave, under any number of processes and stage of ZeRO (collective)."""
+        trained = dict(self._trained())
+        for key, tensor in tensors:
+            kind, _, name = key.partition(".")
+            p = trained[name]
+            if kind == "value":
+                self._write(p, tensor.to(self.acc.device))
+            elif not self.deepspeed:
+                self.inner.state[p][kind] = tensor.to(self.acc.device if kind in MOMENTS else "cpu").clone()
+            elif kind == "step":
+                for flat in self._flat():
+                    self.inner.state[flat]["step"] = tensor.clone()
+            else:
+                self._write_moment(p, kind, tensor.to(self.acc.device))
+        self._forget()
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+
+    def _flat(self) -> list[Tensor]:
+        """ZeRO's flat shards that this process steps."""
+        zero = self.module.optimizer
+        return zero.fp32_partitioned_groups_flat if zero_stage(self.acc) == 3 else zero.single_partition_of_fp32_groups
+
+    def _write_moment(self, p: nn.Parameter, key: str, value: Tensor) -> None:
+        """This process's part of a moment, into the state that ZeRO's first step would make."""
+        for flat in self._flat():
+            if key not in self.inner.state[flat]:
+                self.inner.state[flat][key] = torch.zeros_like(flat)
+        if zero_stage(self.acc) == 3:
+            size = p.ds_tensor.numel()
+            padded = nn.functional.pad(value.flatten(), (0, size * self.acc.num_processes - value.numel()))
+            p._z3_optimizer.set_local_hp_param(padded[size * self.acc.process_index:][:size], p, key)
+        elif p._hp_mapping is not None:  # this process has a part of p
+            place, own = p._hp_mapping.hp_fragment_address, p._hp_mapping.lp_fragment_address
+            flat = self._flat()[p._hp_mapping.param_group_index]
+            self.inner.state[flat][key].narrow(0, place.start, place.numel).copy_(
+                value.flatten().narrow(0, own.start, own.numel))
 
     def _full(self, p: nn.Parameter) -> Tensor:
         full = None

@@ -1,56 +1,79 @@
 """The run folder: everything that must survive a restart, and the names of its files."""
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import recipe as recipes
 from .errors import Fault
-from .files import append_jsonl, read_jsonl, write_json, write_jsonl
+from .files import append_jsonl, read_json, read_jsonl, replacing, to_json, to_jsonl, write_json, write_jsonl
+from .lease import Lease
 from .lora.archive import Archive
+from .progress import Progress
 from .recipe import Recipe
+from .seals import NAME as SEALS
+from .seals import Seals
 
 # settings that change no result
-NO_RESULT = ("output", "checkpoint", "optim.micro_batch_tokens", "eval.batch_tokens", "model.fused", "data.batching")
+NO_RESULT = ("output", "checkpoint", "save.minutes", "save.keep", "hang_minutes", "optim.micro_batch_tokens", "eval.batch_tokens", "model.fused", "data.batching")
+
+OWN = ("lease.json", SEALS, "recipe.json")  # may lie in a folder that is about to become a run's
 
 
 class RunFolder:
-    """`recipe.json`, `manifest.json`, `updates/`, `state/`, `predictions/`, `log.jsonl`, `updates.jsonl`, `costs.jsonl`,
-    `scores.jsonl`, and what is derived from them: `summary.json`, `report.md`, `report.html`, `checkpoint/`."""
+    """`recipe.json`, `manifest.json`, `updates/`, `state/`, `predictions/`, `updates.jsonl`, `costs.jsonl`,
+    `scores.jsonl`, with their hashes in `seals.json` (updates have their own); `log.jsonl`; `progress/`, the checkpoints
+    inside a task; `lease.json`, who is at work; and what is derived: `summary.json`, `report.md`, `report.html`,
+    `checkpoint/`.
 
-    def __init__(self, path: Path):
-        self.path = path
+    Files that were changed, damaged or lost since they were written are a Fault where they are read."""
+
+    def __init__(self, path: Path, lease: Lease | None = None):
+        """`lease`: of the one process that may write."""
+        self.path, self.lease, self.seals = path, lease, Seals(path)
 
     @cached_property
     def recipe(self) -> Recipe:
         """The recipe of an existing run. Raises Fault where there is none."""
         file = self.path / "recipe.json"
-        if not file.is_file():
+        if not (file.is_file() or (self.path / SEALS).is_file()):
             raise Fault(f"{self.path} is not a run folder (it has no recipe.json); give the `output` of a run")
-        return recipes.parse(json.loads(file.read_text(encoding="utf-8")), str(file))
+        return recipes.parse(self._mapping("recipe.json"), str(file))
 
-    @property
+    @cached_property
     def manifest(self) -> dict:
-        return json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+        found = self._mapping("manifest.json")
+        if "base" not in found:
+            raise Fault(f"{self.path / 'manifest.json'} does not say which base the run began with; restore it from a copy")
+        return found
 
-    def open(self, recipe: Recipe, manifest: dict) -> None:
-        """Claim the folder for a resolved recipe: new, the same again, or the same with tasks added at the end."""
-        if (self.path / "recipe.json").is_file():
-            if other := differences(self.recipe, recipe):
+    def open(self, recipe: Recipe, manifest: dict) -> str:
+        """Claim the folder for a resolved recipe: new, the same again, or the same with tasks added at the end. Returns
+        what the user should know, or an empty text."""
+        told = ""
+        if (self.path / "manifest.json").is_file():
+            if faults := [*differences(self.recipe, recipe), *self._other_files(manifest)]:
                 raise Fault(*(f"{self.path} belongs to another recipe: {line}; give another `output`, or remove the "
-                              f"folder" for line in other))
-            if (was := self.manifest["base"]) != manifest["base"]:
-                raise Fault(f"{self.path} was begun on other base weights ({was[:12]}, now {manifest['base'][:12]}); "
-                            f"restore the model at model.path or give another `output`")
-        elif self.path.exists() and any(self.path.iterdir()):
+                              f"folder" for line in faults))
+            told = _other_launch(self.manifest, manifest)
+        elif self.path.exists() and any(p.name not in OWN for p in self.path.iterdir()):
             raise Fault(f"output: {self.path} holds files of something else; give a new or empty folder")
-        write_json(self.path / "recipe.json", recipe.model_dump(mode="json"))
-        write_json(self.path / "manifest.json", manifest)
+        self._write("recipe.json", to_json(recipe.model_dump(mode="json")))
+        self._write("manifest.json", to_json(manifest))
         self.__dict__.pop("recipe", None)
+        self.__dict__.pop("manifest", None)
+        return told
+
+    def _other_files(self, manifest: dict) -> list[str]:
+        """What of the base and the data is not what the run was begun with."""
+        was = self.manifest
+        lines = [] if was["base"] == manifest["base"] else [
+            f"its base weights were {was['base'][:12]}, and are {manifest['base'][:12]} now"]
+        return lines + [f"{name} was {digest}, and is {manifest['data'][name]} now" for name, digest in was.get("data", {}).items()
+                        if manifest["data"].get(name, digest) != digest]
 
     def archive(self) -> Archive:
         return Archive(self.path / "updates", self.manifest["base"])
@@ -61,27 +84,44 @@ class RunFolder:
 
     def load_state(self, index: int) -> dict[str, Tensor]:
         """What task `index` left beside its update; empty where it left nothing."""
+        self.seals.check(self.state(index))
         return load_file(self.state(index)) if self.state(index).is_file() else {}
+
+    def save_state(self, index: int, state: dict[str, Tensor]) -> None:
+        with self.seals.replacing(self.state(index)) as temporary:
+            save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary)
+
+    def progress(self, index: int, task: str, parent: str) -> Progress:
+        """The checkpoints inside task `index`, which begins on the updates of lineage `parent`."""
+        return Progress(self.path / "progress", index, task, parent, self.recipe.save)
+
+    def check_scores(self, learnt: int) -> None:
+        """Raise Fault where a task was evaluated that is not among the first `learnt`: its update was lost."""
+        if lost := [row["after"] for row in self.scores if row["step"] > learnt]:
+            raise Fault(f"{self.path / 'updates'} has no update of {lost[0]}, after which scores.jsonl has scores; restore "
+                        f"it from a copy, or begin anew in another output")
 
     @property
     def scores(self) -> list[dict]:
-        return read_jsonl(self.path / "scores.jsonl")
+        return self._rows("scores")
 
     def add_scores(self, row: dict, predictions: list[dict]) -> None:
         """Predictions first: a score without its predictions can't be checked."""
-        write_jsonl(self._predictions(row["step"], row["after"], row["task"]), predictions)
-        append_jsonl(self.path / "scores.jsonl", row)
+        name = self._predictions(row["step"], row["after"], row["task"]).relative_to(self.path).as_posix()
+        self._write(name, to_jsonl(predictions))
+        self._write("scores.jsonl", to_jsonl([*self.scores, row]))
 
     def predictions(self, step: int, after: str, task: str) -> list[dict]:
         """Prompt, prediction, answer and scores of the examples of `task`, as answered after the step; [] if it wasn't."""
+        self.seals.check(self._predictions(step, after, task))
         return read_jsonl(self._predictions(step, after, task))
 
     def _predictions(self, step: int, after: str, task: str) -> Path:
         return self.path / "predictions" / f"{step:02d}-{after}" / f"{task}.jsonl"
 
-    def restart_log(self, task: str) -> None:
-        """Leave out what an attempt at `task` logged before it was stopped."""
-        self._replace("log", task, [])
+    def restart_log(self, task: str, step: int) -> None:
+        """Leave out what an attempt at `task` logged behind `step` before it was stopped."""
+        write_jsonl(self.path / "log.jsonl", [row for row in self.log_rows if row["task"] != task or row["step"] <= step])
 
     def log(self, row: dict) -> None:
         append_jsonl(self.path / "log.jsonl", row)
@@ -92,33 +132,54 @@ class RunFolder:
 
     @property
     def updates(self) -> list[dict]:
-        return read_jsonl(self.path / "updates.jsonl")
+        return self._rows("updates")
 
     def add_update_report(self, task: str, rows: list[dict]) -> None:
         self._replace("updates", task, rows)
 
     @property
     def costs(self) -> list[dict]:
-        return read_jsonl(self.path / "costs.jsonl")
+        return self._rows("costs")
 
     def add_costs(self, task: str, row: dict) -> None:
         self._replace("costs", task, [row])
 
     def _replace(self, name: str, task: str, rows: list[dict]) -> None:
         """Put `rows` in place of those of an earlier attempt at `task`."""
-        file = self.path / f"{name}.jsonl"
-        kept = [row for row in read_jsonl(file) if row["task"] != task]
-        write_jsonl(file, kept + [{"task": task, **row} for row in rows])
+        kept = [row for row in self._rows(name) if row["task"] != task]
+        self._write(f"{name}.jsonl", to_jsonl(kept + [{"task": task, **row} for row in rows]))
+
+    def _rows(self, name: str) -> list[dict]:
+        self.seals.check(self.path / f"{name}.jsonl")
+        return read_jsonl(self.path / f"{name}.jsonl")
+
+    def _mapping(self, name: str) -> dict:
+        self.seals.check(self.path / name)
+        return read_json(self.path / name)
+
+    def _write(self, name: str, text: str) -> None:
+        if self.lease:
+            self.lease.check()
+        with self.seals.replacing(self.path / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
     @property
     def summary(self) -> dict:
         """Empty before the run has come to its end."""
         file = self.path / "summary.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return read_json(file) if file.is_file() else {}
 
     def write_summary(self, summary: dict, report: str) -> None:
+        """The summary last: whoever finds it finds a finished run."""
+        with replacing(self.path / "report.md") as temporary:
+            temporary.write_text(report, encoding="utf-8")
         write_json(self.path / "summary.json", summary)
-        (self.path / "report.md").write_text(report, encoding="utf-8")
+
+
+def _other_launch(was: dict, now: dict) -> str:
+    """A sentence where a run goes on under other processes or versions."""
+    changed = [f"{key} was {was[key]}, now {now[key]}" for key in was.keys() & now.keys() - {"base", "data"} if was[key] != now[key]]
+    return f"going on where the run stopped, equal to rounding only: {', '.join(sorted(changed))}" if changed else ""
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:

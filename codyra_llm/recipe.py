@@ -79,6 +79,11 @@ class EvalSection(Strict):
                                 "measured before the first task and after the last")
 
 
+class SaveSection(Strict):
+    minutes: Positive | None = Field(10.0, description="between checkpoints inside a task; null: only when asked to stop")
+    keep: int = Field(1, ge=1, description="checkpoints inside a task that stay")
+
+
 class Recipe(Strict):
     """One run. Fields left at null are filled from the protocol by `resolved`."""
 
@@ -87,8 +92,10 @@ class Recipe(Strict):
     method: SerializeAsAny[MethodConfig]
     optim: OptimSection = OptimSection()
     eval: EvalSection = EvalSection()
+    save: SaveSection = SaveSection()
     seed: int = 1234
     output: str = Field(description="run folder")
+    hang_minutes: Positive = Field(30.0, description="a launch of several processes in which nothing moves for so long ends")
     checkpoint: bool = Field(True, description="write the final merged model to <output>/checkpoint")
 
     @property

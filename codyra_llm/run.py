@@ -1,5 +1,6 @@
 """The experiment on one page: for each task learn, consolidate, evaluate; what lies in the run folder is not done again."""
 
+import shutil
 import sys
 import time
 from importlib.metadata import version
@@ -7,19 +8,20 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from rich.console import Console
-from safetensors.torch import save_file
 
-from . import __version__, distributed, models
+from . import __version__, distributed, models, stop, watch
 from .benchmarks.trace.metrics import headline, score
-from .distributed import collectively
+from .distributed import collectively, of_first, wait
 from .errors import Fault
 from .evaluate import generate, vllm
 from .evaluate.scores import summarise
 from .export import write_merged, write_stage
-from .files import await_file, replacing
+from .examples import SPLITS
+from .files import await_file, file_sha256, remove_leftovers
 from .folder import RunFolder
+from .lease import Lease
 from .lora.archive import Adapter, Archive, Update
 from .lora.merge import report as update_report
 from .lora.shared import share_inputs
@@ -37,8 +39,11 @@ OPTIMIZER = "optimizer."  # in a task's state: Adam's moments
 
 
 def run(recipe: Recipe) -> RunFolder:
-    """Run a recipe, or go on with it where it stopped. Returns the finished run's folder."""
+    """Run a recipe, or go on with it where it stopped. Returns the finished run's folder. Raises Stopped when the process
+    was asked to (`stop.listen`): the same call goes on."""
     acc = distributed.accelerator()
+    if acc.num_processes > 1:
+        watch.start(acc.process_index, acc.num_processes, recipe.hang_minutes)
     first = acc.is_local_main_process  # of each node, so that what is made or converted on first use is made once
     setup = collectively(first, prepare, recipe)
     setup = collectively(not first, prepare, recipe) or setup
@@ -48,15 +53,23 @@ def run(recipe: Recipe) -> RunFolder:
         told = preflight(acc, setup, base)
         if acc.is_main_process:
             console.print(told, soft_wrap=True)
+    lease = Lease(Path(recipe.output))
+    collectively(acc.is_main_process, lease.take)
+    try:
+        return _run(setup, acc, RunFolder(lease.folder, lease), base)
+    finally:
+        lease.release()
+
+
+def _run(setup: Setup, acc: Accelerator, folder: RunFolder, base: str | None) -> RunFolder:
     peak = ProcessPeak(acc.device)
-    folder = RunFolder(Path(recipe.output))
-    manifest = _manifest(setup, acc, base) if acc.is_main_process else None
-    collectively(acc.is_main_process, folder.open, setup.recipe, manifest)
+    collectively(acc.is_main_process, _claim, setup, acc, folder, base)
     collectively(True, await_file, folder.path / "manifest.json")
     if setup.recipe.eval.zero_shot or not setup.method.trains or setup.probes:
         evaluate(setup, folder, acc, -1)
     # Of one process for all: what a later look into the folder finds depends on how far the first has come meanwhile.
-    learnt = broadcast_object_list([len(folder.archive().files)])[0]
+    learnt = of_first(len(folder.archive().files))
+    folder.check_scores(learnt)
     for index in range(len(setup.recipe.tasks)) if setup.method.trains else ():
         early = setup.method.joint and index + 1 < len(setup.recipe.tasks)
         if index >= learnt:
@@ -67,13 +80,19 @@ def run(recipe: Recipe) -> RunFolder:
     return folder
 
 
+def _claim(setup: Setup, acc: Accelerator, folder: RunFolder, base: str) -> None:
+    remove_leftovers(folder.path)
+    if told := folder.open(setup.recipe, _manifest(setup, acc, base)):
+        console.print(told, soft_wrap=True)
+
+
 def learn(setup: Setup, folder: RunFolder, acc: Accelerator, peak: ProcessPeak, index: int) -> None:
     """Train on one task, from what is on disk to an update on disk."""
     archive, name = folder.archive(), setup.recipe.tasks[index]
     peak.restart()
     model, began = _start(setup, acc, archive, index), time.perf_counter()
     trainer, adapters, state = _train(setup, folder, acc, archive, model, index)
-    seconds, peaks = time.perf_counter() - began, gather_object([peak.read()])
+    seconds, peaks = trainer.earlier + time.perf_counter() - began, gather_object([peak.read()])
     if acc.is_main_process:
         folder.add_costs(name, {"trained": trainer.trained, "seconds": round(seconds, 3),
                                 "peak_bytes": None if None in peaks else max(peaks)})
@@ -81,8 +100,9 @@ def learn(setup: Setup, folder: RunFolder, acc: Accelerator, peak: ProcessPeak, 
         ranks = [(r["kept"], r["rank"]) for r in rows if r["rank"] is not None]
         counted = f", {sum(k for k, _ in ranks)} of {sum(r for _, r in ranks)} ranks kept" if ranks else ""
         console.print(f"{name}: learnt in {seconds:.0f} s{counted}")
+        folder.progress(index, name, archive.lineage[-1]).clear()
     trainer.engine.free()
-    acc.wait_for_everyone()
+    wait(acc)
     for file in [folder.state(index)] * bool(state) + [archive.path(index, name)]:
         collectively(True, await_file, file)
 
@@ -100,7 +120,8 @@ def _train(setup: Setup, folder: RunFolder, acc: Accelerator, archive: Archive, 
     trainer = Trainer(acc, method, model, recipe.optim, setup.tokenizer.pad_token_id, recipe.data.batching)
     if method.carries_optimizer and index:
         trainer.load_state({k.removeprefix(OPTIMIZER): v for k, v in before.items() if k.startswith(OPTIMIZER)})
-    adapters = _fit(setup, folder, acc, trainer, index)
+    adapters = _fit(setup, folder, acc, trainer, archive, index)
+    watch.at(f"task {recipe.tasks[index]}, its end")
     state = method.end_task(model, task, trainer.gradients)
     if method.carries_optimizer:
         state |= {OPTIMIZER + k: v for k, v in trainer.state().items()}
@@ -122,20 +143,27 @@ def pass_over(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> 
     archive, name = folder.archive(), setup.recipe.tasks[index]
     if acc.is_main_process:
         archive.append(name, Update({}, 1.0, setup.method.mode))
-    acc.wait_for_everyone()
+    wait(acc)
     collectively(True, await_file, archive.path(index, name))
 
 
-def _fit(setup: Setup, folder: RunFolder, acc: Accelerator, trainer: Trainer, index: int) -> dict[str, Adapter]:
+def _fit(setup: Setup, folder: RunFolder, acc: Accelerator, trainer: Trainer, archive: Archive,
+         index: int) -> dict[str, Adapter]:
+    """Train from the last checkpoint inside the task on, if there is one."""
     name = setup.recipe.tasks[index]
+    saves = folder.progress(index, name, archive.lineage[-1])
+    found = of_first(saves.newest() if acc.is_main_process else None)
+    start = trainer.resume(found) if found else 0
     if acc.is_main_process:
-        folder.restart_log(name)
+        folder.restart_log(name, start)
+        if start:
+            console.print(f"{name}: going on behind step {start}")
     with console.status(f"{name}: learning") as status:
         def log(row: dict) -> None:
             if acc.is_main_process:
                 folder.log(row)
                 status.update(f"{name}: step {row['step']}/{row['steps']}, loss {row['loss']:.3f}")
-        return trainer.fit(_task_data(setup, index), setup.recipe.seed, log)
+        return trainer.fit(_task_data(setup, index), setup.recipe.seed, log, saves, start)
 
 
 def _archive(setup: Setup, folder: RunFolder, archive: Archive, index: int, update: Update,
@@ -144,11 +172,11 @@ def _archive(setup: Setup, folder: RunFolder, archive: Archive, index: int, upda
     before = archive.terms(index - 1)
     after = {"add": [*before, update], "replace": [update], "apart": [update]}[update.mode]
     rank = getattr(setup.recipe.method, "rank", None)
+    watch.at(f"task {setup.recipe.tasks[index]}, its update")
     rows = list(update_report(models.WeightReader(setup.base), before, after, rank, setup.dtype))
     folder.add_update_report(setup.recipe.tasks[index], rows)
     if state:
-        with replacing(folder.state(index)) as temporary:
-            save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary)
+        folder.save_state(index, state)
     archive.append(setup.recipe.tasks[index], update)  # last: a task is done when its update is there
     return rows
 
@@ -157,12 +185,14 @@ def evaluate(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> N
     """Score the merged model after task `index` (-1: the base) on what the recipe asks for and no row holds yet."""
     recipe = setup.recipe
     after = recipe.tasks[index] if index >= 0 else "base"
-    done = broadcast_object_list([{(row["step"], row["task"]) for row in folder.scores}])[0]
+    done = of_first({(row["step"], row["task"]) for row in folder.scores})
     pending = [item for item in _due(setup, index) if (index + 1, item[0]) not in done]
     if not pending:
         return
     with BACKENDS[recipe.eval.backend](acc, setup, folder, index) as answers:
         for task, records, new in pending:
+            stop.check()
+            watch.at(f"answers to {task} after {after}")
             began, prompts = time.perf_counter(), [r["prompt"] for r in records]
             number = recipe.tasks.index(task) if task in recipe.tasks else None
             if number is not None:
@@ -173,13 +203,14 @@ def evaluate(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> N
             if acc.is_main_process:
                 known = {"after": after, "step": index + 1, "task": task}
                 _add_scores(setup, folder, known, records, predictions, began)
-    acc.wait_for_everyone()
+    wait(acc)
 
 
 def finish(setup: Setup, folder: RunFolder) -> None:
     """If asked the final merged model, then the reports, and the summary last: whoever finds it finds a finished run."""
     summary = summarise_run(setup.recipe, bool(setup.method.trains), folder.scores, folder.costs)
     console.print(table(summary))
+    shutil.rmtree(folder.path / "progress", ignore_errors=True)
     target = folder.path / "checkpoint"
     if setup.recipe.checkpoint and setup.method.trains:
         last = len(setup.recipe.tasks) - 1
@@ -210,10 +241,10 @@ def _add_scores(setup: Setup, folder: RunFolder, known: dict, records: list[dict
     row = {**known, "kind": "task" if task in setup.recipe.tasks else "general",
            "headline": main, "score": summarise(scores[main])["mean"],
            "metrics": {name: summarise(values) for name, values in scores.items()},
-           "empty": sum(not p for p in predictions), "seconds": round(time.perf_counter() - began, 2)}
+           "empty": sum(not p for p in predictions)}
     folder.add_scores(row, [{"prompt": p, "prediction": q, "answer": t, **{n: v[i] for n, v in scores.items()}}
                             for i, (p, q, t) in enumerate(zip(prompts, predictions, targets))])
-    console.print(f"after {known['after']}: {task} {row['score']:.1f}  ({main}, {row['seconds']:.0f} s)")
+    console.print(f"after {known['after']}: {task} {row['score']:.1f}  ({main}, {time.perf_counter() - began:.0f} s)")
 
 
 def _task_data(setup: Setup, index: int) -> TaskData:
@@ -245,4 +276,6 @@ def _manifest(setup: Setup, acc: Accelerator, base: str) -> dict:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"codyra_llm": __version__, "python": sys.version.split()[0], **{name: version(name) for name in names},
             "device": gpu or "cpu", "dtype": str(setup.dtype), "world_size": acc.num_processes,
-            "zero_stage": distributed.zero_stage(acc), "base": base}
+            "zero_stage": distributed.zero_stage(acc), "base": base,
+            "data": {f"{task}/{split}.json": file_sha256(setup.stream.root / task / f"{split}.json")
+                     for task in setup.recipe.tasks for split in SPLITS}}

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from . import attention, models
+from . import attention, models, stop, watch
 from .benchmarks.trace import mini
 from .data import Batch, Encoded, Encoder, Stream, collate, default_tokens, micro_batches
 from .errors import Fault
@@ -68,6 +68,8 @@ class Setup:
             tokens = self.recipe.optim.micro_batch_tokens or default_tokens(model.device)
             packed, pad = attention.used(model), self.tokenizer.pad_token_id
             for chosen in micro_batches([len(e) for e in examples], 1, tokens, packed)[0]:
+                stop.check()
+                watch.at(f"passes over data of task {self.recipe.tasks[index]}")
                 yield collate(examples, chosen, [0.0] * len(chosen), pad, packed).to(model.device)
 
         return Task(index, archive, self.stream, self.encoder.encode, batches, state)

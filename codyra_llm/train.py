@@ -4,13 +4,15 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from . import attention
+from . import attention, progress, stop, watch
 from .data import Batch, Encoded, batch_tokens, collate, default_tokens, example_weights, micro_batches, shuffled
 from .distributed import Engine
 from .errors import Fault
@@ -18,6 +20,7 @@ from .gradients import Gradients
 from .lora.archive import Adapter
 from .methods import Method
 from .optim import ProximalAdamW, lr_factor
+from .progress import Progress
 from .recipe import OptimSection
 from .seeds import generator
 
@@ -62,6 +65,8 @@ class Trainer:
                  batching: str = "auto"):
         self.acc, self.method, self.optim, self.pad = acc, method, optim, pad
         self.tokens = optim.micro_batch_tokens or default_tokens(acc.device)
+        self.began, self.earlier = time.perf_counter(), 0.0  # seconds that this task took before it was stopped
+        self.best, self.kept = math.inf, None  # of the validation losses, and the adapters that had it
         self.packed = batching == "packed" or (batching == "auto" and method.packs and attention.pays(model, acc.device))
         if self.packed:
             attention.use(model)
@@ -73,34 +78,71 @@ class Trainer:
         self.gradients = Gradients(self.engine, self._micro, lambda one: collate([one], [0], [1 / len(one.answer)], pad,
                                                                                   self.packed).to(acc.device))
 
-    def fit(self, task: TaskData, seed: int, log: Callable[[dict], None]) -> dict[str, Adapter]:
-        """Train on `task`; returns the adapters of its last step, or of its best where `keep_best` is set.
+    def fit(self, task: TaskData, seed: int, log: Callable[[dict], None], saves: Progress | None = None,
+            start: int = 0) -> dict[str, Adapter]:
+        """Train on `task` from step `start` on; returns the adapters of its last step, or of its best where `keep_best`
+        is set.
 
-        `log` gets one row per optimizer step. Raises Fault when a loss is not finite, before anything is updated by it.
+        `log` gets one row per optimizer step; `saves`, checkpoints where they are due. Raises Fault when a loss is not
+        finite, before anything is updated by it, and Stopped behind a checkpoint when any process was asked to stop.
         """
-        steps, best, kept = task.steps(self.optim.batch_size), math.inf, None
+        steps = task.steps(self.optim.batch_size)
         self.engine.module.train()
-        for step, chosen in enumerate(task.batches(seed, self.optim.batch_size)):
+        for step, chosen in islice(enumerate(task.batches(seed, self.optim.batch_size)), start, None):
             began = time.perf_counter()
+            watch.at(f"task {task.name}, step {step + 1}")
             for group, rate in zip(self.engine.groups, self.rates):
                 group["lr"] = rate * lr_factor(self.optim.schedule, step, steps)
             self.method.before_step(self.engine.groups, step, steps, self.optim.schedule)
             if rewritten := self.method.rewrite(step, steps):
                 self.engine.rewrite(rewritten)
-            row = self._step(task, chosen, step, seed)
+            row, asked, due = self._step(task, chosen, step, seed, saves)
             if step == 0:
                 self._check_that_all_move()
             if (every := self.optim.validate_every) and ((step + 1) % every == 0 or step + 1 == steps):
                 row["eval_loss"] = self.validate(task.validation)
-                if self.optim.keep_best and row["eval_loss"] < best:
-                    best, kept = row["eval_loss"], self.engine.adapters()
+                if self.optim.keep_best and row["eval_loss"] < self.best:
+                    self.best, self.kept = row["eval_loss"], self.engine.adapters()
             kappa = max((group.get("kappa", 0.0) for group in self.engine.groups), default=0.0)
             log({"task": task.name, "step": step + 1, "steps": steps, **row, "lr": self.engine.groups[0]["lr"],
                  "kappa": kappa, "tokens": sum(len(task.examples[i]) for i in chosen),
                  "micro_batch_tokens": self.tokens, "seconds": round(time.perf_counter() - began, 4)})
-        if kept:
-            self.engine.put(kept)
+            if saves and (due or asked):
+                self.save(saves, step + 1)
+            if asked:
+                raise stop.Stopped(f"task {task.name}, step {step + 1} of {steps}")
+        if self.kept:
+            self.engine.put(self.kept)
         return self.engine.adapters()
+
+    def save(self, saves: Progress, step: int) -> None:
+        """A checkpoint behind `step` (collective); the first process writes it."""
+        tensors = self._progress()
+        if self.acc.is_main_process:
+            best = None if self.best == math.inf else self.best
+            saves.save(step, tensors, {"tokens": self.tokens, "best": best,
+                                       "seconds": self.earlier + time.perf_counter() - self.began})
+        elif self.engine.deepspeed:
+            for _ in tensors:  # gathered from all
+                pass
+
+    def resume(self, path: Path) -> int:
+        """Put back what `save` wrote; the step to go on from."""
+        small = progress.small(path)
+        self.earlier = small["seconds"]
+        self.tokens, self.best = small["tokens"], math.inf if small["best"] is None else small["best"]
+        self.engine.load_state((key.removeprefix("engine."), tensor) for key, tensor in progress.tensors(path, "engine."))
+        self.method.resume({key.removeprefix("method."): tensor for key, tensor in progress.tensors(path, "method.")})
+        factors = dict(progress.tensors(path, "best."))
+        sites = dict.fromkeys(key[5:-2] for key in factors)
+        self.kept = {s: Adapter(*(factors.get(f"best.{s}.{k}") for k in "abw")) for s in sites} or None
+        return small["step"]
+
+    def _progress(self) -> Iterator[tuple[str, Tensor]]:
+        yield from ((f"engine.{key}", tensor) for key, tensor in self.engine.state())
+        yield from ((f"method.{key}", tensor) for key, tensor in self.method.progress().items())
+        for site, adapter in (self.kept or {}).items():
+            yield from ((f"best.{site}.{key}", value) for key, value in adapter._asdict().items() if value is not None)
 
     def state(self) -> dict[str, Tensor]:
         """Adam's moments and step counts by position of the parameter, for methods that carry them between tasks."""
@@ -114,7 +156,9 @@ class Trainer:
             own["state"].setdefault(int(i), {})[key] = tensor
         self.optimizer.load_state_dict(own)
 
-    def _step(self, task: TaskData, chosen: list[int], step: int, seed: int) -> dict[str, float]:
+    def _step(self, task: TaskData, chosen: list[int], step: int, seed: int,
+              saves: Progress | None) -> tuple[dict[str, float], bool, bool]:
+        """One optimizer step: its log row; whether any process was asked to stop, and whether a checkpoint is due."""
         while True:  # until the micro-batches of all ranks fit into their memories
             torch.manual_seed(generator("dropout", seed, task.index, step, self.acc.process_index).initial_seed())
             batches, losses = self._attempt(task.examples, chosen)
@@ -122,8 +166,10 @@ class Trainer:
                 break
             self.engine.discard()
             self._shrink([len(task.examples[i]) for i in chosen], f"task {task.name}, step {step + 1}")
-        # A NaN on any rank is a NaN on all.
-        totals = self.engine.reduce(torch.stack([sum(term.get(name, 0.0) for term in losses) for name in losses[0]])).tolist()
+        # What all must agree on travels with the losses. A NaN on any rank is a NaN on all.
+        own = torch.stack([sum(term.get(name, 0.0) for term in losses) for name in losses[0]])
+        due = saves is not None and self.acc.is_main_process and saves.due(step + 1 == task.steps(self.optim.batch_size))
+        *totals, asked, due = self.engine.reduce(torch.cat([own, own.new_tensor([stop.asked(), due])])).tolist()
         if not all(map(math.isfinite, totals)):
             own = [batch.examples for batch, terms in zip(batches, losses)
                    if not torch.stack(list(terms.values())).isfinite().all()]
@@ -133,7 +179,7 @@ class Trainer:
         self.method.edit_gradients(self.gradients)
         norm = self.engine.step()
         self.method.after_step(self.gradients)
-        return {**dict(zip(losses[0], totals)), "grad_norm": norm}
+        return {**dict(zip(losses[0], totals)), "grad_norm": norm}, bool(asked), bool(due)
 
     def _attempt(self, examples: list[Encoded], chosen: list[int]) -> tuple[list[Batch], list[dict] | None]:
         """Forward and backward of this rank's share: the micro-batches and their losses, None where memory ran out."""

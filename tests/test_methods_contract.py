@@ -16,13 +16,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from codyra_llm import distributed, models
+from codyra_llm import distributed, models, stop
 from codyra_llm import recipe as recipes
 from codyra_llm import run as runs
 from codyra_llm.cli import main
 from codyra_llm.data import Stream
 from codyra_llm.errors import Fault
 from codyra_llm.export import write_merged, write_stage
+from codyra_llm.files import write_jsonl
 from codyra_llm.folder import RunFolder
 from codyra_llm.methods import METHODS, Method
 from codyra_llm.plan import plan
@@ -108,20 +109,43 @@ def test_three_tasks_run(name, finished):
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.trains])
 def test_stopped_and_restarted_equals_straight_through(name, finished, tmp_path):
-    """Stopped after the second task: the third needs what is on disk and nothing else."""
+    """Stopped after the second task, and again inside the third: each time what is on disk is all that is needed."""
     folder, _ = finished(name)
-    shutil.copytree(folder.path, tmp_path / "run")
-    stopped = RunFolder(tmp_path / "run")
-    for part in ("updates", "state"):
-        for file in (stopped.path / part).glob("02-*"):
-            file.unlink()
-    (stopped.path / "state" / "02.safetensors").unlink(missing_ok=True)
-    kept = [row for row in stopped.scores if row["step"] < 3]
-    (stopped.path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
-    again = runs.run(folder.recipe.model_copy(update={"output": str(stopped.path)}))
+    stopped = without_third_task(folder, tmp_path / "run")
+    recipe = folder.recipe.model_copy(update={"output": str(stopped.path)})
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(stop.Stopped, match="step 3 of"):
+        stop_inside(patch, "THREE", 2)
+        runs.run(recipe)
+    assert [path.name for path in (stopped.path / "progress").iterdir()] == ["02-THREE-00000003"]
+    assert not list((stopped.path / "updates").glob("02-*"))
+    again = runs.run(recipe)
+    assert not (stopped.path / "progress").exists()
     one, two = tensors(folder), tensors(again)
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
-    assert predictions(folder) == predictions(again)
+    assert predictions(folder) == predictions(again) and folder.scores == again.scores
+    assert [(row["task"], row["step"], row["loss"]) for row in rows(folder)] == [
+        (row["task"], row["step"], row["loss"]) for row in rows(again)]
+
+
+def without_third_task(folder: RunFolder, path: Path) -> RunFolder:
+    """A copy of a finished run as it was before its third task."""
+    stopped = RunFolder(shutil.copytree(folder.path, path))
+    for file in [*(path / "updates").glob("02-*"), *(path / "state").glob("02.*"), path / "seals.json"]:
+        file.unlink(missing_ok=True)
+    write_jsonl(path / "scores.jsonl", [row for row in stopped.scores if row["step"] < 3])
+    return stopped
+
+
+def stop_inside(patch: pytest.MonkeyPatch, task: str, step: int) -> None:
+    """The process is asked to stop when `step` of `task` has been logged, and sees it in the next one."""
+    log = RunFolder.log
+
+    def asking(folder, row):
+        log(folder, row)
+        if (row["task"], row["step"]) == (task, step):
+            stop.ask("a test")
+    patch.setattr(stop, "_asked", [])
+    patch.setattr(RunFolder, "log", asking)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from codyra_llm import models, pretrained
 from codyra_llm.errors import Fault
-from codyra_llm.pretrained import Source, convert, fetch, file_sha256
+from codyra_llm.files import file_sha256
+from codyra_llm.pretrained import Source, convert, fetch
 
 LAYER_NAMES = {  # ours -> GGUF's; LLaMA's second norm is GGUF's ffn_norm, Gemma's fourfold norms have their own names
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",

@@ -71,7 +71,7 @@ def make(path, lift: float = 0.0, lose: float = 0.0, **overrides) -> RunFolder:
     recipe = recipes.parse(recipes.override(raw, overrides)).resolved()
     write_json(path / "recipe.json", recipe.model_dump(mode="json"))
     write_json(path / "manifest.json", {"codyra_llm": "0.1.0", "device": EVIL, "dtype": "torch.float32", "world_size": 1,
-                                        "zero_stage": 0})
+                                        "zero_stage": 0, "base": "0" * 64})
     tasks = recipe.tasks
     matrix = [[v if v is None else v + lift - lose * (i == 2 and j == 0) for j, v in enumerate(row)]
               for i, row in enumerate(MATRIX)]

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from .. import stop, watch
 from ..data import Encoder
 from ..folder import RunFolder
 from ..methods.base import Condition
@@ -116,10 +117,13 @@ def answers(acc: Accelerator, model: PreTrainedModel, encoder: Encoder, texts: S
     own: list[tuple[int, str]] = []
     for number, chosen in enumerate(batches([len(p) for p in prompts], new, tokens or budget, step)):
         if number % acc.num_processes == acc.process_index:
+            stop.check()
+            watch.at(f"batch {number + 1} of answers")
             batch = [prompts[i] for i in chosen]
             ids = generate_ids(model, batch, new, encoder.tokenizer.eos_token_id, conditions and conditions(batch))
             own += zip(chosen, encoder.tokenizer.batch_decode(ids, skip_special_tokens=True))
-    found = dict(gather_object(own))
+    with watch.waiting():
+        found = dict(gather_object(own))
     by_text = {text: found[i] for i, text in enumerate(distinct)}
     return [by_text[text] for text in texts]
 

@@ -165,6 +165,13 @@ class Method:
     def rewrite(self, step: int, steps: int) -> Callable[[Adapter], Adapter] | None:
         """A function that puts new factors in place of every adapter's before step `step`, or None: leave them."""
 
+    def progress(self) -> dict[str, Tensor]:
+        """What the steps of this task have left in the method itself, beside what trains and what `begin_task` makes."""
+        return {}
+
+    def resume(self, progress: dict[str, Tensor]) -> None:
+        """Put back what `progress` gave, after `begin_task`."""
+
     def end_task(self, model: nn.Module, task: Task, gradients: "Gradients") -> dict[str, Tensor]:
         """What later tasks need beside the update, e.g. a Fisher matrix; saved, and given back as `Task.state`."""
         return {}

@@ -82,6 +82,14 @@ class Ilora(SeqLora):
             a.lerp_(layer.lora_A, 1 - self.config.decay)
             b.lerp_(layer.lora_B, 1 - self.config.decay)
 
+    def progress(self) -> dict[str, Tensor]:
+        return {f"{site}.{key}": factor for site, (a, _, b) in self._slow.items() for key, factor in (("a", a), ("b", b))}
+
+    def resume(self, progress: dict[str, Tensor]) -> None:
+        for site, (a, _, b) in self._slow.items():
+            a.copy_(progress[f"{site}.a"])
+            b.copy_(progress[f"{site}.b"])
+
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
         return {f"{site}.{key}": factor for site, layer in sites(model).items()
                 for key, factor in (("a", layer.lora_A), ("b", layer.lora_B))}

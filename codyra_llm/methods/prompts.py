@@ -29,9 +29,19 @@ class PromptMethod(Method):
     trains, merges, mode, packs = "prompts", False, "apart", False
     max_zero_stage = 2  # 3 would gather a module's parameters around its own call alone
 
+    def __init__(self, config: PromptConfig, seed: int):
+        super().__init__(config, seed)
+        self.queries = Queries()
+
     def param_groups(self, model, lr: float) -> list[dict]:
         """No weight decay: it would wear down what no example has chosen."""
         return [{"params": list(model.prompts.parameters()), "lr": self.config.prompt_lr, "weight_decay": 0.0}]
+
+    def progress(self) -> dict[str, Tensor]:
+        return self.queries.state()
+
+    def resume(self, progress: dict[str, Tensor]) -> None:
+        self.queries.load_state(progress)
 
     def consolidate(self, adapters, index: int) -> Update:
         return Update({}, 1.0, "apart")
@@ -51,7 +61,19 @@ class Queries:
         keys = [tuple(prompt) for prompt in prompts]
         if missing := [key for key in dict.fromkeys(keys) if key not in self.known]:
             self.known.update(zip(missing, query(model, missing)))
-        return torch.stack([self.known[key] for key in keys])
+        return torch.stack([self.known[key].to(model.device) for key in keys])
+
+    def state(self) -> dict[str, Tensor]:
+        """Kept through a restart, since a query's rounding depends on the batch that it was computed in."""
+        if not self.known:
+            return {}
+        return {"queries": torch.stack(list(self.known.values())), "lengths": torch.tensor([len(k) for k in self.known]),
+                "tokens": torch.tensor([i for key in self.known for i in key])}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        if state:
+            keys = state["tokens"].split(state["lengths"].tolist())
+            self.known = dict(zip((tuple(key.tolist()) for key in keys), state["queries"]))
 
 
 @torch.no_grad()

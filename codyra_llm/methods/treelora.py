@@ -64,6 +64,18 @@ class TreeLora(SeqLora):
             self._bandits[site].observe(k, residual)
             self._write(site, blend(flat[site], self._saved[site][k], self.config.weight))
 
+    def progress(self) -> dict[str, Tensor]:
+        bandits = {f"bandit.{site}": torch.tensor([bandit.pulls, bandit.costs], dtype=torch.float64)
+                   for site, bandit in self._bandits.items()}
+        return {"seen": torch.tensor(self._seen), **bandits, **{f"mean.{site}": m for site, m in self._means.items()}}
+
+    def resume(self, progress: dict[str, Tensor]) -> None:
+        self._seen = int(progress["seen"])
+        self._means = {site: progress[f"mean.{site}"].to(layer.lora_A) for site, layer in self._layers.items()}
+        for site, bandit in self._bandits.items():
+            pulls, bandit.costs = progress[f"bandit.{site}"].tolist()
+            bandit.pulls = list(map(int, pulls))
+
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
         return {site: torch.cat([self._saved[site], mean[None]]) if self._saved else mean[None]
                 for site, mean in self._means.items()}

@@ -64,6 +64,17 @@ class TreeLoraRepo(SeqLora):
             terms["treelora"] = -self._ramp * terms["loss"].detach() * s / away_from_zero(s.detach())
         return terms
 
+    def progress(self) -> dict[str, Tensor]:
+        return {f"{i}.{key}": torch.as_tensor(getattr(draw, key)) for i, draw in enumerate(self._draws)
+                for key in draw.counted}
+
+    def resume(self, progress: dict[str, Tensor]) -> None:
+        self._draws = [Draw(saved, int(progress[f"{i}.steps"])) for i, saved in enumerate(self._saved)]
+        for i, draw in enumerate(self._draws):
+            for key in draw.counted:
+                value = progress[f"{i}.{key}"]
+                setattr(draw, key, value.to(next(iter(self._groups[i].values())).lora_A.device) if value.dim() else value.item())
+
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
         state = {}
         for group, draw, saved in zip(self._groups, self._draws, self._saved):
@@ -78,6 +89,7 @@ class Draw:
     def __init__(self, saved: Tensor | None, steps: int):
         self.saved, self.steps, self.tau = saved, steps, -1
         self.current: Tensor | float = 0.0
+        self.counted = ["steps", "tau", "current"] + ["pulls", "similarity"] * (saved is not None)
         if saved is not None:
             self.pulls, self.similarity = torch.zeros(2, *saved.shape[:2], device=saved.device)
             self.children = first_split(saved)

@@ -1,0 +1,44 @@
+"""What a folder's files must be: their sha256, so that a file that was torn, altered or lost is told from a good one."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import Fault
+from .files import file_sha256, read_json, replacing, write_json
+
+NAME = "seals.json"
+
+
+class Seals:
+    """`seals.json` of a folder: for each file the hashes that it may have. One process writes.
+
+    While a file is replaced both the old and the new are noted, the new one before it appears: whenever the process
+    ends, one of them is what lies there.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.file = folder, folder / NAME
+
+    @property
+    def noted(self) -> dict[str, list[str]]:
+        return read_json(self.file) if self.file.is_file() else {}
+
+    @contextmanager
+    def replacing(self, path: Path) -> Iterator[Path]:
+        """As `files.replacing`, of one file."""
+        with replacing(path) as temporary:
+            yield temporary
+            noted, name = self.noted, self._name(path)
+            write_json(self.file, {**noted, name: [file_sha256(temporary), *noted.get(name, [])[:1]]})
+
+    def check(self, path: Path) -> None:
+        """Raise Fault unless the file is as it was written; one that nothing is noted of passes."""
+        hashes = self.noted.get(self._name(path))
+        if hashes is None or path.is_file() and file_sha256(path) in hashes:
+            return
+        what = "was changed or damaged since it was written" if path.is_file() else "is missing"
+        raise Fault(f"{path} {what} ({self.file} has its hash); restore it from a copy, or begin anew in another output")
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()

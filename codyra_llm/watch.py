@@ -1,0 +1,176 @@
+"""Signs of life: each process tells the others where it is, and none waits for long for one that is gone or stands still."""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+from torch.distributed import DistError, PrefixStore, Store, TCPStore
+
+from . import stop
+
+EXIT = 76  # another process of the launch is gone
+BEAT = 2.0  # seconds between signs of life
+SILENT = 120.0  # without one for so long a process is taken for dead; libraries may hold the interpreter for a while
+BROKEN = 10.0  # the same where a connection has broken, or the launcher has begun to end all
+
+
+@dataclass
+class Sign:
+    """What a process says of itself. `moves` counts the places it came to; `code`: how it ended."""
+
+    host: str
+    place: str = "its start"
+    moves: int = 0
+    waits: bool = False
+    beats: int = 0
+    code: int | None = None
+
+
+class Watch:
+    """The process of rank `rank` among `world`. The first judges, in a thread of its own; the others look at the first.
+
+    A process is lost when it is silent for `SILENT` seconds; the launch stands still when for `hung` seconds no process
+    has come to a new place, and then those are named that don't wait for others.
+    """
+
+    def __init__(self, store: Store, rank: int, world: int, hung: float):
+        self.store, self.rank, self.hung = store, rank, hung
+        self.own = Sign(socket.gethostname())
+        self.others = range(world) if rank == 0 else range(1)
+        self.seen: dict[int, tuple[Sign, float]] = {}  # what each said last, and since when
+        self.moved = time.monotonic()
+        self.tell()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def at(self, place: str) -> None:
+        self.own.place, self.own.moves, self.moved = place, self.own.moves + 1, time.monotonic()
+
+    def tell(self) -> None:
+        self.own.beats += 1
+        self.store.set(str(self.rank), json.dumps(asdict(self.own)))
+
+    def look(self, ranks: range) -> None:
+        """Read what those of `ranks` say who have said anything."""
+        for rank in ranks:
+            if rank != self.rank and self.store.check([str(rank)]):
+                sign = Sign(**json.loads(self.store.get(str(rank))))
+                before = self.seen.get(rank, (self.own, 0.0))[0]
+                if sign != before:
+                    self.seen[rank] = sign, time.monotonic()
+                    if sign.moves != before.moves:
+                        self.moved = time.monotonic()
+
+    def gone(self, seconds: float) -> list[str]:
+        """Of those looked at: who has ended badly, or was silent for so long."""
+        found = []
+        for rank, (sign, since) in sorted(self.seen.items()):
+            if sign.code is None and time.monotonic() - since > seconds:
+                found.append(f"rank {rank} on {sign.host} is gone or stopped, last seen at {sign.place}")
+            elif sign.code not in (None, 0, stop.EXIT):
+                found.append(f"rank {rank} on {sign.host} has ended with exit code {sign.code} at {sign.place}, and says why")
+        return found
+
+    def _run(self) -> None:
+        while self.own.code is None:
+            time.sleep(BEAT)
+            try:
+                if self.own.code is None:
+                    self.tell()
+                    self.look(self.others)
+                    self._judge()
+            except DistError:
+                if self.own.code is None:
+                    end("the first process, or its machine, is gone")
+
+    def _judge(self) -> None:
+        if self.store.check(["verdict"]):
+            end(self.store.get("verdict").decode())
+        if any(sign.code == stop.EXIT for sign, _ in self.seen.values()):
+            leave(stop.EXIT)
+            os._exit(stop.EXIT)
+        verdict = "; ".join(self.gone(BROKEN if stop.asked() else SILENT)) or (self._standing() if self.rank == 0 else "")
+        if verdict:
+            self.store.set("verdict", verdict)
+            end(verdict)
+
+    def _standing(self) -> str:
+        if time.monotonic() - self.moved < self.hung:
+            return ""
+        signs = {self.rank: self.own, **{rank: sign for rank, (sign, _) in self.seen.items()}}
+        busy = {rank: sign for rank, sign in signs.items() if not sign.waits} or signs
+        return f"nothing has moved for {self.hung / 60:g} minutes (hang_minutes): " + ", ".join(
+            f"rank {rank} on {sign.host} stands at {sign.place}" for rank, sign in sorted(busy.items()))
+
+
+_watch: Watch | None = None
+
+
+def start(rank: int, world: int, hang_minutes: float) -> None:
+    """Begin to watch, over the store that the launcher's processes have met at."""
+    global _watch
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                     timeout=timedelta(seconds=BROKEN))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    _watch = Watch(PrefixStore(f"codyra_llm/{attempt}", store), rank, world, 60 * hang_minutes)
+
+
+def at(place: str) -> None:
+    """This process has come to `place`."""
+    if _watch:
+        _watch.at(place)
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Within it this process may wait for others."""
+    if not _watch:
+        yield
+        return
+    _watch.own.waits = True
+    yield
+    _watch.own.waits = False
+
+
+def lost(world: int) -> str:
+    """Who is gone, asked when a connection has broken; empty as soon as all others have shown a new sign of life, or when
+    they have taken their leave."""
+    if not _watch:
+        return ""
+    try:
+        _watch.look(range(world))
+        first = {rank: sign for rank, (sign, _) in _watch.seen.items()}
+        end_of_wait = time.monotonic() + BROKEN
+        while any(_watch.seen[rank][0] == sign and sign.code is None for rank, sign in first.items()):
+            if time.monotonic() > end_of_wait:
+                break
+            time.sleep(BEAT / 4)
+            _watch.look(range(world))
+        return "; ".join(_watch.gone(BROKEN - BEAT))
+    except DistError:
+        return "the first process, or its machine, is gone"
+
+
+def leave(code: int) -> None:
+    """This process ends with `code`: from here on it judges no one, and the others know."""
+    if _watch:
+        _watch.own.code = code
+        try:
+            _watch.tell()
+        except DistError:  # whoever keeps the store has left before
+            pass
+
+
+def end(verdict: str) -> None:
+    """End this process because another is gone, whatever it waits for."""
+    rank = _watch.rank if _watch else 0
+    print(f"error (rank {rank}): {verdict}; the same command goes on from what is saved", file=sys.stderr,
+          flush=True)
+    leave(EXIT)
+    os._exit(EXIT)
