@@ -87,14 +87,15 @@ def sweep(file: Annotated[Path, typer.Argument(metavar="SWEEP", help="a YAML fil
     """
     from . import compare, execute
     from . import sweep as sweeps
-    from .files import write_json
+    from .files import write_json, write_text
 
     asked = sweeps.load(file, overrides or [])
+    stop.listen()
 
     def write() -> dict:
         found = compare.compare(asked)
         write_json(asked.output / "sweep.json", found)
-        (asked.output / "sweep.md").write_text(compare.render(found, file.stem), encoding="utf-8")
+        write_text(asked.output / "sweep.md", compare.render(found, file.stem))
         return found
 
     try:
@@ -273,7 +274,7 @@ def main(args: list[str] | None = None) -> None:
         _end(2)
     except stop.Stopped as stopped:
         _look_for_lost()
-        print(f"stopped at {stopped}, all is saved; the same command goes on", file=sys.stderr, flush=True)
+        print(f"stopped ({stopped}), all is saved; the same command goes on", file=sys.stderr, flush=True)
         _end(stop.EXIT)
     except RuntimeError:
         _look_for_lost()

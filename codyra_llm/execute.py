@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from . import stop
 from .errors import Fault
 from .files import write_json
 from .sweep import Run, Sweep
@@ -48,7 +49,7 @@ def _held(output: Path) -> Iterator[int]:
 
 def _run(runs: list[Run], places: list[dict], launcher: str | None, lock: int, done: Callable[[], None]) -> list[str]:
     """Run the unfinished ones, as many at a time as there are places; a sentence for each that failed. No run outlives
-    an interrupt."""
+    an interrupt, or a sweep that was asked to stop."""
     pending, running, faults = [run for run in runs if not run.finished], [], []
     if len(pending) < len(runs):
         console.print(f"{len(runs) - len(pending)} of {len(runs)} runs are there already")
@@ -58,6 +59,7 @@ def _run(runs: list[Run], places: list[dict], launcher: str | None, lock: int, d
                 run, place = pending.pop(0), places.pop(0)
                 running.append((run, place, _launch(run, place, launcher, lock)))
             time.sleep(0.1)
+            stop.check()
             for ended in [entry for entry in running if entry[2].poll() is not None]:
                 run, place, process = ended
                 running.remove(ended)

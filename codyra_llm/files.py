@@ -84,14 +84,17 @@ def to_jsonl(rows: list[dict]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(to_json(value), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, to_json(value))
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(to_jsonl(rows), encoding="utf-8")
+    write_text(path, to_jsonl(rows))
 
 
 def append_jsonl(path: Path, row: dict) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import recipe as recipes
 from .errors import Fault
-from .files import append_jsonl, read_json, read_jsonl, replacing, to_json, to_jsonl, write_json, write_jsonl
+from .files import append_jsonl, read_json, read_jsonl, to_json, to_jsonl, write_json, write_jsonl, write_text
 from .lease import Lease
 from .lora.archive import Archive
 from .progress import Progress
@@ -171,8 +171,7 @@ class RunFolder:
 
     def write_summary(self, summary: dict, report: str) -> None:
         """The summary last: whoever finds it finds a finished run."""
-        with replacing(self.path / "report.md") as temporary:
-            temporary.write_text(report, encoding="utf-8")
+        write_text(self.path / "report.md", report)
         write_json(self.path / "summary.json", summary)
 
 

@@ -62,11 +62,14 @@ class Lease:
                 raise self._held()
         else:
             self._await_beat(first)
-        aside = self.file.with_name(f".lease-of-dead.{os.getpid()}")
-        os.replace(self.file, aside)
+        aside = self.file.with_name(f".{self.token}.{os.getpid()}")
+        try:
+            os.replace(self.file, aside)
+        except FileNotFoundError:  # another was faster
+            raise self._held() from None
         found = aside.read_text(encoding="utf-8")
         aside.unlink()
-        if found != first:  # another has taken it over meanwhile: give it back
+        if found != first:  # another had taken it over already: give it back
             self._create(found)
             raise self._held()
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import attention, progress, stop, watch
 from .data import Batch, Encoded, batch_tokens, collate, default_tokens, example_weights, micro_batches, shuffled
-from .distributed import Engine
+from .distributed import Engine, wait
 from .errors import Fault
 from .gradients import Gradients
 from .lora.archive import Adapter
@@ -125,6 +125,7 @@ class Trainer:
         elif self.engine.deepspeed:
             for _ in tensors:  # gathered from all
                 pass
+        wait(self.acc)  # a process that ended now would have the launcher end the one that writes
 
     def resume(self, path: Path) -> int:
         """Put back what `save` wrote; the step to go on from."""

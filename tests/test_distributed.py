@@ -258,3 +258,42 @@ def test_a_process_of_a_group_ends_at_once(code, tmp_path):
               f"leave({code}); print('left')")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (code, "alone\n"), done.stderr
+
+
+def interrupted(launcher: str, *arguments: str | Path) -> subprocess.CompletedProcess:
+    """`run_stopped.py` under DDP, in one process, or under a shipped accelerate config."""
+    program = Path(__file__).with_name("run_stopped.py")
+    if launcher == "one":
+        return subprocess.run([sys.executable, program, *map(str, arguments)], capture_output=True, text=True, timeout=240)
+    if launcher == "ddp":
+        return launched("torch.distributed.run", "--standalone", "--nproc-per-node", "2", program, *arguments)
+    return launched("accelerate.commands.launch", "--config_file", SHIPPED / "accelerate" / f"{launcher}.yaml",
+                    "--main_process_port", str(free_port()), program, *arguments)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("first", "then"), [("one", "zero2"), ("zero3", "ddp"), ("zero1", "zero3"), ("ddp", "zero1")])
+def test_a_run_goes_on_under_another_launch(first, then, one_process, recipe_files, tmp_path):
+    """Only the first process is asked to stop; all agree on the step. What it left is of no number of processes."""
+    command = ["run", recipe_files / "codyra.yaml", f"output={tmp_path / 'run'}"]
+    stopped = interrupted(first, "THREE", 2, *command)
+    assert stopped.returncode != 0 and "stopped (task THREE, step 3 of " in stopped.stderr, stopped.stderr
+    assert [path.name for path in (tmp_path / "run" / "progress").iterdir()] == ["01-THREE-00000003"]
+    done = torchrun(*command[1:]) if then == "ddp" else accelerate(SHIPPED / "accelerate" / f"{then}.yaml", *command[1:])
+    assert done.returncode == 0, done.stderr
+    assert "THREE: going on behind step 3" in done.stdout and "equal to rounding only" in done.stdout
+    assert_same_run(one_process["codyra"], tmp_path / "run", int(then.removeprefix("zero")) if then != "ddp" else 0)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("launcher", ["ddp", "zero2"])
+def test_a_process_that_is_killed_ends_the_other_with_its_name(launcher, one_process, recipe_files, tmp_path):
+    command = ["run", recipe_files / "codyra.yaml", f"output={tmp_path / 'run'}", "save.minutes=1e-9"]
+    began = time.monotonic()
+    done = interrupted(launcher, "kill", "THREE", 3, *command)
+    assert time.monotonic() - began < 120 and done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("error (rank 0): rank 1 on ")]
+    assert len(told) == 1 and socket.gethostname() in told[0] and "last seen at task THREE, step " in told[0], done.stderr
+    again = torchrun(*command[1:])
+    assert again.returncode == 0 and "THREE: going on behind step 2" in again.stdout, again.stderr
+    assert_same_run(one_process["codyra"], tmp_path / "run", 0)

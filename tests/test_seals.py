@@ -1,0 +1,83 @@
+"""A file of a run that was torn, altered or lost is named, and a crash between two writes is none of these."""
+
+import pytest
+
+from codyra_llm import files, seals
+from codyra_llm.errors import Fault
+from codyra_llm.files import read_json, read_jsonl, remove_leftovers, replacing
+from codyra_llm.seals import Seals
+
+
+def write(sealed: Seals, name: str, text: str) -> None:
+    with sealed.replacing(sealed.folder / name) as temporary:
+        temporary.write_text(text)
+
+
+def test_what_was_written_passes_and_all_else_is_named(tmp_path):
+    sealed = Seals(tmp_path)
+    for text in ("one", "two", "three"):
+        write(sealed, "sub/a.txt", text)
+        sealed.check(tmp_path / "sub" / "a.txt")
+    (tmp_path / "sub" / "a.txt").write_text("threa")
+    with pytest.raises(Fault, match="a.txt was changed or damaged"):
+        Seals(tmp_path).check(tmp_path / "sub" / "a.txt")
+    (tmp_path / "sub" / "a.txt").unlink()
+    with pytest.raises(Fault, match="a.txt is missing"):
+        Seals(tmp_path).check(tmp_path / "sub" / "a.txt")
+    Seals(tmp_path).check(tmp_path / "never written")
+
+
+@pytest.mark.parametrize("dies_at", ["the seals", "the file"])
+def test_a_crash_between_file_and_seals_is_no_damage(dies_at, tmp_path, monkeypatch):
+    sealed, file = Seals(tmp_path), tmp_path / "a.txt"
+    write(sealed, "a.txt", "one")
+    replace = files.os.replace
+
+    def dying(source, target):
+        if (target.name == seals.NAME) == (dies_at == "the seals"):
+            raise KeyboardInterrupt
+        replace(source, target)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files.os, "replace", dying)
+        write(sealed, "a.txt", "two")
+    assert file.read_text() == "one"
+    Seals(tmp_path).check(file)
+    write(sealed, "a.txt", "three")
+    Seals(tmp_path).check(file)
+    assert len(sealed.noted["a.txt"]) == 2
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("old")
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(Fault, match=r"a.txt can't be written \(No space left on device\).* same command again"):
+        with replacing(tmp_path / "a.txt") as temporary:
+            temporary.write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    (tmp_path / "updates").mkdir()
+    (tmp_path / "updates" / ".00-ONE.safetensors.4711").write_text("half")
+    (tmp_path / ".checkpoint.4711").mkdir()
+    (tmp_path / ".checkpoint.4711" / "half").write_text("half")
+    for kept in (".hidden", "scores.jsonl", "run.4711"):
+        (tmp_path / kept).write_text("kept")
+    remove_leftovers(tmp_path)
+    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")} == {"updates", ".hidden", "scores.jsonl", "run.4711"}
+
+
+def test_lines_that_are_no_rows(tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(b'{"a": 1}\n{"a": 2}\n{"a": ')
+    assert read_jsonl(file) == [{"a": 1}, {"a": 2}]  # cut off by a crash
+    file.write_bytes(b'{"a": 1}\n{"a": \xff\n{"a": 3}\n')
+    with pytest.raises(Fault, match="line 2"):
+        read_jsonl(file)
+    for content in (b"[1]", b"{", b"\xff\xfe"):
+        file.write_bytes(content)
+        with pytest.raises(Fault, match="x.jsonl"):
+            read_json(file)

@@ -1,0 +1,173 @@
+"""A process that is asked to stop saves, ends with a code of its own, and the same command goes on to the same end."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from codyra_llm import recipe as recipes
+from codyra_llm import run as runs
+from codyra_llm import stop
+from codyra_llm.data import Batch
+from codyra_llm.errors import Fault
+from codyra_llm.evaluate import generate
+from codyra_llm.files import read_jsonl
+from codyra_llm.folder import RunFolder
+
+from test_run import recipe
+
+
+def command(folder: Path) -> list:
+    return [sys.executable, "-m", "codyra_llm", "run", folder / "recipe.json"]
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_llama, toy_stream, tmp_path_factory):
+    """A run that nobody stops, and the recipe for others like it."""
+    out = tmp_path_factory.mktemp("runs")
+    asked = recipe(tiny_llama, toy_stream, out / "straight", data__epochs=6, checkpoint=False)
+    return asked, runs.run(asked)
+
+
+def like(asked, tmp_path) -> RunFolder:
+    """A recipe as that of `straight` in a file, and the folder that its run will have."""
+    own = asked.model_copy(update={"output": str(tmp_path / "run")})
+    (tmp_path / "recipe.json").write_text(json.dumps(own.model_dump(mode="json")))
+    return RunFolder(tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_while_it_trains(number, straight, tmp_path):
+    asked, other = straight
+    folder = like(asked, tmp_path)
+    process = subprocess.Popen(command(tmp_path), stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
+    while not folder.log_rows:
+        time.sleep(0.02)
+        assert process.poll() is None
+    process.send_signal(number)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == stop.EXIT == 75
+    assert told.startswith("stopped (task ONE, step ") and told.count("\n") == 1
+    assert not (folder.path / "lease.json").exists() and len(list((folder.path / "progress").iterdir())) == 1
+    runs.run(recipes.load(tmp_path / "recipe.json"))
+    assert (folder.path / "scores.jsonl").read_bytes() == (other.path / "scores.jsonl").read_bytes()
+    assert [(r["task"], r["step"], r["loss"]) for r in folder.log_rows] == [
+        (r["task"], r["step"], r["loss"]) for r in other.log_rows]
+
+
+@pytest.mark.parametrize("place", ["generation", "a method's passes", "consolidation"])
+def test_asked_outside_of_training(place, straight, tmp_path, monkeypatch, tiny_llama, toy_stream):
+    asked, other = straight
+    if place == "a method's passes":  # the Fisher's, behind the last step
+        asked = recipe(tiny_llama, toy_stream, tmp_path / "straight", method="ewc", checkpoint=False)
+        other = runs.run(asked)
+    folder = like(asked, tmp_path)
+    where = {"generation": (generate, "generate_ids"), "a method's passes": (Batch, "cross_entropy"),
+             "consolidation": (runs, "update_report")}[place]
+    action = getattr(*where)
+
+    def asking(*arguments, **options):
+        if place != "a method's passes" or sys._getframe(2).f_code.co_name == "_sum":
+            stop.ask("a test")
+        return action(*arguments, **options)
+    with monkeypatch.context() as patch, pytest.raises(stop.Stopped):
+        patch.setattr(stop, "_asked", [])
+        patch.setattr(*where, asking)
+        runs.run(recipes.load(tmp_path / "recipe.json"))
+    assert not (folder.path / "lease.json").exists()
+    runs.run(recipes.load(tmp_path / "recipe.json"))
+    assert (folder.path / "scores.jsonl").read_bytes() == (other.path / "scores.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("fault", ["a byte", "a file", "the mark", "other updates"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(fault, straight, tmp_path, monkeypatch, capsys):
+    asked, other = straight
+    asked = asked.model_copy(update={"save": recipes.SaveSection(minutes=1e-9, keep=2)})
+    folder = like(asked, tmp_path)
+    log = RunFolder.log
+    with monkeypatch.context() as patch, pytest.raises(stop.Stopped):
+        patch.setattr(stop, "_asked", [])
+        patch.setattr(RunFolder, "log", lambda f, row: (log(f, row), row["step"] == 4 and stop.ask("a test")))
+        runs.run(recipes.load(tmp_path / "recipe.json"))
+    before, last = sorted((folder.path / "progress").iterdir())
+    assert (before.name, last.name) == ("00-ONE-00000004", "00-ONE-00000005")
+    weights, mark = last / "000.safetensors", last / "complete.json"
+    if fault == "a byte":
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    elif fault == "a file":
+        weights.unlink()
+    elif fault == "the mark":
+        mark.write_text(mark.read_text()[:20])
+    else:
+        mark.write_text(mark.read_text().replace('"parent": "', '"parent": "0'))
+    runs.run(recipes.load(tmp_path / "recipe.json"))
+    told = capsys.readouterr().out
+    assert "00-ONE-00000005" in told and "going on from what is before it" in told and "going on behind step 4" in told
+    assert (folder.path / "scores.jsonl").read_bytes() == (other.path / "scores.jsonl").read_bytes()
+
+
+def test_what_a_run_goes_on_with_must_be_what_it_left(straight, tmp_path):
+    """Every file that a restart reads, altered in one place, is named, and nothing is trained."""
+    asked, other = straight
+    for name in ("recipe.json", "manifest.json", "scores.jsonl", "updates.jsonl", "costs.jsonl", "updates/00-ONE.safetensors"):
+        path = tmp_path / name.replace("/", "-")
+        shutil.copytree(other.path, path)
+        file = path / name
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        (path / "updates" / "01-TWO.safetensors").unlink()
+        rows = [row for row in read_jsonl(path / "scores.jsonl") if row["step"] < 2] if name != "scores.jsonl" else None
+        if rows is not None:  # as it was before the second task
+            folder = RunFolder(path)
+            folder._write("scores.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        with pytest.raises(Fault, match=file.name):
+            runs.run(asked.model_copy(update={"output": str(path)}))
+        assert not (path / "updates" / "01-TWO.safetensors").exists()
+
+
+def test_an_update_that_was_lost_is_missed(straight, tmp_path):
+    asked, other = straight
+    shutil.copytree(other.path, tmp_path / "run")
+    (tmp_path / "run" / "updates" / "01-TWO.safetensors").unlink()
+    with pytest.raises(Fault, match="has no update of TWO"):
+        runs.run(asked.model_copy(update={"output": str(tmp_path / "run")}))
+
+
+def test_changed_data_are_not_gone_on_with(straight, tmp_path, toy_stream):
+    asked, other = straight
+    shutil.copytree(other.path, tmp_path / "run")
+    shutil.copytree(toy_stream, tmp_path / "data")
+    manifest = (tmp_path / "run" / "manifest.json").read_text()
+    file = tmp_path / "data" / "ONE" / "eval.json"
+    file.write_text(file.read_text() + " ")
+    (tmp_path / "run" / "seals.json").unlink()
+    (tmp_path / "run" / "recipe.json").write_text(
+        (tmp_path / "run" / "recipe.json").read_text().replace(str(toy_stream), str(tmp_path / "data")))
+    (tmp_path / "run" / "manifest.json").write_text(manifest)
+    data = asked.data.model_copy(update={"root": str(tmp_path / "data")})
+    with pytest.raises(Fault, match="ONE/eval.json was .*, and is .* now"):
+        runs.run(asked.model_copy(update={"output": str(tmp_path / "run"), "data": data}))
+
+
+def test_the_second_of_two_runs_is_refused(straight, tmp_path):
+    asked, _ = straight
+    folder = like(asked, tmp_path)
+    process = subprocess.Popen(command(tmp_path), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not folder.log_rows:
+        time.sleep(0.02)
+        assert process.poll() is None
+    os.kill(process.pid, signal.SIGSTOP)  # however long this test takes
+    second = subprocess.run(command(tmp_path), capture_output=True, text=True)
+    process.kill()
+    process.wait()
+    assert second.returncode == 2 and f"worked on by process {process.pid} on " in second.stderr
+    assert "Traceback" not in second.stderr

@@ -1,0 +1,100 @@
+"""None waits for long for a process that is gone or stands still, and the message says which, where, and how far it was."""
+
+import time
+
+import pytest
+import torch.distributed as dist
+
+from codyra_llm import stop, watch
+from codyra_llm.watch import Watch
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(watch, "BEAT", 0.05)
+    monkeypatch.setattr(watch, "SILENT", 0.5)
+    monkeypatch.setattr(watch, "BROKEN", 0.3)
+    monkeypatch.setattr(stop, "_asked", [])
+
+
+@pytest.fixture
+def ended(monkeypatch) -> list[str]:
+    """What processes would have ended with, in order."""
+    found: list[str] = []
+    monkeypatch.setattr(watch, "end", found.append)
+    return found
+
+
+@pytest.fixture
+def two(ended):
+    """Two processes of a launch, as two objects here, alive."""
+    store = dist.HashStore()
+    made = [Watch(store, rank, 2, hung=60) for rank in range(2)]
+    yield made
+    for one in made:
+        one.own.code = 0
+
+
+def until(condition, seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+def test_the_living_are_left_alone(two, ended):
+    for step in range(12):
+        time.sleep(0.1)
+        two[1].at(f"task ONE, step {step}")
+    assert not ended
+
+
+def test_a_process_that_falls_silent(two, ended):
+    two[1].at("task ONE, step 7")
+    time.sleep(0.2)
+    two[1].own.code = 9  # its thread ends without a word, as all of a killed process does
+    until(lambda: ended)
+    assert "rank 1 on " in ended[0] and "gone or stopped, last seen at task ONE, step 7" in ended[0]
+
+
+def test_a_process_that_ends_badly_says_so_itself(two, ended):
+    two[1].own.code = 2
+    two[1].tell()
+    until(lambda: ended)
+    assert "rank 1 on " in ended[0] and "ended with exit code 2" in ended[0]
+
+
+def test_a_process_that_ends_well_is_not_missed(two, ended):
+    two[1].own.code = 0
+    two[1].tell()
+    time.sleep(1)
+    assert not ended
+
+
+def test_what_stands_still_is_named_and_what_waits_for_it_is_not(two, ended):
+    two[0].at("task ONE, step 3")
+    two[1].at("task ONE, step 3")
+    two[0].own.waits = True
+    time.sleep(0.3)
+    assert not ended
+    two[0].hung = 0.2
+    until(lambda: ended)
+    verdict = ended[0]
+    assert "nothing has moved" in verdict and "rank 1 on " in verdict and "rank 0" not in verdict
+    assert "stands at task ONE, step 3" in verdict
+
+
+def test_a_broken_connection_asks_who_is_gone(two, monkeypatch):
+    monkeypatch.setattr(watch, "_watch", two[0])
+    assert watch.lost(2) == ""
+    two[1].own.code = 9
+    time.sleep(0.1)
+    assert "rank 1 on " in watch.lost(2)
+
+
+def test_one_process_has_none():
+    watch.at("anywhere")
+    with watch.waiting():
+        pass
+    watch.leave(0)
+    assert watch.lost(1) == ""
