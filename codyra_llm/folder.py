@@ -1,5 +1,6 @@
 """The run folder: everything that must survive a restart, and the names of its files."""
 
+import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,10 @@ class RunFolder:
 
     Files that were changed, damaged or lost since they were written are a Fault where they are read."""
 
-    def __init__(self, path: Path, lease: Lease | None = None):
-        """`lease`: of the one process that may write."""
-        self.path, self.lease, self.seals = path, lease, Seals(path)
+    def __init__(self, path: Path, lease: Lease | None = None, checks: bool = True):
+        """`lease`: of the one process that may write. It alone `checks` in a launch of several, since others may see the
+        new file and the old hash for a while on a network file system."""
+        self.path, self.lease, self.seals = path, lease, Seals(path, checks)
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -100,6 +102,10 @@ class RunFolder:
         if lost := [row["after"] for row in self.scores if row["step"] > learnt]:
             raise Fault(f"{self.path / 'updates'} has no update of {lost[0]}, after which scores.jsonl has scores; restore "
                         f"it from a copy, or begin anew in another output")
+
+    def clear_progress(self) -> None:
+        """Remove the checkpoints inside a task: it is learnt."""
+        shutil.rmtree(self.path / "progress", ignore_errors=True)
 
     @property
     def scores(self) -> list[dict]:

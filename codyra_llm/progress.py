@@ -70,10 +70,6 @@ class Progress:
             if not (path / name).is_file() or file_sha256(path / name) != digest:
                 raise Fault(f"{path / name} is damaged or missing")
 
-    def clear(self) -> None:
-        """Remove the checkpoints of all tasks: this one is learnt."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
     def _path(self, step: int) -> Path:
         return self.folder / f"{self.name}-{step:08d}"
 

@@ -1,6 +1,5 @@
 """The experiment on one page: for each task learn, consolidate, evaluate; what lies in the run folder is not done again."""
 
-import shutil
 import sys
 import time
 from importlib.metadata import version
@@ -56,7 +55,7 @@ def run(recipe: Recipe) -> RunFolder:
     lease = Lease(Path(recipe.output))
     collectively(acc.is_main_process, lease.take)
     try:
-        return _run(setup, acc, RunFolder(lease.folder, lease), base)
+        return _run(setup, acc, RunFolder(lease.folder, lease, acc.is_main_process), base)
     finally:
         lease.release()
 
@@ -69,7 +68,7 @@ def _run(setup: Setup, acc: Accelerator, folder: RunFolder, base: str | None) ->
         evaluate(setup, folder, acc, -1)
     # Of one process for all: what a later look into the folder finds depends on how far the first has come meanwhile.
     learnt = of_first(len(folder.archive().files))
-    folder.check_scores(learnt)
+    collectively(acc.is_main_process, folder.check_scores, learnt)
     for index in range(len(setup.recipe.tasks)) if setup.method.trains else ():
         early = setup.method.joint and index + 1 < len(setup.recipe.tasks)
         if index >= learnt:
@@ -100,7 +99,7 @@ def learn(setup: Setup, folder: RunFolder, acc: Accelerator, peak: ProcessPeak, 
         ranks = [(r["kept"], r["rank"]) for r in rows if r["rank"] is not None]
         counted = f", {sum(k for k, _ in ranks)} of {sum(r for _, r in ranks)} ranks kept" if ranks else ""
         console.print(f"{name}: learnt in {seconds:.0f} s{counted}")
-        folder.progress(index, name, archive.lineage[-1]).clear()
+        folder.clear_progress()
     trainer.engine.free()
     wait(acc)
     for file in [folder.state(index)] * bool(state) + [archive.path(index, name)]:
@@ -172,8 +171,11 @@ def _archive(setup: Setup, folder: RunFolder, archive: Archive, index: int, upda
     before = archive.terms(index - 1)
     after = {"add": [*before, update], "replace": [update], "apart": [update]}[update.mode]
     rank = getattr(setup.recipe.method, "rank", None)
-    watch.at(f"task {setup.recipe.tasks[index]}, its update")
-    rows = list(update_report(models.WeightReader(setup.base), before, after, rank, setup.dtype))
+    rows = []
+    for row in update_report(models.WeightReader(setup.base), before, after, rank, setup.dtype):
+        stop.check()
+        watch.at(f"task {setup.recipe.tasks[index]}, the update of {row['site']}")
+        rows.append(row)
     folder.add_update_report(setup.recipe.tasks[index], rows)
     if state:
         folder.save_state(index, state)
@@ -185,7 +187,7 @@ def evaluate(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> N
     """Score the merged model after task `index` (-1: the base) on what the recipe asks for and no row holds yet."""
     recipe = setup.recipe
     after = recipe.tasks[index] if index >= 0 else "base"
-    done = of_first({(row["step"], row["task"]) for row in folder.scores})
+    done = of_first({(row["step"], row["task"]) for row in folder.scores} if acc.is_main_process else None)
     pending = [item for item in _due(setup, index) if (index + 1, item[0]) not in done]
     if not pending:
         return
@@ -210,7 +212,7 @@ def finish(setup: Setup, folder: RunFolder) -> None:
     """If asked the final merged model, then the reports, and the summary last: whoever finds it finds a finished run."""
     summary = summarise_run(setup.recipe, bool(setup.method.trains), folder.scores, folder.costs)
     console.print(table(summary))
-    shutil.rmtree(folder.path / "progress", ignore_errors=True)
+    folder.clear_progress()
     target = folder.path / "checkpoint"
     if setup.recipe.checkpoint and setup.method.trains:
         last = len(setup.recipe.tasks) - 1
