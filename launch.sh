@@ -139,7 +139,10 @@ if [ "$nodes" -gt 1 ]; then
   number --master "$port" 1
 fi
 cores=$(( $(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) / processes ))
-start=(env OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > 0 ? cores : 1))}" "$python" -m)
+# torchrun passes on the signals it is told of, SLURM's warning among them, then gives the processes time to save.
+start=(env OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > 0 ? cores : 1))}"
+  PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+  TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}" "$python" -m)
 if [ -n "${ACCELERATE_CONFIG:-}" ]; then
   options=(--config_file "$ACCELERATE_CONFIG" --num_processes "$total" --num_machines "$nodes" --machine_rank "${rank:-0}")
   if [ "$nodes" -gt 1 ]; then  # standard: this script starts every node itself, DeepSpeed needs no ssh
