@@ -1,10 +1,13 @@
 """launch.sh by what it finds. Most tests read --dry-run; python, nvidia-smi, srun and scontrol are stubs in PATH."""
 
 import os
+import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,23 @@ TWO = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "n7", "GPUS": "8"}
 BATCH = {"SLURM_JOB_ID": "4321", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[7-8]", "SLURM_NODEID": "0", "GPUS": "8"}
 STEP = {**BATCH, "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "1"}
 
+# In place of the package: each process writes what happens to it into a line of $SEEN, and takes a second to save.
+STAND_IN = """
+import os, pathlib, signal, sys, threading
+asked = threading.Event()
+def see(text):
+    with open(os.environ["SEEN"], "a") as file: file.write(f"{os.uname().nodename} {os.environ.get('RANK', 0)} {text}\\n")
+def stop(number, frame):
+    if not asked.is_set(): see(signal.Signals(number).name)
+    asked.set()
+for number in (signal.SIGTERM, signal.SIGUSR1): signal.signal(number, stop)
+see("ready")
+while not asked.wait(0.1): pass
+threading.Event().wait(1)
+see("saved")
+sys.exit(75)
+"""
+
 pytestmark = pytest.mark.skipif(not (ROOT / "launch.sh").is_file(), reason="not a checkout")
 
 
@@ -34,6 +54,15 @@ def write_stubs(folder: Path, stubs: dict[str, str]) -> Path:
         (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (folder / name).chmod(0o755)
     return folder
+
+
+def write_stand_in(folder: Path) -> dict[str, str]:
+    """The environment in which launch.sh starts STAND_IN; its lines are in folder/seen."""
+    (folder / "codyra_llm").mkdir()
+    (folder / "codyra_llm" / "__init__.py").touch()
+    (folder / "codyra_llm" / "__main__.py").write_text(STAND_IN)
+    (folder / "seen").touch()
+    return {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1", "SEEN": str(folder / "seen"), "PYTHON": sys.executable}
 
 
 @pytest.fixture
@@ -50,9 +79,9 @@ def launch(tmp_path):
 
 
 def shown(done: subprocess.CompletedProcess) -> list[str]:
-    """The words of what --dry-run printed, without the number of threads."""
+    """The words of what --dry-run printed, without the variables that are set."""
     assert done.returncode == 0, done.stderr
-    return [word for word in shlex.split(done.stdout) if not word.startswith("OMP_NUM_THREADS=")]
+    return [word for word in shlex.split(done.stdout) if not re.match("(OMP|PET|TORCH)_[A-Z_]*=", word)]
 
 
 @pytest.mark.parametrize(("arguments", "environment", "expected"), [
@@ -178,6 +207,25 @@ def test_a_slurm_allocation(tiny_llama, toy_stream, launch, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "2 processes on 1 machine (DDP) agree" in done.stdout
     assert (tmp_path / "run" / "summary.json").is_file()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("environment", "name", "code"), [
+    ({}, "SIGUSR1", 75), ({"PROCESSES": "2"}, "SIGUSR1", 1), ({"PROCESSES": "2"}, "SIGTERM", 1),
+    ({"PROCESSES": "2", "ACCELERATE_CONFIG": str(QUICKSTART.parent / "accelerate" / "zero2.yaml")}, "SIGUSR1", 1)])
+def test_a_warning_reaches_every_process(environment, name, code, tmp_path):
+    """Each process gets the signal of launch.sh's, and time to save; the launchers' codes are those of the documentation."""
+    clean = {k: v for k, v in os.environ.items() if k not in DECIDING and not k.startswith(("SLURM_", "ACCELERATE_"))}
+    running = subprocess.Popen([ROOT / "launch.sh", "x.yaml"], env={**clean, **write_stand_in(tmp_path), **environment},
+                               cwd=tmp_path, stderr=subprocess.PIPE)
+    ranks, seen, until = range(int(environment.get("PROCESSES", 1))), tmp_path / "seen", time.monotonic() + 120
+    while seen.read_text().count("ready") < len(ranks) and time.monotonic() < until:
+        time.sleep(0.1)
+    running.send_signal(getattr(signal, name))
+    told = running.communicate(timeout=60)[1]
+    assert running.returncode == code, told
+    lines = [line.split(maxsplit=1)[1] for line in seen.read_text().splitlines()]
+    assert sorted(lines) == sorted(f"{rank} {text}" for rank in ranks for text in ("ready", name, "saved"))
 
 
 def commands() -> list[str]:

@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 from test_distributed import SHIPPED, assert_same_run, recipe_files  # noqa: F401 (a fixture)
+from test_launch_script import write_stand_in
 
 from codyra_llm import recipe as recipes
 from codyra_llm import run as runs
 
 SCRIPT = Path(__file__).with_name("two_nodes.sh")
 LAUNCH = SCRIPT.parents[1] / "launch.sh"
+
+ENVIRONMENT = {**{k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "SLURM_", "MASTER_"))},
+               "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PROCESSES": "1"}
 
 
 def lacking() -> str:
@@ -33,10 +37,9 @@ WHY = lacking()
 pytestmark = [pytest.mark.distributed, pytest.mark.skipif(bool(WHY), reason=WHY)]
 
 
-def two_nodes(recipe: Path, *settings: str, timeout: float = 280, **environment: str) -> subprocess.CompletedProcess:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "SLURM_", "MASTER_"))}
-    return subprocess.run([SCRIPT, recipe, *settings], capture_output=True, text=True, timeout=timeout, env={
-        **clean, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PROCESSES": "1", **environment})
+def two_nodes(recipe: Path, *settings: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([SCRIPT, recipe, *settings], capture_output=True, text=True, timeout=280,
+                          env={**ENVIRONMENT, **environment})
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +63,35 @@ def test_nodes_that_disagree_are_named(recipe_files, tmp_path):  # noqa: F811
     told = "error: recipe seed differs between processes: 1234 on node1 (rank 0), 5 on node2 (rank 1); start every process"
     assert done.returncode and done.stderr.count(told) == 1, done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """Function from a command, and more environment, to what it did on the first of two nodes under SLURM."""
+    absent = [tool for tool in ("slurmctld", "slurmd", "sbatch") if not shutil.which(tool)]
+    if absent or os.geteuid():
+        pytest.skip(f"no `{absent[0]}`; install slurm-wlm" if absent else "SLURM's daemons need root")
+    (tmp_path / "slurm").mkdir()
+    settings = {"SBATCH_OUTPUT": str(tmp_path / "log"), "SBATCH_GPUS_PER_NODE": "0"}
+    return lambda *command, **more: subprocess.run(
+        [SCRIPT, "--slurm", tmp_path / "slurm", *command], cwd=LAUNCH.parent, capture_output=True, text=True, timeout=280,
+        env={**ENVIRONMENT, **settings, **more})
+
+
+def test_a_job_on_two_nodes(cluster, one_process, recipe_files, tmp_path):  # noqa: F811
+    done = cluster("sbatch", "--wait", "docs/slurm.sbatch", recipe_files / "codyra.yaml", f"output={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr + (tmp_path / "log").read_text()
+    assert "2 processes on 2 machines (DDP) agree" in (tmp_path / "log").read_text()
+    assert_same_run(one_process, tmp_path / "run", 0)
+
+
+def test_a_job_that_is_warned_saves_and_queues_again(cluster, tmp_path):
+    watch = '''job=$(sbatch --parsable docs/slurm.sbatch x.yaml)
+    until [ "$(grep -c ready $SEEN)" -eq 2 ]; do sleep 0.2; done
+    scancel --batch --signal=USR1 $job
+    until squeue --noheader --format=%T | grep -q PENDING; do sleep 0.2; done
+    scontrol show job $job'''
+    done = cluster("timeout", "120", "bash", "-c", watch, **write_stand_in(tmp_path))
+    assert done.returncode == 0 and "JobState=PENDING Reason=BeginTime" in done.stdout and "Restarts=1" in done.stdout
+    assert sorted((tmp_path / "seen").read_text().splitlines()) == [
+        f"node{rank + 1} {rank} {text}" for rank in (0, 1) for text in ("SIGUSR1", "ready", "saved")]
