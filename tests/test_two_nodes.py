@@ -16,7 +16,7 @@ from codyra_llm import run as runs
 SCRIPT = Path(__file__).with_name("two_nodes.sh")
 LAUNCH = SCRIPT.parents[1] / "launch.sh"
 
-ENVIRONMENT = {**{k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "SLURM_", "MASTER_"))},
+ENVIRONMENT = {**{k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "SLURM", "MASTER_"))},
                "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PROCESSES": "1"}
 
 
