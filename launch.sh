@@ -98,14 +98,15 @@ if [ -n "$hostfile" ]; then
   [ -r "$hostfile" ] || refuse "--hostfile: there is no file '$hostfile'; write a line 'HOST slots=GPUS' for each machine"
 elif [ -n "$nodes" ]; then number "--nodes (NNODES)" "$nodes" 1
 elif [ -n "$asked" ]; then refuse "${asked% } without --nodes has no meaning; give the number of machines, --nodes N"
-elif [ "${SLURM_NNODES:-1}" -gt 1 ]; then slurm=yes nodes=$SLURM_NNODES rank=${SLURM_NODEID:-0}
+elif [ "${SLURM_NNODES:-1}" -gt 1 ] || { [ -n "${SLURM_NNODES:-}" ] && [ -z "${SLURMD_NODENAME:-}" ]; }; then
+  slurm=yes nodes=$SLURM_NNODES rank=${SLURM_NODEID:-0}  # one node: from salloc's shell, which is on none
 elif [ -r /job/hostfile ]; then hostfile=/job/hostfile
 fi
 nodes=${nodes:-1}
 
 if [ -n "$slurm" ]; then
-  steps=${SLURM_STEP_NUM_NODES:-1} tasks=${SLURM_STEP_NUM_TASKS:-$nodes}
-  if [ "$steps" -ne "$nodes" ]; then  # in the batch script: this file once per node, with the CPUs that sbatch was told
+  steps=${SLURM_STEP_NUM_NODES:-0} tasks=${SLURM_STEP_NUM_TASKS:-$nodes}
+  if [ "$steps" -ne "$nodes" ]; then  # in the batch script or salloc: this file once per node, with the CPUs that sbatch was told
     go srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
       ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "$here/launch.sh" "$@"
   fi
@@ -126,6 +127,8 @@ if [ -n "$hostfile" ]; then
   if [ "$(grep -c '^[^#]*slots=' "$hostfile")" -eq 1 ]; then options+=(--no_ssh_check --master_addr 127.0.0.1); fi
   go "$python" -m deepspeed.launcher.runner "${options[@]}" --module --no_local_rank codyra_llm run "$@"
 fi
+[ -z "${ACCELERATE_CONFIG:-}" ] || [ -r "$ACCELERATE_CONFIG" ] ||
+  refuse "ACCELERATE_CONFIG: there is no file '$ACCELERATE_CONFIG'; give the path of one, e.g. recipes/accelerate/zero2.yaml"
 total=$((nodes * processes))
 if [ "$total" -eq 1 ] && [ -z "${ACCELERATE_CONFIG:-}" ]; then go "$python" -m codyra_llm run "$@"; fi
 
@@ -139,7 +142,10 @@ if [ "$nodes" -gt 1 ]; then
   number --master "$port" 1
 fi
 cores=$(( $(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) / processes ))
-start=(env OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > 0 ? cores : 1))}" "$python" -m)
+# torchrun passes on the signals it is told of, SLURM's warning among them, then gives the processes time to save.
+start=(env OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > 0 ? cores : 1))}"
+  PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+  TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}" "$python" -m)
 if [ -n "${ACCELERATE_CONFIG:-}" ]; then
   options=(--config_file "$ACCELERATE_CONFIG" --num_processes "$total" --num_machines "$nodes" --machine_rank "${rank:-0}")
   if [ "$nodes" -gt 1 ]; then  # standard: this script starts every node itself, DeepSpeed needs no ssh

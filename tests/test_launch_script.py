@@ -1,10 +1,13 @@
 """launch.sh by what it finds. Most tests read --dry-run; python, nvidia-smi, srun and scontrol are stubs in PATH."""
 
 import os
+import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,8 +25,27 @@ TORCHRUN = ["env", "python3", "-m", "torch.distributed.run"]
 RUN = ["-m", "codyra_llm", "run", "x.yaml"]
 STATIC = ["--nproc-per-node", "8", "--nnodes", "2", "--node-rank", "1", "--master-addr", "n7", "--master-port"]
 TWO = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "n7", "GPUS": "8"}
-BATCH = {"SLURM_JOB_ID": "4321", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[7-8]", "SLURM_NODEID": "0", "GPUS": "8"}
-STEP = {**BATCH, "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "1"}
+BATCH = {"SLURM_JOB_ID": "4321", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[7-8]", "SLURM_NODEID": "0", "GPUS": "8",
+         "SLURMD_NODENAME": "n7"}
+ALONE = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "GPUS": "4"}
+STEP = {**BATCH, "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "1", "SLURMD_NODENAME": "n8"}
+
+# In place of the package: each process writes what happens to it into a line of $SEEN, and takes a second to save.
+STAND_IN = """
+import os, pathlib, signal, sys, threading
+asked = threading.Event()
+def see(text):
+    with open(os.environ["SEEN"], "a") as file: file.write(f"{os.uname().nodename} {os.environ.get('RANK', 0)} {text}\\n")
+def stop(number, frame):
+    if not asked.is_set(): see(signal.Signals(number).name)
+    asked.set()
+for number in (signal.SIGTERM, signal.SIGUSR1): signal.signal(number, stop)
+see("ready")
+while not asked.wait(0.1): pass
+threading.Event().wait(1)
+see("saved")
+sys.exit(75)
+"""
 
 pytestmark = pytest.mark.skipif(not (ROOT / "launch.sh").is_file(), reason="not a checkout")
 
@@ -36,11 +58,21 @@ def write_stubs(folder: Path, stubs: dict[str, str]) -> Path:
     return folder
 
 
+def write_stand_in(folder: Path) -> dict[str, str]:
+    """The environment in which launch.sh starts STAND_IN; its lines are in folder/seen."""
+    (folder / "codyra_llm").mkdir()
+    (folder / "codyra_llm" / "__init__.py").touch()
+    (folder / "codyra_llm" / "__main__.py").write_text(STAND_IN)
+    (folder / "seen").touch()
+    return {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1", "SEEN": str(folder / "seen"), "PYTHON": sys.executable}
+
+
 @pytest.fixture
 def launch(tmp_path):
     """Function `(*arguments, **environment)` that starts launch.sh, or the copy given, where only that environment decides."""
     stubs = write_stubs(tmp_path / "bin", STUBS)
-    clean = {k: v for k, v in os.environ.items() if k not in DECIDING and not k.startswith(("SLURM_", "ACCELERATE_"))}
+    (tmp_path / "z.yaml").touch()
+    clean = {k: v for k, v in os.environ.items() if k not in DECIDING and not k.startswith(("SLURM", "ACCELERATE_"))}
 
     def start(*arguments, script=ROOT / "launch.sh", timeout=60, **environment) -> subprocess.CompletedProcess:
         env = {**clean, "PATH": f"{stubs}:{clean['PATH']}", **environment}
@@ -50,9 +82,9 @@ def launch(tmp_path):
 
 
 def shown(done: subprocess.CompletedProcess) -> list[str]:
-    """The words of what --dry-run printed, without the number of threads."""
+    """The words of what --dry-run printed, without the variables that are set."""
     assert done.returncode == 0, done.stderr
-    return [word for word in shlex.split(done.stdout) if not word.startswith("OMP_NUM_THREADS=")]
+    return [word for word in shlex.split(done.stdout) if not re.match("(OMP|PET|TORCH)_[A-Z_]*=", word)]
 
 
 @pytest.mark.parametrize(("arguments", "environment", "expected"), [
@@ -78,7 +110,8 @@ def shown(done: subprocess.CompletedProcess) -> list[str]:
                                                   str(ROOT / "launch.sh"), "x.yaml"]),  # in the step of an interactive salloc
     ([], STEP, [*TORCHRUN, *STATIC, "29821", *RUN]),
     ([], {**STEP, **TWO, "MASTER_PORT": "5"}, [*TORCHRUN, *STATIC, "5", *RUN]),  # who says NNODES needs no SLURM
-    ([], {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "GPUS": "4"}, [*TORCHRUN, "--nproc-per-node", "4", "--standalone", *RUN]),
+    ([], {**ALONE, "SLURMD_NODENAME": "n7"}, [*TORCHRUN, "--nproc-per-node", "4", "--standalone", *RUN]),
+    ([], ALONE, ["srun", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", str(ROOT / "launch.sh"), "x.yaml"]),  # salloc's shell
 ])
 def test_what_is_found_decides(arguments, environment, expected, launch):
     assert shown(launch("--dry-run", *arguments, "x.yaml", **environment)) == expected
@@ -132,6 +165,7 @@ def test_the_tests_and_other_commands(launch):
     (["--node", "2", "x.yaml"], {}, "unknown flag '--node'"),
     (["--dry-run"], {}, "there is no recipe"),
     (["--nodes"], {}, "--nodes needs a value"),
+    (["x.yaml"], {"ACCELERATE_CONFIG": "nowhere.yaml"}, "there is no file 'nowhere.yaml'"),
     (["--nodes", "two", "x.yaml"], {}, "'two' is no whole number from 1 on"),
     (["x.yaml"], {"NNODES": "0"}, "'0' is no whole number from 1 on"),
     (["x.yaml"], {"PROCESSES": "0"}, "PROCESSES: '0'"),
@@ -180,6 +214,25 @@ def test_a_slurm_allocation(tiny_llama, toy_stream, launch, tmp_path):
     assert (tmp_path / "run" / "summary.json").is_file()
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize(("environment", "name", "code"), [
+    ({}, "SIGUSR1", 75), ({"PROCESSES": "2"}, "SIGUSR1", 1), ({"PROCESSES": "2"}, "SIGTERM", 1),
+    ({"PROCESSES": "2", "ACCELERATE_CONFIG": str(QUICKSTART.parent / "accelerate" / "zero2.yaml")}, "SIGUSR1", 1)])
+def test_a_warning_reaches_every_process(environment, name, code, tmp_path):
+    """Each process gets the signal of launch.sh's, and time to save; the launchers' codes are those of the documentation."""
+    clean = {k: v for k, v in os.environ.items() if k not in DECIDING and not k.startswith(("SLURM", "ACCELERATE_"))}
+    running = subprocess.Popen([ROOT / "launch.sh", "x.yaml"], env={**clean, **write_stand_in(tmp_path), **environment},
+                               cwd=tmp_path, stderr=subprocess.PIPE)
+    ranks, seen, until = range(int(environment.get("PROCESSES", 1))), tmp_path / "seen", time.monotonic() + 120
+    while seen.read_text().count("ready") < len(ranks) and time.monotonic() < until:
+        time.sleep(0.1)
+    running.send_signal(getattr(signal, name))
+    told = running.communicate(timeout=60)[1]
+    assert running.returncode == code, told
+    lines = [line.split(maxsplit=1)[1] for line in seen.read_text().splitlines()]
+    assert sorted(lines) == sorted(f"{rank} {text}" for rank in ranks for text in ("ready", name, "saved"))
+
+
 def commands() -> list[str]:
     """What docs/many_gpus.md tells to type, of launch.sh and of sbatch."""
     text = (ROOT / "docs" / "many_gpus.md").read_text(encoding="utf-8") if (ROOT / "docs").is_dir() else ""
@@ -197,6 +250,7 @@ def test_the_documented_commands(command, launch, tmp_path):
                                      command.replace("./launch.sh", f"{ROOT}/launch.sh --dry-run"))
     python = write_stubs(tmp_path / "shell", {"srun": 'printf "srun "; printf "%s " "$@"; echo'})
     environment = BATCH if command.startswith("sbatch") else {"GPUS": "8"}
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     done = launch(tmp_path / "sbatch", script="bash", PATH=f"{python}:{tmp_path / 'bin'}:{os.environ['PATH']}", **environment)
     found = shown(done)
     assert found[-1] == "recipes/quickstart.yaml"
