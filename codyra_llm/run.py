@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Iterable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -53,7 +55,7 @@ def run(recipe: Recipe) -> RunFolder:
     manifest = _manifest(setup, acc, base) if acc.is_main_process else None
     collectively(acc.is_main_process, folder.open, setup.recipe, manifest)
     collectively(True, await_file, folder.path / "manifest.json")
-    if setup.recipe.eval.zero_shot or not setup.method.trains or setup.probes:
+    if setup.recipe.eval.zero_shot or not setup.method.trains or setup.probes or setup.suite:
         evaluate(setup, folder, acc, -1)
     # Of one process for all: what a later look into the folder finds depends on how far the first has come meanwhile.
     learnt = broadcast_object_list([len(folder.archive().files)])[0]
@@ -155,25 +157,56 @@ def _archive(setup: Setup, folder: RunFolder, archive: Archive, index: int, upda
 
 def evaluate(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> None:
     """Score the merged model after task `index` (-1: the base) on what the recipe asks for and no row holds yet."""
+    tasks, wanted = setup.recipe.tasks, setup.recipe.eval
+    zero_shot = index < 0 and (wanted.zero_shot or not setup.method.trains)
+    count = len(tasks) if zero_shot or (index >= 0 and wanted.tasks == "all") else index + 1
+    general = index in (-1, len(tasks) - 1) or setup.recipe.general.when == "each"
+    known = {"after": tasks[index] if index >= 0 else "base", "step": index + 1}
+    measure(setup, folder, acc, index, known, range(count), general, folder)
+
+
+def measure(setup: Setup, folder: RunFolder, acc: Accelerator, index: int, known: dict, tasks: Iterable[int], general: bool,
+            out: RunFolder) -> None:
+    """Score the model after task `index` of the run in `folder` on these `tasks`, and on what `general` asks for, as far
+    as `out` has no row of that step. `known` ("after", "step") goes into the rows."""
     recipe = setup.recipe
-    after = recipe.tasks[index] if index >= 0 else "base"
-    done = broadcast_object_list([{(row["step"], row["task"]) for row in folder.scores}])[0]
-    pending = [item for item in _due(setup, index) if (index + 1, item[0]) not in done]
-    if not pending:
-        return
-    with BACKENDS[recipe.eval.backend](acc, setup, folder, index) as answers:
-        for task, records, new in pending:
-            began, prompts = time.perf_counter(), [r["prompt"] for r in records]
-            number = recipe.tasks.index(task) if task in recipe.tasks else None
-            if number is not None:
-                prompts = setup.method.present(setup.stream, setup.encoder, number, prompts)
-            predictions = answers(prompts, new, number)
-            if number is not None:
-                predictions = [setup.method.read(task, p) for p in predictions]
-            if acc.is_main_process:
-                known = {"after": after, "step": index + 1, "task": task}
-                _add_scores(setup, folder, known, records, predictions, began)
+    done = broadcast_object_list([{row["task"] for row in out.scores if row["step"] == known["step"]}])[0]
+    due = [(recipe.tasks[i], setup.test(i), setup.new_tokens(i)) for i in tasks]
+    due += [(name, records, PROBE_TOKENS) for name, records in setup.probes.items()] if general else []
+    if pending := [item for item in due if item[0] not in done]:
+        with BACKENDS[recipe.eval.backend](acc, setup, folder, index) as answers:
+            for task, records, new in pending:
+                began, prompts = time.perf_counter(), [r["prompt"] for r in records]
+                number = recipe.tasks.index(task) if task in recipe.tasks else None
+                if number is not None:
+                    prompts = setup.method.present(setup.stream, setup.encoder, number, prompts)
+                predictions = answers(prompts, new, number)
+                if number is not None:
+                    predictions = [setup.method.read(task, p) for p in predictions]
+                if acc.is_main_process:
+                    _add_scores(setup, out, {**known, "task": task}, records, predictions, began)
+    if names := [name for name in setup.suite if general and name not in done]:
+        _measure_general(setup, folder, acc, index, known, names, out)
     acc.wait_for_everyone()
+
+
+def _measure_general(setup: Setup, folder: RunFolder, acc: Accelerator, index: int, known: dict, names: list[str],
+                     out: RunFolder) -> None:
+    from .evaluate import harness  # lm_eval is an extra
+
+    model, conditions = setup.stage(folder, index, acc.device)
+    lm = harness.Live(acc, model, setup.tokenizer, setup.recipe.eval.batch_tokens,
+                      conditions and partial(conditions, task=None))
+    measured = []
+    for name in names:
+        found = harness.measure(lm, setup.suite[name], setup.recipe.general, setup.recipe.data.chat_template)
+        if acc.is_main_process:
+            measured.append(found)
+            out.add_scores({**known, **found.row}, found.predictions)
+            console.print(f"after {known['after']}: {name} {found.row['score']:.1f}  ({found.row['headline']}, "
+                          f"{found.row['seconds']:.0f} s)")
+    if acc.is_main_process:
+        harness.write(out.path / "lm_eval", f"{known['step']:02d}-{known['after']}", measured)
 
 
 def finish(setup: Setup, folder: RunFolder) -> None:
@@ -190,17 +223,6 @@ def finish(setup: Setup, folder: RunFolder) -> None:
         console.print(f"{'merged model' if setup.method.merges else 'stage of the run'}: {target}")
     page.write([folder], folder.path / "report.html")
     folder.write_summary(summary, render(setup.recipe, summary, folder.updates))
-
-
-def _due(setup: Setup, index: int) -> list[tuple[str, list[dict], int]]:
-    """(name, records, new tokens) of everything to score after task `index`."""
-    tasks, wanted = setup.recipe.tasks, setup.recipe.eval
-    zero_shot = index < 0 and (wanted.zero_shot or not setup.method.trains)
-    count = len(tasks) if zero_shot or (index >= 0 and wanted.tasks == "all") else index + 1
-    due = [(tasks[i], setup.test(i), setup.new_tokens(i)) for i in range(count)]
-    if index in (-1, len(tasks) - 1):
-        due += [(name, records, PROBE_TOKENS) for name, records in setup.probes.items()]
-    return due
 
 
 def _add_scores(setup: Setup, folder: RunFolder, known: dict, records: list[dict], predictions: list[str],
@@ -242,6 +264,7 @@ def _refuse_launch(setup: Setup, acc: Accelerator) -> None:
 def _manifest(setup: Setup, acc: Accelerator, base: str) -> dict:
     names = ["torch", "transformers", "accelerate", "datasets", "safetensors"]
     names += ["bitsandbytes"] if setup.recipe.model.quantization else []
+    names += ["lm_eval"] if setup.suite else []
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"codyra_llm": __version__, "python": sys.version.split()[0], **{name: version(name) for name in names},
             "device": gpu or "cpu", "dtype": str(setup.dtype), "world_size": acc.num_processes,
