@@ -206,7 +206,8 @@ def _measure_general(setup: Setup, folder: RunFolder, acc: Accelerator, index: i
             console.print(f"after {known['after']}: {name} {found.row['score']:.1f}  ({found.row['headline']}, "
                           f"{found.row['seconds']:.0f} s)")
     if acc.is_main_process:
-        harness.write(out.path / "lm_eval", f"{known['step']:02d}-{known['after']}", measured)
+        harness.write(out.path / "lm_eval", f"{known['step']:02d}-{known['after']}", lm, setup.recipe.general,
+                      measured)
 
 
 def finish(setup: Setup, folder: RunFolder) -> None:

@@ -11,6 +11,7 @@ from codyra_llm.cli import main
 from codyra_llm.errors import Fault
 from codyra_llm.evaluation import Wanted, evaluate
 from codyra_llm.files import read_jsonl
+from test_distributed import free_port, launched
 
 
 def learnt(model, stream, out, method, epochs=2, **changes):
@@ -176,3 +177,21 @@ def test_the_command_and_its_refusals(merging, tmp_path, capsys):
         assert code == 2 and message in told and "Traceback" not in told
     assert "is not a finished task" in call(f"{merging.path}@FOUR")[1]
     assert "nowhere" in call("nowhere")[1]
+
+
+@pytest.mark.distributed
+def test_two_processes_equal_one(merging, toy_stream, tmp_path):
+    """Tasks and the harness's requests are dealt to the ranks: the same rows as one process writes."""
+    (tmp_path / "boolq").mkdir()
+    (tmp_path / "boolq" / "test.json").write_text(json.dumps([
+        {"instruction": f"Please answer, question: is {'very ' * i}{i} even?\n\nAnswer format: true/false", "answer": "true"}
+        for i in range(5)]))
+    checkpoint, general = str(merging.path / "checkpoint"), str(tmp_path)
+    one = evaluate(checkpoint, Wanted(general=general, out=tmp_path / "one"))
+    done = launched("torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(), "-m", "codyra_llm",
+                    "evaluate", checkpoint, "--general", general, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    rows = read_jsonl(tmp_path / "two" / "scores.jsonl")
+    assert len(rows) == 3 and timeless(rows) == timeless(one.scores)
+    for file in (one.path / "predictions").rglob("*.jsonl"):
+        assert (tmp_path / "two" / "predictions" / file.relative_to(one.path / "predictions")).read_text() == file.read_text()

@@ -173,7 +173,7 @@ def test_a_group_is_one_score(tiny_llama, live, tmp_path):
     assert measured.row["metrics"]["exact_match,get-answer"] == {"mean": 0, "stderr": 0, "low": 0, "high": 0, "n": 2}
     assert all(p["prompt"].count("Let's think step by step.") == 4 and p["prompt"].endswith("step by step.\n")
                for p in measured.predictions)
-    write(tmp_path / "out", "01-ONE", [measured])
+    write(tmp_path / "out", "01-ONE", lm, section, [measured])
     (file,) = (tmp_path / "out" / "01-ONE").glob("results_*.json")
     found = json.loads(file.read_text())
     assert found["results"]["bbh"]["exact_match,get-answer"] == 0 and found["config"] and found["task_hashes"]
@@ -227,3 +227,23 @@ def test_the_recipe_refuses_what_mini_does_not_have(tiny_llama, toy_stream):
         parse(override(raw, ["general.data=mini", "general.limit=3"]))
     with pytest.raises(Fault, match="general.when: 'never' is not valid"):
         parse(override(raw, ["general.data=hub", "general.when=never"]))
+
+
+def test_the_hubs_suite_is_traces():
+    """The harness's own configurations and shots: MMLU 5, GSM8K 8, BBH 3, the rest none; nothing is read from a folder."""
+    sizes, shots = {}, {}
+    for name in set(suite.HUB) - {"ifeval"}:  # whose import looks for nltk's data
+        ability = suite.Ability(name, suite.parts(suite.HUB[name], None))
+        sizes[name], shots[name] = len(ability.configs), {c.get("num_fewshot") or 0 for c in ability.configs.values()}
+        assert not ability.files and ability.is_group == (len(ability.configs) > 1)
+    assert sizes == {"mmlu": 57, "gsm8k_cot": 1, "bbh": 27, "boolq": 1, "piqa": 1, "tydiqa_goldp": 9}
+    assert shots == {"mmlu": {5}, "gsm8k_cot": {8}, "bbh": {3}, "boolq": {0}, "piqa": {0}, "tydiqa_goldp": {0}}
+
+
+def test_data_that_cannot_be_read_is_one_sentence(tiny_llama, live, root):
+    from codyra_llm.evaluate.harness import measure
+
+    (root / "piqa" / "test.json").write_text("{not json")
+    section = GeneralSection(data=str(root))
+    with pytest.raises(Fault, match="the data of 'piqa' can't be read .*; correct the files"):
+        measure(live(tiny_llama)[2], suite.find(section)["piqa"], section, False)

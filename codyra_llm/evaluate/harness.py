@@ -7,10 +7,14 @@ their condition.
 
 import logging
 import math
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stderr
 from copy import deepcopy
 from dataclasses import dataclass
+from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -18,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from lm_eval import simple_evaluate
+from lm_eval import evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.loggers import EvaluationTracker
+from lm_eval.loggers.utils import add_tokenizer_info
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.tasks import TaskManager
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -39,6 +43,7 @@ MOST_LOGITS = 2**26  # of one forward pass
 STOP_TOKENS = 16  # the last tokens of an answer in which a stop sequence is looked for
 HEADLINES = {"tydiqa_goldp": "f1"}  # TRACE's; of other tasks the harness's first metric
 NORMAL = 1.96  # standard errors in half of a 95 % interval
+logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant here: a model in memory
 Conditions = Callable[[list[list[int]]], Condition]
 
 
@@ -150,17 +155,19 @@ class Measured:
     results: dict
 
 
-def measure(lm: Live, ability: Ability, section: "GeneralSection", chat: bool) -> Measured | None:
-    """Measure one task or group; the result on the first process of each node, None on the others."""
+def measure(lm: Live, ability: Ability, section: "GeneralSection", chat: bool) -> Measured:
+    """Measure one task or group; every rank makes the same of all answers."""
     began = time.perf_counter()
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     name, tasks = ability.name, ability.tasks
     samples = drawn(name, {part: len(task.eval_docs) for part, task in tasks.items()}, section.limit, section.seed)
-    results = simple_evaluate(lm, tasks=[tasks[part] for part in samples], samples=samples, apply_chat_template=chat,
-                              random_seed=section.seed, numpy_random_seed=section.seed, torch_random_seed=section.seed,
-                              fewshot_random_seed=section.seed, task_manager=TaskManager(include_defaults=False))
-    if results is None:
-        return None
+    random.seed(section.seed)  # IFEval's checks draw what a prompt leaves open
+    for task in tasks.values():
+        task.set_config("num_fewshot", task.config.num_fewshot or 0)
+        task.set_fewshot_seed(section.seed)
+    # The lower of the harness's two entries: the other one seeds every generator of the process at every call.
+    chosen = {"tasks": {part: tasks[part] for part in samples}, "groups": {}, "group_map": {}}
+    with redirect_stderr(StringIO()):  # a bar for every part of every group, on every rank
+        results = evaluate(lm, chosen, samples=samples, apply_chat_template=chat)
     scores = _of_group(results) if ability.is_group else _of_task(results, name)
     if ability.is_group:
         results["groups"] = {name: {"alias": name, **_harness_keys(scores)}}
@@ -191,7 +198,7 @@ def _of_group(results: dict) -> dict[str, dict]:
     """By 'metric,filter' the mean over the examples of all parts and its standard error, sd / √n, in points."""
     values: dict[str, list[float]] = {}
     for sample in (sample for part in results["samples"].values() for sample in part):
-        for metric in sample["metrics"]:
+        for metric in (m for m in sample["metrics"] if isinstance(sample[m], int | float)):
             values.setdefault(f"{metric},{sample['filter']}", []).append(float(sample[metric]))
     return {key: _score(fmean(v), stdev(v) / math.sqrt(len(v)) if len(v) > 1 else None, len(v)) for key, v in values.items()}
 
@@ -213,29 +220,37 @@ def _harness_keys(scores: dict[str, dict]) -> dict[str, float | str]:
 
 
 def _predictions(results: dict, headline: str) -> list[dict]:
-    """Prompt, answer and prediction of each example, under the headline's filter."""
+    """Of each example prompt, answer, and prediction: the likeliest choice, or what the headline's filter takes out of the
+    model's `response`."""
     metric, _, filtered = headline.partition(",")
     out = []
     for part, samples in results["samples"].items():
         for sample in (s for s in samples if s["filter"] == filtered):
             choices = [arguments[1] for arguments in sample["arguments"]]
-            picked, target = sample["filtered_resps"][0], sample["target"]
+            picked, target, told = sample["filtered_resps"][0], sample["target"], {}
             if isinstance(picked, tuple | list):  # log-likelihoods of the choices
                 picked = choices[max(range(len(choices)), key=lambda i: sample["filtered_resps"][i][0])].strip()
                 target = choices[target].strip() if isinstance(target, int) else target
-            out.append({"part": part, "number": sample["doc_id"], "prompt": sample["arguments"][0][0],
+            else:
+                told = {"response": sample["resps"][0][0]}
+            out.append({"part": part, "number": sample["doc_id"], "prompt": sample["arguments"][0][0], **told,
                         "prediction": str(picked), "answer": str(target), headline: 100.0 * sample[metric]})
     return out
 
 
-def write(folder: Path, model: str, measured: list[Measured]) -> None:
+def write(folder: Path, model: str, lm: Live, section: "GeneralSection", measured: list[Measured]) -> None:
     """The harness's own result files: <folder>/<model>/results_<date>.json and samples_<task>_<date>.jsonl."""
     whole = deepcopy(measured[0].results)
     for other in measured[1:]:
         for key, value in other.results.items():
-            if isinstance(value, dict) and key != "config":
+            if isinstance(value, dict):
                 whole.setdefault(key, {}).update(value)
     samples = whole.pop("samples")
+    whole["config"] = {"model": "hf", "model_args": f"pretrained={model}", "batch_size": "auto", "device": str(lm.device),
+                       "limit": section.limit, "fewshot_seed": section.seed, "random_seed": section.seed,
+                       **lm.get_model_info()}
+    whole |= {"date": time.time(), **{f"{name}_version": version(name) for name in ("lm_eval", "transformers")}}
+    add_tokenizer_info(whole, lm)
     tracker = EvaluationTracker(output_path=str(folder))
     tracker.general_config_tracker.log_experiment_args("hf", f"pretrained={model}", None, None, False)
     tracker.save_results_aggregated(results=whole, samples=samples)

@@ -53,9 +53,15 @@ class Ability:
     @cached_property
     def tasks(self) -> dict[str, "ConfigurableTask"]:
         """The harness's tasks by name, their data read."""
+        from datasets.exceptions import DatasetsError
         from lm_eval.api.task import ConfigurableTask
 
-        return {name: ConfigurableTask(config=deepcopy(config)) for name, config in self.configs.items()}
+        try:
+            return {name: ConfigurableTask(config=deepcopy(config)) for name, config in self.configs.items()}
+        except (OSError, DatasetsError) as error:
+            raise Fault(f"general.tasks: the data of '{self.name}' can't be read ({str(error).splitlines()[0]}); "
+                        + ("correct the files" if self.files else "check the network and HF_HUB_OFFLINE, or give a folder as "
+                           "general.data")) from None
 
 
 def find(section: "GeneralSection") -> dict[str, Ability]:
