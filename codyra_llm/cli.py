@@ -148,10 +148,10 @@ def evaluate(checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT|RUN@T
                                                        "PEFT folder, or a run and the task after which (default: the last)")],
              overrides: Overrides = None,
              benchmark: Annotated[str, typer.Option(help="whose tasks and protocols")] = "trace",
-             data: Annotated[str | None, typer.Option(help="folder of <task>/test.json; default: the checkpoint's run's")] = None,
-             tasks: Annotated[str | None, typer.Option(help="names, e.g. FOMC,Py150; default: what its run scored, or all")] = None,
+             data: Annotated[str | None, typer.Option(help="folder of <task>/test.json; default: its run's")] = None,
+             tasks: Annotated[str | None, typer.Option(help="e.g. FOMC,Py150; default: as its run did, or all")] = None,
              general: Annotated[str | None, typer.Option(help="hub, mini or a folder of general-ability files")] = None,
-             general_tasks: Annotated[str | None, typer.Option(help="names, e.g. mmlu,piqa; default: all that are there")] = None,
+             general_tasks: Annotated[str | None, typer.Option(help="e.g. mmlu,piqa; default: all that are there")] = None,
              base: Annotated[str | None, typer.Option(help="the base: a PEFT adapter is merged into it, and general ability "
                                                       "is measured on it too, for ΔR")] = None,
              out: Annotated[Path | None, typer.Option(help="default: evaluations/<checkpoint>")] = None,

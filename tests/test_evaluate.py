@@ -150,7 +150,8 @@ def test_general_ability_in_a_run(tiny_llama, toy_stream, tmp_path):
         run = learnt(tiny_llama, toy_stream, tmp_path / method["name"], method,
                      general={"data": str(tmp_path), "limit": 4, "when": "each"})
         rows = [row for row in run.scores if row["kind"] == "general"]
-        assert [row["after"] for row in rows] == ["base", "ONE", "TWO"] and {row["metrics"]["acc,none"]["n"] for row in rows} == {4}
+        assert [row["after"] for row in rows] == ["base", "ONE", "TWO"]
+        assert {row["metrics"]["acc,none"]["n"] for row in rows} == {4}
         prompts = [[p["prompt"] for p in run.predictions(row["step"], row["after"], row["task"])] for row in rows]
         assert prompts[0] == prompts[1] == prompts[2] and len(set(prompts[0])) == 4
         summary = json.loads((run.path / "summary.json").read_text())

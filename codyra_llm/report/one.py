@@ -111,7 +111,8 @@ def _general_note(found: dict, rows: dict) -> str:
     change = found["delta_r"]
     return " ".join(["Tasks that are not trained on, with 95 % intervals over their examples.",
                      f"By lm-evaluation-harness: {'; '.join(told)}." if told else "Exact match on probes.",
-                     *([f"ΔR, the mean change over {', '.join(change['members'])}: {change['value']:+.2f}."] if change else [])])
+                     *([f"ΔR, the mean change over {', '.join(change['members'])}: {change['value']:+.2f}."] if change
+                       else [])])
 
 
 def _site(site: str) -> tuple[str, str]:

@@ -36,7 +36,8 @@ def delta_r(general: dict[str, dict]) -> dict | None:
     """ΔR (TRACE): the mean change against the base over its `members`, which are the tasks of general ability scored
     before and after, IFEval aside: following instructions is a measure of its own there. None where there is no member."""
     members = [name for name, v in general.items() if v.keys() >= {"before", "after"} and not name.startswith("ifeval")]
-    return {"value": fmean(general[m]["after"] - general[m]["before"] for m in members), "members": members} if members else None
+    changes = [general[name]["after"] - general[name]["before"] for name in members]
+    return {"value": fmean(changes), "members": members} if members else None
 
 
 def _change(found: dict) -> list[str]:
