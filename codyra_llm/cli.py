@@ -147,6 +147,37 @@ def score(task: str, file: Path) -> None:
 
 
 @app.command()
+def evaluate(checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT|RUN@TASK", help="a model folder, hub id or .gguf, a "
+                                                       "PEFT folder, or a run and the task after which (default: the last)")],
+             overrides: Overrides = None,
+             benchmark: Annotated[str, typer.Option(help="whose tasks and protocols")] = "trace",
+             data: Annotated[str | None, typer.Option(help="folder of <task>/test.json; default: its run's")] = None,
+             tasks: Annotated[str | None, typer.Option(help="e.g. FOMC,Py150; default: as its run did, or all")] = None,
+             general: Annotated[str | None, typer.Option(help="hub, mini or a folder of general-ability files")] = None,
+             general_tasks: Annotated[str | None, typer.Option(help="e.g. mmlu,piqa; default: all that are there")] = None,
+             base: Annotated[str | None, typer.Option(help="the base: a PEFT adapter is merged into it, and general ability "
+                                                      "is measured on it too, for ΔR")] = None,
+             out: Annotated[Path | None, typer.Option(help="default: evaluations/<checkpoint>")] = None,
+             local_rank: LocalRank = None) -> None:
+    """Score any checkpoint, without training. What a run made is scored as the run did, and equals its own rows.
+
+    The same command goes on where it stopped. Example: codyra-llm evaluate runs/x/checkpoint --general hub general.limit=100
+    """
+    from .distributed import leave
+    from .evaluation import Wanted
+    from .evaluation import evaluate as score_checkpoint
+
+    if benchmark != "trace":
+        raise Fault(f"--benchmark: '{benchmark}' is not a benchmark; choose trace.{nearest(benchmark, ['trace'])}")
+    if overrides and (stray := [item for item in overrides if "=" not in item]):
+        raise Fault(f"'{stray[0]}' is neither an option nor an override; write key=value, e.g. eval.max_examples=10")
+    stop.listen()
+    score_checkpoint(checkpoint, Wanted(data, tasks.split(",") if tasks else None, general,
+                                        general_tasks.split(",") if general_tasks else None, base, out, overrides or []))
+    leave()
+
+
+@app.command()
 def generate(model: Annotated[str, typer.Argument(metavar="CHECKPOINT|RUN@TASK", help="a model folder, hub id or "
                                                   ".gguf, or a run and the task after which ('base': before all)")],
              prompt: Annotated[str | None, typer.Argument(help="default: read from standard input")] = None,

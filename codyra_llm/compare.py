@@ -97,7 +97,7 @@ def _resampled(path: Path, count: int) -> dict[str, np.ndarray]:
     tasks, found, cells = folder.recipe.tasks, folder.summary, {}
     for row in folder.scores:
         file = path / "predictions" / f"{row['step']:02d}-{row['after']}" / f"{row['task']}.jsonl"
-        metric = headline(row["task"], folder.recipe.data.protocol)
+        metric = row["headline"] if row["kind"] == "general" else headline(row["task"], folder.recipe.data.protocol)
         scores = np.array([r[metric] for r in read_jsonl(file)], dtype=float)
         cells[row["step"], row["task"]] = scores[_draws(row["task"], len(scores))].mean(axis=1)
     steps = len(found["matrix"])

@@ -7,10 +7,12 @@ import torch
 from safetensors.torch import save_file
 
 from .errors import Fault
-from .files import replacing
+from .files import replacing, write_json
 from .folder import RunFolder
 from .lora.archive import Archive, Update
 from .setup import Setup
+
+LINEAGE = "codyra_llm.json"  # in every export: the recipe and the task after which, by which `evaluate` scores it
 
 
 def write_merged(setup: Setup, archive: Archive, after: int, without: int | None, out: Path) -> None:
@@ -24,6 +26,7 @@ def write_merged(setup: Setup, archive: Archive, after: int, without: int | None
     with replacing(out) as temporary:
         model.save_pretrained(temporary, safe_serialization=True)
         setup.tokenizer.save_pretrained(temporary)
+        _write_lineage(setup, archive, after, without, temporary)
 
 
 def write_peft(setup: Setup, archive: Archive, after: int, without: int | None, out: Path) -> None:
@@ -54,6 +57,13 @@ def write_peft(setup: Setup, archive: Archive, after: int, without: int | None, 
         config.save_pretrained(temporary)
         save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
         setup.tokenizer.save_pretrained(temporary)
+        _write_lineage(setup, archive, after, without, temporary)
+
+
+def _write_lineage(setup: Setup, archive: Archive, after: int, without: int | None, folder: Path) -> None:
+    write_json(folder / LINEAGE, {"recipe": setup.recipe.model_dump(mode="json"), "lineage": archive.lineage[after + 1],
+                                  "after": archive.tasks[after] if after >= 0 else None,
+                                  "without": None if without is None else archive.tasks[without]})
 
 
 def refuse_unmerged(setup: Setup, without: int | None) -> None:

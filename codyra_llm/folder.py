@@ -47,10 +47,7 @@ class RunFolder:
 
     @cached_property
     def manifest(self) -> dict:
-        found = self._mapping("manifest.json")
-        if "base" not in found:
-            raise Fault(f"{self.path / 'manifest.json'} does not say which base the run began with; restore it from a copy")
-        return found
+        return self._mapping("manifest.json")
 
     def open(self, recipe: Recipe, manifest: dict) -> str:
         """Claim the folder for a resolved recipe: new, the same again, or the same with tasks added at the end. Returns
@@ -64,20 +61,25 @@ class RunFolder:
         elif self.path.exists() and any(p.name not in OWN for p in self.path.iterdir()):
             raise Fault(f"output: {self.path} holds files of something else; give a new or empty folder")
         self._write("recipe.json", to_json(recipe.model_dump(mode="json")))
-        self._write("manifest.json", to_json(manifest))
+        self.write_manifest(manifest)
         self.__dict__.pop("recipe", None)
-        self.__dict__.pop("manifest", None)
         return told
+
+    def write_manifest(self, manifest: dict) -> None:
+        self._write("manifest.json", to_json(manifest))
+        self.__dict__.pop("manifest", None)
 
     def _other_files(self, manifest: dict) -> list[str]:
         """What of the base and the data is not what the run was begun with."""
         was = self.manifest
-        lines = [] if was["base"] == manifest["base"] else [
-            f"its base weights were {was['base'][:12]}, and are {manifest['base'][:12]} now"]
+        lines = [] if was.get("base") == manifest["base"] else [
+            f"its base weights were {str(was.get('base'))[:12]}, and are {manifest['base'][:12]} now"]
         return lines + [f"{name} was {digest}, and is {manifest['data'][name]} now" for name, digest in was.get("data", {}).items()
                         if manifest["data"].get(name, digest) != digest]
 
     def archive(self) -> Archive:
+        if "base" not in self.manifest:
+            raise Fault(f"{self.path / 'manifest.json'} does not say which base the run began with; restore it from a copy")
         return Archive(self.path / "updates", self.manifest["base"])
 
     def state(self, index: int) -> Path:

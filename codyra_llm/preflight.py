@@ -21,7 +21,7 @@ from .files import file_sha256
 from .recipe import Recipe
 from .setup import Setup
 
-PATHS = {"model.path", "data.root", "eval.general"}  # may differ between machines: what lies there is compared
+PATHS = {"model.path", "data.root", "general.data"}  # may differ between machines: what lies there is compared
 REMEDIES = {"recipe": "start every process with the same recipe and overrides",
             "version": "install the same versions on every machine",
             "data": "copy the same file to every machine", "base": "give every machine the same weights"}
@@ -60,7 +60,8 @@ def values(setup: Setup, base: str | None, host: str) -> dict[str, str]:
     found |= {f"version {name}": version(name) for name in ("torch", "transformers", "accelerate")}
     found |= {f"data {task}/{split}.json": _hash(setup.stream.root / task / f"{split}.json")
               for task in setup.recipe.tasks for split in SPLITS}
-    found["data of eval.general"] = hashlib.sha256(json.dumps(setup.probes).encode()).hexdigest()[:SHOWN]
+    read = [_hash(file) for ability in setup.suite.values() for file in ability.files]
+    found["data of general"] = hashlib.sha256(json.dumps([setup.probes, list(setup.suite), read]).encode()).hexdigest()[:SHOWN]
     found |= {f"base {name}": _hash(setup.base / name) for name in ("config.json", "tokenizer.json")}
     found[f"base folder on {host}"] = str(setup.base)  # whose weights one process of each machine has hashed
     return found | ({"base weights": base[:SHOWN]} if base else {})

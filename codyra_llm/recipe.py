@@ -75,8 +75,26 @@ class EvalSection(Strict):
                                               "process")
     batch_tokens: int | None = Field(None, ge=16, description="tokens (prompt and answer) that torch decodes at once; "
                                      "default 4096 on a CPU, 131072 on a GPU")
-    general: str | None = Field(None, description="folder of general-ability probes <probe>/test.json, or 'mini', "
-                                "measured before the first task and after the last")
+
+
+class GeneralSection(Strict):
+    """What the model can do beside the tasks."""
+
+    data: str | None = Field(None, description="mini: mini-TRACE's probes; hub: lm-evaluation-harness's own tasks; a "
+                                               "folder: task YAMLs on local files, as docs/evaluation.md says; null: no "
+                                               "measurement")
+    tasks: list[str] | None = Field(None, min_length=1, description="names; default: all of the hub's suite, or all whose "
+                                                                    "files are in the folder")
+    limit: int | None = Field(None, ge=1, description="examples of each task, drawn by the seed, for a quick look")
+    seed: int = 0
+    when: Literal["ends", "each"] = Field("ends", description="ends: before the first task and after the last; each: "
+                                                              "after every task too")
+
+    @model_validator(mode="after")
+    def _mini_is_whole(self) -> "GeneralSection":
+        if self.data == "mini" and (self.tasks or self.limit):
+            raise ValueError("'tasks' and 'limit' are for hub and folders, mini has four small probes; leave them out")
+        return self
 
 
 class SaveSection(Strict):
@@ -92,6 +110,7 @@ class Recipe(Strict):
     method: SerializeAsAny[MethodConfig]
     optim: OptimSection = OptimSection()
     eval: EvalSection = EvalSection()
+    general: GeneralSection = GeneralSection()
     save: SaveSection = SaveSection()
     seed: int = 1234
     output: str = Field(description="run folder")

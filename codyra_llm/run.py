@@ -11,11 +11,9 @@ from accelerate.utils import gather_object
 from rich.console import Console
 
 from . import __version__, distributed, models, stop, watch
-from .benchmarks.trace.metrics import headline, score
 from .distributed import collectively, of_first, wait
 from .errors import Fault
-from .evaluate import generate, vllm
-from .evaluate.scores import summarise
+from .evaluate import vllm
 from .export import write_merged, write_stage
 from .examples import SPLITS
 from .files import await_file, file_sha256, remove_leftovers
@@ -24,16 +22,16 @@ from .lease import Lease
 from .lora.archive import Adapter, Archive, Update
 from .lora.merge import report as update_report
 from .lora.shared import share_inputs
+from .measure import evaluate
 from .meter import ProcessPeak
 from .preflight import preflight
 from .recipe import Recipe
 from .report import page
 from .report.tables import render, summarise_run, table
-from .setup import PROBE_TOKENS, Setup, prepare
+from .setup import Setup, prepare
 from .train import TaskData, Trainer
 
 console = Console(highlight=False)
-BACKENDS = {"torch": generate.answering, "vllm": vllm.answering}
 OPTIMIZER = "optimizer."  # in a task's state: Adam's moments
 
 
@@ -64,7 +62,7 @@ def _run(setup: Setup, acc: Accelerator, folder: RunFolder, base: str | None) ->
     peak = ProcessPeak(acc.device)
     collectively(acc.is_main_process, _claim, setup, acc, folder, base)
     collectively(True, await_file, folder.path / "manifest.json")
-    if setup.recipe.eval.zero_shot or not setup.method.trains or setup.probes:
+    if setup.recipe.eval.zero_shot or not setup.method.trains or setup.probes or setup.suite:
         evaluate(setup, folder, acc, -1)
     # Of one process for all: what a later look into the folder finds depends on how far the first has come meanwhile.
     learnt = of_first(len(folder.archive().files))
@@ -183,31 +181,6 @@ def _archive(setup: Setup, folder: RunFolder, archive: Archive, index: int, upda
     return rows
 
 
-def evaluate(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> None:
-    """Score the merged model after task `index` (-1: the base) on what the recipe asks for and no row holds yet."""
-    recipe = setup.recipe
-    after = recipe.tasks[index] if index >= 0 else "base"
-    done = of_first({(row["step"], row["task"]) for row in folder.scores} if acc.is_main_process else None)
-    pending = [item for item in _due(setup, index) if (index + 1, item[0]) not in done]
-    if not pending:
-        return
-    with BACKENDS[recipe.eval.backend](acc, setup, folder, index) as answers:
-        for task, records, new in pending:
-            stop.check()
-            watch.at(f"answers to {task} after {after}")
-            began, prompts = time.perf_counter(), [r["prompt"] for r in records]
-            number = recipe.tasks.index(task) if task in recipe.tasks else None
-            if number is not None:
-                prompts = setup.method.present(setup.stream, setup.encoder, number, prompts)
-            predictions = answers(prompts, new, number)
-            if number is not None:
-                predictions = [setup.method.read(task, p) for p in predictions]
-            if acc.is_main_process:
-                known = {"after": after, "step": index + 1, "task": task}
-                _add_scores(setup, folder, known, records, predictions, began)
-    wait(acc)
-
-
 def finish(setup: Setup, folder: RunFolder) -> None:
     """If asked the final merged model, then the reports, and the summary last: whoever finds it finds a finished run."""
     summary = summarise_run(setup.recipe, bool(setup.method.trains), folder.scores, folder.costs)
@@ -223,30 +196,6 @@ def finish(setup: Setup, folder: RunFolder) -> None:
         console.print(f"{'merged model' if setup.method.merges else 'stage of the run'}: {target}")
     page.write([folder], folder.path / "report.html")
     folder.write_summary(summary, render(setup.recipe, summary, folder.updates))
-
-
-def _due(setup: Setup, index: int) -> list[tuple[str, list[dict], int]]:
-    """(name, records, new tokens) of everything to score after task `index`."""
-    tasks, wanted = setup.recipe.tasks, setup.recipe.eval
-    zero_shot = index < 0 and (wanted.zero_shot or not setup.method.trains)
-    count = len(tasks) if zero_shot or (index >= 0 and wanted.tasks == "all") else index + 1
-    due = [(tasks[i], setup.test(i), setup.new_tokens(i)) for i in range(count)]
-    if index in (-1, len(tasks) - 1):
-        due += [(name, records, PROBE_TOKENS) for name, records in setup.probes.items()]
-    return due
-
-
-def _add_scores(setup: Setup, folder: RunFolder, known: dict, records: list[dict], predictions: list[str],
-                began: float) -> None:
-    task, prompts, targets = known["task"], [r["prompt"] for r in records], [r["answer"] for r in records]
-    scores, main = score(task, prompts, predictions, targets), headline(task, setup.recipe.data.protocol)
-    row = {**known, "kind": "task" if task in setup.recipe.tasks else "general",
-           "headline": main, "score": summarise(scores[main])["mean"],
-           "metrics": {name: summarise(values) for name, values in scores.items()},
-           "empty": sum(not p for p in predictions)}
-    folder.add_scores(row, [{"prompt": p, "prediction": q, "answer": t, **{n: v[i] for n, v in scores.items()}}
-                            for i, (p, q, t) in enumerate(zip(prompts, predictions, targets))])
-    console.print(f"after {known['after']}: {task} {row['score']:.1f}  ({main}, {time.perf_counter() - began:.0f} s)")
 
 
 def _task_data(setup: Setup, index: int) -> TaskData:
@@ -275,6 +224,7 @@ def _refuse_launch(setup: Setup, acc: Accelerator) -> None:
 def _manifest(setup: Setup, acc: Accelerator, base: str) -> dict:
     names = ["torch", "transformers", "accelerate", "datasets", "safetensors"]
     names += ["bitsandbytes"] if setup.recipe.model.quantization else []
+    names += ["lm_eval"] if setup.suite else []
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"codyra_llm": __version__, "python": sys.version.split()[0], **{name: version(name) for name in names},
             "device": gpu or "cpu", "dtype": str(setup.dtype), "world_size": acc.num_processes,

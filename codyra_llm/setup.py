@@ -16,6 +16,7 @@ from . import attention, models, stop, watch
 from .benchmarks.trace import mini
 from .data import Batch, Encoded, Encoder, Stream, collate, default_tokens, micro_batches
 from .errors import Fault
+from .evaluate import suite
 from .examples import read_split
 from .folder import RunFolder
 from .lora.archive import Archive
@@ -39,6 +40,7 @@ class Setup:
     encoder: Encoder
     stream: Stream
     probes: dict[str, list[dict]]
+    suite: dict[str, suite.Ability]  # general ability by lm-evaluation-harness
 
     @property
     def dtype(self) -> torch.dtype:
@@ -127,14 +129,16 @@ def prepare(recipe: Recipe) -> Setup:
         if method.trains and recipe.optim.validate_every:
             tried(stream.records, index, "eval")
         tried(stream.records, index, recipe.eval.split)
-    probes = tried(_probes, recipe.eval.general) if recipe.eval.general else {}
+    general = recipe.general
+    harness = tried(suite.find, general) if general.data not in (None, "mini") else {}
     if base:
         merged = recipe.checkpoint or recipe.eval.backend == "vllm"  # never both at once
         faults += _disk(Path(recipe.output), size(base) * (merged + whole * len(recipe.tasks)))
     if faults:
         raise Fault(*dict.fromkeys(faults))
     tokenizer = models.load_tokenizer(base)
-    return Setup(recipe, method, base, tokenizer, Encoder(tokenizer, recipe.data), stream, probes)
+    probes = _probes() if general.data == "mini" else {}
+    return Setup(recipe, method, base, tokenizer, Encoder(tokenizer, recipe.data), stream, probes, harness)
 
 
 def size(base: Path) -> int:
@@ -155,12 +159,9 @@ def data_root(root: str) -> Path:
     return path
 
 
-def _probes(general: str) -> dict[str, list[dict]]:
-    folder = mini.mini_data() / "general" if general == "mini" else Path(general).expanduser()
-    names = sorted(path.parent.name for path in folder.glob("*/test.json"))
-    if not names:
-        raise Fault(f"eval.general: '{general}' holds no <probe>/test.json; give a folder of probes, 'mini' or null")
-    return {name: read_split(folder, name, "test") for name in names}
+def _probes() -> dict[str, list[dict]]:
+    folder = mini.mini_data() / "general"
+    return {name: read_split(folder, name, "test") for name in sorted(p.parent.name for p in folder.glob("*/test.json"))}
 
 
 def _disk(output: Path, needed: int) -> list[str]:

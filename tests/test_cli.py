@@ -84,7 +84,7 @@ def test_report_rebuilds_the_summary(capsys, folder):
 
 def test_plan_shows_the_label_mask_and_trains_nothing(capsys, tiny_llama, toy_stream, tmp_path):
     code, out, _ = call(capsys, "plan", "quickstart", f"model.path={tiny_llama}", f"data.root={toy_stream}",
-                        "data.tasks=[ONE,THREE]", "eval.general=null", "data.max_prompt_tokens=24",
+                        "data.tasks=[ONE,THREE]", "general.data=null", "data.max_prompt_tokens=24",
                         f"output={tmp_path / 'run'}")
     assert code == 0 and not (tmp_path / "run").exists()
     assert "Say" in out and "labelled" in out and "THREE" in out and "100%" in out and "memory" in out and "disk" in out

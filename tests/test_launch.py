@@ -25,7 +25,7 @@ def small(tiny_llama, toy_stream, tmp_path):
     """Overrides that put a tiny model and two tiny tasks in a recipe's place."""
     return [f"model.path={tiny_llama}", f"data.root={toy_stream}", "data.tasks=[ONE,TWO]", "data.epochs=1",
             "data.max_prompt_tokens=32", "data.max_answer_tokens=8", "data.max_train_examples=4", "method.rank=2",
-            "eval.max_new_tokens=2", "eval.max_examples=2", "eval.general=null", f"output={tmp_path / 'run'}"]
+            "eval.max_new_tokens=2", "eval.max_examples=2", "general.data=null", f"output={tmp_path / 'run'}"]
 
 
 def finished(tmp_path) -> bool:

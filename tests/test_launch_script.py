@@ -146,7 +146,7 @@ def test_threads_are_shared_out(launch):
 
 @pytest.mark.parametrize("environment", [{}, {"GPUS": "2"}], ids=["one process", "torchrun"])
 def test_what_is_printed_can_be_pasted(environment, launch, tmp_path):
-    awkward = ["my recipe.yaml", "data.tasks=[ONE, TWO]", "output=it's $HOME/`x`;*", "eval.general="]
+    awkward = ["my recipe.yaml", "data.tasks=[ONE, TWO]", "output=it's $HOME/`x`;*", "general.data="]
     printed, ran = launch("--dry-run", *awkward, **environment), launch(*awkward, **environment)
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     pasted = subprocess.run(["bash", "-c", printed.stdout], env={"PATH": path}, capture_output=True, text=True, cwd="/")
@@ -206,7 +206,7 @@ def test_a_slurm_allocation(tiny_llama, toy_stream, launch, tmp_path):
     srun = f'shift 3\nfor n in 0 1; do {node} pids+=" $!"; done\nfor pid in $pids; do wait $pid || exit 1; done'
     stubs = write_stubs(tmp_path / "slurm", {"srun": srun, "scontrol": "echo localhost"})
     done = launch(QUICKSTART, f"model.path={tiny_llama}", f"data.root={toy_stream}", "data.tasks=[ONE]", "data.epochs=1",
-                  "method.rank=2", "eval.max_new_tokens=2", "eval.max_examples=2", "eval.general=null", "checkpoint=false",
+                  "method.rank=2", "eval.max_new_tokens=2", "eval.max_examples=2", "general.data=null", "checkpoint=false",
                   f"output={tmp_path / 'run'}", PATH=f"{stubs}:{os.environ['PATH']}", PYTHON=sys.executable, timeout=240,
                   OMP_NUM_THREADS="1", **BATCH | {"SLURM_JOB_ID": str(os.getpid())})
     assert done.returncode == 0, done.stderr

@@ -54,8 +54,9 @@ def shared_prefix(prompts: Sequence[list[int]], new: int, windows: Sequence[int]
 
 @torch.no_grad()
 def generate_ids(model: PreTrainedModel, prompts: Sequence[list[int]], new: int, eos: int,
-                 condition: Condition | None = None) -> list[list[int]]:
-    """Greedy continuations of one batch of prompts, each of at most `new` tokens, up to and with EOS.
+                 condition: Condition | None = None, stop: Callable[[list[int]], bool] | None = None) -> list[list[int]]:
+    """Greedy continuations of one batch of prompts, each of at most `new` tokens, up to and with EOS or where `stop` of
+    the tokens so far says so.
 
     A row of the cache holds [shared prefix | pads | own tokens], or [pads | a method's prefix | own tokens]; pads are
     masked and positions count tokens alone. Rows that are done leave when they are a quarter of the batch, since leaving
@@ -73,17 +74,19 @@ def generate_ids(model: PreTrainedModel, prompts: Sequence[list[int]], new: int,
     front = 0 if condition is None or condition.prefix is None else condition.prefix.shape[1]
     mask = tensor([[1] * shared + [0] * (width - len(p)) + [1] * (front + len(p) - shared) for p in prompts])
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
-    given = {"inputs_embeds": _prefixed(model, ids, prompts, condition.prefix)} if front else {"input_ids": ids}
-    rows, out = list(range(len(prompts))), [[] for _ in prompts]
+    given = {"inputs_embeds": prefixed(model, ids, prompts, condition.prefix)} if front else {"input_ids": ids}
+    rows, out, done = list(range(len(prompts))), [[] for _ in prompts], set()
     for _ in range(new):
         padded = any(len(prompts[row]) < width for row in rows)
         logits = model(**given, attention_mask=mask if padded else None, position_ids=positions,
                        past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         ids = logits[:, -1].argmax(-1, keepdim=True)
         for row, token in zip(rows, ids[:, 0].tolist()):
-            if out[row][-1:] != [eos]:
+            if row not in done:
                 out[row].append(token)
-        going = [i for i, row in enumerate(rows) if out[row][-1] != eos]
+                if token == eos or (stop and stop(out[row])):
+                    done.add(row)
+        going = [i for i, row in enumerate(rows) if row not in done]
         if not going:
             break
         mask, positions = torch.cat([mask, torch.ones_like(ids)], 1), positions[:, -1:] + 1
@@ -97,7 +100,7 @@ def generate_ids(model: PreTrainedModel, prompts: Sequence[list[int]], new: int,
     return out
 
 
-def _prefixed(model: PreTrainedModel, ids: Tensor, prompts: Sequence[list[int]], prefix: Tensor) -> Tensor:
+def prefixed(model: PreTrainedModel, ids: Tensor, prompts: Sequence[list[int]], prefix: Tensor) -> Tensor:
     """Embeddings of left-padded ids [B, T] with `prefix` [B, P, h] between pads and prompt: [B, P + T, h]."""
     embedded = model.get_input_embeddings()(ids)
     starts = [ids.shape[1] - len(p) for p in prompts]

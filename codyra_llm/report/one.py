@@ -102,7 +102,17 @@ def _general(found: dict, rows: dict) -> Grid | None:
         lines.append((name, [scored(rows.get((0, name))), scored(rows.get((last, name))) if last else None,
                              number(change, "+.1f")]))
     return Grid("general ability", "probe", ["before", "after", "change"], lines,
-                "Exact match on probes of no task, with 95 % intervals over the probe's examples.") if lines else None
+                _general_note(found, rows)) if lines else None
+
+
+def _general_note(found: dict, rows: dict) -> str:
+    kinds = {name: row for (_, name), row in rows.items() if row["kind"] == "general"}
+    told = [f"{name}: {row['headline']}, {row['shots']}-shot" for name, row in kinds.items() if "shots" in row]
+    change = found["delta_r"]
+    return " ".join(["Tasks that are not trained on, with 95 % intervals over their examples.",
+                     f"By lm-evaluation-harness: {'; '.join(told)}." if told else "Exact match on probes.",
+                     *([f"ΔR, the mean change over {', '.join(change['members'])}: {change['value']:+.2f}."] if change
+                       else [])])
 
 
 def _site(site: str) -> tuple[str, str]:

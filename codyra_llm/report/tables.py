@@ -29,7 +29,21 @@ def summarise_run(recipe: Recipe, trains: bool, rows: list[dict], costs: list[di
             general[row["task"]]["before" if row["step"] == 0 else "after"] = row["score"]
     return {"method": recipe.method.name, "protocol": recipe.data.protocol, "seed": recipe.seed,
             "metrics": [versioned(headline(task, recipe.data.protocol)) for task in tasks],
-            **found, "general": general, "costs": _costs(costs)}
+            **found, "general": general, "delta_r": delta_r(general), "costs": _costs(costs)}
+
+
+def delta_r(general: dict[str, dict]) -> dict | None:
+    """ΔR (TRACE): the mean change against the base over its `members`, which are the tasks of general ability scored
+    before and after, IFEval aside: following instructions is a measure of its own there. None where there is no member."""
+    members = [name for name, v in general.items() if v.keys() >= {"before", "after"} and not name.startswith("ifeval")]
+    changes = [general[name]["after"] - general[name]["before"] for name in members]
+    return {"value": fmean(changes), "members": members} if members else None
+
+
+def _change(found: dict) -> list[str]:
+    """One line on ΔR, or none."""
+    change = found.get("delta_r")
+    return [f"ΔR {change['value']:+.2f}, mean change over {', '.join(change['members'])}"] if change else []
 
 
 def _costs(rows: list[dict]) -> dict | None:
@@ -55,6 +69,7 @@ def table(found: dict) -> Table:
     if found["general"]:
         out.caption += "\ngeneral ability, before → after: " + ", ".join(
             f"{name} {_cell(v.get('before'))} → {_cell(v.get('after'))}" for name, v in found["general"].items())
+        out.caption += "".join(f"\n{line}" for line in _change(found))
     return out
 
 
@@ -105,6 +120,7 @@ def render(recipe: Recipe, found: dict, updates: list[dict]) -> str:
     if found["general"]:
         lines += ["", "| general ability | before | after |", "|---|---|---|"]
         lines += [f"| {name} | {_cell(v.get('before'))} | {_cell(v.get('after'))} |" for name, v in found["general"].items()]
+        lines += [line for change in _change(found) for line in ("", f"{change}.")]
     if costs := found["costs"]:
         peak = "not measured" if costs["peak_bytes"] is None else f"{costs['peak_bytes'] / 2**20:.0f} MiB"
         lines += ["", f"Training: {costs['trained']:,} parameters, {costs['seconds']:.0f} s, peak memory {peak}."]

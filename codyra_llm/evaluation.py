@@ -1,0 +1,264 @@
+"""`codyra-llm evaluate`: score a checkpoint that exists, as a run scores its own, without training."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from . import __version__, distributed, models
+from . import recipe as recipes
+from .distributed import collectively, of_first
+from .errors import Fault, nearest
+from .export import LINEAGE
+from .files import await_file, file_sha256, write_json
+from .folder import NO_RESULT, OWN, RunFolder, flat
+from .lease import Lease
+from .measure import measure
+from .recipe import Recipe
+from .report.tables import delta_r
+from .setup import Setup, prepare
+
+console = Console(highlight=False)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the command line asks for; None where it leaves the choice to the checkpoint's own recipe."""
+
+    data: str | None = None
+    tasks: list[str] | None = None
+    general: str | None = None
+    general_tasks: list[str] | None = None
+    base: str | None = None
+    out: Path | None = None
+    overrides: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Checkpoint(Setup):
+    """A setup whose model is given, whatever a run would have made of the base."""
+
+    build: Callable[[], PreTrainedModel]
+
+    def model(self, archive, after, without=None) -> PreTrainedModel:
+        return self.build()
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint taken apart: the recipe that it comes from, or an empty one; the run and the task after which, the merged
+    model's folder, or the base and the adapter's folder."""
+
+    raw: dict
+    after: str | None = None
+    run: RunFolder | None = None
+    model: str | None = None
+    adapter: Path | None = None
+
+
+def evaluate(checkpoint: str, wanted: Wanted) -> RunFolder:
+    """Score `checkpoint` (folder, hub id, .gguf, PEFT folder, RUN, RUN@TASK) into `wanted.out`, as far as it isn't yet.
+
+    A checkpoint that a run made is scored as the run did, by the recipe that it carries. Raises one Fault with all that
+    is wrong, before any weights load.
+    """
+    acc = distributed.accelerator()
+    first = acc.is_local_main_process  # what is converted on first use is made once on each node
+    prepared = collectively(first, _prepare, checkpoint, wanted)
+    setup, source, index, base = collectively(not first, _prepare, checkpoint, wanted) or prepared
+    lease = Lease(Path(setup.recipe.output))
+    out = RunFolder(lease.folder, lease, acc.is_main_process)
+    collectively(acc.is_main_process, lease.take)
+    try:
+        _measure(checkpoint, wanted, acc, setup, source, index, base, out)
+    finally:
+        lease.release()
+    return out
+
+
+def _measure(checkpoint: str, wanted: Wanted, acc: Accelerator, setup: Setup, source: Source, index: int, base: Setup | None,
+             out: RunFolder) -> None:
+    collectively(acc.is_main_process, lambda: _claim(out, _manifest(checkpoint, setup, source, base)))
+    collectively(True, await_file, out.path / "manifest.json")
+    known = {"after": source.after or "checkpoint", "step": index + 1 if source.after else 1}
+    had = of_first(len(out.scores) if acc.is_main_process else None)
+    if base:
+        measure(base, out, acc, -1, {"after": "base", "step": 0}, (), True, out)
+    general = bool(wanted.general) or index in (-1, len(setup.recipe.tasks) - 1) or setup.recipe.general.when == "each"
+    measure(setup, source.run or out, acc, index, known, _positions(setup.recipe, index, wanted.tasks), general, out)
+    collectively(acc.is_main_process, lambda: _finish(checkpoint, setup, out, known, had))
+
+
+def _prepare(checkpoint: str, wanted: Wanted) -> tuple[Setup, Source, int, Setup | None]:
+    """What to score, where it comes from, the position of the task after which (-1: none), and the base if it is asked for."""
+    source = _source(checkpoint, wanted.base)
+    recipe = _recipe(checkpoint, source, wanted)
+    setup = prepare(recipe)
+    if unknown := [task for task in wanted.tasks or () if task not in setup.recipe.tasks]:
+        raise Fault(*(f"--tasks: '{task}' is not a task of the recipe that {checkpoint} carries."
+                      f"{nearest(task, setup.recipe.tasks)} Known: {', '.join(setup.recipe.tasks)}" for task in unknown))
+    index = source.run.archive().index(source.after) if source.run else -1
+    if not source.run:
+        index = setup.recipe.tasks.index(source.after) if source.after else -1
+        setup = Checkpoint(**vars(setup), build=lambda: _built(setup, source.adapter))
+    if not (wanted.base and setup.recipe.general.data):
+        return setup, source, index, None
+    plain = prepare(_without_tasks(recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": wanted.base})})))
+    return setup, source, index, Checkpoint(**vars(plain), build=lambda: _built(plain, None))
+
+
+def _source(checkpoint: str, base: str | None) -> Source:
+    path, at, task = checkpoint.rpartition("@")
+    if at and Path(path).is_dir():
+        run = RunFolder(Path(path))
+        return Source(run.recipe.model_dump(mode="json"), task, run)
+    folder = Path(checkpoint).expanduser()
+    if (folder / "recipe.json").is_file():
+        run = RunFolder(folder)
+        learnt = run.archive().tasks
+        return Source(run.recipe.model_dump(mode="json"), learnt[-1] if learnt else "base", run)
+    carried = json.loads((folder / LINEAGE).read_text("utf-8")) if (folder / LINEAGE).is_file() else {}
+    found = Source(carried.get("recipe", {}), carried.get("after"), model=checkpoint)
+    return _on_base(found, folder, base) if (folder / "adapter_config.json").is_file() else found
+
+
+def _on_base(source: Source, folder: Path, base: str | None) -> Source:
+    """A PEFT folder as the base that it names, or that is given, and itself."""
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise Fault(f"{folder} is a PEFT adapter, and the package peft is not installed; install codyra-llm[peft]") from None
+    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    if (kind := config.get("peft_type")) != "LORA":
+        raise Fault(f"{folder} is an adapter of peft_type {kind}, expected LORA, which can be merged into its base; merge it "
+                    f"where it was made, and give the merged folder")
+    if not (model := base or config.get("base_model_name_or_path")):
+        raise Fault(f"{folder}/adapter_config.json names no base_model_name_or_path; give the base with --base")
+    return Source(source.raw, source.after, model=model, adapter=folder)
+
+
+def _recipe(checkpoint: str, source: Source, wanted: Wanted) -> Recipe:
+    """The recipe that the checkpoint is scored by: its own, or TRACE's protocol; the command line over it."""
+    raw = source.raw or {"model": {}, "data": {"root": wanted.data or "."}, "method": "none"}
+    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in checkpoint.strip("/."))
+    given = {"output": str(wanted.out or Path("evaluations") / name), "checkpoint": False, "data.root": wanted.data,
+             "model.path": source.model, "general.data": wanted.general, "general.tasks": wanted.general_tasks}
+    if source.raw:
+        given |= {"optim.validate_every": None, "optim.keep_best": False, "model.quantization": None}
+    elif wanted.tasks:
+        given["data.tasks"] = wanted.tasks
+    for key, value in given.items():
+        if value is not None or source.raw and key.startswith(("optim", "model.q")):
+            recipes.assign(raw, key, value)
+    recipe = recipes.parse(recipes.override(raw, wanted.overrides), checkpoint)
+    if source.raw or wanted.data or recipe.data.root != ".":
+        return recipe
+    if not recipe.general.data:
+        raise Fault(f"{checkpoint} carries no recipe, so there is nothing to score it on; give the tasks' folder with --data, "
+                    f"or files for general ability with --general")
+    return _without_tasks(recipe)
+
+
+def _without_tasks(recipe: Recipe) -> Recipe:
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"tasks": [], "root": "."}),
+                                     "method": recipes.METHODS["none"].Config()})
+
+
+def _built(setup: Setup, adapter: Path | None) -> PreTrainedModel:
+    """The model of the folder; with an adapter merged in float32 and cast once."""
+    attention = setup.recipe.model.attention
+    if adapter is None:
+        return models.load(setup.base, setup.dtype, attention)
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(models.load(setup.base, torch.float32, attention), str(adapter))
+    return model.merge_and_unload().to(setup.dtype).requires_grad_(False)
+
+
+def _positions(recipe: Recipe, index: int, names: list[str] | None) -> list[int]:
+    """Which tasks to score: those named, or those that the run scored after task `index`."""
+    if names is not None:
+        return [recipe.tasks.index(name) for name in names]
+    count = index + 1 if index >= 0 and recipe.eval.tasks == "seen" else len(recipe.tasks)
+    return list(range(count))
+
+
+def _manifest(checkpoint: str, setup: Setup, source: Source, base: Setup | None) -> dict:
+    recipe = setup.recipe.model_dump(mode="json")
+    if setup.suite:
+        recipe["general"]["tasks"] = list(setup.suite)
+    packages = ["torch", "transformers", "accelerate", *["lm_eval"] * bool(setup.suite)]
+    return {"checkpoint": checkpoint, "after": source.after, "base": models.fingerprint(setup.base),
+            "adapter": file_sha256(source.adapter / "adapter_model.safetensors") if source.adapter else None,
+            "updates": source.run.archive().lineage[-1] if source.run else None,
+            "compared": base and models.fingerprint(base.base), "recipe": recipe, "codyra_llm": __version__,
+            **{name: version(name) for name in packages}, "dtype": str(setup.dtype),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+
+
+def _claim(out: RunFolder, manifest: dict) -> None:
+    """Begin the folder, or go on in it: with the same weights and the same way of scoring, on more tasks if asked."""
+    file = out.path / "manifest.json"
+    if file.is_file():
+        was = out.manifest
+        before, now = (_compared(m) for m in (was, manifest))
+        if faults := [f"{out.path} was begun with {key} {before[key]!r}, now it is {now[key]!r}; give another --out, or remove "
+                      f"the folder" for key in sorted(before.keys() & now.keys()) if before[key] != now[key]]:
+            raise Fault(*faults)
+    elif out.path.is_dir() and any(p.name not in OWN for p in out.path.iterdir()):
+        raise Fault(f"--out: {out.path} holds files of something else; give a new or empty folder")
+    out.write_manifest(manifest)
+
+
+def _compared(manifest: dict) -> dict[str, Any]:
+    """What may not change in a folder: weights, and every setting that could change a score."""
+    free = (*NO_RESULT, "data.tasks", "data.root", "data.epochs", "general.tasks", "general.when", "model.path")
+    settings = {key: value for key, value in flat(manifest["recipe"]).items()
+                if key not in free and not key.startswith(("optim.", "data.epochs."))
+                and not (key.startswith("general.") and manifest["recipe"]["general"]["data"] is None)}
+    return {key: manifest[key] for key in ("after", "base", "adapter", "updates")} | settings
+
+
+def _finish(checkpoint: str, setup: Setup, out: RunFolder, known: dict, had: int) -> None:
+    """summary.json, and where something was scored the tasks' scores in the layout of lm-eval's result files."""
+    rows = out.scores
+    own = [row for row in rows if row["step"] == known["step"] and row["after"] == known["after"]]
+    scored = {row["task"]: {"metric": row["headline"], **row["metrics"][row["headline"]]} for row in own
+              if row["kind"] == "task"}
+    general: dict[str, dict] = {}
+    for row in rows:
+        if row["kind"] == "general":
+            general.setdefault(row["task"], {})["after" if row in own else "before"] = row["score"]
+    write_json(out.path / "summary.json", {
+        "checkpoint": checkpoint, **known, "tasks": scored, "general": general, "delta_r": delta_r(general),
+        "mean": fmean(score["mean"] for score in scored.values()) if scored else None})
+    if scored and len(rows) > had:
+        stamp = datetime.now().isoformat().replace(":", "-")
+        write_json(out.path / "lm_eval" / f"{known['step']:02d}-{known['after']}" / f"results_{stamp}.json",
+                   lm_eval_layout(checkpoint, setup, [row for row in own if row["kind"] == "task"]))
+    console.print(f"evaluation: {out.path}")
+
+
+def lm_eval_layout(checkpoint: str, setup: Setup, rows: list[dict]) -> dict:
+    """Scores of the stream's tasks as lm-eval's result files have them: under 'metric,none', from 0 to 1."""
+    results = {row["task"]: {"alias": row["task"], **{f"{name},none": score["mean"] / 100 for name, score in
+                                                      row["metrics"].items()},
+                             **{f"{name}_stderr,none": "N/A" for name in row["metrics"]}} for row in rows}
+    counts = {row["task"]: row["metrics"][row["headline"]]["n"] for row in rows}
+    return {"results": results, "group_subtasks": {}, "configs": {}, "versions": {task: 1 for task in results},
+            "n-shot": {task: 0 for task in results}, "higher_is_better": {row["task"]: {name: True for name in row["metrics"]}
+                                                                          for row in rows},
+            "n-samples": {task: {"original": n, "effective": n} for task, n in counts.items()},
+            "config": {"model": "hf", "model_args": f"pretrained={checkpoint}", "limit": setup.recipe.eval.max_examples,
+                       "model_dtype": str(setup.dtype)},
+            "model_name": checkpoint, "model_source": "hf", "transformers_version": version("transformers"),
+            "lm_eval_version": None, "date": datetime.now().timestamp()}
