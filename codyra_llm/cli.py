@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from .errors import Fault, nearest
+from .untrusted import UNPRINTABLE
 
 app = typer.Typer(help="Continual fine-tuning of LLaMA and Gemma on TRACE-like task streams.", no_args_is_help=True,
                   pretty_exceptions_enable=False, rich_markup_mode="rich", add_completion=False)
@@ -95,6 +96,8 @@ def sweep(file: Annotated[Path, typer.Argument(metavar="SWEEP", help="a YAML fil
         (asked.output / "sweep.md").write_text(compare.render(found, file.stem), encoding="utf-8")
         return found
 
+    if not report:
+        asked.prepare()
     try:
         if not report:
             execute.execute(asked, jobs, launcher, write)
@@ -257,16 +260,27 @@ def model_get(name: str, out: Path) -> None:
     console.print(f"{name}: {fetch(name, out)}")
 
 
+def _run(args: list[str] | None) -> None:
+    """The command. A folder that can't be read or written, wherever it is met, becomes a Fault."""
+    try:
+        app(args=args, prog_name="codyra-llm")
+    except OSError as error:
+        if error.filename is None or error.errno is None:
+            raise
+        raise Fault(f"{error.filename}: {error.strerror}; correct the path, or what may be done there") from None
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point. A Fault becomes its sentences on standard error and exit code 2, never a traceback."""
     try:
-        app(args=args, prog_name="codyra-llm")
+        _run(args)
     except Fault as fault:
         # The launcher ends all ranks when one ends: the first gets time to say it, the others speak up if it does not.
         if rank := int(os.environ.get("RANK", "0")):
             time.sleep(15)
         for message in fault.messages:
-            print(f"error{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr, flush=True)
+            said = UNPRINTABLE.sub("\ufffd", message.replace("\n", " "))  # names and values may hold anything
+            print(f"error{f' (rank {rank})' if rank else ''}: {said}", file=sys.stderr, flush=True)
         if started := sys.modules.get("codyra_llm.distributed"):
             started.leave(2)
         sys.exit(2)

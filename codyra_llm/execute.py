@@ -27,7 +27,6 @@ def execute(sweep: Sweep, jobs: int | None, launcher: str | None, done: Callable
     """Run what is not finished, all tries first; `done()` after each run of the grid. Raises one Fault with all runs
     that failed."""
     with _held(sweep.output) as lock:
-        sweep.prepare()
         for runs, then in ((lambda: sweep.tries, lambda: None), (sweep.runs, done)):
             if faults := _run(runs(), _places(jobs, launcher), launcher, lock, then):
                 raise Fault(*faults)

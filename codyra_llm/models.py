@@ -36,7 +36,7 @@ def resolve(path: str, revision: str | None = None) -> Path:
     A GGUF file is converted once, into $CODYRA_CACHE (default ~/.cache/codyra_llm). Raises Fault where the path
     doesn't exist, the hub refuses or can't be reached, or the folder lacks a file.
     """
-    local = Path(path).expanduser()
+    local = Path(os.path.expanduser(path))
     if local.suffix == ".gguf":
         if not local.is_file():
             raise Fault(f"model '{path}' doesn't exist: expected a GGUF file, a folder or a hub id.")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from torch import Tensor
@@ -146,15 +147,15 @@ def _base(recipe: Recipe) -> Path:
 
 def data_root(root: str) -> Path:
     """The folder of tasks that `root` names; mini-TRACE is made on first use."""
-    path = mini.mini_data() if root == "mini" else Path(os.path.expandvars(root)).expanduser()
-    if not path.is_dir():
+    path = mini.mini_data() if root == "mini" else Path(os.path.expanduser(os.path.expandvars(root)))
+    if not os.path.isdir(path):
         raise Fault(f"data.root: there is no folder '{root}'; give the folder that holds <task>/train.json, "
                     f"e.g. .../LLM-CL-Benchmark_500")
     return path
 
 
 def _probes(general: str) -> dict[str, list[dict]]:
-    folder = mini.mini_data() / "general" if general == "mini" else Path(general).expanduser()
+    folder = mini.mini_data() / "general" if general == "mini" else Path(os.path.expanduser(general))
     names = sorted(path.parent.name for path in folder.glob("*/test.json"))
     if not names:
         raise Fault(f"eval.general: '{general}' holds no <probe>/test.json; give a folder of probes, 'mini' or null")
@@ -162,8 +163,13 @@ def _probes(general: str) -> dict[str, list[dict]]:
 
 
 def _disk(output: Path, needed: int) -> list[str]:
-    place = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free
+    """That the output, or what of its path exists, is a folder that takes files, and enough of them."""
+    place = next(p for p in (output.absolute(), *output.absolute().parents) if os.path.lexists(p))
+    try:
+        with TemporaryFile(dir=place):  # what permissions, quotas and read-only mounts say, by trying
+            free = shutil.disk_usage(place).free
+    except OSError as error:
+        return [f"output: {output} can't be written, since {place} takes no file ({error.strerror}); choose another output"]
     needed += 64 << 20
     if free >= needed:
         return []
