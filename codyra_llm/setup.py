@@ -10,7 +10,7 @@ from tempfile import TemporaryFile
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from . import attention, models
@@ -117,7 +117,8 @@ def prepare(recipe: Recipe) -> Setup:
     base = tried(_base, recipe)
     if base:
         wrong = models.check(base, recipe.data.chat_template)
-        faults += wrong or method.check(AutoConfig.from_pretrained(base), recipe.model.attention)
+        config = None if wrong else AutoConfig.from_pretrained(base)
+        faults += wrong or _fits(recipe, config) + method.check(config, recipe.model.attention)
     root = tried(data_root, recipe.data.root)
     stream = Stream(recipe.data, root)
     for index in range(len(recipe.tasks)) if root else ():
@@ -134,6 +135,12 @@ def prepare(recipe: Recipe) -> Setup:
         raise Fault(*dict.fromkeys(faults))
     tokenizer = models.load_tokenizer(base)
     return Setup(recipe, method, base, tokenizer, Encoder(tokenizer, recipe.data), stream, probes)
+
+
+def _fits(recipe: Recipe, config: PreTrainedConfig) -> list[str]:
+    rank = getattr(recipe.method, "rank", 0)
+    return [f"method.rank: {rank} is more than the hidden size of the model, {config.hidden_size}, and no update of its "
+            f"weights can have a higher rank; lower it"] if rank > config.hidden_size else []
 
 
 def size(base: Path) -> int:
