@@ -96,14 +96,13 @@ def sweep(file: Annotated[Path, typer.Argument(metavar="SWEEP", help="a YAML fil
         (asked.output / "sweep.md").write_text(compare.render(found, file.stem), encoding="utf-8")
         return found
 
-    if not report:
-        asked.prepare()
     try:
         if not report:
             execute.execute(asked, jobs, launcher, write)
     finally:
-        console.print(compare.table(write()))
-        console.print(f"comparison: {asked.output / 'sweep.md'}")
+        if report or asked.output.is_dir():  # a sweep that was refused has none
+            console.print(compare.table(write()))
+            console.print(f"comparison: {asked.output / 'sweep.md'}")
 
 
 @app.command()
@@ -150,7 +149,7 @@ def score(task: str, file: Path) -> None:
 def generate(model: Annotated[str, typer.Argument(metavar="CHECKPOINT|RUN@TASK", help="a model folder, hub id or "
                                                   ".gguf, or a run and the task after which ('base': before all)")],
              prompt: Annotated[str | None, typer.Argument(help="default: read from standard input")] = None,
-             max_new_tokens: int = 64) -> None:
+             max_new_tokens: Annotated[int, typer.Option(min=1, max=1 << 20)] = 64) -> None:
     """Answer a prompt with a checkpoint, or with any stage of a run. Example: codyra-llm generate runs/x@FOMC "2+2=" """
     from .serve import answer
 
@@ -176,6 +175,7 @@ def export(folder: Annotated[Path, typer.Argument(metavar="RUN")], out: Path,
         raise Fault(f"{out} exists already; give a new name")
     opened = RunFolder(folder)
     setup = prepare(opened.recipe)
+    setup.verify(opened)
     archive = opened.archive()
     last = archive.index(after) if after else len(archive.files) - 1
     if format == "stage":

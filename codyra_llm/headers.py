@@ -31,6 +31,7 @@ def told(what: str, instead: str) -> Iterator[None]:
         if not isinstance(error, FOREIGN) and type(error) is not Exception:  # tokenizers raises Exception itself
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = f"it has no {reason}" if isinstance(error, KeyError) else reason
         raise Fault(f"{what} ({reason}): {instead}.") from None
 
 
@@ -68,13 +69,12 @@ def describe(folder: Path) -> tuple[PreTrainedConfig, dict[str, torch.Size]]:
     """The folder's config, and the shapes by name of the weights that it describes. Raises Fault for one that describes
     no model."""
     where, instead = f"{folder}/config.json describes no model", "expected the model's own config; download it again"
-    with told(where, instead):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    raw = read_json(folder / "config.json", "the model's config")
     for key, most in BOUNDS.items():
-        value = getattr(config, key, None)
-        if value is not None and not 1 <= value <= most:
-            raise Fault(f"{where} ({key} is {value}, expected 1 to {most}): {instead}.")
+        if isinstance(value := raw.get(key), int) and not 1 <= value <= most:
+            raise Fault(f"{where} ({key} is {value}, expected 1 to {most:,d}): {instead}.")
     with told(where, instead), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     return config, {name: value.shape for name, value in model.state_dict().items()}
 

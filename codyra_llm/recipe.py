@@ -242,6 +242,8 @@ def sentences(error: ValidationError, schema: type[BaseModel], prefix: tuple = (
                        f"Known here: {', '.join(known)}")
         elif e["type"] == "missing":
             out.append(f"'{key}' is missing; add it")
+        elif e["type"] in ("model_type", "dict_type"):
+            out.append(f"{key}: {given} is not a section; write its keys below '{key}', each with its value")
         elif e["type"] == "value_error":
             message = str(e["ctx"]["error"])
             out += [f"{key}: {line}" if key else line for line in message.splitlines()]

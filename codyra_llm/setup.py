@@ -53,6 +53,12 @@ class Setup:
         merge(model, models.WeightReader(self.base), archive.terms(after, without))
         return model
 
+    def verify(self, folder: RunFolder) -> None:
+        """Raises Fault where the updates of `folder` were made on other base weights than the recipe's path now holds."""
+        if (now := models.fingerprint(self.base)) != (was := folder.archive().base):
+            raise Fault(f"{folder.path} was made on other base weights ({was[:12]}, now {now[:12]}); restore the model at "
+                        f"model.path ({self.recipe.model.path})")
+
     def stage(self, folder: RunFolder, after: int, device: torch.device) -> tuple[PreTrainedModel, Callable | None]:
         """The model that answers after task `after`, and for methods that don't merge what makes the condition of a
         batch, `(prompts, task) -> Condition`."""

@@ -65,6 +65,11 @@ class _Loader(yaml.SafeLoader):
             pending += [part for pair in inner for part in pair] if isinstance(one, yaml.MappingNode) else inner
         return node
 
+    def integer(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > 40:
+            raise _error(f"a number of {len(node.value)} digits was given; give a smaller one", node.start_mark)
+        return self.construct_yaml_int(node)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = set()
         for key_node, _ in node.value:
@@ -76,6 +81,9 @@ class _Loader(yaml.SafeLoader):
                 raise _error(f"the key '{key}' is there twice", key_node.start_mark)
             keys.add(key)
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: loader.integer(node))
 
 
 def _error(problem: str, mark: yaml.Mark) -> yaml.MarkedYAMLError:
@@ -132,7 +140,8 @@ def read_yaml(file: Path, expected: str) -> dict:
     """A YAML file that holds a mapping. Raises Fault with what is wrong with it."""
     value = parse_yaml(read_text(file, expected), str(file))
     if not isinstance(value, dict):
-        raise Fault(f"{file} holds a {type(value).__name__}, not a mapping of sections; give {expected}")
+        found = "nothing" if value is None else f"a {type(value).__name__}"
+        raise Fault(f"{file} holds {found}, expected a mapping of sections; give {expected}")
     return value
 
 
