@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from .errors import Fault
 from .untrusted import read_json, shown
@@ -76,6 +76,9 @@ def describe(folder: Path) -> tuple[PreTrainedConfig, dict[str, torch.Size]]:
     with told(where, instead), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    if (folder / "generation_config.json").is_file():
+        with told(f"{folder}/generation_config.json can't be read", "remove it, or download it again"):
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
     return config, {name: value.shape for name, value in model.state_dict().items()}
 
 

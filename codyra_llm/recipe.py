@@ -15,7 +15,6 @@ from .methods.base import Fraction, NotNegative, Positive, Strict
 from .untrusted import PathText, parse_yaml, read_yaml, shown
 
 PROGRAM_KEYS = ("_", "launch")  # the two lines that make a recipe a Python program as well
-MOST = 1 << 20  # epochs, tokens of an answer
 Tokens = Annotated[int, Field(le=1 << 24)]  # more is a slip
 
 
@@ -112,13 +111,14 @@ class Recipe(Strict):
         tasks, faults = self.tasks, []
         if not tasks or len(set(tasks)) < len(tasks):
             faults.append(f"data.tasks: {tasks} must name at least one task, and each once")
-        for key, value in (("data.epochs", self.data.epochs), ("eval.max_new_tokens", self.eval.max_new_tokens)):
+        for key, value, most in (("data.epochs", self.data.epochs, 1000),
+                                 ("eval.max_new_tokens", self.eval.max_new_tokens, 1 << 20)):
             if isinstance(value, dict):
                 faults += [f"{key}: '{name}' is not a task of this recipe.{nearest(name, tasks)}"
                            for name in value if name not in tasks]
             numbers = value.values() if isinstance(value, dict) else [value]
-            faults += [f"{key}: {n} must be at least 1, and at most {MOST:,d}" for n in numbers
-                       if n is not None and not 1 <= n <= MOST]
+            faults += [f"{key}: {n} must be at least 1, and at most {most:,d}" for n in numbers
+                       if n is not None and not 1 <= n <= most]
         faults += [f"data.tasks: {shown(name)} becomes a file name; leave out '/', control characters and a '.' in front"
                    for name in tasks if not re.fullmatch(r"[^/\\.\x00-\x1f][^/\\\x00-\x1f]{0,99}", name)]
         if faults:

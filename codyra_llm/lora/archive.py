@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -93,15 +93,21 @@ class Archive:
 
     def load(self, index: int) -> Update:
         """Read update `index` and check its tensors against its hash."""
+        meta = _metadata(self.files[index])
         with safe_open(self.files[index], "pt") as file:
-            meta = file.metadata()
             tensors = {key: file.get_tensor(key) for key in file.keys()}
         if _chain(meta["parent"], tensors) != meta["lineage"]:
             raise Fault(f"{self.files[index]}: its tensors do not match its hash; restore the file from a copy")
-        adapters = {site: Adapter(tensors[f"{site}.a"], tensors[f"{site}.b"], tensors.get(f"{site}.w"))
-                    for site in json.loads(meta["sites"])}
+        try:
+            adapters = {site: Adapter(tensors[f"{site}.a"], tensors[f"{site}.b"], tensors.get(f"{site}.w"))
+                        for site in json.loads(meta["sites"])}
+            scale, known = float(meta["scale"]), meta["mode"] in ("add", "replace", "apart")
+        except (KeyError, TypeError, ValueError):
+            known = False
+        if not known:
+            raise Fault(f"{self.files[index]}: its header does not fit its tensors; restore the file from a copy")
         dense = {key.removeprefix(DENSE): value for key, value in tensors.items() if key.startswith(DENSE)}
-        return Update(adapters, float(meta["scale"]), meta["mode"], dense)
+        return Update(adapters, scale, meta["mode"], dense)
 
     def terms(self, after: int, without: int | None = None) -> list[Update]:
         """The updates whose sum is the model after task `after` (-1: the base), leaving task `without` out; none in mode
@@ -126,8 +132,14 @@ def negative(update: Update) -> Update:
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, "pt") as file:
-        return file.metadata()
+    try:
+        with safe_open(path, "pt") as file:
+            meta = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise Fault(f"{path} is damaged ({error}); restore it from a copy, or remove it and what was made after it") from None
+    if missing := {"parent", "lineage", "mode", "scale", "sites"} - meta.keys():
+        raise Fault(f"{path} is no update of a run (its header lacks {', '.join(sorted(missing))}); restore it from a copy")
+    return meta
 
 
 def _chain(parent: str, tensors: dict[str, Tensor]) -> str:
