@@ -120,7 +120,8 @@ def check(folder: Path, chat_template: bool = False) -> list[str]:
         faults.append(f"{folder} has a tokenizer without pad, EOS or unknown token: set pad_token in "
                       "tokenizer_config.json.")
     if isinstance(size := config.get("vocab_size"), int) and len(tokenizer) > size:
-        faults.append(f"{folder} has a tokenizer of {len(tokenizer)} tokens and a vocab_size of {size}: expected at least as many embeddings; use the model's own tokenizer.")
+        faults.append(f"{folder} has a tokenizer of {len(tokenizer)} tokens and a vocab_size of {size}: expected at "
+                      "least as many embeddings; use the model's own tokenizer.")
     if chat_template and not tokenizer.chat_template:
         faults.append(f"{folder} has no chat template, but chat_template is on: turn it off or choose a chat model.")
     elif chat_template:

@@ -18,8 +18,6 @@ PROGRAM_KEYS = ("_", "launch")  # the two lines that make a recipe a Python prog
 Tokens = Annotated[int, Field(le=1 << 24)]  # more is a slip
 
 
-
-
 class ModelSection(Strict):
     path: PathText = Field(description="hub id, folder, .gguf file, or 'mini' (a small LLaMA that is made on first use)")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")

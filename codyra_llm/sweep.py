@@ -174,7 +174,8 @@ class Sweep:
 def load(path: str | Path, overrides: list[str] = ()) -> Sweep:
     """Read a sweep file; `output=` and other `key=value` hold for all runs in which no arm, try or grid says otherwise.
     Raises Fault with all that is wrong."""
-    given, raw = dict(recipes.split_overrides(overrides)), read_yaml(Path(path), "a sweep file, as `codyra-llm sweep --help` shows one")
+    given = dict(recipes.split_overrides(overrides))
+    raw = read_yaml(Path(path), "a sweep file, as `codyra-llm sweep --help` shows one")
     raw |= {"output": given.pop("output")} if "output" in given else {}
     try:
         file = SweepFile.model_validate(raw)

@@ -28,9 +28,10 @@ from codyra_llm.methods import METHODS
 from codyra_llm.setup import prepare
 
 TIMES = int(os.environ.get("CODYRA_FUZZ", "1"))
-ODD = ["", "\0", "a\nb", "../x", "~nobody/x", "$HOME", "x" * 300, "\ud800", "\ufeff", "1e400", "yes", "<<", "!!python/x", "<b>", "mini",
-       0, -1, 1, 2 ** 31, 2 ** 63, -2 ** 63, 10 ** 30, 1e308, 1e-320, float("nan"), float("-inf"), True, None, [], {}, [[]], [None],
-       {"name": "codyra"}, {"name": []}, "auto", 0.5, "0.5", [1, 1], {"a": {"a": {}}}]
+ODD = ["", "\0", "a\nb", "../x", "~nobody/x", "$HOME", "x" * 300, "\ud800", "\ufeff", "1e400", "yes", "<<", "!!python/x", "<b>",
+       "mini", 0, -1, 1, 2 ** 31, 2 ** 63, -2 ** 63, 10 ** 30, 1e308, 1e-320, float("nan"), float("-inf"), True, None, [], {},
+       [[]], [None], {"name": "codyra"}, {"name": []}, "auto", 0.5, "0.5", [1, 1], {"a": {"a": {}}}]
+SYNTAX = [b"[", b"{", b"\"", b"'", b"&a ", b"*a", b": ", b"- ", b"!!", b"9"]
 TEXT = st.text(st.characters(exclude_categories=()), max_size=6)
 VALUES = st.sampled_from(ODD) | st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
@@ -81,7 +82,7 @@ def damaged(draw, good):
     for _ in range(draw(st.integers(1, 4))):
         at, n = draw(st.integers(0, len(data))), draw(st.integers(1, 8))
         change = draw(st.sampled_from(["replace", "leave out", "add", "repeat", "cut"]))
-        piece = draw(st.binary(min_size=1, max_size=n) | st.sampled_from([b"[", b"{", b"\"", b"'", b"&a ", b"*a", b": ", b"- ", b"!!", b"9"]))
+        piece = draw(st.binary(min_size=1, max_size=n) | st.sampled_from(SYNTAX))
         if change == "replace":
             data[at: at + len(piece)] = piece
         elif change == "leave out":
@@ -147,7 +148,8 @@ def test_recipes(data, raw, folder):
 
 @tried(60)
 @given(overrides=st.lists(st.tuples(
-    st.sampled_from(["optim.lr", "method", "method.rank", "data.tasks", "data.epochs", "output", "eval", "a.b", ".", ""]) | TEXT,
+    st.sampled_from(["optim.lr", "method", "method.rank", "data.tasks", "data.epochs", "output", "eval", "a.b", ".",
+                     ""]) | TEXT,
     VALUES.map(lambda v: yaml.safe_dump(v, default_flow_style=True)) | TEXT).map("=".join) | TEXT, max_size=3))
 def test_overrides(overrides, raw):
     accepted(lambda: recipes.parse(recipes.override(copy.deepcopy(raw), overrides)))
@@ -164,7 +166,8 @@ def test_sweeps(data, raw, folder):
     accepted(sweeps.load, folder / "s.yaml")
 
 
-RECORDS = [{"prompt": "Say A:", "answer": "A"}, {"prompt": "Größe?\n", "answer": "态度 B"}, {"prompt": "x", "answer": "1", "id": 3}]
+RECORDS = [{"prompt": "Say A:", "answer": "A"}, {"prompt": "Größe?\n", "answer": "态度 B"},
+           {"prompt": "x", "answer": "1", "id": 3}]
 
 
 @tried(150)
@@ -206,7 +209,8 @@ def safetensors(draw, good):
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", models.INDEX, "model.safetensors",
                                   "generation_config.json"])
 def test_model_folders(name, tiny_llama, folder):
-    index = json.dumps({"metadata": {}, "weight_map": {key: "model.safetensors" for key in models.WeightReader(tiny_llama).handle_of}})
+    weights = models.WeightReader(tiny_llama).handle_of
+    index = json.dumps({"metadata": {}, "weight_map": dict.fromkeys(weights, "model.safetensors")})
     good = index.encode() if name == models.INDEX else (tiny_llama / name).read_bytes()
 
     @tried(25)
@@ -215,9 +219,9 @@ def test_model_folders(name, tiny_llama, folder):
         copied = shutil.copytree(tiny_llama, folder / "model", dirs_exist_ok=True)
         (copied / name).write_bytes(content)
         try:
-            if (found := accepted(models.resolve, str(copied))) and not models.check(found):
-                if model := accepted(models.load, found, torch.float32):
-                    assert sum(p.numel() for p in model.parameters()) > 0
+            found = accepted(models.resolve, str(copied))
+            if found and not models.check(found) and (model := accepted(models.load, found, torch.float32)):
+                assert sum(p.numel() for p in model.parameters()) > 0
         finally:
             shutil.rmtree(copied)
 
