@@ -12,6 +12,7 @@ from rich.console import Console
 
 from . import stop
 from .errors import Fault, nearest
+from .untrusted import UNPRINTABLE
 
 app = typer.Typer(help="Continual fine-tuning of LLaMA and Gemma on TRACE-like task streams.", no_args_is_help=True,
                   pretty_exceptions_enable=False, rich_markup_mode="rich", add_completion=False)
@@ -102,8 +103,9 @@ def sweep(file: Annotated[Path, typer.Argument(metavar="SWEEP", help="a YAML fil
         if not report:
             execute.execute(asked, jobs, launcher, write)
     finally:
-        console.print(compare.table(write()))
-        console.print(f"comparison: {asked.output / 'sweep.md'}")
+        if report or asked.output.is_dir():  # a sweep that was refused has none
+            console.print(compare.table(write()))
+            console.print(f"comparison: {asked.output / 'sweep.md'}")
 
 
 @app.command()
@@ -181,7 +183,7 @@ def evaluate(checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT|RUN@T
 def generate(model: Annotated[str, typer.Argument(metavar="CHECKPOINT|RUN@TASK", help="a model folder, hub id or "
                                                   ".gguf, or a run and the task after which ('base': before all)")],
              prompt: Annotated[str | None, typer.Argument(help="default: read from standard input")] = None,
-             max_new_tokens: int = 64) -> None:
+             max_new_tokens: Annotated[int, typer.Option(min=1, max=1 << 20)] = 64) -> None:
     """Answer a prompt with a checkpoint, or with any stage of a run. Example: codyra-llm generate runs/x@FOMC "2+2=" """
     from .serve import answer
 
@@ -207,6 +209,7 @@ def export(folder: Annotated[Path, typer.Argument(metavar="RUN")], out: Path,
         raise Fault(f"{out} exists already; give a new name")
     opened = RunFolder(folder)
     setup = prepare(opened.recipe)
+    setup.verify(opened)
     archive = opened.archive()
     last = archive.index(after) if after else len(archive.files) - 1
     if format == "stage":
@@ -291,17 +294,28 @@ def model_get(name: str, out: Path) -> None:
     console.print(f"{name}: {fetch(name, out)}")
 
 
+def _run(args: list[str] | None) -> None:
+    """The command. A folder that can't be read or written, wherever it is met, becomes a Fault."""
+    try:
+        app(args=args, prog_name="codyra-llm")
+    except OSError as error:
+        if error.filename is None or error.errno is None:
+            raise
+        raise Fault(f"{error.filename}: {error.strerror}; correct the path, or what may be done there") from None
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point. A Fault becomes its sentences on standard error and exit code 2, never a traceback."""
     try:
-        app(args=args, prog_name="codyra-llm")
+        _run(args)
     except Fault as fault:
         _tell(2)
         # The launcher ends all ranks when one ends: the first gets time to say it, the others speak up if it does not.
         if rank := int(os.environ.get("RANK", "0")):
             time.sleep(15)
         for message in fault.messages:
-            print(f"error{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr, flush=True)
+            said = UNPRINTABLE.sub("\ufffd", message.replace("\n", " "))  # names and values may hold anything
+            print(f"error{f' (rank {rank})' if rank else ''}: {said}", file=sys.stderr, flush=True)
         _end(2)
     except stop.Stopped as stopped:
         _look_for_lost()

@@ -1,6 +1,5 @@
 """The engine of one task: one process, DDP or DeepSpeed ZeRO behind the same verbs. No other file knows DeepSpeed."""
 
-import json
 import os
 import sys
 import warnings
@@ -21,6 +20,7 @@ from .errors import Fault
 from .lora.archive import Adapter
 from .lora.layer import sites
 from .lora.shared import shared_inputs
+from .untrusted import read_mapping
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -58,11 +58,8 @@ def ask_deepspeed(file: Path) -> None:
     launchers that say only ranks. Raises Fault where there is no launcher, or the file asks for no ZeRO stage."""
     if "RANK" not in os.environ:
         raise Fault(f"--deepspeed_config: {file} needs a launcher; start with deepspeed, torchrun or launch.sh")
-    try:
-        stage = json.loads(file.read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage")
-    except (OSError, ValueError, AttributeError) as error:
-        raise Fault(f"--deepspeed_config: {file} can't be read ({error}); give a JSON file such as "
-                    '{"zero_optimization": {"stage": 2}}') from None
+    zero = read_mapping(file, 'a DeepSpeed config such as {"zero_optimization": {"stage": 2}}').get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage not in (1, 2, 3):
         raise Fault(f"--deepspeed_config: zero_optimization.stage of {file} is {stage}, expected 1, 2 or 3; set it, or "
                     f"leave the option out to run as DDP")

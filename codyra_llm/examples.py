@@ -5,7 +5,7 @@ ignored. The four variants of the benchmark (500, 1000, 5000, Reasoning) share i
 """
 
 import itertools
-import json
+import os
 import re
 from pathlib import Path
 
@@ -13,16 +13,18 @@ from rich.console import Console
 from rich.table import Table
 
 from codyra_llm.errors import Fault, nearest
+from codyra_llm.untrusted import read_json
 
 SPLITS = ("train", "eval", "test")
 SURROGATE = re.compile("[\ud800-\udfff]")  # valid in JSON escapes, but no tokenizer can encode it
+LONGEST = {"prompt": 1_000_000, "answer": 50_000}  # characters; TRACE has 164,000 and 18,000, and ROUGE is quadratic
 NAMED = 5  # faults of one file that are told one by one; the rest is counted
 
 
 def read_split(root: Path, task: str, split: str) -> list[dict]:
     """The examples of one split, each {"prompt": str, "answer": str}. Raises Fault with all faults of the file."""
     path = root / task / f"{split}.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise Fault(missing(root, task, path))
     records = parse(path)
     faults = [fault for i, record in enumerate(records)
@@ -42,19 +44,14 @@ def missing(root: Path, task: str, path: Path) -> str:
         tasks = sorted(folder.name for folder in root.iterdir() if folder.is_dir())
         return (f"{path.parent} doesn't exist: expected a folder for task '{task}' under {root}, which has "
                 f"{', '.join(tasks) or 'none'}.{nearest(task, tasks)}")
+    if path.is_dir():
+        return f"{path} is a folder, expected the {path.stem} split of task '{task}' in a file; put it there."
     return f"{path} doesn't exist: expected the {path.stem} split of task '{task}'; add it or leave the task out."
 
 
 def parse(path: Path) -> list:
     """The JSON list of a file; Fault with the byte or the line and column where reading it fails."""
-    data = path.read_bytes()
-    try:
-        records = json.loads(data.decode("utf-8").removeprefix("\ufeff"))
-    except UnicodeDecodeError as error:
-        raise Fault(f"{path}: byte {error.start} is not UTF-8 ({error.reason}); save the file as UTF-8.") from None
-    except json.JSONDecodeError as error:
-        raise Fault(f"{path}: invalid JSON at line {error.lineno}, column {error.colno} ({error.msg}); expected one "
-                    "list of records; correct it there.") from None
+    records = read_json(path, "one list of records")
     if not isinstance(records, list) or not records:
         found = "an empty list" if records == [] else f"a {type(records).__name__}"
         raise Fault(f'{path}: holds {found}, expected a list of {{"prompt": ..., "answer": ...}} records; correct it.')
@@ -72,8 +69,13 @@ def record_faults(record: object, split: str, where: str) -> list[str]:
             faults.append(f"{where} has no '{field}', expected a string; add it.{nearest(field, record)}")
         elif not isinstance(value, str):
             faults.append(f"{where}: '{field}' is a {type(value).__name__}, expected a string; put it in quotes.")
+        elif len(value) > LONGEST[field]:
+            faults.append(f"{where}: '{field}' has {len(value):,d} characters, expected at most {LONGEST[field]:,d}; "
+                          f"shorten it.")
         elif SURROGATE.search(value):
             faults.append(f"{where}: '{field}' holds half of a surrogate pair, expected Unicode text; export it again.")
+        elif "\0" in value:
+            faults.append(f"{where}: '{field}' holds a NUL character, left by a wrong decoding; export it again.")
         elif field == "answer" and split == "train" and not value:
             faults.append(f"{where}: 'answer' is empty, expected text to learn; fill it in or remove the record.")
     return faults

@@ -27,8 +27,8 @@ console = Console(highlight=False)
 def execute(sweep: Sweep, jobs: int | None, launcher: str | None, done: Callable[[], None]) -> None:
     """Run what is not finished, all tries first; `done()` after each run of the grid. Raises one Fault with all runs
     that failed."""
+    sweep.prepare()  # before the output is made
     with _held(sweep.output) as lock:
-        sweep.prepare()
         for runs, then in ((lambda: sweep.tries, lambda: None), (sweep.runs, done)):
             if faults := _run(runs(), _places(jobs, launcher), launcher, lock, then):
                 raise Fault(*faults)

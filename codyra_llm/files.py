@@ -116,17 +116,6 @@ def read_jsonl(path: Path) -> list[dict]:
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):  # splitlines() would split at U+2028 too
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Fault(f"{path}, line {number}: this is no JSON; restore the file from a copy") from None
     return rows
-
-
-def read_json(path: Path) -> dict:
-    """The mapping in a JSON file. Raises Fault where it can't be read, or holds something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Fault(f"{path} can't be read ({getattr(error, 'strerror', None) or error}); restore it from a copy") from None
-    if not isinstance(value, dict):
-        raise Fault(f"{path} holds a {type(value).__name__}, not a mapping; restore it from a copy")
-    return value

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from . import recipe as recipes
 from .errors import Fault
-from .files import append_jsonl, read_json, read_jsonl, to_json, to_jsonl, write_json, write_jsonl, write_text
+from .files import append_jsonl, read_jsonl, to_json, to_jsonl, write_json, write_jsonl, write_text
 from .lease import Lease
 from .lora.archive import Archive
 from .progress import Progress
 from .recipe import Recipe
 from .seals import NAME as SEALS
 from .seals import Seals
+from .untrusted import read_mapping
 
 # settings that change no result
 NO_RESULT = ("output", "checkpoint", "save.minutes", "save.keep", "hang_minutes", "optim.micro_batch_tokens", "eval.batch_tokens", "model.fused", "data.batching")
@@ -163,7 +164,7 @@ class RunFolder:
 
     def _mapping(self, name: str) -> dict:
         self.seals.check(self.path / name)
-        return read_json(self.path / name)
+        return read_mapping(self.path / name, "what the run wrote")
 
     def _write(self, name: str, text: str) -> None:
         if self.lease:
@@ -175,7 +176,7 @@ class RunFolder:
     def summary(self) -> dict:
         """Empty before the run has come to its end."""
         file = self.path / "summary.json"
-        return read_json(file) if file.is_file() else {}
+        return read_mapping(file, "what the run wrote") if file.is_file() else {}
 
     def write_summary(self, summary: dict, report: str) -> None:
         """The summary last: whoever finds it finds a finished run."""

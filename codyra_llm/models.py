@@ -4,7 +4,6 @@ Weights are read from safetensors only: pickles can run code, and lazy reading o
 """
 
 import hashlib
-import json
 import os
 from pathlib import Path
 
@@ -18,17 +17,20 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from jinja2 import TemplateError
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from codyra_llm import headers
 from codyra_llm.errors import Fault, nearest
 from codyra_llm.files import CHUNK, file_sha256
+from codyra_llm.headers import INDEX, told, weight_files
 from codyra_llm.pretrained import convert
+from codyra_llm.untrusted import read_json, shown
 
 FAMILIES = ("llama", "gemma", "gemma2", "gemma3_text", "mistral", "qwen2", "qwen3")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
-INDEX = "model.safetensors.index.json"
 
 
 def resolve(path: str, revision: str | None = None) -> Path:
@@ -37,7 +39,7 @@ def resolve(path: str, revision: str | None = None) -> Path:
     A GGUF file is converted once, into $CODYRA_CACHE (default ~/.cache/codyra_llm). Raises Fault where the path
     doesn't exist, the hub refuses or can't be reached, or the folder lacks a file.
     """
-    local = Path(path).expanduser()
+    local = Path(os.path.expanduser(path))
     if local.suffix == ".gguf":
         if not local.is_file():
             raise Fault(f"model '{path}' doesn't exist: expected a GGUF file, a folder or a hub id.")
@@ -87,42 +89,48 @@ def missing_files(folder: Path) -> list[str]:
     return faults
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of the model, sorted by name: those the index names, or else all of them."""
-    index = folder / INDEX
-    if index.is_file():
-        return sorted({folder / name for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
-    return sorted(folder.glob("*.safetensors"))
-
-
 def check(folder: Path, chat_template: bool = False) -> list[str]:
     """Faults of the model's config and tokenizer, found without loading weights; empty when it can be trained."""
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-    except ValueError as error:
-        return [f"{folder}/config.json is no JSON ({error}): expected the model's config; download it again."]
+        config = read_json(folder / "config.json", "the model's config")
+    except Fault as fault:
+        return fault.messages
+    if not isinstance(config, dict):
+        return [f"{folder}/config.json holds a {type(config).__name__}: expected the model's config; download it again."]
     family, faults = config.get("model_type"), []
     if family not in FAMILIES:
-        faults.append(f"{folder} has model_type '{family}': expected one of {', '.join(FAMILIES)}; choose such a "
+        faults.append(f"{folder} has model_type {shown(family)}: expected one of {', '.join(FAMILIES)}; choose such a "
                       "model.")
     if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method")
+        how = config["quantization_config"]
+        method = shown(how.get("quant_method") if isinstance(how, dict) else how)
         faults.append(f"{folder} is stored quantised ({method}): expected plain weights; choose the unquantised model.")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return [*faults, f"{folder} has no tokenizer.json or tokenizer.model: expected the tokenizer beside the model; "
                          "copy it there."]
-    tokenizer = load_tokenizer(folder)
+    if wrong := [] if faults else headers.faults(folder):
+        return wrong
+    try:
+        tokenizer = load_tokenizer(folder)
+    except Fault as fault:
+        return [*faults, *fault.messages]
     if tokenizer.eos_token_id is None:
         faults.append(f"{folder} has a tokenizer without EOS, so answers would never end: set eos_token in "
                       "tokenizer_config.json.")
     if tokenizer.pad_token_id is None:
         faults.append(f"{folder} has a tokenizer without pad, EOS or unknown token: set pad_token in "
                       "tokenizer_config.json.")
-    if len(tokenizer) > config.get("vocab_size", len(tokenizer)):
-        faults.append(f"{folder} has a tokenizer of {len(tokenizer)} tokens and a vocab_size of "
-                      f"{config['vocab_size']}: expected at least as many embeddings; use the model's own tokenizer.")
+    if isinstance(size := config.get("vocab_size"), int) and len(tokenizer) > size:
+        faults.append(f"{folder} has a tokenizer of {len(tokenizer)} tokens and a vocab_size of {size}: expected at "
+                      "least as many embeddings; use the model's own tokenizer.")
     if chat_template and not tokenizer.chat_template:
         faults.append(f"{folder} has no chat template, but chat_template is on: turn it off or choose a chat model.")
+    elif chat_template:
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            faults.append(f"{folder} has a chat template that fails ({' '.join(str(error).split())}): turn chat_template "
+                          "off, or use the model's own template.")
     return faults
 
 
@@ -132,8 +140,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     A missing pad token falls back to EOS, then to the unknown token. Labels are made by position and padding is
     masked by position, so a pad token that is also EOS hides no EOS from the loss.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True,
-                                              padding_side="left", truncation_side="left")
+    with told(f"{folder} has a tokenizer that can't be read", "expected the model's own tokenizer; download it again"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True,
+                                                  padding_side="left", truncation_side="left")
+        tokenizer("a\n")  # some faults show in use
     if tokenizer.pad_token_id is None and (fallback := tokenizer.eos_token or tokenizer.unk_token):
         tokenizer.pad_token = fallback
     return tokenizer
@@ -157,6 +167,10 @@ def load(folder: Path, dtype: torch.dtype, attention: str | None = None) -> PreT
         names = sorted(info["missing_keys"])
         raise Fault(f"{folder} lacks {len(names)} weights, such as {', '.join(names[:3])}: expected the whole model "
                     "that config.json describes; download it again.")
+    for name, weight in model.named_parameters():
+        if not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
+            raise Fault(f"{folder}: the weight {name} holds NaN or infinite values: expected finite ones; download it again, "
+                        "or, if it was trained so, choose another model.")
     return model.requires_grad_(False)
 
 

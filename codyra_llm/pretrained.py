@@ -28,6 +28,8 @@ from transformers import (
 
 from codyra_llm.errors import Fault, nearest
 from codyra_llm.files import CHUNK, file_sha256, replacing, write_json
+from codyra_llm.headers import told
+from codyra_llm.untrusted import read_json
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ def unpack(folder: Path) -> Path:
 def is_converted(folder: Path, sha256: str) -> bool:
     """Whether `folder` was written by `convert` from the GGUF file with this sha256."""
     record = folder / "source.json"
-    return record.is_file() and json.loads(record.read_text("utf-8")).get("sha256") == sha256
+    content = read_json(record, "what convert wrote") if record.is_file() else {}
+    return isinstance(content, dict) and content.get("sha256") == sha256
 
 
 def convert(gguf: Path, out: Path) -> Path:
@@ -129,8 +132,9 @@ def convert(gguf: Path, out: Path) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Fault(f"{out} already exists and holds something else: remove it or choose another folder.")
     dtype, pre_tokenizer = inspect(gguf)
-    model = plain_model(gguf, dtype)
-    tokenizer = plain_tokenizer(gguf, pre_tokenizer, model.config.vocab_size)
+    with told(f"{gguf} can't be converted", "expected the GGUF file of a whole model; download it again"):
+        model = plain_model(gguf, dtype)
+        tokenizer = plain_tokenizer(gguf, pre_tokenizer, model.config.vocab_size)
     with replacing(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -140,11 +144,11 @@ def convert(gguf: Path, out: Path) -> Path:
 
 def inspect(gguf: Path) -> tuple[torch.dtype, str]:
     """The dtype to store and the pre-tokeniser's GGUF name ("" for SentencePiece); Fault where conversion would err."""
-    try:
-        reader = GGUFReader(gguf)
-    except (ValueError, OSError, IndexError) as error:
-        raise Fault(f"{gguf} can't be read as GGUF ({error}): expected a whole GGUF file; download it again.") from None
+    with told(f"{gguf} can't be read as GGUF", "expected a whole GGUF file; download it again"):
+        return _inspect(gguf, GGUFReader(gguf))
 
+
+def _inspect(gguf: Path, reader: GGUFReader) -> tuple[torch.dtype, str]:
     def field(key: str) -> object:
         return reader.fields[key].contents() if key in reader.fields else None
 

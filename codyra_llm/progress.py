@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import Fault
-from .files import file_sha256, read_json, replacing, write_json
+from .files import file_sha256, replacing, write_json
+from .untrusted import read_mapping
 
 if TYPE_CHECKING:
     from .recipe import SaveSection
@@ -63,10 +64,10 @@ class Progress:
 
     def check(self, path: Path) -> None:
         """Raises Fault where a file of the checkpoint isn't what was written."""
-        mark = read_json(path / MARK)
+        mark = read_mapping(path / MARK, "what a checkpoint holds")
         if mark.get("parent") != self.parent:
             raise Fault(f"{path} was made on other updates than those in {self.folder.parent / 'updates'}")
-        for name, digest in mark["files"].items():
+        for name, digest in mark.get("files", {"its files": ""}).items():
             if not (path / name).is_file() or file_sha256(path / name) != digest:
                 raise Fault(f"{path / name} is damaged or missing")
 

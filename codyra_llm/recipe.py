@@ -1,9 +1,10 @@
 """A recipe: the YAML file that describes one run, its schema, its overrides, and all of its faults at once."""
 
+import os
+import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
 
 from . import recipes
@@ -11,12 +12,14 @@ from .benchmarks.trace import ORDERS, PROTOCOLS, TASKS
 from .errors import Fault, nearest
 from .methods import METHODS, MethodConfig
 from .methods.base import Fraction, NotNegative, Positive, Strict
+from .untrusted import PathText, parse_yaml, read_yaml, shown
 
 PROGRAM_KEYS = ("_", "launch")  # the two lines that make a recipe a Python program as well
+Tokens = Annotated[int, Field(le=1 << 24)]  # more is a slip
 
 
 class ModelSection(Strict):
-    path: str = Field(description="hub id, folder, .gguf file, or 'mini' (a small LLaMA that is made on first use)")
+    path: PathText = Field(description="hub id, folder, .gguf file, or 'mini' (a small LLaMA that is made on first use)")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on a GPU, else float32")
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(None, description="default: sdpa where the "
@@ -28,13 +31,13 @@ class ModelSection(Strict):
 
 
 class DataSection(Strict):
-    root: str = Field(description="folder that holds <task>/{train,eval,test}.json, or 'mini' (made on first use)")
+    root: PathText = Field(description="folder that holds <task>/{train,eval,test}.json, or 'mini' (made on first use)")
     protocol: Literal["trace", "treelora"] = Field("trace", description="whose lengths, epochs, batch size, schedule, "
                                                    "loss average and accuracy rule fill what is not given")
     tasks: list[str] | int = Field(1, description="names in order, or the number of a published order")
     epochs: int | dict[str, int] | None = Field(None, description="for all tasks, or by task; default: the protocol's")
-    max_prompt_tokens: int | None = Field(None, ge=8)
-    max_answer_tokens: int | None = Field(None, ge=2)
+    max_prompt_tokens: Tokens | None = Field(None, ge=8)
+    max_answer_tokens: Tokens | None = Field(None, ge=2)
     truncation: Literal["left", "middle"] = Field("left", description="which part of a long prompt goes; left: TRACE")
     chat_template: bool = False
     max_train_examples: int | None = Field(None, ge=1, description="first N of each task")
@@ -46,13 +49,13 @@ class DataSection(Strict):
 class OptimSection(Strict):
     lr: Positive | None = None
     schedule: Literal["constant", "cosine"] | None = None
-    batch_size: int | None = Field(None, ge=1, description="examples per optimizer step, over all ranks")
+    batch_size: Tokens | None = Field(None, ge=1, description="examples per optimizer step, over all ranks")
     loss_average: Literal["token", "sample"] | None = Field(None, description="over all labelled tokens of the global "
                                                             "batch, or the mean of each example's mean")
     betas: tuple[Fraction, Fraction] | None = None
     weight_decay: NotNegative = 0.0
     max_grad_norm: Positive = 1.0
-    micro_batch_tokens: int | None = Field(None, ge=16, description="tokens per forward and rank, padding "
+    micro_batch_tokens: Tokens | None = Field(None, ge=16, description="tokens per forward and rank, padding "
                                            "included; default 4096 on a CPU, 16384 on a GPU; halved where memory runs "
                                            "out. Does not change the result")
     validate_every: int | None = Field(None, ge=1, description="steps between losses on the eval split; default never")
@@ -73,20 +76,20 @@ class EvalSection(Strict):
     max_examples: int | None = Field(None, ge=1, description="first N of each task")
     backend: Literal["torch", "vllm"] = Field("torch", description="vllm: an optional package, on one GPU of the first "
                                               "process")
-    batch_tokens: int | None = Field(None, ge=16, description="tokens (prompt and answer) that torch decodes at once; "
+    batch_tokens: Tokens | None = Field(None, ge=16, description="tokens (prompt and answer) that torch decodes at once; "
                                      "default 4096 on a CPU, 131072 on a GPU")
 
 
 class GeneralSection(Strict):
     """What the model can do beside the tasks."""
 
-    data: str | None = Field(None, description="mini: mini-TRACE's probes; hub: lm-evaluation-harness's own tasks; a "
+    data: PathText | None = Field(None, description="mini: mini-TRACE's probes; hub: lm-evaluation-harness's own tasks; a "
                                                "folder: task YAMLs on local files, as docs/evaluation.md says; null: no "
                                                "measurement")
     tasks: list[str] | None = Field(None, min_length=1, description="names; default: all of the hub's suite, or all whose "
                                                                     "files are in the folder")
     limit: int | None = Field(None, ge=1, description="examples of each task, drawn by the seed, for a quick look")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=1 << 32)
     when: Literal["ends", "each"] = Field("ends", description="ends: before the first task and after the last; each: "
                                                               "after every task too")
 
@@ -112,8 +115,8 @@ class Recipe(Strict):
     eval: EvalSection = EvalSection()
     general: GeneralSection = GeneralSection()
     save: SaveSection = SaveSection()
-    seed: int = 1234
-    output: str = Field(description="run folder")
+    seed: int = Field(1234, ge=0, lt=1 << 32)
+    output: PathText = Field(description="run folder")
     hang_minutes: Positive = Field(30.0, description="a launch of several processes in which nothing moves for so long ends")
     checkpoint: bool = Field(True, description="write the final merged model to <output>/checkpoint")
 
@@ -132,12 +135,16 @@ class Recipe(Strict):
         tasks, faults = self.tasks, []
         if not tasks or len(set(tasks)) < len(tasks):
             faults.append(f"data.tasks: {tasks} must name at least one task, and each once")
-        for key, value in (("data.epochs", self.data.epochs), ("eval.max_new_tokens", self.eval.max_new_tokens)):
+        for key, value, most in (("data.epochs", self.data.epochs, 1000),
+                                 ("eval.max_new_tokens", self.eval.max_new_tokens, 1 << 20)):
             if isinstance(value, dict):
                 faults += [f"{key}: '{name}' is not a task of this recipe.{nearest(name, tasks)}"
                            for name in value if name not in tasks]
             numbers = value.values() if isinstance(value, dict) else [value]
-            faults += [f"{key}: {n} must be at least 1" for n in numbers if n is not None and n < 1]
+            faults += [f"{key}: {n} must be at least 1, and at most {most:,d}" for n in numbers
+                       if n is not None and not 1 <= n <= most]
+        faults += [f"data.tasks: {shown(name)} becomes a file name; leave out '/', control characters and a '.' in front"
+                   for name in tasks if not re.fullmatch(r"[^/\\.\x00-\x1f][^/\\\x00-\x1f]{0,99}", name)]
         if faults:
             raise ValueError("\n".join(faults))
         return self
@@ -173,32 +180,19 @@ def load(path: str | Path, overrides: list[str] = ()) -> Recipe:
 
 def read(path: str | Path) -> dict:
     """The recipe file at `path`, or the shipped one of that name, as a mapping."""
-    raw = read_mapping(find(path), "see recipes/quickstart.yaml")
+    raw = read_yaml(find(path), "a recipe, such as recipes/quickstart.yaml")
     return {key: value for key, value in raw.items() if key not in PROGRAM_KEYS}
-
-
-def read_mapping(file: Path, example: str) -> dict:
-    """A YAML file that holds a mapping. Raises Fault with what is wrong with it."""
-    try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise Fault(f"{file} is not valid YAML: {' '.join(str(error).split())}; correct the file") from None
-    except UnicodeDecodeError as error:
-        raise Fault(f"{file} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise Fault(f"{file} can't be read ({error.strerror}); give a YAML file") from None
-    if not isinstance(raw, dict):
-        raise Fault(f"{file} holds a {type(raw).__name__}, not a mapping of sections; {example}")
-    return raw
 
 
 def find(path: str | Path) -> Path:
     """The recipe file at `path`, or the shipped recipe of that name."""
     shipped = Path(recipes.__path__[0])
     for candidate in (Path(path), shipped / Path(path).name, shipped / f"{path}.yaml"):
-        if candidate.is_file():
+        if os.path.isfile(candidate):
             return candidate
     names = sorted(p.name for p in shipped.glob("*.yaml"))
+    if os.path.isdir(path):
+        raise Fault(f"'{path}' is a folder, not a recipe; give a YAML file. Shipped: {', '.join(names)}")
     raise Fault(f"there is no recipe '{path}'.{nearest(Path(path).name, names)} Shipped: {', '.join(names)}")
 
 
@@ -216,9 +210,9 @@ def split_overrides(overrides: list[str]) -> list[tuple[str, Any]]:
     pairs = []
     for key, _, text in (item.partition("=") for item in overrides if "=" in item):
         try:
-            pairs.append((key.removeprefix("--"), yaml.safe_load(text)))
-        except yaml.YAMLError:
-            faults.append(f"{key}: '{text}' is not valid YAML; write a value, e.g. 1e-4, text, [1, 2] or null")
+            pairs.append((key.removeprefix("--"), parse_yaml(text, f"override {shown(key)}")))
+        except Fault as fault:
+            faults += fault.messages
     if faults:
         raise Fault(*faults)
     return pairs
@@ -227,6 +221,8 @@ def split_overrides(overrides: list[str]) -> list[tuple[str, Any]]:
 def assign(raw: dict, key: str, value: Any) -> None:
     """Set `a.b` of a recipe's mapping."""
     *path, last = key.split(".")
+    if not all([*path, last]) or len(path) > 8:
+        raise Fault(f"{shown(key)} is not the key of a setting; write its sections joined by dots, e.g. optim.lr")
     node = raw
     for part in path:
         node = node.setdefault(part, {})
@@ -243,7 +239,7 @@ def parse(raw: dict, source: str = "recipe") -> Recipe:
     config = METHODS["seqlora"].Config()  # stands in while the rest is validated
     if not isinstance(method, dict) or method.get("name") not in list(METHODS):  # any YAML
         name = method.get("name") if isinstance(method, dict) else method
-        faults.append(f"method.name: {name!r} is not a method.{nearest(str(name), METHODS)} "
+        faults.append(f"method.name: {shown(name)} is not a method.{nearest(str(name)[:100], METHODS)} "
                       f"Known: {', '.join(METHODS)}")
     else:
         try:
@@ -263,19 +259,21 @@ def sentences(error: ValidationError, schema: type[BaseModel], prefix: tuple = (
     """What pydantic found wrong with `schema`, one sentence each."""
     out = []
     for e in error.errors():
-        key = ".".join(str(part) for part in (*prefix, *e["loc"]))
+        key, given = ".".join(str(part) for part in (*prefix, *e["loc"])), shown(e["input"])
         if e["type"] == "extra_forbidden":
             known = _fields(schema, e["loc"][:-1])
-            out.append(f"unknown key '{key}' (value {e['input']!r}).{nearest(str(e['loc'][-1]), known)} "
+            out.append(f"unknown key '{key}' (value {given}).{nearest(str(e['loc'][-1]), known)} "
                        f"Known here: {', '.join(known)}")
         elif e["type"] == "missing":
             out.append(f"'{key}' is missing; add it")
+        elif e["type"] in ("model_type", "dict_type"):
+            out.append(f"{key}: {given} is not a section; write its keys below '{key}', each with its value")
         elif e["type"] == "value_error":
             message = str(e["ctx"]["error"])
             out += [f"{key}: {line}" if key else line for line in message.splitlines()]
         else:
-            out.append(f"{key}: {e['input']!r} is not valid; {e['msg'][0].lower() + e['msg'][1:]}"
-                       + nearest(str(e["input"]), str(e.get("ctx", {}).get("expected", "")).split("'")))
+            out.append(f"{key}: {given} is not valid; {e['msg'][0].lower() + e['msg'][1:]}"
+                       + nearest(given.strip("'"), str(e.get("ctx", {}).get("expected", "")).split("'")))
     return out
 
 

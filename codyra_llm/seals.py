@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import Fault
-from .files import file_sha256, read_json, replacing, write_json
+from .files import file_sha256, replacing, write_json
+from .untrusted import read_mapping
 
 NAME = "seals.json"
 
@@ -23,7 +24,7 @@ class Seals:
 
     @property
     def noted(self) -> dict[str, list[str]]:
-        return read_json(self.file) if self.file.is_file() else {}
+        return read_mapping(self.file, "the hashes that the run noted") if self.file.is_file() else {}
 
     @contextmanager
     def replacing(self, path: Path) -> Iterator[Path]:

@@ -24,6 +24,7 @@ def answer(source: str, prompt: str, new: int) -> str:
     if at and (Path(run) / "recipe.json").is_file():
         folder = RunFolder(Path(run))
         setup = prepare(folder.recipe)
+        setup.verify(folder)
         archive = folder.archive()
         index = archive.index(task)
         number = setup.recipe.tasks.index(task) if index >= 0 else None
@@ -36,7 +37,9 @@ def answer(source: str, prompt: str, new: int) -> str:
         if faults := models.check(base):
             raise Fault(*faults)
         model, tokenizer = models.load(base, torch.float32), models.load_tokenizer(base)
-        limit = getattr(model.config, "max_position_embeddings", 4096) - new
+        limit = (positions := getattr(model.config, "max_position_embeddings", 4096)) - new
+        if limit < 8:
+            raise Fault(f"--max-new-tokens: {new} leaves no room for a prompt in the model's {positions} positions; lower it")
         encoder = Encoder(tokenizer, DataSection(root="-", max_prompt_tokens=limit, max_answer_tokens=new + 2))
         model, conditions, number = model.to(device).eval(), None, None
     ids = [encoder.prompt(prompt)[0]]

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from . import attention, models, stop, watch
@@ -53,6 +54,12 @@ class Setup:
         model = models.load(self.base, self.dtype, self.recipe.model.attention)
         merge(model, models.WeightReader(self.base), archive.terms(after, without))
         return model
+
+    def verify(self, folder: RunFolder) -> None:
+        """Raises Fault where the updates of `folder` were made on other base weights than the recipe's path now holds."""
+        if (now := models.fingerprint(self.base)) != (was := folder.archive().base):
+            raise Fault(f"{folder.path} was made on other base weights ({was[:12]}, now {now[:12]}); restore the model at "
+                        f"model.path ({self.recipe.model.path})")
 
     def stage(self, folder: RunFolder, after: int, device: torch.device) -> tuple[PreTrainedModel, Callable | None]:
         """The model that answers after task `after`, and for methods that don't merge what makes the condition of a
@@ -120,7 +127,8 @@ def prepare(recipe: Recipe) -> Setup:
     base = tried(_base, recipe)
     if base:
         wrong = models.check(base, recipe.data.chat_template)
-        faults += wrong or method.check(AutoConfig.from_pretrained(base), recipe.model.attention)
+        config = None if wrong else AutoConfig.from_pretrained(base)
+        faults += wrong or _fits(recipe, config) + method.check(config, recipe.model.attention)
     root = tried(data_root, recipe.data.root)
     stream = Stream(recipe.data, root)
     for index in range(len(recipe.tasks)) if root else ():
@@ -141,6 +149,12 @@ def prepare(recipe: Recipe) -> Setup:
     return Setup(recipe, method, base, tokenizer, Encoder(tokenizer, recipe.data), stream, probes, harness)
 
 
+def _fits(recipe: Recipe, config: PreTrainedConfig) -> list[str]:
+    rank = getattr(recipe.method, "rank", 0)
+    return [f"method.rank: {rank} is more than the hidden size of the model, {config.hidden_size}, and no update of its "
+            f"weights can have a higher rank; lower it"] if rank > config.hidden_size else []
+
+
 def size(base: Path) -> int:
     """Bytes of the base's weights."""
     return sum(file.stat().st_size for file in base.glob("*.safetensors"))
@@ -152,8 +166,8 @@ def _base(recipe: Recipe) -> Path:
 
 def data_root(root: str) -> Path:
     """The folder of tasks that `root` names; mini-TRACE is made on first use."""
-    path = mini.mini_data() if root == "mini" else Path(os.path.expandvars(root)).expanduser()
-    if not path.is_dir():
+    path = mini.mini_data() if root == "mini" else Path(os.path.expanduser(os.path.expandvars(root)))
+    if not os.path.isdir(path):
         raise Fault(f"data.root: there is no folder '{root}'; give the folder that holds <task>/train.json, "
                     f"e.g. .../LLM-CL-Benchmark_500")
     return path
@@ -165,8 +179,13 @@ def _probes() -> dict[str, list[dict]]:
 
 
 def _disk(output: Path, needed: int) -> list[str]:
-    place = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free
+    """That the output, or what of its path exists, is a folder that takes files, and enough of them."""
+    place = next(p for p in (output.absolute(), *output.absolute().parents) if os.path.lexists(p))
+    try:
+        with TemporaryFile(dir=place):  # what permissions, quotas and read-only mounts say, by trying
+            free = shutil.disk_usage(place).free
+    except OSError as error:
+        return [f"output: {output} can't be written, since {place} takes no file ({error.strerror}); choose another output"]
     needed += 64 << 20
     if free >= needed:
         return []

@@ -4,6 +4,7 @@ import copy
 import itertools
 import re
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ from .methods import METHODS
 from .methods.base import Strict
 from .recipe import Recipe
 from .setup import prepare
+from .untrusted import read_yaml
 
 
 def _without_output(settings: dict) -> dict:
@@ -25,6 +27,7 @@ def _without_output(settings: dict) -> dict:
     return settings
 
 
+MOST = 10_000  # runs of a sweep
 Settings = Annotated[dict[str, Any], AfterValidator(_without_output)]
 
 
@@ -52,6 +55,8 @@ class SweepFile(Strict):
                   if not values or any(v in values[:i] or str(v) in map(str, values[:i]) for i, v in enumerate(values))]
         faults += [f"arms: {name!r} becomes a folder; name it in letters, digits, '.', '_' and '-'" for name in self.arms
                    if not re.fullmatch(r"\w[\w.-]*", name)]
+        if (runs := len(self.arms) * prod(map(len, self.grid.values()))) > MOST:
+            faults.append(f"grid: it asks for {runs:,d} runs, at most {MOST:,d} are possible; give fewer values")
         if self.baseline and self.baseline not in self.arms:
             faults.append(f"baseline: '{self.baseline}' is not an arm.{nearest(self.baseline, self.arms)}")
         tries = self.tune.tries if self.tune else {}
@@ -169,7 +174,8 @@ class Sweep:
 def load(path: str | Path, overrides: list[str] = ()) -> Sweep:
     """Read a sweep file; `output=` and other `key=value` hold for all runs in which no arm, try or grid says otherwise.
     Raises Fault with all that is wrong."""
-    given, raw = dict(recipes.split_overrides(overrides)), recipes.read_mapping(Path(path), "see `codyra-llm sweep --help`")
+    given = dict(recipes.split_overrides(overrides))
+    raw = read_yaml(Path(path), "a sweep file, as `codyra-llm sweep --help` shows one")
     raw |= {"output": given.pop("output")} if "output" in given else {}
     try:
         file = SweepFile.model_validate(raw)

@@ -67,7 +67,7 @@ def test_generate_and_export_any_stage(capsys, folder, tmp_path):
     (["report", "nowhere"], "is not a run folder"),
     (["run", "quickstart", "method.rnk=3"], "unknown key 'method.rnk' (value 3). Did you mean 'rank'?"),
     (["plan", "quikstart"], "Did you mean"),
-    (["score", "FOMC", "nowhere.json"], "there is no file"),
+    (["score", "FOMC", "nowhere.json"], "nowhere.json can't be read (No such file or directory)"),
     (["model", "get", "smollm", "out"], "smollm2-135m"),
 ])
 def test_mistakes_are_one_sentence_and_exit_2(args, message, capsys, folder):

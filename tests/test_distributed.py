@@ -185,7 +185,7 @@ def test_deepspeeds_own_launcher(stage, one_process, recipe_files, tmp_path):
 
 
 @pytest.mark.parametrize(("text", "told"), [
-    ("{}", "zero_optimization.stage of .* is None, expected 1, 2 or 3"), ("[1]", "can't be read"), ("{", "can't be read"),
+    ("{}", "zero_optimization.stage of .* is None, expected 1, 2 or 3"), ("[1]", "holds a list"), ("{", "invalid JSON"),
     ('{"zero_optimization": {"stage": 0}}', "is 0, expected 1, 2 or 3"), (None, "can't be read"),
     ('{"zero_optimization": {"stage": 2}}', "needs a launcher")])
 def test_a_deepspeed_file_that_asks_for_nothing_is_refused(text, told, tmp_path, monkeypatch):

@@ -166,7 +166,7 @@ def test_archive_refuses_another_base_a_missing_task_and_a_changed_file(tmp_path
     raw = bytearray(path.read_bytes())
     raw[-3] ^= 1
     path.write_bytes(raw)
-    with pytest.raises(Fault, match="do not match its hash"):
+    with pytest.raises(Fault, match="does not match its hash"):
         Archive(tmp_path, "base").load(1)
     (tmp_path / "00-T0.safetensors").unlink()
     with pytest.raises(Fault, match="this update was made on"):

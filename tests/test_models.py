@@ -118,13 +118,13 @@ def test_pad_falls_back_to_eos_then_unknown(copy, removed, pad):
 def test_check_collects_every_fault(copy):
     edit(copy / "config.json", model_type="gpt2", vocab_size=300, quantization_config={"quant_method": "gptq"})
     faults = models.check(copy, chat_template=True)
-    for fault, words in zip(faults, ["model_type 'gpt2': expected one of llama, gemma,", "stored quantised (gptq)",
+    for fault, words in zip(faults, ["model_type 'gpt2': expected one of llama, gemma,", "stored quantised ('gptq')",
                                      "vocab_size of 300", "no chat template"], strict=True):
         assert words in fault and "\n" not in fault
     (copy / "tokenizer.json").unlink()
     assert "no tokenizer.json" in models.check(copy)[-1]
     (copy / "config.json").write_text("{")
-    assert "is no JSON" in models.check(copy)[0]
+    assert "invalid JSON" in models.check(copy)[0]
 
 
 def test_a_chat_template_is_found(copy):

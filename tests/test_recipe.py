@@ -90,7 +90,7 @@ def test_protocols_fill_what_is_not_given():
 
 def test_broken_files(tmp_path):
     for name, content, message in (("a.yaml", b"a: [", "not valid YAML"), ("b.yaml", b"\xff\xfe", "not UTF-8"),
-                                   ("c.yaml", b"- 1", "not a mapping")):
+                                   ("c.yaml", b"- 1", "expected a mapping")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(Fault, match=message):
             recipes.load(tmp_path / name)

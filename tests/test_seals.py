@@ -4,7 +4,7 @@ import pytest
 
 from codyra_llm import files, seals
 from codyra_llm.errors import Fault
-from codyra_llm.files import read_json, read_jsonl, remove_leftovers, replacing
+from codyra_llm.files import read_jsonl, remove_leftovers, replacing
 from codyra_llm.seals import Seals
 
 
@@ -77,7 +77,3 @@ def test_lines_that_are_no_rows(tmp_path):
     file.write_bytes(b'{"a": 1}\n{"a": \xff\n{"a": 3}\n')
     with pytest.raises(Fault, match="line 2"):
         read_jsonl(file)
-    for content in (b"[1]", b"{", b"\xff\xfe"):
-        file.write_bytes(content)
-        with pytest.raises(Fault, match="x.jsonl"):
-            read_json(file)

@@ -88,7 +88,7 @@ def test_a_method_comes_first_whichever_layer_names_it(file):
 @pytest.mark.parametrize("sections, said", [
     ({"grid": {"seed": [1, "1"]}}, "each once"),  # one folder
     ({"grid": {"output": ["x", "y"]}}, "folder of its own"), ({"arms": {"x": {"output": "y"}}}, "arms.x: .*folder of its own"),
-    ({"arms": {"x": {"method": {"name": [1]}}}}, r"\[1\] is not a method"), ({3: 4}, "keys should be strings"),
+    ({"arms": {"x": {"method": {"name": [1]}}}}, r"\[1\] is not a method"), ({3: 4}, "the key 3 is no text"),
     ({"tune": {"by": "forgetting", "set": {"data.tasks": ["ONE"]}, "tries": {"seqlora": [{}], "ewc": [{}]}}},
      "ewc, seqlora has no forgetting")])
 def test_mistakes_are_sentences(file, sections, said):

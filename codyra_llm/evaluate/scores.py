@@ -1,11 +1,14 @@
 """From the scores of single examples to a mean with its uncertainty."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import Fault
+from ..examples import LONGEST as OF_DATA
+from ..untrusted import read_json
+
+LONGEST = {"prompt": OF_DATA["prompt"], "prediction": 20_000, "answer": OF_DATA["answer"]}  # characters
 
 
 def summarise(per_example: list[float], seed: int = 0, resamples: int = 1000) -> dict:
@@ -24,16 +27,14 @@ def summarise(per_example: list[float], seed: int = 0, resamples: int = 1000) ->
 
 def read_predictions(file: Path) -> list[dict[str, str]]:
     """A JSON list of {"prompt", "prediction", "answer"}. Raises one Fault with all that is wrong with the file."""
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise Fault(f"there is no file {file}; give a JSON list of predictions") from None
-    except ValueError as error:  # of JSON and of UTF-8 alike
-        raise Fault(f"{file} is not UTF-8 JSON ({error}); write a JSON list of predictions") from None
+    rows = read_json(file, "a JSON list of predictions")
     if not isinstance(rows, list) or not rows:
-        raise Fault(f"{file} must hold a JSON list with at least one prediction")
-    faults = [f"{file}: record {i} must have the text field '{key}'; add it" for i, row in enumerate(rows)
-              for key in ("prompt", "prediction", "answer") if not isinstance(row, dict) or not isinstance(row.get(key), str)]
+        raise Fault(f"{file} must hold a JSON list with at least one prediction; write one")
+    faults = [f"{file}: record {i} must have the text field '{key}'; add it"
+              if not isinstance(row, dict) or not isinstance(row.get(key), str) else
+              f"{file}: record {i}: '{key}' has {len(row[key]):,d} characters, expected at most {most:,d}; shorten it"
+              for i, row in enumerate(rows) for key, most in LONGEST.items()
+              if not isinstance(row, dict) or not isinstance(row.get(key), str) or len(row[key]) > most]
     if faults:
         raise Fault(*faults[:5], *([f"{file}: {len(faults) - 5} more such faults"] if len(faults) > 5 else []))
     return rows

@@ -75,7 +75,7 @@ def find(section: "GeneralSection") -> dict[str, Ability]:
     if section.data == "hub":
         known, root = HUB, None
     else:
-        root = Path(os.path.expandvars(section.data)).expanduser()
+        root = Path(os.path.expanduser(os.path.expandvars(section.data)))
         if not root.is_dir():
             raise Fault(f"general.data: there is no folder '{section.data}'; give a folder of general-ability files, hub, "
                         f"mini or null")
@@ -115,6 +115,9 @@ def parts(spec: dict | Path, root: Path | None) -> dict[str, dict[str, Any]]:
     out = {}
     for base in bases:
         config = {key: value for key, value in {**base, **own}.items() if key not in ("tag", "group")}
+        if lacking := sorted({"task", "dataset_path"} - config.keys()):
+            raise Fault(f"general.data: {spec} is no task of lm-evaluation-harness (it lacks {', '.join(lacking)}); write one, "
+                        f"or take the file out of the folder")
         if root is not None:
             config |= _local(config, root)
         out[config["task"]] = config

@@ -45,7 +45,7 @@ class Update:
 class Archive:
     """The updates of one run, in order: `<folder>/<index>-<task>.safetensors`.
 
-    Lineage: hash_t = sha256(hash_{t-1} ‖ tensors of t), hash_{-1} = the fingerprint of the base. A file that does not
+    Lineage: hash_t = sha256(hash_{t-1} ‖ mode, scale and sites ‖ tensors of t), hash_{-1} = the fingerprint of the base. A file that does not
     continue the chain is a Fault.
     """
 
@@ -82,8 +82,8 @@ class Archive:
                    for key, value in adapter._asdict().items() if value is not None}
         tensors |= {DENSE + name: value.contiguous() for name, value in update.dense.items()}
         meta = {"task": task, "mode": update.mode, "scale": repr(update.scale), "base": self.base,
-                "parent": self.lineage[-1], "lineage": _chain(self.lineage[-1], tensors),
-                "sites": json.dumps(list(update.adapters))}
+                "parent": self.lineage[-1], "sites": json.dumps(list(update.adapters))}
+        meta["lineage"] = _chain(meta, tensors)
         path = self.path(len(self.files), task)
         with replacing(path) as temporary:
             save_file(tensors, temporary, meta)
@@ -96,12 +96,18 @@ class Archive:
         meta = _metadata(self.files[index])
         with safe_open(self.files[index], "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-        if _chain(meta["parent"], tensors) != meta["lineage"]:
-            raise Fault(f"{self.files[index]}: its tensors do not match its hash; restore the file from a copy")
-        adapters = {site: Adapter(tensors[f"{site}.a"], tensors[f"{site}.b"], tensors.get(f"{site}.w"))
-                    for site in json.loads(meta["sites"])}
+        if _chain(meta, tensors) != meta["lineage"]:
+            raise Fault(f"{self.files[index]}: its content does not match its hash; restore the file from a copy")
+        try:
+            adapters = {site: Adapter(tensors[f"{site}.a"], tensors[f"{site}.b"], tensors.get(f"{site}.w"))
+                        for site in json.loads(meta["sites"])}
+            scale, known = float(meta["scale"]), meta["mode"] in ("add", "replace", "apart")
+        except (KeyError, TypeError, ValueError):
+            known = False
+        if not known:
+            raise Fault(f"{self.files[index]}: its header does not fit its tensors; restore the file from a copy")
         dense = {key.removeprefix(DENSE): value for key, value in tensors.items() if key.startswith(DENSE)}
-        return Update(adapters, float(meta["scale"]), meta["mode"], dense)
+        return Update(adapters, scale, meta["mode"], dense)
 
     def terms(self, after: int, without: int | None = None) -> list[Update]:
         """The updates whose sum is the model after task `after` (-1: the base), leaving task `without` out; none in mode
@@ -136,8 +142,8 @@ def _metadata(path: Path) -> dict[str, str]:
     return meta
 
 
-def _chain(parent: str, tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(parent.encode())
+def _chain(meta: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps([meta[key] for key in ("parent", "mode", "scale", "sites")]).encode())
     for key in sorted(tensors):
         digest.update(key.encode())
         digest.update(tensors[key].contiguous().view(-1).view(torch.uint8).numpy())

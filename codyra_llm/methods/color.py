@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Task
+from .base import Count, Task
 from .features import over_prompts, padded, pooled_states
 from .identity import kmeans
 from .single import ExpertConfig, Single
@@ -14,7 +14,7 @@ from .single import ExpertConfig, Single
 
 class ColorConfig(ExpertConfig):
     name: Literal["color"] = "color"
-    centroids: int = Field(5, ge=1, description="k-means centroids per task")
+    centroids: Count = Field(5, ge=1, description="k-means centroids per task")
 
 
 class Color(Single):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..lora.archive import Adapter
 from ..lora.layer import attach, sites
 from ..lora.mixture import MixtureLinear, mixtures, select, weigh
-from .base import Condition, Task, restore
+from .base import Condition, Count, Task, restore
 from .features import mean_state, padded, prompt_mask
 from .inputs import InputsConfig, free_rows, grown, input_covariances, loaded
 from .single import ExpertConfig, Single
@@ -18,7 +18,7 @@ from .subspace import Subspace
 
 class DualLoraConfig(InputsConfig, ExpertConfig):
     name: Literal["duallora"] = "duallora"
-    rank: int = Field(8, ge=2, description="ranks of a task's two adapters together: ⌊rank/2⌋ for O, the others for R")
+    rank: Count = Field(8, ge=2, description="ranks of a task's two adapters together: ⌊rank/2⌋ for O, the others for R")
 
 
 class DualLinear(MixtureLinear):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import prefixed
-from .base import Condition, NotNegative, Task
+from .base import Condition, Count, NotNegative, Task
 from .features import cosine, row_weights
 from .prompts import PromptConfig, PromptMethod, Queries, prompts_of, query, random_tokens, uniform, zeros
 
@@ -19,9 +19,9 @@ Layer = Annotated[int, Field(ge=0)]
 class DualPromptConfig(PromptConfig):
     name: Literal["dualprompt"] = "dualprompt"
     general_layers: list[Layer] = Field([0, 1], min_length=1, description="layers of the general prefix, from 0")
-    general_length: int = Field(5, ge=1, description="keys and values of the general prefix")
+    general_length: Count = Field(5, ge=1, description="keys and values of the general prefix")
     expert_layers: list[Layer] = Field([2, 3, 4], min_length=1, description="layers of the experts' prefixes")
-    expert_length: int = Field(20, ge=1, description="keys and values of an expert's prefix")
+    expert_length: Count = Field(20, ge=1, description="keys and values of an expert's prefix")
     pull: NotNegative = Field(1.0, description="c, how strongly a task's key is drawn to its queries")
     key_init: Literal["mean", "uniform"] = Field("mean", description="mean: a task's key starts as the mean direction of "
                                                  "its queries; uniform: U(-1, 1), as published")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..gradients import flat, unflatten
 from ..seeds import generator
-from .base import NotNegative, Positive, Task
+from .base import Count, NotNegative, Positive, Task
 from .seqlora import SeqLora, SeqLoraConfig
 
 
@@ -19,7 +19,7 @@ class MemoryConfig(SeqLoraConfig):
     """Stored examples."""
 
     memory: int = Field(100, ge=0, description="training examples kept of each earlier task")
-    batch: int = Field(16, ge=1, description="how many of them a reference gradient is taken on, drawn anew each step; "
+    batch: Count = Field(16, ge=1, description="how many of them a reference gradient is taken on, drawn anew each step; "
                        "from `memory` on it is all")
 
 

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 
 from ..seeds import generator
+from .base import Count
 from .none import NoMethod, NoneConfig
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ ENDS = {"NumGLUE-cm": "\n", "NumGLUE-ds": "\n", "MeetingBank": "Meeting transcri
 
 class IclConfig(NoneConfig):
     name: Literal["icl"] = "icl"
-    shots: int = Field(6, ge=0, description="demonstrations before each test prompt; 0: the same as none")
+    shots: Count = Field(6, ge=0, description="demonstrations before each test prompt; 0: the same as none")
 
 
 class Icl(NoMethod):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import Fault
 from ..lora.layer import LoraLinear, sites
 from ..lora.shared import SIBLINGS, layer_by_layer
-from .base import Fraction, LoraConfig, Task
+from .base import Count, Fraction, LoraConfig, Task
 from .subspace import Subspace
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class InputsConfig(LoraConfig):
                                    "that the basis of old inputs must hold (`lamb` in InfLoRA's released code)")
     energy_last: Fraction = Field(1.0, description="ε of a task after the last one; linear in between (`lame`)")
     max_examples: int = Field(512, ge=1, description="training examples of a task, drawn, whose inputs are read")
-    inputs_at_once: int = Field(16, ge=1, description="distinct inputs whose covariances are in memory together; each "
+    inputs_at_once: Count = Field(16, ge=1, description="distinct inputs whose covariances are in memory together; each "
                                 "such portion is a pass over the examples")
 
 

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from .base import Condition, NotNegative, Task
+from .base import Condition, Count, NotNegative, Task
 from .features import cosine, row_weights
 from .prompts import (
     PromptConfig,
@@ -22,9 +22,9 @@ from .prompts import (
 
 class L2pConfig(PromptConfig):
     name: Literal["l2p"] = "l2p"
-    pool: int = Field(10, ge=1, description="M, prompts in the pool")
-    length: int = Field(5, ge=1, description="tokens of each prompt")
-    chosen: int = Field(3, ge=1, description="N, prompts for an example; 3 on TRACE, 5 in the original")
+    pool: Count = Field(10, ge=1, description="M, prompts in the pool")
+    length: Count = Field(5, ge=1, description="tokens of each prompt")
+    chosen: Count = Field(3, ge=1, description="N, prompts for an example; 3 on TRACE, 5 in the original")
     pull: NotNegative = Field(0.5, description="c, how strongly chosen keys are drawn to the queries; 0.5 on TRACE, 0.1 "
                               "in the original's code")
 

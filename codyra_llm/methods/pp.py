@@ -7,15 +7,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..seeds import generator
-from .base import Condition, Task
+from .base import Condition, Count, Task
 from .prompts import PromptConfig, PromptMethod, random_embeddings, zeros
 
 
 class PpConfig(PromptConfig):
     name: Literal["pp"] = "pp"
-    length: int = Field(20, ge=1, description="tokens of each task's prompt")
+    length: Count = Field(20, ge=1, description="tokens of each task's prompt")
     mlp: bool = Field(True, description="train the prompt through a residual MLP, which is dropped after its task")
-    mlp_width: int = Field(800, ge=1, description="its hidden width; 800 in the original, twice the model's on TRACE")
+    mlp_width: Count = Field(800, ge=1, description="its hidden width; 800 in the original, twice the model's on TRACE")
 
 
 class Prompt(nn.Module):

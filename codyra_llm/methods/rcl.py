@@ -35,7 +35,7 @@ class Rcl(SeqLora):
 
     def train_data(self, stream, index: int):
         own, task = self.config.folder, stream.tasks[index]
-        folder = Path(os.path.expandvars(own)).expanduser() if own else _variant(stream.root.absolute())
+        folder = Path(os.path.expanduser(os.path.expandvars(own))) if own else _variant(stream.root.absolute())
         if not (folder / task / "train.json").is_file():
             raise Fault(f"method.folder: {folder} has no {task}/train.json; give the folder of TRACE's variant with "
                         f"reasoning (default: {VARIANT} in data.root or beside it), or leave the task out")

@@ -11,17 +11,17 @@ from torch.nn import functional
 from ..lora.layer import attach
 from ..lora.mixture import MixtureLinear, mixtures, weigh
 from ..seeds import generator
-from .base import NotNegative, Task
+from .base import Count, NotNegative, Task
 from .features import over_prompts, padded, pooled_embeddings, prompt_mask
 from .single import ExpertConfig, Single
 
 
 class SaptConfig(ExpertConfig):
     name: Literal["sapt"] = "sapt"
-    hidden: int = Field(100, ge=1, description="inner width of the query net")
+    hidden: Count = Field(100, ge=1, description="inner width of the query net")
     kl_ratio: NotNegative = Field(1.0, description="weight of each old task's KL(its stored attention ‖ attention now)")
     replay_examples: int = Field(512, ge=1, description="training prompts of each old task, drawn, for that term")
-    replay_batch: int = Field(16, ge=1, description="prompts of each old task per optimizer step")
+    replay_batch: Count = Field(16, ge=1, description="prompts of each old task per optimizer step")
 
 
 class PromptAttention(nn.Module):

@@ -9,11 +9,11 @@ from torch.nn import functional
 
 from ..lora.layer import AdapterSpec
 from ..lora.mixture import attach_mixture, select, weigh
-from .base import Condition, LoraConfig, Method, Positive, Task
+from .base import Condition, Count, LoraConfig, Method, Positive, Task
 
 
 class ExpertConfig(LoraConfig):
-    rank: int = Field(8, ge=1, description="rank r of every task's adapter")
+    rank: Count = Field(8, ge=1, description="rank r of every task's adapter")
     alpha: Positive = Field(32.0, description="scale s = alpha / rank")
 
 
