@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from . import stop, watch
 from .data import Batch, Encoded
-from .distributed import Engine
+from .engine import Engine
 from .lora.layer import without_dropout
 
 Loss = Callable[[nn.Module, Batch], Tensor]

@@ -14,8 +14,8 @@ from . import __version__, distributed, models, stop, watch
 from .distributed import collectively, of_first, wait
 from .errors import Fault
 from .evaluate import vllm
-from .export import write_merged, write_stage
 from .examples import SPLITS
+from .export import write_merged, write_stage
 from .files import await_file, file_sha256, remove_leftovers
 from .folder import RunFolder
 from .lease import Lease

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from . import attention, progress, stop, watch
 from .data import Batch, Encoded, batch_tokens, collate, default_tokens, example_weights, micro_batches, shuffled
-from .distributed import Engine, wait
+from .distributed import wait
+from .engine import Engine
 from .errors import Fault
 from .gradients import Gradients
 from .lora.archive import Adapter

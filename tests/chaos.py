@@ -19,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 import psutil
+import torch
 
 from codyra_llm import recipe as recipes
 from codyra_llm.cli import main
@@ -27,6 +28,7 @@ from codyra_llm.folder import RunFolder
 from codyra_llm.recipe import Recipe
 
 CODES = {0, 75}  # finished, or stopped as asked
+ENDLESS = 3600  # seconds; no run takes so long
 
 
 class Chaos:
@@ -76,12 +78,15 @@ class Chaos:
         """Its exit code; None where it still runs. A run that fails by itself is what this looks for."""
         if isinstance(process, subprocess.Popen):
             try:
-                code = process.wait(seconds)
+                code = process.wait(seconds or ENDLESS)
             except subprocess.TimeoutExpired:
-                return None
+                code = None
         else:
-            process.join(seconds)
+            process.join(seconds or ENDLESS)
             code = process.exitcode
+        if code is None and seconds is None:
+            process.kill()
+            raise AssertionError(f"the run did not end within {ENDLESS} s; see the logs in {self.out}")
         assert code in (None, 0), f"the run failed with exit code {code}; see the logs in {self.out}"
         return code
 
@@ -125,6 +130,7 @@ class Chaos:
 
 def quiet(arguments: list[str], log: Path) -> None:
     """The command line in a forked process, its words in a file."""
+    torch.set_num_threads(1)  # threads that its parent had are not there
     sys.stdout = sys.stderr = open(log, "a", encoding="utf-8", buffering=1)
     main(arguments)
 

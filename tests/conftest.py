@@ -4,7 +4,6 @@ import json
 import os
 from pathlib import Path
 
-
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported anywhere
 
 import pytest
@@ -105,3 +104,20 @@ def real_model():
             pytest.skip(f"no weights in {path}; run `codyra-llm model get {name} {path}` or set CODYRA_MODELS")
         return path
     return folder
+
+
+@pytest.fixture(scope="module")
+def run(tiny_llama, toy_stream, tmp_path_factory):
+    """For tests of LoRA methods: function from a method's section to its finished run, each made once."""
+    from adapters import recipe
+
+    from codyra_llm.run import run as run_recipe
+
+    made = {}
+
+    def finished(method):
+        key = json.dumps(method, sort_keys=True)
+        if key not in made:
+            made[key] = run_recipe(recipe(tiny_llama, toy_stream, tmp_path_factory.mktemp("runs") / "run", method))
+        return made[key]
+    return finished

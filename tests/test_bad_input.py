@@ -1,8 +1,8 @@
 """Wrong input of every kind, as a user meets it: the rows of docs/bad_input.md, one test each. Oracle: the page."""
 
 import json
-import os
 import math
+import os
 import re
 import shutil
 import time

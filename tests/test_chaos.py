@@ -45,7 +45,7 @@ def test_a_full_disk(tiny_llama, toy_stream, tmp_path, small_disk, monkeypatch):
         file.write_text(asked(tiny_llama, toy_stream, small_disk / "run").model_dump_json())
         child = multiprocessing.get_context("fork").Process(target=quiet, args=(["run", str(file)], tmp_path / "log"))
         child.start()
-        child.join()
+        child.join(300)
         if not child.exitcode:
             break
         assert child.exitcode == 2 and not list((small_disk / "run").rglob(".*.*"))

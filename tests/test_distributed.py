@@ -18,7 +18,8 @@ from codyra_llm import distributed
 from codyra_llm import recipe as recipes
 from codyra_llm import run as runs
 from codyra_llm.data import micro_batches
-from codyra_llm.distributed import Engine, accelerator
+from codyra_llm.distributed import accelerator
+from codyra_llm.engine import Engine
 from codyra_llm.errors import Fault
 from codyra_llm.files import await_file
 from codyra_llm.optim import ProximalAdamW

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from test_distributed import free_port, launched
 
 from codyra_llm import recipe as recipes
 from codyra_llm import run as runs
@@ -11,7 +12,6 @@ from codyra_llm.cli import main
 from codyra_llm.errors import Fault
 from codyra_llm.evaluation import Wanted, evaluate
 from codyra_llm.files import read_jsonl
-from test_distributed import free_port, launched
 
 
 def learnt(model, stream, out, method, epochs=2, **changes):

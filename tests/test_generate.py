@@ -8,8 +8,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from rich.console import Console
 from accelerate import Accelerator
+from rich.console import Console
 
 from codyra_llm import models
 from codyra_llm import recipe as recipes

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import codyra_llm.recipes
 import pytest
 import torch
 import yaml
@@ -16,6 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import codyra_llm.recipes
 from codyra_llm import distributed, models, stop
 from codyra_llm import recipe as recipes
 from codyra_llm import run as runs

@@ -1,7 +1,6 @@
 """InfLoRA: subspaces by DualGPM, covariances of the inputs, and that old inputs see no change."""
 
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ from adapters import recipe
 from safetensors.torch import load_file
 
 from codyra_llm import attention
-from codyra_llm import run as runs
 from codyra_llm.errors import Fault
 from codyra_llm.lora.archive import Archive
 from codyra_llm.lora.layer import sites
@@ -17,19 +15,6 @@ from codyra_llm.lora.shared import share_inputs
 from codyra_llm.methods.inputs import covariances, loaded
 from codyra_llm.methods.subspace import Subspace
 from codyra_llm.setup import prepare
-
-
-@pytest.fixture(scope="module")
-def run(tiny_llama, toy_stream, tmp_path_factory):
-    """Function from a method's section to its finished run, each made once."""
-    made = {}
-
-    def finished(method):
-        key = json.dumps(method, sort_keys=True)
-        if key not in made:
-            made[key] = runs.run(recipe(tiny_llama, toy_stream, tmp_path_factory.mktemp("runs") / "run", method))
-        return made[key]
-    return finished
 
 
 def normal(rows, columns, seed):

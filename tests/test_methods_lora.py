@@ -1,14 +1,12 @@
 """Methods that constrain a LoRA adapter: each against its definition, against seqlora."""
 
-import json
 import math
 
 import pytest
 import torch
-from adapters import SIZES, TASKS, a_task, attached, drawn, recipe
+from adapters import SIZES, TASKS, a_task, attached, drawn
 from safetensors.torch import load_file
 
-from codyra_llm import run as runs
 from codyra_llm.files import read_jsonl
 from codyra_llm.lora.archive import Adapter, Archive, Update
 from codyra_llm.lora.layer import sites
@@ -19,19 +17,6 @@ from codyra_llm.optim import released_threshold
 METHOD_SETTINGS = {
     "olora": {}, "sora": {}, "inflora": {"inputs_at_once": 3}, "treelora": {"weight": 0.5},
     "treelora_repo": {"weight": 5.0}, "hidelora_treelora_repo": {}, "clora": {}}
-
-
-@pytest.fixture(scope="module")
-def run(tiny_llama, toy_stream, tmp_path_factory):
-    """Function from a method's section to its finished run, each made once."""
-    made = {}
-
-    def finished(method):
-        key = json.dumps(method, sort_keys=True)
-        if key not in made:
-            made[key] = runs.run(recipe(tiny_llama, toy_stream, tmp_path_factory.mktemp("runs") / "run", method))
-        return made[key]
-    return finished
 
 
 def baseline(name):

@@ -11,7 +11,8 @@ from test_run import recipe, weights
 from codyra_llm import recipe as recipes
 from codyra_llm import run as runs
 from codyra_llm.data import Batch
-from codyra_llm.distributed import Engine, accelerator
+from codyra_llm.distributed import accelerator
+from codyra_llm.engine import Engine
 from codyra_llm.errors import Fault
 from codyra_llm.files import read_jsonl
 from codyra_llm.lora.layer import AdapterSpec, attach, sites

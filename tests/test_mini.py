@@ -12,9 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from codyra_llm.benchmarks.trace.mini import make_mini, mini_data
 from codyra_llm.benchmarks.trace.mini import make as making
-from codyra_llm.benchmarks.trace.mini import pretrain, skills
+from codyra_llm.benchmarks.trace.mini import make_mini, mini_data, pretrain, skills
 from codyra_llm.benchmarks.trace.reasoning import VARIANT, reasoned_prompt
 from codyra_llm.examples import check_root
 from codyra_llm.methods import METHODS

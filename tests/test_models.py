@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import SIZES, save_tiny
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -22,7 +23,6 @@ from transformers import (
 
 from codyra_llm import models
 from codyra_llm.errors import Fault
-from conftest import SIZES, save_tiny
 
 OTHERS = {
     "gemma": (GemmaForCausalLM, GemmaConfig(**SIZES, head_dim=16)),

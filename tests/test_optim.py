@@ -7,8 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
-from codyra_llm.optim import (ProximalAdamW, budget_kappa, lr_factor, published_kappa, released_threshold,
-                              soft_threshold, vanishing_rate)
+from codyra_llm.optim import (
+    ProximalAdamW,
+    budget_kappa,
+    lr_factor,
+    published_kappa,
+    released_threshold,
+    soft_threshold,
+    vanishing_rate,
+)
 
 
 @given(st.floats(-3, 3), st.floats(0, 2))

@@ -103,9 +103,8 @@ def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
 @pytest.fixture
 def deep_gemma3(tmp_path):
     """A Gemma 3 of six layers, as its GGUF implies that every sixth layer has full attention."""
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
     from conftest import SIZES, save_tiny
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
     config = Gemma3TextConfig(**SIZES | {"num_hidden_layers": 6}, head_dim=256, query_pre_attn_scalar=256,
                               sliding_window=16)
     return save_tiny(tmp_path / "deep", Gemma3ForCausalLM, config)

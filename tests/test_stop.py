@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from test_run import recipe
 
 from codyra_llm import recipe as recipes
 from codyra_llm import run as runs
@@ -19,8 +20,6 @@ from codyra_llm.errors import Fault
 from codyra_llm.evaluate import generate
 from codyra_llm.files import read_jsonl
 from codyra_llm.folder import RunFolder
-
-from test_run import recipe
 
 
 def command(folder: Path) -> list:
@@ -166,7 +165,7 @@ def test_the_second_of_two_runs_is_refused(straight, tmp_path):
         time.sleep(0.02)
         assert process.poll() is None
     os.kill(process.pid, signal.SIGSTOP)  # however long this test takes
-    second = subprocess.run(command(tmp_path), capture_output=True, text=True)
+    second = subprocess.run(command(tmp_path), capture_output=True, text=True, timeout=300)
     process.kill()
     process.wait()
     assert second.returncode == 2 and f"worked on by process {process.pid} on " in second.stderr

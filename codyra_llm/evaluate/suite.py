@@ -16,7 +16,6 @@ from ..errors import Fault, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
     from lm_eval.api.task import ConfigurableTask
 
     from ..recipe import GeneralSection
