@@ -31,6 +31,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import stop, watch
 from ..errors import Fault
 from ..methods.base import Condition
 from .generate import CPU, GPU, batches, generate_ids, prefixed
@@ -130,7 +131,7 @@ class Live(HFLM):
         ends = self.model.generation_config.eos_token_id
         ends = set(ends) if isinstance(ends, list) else {ends}
         return lambda ids: ids[-1] in ends or any(
-            stop in self.tok_decode(ids[-STOP_TOKENS:], skip_special_tokens=False) for stop in until)
+            text in self.tok_decode(ids[-STOP_TOKENS:], skip_special_tokens=False) for text in until)
 
     def _own(self, lengths: list[int], new: int, most: int | None = None) -> Iterator[list[int]]:
         """This rank's batches, each of at most `most` rows."""
@@ -138,11 +139,14 @@ class Live(HFLM):
         for chosen in batches(lengths, new, self.tokens, self.step):
             for start in range(0, len(chosen), most or len(chosen)):
                 if number % self.acc.num_processes == self.acc.process_index:
+                    stop.check()
+                    watch.at(f"batch {number + 1} of general ability")
                     yield chosen[start: start + (most or len(chosen))]
                 number += 1
 
     def _gathered(self, found: list[tuple[int, Any]], count: int) -> list[Any]:
-        by_number = dict(gather_object(found))
+        with watch.waiting():
+            by_number = dict(gather_object(found))
         return [by_number[i] for i in range(count)]
 
 
