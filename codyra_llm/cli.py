@@ -318,10 +318,10 @@ def main(args: list[str] | None = None) -> None:
             print(f"error{f' (rank {rank})' if rank else ''}: {said}", file=sys.stderr, flush=True)
         _end(2)
     except stop.Stopped as stopped:
-        _look_for_lost()
+        _look_for_lost(keeper=False)
         print(f"stopped ({stopped}), all is saved; the same command goes on", file=sys.stderr, flush=True)
         _end(stop.EXIT)
-    except RuntimeError:
+    except Exception:
         _look_for_lost()
         _tell(1)
         raise
@@ -333,10 +333,10 @@ def _tell(code: int) -> None:
         watch.leave(code)
 
 
-def _look_for_lost() -> None:
+def _look_for_lost(keeper: bool = True) -> None:
     """End this process with its name where another is gone: it broke a connection, or made the launcher end all."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and (watch := sys.modules.get("codyra_llm.watch")) and (verdict := watch.lost(world)):
+    if world > 1 and (watch := sys.modules.get("codyra_llm.watch")) and (verdict := watch.lost(world, keeper)):
         watch.end(verdict)
 
 

@@ -65,7 +65,8 @@ class Engine:
         """Whether `mine` is true on any rank."""
         if self.acc.num_processes == 1:
             return mine
-        return self.acc.reduce(torch.tensor(float(mine), device=self.acc.device), "sum").item() > 0
+        with watch.waiting():
+            return self.acc.reduce(torch.tensor(float(mine), device=self.acc.device), "sum").item() > 0
 
     def discard(self) -> None:
         """Drop the gradients of a step that did not come to its end, and what the allocator keeps for later."""
@@ -83,7 +84,8 @@ class Engine:
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
         with watch.waiting():
             total = self.acc.reduce(torch.cat([terms, *(g.flatten() for g in gradients)]), "sum")
-        terms, *sums = total.split([len(terms), *(g.numel() for g in gradients)])
+            terms, *sums = total.split([len(terms), *(g.numel() for g in gradients)])
+            terms = terms.cpu()  # which is when a GPU waits
         for p, summed in zip(trained, sums):
             p.grad = summed.view_as(p).to(p.dtype)
         return terms

@@ -1,6 +1,5 @@
 """`codyra-llm evaluate`: score a checkpoint that exists, as a run scores its own, without training."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -14,18 +13,19 @@ from accelerate import Accelerator
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from . import __version__, distributed, models
+from . import __version__, distributed, models, watch
 from . import recipe as recipes
 from .distributed import collectively, of_first
 from .errors import Fault, nearest
 from .export import LINEAGE
 from .files import await_file, file_sha256, write_json
-from .folder import NO_RESULT, OWN, RunFolder, flat
+from .folder import NO_RESULT, RunFolder, flat
 from .lease import Lease
 from .measure import measure
 from .recipe import Recipe
 from .report.tables import delta_r
 from .setup import Setup, prepare
+from .untrusted import read_mapping
 
 console = Console(highlight=False)
 
@@ -75,6 +75,8 @@ def evaluate(checkpoint: str, wanted: Wanted) -> RunFolder:
     first = acc.is_local_main_process  # what is converted on first use is made once on each node
     prepared = collectively(first, _prepare, checkpoint, wanted)
     setup, source, index, base = collectively(not first, _prepare, checkpoint, wanted) or prepared
+    if acc.num_processes > 1:
+        watch.start(acc.process_index, acc.num_processes, setup.recipe.hang_minutes)
     lease = Lease(Path(setup.recipe.output))
     out = RunFolder(lease.folder, lease, acc.is_main_process)
     collectively(acc.is_main_process, lease.take)
@@ -126,7 +128,7 @@ def _source(checkpoint: str, base: str | None) -> Source:
         run = RunFolder(folder)
         learnt = run.archive().tasks
         return Source(run.recipe.model_dump(mode="json"), learnt[-1] if learnt else "base", run)
-    carried = json.loads((folder / LINEAGE).read_text("utf-8")) if (folder / LINEAGE).is_file() else {}
+    carried = read_mapping(folder / LINEAGE, "what a run's export says of itself") if (folder / LINEAGE).is_file() else {}
     found = Source(carried.get("recipe", {}), carried.get("after"), model=checkpoint)
     return _on_base(found, folder, base) if (folder / "adapter_config.json").is_file() else found
 
@@ -137,7 +139,7 @@ def _on_base(source: Source, folder: Path, base: str | None) -> Source:
         import peft  # noqa: F401
     except ImportError:
         raise Fault(f"{folder} is a PEFT adapter, and the package peft is not installed; install codyra-llm[peft]") from None
-    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    config = read_mapping(folder / "adapter_config.json", "the adapter's config")
     if (kind := config.get("peft_type")) != "LORA":
         raise Fault(f"{folder} is an adapter of peft_type {kind}, expected LORA, which can be merged into its base; merge it "
                     f"where it was made, and give the merged folder")
@@ -207,6 +209,7 @@ def _manifest(checkpoint: str, setup: Setup, source: Source, base: Setup | None)
 
 def _claim(out: RunFolder, manifest: dict) -> None:
     """Begin the folder, or go on in it: with the same weights and the same way of scoring, on more tasks if asked."""
+    out.clear_up()
     file = out.path / "manifest.json"
     if file.is_file():
         was = out.manifest
@@ -214,8 +217,6 @@ def _claim(out: RunFolder, manifest: dict) -> None:
         if faults := [f"{out.path} was begun with {key} {before[key]!r}, now it is {now[key]!r}; give another --out, or remove "
                       f"the folder" for key in sorted(before.keys() & now.keys()) if before[key] != now[key]]:
             raise Fault(*faults)
-    elif out.path.is_dir() and any(p.name not in OWN for p in out.path.iterdir()):
-        raise Fault(f"--out: {out.path} holds files of something else; give a new or empty folder")
     out.write_manifest(manifest)
 
 

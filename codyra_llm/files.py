@@ -25,6 +25,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)  # of a process that had this number before
         yield temporary
         for file in [p for p in temporary.rglob("*") if p.is_file()] if temporary.is_dir() else [temporary]:
             sync(file)
@@ -35,7 +36,7 @@ def replacing(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise unwritable(path, error) from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        _remove(temporary)
 
 
 def unwritable(path: Path, error: Exception) -> Fault:
@@ -55,9 +56,17 @@ def sync(path: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what processes that were killed within `replacing` left in `folder` and below."""
-    own = f".{os.getpid()}"  # the lease is being renewed
-    for path in [p for p in folder.rglob(".*") if re.fullmatch(r"\..+\.\d+", p.name) and not p.name.endswith(own)]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    renewed = f".lease.{os.getpid()}"
+    for path in [p for p in folder.rglob(".*") if is_leftover(p.name) and p.name != renewed]:
+        _remove(path)
+
+
+def is_leftover(name: str) -> bool:
+    return re.fullmatch(r"\..+\.\d+", name) is not None
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def file_sha256(path: Path) -> str:

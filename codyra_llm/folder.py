@@ -10,7 +10,17 @@ from torch import Tensor
 
 from . import recipe as recipes
 from .errors import Fault
-from .files import append_jsonl, read_jsonl, to_json, to_jsonl, write_json, write_jsonl, write_text
+from .files import (
+    append_jsonl,
+    is_leftover,
+    read_jsonl,
+    remove_leftovers,
+    to_json,
+    to_jsonl,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 from .lease import Lease
 from .lora.archive import Archive
 from .progress import Progress
@@ -20,7 +30,7 @@ from .seals import Seals
 from .untrusted import read_mapping
 
 # settings that change no result
-NO_RESULT = ("output", "checkpoint", "save.minutes", "save.keep", "hang_minutes", "optim.micro_batch_tokens", "eval.batch_tokens", "model.fused", "data.batching")
+NO_RESULT = ("output", "model.gradient_checkpointing", "checkpoint", "save.minutes", "save.keep", "hang_minutes", "optim.micro_batch_tokens", "eval.batch_tokens", "model.fused", "data.batching")
 
 OWN = ("lease.json", SEALS, "recipe.json")  # may lie in a folder that is about to become a run's
 
@@ -50,17 +60,29 @@ class RunFolder:
     def manifest(self) -> dict:
         return self._mapping("manifest.json")
 
+    def clear_up(self) -> None:
+        """Remove what a killed process left half written. Raises Fault where the folder is somebody else's."""
+        names = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
+        if SEALS not in names and any(name not in OWN and not is_leftover(name) for name in names):
+            raise Fault(f"output: {self.path} holds files of something else; give a new or empty folder")
+        remove_leftovers(self.path)
+
+    def may_write(self) -> None:
+        """Raises Fault where another process has taken the folder over."""
+        if self.lease:
+            self.lease.check()
+
     def open(self, recipe: Recipe, manifest: dict) -> str:
         """Claim the folder for a resolved recipe: new, the same again, or the same with tasks added at the end. Returns
         what the user should know, or an empty text."""
         told = ""
+        for name in ("recipe.json", "manifest.json"):
+            self.seals.check(self.path / name)
         if (self.path / "manifest.json").is_file():
             if faults := [*differences(self.recipe, recipe), *self._other_files(manifest)]:
                 raise Fault(*(f"{self.path} belongs to another recipe: {line}; give another `output`, or remove the "
                               f"folder" for line in faults))
             told = _other_launch(self.manifest, manifest)
-        elif self.path.exists() and any(p.name not in OWN for p in self.path.iterdir()):
-            raise Fault(f"output: {self.path} holds files of something else; give a new or empty folder")
         self._write("recipe.json", to_json(recipe.model_dump(mode="json")))
         self.write_manifest(manifest)
         self.__dict__.pop("recipe", None)
@@ -93,12 +115,13 @@ class RunFolder:
         return load_file(self.state(index)) if self.state(index).is_file() else {}
 
     def save_state(self, index: int, state: dict[str, Tensor]) -> None:
+        self.may_write()
         with self.seals.replacing(self.state(index)) as temporary:
             save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary)
 
     def progress(self, index: int, task: str, parent: str) -> Progress:
         """The checkpoints inside task `index`, which begins on the updates of lineage `parent`."""
-        return Progress(self.path / "progress", index, task, parent, self.recipe.save)
+        return Progress(self.path / "progress", index, task, parent, self.recipe.save, self.may_write)
 
     def check_scores(self, learnt: int) -> None:
         """Raise Fault where a task was evaluated that is not among the first `learnt`: its update was lost."""
@@ -108,6 +131,7 @@ class RunFolder:
 
     def clear_progress(self) -> None:
         """Remove the checkpoints inside a task: it is learnt."""
+        self.may_write()
         shutil.rmtree(self.path / "progress", ignore_errors=True)
 
     @property
@@ -130,9 +154,11 @@ class RunFolder:
 
     def restart_log(self, task: str, step: int) -> None:
         """Leave out what an attempt at `task` logged behind `step` before it was stopped."""
+        self.may_write()
         write_jsonl(self.path / "log.jsonl", [row for row in self.log_rows if row["task"] != task or row["step"] <= step])
 
     def log(self, row: dict) -> None:
+        self.may_write()
         append_jsonl(self.path / "log.jsonl", row)
 
     @property
@@ -167,8 +193,7 @@ class RunFolder:
         return read_mapping(self.path / name, "what the run wrote")
 
     def _write(self, name: str, text: str) -> None:
-        if self.lease:
-            self.lease.check()
+        self.may_write()
         with self.seals.replacing(self.path / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
@@ -180,6 +205,7 @@ class RunFolder:
 
     def write_summary(self, summary: dict, report: str) -> None:
         """The summary last: whoever finds it finds a finished run."""
+        self.may_write()
         write_text(self.path / "report.md", report)
         write_json(self.path / "summary.json", summary)
 

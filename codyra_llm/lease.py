@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from .errors import Fault
+from .files import unwritable
 
 BEAT = 5.0  # seconds between signs of life
 DEAD = 60.0  # without one for so long, an owner on another machine is dead
@@ -22,46 +23,49 @@ class Lease:
 
     def __init__(self, folder: Path):
         self.folder, self.file, self.token = folder, folder / "lease.json", uuid.uuid4().hex
-        self.ended = threading.Event()
-        self.lost: str | None = None
+        self.ended, self.thread = threading.Event(), None
 
     def take(self) -> None:
         """Raises Fault where another process that lives holds the folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._remove_dead()
         self._create(self._content(0))
-        threading.Thread(target=self._renew, daemon=True).start()
+        self.thread = threading.Thread(target=self._renew, daemon=True)
+        self.thread.start()
 
     def release(self) -> None:
-        self.ended.set()
-        if self._token() == self.token:
-            self.file.unlink(missing_ok=True)
+        if self.thread:
+            self.ended.set()
+            self.thread.join()
+            if self._found().get("token") == self.token:
+                self.file.unlink(missing_ok=True)
 
     def check(self) -> None:
         """Raise Fault if another process has taken the folder over, as it may when this one was suspended for long."""
-        if self.lost:
-            raise Fault(f"{self.folder} was taken over by {self.lost} while this process stood still; let that one work")
+        if (found := self._found()).get("token") != self.token:
+            raise Fault(f"{self.folder} was taken over by {_who(found)} while this process stood still; let that one work")
 
     def _renew(self) -> None:
         beat = 0
         while not self.ended.wait(BEAT):
-            if self._token() != self.token:
-                self.lost = _who(self._read())
-                return
             beat += 1
             own = self.file.with_name(f".lease.{os.getpid()}")
-            own.write_text(self._content(beat), encoding="utf-8")
-            os.replace(own, self.file)
+            try:
+                if self._found().get("token") != self.token:
+                    return
+                own.write_text(self._content(beat), encoding="utf-8")
+                os.replace(own, self.file)
+            except OSError:  # a full disk, or a network that is away for a while: the next beat may get through
+                continue
 
     def _remove_dead(self) -> None:
         """Move the file of an owner that is dead out of the way."""
         if (first := self._read()) is None:
             return
-        if first and json.loads(first)["place"] == _place():
-            if _lives(json.loads(first)):
-                raise self._held()
-        else:
+        if self._found().get("place") != _place():
             self._await_beat(first)
+        elif _lives(self._found()):
+            raise self._held()
         aside = self.file.with_name(f".{self.token}.{os.getpid()}")
         try:
             os.replace(self.file, aside)
@@ -74,7 +78,7 @@ class Lease:
             raise self._held()
 
     def _await_beat(self, first: str) -> None:
-        print(f"{self.folder} was held by {_who(first)}; waiting up to {DEAD:.0f} s for a sign of life", flush=True)
+        print(f"{self.folder} was held by {_who(self._found())}; waiting up to {DEAD:.0f} s for a sign of life", flush=True)
         end = time.monotonic() + DEAD
         while time.monotonic() < end:
             time.sleep(min(BEAT, DEAD / 4))
@@ -88,21 +92,27 @@ class Lease:
                 file.write(content)
         except FileExistsError:
             raise self._held() from None
+        except OSError as error:
+            self.file.unlink(missing_ok=True)
+            raise unwritable(self.file, error) from None
 
     def _held(self) -> Fault:
-        return Fault(f"output: {self.folder} is being worked on by {_who(self._read())}; wait for its end, or give "
+        return Fault(f"output: {self.folder} is being worked on by {_who(self._found())}; wait for its end, or give "
                      f"another output")
 
     def _read(self) -> str | None:
         """The file's text, empty for a moment after it was made; None where nobody holds the folder."""
         try:
-            return self.file.read_text(encoding="utf-8")
+            return self.file.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return None
 
-    def _token(self) -> str | None:
-        text = self._read()
-        return json.loads(text)["token"] if text else None
+    def _found(self) -> dict:
+        """What the file says; {} where it says nothing that can be read, as after a loss of power."""
+        try:
+            return json.loads(self._read() or "{}")
+        except ValueError:
+            return {}
 
     def _content(self, beat: int) -> str:
         own = os.getpid()
@@ -110,8 +120,7 @@ class Lease:
                            "started": psutil.Process(own).create_time(), "beat": beat})
 
 
-def _who(text: str | None) -> str:
-    found = json.loads(text) if text else {}
+def _who(found: dict) -> str:
     return f"process {found.get('pid', '?')} on {found.get('host', 'an unknown machine')}"
 
 

@@ -63,20 +63,16 @@ def _measure_general(setup: Setup, folder: RunFolder, acc: Accelerator, index: i
     model, conditions = setup.stage(folder, index, acc.device)
     lm = harness.Live(acc, model, setup.tokenizer, setup.recipe.eval.batch_tokens,
                       conditions and partial(conditions, task=None))
-    measured = []
     for name in names:
         stop.check()
         watch.at(f"general ability {name} after {known['after']}")
         began = time.perf_counter()
         found = harness.measure(lm, setup.suite[name], setup.recipe.general, setup.recipe.data.chat_template)
         if acc.is_main_process:
-            measured.append(found)
+            harness.write(out.path / "lm_eval", f"{known['step']:02d}-{known['after']}", lm, setup.recipe.general, found)
             out.add_scores({**known, **found.row}, found.predictions)
             console.print(f"after {known['after']}: {name} {found.row['score']:.1f}  ({found.row['headline']}, "
                           f"{time.perf_counter() - began:.0f} s)")
-    if acc.is_main_process:
-        harness.write(out.path / "lm_eval", f"{known['step']:02d}-{known['after']}", lm, setup.recipe.general,
-                      measured)
 
 
 def _add_scores(setup: Setup, folder: RunFolder, known: dict, records: list[dict], predictions: list[str],

@@ -1,10 +1,11 @@
 """Checkpoints inside a task: all that training needs to go on behind a step, whatever the number of processes then."""
 
+import hashlib
 import json
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from . import watch
 from .errors import Fault
 from .files import file_sha256, replacing, write_json
 from .untrusted import read_mapping
@@ -32,8 +34,10 @@ class Progress:
     checkpoint goes on from them alone. Of checkpoints the last `asked.keep` stay.
     """
 
-    def __init__(self, folder: Path, index: int, task: str, parent: str, asked: "SaveSection"):
+    def __init__(self, folder: Path, index: int, task: str, parent: str, asked: "SaveSection",
+                 may_write: Callable[[], None]):
         self.folder, self.name, self.parent, self.asked = folder, f"{index:02d}-{task}", parent, asked
+        self.may_write = may_write
         self.saved = time.monotonic()
 
     def due(self, last: bool) -> bool:
@@ -45,9 +49,10 @@ class Progress:
         """Write the checkpoint behind step `step`; `tensors` are taken one by one, and written in files of `SHARD` bytes."""
         with replacing(self._path(step)) as temporary:
             temporary.mkdir()
-            names = [self._shard(temporary, number, shard) for number, shard in enumerate(_shards(tensors))]
-            write_json(temporary / MARK, {"step": step, "parent": self.parent, **small,
-                                          "files": {name: file_sha256(temporary / name) for name in names}})
+            files = dict(self._shard(temporary, number, shard) for number, shard in enumerate(_shards(tensors)))
+            mark = {"step": step, "parent": self.parent, **small, "files": files}
+            write_json(temporary / MARK, {**mark, "digest": _digest(mark)})
+            self.may_write()
         for old in self._paths()[: -self.asked.keep]:
             shutil.rmtree(old)
         self.saved = time.monotonic()
@@ -65,9 +70,11 @@ class Progress:
     def check(self, path: Path) -> None:
         """Raises Fault where a file of the checkpoint isn't what was written."""
         mark = read_mapping(path / MARK, "what a checkpoint holds")
+        if mark.pop("digest", None) != _digest(mark):
+            raise Fault(f"{path / MARK} is damaged")
         if mark.get("parent") != self.parent:
             raise Fault(f"{path} was made on other updates than those in {self.folder.parent / 'updates'}")
-        for name, digest in mark.get("files", {"its files": ""}).items():
+        for name, digest in mark["files"].items():
             if not (path / name).is_file() or file_sha256(path / name) != digest:
                 raise Fault(f"{path / name} is damaged or missing")
 
@@ -79,10 +86,16 @@ class Progress:
         found = self.folder.glob("*") if self.folder.is_dir() else []
         return sorted(path for path in found if re.fullmatch(re.escape(self.name) + r"-\d{8}", path.name))
 
-    def _shard(self, folder: Path, number: int, tensors: dict[str, Tensor]) -> str:
+    def _shard(self, folder: Path, number: int, tensors: dict[str, Tensor]) -> tuple[str, str]:
+        """Write one file; its name and hash."""
         name = f"{number:03d}.safetensors"
+        watch.at(f"file {number + 1} of a checkpoint of {self.name}")
         save_file(tensors, folder / name)
-        return name
+        return name, file_sha256(folder / name)
+
+
+def _digest(mark: dict) -> str:
+    return hashlib.sha256(json.dumps(mark, sort_keys=True).encode()).hexdigest()
 
 
 def small(path: Path) -> dict:

@@ -16,7 +16,7 @@ from .errors import Fault
 from .evaluate import vllm
 from .examples import SPLITS
 from .export import write_merged, write_stage
-from .files import await_file, file_sha256, remove_leftovers
+from .files import await_file, file_sha256
 from .folder import RunFolder
 from .lease import Lease
 from .lora.archive import Adapter, Archive, Update
@@ -39,14 +39,13 @@ def run(recipe: Recipe) -> RunFolder:
     """Run a recipe, or go on with it where it stopped. Returns the finished run's folder. Raises Stopped when the process
     was asked to (`stop.listen`): the same call goes on."""
     acc = distributed.accelerator()
-    if acc.num_processes > 1:
-        watch.start(acc.process_index, acc.num_processes, recipe.hang_minutes)
     first = acc.is_local_main_process  # of each node, so that what is made or converted on first use is made once
     setup = collectively(first, prepare, recipe)
     setup = collectively(not first, prepare, recipe) or setup
     collectively(True, _refuse_launch, setup, acc)
     base = models.fingerprint(setup.base) if first else None
     if acc.num_processes > 1:
+        watch.start(acc.process_index, acc.num_processes, setup.recipe.hang_minutes)
         told = preflight(acc, setup, base)
         if acc.is_main_process:
             console.print(told, soft_wrap=True)
@@ -78,7 +77,7 @@ def _run(setup: Setup, acc: Accelerator, folder: RunFolder, base: str | None) ->
 
 
 def _claim(setup: Setup, acc: Accelerator, folder: RunFolder, base: str) -> None:
-    remove_leftovers(folder.path)
+    folder.clear_up()
     if told := folder.open(setup.recipe, _manifest(setup, acc, base)):
         console.print(told, soft_wrap=True)
 
@@ -177,6 +176,7 @@ def _archive(setup: Setup, folder: RunFolder, archive: Archive, index: int, upda
     folder.add_update_report(setup.recipe.tasks[index], rows)
     if state:
         folder.save_state(index, state)
+    folder.may_write()
     archive.append(setup.recipe.tasks[index], update)  # last: a task is done when its update is there
     return rows
 

@@ -15,8 +15,8 @@ class Seals:
     """`seals.json` of a folder: for each file the hashes that it may have. One process writes; one that doesn't `check`
     takes files as they are.
 
-    While a file is replaced both the old and the new are noted, the new one before it appears: whenever the process
-    ends, one of them is what lies there.
+    While a file is replaced its new hash and that of what lies there (nothing: an empty text) are noted, before the new
+    one appears: whenever the process ends, one of them is what lies there.
     """
 
     def __init__(self, folder: Path, checks: bool = True):
@@ -31,16 +31,25 @@ class Seals:
         """As `files.replacing`, of one file."""
         with replacing(path) as temporary:
             yield temporary
-            noted, name = self.noted, self._name(path)
-            write_json(self.file, {**noted, name: [file_sha256(temporary), *noted.get(name, [])[:1]]})
+            new, old = file_sha256(temporary), _present(path)
+            self._note(path, [new, old])
+        if not old:  # from here on its absence is a loss
+            self._note(path, [new])
 
     def check(self, path: Path) -> None:
         """Raise Fault unless the file is as it was written; one that nothing is noted of passes."""
         hashes = self.noted.get(self._name(path)) if self.checks else None
-        if hashes is None or path.is_file() and file_sha256(path) in hashes:
+        if hashes is None or _present(path) in hashes:
             return
         what = "was changed or damaged since it was written" if path.is_file() else "is missing"
         raise Fault(f"{path} {what} ({self.file} has its hash); restore it from a copy, or begin anew in another output")
 
+    def _note(self, path: Path, hashes: list[str]) -> None:
+        write_json(self.file, {**self.noted, self._name(path): hashes})
+
     def _name(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
+
+
+def _present(path: Path) -> str:
+    return file_sha256(path) if path.is_file() else ""

@@ -111,6 +111,7 @@ class Trainer:
             if saves and (due or asked):
                 self.save(saves, step + 1)
             if asked:
+                stop.ask("another process was")
                 raise stop.Stopped(f"task {task.name}, step {step + 1} of {steps}")
         if self.kept:
             self.engine.put(self.kept)
@@ -132,7 +133,7 @@ class Trainer:
         """Put back what `save` wrote; the step to go on from."""
         small = progress.small(path)
         self.earlier = small["seconds"]
-        self.tokens, self.best = small["tokens"], math.inf if small["best"] is None else small["best"]
+        self.tokens, self.best = min(self.tokens, small["tokens"]), math.inf if small["best"] is None else small["best"]
         self.engine.load_state((key.removeprefix("engine."), tensor) for key, tensor in progress.tensors(path, "engine."))
         self.method.resume({key.removeprefix("method."): tensor for key, tensor in progress.tensors(path, "method.")})
         factors = dict(progress.tensors(path, "best."))

@@ -86,6 +86,8 @@ class Watch:
                     self.look(self.others)
                     self._judge()
             except DistError:
+                if self.own.code is None and stop.asked():  # the first has saved, and has left
+                    os._exit(stop.EXIT)
                 if self.own.code is None:
                     end("the first process, or its machine, is gone")
 
@@ -134,12 +136,14 @@ def waiting() -> Iterator[None]:
         yield
         return
     _watch.own.waits = True
-    yield
-    _watch.own.waits = False
+    try:
+        yield
+    finally:
+        _watch.own.waits = False
 
 
-def lost(world: int) -> str:
-    """Who is gone, asked when a connection has broken; empty as soon as all others have shown a new sign of life, or when
+def lost(world: int, keeper: bool = True) -> str:
+    """Who is gone, the `keeper` of the store too; asked when a connection has broken; empty as soon as all others have shown a new sign of life, or when
     they have taken their leave."""
     if not _watch:
         return ""
@@ -154,7 +158,7 @@ def lost(world: int) -> str:
             _watch.look(range(world))
         return "; ".join(_watch.gone(BROKEN - BEAT))
     except DistError:
-        return "the first process, or its machine, is gone"
+        return "the first process, or its machine, is gone" if keeper else ""
 
 
 def leave(code: int) -> None:

@@ -5,6 +5,7 @@ import pytest
 from codyra_llm import files, seals
 from codyra_llm.errors import Fault
 from codyra_llm.files import read_jsonl, remove_leftovers, replacing
+from codyra_llm.folder import RunFolder
 from codyra_llm.seals import Seals
 
 
@@ -27,10 +28,12 @@ def test_what_was_written_passes_and_all_else_is_named(tmp_path):
     Seals(tmp_path).check(tmp_path / "never written")
 
 
+@pytest.mark.parametrize("existed", [True, False])
 @pytest.mark.parametrize("dies_at", ["the seals", "the file"])
-def test_a_crash_between_file_and_seals_is_no_damage(dies_at, tmp_path, monkeypatch):
+def test_a_crash_between_file_and_seals_is_no_damage(dies_at, existed, tmp_path, monkeypatch):
     sealed, file = Seals(tmp_path), tmp_path / "a.txt"
-    write(sealed, "a.txt", "one")
+    if existed:
+        write(sealed, "a.txt", "one")
     replace = files.os.replace
 
     def dying(source, target):
@@ -40,11 +43,18 @@ def test_a_crash_between_file_and_seals_is_no_damage(dies_at, tmp_path, monkeypa
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(files.os, "replace", dying)
         write(sealed, "a.txt", "two")
-    assert file.read_text() == "one"
-    Seals(tmp_path).check(file)
+    for _ in range(2):  # and once more in the same place
+        assert file.exists() == existed and (not existed or file.read_text() == "one")
+        Seals(tmp_path).check(file)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(files.os, "replace", dying)
+            write(sealed, "a.txt", "two")
     write(sealed, "a.txt", "three")
     Seals(tmp_path).check(file)
-    assert len(sealed.noted["a.txt"]) == 2
+    write(sealed, "b.txt", "one")
+    (tmp_path / "b.txt").unlink()
+    with pytest.raises(Fault, match="b.txt is missing"):
+        Seals(tmp_path).check(tmp_path / "b.txt")
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, monkeypatch):
@@ -68,6 +78,17 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
         (tmp_path / kept).write_text("kept")
     remove_leftovers(tmp_path)
     assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")} == {"updates", ".hidden", "scores.jsonl", "run.4711"}
+
+
+def test_somebody_elses_folder_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    (tmp_path / ".vimrc.20240101").write_text("x")
+    with pytest.raises(Fault, match="holds files of something else"):
+        RunFolder(tmp_path).clear_up()
+    assert len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "thesis.tex").unlink()  # what is left could be of a run that was killed in its first write
+    RunFolder(tmp_path).clear_up()
+    assert not list(tmp_path.iterdir())
 
 
 def test_lines_that_are_no_rows(tmp_path):

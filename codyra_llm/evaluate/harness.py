@@ -240,13 +240,9 @@ def _predictions(results: dict, headline: str) -> list[dict]:
     return out
 
 
-def write(folder: Path, model: str, lm: Live, section: "GeneralSection", measured: list[Measured]) -> None:
+def write(folder: Path, model: str, lm: Live, section: "GeneralSection", measured: Measured) -> None:
     """The harness's own result files: <folder>/<model>/results_<date>.json and samples_<task>_<date>.jsonl."""
-    whole = deepcopy(measured[0].results)
-    for other in measured[1:]:
-        for key, value in other.results.items():
-            if isinstance(value, dict):
-                whole.setdefault(key, {}).update(value)
+    whole = deepcopy(measured.results)
     samples = whole.pop("samples")
     whole["config"] = {"model": "hf", "model_args": f"pretrained={model}", "batch_size": "auto", "device": str(lm.device),
                        "limit": section.limit, "fewshot_seed": section.seed, "random_seed": section.seed,
