@@ -61,8 +61,12 @@ class RunFolder:
         return self._mapping("manifest.json")
 
     def clear_up(self) -> None:
-        """Remove what a killed process left half written. Raises Fault where the folder is somebody else's."""
+        """Remove what a killed process left half written. Raises Fault where the folder is somebody else's, or has lost the
+        hashes of its files."""
         names = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
+        if SEALS not in names and "manifest.json" in names:
+            raise Fault(f"{self.path / SEALS} is missing, which has the hashes of this run's files; restore it from a copy, or "
+                        f"begin anew in another output")
         if SEALS not in names and any(name not in OWN and not is_leftover(name) for name in names):
             raise Fault(f"output: {self.path} holds files of something else; give a new or empty folder")
         remove_leftovers(self.path)

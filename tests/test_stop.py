@@ -20,6 +20,7 @@ from codyra_llm.errors import Fault
 from codyra_llm.evaluate import generate
 from codyra_llm.files import read_jsonl
 from codyra_llm.folder import RunFolder
+from codyra_llm.seals import Seals
 
 
 def command(folder: Path) -> list:
@@ -145,16 +146,22 @@ def test_changed_data_are_not_gone_on_with(straight, tmp_path, toy_stream):
     asked, other = straight
     shutil.copytree(other.path, tmp_path / "run")
     shutil.copytree(toy_stream, tmp_path / "data")
-    manifest = (tmp_path / "run" / "manifest.json").read_text()
     file = tmp_path / "data" / "ONE" / "eval.json"
     file.write_text(file.read_text() + " ")
-    (tmp_path / "run" / "seals.json").unlink()
-    (tmp_path / "run" / "recipe.json").write_text(
-        (tmp_path / "run" / "recipe.json").read_text().replace(str(toy_stream), str(tmp_path / "data")))
-    (tmp_path / "run" / "manifest.json").write_text(manifest)
+    moved = (tmp_path / "run" / "recipe.json").read_text().replace(str(toy_stream), str(tmp_path / "data"))
+    with Seals(tmp_path / "run").replacing(tmp_path / "run" / "recipe.json") as temporary:
+        temporary.write_text(moved)
     data = asked.data.model_copy(update={"root": str(tmp_path / "data")})
     with pytest.raises(Fault, match="ONE/eval.json was .*, and is .* now"):
         runs.run(asked.model_copy(update={"output": str(tmp_path / "run"), "data": data}))
+
+
+def test_a_run_without_its_hashes_is_not_gone_on_with(straight, tmp_path):
+    asked, other = straight
+    shutil.copytree(other.path, tmp_path / "run")
+    (tmp_path / "run" / "seals.json").unlink()
+    with pytest.raises(Fault, match="seals.json is missing"):
+        runs.run(asked.model_copy(update={"output": str(tmp_path / "run")}))
 
 
 def test_the_second_of_two_runs_is_refused(straight, tmp_path):
