@@ -165,6 +165,15 @@ def _markdown(line: str) -> str:
     return line if line.startswith("    ") else re.sub(r"(`[^`]*`)|(\*|(?<!\w)_)", lambda m: m[1] or "\\" + m[2], line)
 
 
+def method_hooks() -> str:
+    """The interface, and some methods that put something of their own in place of each part."""
+    hooks = {name: hook for name, hook in vars(Method).items() if inspect.isfunction(hook) and not name.startswith("_")}
+    users = {name: [kind.name for kind in METHODS.values() if getattr(kind, name) is not hook] for name, hook in hooks.items()}
+    return rows("| hook | what it does | e.g. in |", [
+        (f"`{name}({', '.join([*inspect.signature(hook).parameters][1:])})`", " ".join(inspect.getdoc(hook).split()),
+         ", ".join(users[name][-3:])) for name, hook in hooks.items()])
+
+
 def trace_tasks() -> str:
     return rows("| task | language | epochs | rule `trace` | rule `treelora` |",
                 [(t.name, t.language, str(t.epochs), *(f"`{t.headline[rule]}`" for rule in PROTOCOLS)) for t in TASKS.values()])
@@ -198,7 +207,8 @@ def no_result() -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {part.__name__: part for part in (
-    recipe_keys, no_result, sweep_keys, methods_table, each_method, trace_tasks, trace_orders, trace_protocols, accuracy_rules)}
+    recipe_keys, no_result, sweep_keys, methods_table, each_method, method_hooks, trace_tasks, trace_orders,
+    trace_protocols, accuracy_rules)}
 PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 
