@@ -1,4 +1,4 @@
-"""The generated parts of docs/*.md, from the schema and the methods' declarations: `python -m codyra_llm.reference docs`.
+"""The generated parts of docs/*.md, from schema and declarations: `python -m codyra_llm.reference docs` writes them.
 
 A part stands between `<!-- generated: NAME -->` and `<!-- end -->`, NAME one of PARTS.
 """
@@ -68,7 +68,7 @@ def _type(node: dict) -> str:
 
 
 def _bounds(node: dict) -> str:
-    told = "minimum" if "exclusiveMinimum" in node else "minItems" if "prefixItems" in node else ""  # by another word
+    told = "minimum" if "exclusiveMinimum" in node else "minItems" if "prefixItems" in node else ""  # in other words
     own = [text.format(node[key]) for key, text in BOUNDS.items() if key in node and key != told]
     inner = [*node.get("anyOf", ()), *node.get("prefixItems", ()), node.get("items", {})]
     return ", ".join(dict.fromkeys(filter(None, own + [_bounds(part) for part in inner if part])))
@@ -97,7 +97,7 @@ def rows(header: str, found: list) -> str:
 
 
 def _cell(text: str) -> str:
-    return re.sub(r"<(?=\w)", r"\<", _markdown(text)).replace("|", "\\|")
+    return _markdown(text).replace("|", "\\|")
 
 
 def recipe_keys() -> str:
@@ -125,7 +125,8 @@ def method_keys() -> str:
         for key in own_keys(method):
             of.setdefault(key, []).append(method.name)
     found = sorted(of.items(), key=lambda item: -len(item[1]))  # what many share comes first
-    return "A key that means something else in another method, or has another default there, has a row for each.\n\n" + rows("| key | type | bounds | default | meaning | methods |",
+    intro = "A key that means something else in another method, or has another default, has a row for each.\n\n"
+    return intro + rows("| key | type | bounds | default | meaning | methods |",
                                  [(f"`{key.name}`", *key[1:], ", ".join(names)) for key, names in found])
 
 
@@ -161,14 +162,17 @@ def method_section(method: type[Method]) -> str:
 
 
 def _markdown(line: str) -> str:
-    """A docstring's line with what Markdown would take for emphasis escaped; indented ones are code."""
-    return line if line.startswith("    ") else re.sub(r"(`[^`]*`)|(\*|(?<!\w)_)", lambda m: m[1] or "\\" + m[2], line)
+    """A line with what Markdown would take for emphasis or a tag escaped; indented lines are code."""
+    if line.startswith("    "):
+        return line
+    return re.sub(r"(`[^`]*`)|(\*|(?<!\w)_|<(?=\w))", lambda found: found[1] or "\\" + found[2], line)
 
 
 def method_hooks() -> str:
     """The interface, and some methods that put something of their own in place of each part."""
     hooks = {name: hook for name, hook in vars(Method).items() if inspect.isfunction(hook) and not name.startswith("_")}
-    users = {name: [kind.name for kind in METHODS.values() if getattr(kind, name) is not hook] for name, hook in hooks.items()}
+    users = {name: [kind.name for kind in METHODS.values() if getattr(kind, name) is not hook]
+             for name, hook in hooks.items()}
     return rows("| hook | what it does | e.g. in |", [
         (f"`{name}({', '.join([*inspect.signature(hook).parameters][1:])})`", " ".join(inspect.getdoc(hook).split()),
          ", ".join(users[name][-3:])) for name, hook in hooks.items()])
@@ -176,7 +180,8 @@ def method_hooks() -> str:
 
 def trace_tasks() -> str:
     return rows("| task | language | epochs | rule `trace` | rule `treelora` |",
-                [(t.name, t.language, str(t.epochs), *(f"`{t.headline[rule]}`" for rule in PROTOCOLS)) for t in TASKS.values()])
+                [(task.name, task.language, str(task.epochs), *(f"`{task.headline[rule]}`" for rule in PROTOCOLS))
+                 for task in TASKS.values()])
 
 
 def trace_orders() -> str:
@@ -192,9 +197,9 @@ def trace_protocols() -> str:
 def accuracy_rules() -> str:
     """What the two rules say of some predictions; in the way TRACE's metrics are called."""
     found = []
-    for task, prediction, answer in (("FOMC", "B", "B"), ("FOMC", " B", "B"), ("FOMC", "B.", "B"), ("FOMC", "B because", "B"),
-                                     ("FOMC", "b", "B"), ("FOMC", "Answer: B", "B"), ("FOMC", "", "B"),
-                                     ("NumGLUE-cm", "12", "1"), ("NumGLUE-cm", "1.0", "1"),
+    for task, prediction, answer in (("FOMC", "B", "B"), ("FOMC", " B", "B"), ("FOMC", "B.", "B"),
+                                     ("FOMC", "B because", "B"), ("FOMC", "b", "B"), ("FOMC", "Answer: B", "B"),
+                                     ("FOMC", "", "B"), ("NumGLUE-cm", "12", "1"), ("NumGLUE-cm", "1.0", "1"),
                                      ("ScienceQA", "B\nsince", "B\nas"), ("ScienceQA", " B\nsince", "B\nas")):
         scores = score(task, [""], [prediction], [answer])
         values = (f"{scores[TASKS[task].headline[rule]][0]:g}" for rule in PROTOCOLS)
