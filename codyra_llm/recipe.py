@@ -19,6 +19,8 @@ Tokens = Annotated[int, Field(le=1 << 24)]  # more is a slip
 
 
 class ModelSection(Strict):
+    """The base model, and how it is computed."""
+
     path: PathText = Field(description="hub id, folder, .gguf file, or 'mini' (a small LLaMA that is made on first use)")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on a GPU, else float32")
@@ -26,20 +28,24 @@ class ModelSection(Strict):
                                                                             "family has it, else eager (gemma2)")
     quantization: Literal["nf4", "int8"] | None = Field(None, description="train on a base whose projections lie in 4 or "
                                                         "8 bits (bitsandbytes); evaluation and export don't")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(False, description="compute each block again in backward, which saves memory "
+                                         "and takes time")
     fused: bool = Field(True, description="the hand-written LoRA functions; false: the same maths in plain autograd")
 
 
 class DataSection(Strict):
+    """The tasks, their order and how much of each is read."""
+
     root: PathText = Field(description="folder that holds <task>/{train,eval,test}.json, or 'mini' (made on first use)")
     protocol: Literal["trace", "treelora"] = Field("trace", description="whose lengths, epochs, batch size, schedule, "
                                                    "loss average and accuracy rule fill what is not given")
     tasks: list[str] | int = Field(1, description="names in order, or the number of a published order")
-    epochs: int | dict[str, int] | None = Field(None, description="for all tasks, or by task; default: the protocol's")
-    max_prompt_tokens: Tokens | None = Field(None, ge=8)
-    max_answer_tokens: Tokens | None = Field(None, ge=2)
+    epochs: int | dict[str, int] | None = Field(None, description="1 to 1000, for all tasks, or by task; default: "
+                                               "each task's own (docs/trace_protocol.md), 1 for tasks that are not TRACE's")
+    max_prompt_tokens: Tokens | None = Field(None, ge=8, description="BOS included; what is longer is cut")
+    max_answer_tokens: Tokens | None = Field(None, ge=2, description="of a training answer, EOS included")
     truncation: Literal["left", "middle"] = Field("left", description="which part of a long prompt goes; left: TRACE")
-    chat_template: bool = False
+    chat_template: bool = Field(False, description="put every prompt into the tokenizer's chat template; TRACE does not")
     max_train_examples: int | None = Field(None, ge=1, description="first N of each task")
     batching: Literal["auto", "buckets", "packed"] = Field("auto", description="buckets: rows of similar length, "
                                                            "padded; packed: one row without padding; auto: packed where a GPU "
@@ -47,14 +53,17 @@ class DataSection(Strict):
 
 
 class OptimSection(Strict):
-    lr: Positive | None = None
-    schedule: Literal["constant", "cosine"] | None = None
+    """AdamW on each task; its moments start anew there unless the method carries them over."""
+
+    lr: Positive | None = Field(None, description="learning rate")
+    schedule: Literal["constant", "cosine"] | None = Field(None, description="of the learning rate within a task; cosine "
+                                                           "ends at 0; no warm-up")
     batch_size: Tokens | None = Field(None, ge=1, description="examples per optimizer step, over all ranks")
     loss_average: Literal["token", "sample"] | None = Field(None, description="over all labelled tokens of the global "
                                                             "batch, or the mean of each example's mean")
-    betas: tuple[Fraction, Fraction] | None = None
-    weight_decay: NotNegative = 0.0
-    max_grad_norm: Positive = 1.0
+    betas: tuple[Fraction, Fraction] | None = Field(None, description="AdamW's")
+    weight_decay: NotNegative = Field(0.0, description="AdamW's, times the learning rate")
+    max_grad_norm: Positive = Field(1.0, description="the gradient of all that trains is scaled down to this norm")
     micro_batch_tokens: Tokens | None = Field(None, ge=16, description="tokens per forward and rank, padding "
                                            "included; default 4096 on a CPU, 16384 on a GPU; halved where memory runs "
                                            "out. Does not change the result")
@@ -69,10 +78,12 @@ class OptimSection(Strict):
 
 
 class EvalSection(Strict):
+    """The answers that are scored after each task; greedy."""
+
     tasks: Literal["seen", "all"] = Field("seen", description="all: unseen tasks too")
     zero_shot: bool = Field(False, description="also evaluate before the first task")
-    split: Literal["test", "eval"] = "test"
-    max_new_tokens: int | dict[str, int] | None = Field(None, description="for all tasks, or by task")
+    split: Literal["test", "eval"] = Field("test", description="which examples; eval: for choosing settings")
+    max_new_tokens: int | dict[str, int] | None = Field(None, description="1 to 2^20, for all tasks, or by task")
     max_examples: int | None = Field(None, ge=1, description="first N of each task")
     backend: Literal["torch", "vllm"] = Field("torch", description="vllm: an optional package, on one GPU of the first "
                                               "process")
@@ -89,7 +100,8 @@ class GeneralSection(Strict):
     tasks: list[str] | None = Field(None, min_length=1, description="names; default: all of the hub's suite, or all whose "
                                                                     "files are in the folder")
     limit: int | None = Field(None, ge=1, description="examples of each task, drawn by the seed, for a quick look")
-    seed: int = Field(0, ge=0, lt=1 << 32)
+    seed: int = Field(0, ge=0, lt=1 << 32, description="which examples `limit` draws; apart from the run's, so that all "
+                      "runs answer the same ones")
     when: Literal["ends", "each"] = Field("ends", description="ends: before the first task and after the last; each: "
                                                               "after every task too")
 
@@ -101,6 +113,8 @@ class GeneralSection(Strict):
 
 
 class SaveSection(Strict):
+    """Checkpoints inside a task, which a run that was stopped goes on from."""
+
     minutes: Positive | None = Field(10.0, description="between checkpoints inside a task; null: only when asked to stop")
     keep: int = Field(1, ge=1, description="checkpoints inside a task that stay")
 
@@ -115,7 +129,7 @@ class Recipe(Strict):
     eval: EvalSection = EvalSection()
     general: GeneralSection = GeneralSection()
     save: SaveSection = SaveSection()
-    seed: int = Field(1234, ge=0, lt=1 << 32)
+    seed: int = Field(1234, ge=0, lt=1 << 32, description="of the order of examples, adapters' start, dropout and draws")
     output: PathText = Field(description="run folder")
     hang_minutes: Positive = Field(30.0, description="a launch of several processes in which nothing moves for so long ends")
     checkpoint: bool = Field(True, description="write the final merged model to <output>/checkpoint")

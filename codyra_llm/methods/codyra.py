@@ -45,7 +45,7 @@ class CodyraConfig(LoraConfig):
     importance_lr: NotNegative | None = Field(None, description="learning rate of w; default: the optimizer's")
     align: bool = Field(True, description="when the dense phase ends, rewrite each ΔW by its singular directions, with "
                         "w = σ/σ₁, so that the threshold meets parts in the order of their size")
-    threshold: Threshold = Threshold()
+    threshold: Threshold = Field(Threshold(), description="how hard the weights w are shrunk, and when")
     selection: Literal["threshold", "random"] = Field("threshold", description="random: the control that drops ranks "
                                                       "by lot, along a straight line to zero")
     keep: Fraction | None = Field(None, description="random only: share of all ranks kept")

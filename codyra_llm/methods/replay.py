@@ -19,6 +19,8 @@ class ReplayConfig(SeqLoraConfig):
 class Replay(SeqLora):
     """TRACE's replay: after the epochs of task t one epoch over the first 10 % of each earlier task and all of Lima.
 
+    Source: TRACE (2310.06762) and its code. Ours: one adapter trains, as in seqlora; `lima` false where its set is not at
+    hand.
     Cost: the memory's examples, up to 0.7 of an epoch and Lima, per task (or per epoch with `when` mixed).
     """
 

@@ -1,0 +1,240 @@
+"""README.md and docs/*.md: commands run or parse, recipes are valid, links lead somewhere, generated parts are current."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import ROOT, added_methods, check
+
+from codyra_llm import recipe as recipes
+from codyra_llm import reference, stop, sweep
+from codyra_llm.benchmarks.trace import TASKS
+from codyra_llm.cli import main
+from codyra_llm.errors import Fault
+from codyra_llm.folder import RunFolder
+from codyra_llm.methods import METHODS
+from codyra_llm.untrusted import parse_yaml
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="not a checkout")
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
+PROGRAMS = ("codyra-llm", "bench", "./launch.sh", "accelerate", "torchrun", "deepspeed", "sbatch", "python", "pip")
+INLINE = re.compile(r"`((?:[A-Z_]+=\S+ )*(?:" + "|".join(map(re.escape, PROGRAMS)) + r") [^`]+)`")
+PLACEHOLDERS = {"…": "recipes/quickstart.yaml", "RECIPE": "recipes/quickstart.yaml", "linear|block|step": "linear"}
+
+# How a command of an `sh` block is really run: what is put behind the recipe, behind the command, or in place of words.
+TINY = ["model.path=models/smollm2-135m", "data.root=data/LLM-CL-Benchmark_500", "data.tasks=[FOMC,ScienceQA]",
+        "data.epochs=1", "data.max_prompt_tokens=48", "data.max_answer_tokens=8", "optim.batch_size=4", "eval.max_examples=2",
+        "eval.max_new_tokens=3", "general.data=null"]
+BEHIND = {"evaluate": ["data.max_prompt_tokens=48", "eval.max_examples=2", "eval.max_new_tokens=3"],
+          "sweep": ["--report"], "bench": ["--rounds", "1", "--device", "cpu"]}
+SHAPES = {"linear": ["--shape", "12,8,20,3"], "block": ["--shape", "2,6,3", "--model", "models/smollm2-135m"],
+          "head": ["--shape", "48,8,40,16"], "step": ["--batch", "2", "--examples", "2"]}
+INSTEAD = {"google/gemma-2b-it": "models/smollm2-135m", "some/adapter": "peft", "some/model": "models/smollm2-135m",
+           "data/general": "mini"}
+ONLY_PARSED = {"model get": "fetches a package", "--general hub": "the hub's data"}
+
+
+def blocks(language):
+    return [(page.name, found[2]) for page in PAGES for found in BLOCK.finditer(page.read_text()) if found[1] == language]
+
+
+def lines(kind):
+    """(page, command) of every command in `sh` blocks, or of those in the text."""
+    if kind == "sh":
+        found = [(page, line) for page, text in blocks("sh") for line in text.replace("\\\n", " ").splitlines()]
+        return [(page, shlex.split(line, comments=True)) for page, line in found if line.strip()]
+    text = [(page.name, BLOCK.sub("", page.read_text())) for page in PAGES]
+    found = [(page, shlex.split(code, comments=True)) for page, body in text for code in INLINE.findall(body)]
+    return [(page, [PLACEHOLDERS.get(word, word) for word in words]) for page, words in found]
+
+
+def named(command):
+    return f"{command[0]}: {' '.join(command[1])}"
+
+
+@pytest.fixture(scope="module")
+def place(tiny_llama, tmp_path_factory):
+    """A folder that looks as the pages suppose: recipes, a model, data, named files of the pages, and a finished run,
+    made by README's first command."""
+    folder = tmp_path_factory.mktemp("place")
+    for name in ("recipes", "docs", "launch.sh", "constraints.txt", "pyproject.toml", "tests"):
+        (folder / name).symlink_to(ROOT / name)
+    for task in TASKS:
+        (folder / "data/LLM-CL-Benchmark_500" / task).mkdir(parents=True)
+        for split, numbers in (("train", range(8)), ("eval", range(8, 10)), ("test", range(10, 13))):
+            rows = [{"prompt": f"{task} {i}: A, B or C?", "answer": "ABC"[i % 3]} for i in numbers]
+            (folder / "data/LLM-CL-Benchmark_500" / task / f"{split}.json").write_text(json.dumps(rows))
+    shutil.copytree(tiny_llama, folder / "models/smollm2-135m")
+    for language in ("python", "yaml"):
+        for _, text in blocks(language):
+            if found := re.match(r"# (\w+\.(?:py|yaml))\n", text):
+                (folder / found[1]).write_text(text)
+    (folder / "hosts").write_text("localhost slots=2\n")
+    (folder / "zero2.json").write_text('{"zero_optimization": {"stage": 2}}')
+    (folder / "predictions.json").write_text('[{"prompt": "p", "prediction": "A", "answer": "A"}]')
+    done = subprocess.run(["./launch.sh", "recipes/quickstart.yaml", *TINY], cwd=folder, env=environment(), text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    shutil.copytree(folder / "runs/quickstart", folder / "runs/x")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run(["export", "runs/x", "peft", "--format", "peft"])
+    return folder
+
+
+@pytest.fixture
+def here(place, monkeypatch):
+    for key, value in environment().items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(stop, "listen", lambda: None)  # pytest keeps its signals
+    return place
+
+
+def environment():
+    deciding = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_CONFIG", "RANK", "WORLD_SIZE")
+    kept = {key: value for key, value in os.environ.items() if key not in deciding and not key.startswith("SLURM")}
+    return {**kept, "PROCESSES": "1", "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1"}
+
+
+def run(arguments):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert not end.value.code
+
+
+def small(words):
+    """The same command on a tiny model and little data; None where it is parsed and no more, as launchers are: `place`
+    has run README's first command, tests/test_launch*.py run the others' like."""
+    command = " ".join(words)
+    if any(reason in command for reason in ONLY_PARSED):
+        return None
+    words = [INSTEAD.get(word, word) for word in words]
+    name = words[2] if words[0] == "python" else words[1]
+    if words[0] == "codyra-llm" or words[:2] == ["python", "anchor.py"]:
+        if name in ("run", "plan"):
+            at = words.index(name) + 2
+            return [*words[:at], *TINY, *words[at:]]
+        return words + BEHIND.get(name, []) + (SHAPES[words[2]] if name == "bench" else [])
+    return None
+
+
+@pytest.mark.parametrize("command", lines("sh"), ids=named)
+def test_command_of_a_block(command, here, monkeypatch):
+    words = command[1]
+    check(words)
+    if not (reduced := small(words)):
+        return
+    if reduced[0] == "codyra-llm":
+        return run(reduced[1:])
+    monkeypatch.setattr(sys, "argv", reduced[1:])
+    with pytest.raises(SystemExit) as end, added_methods(reduced[1], run_name="__main__"):
+        pass
+    assert not end.value.code
+
+
+@pytest.mark.parametrize("command", lines("text"), ids=named)
+def test_command_in_the_text(command, here):
+    check(command[1])
+
+
+def test_a_command_that_nothing_covers_fails(here):
+    for words in (["rsync", "a", "b"], ["codyra-llm", "trian", "x"], ["codyra-llm", "run", "quickstart", "method.rnk=3"],
+                  ["torchrun", "nowhere.yaml"], ["pip", "install", "codyra-llm[vlm]"],
+                  ["python", "-m", "codyra_llm", "run", "x"]):
+        with pytest.raises((AssertionError, Fault)):
+            check(words)
+    with pytest.raises(Exception, match="No such option"):
+        check(["codyra-llm", "methods", "--jsn"])
+
+
+@pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: block[0])
+def test_yaml_is_a_recipe_or_a_sweep(block, here):
+    text = block[1]
+    raw = parse_yaml(text, "block")
+    if "arms" in raw:
+        Path("block.yaml").write_text(text)
+        assert sweep.load("block.yaml").runs()
+    else:
+        needed = {"model": {"path": "m"}, "data": {"root": "d"}, "method": "codyra", "output": "o"}
+        recipes.parse(raw if "model" in raw else {**needed, **raw})
+
+
+def test_python_of_readme(here):
+    [(_, text)] = [block for block in blocks("python") if block[0] == "README.md"]
+    given = "".join(f'"{setting}", ' for setting in TINY)
+    assert '["method' in text
+    exec(text.replace('["method', f'[{given}"method'), {})  # noqa: S102 - the page's own lines
+    assert RunFolder(here / "runs/seqlora").summary["op"] is not None
+
+
+def test_the_new_method_is_seqlora_at_weight_0_and_moves_less_with_more(here):
+    """docs/extending.md's example through the trainer; the distance of the second task's adapter from the first's."""
+    moved = {}
+    for name, settings in {"seqlora": ["method=seqlora"], "0": ["method=anchor", "method.weight=0"],
+                           "9": ["method=anchor", "method.weight=9"]}.items():
+        with added_methods("anchor.py"):
+            run(["run", "quickstart", *TINY, *settings, "optim.lr=1e-2", f"output=runs/anchor-{name}"])
+            updates = RunFolder(here / f"runs/anchor-{name}").archive()
+        one, two = (updates.load(i).adapters for i in range(2))
+        moved[name] = sum(((two[site].a - one[site].a).square().sum() + (two[site].b - one[site].b).square().sum()).item()
+                          for site in one)
+    assert moved["0"] == moved["seqlora"] and moved["9"] < 0.7 * moved["seqlora"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_named_files_exist(page):
+    text = BLOCK.sub("", page.read_text())
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith("http"):
+            path, _, anchor = target.partition("#")
+            found = (page.parent / path).resolve() if path else page
+            assert found.exists(), target
+            titles = re.findall(r"^#+ (.*)", found.read_text(), re.M) if anchor else []
+            assert not anchor or anchor in map(slug, titles), target
+    for path in re.findall(r"(?:docs|tests|recipes|benchmarks|codyra_llm)/[\w./-]*\w", page.read_text()):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_settings_in_the_text_exist(page):
+    known = {key.name for key in reference.keys(recipes.Recipe)}
+    known |= {key.name for method in METHODS.values() for key in reference.own_keys(method)}
+    named = re.findall(r"`((?:model|data|method|optim|eval|general|save)\.[a-z_.]+)", page.read_text())
+    assert [name for name in named if name.strip(".") not in known and not name.endswith((".py", ".safetensors"))] == []
+
+
+def slug(title):
+    """A heading's anchor, as GitHub makes it."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+
+
+def test_generated_parts_are_current():
+    """`python -m codyra_llm.reference docs` writes them."""
+    used = set()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert text == reference.renewed(text), page.name
+        used |= {found[2] for found in reference.PART.finditer(text)}
+    assert used == reference.PARTS.keys()
+
+
+def test_every_key_and_every_method_is_described():
+    shown = (ROOT / "docs/recipes.md").read_text()
+    for key in [*reference.keys(recipes.Recipe), *(key for m in METHODS.values() for key in reference.own_keys(m))]:
+        assert key.name == "method.name" or (key.meaning and f"`{key.name}`" in shown), key.name
+    for method in METHODS.values():
+        assert not method.trains or "Cost" in method.__doc__, method.name
+        assert method.name == "none" or re.search(r"\d{4}\.\d{5}|code", method.__doc__), f"{method.name} names no source"
+
+
+def test_the_index_lists_every_page():
+    readme = (ROOT / "README.md").read_text()
+    assert [page.name for page in PAGES[1:] if f"(docs/{page.name})" not in readme] == []
