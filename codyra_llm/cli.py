@@ -196,8 +196,11 @@ def export(folder: Annotated[Path, typer.Argument(metavar="RUN")], out: Path,
            without: Annotated[str | None, typer.Option(help="leave this task's update out")] = None,
            format: Annotated[str, typer.Option(help="merged: a plain model; peft: an adapter on the base; stage: the part "
                                                "of the run folder that answers, for methods that don't merge")] = "merged",
-           ) -> None:
+           push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="upload it to this repository of the hub")] = None,
+           public: Annotated[bool, typer.Option("--public", help="for everybody to see; default: private")] = False) -> None:
     """Write the model as it was after any task of a run, rebuilt from the base and the archived updates."""
+    from . import card
+    from . import push as hub
     from .export import write_merged, write_peft, write_stage
     from .folder import RunFolder
     from .setup import prepare
@@ -207,6 +210,8 @@ def export(folder: Annotated[Path, typer.Argument(metavar="RUN")], out: Path,
         raise Fault(f"--format: '{format}' is not a format; choose merged, peft or stage.{nearest(format, writers)}")
     if out.exists():
         raise Fault(f"{out} exists already; give a new name")
+    if push:
+        hub.check(push)
     opened = RunFolder(folder)
     setup = prepare(opened.recipe)
     setup.verify(opened)
@@ -215,11 +220,14 @@ def export(folder: Annotated[Path, typer.Argument(metavar="RUN")], out: Path,
     if format == "stage":
         if without:
             raise Fault("--without: a stage holds all tasks up to --after; leave --without out, or use --format merged")
-        write_stage(opened, last, out)
+        write_stage(opened, last, out, card.render(setup, opened, last, None, format))
     else:
-        writers[format](setup, archive, last, archive.index(without) if without else None, out)
+        left = archive.index(without) if without else None
+        writers[format](setup, archive, last, left, out, card.render(setup, opened, last, left, format))
     console.print(f"{format} model after {after or archive.tasks[last]}"
                   + (f" without {without}" if without else "") + f": {out}")
+    if push:
+        console.print(f"pushed: {hub.push(out, push, public)}")
 
 
 @app.command()

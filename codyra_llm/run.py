@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
 
-from . import __version__, distributed, models, open_ended, stop, watch
+from . import __version__, card, distributed, models, open_ended, stop, watch
 from .distributed import collectively, of_first, wait
 from .errors import Fault
 from .evaluate import judge, vllm
@@ -194,10 +194,11 @@ def finish(setup: Setup, folder: RunFolder) -> None:
     target = folder.path / "checkpoint"
     if setup.recipe.checkpoint and setup.method.trains:
         last = len(setup.recipe.tasks) - 1
+        text = card.render(setup, folder, last, None, "merged" if setup.method.merges else "stage")
         if setup.method.merges:
-            write_merged(setup, folder.archive(), last, None, target)
+            write_merged(setup, folder.archive(), last, None, target, text)
         else:
-            write_stage(folder, last, target)
+            write_stage(folder, last, target, text)
         console.print(f"{'merged model' if setup.method.merges else 'stage of the run'}: {target}")
     open_ended.settle(setup, folder)
     page.write([folder], folder.path / "report.html")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from fake_judge import judge as judging
-from test_evaluate import learnt, merging  # noqa: F401
+from test_evaluate import learnt
 
 from codyra_llm import open_ended, stop
 from codyra_llm import recipe as recipes
@@ -262,10 +262,11 @@ def test_a_missing_key_is_a_fault_before_training(tiny_llama, toy_stream, questi
     assert not (tmp_path / "run").exists()
 
 
-def test_answers_alone_of_anybodys_checkpoint(merging, tiny_llama, questions, tmp_path):
+def test_answers_alone_of_anybodys_checkpoint(tiny_llama, toy_stream, questions, tmp_path):
     """Prompts are enough to evaluate on; without a base there is nothing to compare with."""
     section = [f"open_ended.prompts={questions}", "open_ended.max_new_tokens=4"]
-    out = evaluate(str(merging.path / "checkpoint"), Wanted(base=str(tiny_llama), tasks=["ONE"], out=tmp_path / "out",
+    run = learnt(tiny_llama, toy_stream, tmp_path / "run", {"name": "seqlora", "rank": 4})
+    out = evaluate(str(run.path / "checkpoint"), Wanted(base=str(tiny_llama), tasks=["ONE"], out=tmp_path / "out",
                                                             overrides=section))
     assert len(out.pairs("helpful")) == 4 and out.pairs("helpful")[0]["base"] != out.pairs("helpful")[0]["final"]
     base = evaluate(str(tiny_llama), Wanted(base=str(tiny_llama), out=tmp_path / "same", overrides=section))
