@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .benchmarks.trace import TASKS
 from .benchmarks.trace.metrics import versioned
+from .evaluate.matrix import FORMULAS
 from .folder import RunFolder
 from .methods import METHODS
 from .recipe import Recipe
@@ -20,8 +21,8 @@ from .setup import Setup
 
 KINDS = {
     "merged": ("transformers", "finetune", "A plain model: the updates of the tasks are merged into the base's weights."),
-    "peft": ("peft", "adapter", "A PEFT LoRA adapter: the sum of the tasks' updates on the base. Merged into it the weights equal "
-                                "those that were scored to rounding."),
+    "peft": ("peft", "adapter", "A PEFT LoRA adapter: the sum of the tasks' updates on the base. Merged into it the weights "
+                                "equal those that were scored to rounding."),
     "stage": (None, "finetune", "The part of a run folder that answers as the model did; the base is not in it. Ask it with "
                                 "`codyra-llm generate FOLDER@TASK`."),
 }
@@ -87,8 +88,8 @@ def _origin(recipe: Recipe, after: int, without: int | None) -> str:
     learnt = recipe.tasks[: after + 1]
     order = ", ".join(plain(task) for task in learnt)
     missing = f" The update of {plain(recipe.tasks[without])} is left out." if without is not None else ""
-    return (f"Base model: {plain(recipe.model.path)}. Method: {recipe.method.name} ({plain(METHODS[recipe.method.name].summary)}). "
-            f"Learnt one after the other: {order or 'nothing yet'} ({len(learnt)} of {len(recipe.tasks)} tasks).{missing}")
+    summary = plain(METHODS[recipe.method.name].summary)
+    return (f"Base model: {plain(recipe.model.path)}. Method: {recipe.method.name} ({summary}). Learnt one after the other: {order or 'nothing yet'} ({len(learnt)} of {len(recipe.tasks)} tasks).{missing}")
 
 
 def _tables(folder: RunFolder, recipe: Recipe, rows: list[dict], after: int) -> list[str]:
@@ -99,9 +100,9 @@ def _tables(folder: RunFolder, recipe: Recipe, rows: list[dict], after: int) -> 
                                       ("general", "General ability", "0 to 100, tasks that were not trained on."))]
     if rows and after + 1 == len(recipe.tasks):
         found = summarised(folder)
-        grids.append(Grid("Measures over the stream", "measure", ["value"],
-                          [(name, [number(found[name], ".2f")]) for name in MEASURES if found[name] is not None],
-                          "As codyra_llm defines them; the literature has several definitions of forgetting."))
+        grids.append(Grid("Measures over the stream", "measure", ["value", "definition"],
+                          [(name, [number(found[name], ".2f"), word(FORMULAS[name])]) for name in MEASURES
+                           if found[name] is not None]))
     return [markdown([grid]).rstrip() for grid in grids if grid.rows]
 
 
@@ -110,12 +111,13 @@ def _counted(row: dict) -> int | None:
 
 
 def _caveats(recipe: Recipe, rows: list[dict], without: int | None, licence: dict) -> list[str]:
-    most, split = recipe.eval.max_examples, recipe.eval.split
+    most, split, limit = recipe.eval.max_examples, recipe.eval.split, recipe.general.limit
     return [line for line in (
         "This model was not scored as it is: one update is left out." if without is not None else
         "No scores of this stage are in the run folder." if not rows else
         f"Scored under protocol `{recipe.data.protocol}`, by greedy answers to the {split} split"
         + (f", the first {most} examples of each task at most." if most else "."),
+        f"General ability was measured on {limit} drawn examples of each task." if limit and rows else "",
         "Scores of the eval split are no test scores." if split == "eval" and rows else "",
         f"One run with seed {recipe.seed}: the intervals say nothing of the spread over seeds." if rows else "",
         "Not comparable with published TRACE tables unless base model, data variant, prompt lengths, decoding and metrics are "

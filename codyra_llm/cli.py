@@ -111,14 +111,17 @@ def sweep(file: Annotated[Path, typer.Argument(metavar="SWEEP", help="a YAML fil
 @app.command()
 def report(folders: Annotated[list[Path], typer.Argument(metavar="RUN...")],
            out: Annotated[Path | None, typer.Option(help="file to write: .html, a page; .csv or .md, its tables")] = None,
-           examples: Annotated[bool, typer.Option(help="show test examples that were forgotten")] = True) -> None:
+           examples: Annotated[bool, typer.Option(help="show test examples that were forgotten")] = True,
+           paper: Annotated[bool, typer.Option("--paper", help="beside the published TRACE tables, with caveats")] = False,
+           ) -> None:
     """Report on a run, or on several together; needs no model.
 
     Without --out: print the run's scores and rewrite its summary.json, report.md and report.html.
     Example: codyra-llm report runs/* --out report.html
     """
     from .folder import RunFolder
-    from .report import page
+    from .report import page, published
+    from .report.grid import markdown
     from .report.one import summarised
     from .report.tables import render, table
 
@@ -127,10 +130,11 @@ def report(folders: Annotated[list[Path], typer.Argument(metavar="RUN...")],
         raise Fault("--out: several runs have no folder in common; name the file to write, e.g. --out report.html")
     if out is None:
         summary = summarised(opened[0])
-        opened[0].write_summary(summary, render(opened[0].recipe, summary, opened[0].updates))
+        beside = f"\n{markdown(published.beside(opened))}" if paper else ""
+        opened[0].write_summary(summary, render(opened[0].recipe, summary, opened[0].updates) + beside)
         console.print(table(summary))
     target = out or opened[0].path / "report.html"
-    page.write(opened, target, examples)
+    page.write(opened, target, examples, paper)
     console.print(f"report: {target}")
 
 
@@ -196,7 +200,7 @@ def export(folder: Annotated[Path, typer.Argument(metavar="RUN")], out: Path,
            without: Annotated[str | None, typer.Option(help="leave this task's update out")] = None,
            format: Annotated[str, typer.Option(help="merged: a plain model; peft: an adapter on the base; stage: the part "
                                                "of the run folder that answers, for methods that don't merge")] = "merged",
-           push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="upload it to this repository of the hub")] = None,
+           push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="upload it to this hub repository")] = None,
            public: Annotated[bool, typer.Option("--public", help="for everybody to see; default: private")] = False) -> None:
     """Write the model as it was after any task of a run, rebuilt from the base and the archived updates."""
     from . import card

@@ -31,7 +31,8 @@ from .seals import Seals
 from .untrusted import read_mapping
 
 # settings that change no result
-NO_RESULT = ("output", "model.gradient_checkpointing", "checkpoint", "save.minutes", "save.keep", "hang_minutes", "optim.micro_batch_tokens", "eval.batch_tokens", "model.fused", "data.batching",
+NO_RESULT = ("output", "model.gradient_checkpointing", "checkpoint", "save.minutes", "save.keep", "hang_minutes",
+             "optim.micro_batch_tokens", "eval.batch_tokens", "model.fused", "data.batching",
              *(f"open_ended.judge.{key}" for key in JudgeSection.model_fields))
 
 OWN = ("lease.json", SEALS, "recipe.json")  # may lie in a folder that is about to become a run's

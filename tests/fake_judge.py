@@ -25,15 +25,16 @@ def judge(prefers, fails=lambda number: None, delay=0.0):
                 return self.answer(*failure)
             text = body["messages"][0]["content"]
             first, second = (re.search(rf"<answer_{x}>\n(.*)\n</answer_{x}>", text, re.DOTALL)[1] for x in "AB")
-            self.answer(200, json.dumps({
-                "id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [
-                    {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": prefers(first, second)}}]}))
+            message = {"role": "assistant", "content": prefers(first, second)}
+            self.answer(200, json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
+                                         "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}))
 
         def answer(self, status, body, kind="application/json"):
             try:
                 self.send_response(status)
-                for name, value in (("content-type", kind), ("content-length", str(len(body.encode()))), ("retry-after-ms", "1")):
-                    self.send_header(name, value)
+                self.send_header("content-type", kind)
+                self.send_header("content-length", str(len(body.encode())))
+                self.send_header("retry-after-ms", "1")
                 self.end_headers()
                 self.wfile.write(body.encode())
             except BrokenPipeError:  # the client did not wait

@@ -189,7 +189,8 @@ def test_prompt_files(tmp_path):
     assert prompts.find(section.model_copy(update={"prompts": str(tmp_path / "a.json")})) == {"a": ["one", "two"]}
     for name, content, message in (("d.json", "{}", "expected records"), ("d.json", '[{"text": "x"}]', "no 'prompt'"),
                                    ("d.json", '[{"prompt": 3}]', "is a int, expected a string"),
-                                   ("d.jsonl", '{"prompt": " "}', "'prompt' is empty"), ("d.jsonl", "[", "line 1: invalid JSON"),
+                                   ("d.jsonl", '{"prompt": " "}', "'prompt' is empty"),
+                                   ("d.jsonl", "[", "line 1: invalid JSON"),
                                    ("d.csv", "text\nx\n", "no 'prompt'"), ("d.csv", 'prompt\n"x', "invalid CSV"),
                                    ("d.json", "[3]", "is a int, expected an object"), ("a.csv", "prompt\nx\n", "two files")):
         (tmp_path / name).write_text(content)

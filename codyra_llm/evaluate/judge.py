@@ -56,7 +56,8 @@ def questions(name: str, pair: dict) -> dict[str, tuple[str, tuple[str, str]]]:
     """What to ask about {"prompt", "base", "final"}: by digest the text, and who A and B are. None of two equal answers."""
     if pair["base"] == pair["final"]:
         return {}
-    texts = [(QUESTION.format(prompt=pair["prompt"], first=pair[a], second=pair[b], criterion=CRITERIA[criterion(name)]), (a, b))
+    by = CRITERIA[criterion(name)]
+    texts = [(QUESTION.format(prompt=pair["prompt"], first=pair[a], second=pair[b], criterion=by), (a, b))
              for a, b in (("base", "final"), ("final", "base"))]
     return {hashlib.sha256(text.encode()).hexdigest()[:32]: (text, order) for text, order in texts}
 
@@ -101,8 +102,8 @@ def require(section: JudgeSection) -> None:
                     "set open_ended.judge.base_url to null")
     key = os.environ.get(section.key_variable or "", "").strip()
     if section.key_variable and not (key and key.isascii() and key.isprintable()):
-        raise Fault(f"open_ended.judge.key_variable: the environment variable {section.key_variable} holds no key; export it, or "
-                    f"set key_variable to null for an endpoint that asks for none")
+        raise Fault(f"open_ended.judge.key_variable: the environment variable {section.key_variable} holds no key; export it, "
+                    f"or set key_variable to null for an endpoint that asks for none")
 
 
 def replies(section: JudgeSection, asked: dict[str, str]) -> Iterator[tuple[str, str]]:
@@ -154,8 +155,8 @@ def _ask(client: Any, section: JudgeSection, text: str) -> str:
     try:
         reply = client.chat.completions.create(model=section.model, messages=[{"role": "user", "content": text}], **given)
     except (OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON
-        raise Fault(f"open_ended.judge: {section.base_url} failed ({_reason(error, section)}); what was judged is kept, give the "
-                    f"same command again once the endpoint answers, or set open_ended.judge.base_url to null") from None
+        raise Fault(f"open_ended.judge: {section.base_url} failed ({_reason(error, section)}); what was judged is kept, give "
+                    f"the same command again once the endpoint answers, or set open_ended.judge.base_url to null") from None
     choices = getattr(reply, "choices", None)
     if not choices or getattr(choices[0], "message", None) is None:
         raise Fault(f"open_ended.judge.base_url: {section.base_url} gave no chat completion; correct it, it often ends in /v1")

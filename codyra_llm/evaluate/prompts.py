@@ -36,8 +36,8 @@ class JudgeSection(Strict):
     @model_validator(mode="before")
     @classmethod
     def _holds_no_secret(cls, given: Any) -> Any:
-        names = given if isinstance(given, dict) else {}
-        if found := [k for k in names if isinstance(k, str) and k != "key_variable" and re.search("key|token$|secret|passw", k)]:
+        names = map(str, given) if isinstance(given, dict) else ()
+        if found := [name for name in names if name != "key_variable" and re.search("key|token$|secret|passw", name)]:
             raise ValueError(f"'{found[0][:100]}' does not belong in a recipe, which is copied into runs and exports; put the "
                              f"key into an environment variable and give that one's name as 'key_variable'")
         return given
@@ -92,8 +92,8 @@ def find(section: OpenEndedSection) -> dict[str, list[str]]:
     faults = [f"open_ended.files: '{name}' is no file of {root}.{nearest(name, known)} Known: {', '.join(known) or 'none'}"
               for name in section.files or () if name not in known]
     if not known or len(known) < len(paths):
-        faults.append(f"open_ended.prompts: {root} holds {'two files of one name' if known else 'no .json, .jsonl or .csv'}; give "
-                      f"files with {RECORD}, each of another name")
+        found = "two files of one name" if known else "no .json, .jsonl or .csv"
+        faults.append(f"open_ended.prompts: {root} holds {found}; give files with {RECORD}, each of another name")
     if faults:
         raise Fault(*faults)
     found = {name: _read(known[name]) for name in dict.fromkeys(section.files or known)}
@@ -108,9 +108,9 @@ def _read(path: Path) -> list[str]:
     faults = []
     for number, record in enumerate(records):
         where = f"{path}: record {number}"
-        own = record_faults({"answer": "", "prompt": record["prompt"]} if isinstance(record, dict) and "prompt" in record
-                            else record, "test", where)
-        faults += own or ([f"{where}: 'prompt' is empty; fill it in or remove the record"] if not record["prompt"].strip() else [])
+        own = record_faults({**record, "answer": ""} if isinstance(record, dict) else record, "test", where)
+        empty = not own and not record["prompt"].strip()
+        faults += own + [f"{where}: 'prompt' is empty; fill it in or remove the record"] * empty
     if faults:
         raise Fault(*faults[:NAMED], *([f"{path}: {len(faults) - NAMED} more such faults"] if len(faults) > NAMED else []))
     return [record["prompt"] for record in records]

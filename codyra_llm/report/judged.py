@@ -3,7 +3,7 @@
 from ..evaluate import judge
 from ..folder import RunFolder
 from ..recipe import Recipe
-from .grid import Grid, markdown, number, word
+from .grid import Cell, Grid, markdown, number, word
 
 
 def summarise(recipe: Recipe, folder: RunFolder) -> dict | None:
@@ -32,10 +32,11 @@ def grid(found: dict | None) -> Grid | None:
         return None
     lines = [(name, [word(row["criterion"]), number(row["answered"], "d"), number(row["judged"], "d"),
                      *(_share(row.get(outcome)) for outcome in judge.OUTCOMES)]) for name, row in found["files"].items()]
-    return Grid("open-ended answers", "prompts", ["judged by", "answered", "judged", *judge.OUTCOMES], lines, _note(found)).filled()
+    columns = ["judged by", "answered", "judged", *judge.OUTCOMES]
+    return Grid("open-ended answers", "prompts", columns, lines, _note(found)).filled()
 
 
-def _share(row: dict | None):
+def _share(row: dict | None) -> Cell | None:
     return row and number(row["share"], low=row["low"], high=row["high"], small=f"{row['low']:.0f}–{row['high']:.0f}",
                           hint=f"{row['n']} pairs")
 
@@ -46,8 +47,9 @@ def _note(found: dict) -> str:
         return f"{stored} They were not judged: the recipe names no endpoint (open_ended.judge.base_url)."
     lacking = sum(row["answered"] - row["judged"] for name, row in found["files"].items() if not name.startswith("all: "))
     return (f"{stored} Share in % of the pairs that the final model wins, ties or loses against the base by the verdict of "
-            f"{found['judge']}, with Wilson's 95 % interval over prompts. Each pair was judged in both orders; where these disagree "
-            f"it is a tie, as are equal answers." + (f" Not judged, or with no verdict in the reply: {lacking}." if lacking else ""))
+            f"{found['judge']}, with Wilson's 95 % interval over prompts. Each pair was judged in both orders; where these "
+            f"disagree it is a tie, as are equal answers."
+            + (f" Not judged, or with no verdict in the reply: {lacking}." if lacking else ""))
 
 
 def lines(found: dict | None) -> list[str]:

@@ -30,7 +30,8 @@ def content(folder: RunFolder, examples: bool) -> dict:
     manifest = folder.manifest if (folder.path / "manifest.json").is_file() else {}
     return {"title": f"{recipe.method.name} on {len(recipe.tasks)} tasks", "facts": _facts(folder, found, manifest),
             "measures": _measures(found), "scores": _scores(found, rows), "panels": _panels(found, rows),
-            "general": _general(found, rows), "open_ended": judged.grid(found["open_ended"]), "ranks": _ranks(updates), "rank_maps": _rank_maps(updates),
+            "general": _general(found, rows), "open_ended": judged.grid(found["open_ended"]), "ranks": _ranks(updates),
+            "rank_maps": _rank_maps(updates),
             "changes": _changes(updates), "curves": _curves(log), "costs": _costs(folder.costs, log),
             "examples": forgotten(folder, found) if examples else [], "manifest": manifest,
             "recipe": json.dumps(recipe.model_dump(mode="json"), ensure_ascii=False, indent=1),
