@@ -162,7 +162,7 @@ def evaluate(checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT|RUN@T
              general: Annotated[str | None, typer.Option(help="hub, mini or a folder of general-ability files")] = None,
              general_tasks: Annotated[str | None, typer.Option(help="e.g. mmlu,piqa; default: all that are there")] = None,
              base: Annotated[str | None, typer.Option(help="the base: a PEFT adapter is merged into it, and general ability "
-                                                      "is measured on it too, for ΔR")] = None,
+                                                      "is measured on it too, for ΔR; open-ended prompts need it")] = None,
              out: Annotated[Path | None, typer.Option(help="default: evaluations/<checkpoint>")] = None,
              local_rank: LocalRank = None) -> None:
     """Score any checkpoint, without training. What a run made is scored as the run did, and equals its own rows.
