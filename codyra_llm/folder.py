@@ -166,23 +166,6 @@ class RunFolder:
         """The answers to prompts that both models have answered."""
         return [row for row in self.answers(name) if row.keys() >= {"base", "final"}]
 
-    def verdicts(self, name: str, judge: str) -> dict[str, str | None]:
-        """What `judge` said of the answers to file `name`, by the digest of the question."""
-        rows = read_jsonl(self._verdicts(name))
-        return {row["question"]: row["verdict"] for row in rows if row["judge"] == judge}
-
-    def begin_verdicts(self, name: str) -> None:
-        """Take off a last line that a crash cut, so that more can be appended."""
-        self.may_write()
-        write_jsonl(self._verdicts(name), read_jsonl(self._verdicts(name)))
-
-    def add_verdict(self, name: str, row: dict) -> None:
-        self.may_write()
-        append_jsonl(self._verdicts(name), row)
-
-    def _verdicts(self, name: str) -> Path:
-        return self.path / "judged" / f"{name}.jsonl"
-
     def restart_log(self, task: str, step: int) -> None:
         """Leave out what an attempt at `task` logged behind `step` before it was stopped."""
         self.may_write()

@@ -11,6 +11,7 @@ from .evaluate import judge
 from .folder import RunFolder
 from .measure import BACKENDS
 from .setup import Setup
+from .verdicts import Verdicts
 
 console = Console(highlight=False)
 
@@ -57,15 +58,16 @@ def settle(setup: Setup, out: RunFolder) -> None:
     """
     section = setup.recipe.open_ended.judge
     for name in setup.prompts if section.base_url else ():
-        pairs, had = out.pairs(name), out.verdicts(name, section.model)
+        pairs, verdicts = out.pairs(name), Verdicts(out, name)
+        had = verdicts.of(section.model)
         asked = {digest: question for pair in pairs for digest, question in judge.questions(name, pair).items()}
         due = {digest: text for digest, (text, _) in asked.items() if digest not in had}
-        out.begin_verdicts(name)
+        verdicts.begin()
         for digest, said in judge.replies(section, due) if due else ():
             watch.at(f"verdicts on {name}")
             order = asked[digest][1]
-            out.add_verdict(name, {"judge": section.model, "question": digest, "A": order[0], "B": order[1],
-                                   "verdict": judge.preferred(said, order), "said": said})
-        found = judge.tally(judge.outcomes(name, pairs, out.verdicts(name, section.model)))
+            verdicts.add({"judge": section.model, "question": digest, "A": order[0], "B": order[1],
+                          "verdict": judge.preferred(said, order), "said": said})
+        found = judge.tally(judge.outcomes(name, pairs, verdicts.of(section.model)))
         told = ", ".join(f"{key} {found[key]['n']}" for key in judge.OUTCOMES if key in found)
         console.print(f"{name}, judged by {section.model}: {told or 'nothing'}", soft_wrap=True)

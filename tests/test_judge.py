@@ -18,6 +18,7 @@ from codyra_llm.evaluation import Wanted, evaluate
 from codyra_llm.files import read_jsonl
 from codyra_llm.folder import RunFolder
 from codyra_llm.report import judged
+from codyra_llm.verdicts import Verdicts
 
 KEY = "sk-never-to-be-written-0123456789"
 PAIRS = [("bad", "GOOD")] * 6 + [("GOOD", "bad")] + [("bad", "worse")] * 2 + [("same", "same")]  # (base, final)
@@ -161,8 +162,8 @@ def test_judging_stops_when_asked_and_keeps_what_it_has(answered, monkeypatch):
     with judging(likes_good) as server:
         setup, out = answered(recipe(server.url, parallel=1))
         monkeypatch.setattr(stop, "_asked", [])
-        add = out.add_verdict
-        monkeypatch.setattr(out, "add_verdict", lambda *row: (add(*row), stop.ask("SIGTERM")))
+        add = Verdicts.add
+        monkeypatch.setattr(Verdicts, "add", lambda *row: (add(*row), stop.ask("SIGTERM")))
         with pytest.raises(stop.Stopped):
             open_ended.settle(setup, out)
     assert 1 <= len(read_jsonl(out.path / "judged" / "helpful.jsonl")) < 18

@@ -3,6 +3,7 @@
 from ..evaluate import judge
 from ..folder import RunFolder
 from ..recipe import Recipe
+from ..verdicts import Verdicts
 from .grid import Cell, Grid, markdown, number, word
 
 
@@ -15,8 +16,7 @@ def summarise(recipe: Recipe, folder: RunFolder) -> dict | None:
     files, all_of = {}, {}
     for name in sorted(path.stem for path in (folder.path / "answers").glob("*.jsonl")):
         pairs, kind = folder.pairs(name), judge.criterion(name)
-        verdicts = folder.verdicts(name, asked.judge.model) if asked.judge.base_url else {}
-        found = list(judge.outcomes(name, pairs, verdicts)) if asked.judge.base_url else []
+        found = list(judge.outcomes(name, pairs, Verdicts(folder, name).of(asked.judge.model))) if asked.judge.base_url else []
         files[name] = {"criterion": kind, "answered": len(pairs), **judge.tally(found)}
         all_of.setdefault(kind, []).append((len(pairs), found))
     for kind, parts in all_of.items():
