@@ -111,14 +111,17 @@ def sweep(file: Annotated[Path, typer.Argument(metavar="SWEEP", help="a YAML fil
 @app.command()
 def report(folders: Annotated[list[Path], typer.Argument(metavar="RUN...")],
            out: Annotated[Path | None, typer.Option(help="file to write: .html, a page; .csv or .md, its tables")] = None,
-           examples: Annotated[bool, typer.Option(help="show test examples that were forgotten")] = True) -> None:
+           examples: Annotated[bool, typer.Option(help="show test examples that were forgotten")] = True,
+           paper: Annotated[bool, typer.Option("--paper", help="beside the published TRACE tables, with caveats")] = False,
+           ) -> None:
     """Report on a run, or on several together; needs no model.
 
     Without --out: print the run's scores and rewrite its summary.json, report.md and report.html.
     Example: codyra-llm report runs/* --out report.html
     """
     from .folder import RunFolder
-    from .report import page
+    from .report import page, published
+    from .report.grid import markdown
     from .report.one import summarised
     from .report.tables import render, table
 
@@ -127,10 +130,11 @@ def report(folders: Annotated[list[Path], typer.Argument(metavar="RUN...")],
         raise Fault("--out: several runs have no folder in common; name the file to write, e.g. --out report.html")
     if out is None:
         summary = summarised(opened[0])
-        opened[0].write_summary(summary, render(opened[0].recipe, summary, opened[0].updates))
+        beside = f"\n{markdown(published.beside(opened))}" if paper else ""
+        opened[0].write_summary(summary, render(opened[0].recipe, summary, opened[0].updates) + beside)
         console.print(table(summary))
     target = out or opened[0].path / "report.html"
-    page.write(opened, target, examples)
+    page.write(opened, target, examples, paper)
     console.print(f"report: {target}")
 
 
@@ -158,7 +162,7 @@ def evaluate(checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT|RUN@T
              general: Annotated[str | None, typer.Option(help="hub, mini or a folder of general-ability files")] = None,
              general_tasks: Annotated[str | None, typer.Option(help="e.g. mmlu,piqa; default: all that are there")] = None,
              base: Annotated[str | None, typer.Option(help="the base: a PEFT adapter is merged into it, and general ability "
-                                                      "is measured on it too, for ΔR")] = None,
+                                                      "is measured on it too, for ΔR; open-ended prompts need it")] = None,
              out: Annotated[Path | None, typer.Option(help="default: evaluations/<checkpoint>")] = None,
              local_rank: LocalRank = None) -> None:
     """Score any checkpoint, without training. What a run made is scored as the run did, and equals its own rows.
@@ -196,8 +200,11 @@ def export(folder: Annotated[Path, typer.Argument(metavar="RUN")], out: Path,
            without: Annotated[str | None, typer.Option(help="leave this task's update out")] = None,
            format: Annotated[str, typer.Option(help="merged: a plain model; peft: an adapter on the base; stage: the part "
                                                "of the run folder that answers, for methods that don't merge")] = "merged",
-           ) -> None:
+           push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="upload it to this hub repository")] = None,
+           public: Annotated[bool, typer.Option("--public", help="for everybody to see; default: private")] = False) -> None:
     """Write the model as it was after any task of a run, rebuilt from the base and the archived updates."""
+    from . import card
+    from . import push as hub
     from .export import write_merged, write_peft, write_stage
     from .folder import RunFolder
     from .setup import prepare
@@ -207,6 +214,8 @@ def export(folder: Annotated[Path, typer.Argument(metavar="RUN")], out: Path,
         raise Fault(f"--format: '{format}' is not a format; choose merged, peft or stage.{nearest(format, writers)}")
     if out.exists():
         raise Fault(f"{out} exists already; give a new name")
+    if push:
+        hub.check(push)
     opened = RunFolder(folder)
     setup = prepare(opened.recipe)
     setup.verify(opened)
@@ -215,11 +224,14 @@ def export(folder: Annotated[Path, typer.Argument(metavar="RUN")], out: Path,
     if format == "stage":
         if without:
             raise Fault("--without: a stage holds all tasks up to --after; leave --without out, or use --format merged")
-        write_stage(opened, last, out)
+        write_stage(opened, last, out, card.render(setup, opened, last, None, format))
     else:
-        writers[format](setup, archive, last, archive.index(without) if without else None, out)
+        left = archive.index(without) if without else None
+        writers[format](setup, archive, last, left, out, card.render(setup, opened, last, left, format))
     console.print(f"{format} model after {after or archive.tasks[last]}"
                   + (f" without {without}" if without else "") + f": {out}")
+    if push:
+        console.print(f"pushed: {hub.push(out, push, public)}")
 
 
 @app.command()

@@ -13,16 +13,19 @@ from accelerate import Accelerator
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from . import __version__, distributed, models, watch
+from . import __version__, distributed, models, open_ended, watch
 from . import recipe as recipes
 from .distributed import collectively, of_first
 from .errors import Fault, nearest
+from .evaluate import judge
+from .evaluate.layout import lm_eval_layout
 from .export import LINEAGE
 from .files import await_file, file_sha256, write_json
 from .folder import NO_RESULT, RunFolder, flat
 from .lease import Lease
 from .measure import measure
 from .recipe import Recipe
+from .report import judged
 from .report.tables import delta_r
 from .setup import Setup, prepare
 from .untrusted import read_mapping
@@ -95,8 +98,12 @@ def _measure(checkpoint: str, wanted: Wanted, acc: Accelerator, setup: Setup, so
     had = of_first(len(out.scores) if acc.is_main_process else None)
     if base:
         measure(base, out, acc, -1, {"after": "base", "step": 0}, (), True, out)
+        open_ended.answer(base, out, acc, -1, {"after": "base", "step": 0}, out)
     general = bool(wanted.general) or index in (-1, len(setup.recipe.tasks) - 1) or setup.recipe.general.when == "each"
     measure(setup, source.run or out, acc, index, known, _positions(setup.recipe, index, wanted.tasks), general, out)
+    if base:
+        open_ended.answer(setup, source.run or out, acc, index, known, out)
+        collectively(acc.is_main_process, open_ended.settle, setup, out)
     collectively(acc.is_main_process, lambda: _finish(checkpoint, setup, out, known, had))
 
 
@@ -112,8 +119,9 @@ def _prepare(checkpoint: str, wanted: Wanted) -> tuple[Setup, Source, int, Setup
     if not source.run:
         index = setup.recipe.tasks.index(source.after) if source.after else -1
         setup = Checkpoint(**vars(setup), build=lambda: _built(setup, source.adapter))
-    if not (wanted.base and setup.recipe.general.data):
+    if not (wanted.base and (setup.recipe.general.data or setup.prompts)):
         return setup, source, index, None
+    judge.require(setup.recipe.open_ended.judge)
     plain = prepare(_without_tasks(recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": wanted.base})})))
     return setup, source, index, Checkpoint(**vars(plain), build=lambda: _built(plain, None))
 
@@ -164,7 +172,7 @@ def _recipe(checkpoint: str, source: Source, wanted: Wanted) -> Recipe:
     recipe = recipes.parse(recipes.override(raw, wanted.overrides), checkpoint)
     if source.raw or wanted.data or recipe.data.root != ".":
         return recipe
-    if not recipe.general.data:
+    if not (recipe.general.data or recipe.open_ended.prompts):
         raise Fault(f"{checkpoint} carries no recipe, so there is nothing to score it on; give the tasks' folder with --data, "
                     f"or files for general ability with --general")
     return _without_tasks(recipe)
@@ -225,8 +233,10 @@ def _compared(manifest: dict) -> dict[str, Any]:
     free = (*NO_RESULT, "data.tasks", "data.root", "data.epochs", "general.tasks", "general.when", "model.path")
     settings = {key: value for key, value in flat(manifest["recipe"]).items()
                 if key not in free and not key.startswith(("optim.", "data.epochs."))
-                and not (key.startswith("general.") and manifest["recipe"]["general"]["data"] is None)}
-    return {key: manifest[key] for key in ("after", "base", "adapter", "updates")} | settings
+                and not (key.startswith("general.") and manifest["recipe"]["general"]["data"] is None)
+                and not (key.startswith("open_ended.") and manifest["recipe"]["open_ended"]["prompts"] is None)}
+    base = {"compared": manifest["compared"]} if manifest["compared"] else {}
+    return {key: manifest[key] for key in ("after", "base", "adapter", "updates")} | base | settings
 
 
 def _finish(checkpoint: str, setup: Setup, out: RunFolder, known: dict, had: int) -> None:
@@ -241,25 +251,10 @@ def _finish(checkpoint: str, setup: Setup, out: RunFolder, known: dict, had: int
             general.setdefault(row["task"], {})["after" if row in own else "before"] = row["score"]
     write_json(out.path / "summary.json", {
         "checkpoint": checkpoint, **known, "tasks": scored, "general": general, "delta_r": delta_r(general),
+        "open_ended": judged.summarise(setup.recipe, out),
         "mean": fmean(score["mean"] for score in scored.values()) if scored else None})
     if scored and len(rows) > had:
         stamp = datetime.now().isoformat().replace(":", "-")
         write_json(out.path / "lm_eval" / f"{known['step']:02d}-{known['after']}" / f"results_{stamp}.json",
                    lm_eval_layout(checkpoint, setup, [row for row in own if row["kind"] == "task"]))
     console.print(f"evaluation: {out.path}")
-
-
-def lm_eval_layout(checkpoint: str, setup: Setup, rows: list[dict]) -> dict:
-    """Scores of the stream's tasks as lm-eval's result files have them: under 'metric,none', from 0 to 1."""
-    results = {row["task"]: {"alias": row["task"], **{f"{name},none": score["mean"] / 100 for name, score in
-                                                      row["metrics"].items()},
-                             **{f"{name}_stderr,none": "N/A" for name in row["metrics"]}} for row in rows}
-    counts = {row["task"]: row["metrics"][row["headline"]]["n"] for row in rows}
-    return {"results": results, "group_subtasks": {}, "configs": {}, "versions": {task: 1 for task in results},
-            "n-shot": {task: 0 for task in results}, "higher_is_better": {row["task"]: {name: True for name in row["metrics"]}
-                                                                          for row in rows},
-            "n-samples": {task: {"original": n, "effective": n} for task, n in counts.items()},
-            "config": {"model": "hf", "model_args": f"pretrained={checkpoint}", "limit": setup.recipe.eval.max_examples,
-                       "model_dtype": str(setup.dtype)},
-            "model_name": checkpoint, "model_source": "hf", "transformers_version": version("transformers"),
-            "lm_eval_version": None, "date": datetime.now().timestamp()}

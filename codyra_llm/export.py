@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from .errors import Fault
-from .files import replacing, write_json
+from .files import replacing, write_json, write_text
 from .folder import RunFolder
 from .lora.archive import Archive, Update
 from .setup import Setup
@@ -15,8 +15,9 @@ from .setup import Setup
 LINEAGE = "codyra_llm.json"  # in every export: the recipe and the task after which, by which `evaluate` scores it
 
 
-def write_merged(setup: Setup, archive: Archive, after: int, without: int | None, out: Path) -> None:
-    """A plain Hugging Face folder (safetensors, config, tokenizer): the very weights that were evaluated.
+def write_merged(setup: Setup, archive: Archive, after: int, without: int | None, out: Path, card: str = "") -> None:
+    """A plain Hugging Face folder (safetensors, config, tokenizer): the very weights that were evaluated. `card`: its
+    README.md.
 
     Raises Fault for a method that is no plain model.
     """
@@ -27,9 +28,10 @@ def write_merged(setup: Setup, archive: Archive, after: int, without: int | None
         model.save_pretrained(temporary, safe_serialization=True)
         setup.tokenizer.save_pretrained(temporary)
         _write_lineage(setup, archive, after, without, temporary)
+        _write_card(card, temporary)
 
 
-def write_peft(setup: Setup, archive: Archive, after: int, without: int | None, out: Path) -> None:
+def write_peft(setup: Setup, archive: Archive, after: int, without: int | None, out: Path, card: str = "") -> None:
     """One PEFT LoRA adapter that holds the sum of the updates on the original base: ΔW = [s₁B₁w₁|s₂B₂w₂|…]·[A₁;A₂;…].
 
     Raises Fault where peft is missing or all ranks were pruned.
@@ -58,12 +60,18 @@ def write_peft(setup: Setup, archive: Archive, after: int, without: int | None, 
         save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
         setup.tokenizer.save_pretrained(temporary)
         _write_lineage(setup, archive, after, without, temporary)
+        _write_card(card, temporary)
 
 
 def _write_lineage(setup: Setup, archive: Archive, after: int, without: int | None, folder: Path) -> None:
     write_json(folder / LINEAGE, {"recipe": setup.recipe.model_dump(mode="json"), "lineage": archive.lineage[after + 1],
                                   "after": archive.tasks[after] if after >= 0 else None,
                                   "without": None if without is None else archive.tasks[without]})
+
+
+def _write_card(card: str, folder: Path) -> None:
+    if card:
+        write_text(folder / "README.md", card)
 
 
 def refuse_unmerged(setup: Setup, without: int | None) -> None:
@@ -75,7 +83,7 @@ def refuse_unmerged(setup: Setup, without: int | None) -> None:
                     f"export with --format stage, and ask it with `codyra-llm generate OUT@TASK`")
 
 
-def write_stage(folder: RunFolder, after: int, out: Path) -> None:
+def write_stage(folder: RunFolder, after: int, out: Path, card: str = "") -> None:
     """The part of a run folder that answers as the model did after task `after`: recipe, manifest, updates and states up
     to it. The base model stays where the recipe names it."""
     archive = folder.archive()
@@ -88,6 +96,7 @@ def write_stage(folder: RunFolder, after: int, out: Path) -> None:
             shutil.copy(file, temporary / "updates" / file.name)
             if folder.state(index).is_file():
                 shutil.copy(folder.state(index), temporary / "state")
+        _write_card(card, temporary)
 
 
 def _concatenated(terms: list[Update]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import recipe as recipes
 from .errors import Fault
+from .evaluate.prompts import JudgeSection
 from .files import (
     append_jsonl,
     is_leftover,
@@ -30,15 +31,17 @@ from .seals import Seals
 from .untrusted import read_mapping
 
 # settings that change no result
-NO_RESULT = ("output", "model.gradient_checkpointing", "checkpoint", "save.minutes", "save.keep", "hang_minutes", "optim.micro_batch_tokens", "eval.batch_tokens", "model.fused", "data.batching")
+NO_RESULT = ("output", "model.gradient_checkpointing", "checkpoint", "save.minutes", "save.keep", "hang_minutes",
+             "optim.micro_batch_tokens", "eval.batch_tokens", "model.fused", "data.batching",
+             *(f"open_ended.judge.{key}" for key in JudgeSection.model_fields))
 
 OWN = ("lease.json", SEALS, "recipe.json")  # may lie in a folder that is about to become a run's
 
 
 class RunFolder:
-    """`recipe.json`, `manifest.json`, `updates/`, `state/`, `predictions/`, `updates.jsonl`, `costs.jsonl`,
-    `scores.jsonl`, with their hashes in `seals.json` (updates have their own); `log.jsonl`; `progress/`, the checkpoints
-    inside a task; `lease.json`, who is at work; and what is derived: `summary.json`, `report.md`, `report.html`,
+    """`recipe.json`, `manifest.json`, `updates/`, `state/`, `predictions/`, `answers/`, `updates.jsonl`, `costs.jsonl`,
+    `scores.jsonl`, with their hashes in `seals.json` (updates have their own); `log.jsonl`, `judged/`; `progress/`, the
+    checkpoints inside a task; `lease.json`, who is at work; and what is derived: `summary.json`, `report.md`, `report.html`,
     `checkpoint/`.
 
     Files that were changed, damaged or lost since they were written are a Fault where they are read."""
@@ -155,6 +158,17 @@ class RunFolder:
 
     def _predictions(self, step: int, after: str, task: str) -> Path:
         return self.path / "predictions" / f"{step:02d}-{after}" / f"{task}.jsonl"
+
+    def answers(self, name: str) -> list[dict]:
+        """{"prompt", "base", "final", "after"} per open-ended prompt of file `name`, as far as they are answered."""
+        return self._rows(f"answers/{name}")
+
+    def write_answers(self, name: str, rows: list[dict]) -> None:
+        self._write(f"answers/{name}.jsonl", to_jsonl(rows))
+
+    def pairs(self, name: str) -> list[dict]:
+        """The answers to prompts that both models have answered."""
+        return [row for row in self.answers(name) if row.keys() >= {"base", "final"}]
 
     def restart_log(self, task: str, step: int) -> None:
         """Leave out what an attempt at `task` logged behind `step` before it was stopped."""

@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_va
 from . import recipes
 from .benchmarks.trace import ORDERS, PROTOCOLS, TASKS
 from .errors import Fault, nearest
+from .evaluate.prompts import OpenEndedSection
 from .methods import METHODS, MethodConfig
 from .methods.base import Fraction, NotNegative, Positive, Strict
 from .untrusted import PathText, parse_yaml, read_yaml, shown
@@ -128,6 +129,7 @@ class Recipe(Strict):
     optim: OptimSection = OptimSection()
     eval: EvalSection = EvalSection()
     general: GeneralSection = GeneralSection()
+    open_ended: OpenEndedSection = OpenEndedSection()
     save: SaveSection = SaveSection()
     seed: int = Field(1234, ge=0, lt=1 << 32, description="of the order of examples, adapters' start, dropout and draws")
     output: PathText = Field(description="run folder")

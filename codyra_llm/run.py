@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
 
-from . import __version__, distributed, models, stop, watch
+from . import __version__, card, distributed, models, open_ended, stop, watch
 from .distributed import collectively, of_first, wait
 from .errors import Fault
-from .evaluate import vllm
+from .evaluate import judge, vllm
 from .examples import SPLITS
 from .export import write_merged, write_stage
 from .files import await_file, file_sha256
@@ -27,7 +27,8 @@ from .meter import ProcessPeak
 from .preflight import preflight
 from .recipe import Recipe
 from .report import page
-from .report.tables import render, summarise_run, table
+from .report.one import summarised
+from .report.tables import render, table
 from .setup import Setup, prepare
 from .train import TaskData, Trainer
 
@@ -63,6 +64,7 @@ def _run(setup: Setup, acc: Accelerator, folder: RunFolder, base: str | None) ->
     collectively(True, await_file, folder.path / "manifest.json")
     if setup.recipe.eval.zero_shot or not setup.method.trains or setup.probes or setup.suite:
         evaluate(setup, folder, acc, -1)
+    open_ended.answer(setup, folder, acc, -1, {"after": "base", "step": 0}, folder)
     # Of one process for all: what a later look into the folder finds depends on how far the first has come meanwhile.
     learnt = of_first(len(folder.archive().files))
     collectively(acc.is_main_process, folder.check_scores, learnt)
@@ -72,6 +74,9 @@ def _run(setup: Setup, acc: Accelerator, folder: RunFolder, base: str | None) ->
             pass_over(setup, folder, acc, index) if early else learn(setup, folder, acc, peak, index)
         if not early:
             evaluate(setup, folder, acc, index)
+    if setup.method.trains:
+        count = len(setup.recipe.tasks)
+        open_ended.answer(setup, folder, acc, count - 1, {"after": setup.recipe.tasks[-1], "step": count}, folder)
     collectively(acc.is_main_process, finish, setup, folder)
     return folder
 
@@ -182,19 +187,22 @@ def _archive(setup: Setup, folder: RunFolder, archive: Archive, index: int, upda
 
 
 def finish(setup: Setup, folder: RunFolder) -> None:
-    """If asked the final merged model, then the reports, and the summary last: whoever finds it finds a finished run."""
-    summary = summarise_run(setup.recipe, bool(setup.method.trains), folder.scores, folder.costs)
-    console.print(table(summary))
+    """If asked the final merged model and the judge's verdicts, then the reports, and the summary last: whoever finds it
+    finds a finished run."""
+    console.print(table(summarised(folder)))
     folder.clear_progress()
     target = folder.path / "checkpoint"
     if setup.recipe.checkpoint and setup.method.trains:
         last = len(setup.recipe.tasks) - 1
+        text = card.render(setup, folder, last, None, "merged" if setup.method.merges else "stage")
         if setup.method.merges:
-            write_merged(setup, folder.archive(), last, None, target)
+            write_merged(setup, folder.archive(), last, None, target, text)
         else:
-            write_stage(folder, last, target)
+            write_stage(folder, last, target, text)
         console.print(f"{'merged model' if setup.method.merges else 'stage of the run'}: {target}")
+    open_ended.settle(setup, folder)
     page.write([folder], folder.path / "report.html")
+    summary = summarised(folder)
     folder.write_summary(summary, render(setup.recipe, summary, folder.updates))
 
 
@@ -207,6 +215,8 @@ def _task_data(setup: Setup, index: int) -> TaskData:
 
 def _refuse_launch(setup: Setup, acc: Accelerator) -> None:
     stage, method = distributed.zero_stage(acc), setup.method
+    if setup.prompts:
+        judge.require(setup.recipe.open_ended.judge)
     if setup.recipe.eval.backend == "vllm":
         vllm.require()
     if stage > method.max_zero_stage:

@@ -17,7 +17,7 @@ from . import attention, models, stop, watch
 from .benchmarks.trace import mini
 from .data import Batch, Encoded, Encoder, Stream, collate, default_tokens, micro_batches
 from .errors import Fault
-from .evaluate import suite
+from .evaluate import prompts, suite
 from .examples import read_split
 from .folder import RunFolder
 from .lora.archive import Archive
@@ -42,6 +42,7 @@ class Setup:
     stream: Stream
     probes: dict[str, list[dict]]
     suite: dict[str, suite.Ability]  # general ability by lm-evaluation-harness
+    prompts: dict[str, list[str]]  # open-ended, by file
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,6 +94,7 @@ class Setup:
     def longest(self) -> int:
         """Tokens of the longest prompt and answer that evaluation can meet."""
         answers = [self.new_tokens(index) for index in range(len(self.recipe.tasks))]
+        answers += [self.recipe.open_ended.max_new_tokens] * bool(self.prompts)
         return self.recipe.data.max_prompt_tokens + max(PROBE_TOKENS, *answers)
 
 
@@ -139,6 +141,7 @@ def prepare(recipe: Recipe) -> Setup:
         tried(stream.records, index, recipe.eval.split)
     general = recipe.general
     harness = tried(suite.find, general) if general.data not in (None, "mini") else {}
+    open_ended = tried(prompts.find, recipe.open_ended)
     if base:
         merged = recipe.checkpoint or recipe.eval.backend == "vllm"  # never both at once
         faults += _disk(Path(recipe.output), size(base) * (merged + whole * len(recipe.tasks)))
@@ -146,7 +149,7 @@ def prepare(recipe: Recipe) -> Setup:
         raise Fault(*dict.fromkeys(faults))
     tokenizer = models.load_tokenizer(base)
     probes = _probes() if general.data == "mini" else {}
-    return Setup(recipe, method, base, tokenizer, Encoder(tokenizer, recipe.data), stream, probes, harness)
+    return Setup(recipe, method, base, tokenizer, Encoder(tokenizer, recipe.data), stream, probes, harness, open_ended)
 
 
 def _fits(recipe: Recipe, config: PreTrainedConfig) -> list[str]:

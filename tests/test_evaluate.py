@@ -181,18 +181,20 @@ def test_the_command_and_its_refusals(merging, tmp_path, capsys):
 
 
 @pytest.mark.distributed
-def test_two_processes_equal_one(merging, toy_stream, tmp_path):
-    """Tasks and the harness's requests are dealt to the ranks: the same rows as one process writes."""
+def test_two_processes_equal_one(merging, tiny_llama, toy_stream, tmp_path):
+    """Tasks, open-ended prompts and the harness's requests are dealt to the ranks: the same rows as one process writes."""
     (tmp_path / "boolq").mkdir()
     (tmp_path / "boolq" / "test.json").write_text(json.dumps([
         {"instruction": f"Please answer, question: is {'very ' * i}{i} even?\n\nAnswer format: true/false", "answer": "true"}
         for i in range(5)]))
-    checkpoint, general = str(merging.path / "checkpoint"), str(tmp_path)
-    one = evaluate(checkpoint, Wanted(general=general, out=tmp_path / "one"))
+    (tmp_path / "helpful.jsonl").write_text("".join(json.dumps({"prompt": "Say " + "so " * i}) + "\n" for i in range(5)))
+    checkpoint, general, base = str(merging.path / "checkpoint"), str(tmp_path), str(tiny_llama)
+    own = [f"open_ended.prompts={tmp_path / 'helpful.jsonl'}", "open_ended.max_new_tokens=4"]
+    one = evaluate(checkpoint, Wanted(general=general, base=base, out=tmp_path / "one", overrides=own))
     done = launched("torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(), "-m", "codyra_llm",
-                    "evaluate", checkpoint, "--general", general, "--out", tmp_path / "two")
+                    "evaluate", checkpoint, "--general", general, "--base", base, "--out", tmp_path / "two", *own)
     assert done.returncode == 0, done.stderr
     rows = read_jsonl(tmp_path / "two" / "scores.jsonl")
-    assert len(rows) == 3 and timeless(rows) == timeless(one.scores)
-    for file in (one.path / "predictions").rglob("*.jsonl"):
-        assert (tmp_path / "two" / "predictions" / file.relative_to(one.path / "predictions")).read_text() == file.read_text()
+    assert len(rows) == 4 and timeless(rows) == timeless(one.scores) and len(one.pairs("helpful")) == 5
+    for file in [*(one.path / "predictions").rglob("*.jsonl"), one.path / "answers" / "helpful.jsonl"]:
+        assert (tmp_path / "two" / file.relative_to(one.path)).read_text() == file.read_text()

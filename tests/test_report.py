@@ -304,18 +304,22 @@ def test_text_is_readable_on_every_cell_in_both_schemes(one, tmp_path):
             assert (light + 0.05) / (dark + 0.05) >= least, (text, ground)
 
 
+def frame_widths(pages: list[str], folder) -> list[int]:
+    """How wide Chromium lays each page out in frames of 420 and of 1280 pixels."""
+    sources = [re.sub(r"<meta http-equiv[^>]*>", "", page) for page in pages]  # so that it can be measured
+    frames = "".join(f'<iframe width="{width}" srcdoc="{html.escape(source)}"></iframe>'
+                     for source in sources for width in (420, 1280))
+    (folder / "frames.html").write_text(
+        f"{frames}<script>onload = () => document.body.dataset.widths = Array.from(document.querySelectorAll('iframe'), "
+        "frame => frame.contentDocument.documentElement.scrollWidth)</script>", encoding="utf-8")
+    shown = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}",
+                            "--dump-dom", (folder / "frames.html").as_uri()], check=True, capture_output=True, text=True,
+                           timeout=120).stdout
+    return [int(width) for width in re.search(r'data-widths="([\d,]+)"', shown)[1].split(",")]
+
+
 @pytest.mark.browser
 @pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium on this machine")
 def test_the_body_never_scrolls_sideways(one, many, tmp_path):
-    frames = ""
-    for folders in ([one], many):
-        source = re.sub(r"<meta http-equiv[^>]*>", "", written(folders, tmp_path / "x.html"))  # so that it can be measured
-        frames += "".join(f'<iframe width="{width}" srcdoc="{html.escape(source)}"></iframe>' for width in (420, 1280))
-    (tmp_path / "frames.html").write_text(
-        f"{frames}<script>onload = () => document.body.dataset.widths = Array.from(document.querySelectorAll('iframe'), "
-        "frame => frame.contentDocument.documentElement.scrollWidth)</script>", encoding="utf-8")
-    shown = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-                            "--dump-dom", (tmp_path / "frames.html").as_uri()], check=True, capture_output=True, text=True,
-                           timeout=120).stdout
-    widths = [int(width) for width in re.search(r'data-widths="([\d,]+)"', shown)[1].split(",")]
+    widths = frame_widths([written(folders, tmp_path / "x.html") for folders in ([one], many)], tmp_path)
     assert all(0.9 * given < found <= given for found, given in zip(widths, (420, 1280) * 2, strict=True)), widths

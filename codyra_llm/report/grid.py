@@ -64,7 +64,7 @@ def markdown(grids: Iterable[Grid]) -> str:
     """A section with a table for each."""
     lines = []
     for grid in grids:
-        lines += [f"## {_plain(grid.name)}", "", *([_plain(grid.note), ""] if grid.note else []),
+        lines += [f"## {plain(grid.name)}", "", *([plain(grid.note), ""] if grid.note else []),
                   _line([grid.corner, *grid.columns]), "|" + "---|" * (len(grid.columns) + 1)]
         lines += [_line([label, *(_words(cell) for cell in cells)]) for label, cells in grid.rows] + [""]
     return "\n".join(lines)
@@ -78,9 +78,9 @@ def _words(cell: Cell | None) -> str:
 
 
 def _line(texts: Iterable[str]) -> str:
-    return "| " + " | ".join(map(_plain, texts)) + " |"
+    return "| " + " | ".join(map(plain, texts)) + " |"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """A name of the user's as text in a Markdown table: no cell ends in it, no tag begins."""
     return " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")

@@ -109,7 +109,7 @@ def _facts(groups: list[list[Run]]) -> list[str]:
         f"Not finished: {', '.join(map(str, short))}." if short else "") if line]
 
 
-def _over(values: list[float | None], form: str = ".1f", heat: float | None = None) -> Cell | None:
+def over(values: list[float | None], form: str = ".1f", heat: float | None = None) -> Cell | None:
     """Mean, interval and standard deviation over seeds; None where a run lacks the number."""
     found = compare.interval(values, None)
     if found is None:
@@ -126,7 +126,7 @@ def _leaderboard(names: list[str], groups: list[list[Run]]) -> Grid:
         costs = [run.summary["costs"] or {} for run in group]
         trained, seconds, peak = ([cost.get(key) for cost in costs] for key in ("trained", "seconds", "peak_bytes"))
         lines.append((name, [Cell(len(group), str(len(group))),
-                             *(_over(values, heat=_heat(values) if key in ("op", "learnt", "general") else None)
+                             *(over(values, heat=_heat(values) if key in ("op", "learnt", "general") else None)
                                for key in compare.MEASURES for values in [[run.measures[key] for run in group]]),
                              *(number(None if None in values else fmean(values) / unit, ",.0f")
                                for values, unit in ((trained, 1), (seconds, 1), (peak, 2 ** 20)))]))
@@ -148,7 +148,7 @@ def _tasks(names: list[str], groups: list[list[Run]]) -> Grid:
         ends = [dict(zip(run.summary["tasks"], (run.summary["matrix"] or [run.summary["zero_shot"] or []])[-1]))
                 for run in group]
         columns = [[end.get(task) for end in ends] for task in tasks]
-        lines.append((name, [_over(values, heat=_heat(values)) for values in columns]))
+        lines.append((name, [over(values, heat=_heat(values)) for values in columns]))
     return Grid("final scores", "group", tasks, lines, "Score on each task after the last one.")
 
 
@@ -165,7 +165,7 @@ def _differences(names: list[str], groups: list[list[Run]]) -> Grid | None:
 
 
 def _difference(values: list[float | None]) -> Cell | None:
-    cell = _over(values, "+.1f")
+    cell = over(values, "+.1f")
     return cell and replace(cell, marked=cell.low is not None and (cell.low > 0 or cell.high < 0))
 
 

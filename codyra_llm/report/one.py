@@ -9,6 +9,7 @@ from itertools import groupby
 from ..evaluate.matrix import FORMULAS
 from ..folder import RunFolder
 from ..methods import METHODS
+from . import judged
 from .charts import curve, panel, thinned
 from .examples import forgotten
 from .grid import Cell, Grid, number, word
@@ -18,7 +19,8 @@ from .tables import MEASURES, by_projection, summarise_run
 def summarised(folder: RunFolder) -> dict:
     """The run's summary, from its rows anew. Raises Fault where the folder holds no run."""
     recipe = folder.recipe
-    return summarise_run(recipe, bool(METHODS[recipe.method.name].trains), folder.scores, folder.costs)
+    found = summarise_run(recipe, bool(METHODS[recipe.method.name].trains), folder.scores, folder.costs)
+    return found | {"open_ended": judged.summarise(recipe, folder)}
 
 
 def content(folder: RunFolder, examples: bool) -> dict:
@@ -28,7 +30,8 @@ def content(folder: RunFolder, examples: bool) -> dict:
     manifest = folder.manifest if (folder.path / "manifest.json").is_file() else {}
     return {"title": f"{recipe.method.name} on {len(recipe.tasks)} tasks", "facts": _facts(folder, found, manifest),
             "measures": _measures(found), "scores": _scores(found, rows), "panels": _panels(found, rows),
-            "general": _general(found, rows), "ranks": _ranks(updates), "rank_maps": _rank_maps(updates),
+            "general": _general(found, rows), "open_ended": judged.grid(found["open_ended"]), "ranks": _ranks(updates),
+            "rank_maps": _rank_maps(updates),
             "changes": _changes(updates), "curves": _curves(log), "costs": _costs(folder.costs, log),
             "examples": forgotten(folder, found) if examples else [], "manifest": manifest,
             "recipe": json.dumps(recipe.model_dump(mode="json"), ensure_ascii=False, indent=1),

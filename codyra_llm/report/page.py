@@ -9,20 +9,22 @@ from .. import __version__
 from ..errors import Fault, nearest
 from ..files import replacing
 from ..folder import RunFolder
-from . import many, one
+from . import many, one, published
 from .grid import Grid, markdown, write_csv
 
 SUFFIXES = (".html", ".csv", ".md")
 
 
-def write(folders: list[RunFolder], out: Path, examples: bool = True) -> None:
+def write(folders: list[RunFolder], out: Path, examples: bool = True, paper: bool = False) -> None:
     """The report on one run, or on several together, in the format that the suffix of `out` names.
 
-    examples: show test prompts, answers and predictions. Raises Fault for another suffix or a folder that holds no run.
+    examples: show test prompts, answers and predictions. paper: put the published tables beside. Raises Fault for another
+    suffix or a folder that holds no run.
     """
     if out.suffix not in SUFFIXES:
         raise Fault(f"--out: '{out}' must end in {', '.join(SUFFIXES)}.{nearest(out.suffix, SUFFIXES)}")
     found = one.content(folders[0], examples) if len(folders) == 1 else many.content(folders)
+    found["published"] = published.beside(folders) if paper else []
     with replacing(out) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         if out.suffix == ".csv":
             write_csv(grids(found), file)

@@ -8,6 +8,7 @@ from rich.table import Column, Table
 from ..benchmarks.trace.metrics import headline, versioned
 from ..evaluate.matrix import FORMULAS, summary
 from ..recipe import Recipe
+from . import judged
 
 MEASURES = ("op", "bwt", "bwt_treelora", "bwt_treelora_clipped", "forgetting", "fwt")
 
@@ -121,6 +122,7 @@ def render(recipe: Recipe, found: dict, updates: list[dict]) -> str:
         lines += ["", "| general ability | before | after |", "|---|---|---|"]
         lines += [f"| {name} | {_cell(v.get('before'))} | {_cell(v.get('after'))} |" for name, v in found["general"].items()]
         lines += [line for change in _change(found) for line in ("", f"{change}.")]
+    lines += judged.lines(found["open_ended"])
     if costs := found["costs"]:
         peak = "not measured" if costs["peak_bytes"] is None else f"{costs['peak_bytes'] / 2**20:.0f} MiB"
         lines += ["", f"Training: {costs['trained']:,} parameters, {costs['seconds']:.0f} s, peak memory {peak}."]

@@ -1,0 +1,73 @@
+"""Answers of the base and of the final model to open-ended prompts, side by side in the run folder, and their judging."""
+
+import time
+
+from accelerate import Accelerator
+from rich.console import Console
+
+from . import stop, watch
+from .distributed import of_first, wait
+from .evaluate import judge
+from .folder import RunFolder
+from .measure import BACKENDS
+from .setup import Setup
+from .verdicts import Verdicts
+
+console = Console(highlight=False)
+
+
+def answer(setup: Setup, folder: RunFolder, acc: Accelerator, index: int, known: dict, out: RunFolder) -> None:
+    """Have the model after task `index` of the run in `folder` answer the prompts, as far as `out` lacks its answers.
+
+    `known` ("after", "step"): step 0 is the base, any other the final model.
+    """
+    due = of_first([name for name in setup.prompts if not _answered(setup, out, name, known)] if acc.is_main_process else None)
+    if not due:
+        return
+    with BACKENDS[setup.recipe.eval.backend](acc, setup, folder, index) as answers:
+        for name in due:
+            stop.check()
+            watch.at(f"answers to {name} after {known['after']}")
+            began = time.perf_counter()
+            texts = answers(setup.prompts[name], setup.recipe.open_ended.max_new_tokens, None)
+            if acc.is_main_process:
+                _keep(setup, out, name, known, texts)
+                console.print(f"after {known['after']}: {name}, {len(texts)} answers  ({time.perf_counter() - began:.0f} s)")
+    wait(acc)
+
+
+def _answered(setup: Setup, out: RunFolder, name: str, known: dict) -> bool:
+    rows = out.answers(name)
+    mine = all("base" in row for row in rows) if not known["step"] else all(row.get("after") == known["after"] for row in rows)
+    return mine and [row["prompt"] for row in rows] == setup.prompts[name]
+
+
+def _keep(setup: Setup, out: RunFolder, name: str, known: dict, texts: list[str]) -> None:
+    """Put the answers beside those of the other model."""
+    prompts, rows = setup.prompts[name], out.answers(name)
+    if [row["prompt"] for row in rows] != prompts:
+        rows = [{"prompt": prompt} for prompt in prompts]
+    own = [{"final": text, "after": known["after"]} if known["step"] else {"base": text} for text in texts]
+    out.write_answers(name, [{**row, **new} for row, new in zip(rows, own)])
+
+
+def settle(setup: Setup, out: RunFolder) -> None:
+    """Have the judge compare what it has not compared yet, if the recipe names one; every verdict is kept as it comes.
+
+    Raises Fault when the endpoint fails.
+    """
+    section = setup.recipe.open_ended.judge
+    for name in setup.prompts if section.base_url else ():
+        pairs, verdicts = out.pairs(name), Verdicts(out, name)
+        had = verdicts.of(section.model)
+        asked = {digest: question for pair in pairs for digest, question in judge.questions(name, pair).items()}
+        due = {digest: text for digest, (text, _) in asked.items() if digest not in had}
+        verdicts.begin()
+        for digest, said in judge.replies(section, due) if due else ():
+            watch.at(f"verdicts on {name}")
+            order = asked[digest][1]
+            verdicts.add({"judge": section.model, "question": digest, "A": order[0], "B": order[1],
+                          "verdict": judge.preferred(said, order), "said": said})
+        found = judge.tally(judge.outcomes(name, pairs, verdicts.of(section.model)))
+        told = ", ".join(f"{key} {found[key]['n']}" for key in judge.OUTCOMES if key in found)
+        console.print(f"{name}, judged by {section.model}: {told or 'nothing'}", soft_wrap=True)

@@ -1,0 +1,275 @@
+"""Open-ended prompts: answers side by side, a judge's known preferences counted, and its key nowhere."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+from fake_judge import judge as judging
+from test_evaluate import learnt
+
+from codyra_llm import open_ended, stop
+from codyra_llm import recipe as recipes
+from codyra_llm import run as runs
+from codyra_llm.cli import main
+from codyra_llm.errors import Fault
+from codyra_llm.evaluate import judge, prompts
+from codyra_llm.evaluation import Wanted, evaluate
+from codyra_llm.files import read_jsonl
+from codyra_llm.folder import RunFolder
+from codyra_llm.report import judged
+from codyra_llm.verdicts import Verdicts
+
+KEY = "sk-never-to-be-written-0123456789"
+PAIRS = [("bad", "GOOD")] * 6 + [("GOOD", "bad")] + [("bad", "worse")] * 2 + [("same", "same")]  # (base, final)
+
+
+def likes_good(first, second):
+    letter = "C" if ("GOOD" in first) == ("GOOD" in second) else "A" if "GOOD" in first else "B"
+    return f"Neither [[A]] nor [[B]] at first sight, but on reflection\n[[{letter}]]"
+
+
+def recipe(url=None, **settings):
+    section = {"prompts": "p", "judge": {"base_url": url, "model": "the-judge", "retries": 2, "timeout": 5, **settings}}
+    return recipes.parse({"model": {"path": "m"}, "data": {"root": "d"}, "method": "seqlora", "output": "o",
+                          "open_ended": section})
+
+
+@pytest.fixture
+def answered(tmp_path, monkeypatch):
+    """Function from a recipe to what `settle` takes: ten answered prompts of one file, and one that base alone answered."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+    def setup(made, pairs=PAIRS, name="helpful"):
+        out = RunFolder(tmp_path / "run")
+        rows = [{"prompt": f"prompt {i}", "base": f"{base} {min(i, 8)}", "final": f"{final} {min(i, 8)}", "after": "T"}
+                for i, (base, final) in enumerate(pairs)]
+        out.write_answers(name, [*rows, {"prompt": "open", "base": "x"}])
+        return SimpleNamespace(recipe=made, prompts={name: []}), out
+    return setup
+
+
+def wilson(k, n, z=1.959963984540054):
+    middle, half = k / n + z * z / 2 / n, z * math.sqrt(k / n * (1 - k / n) / n + z * z / 4 / n / n)
+    return [100 * (middle + sign * half) / (1 + z * z / n) for sign in (-1, 1)]
+
+
+def test_known_preferences_give_the_known_counts_and_intervals(answered):
+    with judging(likes_good) as server:
+        setup, out = answered(recipe(server.url))
+        open_ended.settle(setup, out)
+        assert len(server.asked) == 18  # nine pairs of unequal answers in both orders
+        assert {request["authorization"] for request in server.asked} == {f"Bearer {KEY}"}
+        assert {(r["model"], r["path"], r["temperature"]) for r in server.asked} == {("the-judge", "/v1/chat/completions", 0)}
+        found = judged.summarise(setup.recipe, out)["files"]["helpful"]
+        assert (found["answered"], found["judged"], found["criterion"]) == (10, 10, "helpfulness")
+        for outcome, count in (("win", 6), ("tie", 3), ("lose", 1)):
+            assert found[outcome]["n"] == count and found[outcome]["share"] == 10 * count
+            assert [found[outcome]["low"], found[outcome]["high"]] == pytest.approx(wilson(count, 10))
+        open_ended.settle(setup, out)
+        assert len(server.asked) == 18  # nothing is judged twice
+    verdicts = [row["verdict"] for row in read_jsonl(out.path / "judged" / "helpful.jsonl")]
+    assert [verdicts.count(kind) for kind in ("final", "base", "tie")] == [12, 2, 4]
+
+
+def test_a_judge_that_likes_a_place_gives_ties(answered):
+    for letter in "AB":
+        with judging(lambda first, second: f"[[{letter}]]") as server:
+            setup, out = answered(recipe(server.url, model=f"likes-{letter}"))
+            open_ended.settle(setup, out)
+            found = judged.summarise(setup.recipe, out)["files"]["helpful"]
+            assert [found[outcome]["n"] for outcome in judge.OUTCOMES] == [0, 10, 0] and len(server.asked) == 18
+
+
+def test_a_tie_in_one_order_and_replies_without_verdict(answered):
+    """One order says final, the other neither: a tie. A reply without a verdict leaves its pair out, and is told."""
+    said = {"GOOD": "[[C]]", "bad": "[[B]]"}  # by the first answer
+    with judging(lambda first, second: said.get(first.split()[0], "I will not say")) as server:
+        setup, out = answered(recipe(server.url), [("bad", "GOOD"), ("mute", "silent")], "harmless_x")
+        open_ended.settle(setup, out)
+    assert all("safer" in request["messages"][0]["content"] for request in server.asked)
+    summary = judged.summarise(setup.recipe, out)
+    found = summary["files"]["harmless_x"]
+    assert (found["answered"], found["judged"], found["tie"]["n"], found["criterion"]) == (2, 1, 1, "safety")
+    assert "no verdict in the reply: 1." in judged.grid(summary).note
+    assert judge.preferred("no [[D]]", ("base", "final")) is None
+
+
+def test_files_of_one_criterion_are_added_up(answered):
+    with judging(likes_good) as server:
+        setup, out = answered(recipe(server.url))
+        answered(recipe(server.url), PAIRS[:7], "more")
+        setup.prompts["more"] = []
+        open_ended.settle(setup, out)
+    files = judged.summarise(setup.recipe, out)["files"]
+    assert list(files) == ["helpful", "more", "all: helpfulness"]
+    assert [files["all: helpfulness"][outcome]["n"] for outcome in judge.OUTCOMES] == [12, 3, 2]
+    cells = dict(judged.grid(judged.summarise(setup.recipe, out)).rows)["more"]
+    assert [cell.text for cell in cells] == ["helpfulness", "7", "7", "85.7", "0.0", "14.3"]
+
+
+def test_what_was_judged_is_kept_when_the_endpoint_fails(answered):
+    def breaks(number):
+        return (500, "{}") if number > 5 else None
+
+    with judging(likes_good, breaks) as server:
+        setup, out = answered(recipe(server.url, retries=0, parallel=1))
+        with pytest.raises(Fault, match="failed \\(status 500\\); what was judged is kept") as caught:
+            open_ended.settle(setup, out)
+        assert len(server.asked) == 6 and len(caught.value.messages) == 1
+    file = out.path / "judged" / "helpful.jsonl"
+    assert len(read_jsonl(file)) == 5
+    with open(file, "a") as torn:
+        torn.write('{"judge": "the-ju')  # a crash within a line
+    with judging(likes_good) as server:
+        setup = SimpleNamespace(recipe=recipe(server.url), prompts=setup.prompts)
+        open_ended.settle(setup, out)
+        assert len(server.asked) == 13 and len(read_jsonl(file)) == 18
+    assert judged.summarise(setup.recipe, out)["files"]["helpful"]["win"]["n"] == 6
+
+
+def test_a_busy_endpoint_is_asked_again(answered):
+    with judging(likes_good, lambda n: {1: (429, "{}"), 2: (503, "{}")}.get(n)) as server:
+        setup, out = answered(recipe(server.url, parallel=1), PAIRS[:1])
+        open_ended.settle(setup, out)
+        assert len(server.asked) == 4
+    assert judged.summarise(setup.recipe, out)["files"]["helpful"]["win"]["n"] == 1
+
+
+@pytest.mark.parametrize("failure, message", [
+    ((401, json.dumps({"error": {"message": f"wrong key {KEY}"}})), "status 401, the key is not taken"),
+    ((404, "{}"), "status 404, is 'the-judge' known there?"), ((429, "{}"), "status 429, too many requests, after 1 retries"),
+    ((200, "<html>", "text/html"), "gave no chat completion"), ((200, "{torn"), "reply can't be read|gave no chat completion"),
+    ((200, '{"choices": []}'), "gave no chat completion"), ((200, "[]"), "gave no chat completion|can't be read")])
+def test_an_endpoint_that_fails_is_one_sentence_without_the_key(answered, failure, message):
+    with judging(likes_good, lambda number: failure) as server:
+        setup, out = answered(recipe(server.url, retries=1))
+        with pytest.raises(Fault, match=message) as caught:
+            open_ended.settle(setup, out)
+    assert KEY not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_endpoint_that_is_silent_or_gone(answered):
+    with judging(likes_good, delay=1.0) as server:
+        setup, out = answered(recipe(server.url, retries=0, timeout=0.1, parallel=1), PAIRS[:1])
+        with pytest.raises(Fault, match="no answer within 0.1 s"):
+            open_ended.settle(setup, out)
+    with pytest.raises(Fault, match="no connection, after 0 retries"):
+        open_ended.settle(setup, out)
+
+
+def test_judging_stops_when_asked_and_keeps_what_it_has(answered, monkeypatch):
+    with judging(likes_good) as server:
+        setup, out = answered(recipe(server.url, parallel=1))
+        monkeypatch.setattr(stop, "_asked", [])
+        add = Verdicts.add
+        monkeypatch.setattr(Verdicts, "add", lambda *row: (add(*row), stop.ask("SIGTERM")))
+        with pytest.raises(stop.Stopped):
+            open_ended.settle(setup, out)
+    assert 1 <= len(read_jsonl(out.path / "judged" / "helpful.jsonl")) < 18
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"api_key": KEY}, "'api_key' does not belong in a recipe"), ({"key_variable": KEY}, "give the name, not the key"),
+    ({"base_url": f"http://me:{KEY}@host/v1"}, "without a user, a password"), ({"base_url": "host"}, "no address"),
+    ({"base_url": "http://host/v1", "model": None}, "'base_url' needs 'model'")])
+def test_a_key_does_not_come_into_a_recipe(settings, message):
+    with pytest.raises(Fault, match=message) as caught:
+        recipe(**{"url": settings.pop("base_url", None), **settings})
+    assert KEY not in str(caught.value)
+
+
+def test_prompt_files(tmp_path):
+    (tmp_path / "a.json").write_text('[{"prompt": "one", "answer": ""}, {"prompt": "two"}]')
+    (tmp_path / "b.jsonl").write_text('{"prompt": "über\\n"}\n\n{"prompt": "x\u2028y"}\n', encoding="utf-8")
+    (tmp_path / "c.csv").write_text('id,prompt\n1,"a, b\nc"\n2,d\n')
+    (tmp_path / "notes.txt").write_text("none")
+    section = prompts.OpenEndedSection(prompts=str(tmp_path))
+    assert prompts.find(section) == {"a": ["one", "two"], "b": ["über\n", "x\u2028y"], "c": ["a, b\nc", "d"]}
+    assert prompts.find(section.model_copy(update={"files": ["c"], "limit": 1}))["c"] in (["a, b\nc"], ["d"])
+    assert prompts.find(section.model_copy(update={"prompts": str(tmp_path / "a.json")})) == {"a": ["one", "two"]}
+    for name, content, message in (("d.json", "{}", "expected records"), ("d.json", '[{"text": "x"}]', "no 'prompt'"),
+                                   ("d.json", '[{"prompt": 3}]', "is a int, expected a string"),
+                                   ("d.jsonl", '{"prompt": " "}', "'prompt' is empty"),
+                                   ("d.jsonl", "[", "line 1: invalid JSON"),
+                                   ("d.csv", "text\nx\n", "no 'prompt'"), ("d.csv", 'prompt\n"x', "invalid CSV"),
+                                   ("d.json", "[3]", "is a int, expected an object"), ("a.csv", "prompt\nx\n", "two files")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(Fault, match=message):
+            prompts.find(section)
+        (tmp_path / name).unlink()
+    for update, message in (({"files": ["aa"]}, "Did you mean 'a'"), ({"prompts": str(tmp_path / "gone")}, "no file or folder"),
+                            ({"prompts": str(tmp_path / "notes.txt")}, "no .json, .jsonl or .csv")):
+        with pytest.raises(Fault, match=message):
+            prompts.find(section.model_copy(update=update))
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prompts")
+    (folder / "helpful.json").write_text(json.dumps([{"prompt": f"Say {x}:"} for x in "ABCA"]))
+    (folder / "harmless.jsonl").write_text('{"prompt": "Who is number 3?"}\n')
+    return folder
+
+
+def asking(folder, url=None):
+    return {"prompts": str(folder), "max_new_tokens": 4, "judge": {"base_url": url, "model": "the-judge"}}
+
+
+def test_a_run_answers_judges_and_reports_and_writes_no_key(tiny_llama, toy_stream, questions, tmp_path, monkeypatch, capsys):
+    """Without an endpoint nothing is judged and the report says so; with one the same run goes on to it; a task more gives
+    other final answers, and `evaluate` the same ones as the run."""
+    run = learnt(tiny_llama, toy_stream, tmp_path / "run", {"name": "seqlora", "rank": 4}, open_ended=asking(questions))
+    rows = run.answers("helpful")
+    assert [row["prompt"] for row in rows] == [f"Say {x}:" for x in "ABCA"] and {row["after"] for row in rows} == {"TWO"}
+    assert rows[0]["base"] == generated(capsys, str(tiny_llama), "Say A:")
+    assert rows[0]["final"] == generated(capsys, f"{run.path}@TWO", "Say A:") != rows[0]["base"]
+    for name in ("report.md", "report.html"):
+        assert "They were not judged" in (run.path / name).read_text(encoding="utf-8")
+    assert run.summary["open_ended"]["judge"] is None and not (run.path / "judged").exists()
+
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    before = (run.path / "answers" / "helpful.jsonl").stat().st_mtime_ns
+    with judging(lambda first, second: "[[A]]") as server:
+        again = learnt(tiny_llama, toy_stream, tmp_path / "run", {"name": "seqlora", "rank": 4},
+                       open_ended=asking(questions, server.url))
+        assert (run.path / "answers" / "helpful.jsonl").stat().st_mtime_ns == before and server.asked
+        assert again.summary["open_ended"]["files"]["helpful"]["tie"]["n"] == 4
+        page = (run.path / "report.html").read_text(encoding="utf-8")
+        assert "Helpfulness and safety" in page and "the-judge" in page and "100.0" in page
+        out = evaluate(str(run.path), Wanted(base=str(tiny_llama), out=tmp_path / "out"))
+        assert out.answers("helpful") == rows and out.answers("harmless") == run.answers("harmless")
+        summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+        assert summary["open_ended"] == again.summary["open_ended"]
+        longer = recipes.parse(recipes.override(again.recipe.model_dump(mode="json"), ["data.tasks=[ONE, TWO, THREE]"]))
+        more = runs.run(longer).answers("helpful")
+    assert {row["after"] for row in more} == {"THREE"} and [r["base"] for r in more] == [r["base"] for r in rows]
+    printed = capsys.readouterr()
+    assert KEY not in printed.out + printed.err
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 30 and not [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+def generated(capsys, source, prompt):
+    with pytest.raises(SystemExit):
+        capsys.readouterr()
+        main(["generate", source, prompt, "--max-new-tokens", "4"])
+    return capsys.readouterr().out.removesuffix("\n")
+
+
+def test_a_missing_key_is_a_fault_before_training(tiny_llama, toy_stream, questions, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(Fault, match="OPENAI_API_KEY holds no key"):
+        learnt(tiny_llama, toy_stream, tmp_path / "run", "seqlora", open_ended=asking(questions, "http://127.0.0.1:9/v1"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_answers_alone_of_anybodys_checkpoint(tiny_llama, toy_stream, questions, tmp_path):
+    """Prompts are enough to evaluate on; without a base there is nothing to compare with."""
+    section = [f"open_ended.prompts={questions}", "open_ended.max_new_tokens=4"]
+    run = learnt(tiny_llama, toy_stream, tmp_path / "run", {"name": "seqlora", "rank": 4})
+    out = evaluate(str(run.path / "checkpoint"), Wanted(base=str(tiny_llama), tasks=["ONE"], out=tmp_path / "out",
+                                                            overrides=section))
+    assert len(out.pairs("helpful")) == 4 and out.pairs("helpful")[0]["base"] != out.pairs("helpful")[0]["final"]
+    base = evaluate(str(tiny_llama), Wanted(base=str(tiny_llama), out=tmp_path / "same", overrides=section))
+    assert all(row["base"] == row["final"] for row in base.pairs("helpful"))
