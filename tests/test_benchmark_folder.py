@@ -5,7 +5,9 @@ import csv
 import hashlib
 import json
 import random
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -15,6 +17,7 @@ from codyra_llm import benchmark, models
 from codyra_llm import recipe as recipes
 from codyra_llm import run as runs
 from codyra_llm.benchmark import Task
+from codyra_llm.benchmarks.trace.metrics import METRICS
 from codyra_llm.cli import main
 from codyra_llm.errors import Fault
 from codyra_llm.folder import RunFolder
@@ -62,7 +65,8 @@ def test_every_format_gives_the_rows_that_were_written(tmp_path, suffix):
         written(tmp_path / f"{split}.{suffix}", rows)
         written(tmp_path / "named" / f"{split}.{suffix}", rows, ("question", "label"))
     assert every(tmp_path, task(files={split: f"{split}.{suffix}" for split in parts})) == parts
-    named = {"files": {split: f"named/{split}.{suffix}" for split in parts}, "columns": {"prompt": "question", "answer": "label"}}
+    named = {"files": {split: f"named/{split}.{suffix}" for split in parts},
+             "columns": {"prompt": "question", "answer": "label"}}
     assert every(tmp_path, task(**named)) == parts
 
 
@@ -177,6 +181,14 @@ def folder(path, **values):
     return str(path)
 
 
+def test_the_page_names_every_metric_and_key():
+    page = (Path(__file__).parents[1] / "docs" / "own_data.md").read_text("utf-8")
+    names = re.findall(r"`(\w+)`", page[page.index("- `metrics`"): page.index("All are reported")])
+    assert set(names) == {"metrics", *METRICS}
+    assert all(f"`{key}" in page for schema in (Task, benchmark.Benchmark, benchmark.Protocol) for key in schema.model_fields
+               if key != "tasks")
+
+
 def test_all_faults_of_a_benchmark_come_at_once(tmp_path):
     name = folder(tmp_path, tasks={
         "ONE": {"metrics": ["exact_mach"], "epoch": 2}, "TWO": {"metrics": ["sari"], "files": {"trian": "a.csv"}},
@@ -199,8 +211,8 @@ def test_all_faults_of_a_benchmark_come_at_once(tmp_path):
     ({"protocol": "shrt"}, "data.protocol: 'shrt' is not a protocol of {}. Did you mean 'short'? Known: short, long"),
     ({"tasks": ["ONEE"]}, "data.tasks: 'ONEE' is not a task of {}. Did you mean 'ONE'? Known: ONE"),
     ({"tasks": 2}, "data.tasks: there is no order 2; choose from [1]"),
-    ({"benchmark": "trase"}, "data.benchmark: 'trase' is neither 'trace' nor a folder that holds a benchmark.yaml. Did you mean "
-                             "'trace'?"),
+    ({"benchmark": "trase"}, "data.benchmark: 'trase' is neither 'trace' nor a folder that holds a benchmark.yaml. Did you "
+                             "mean 'trace'?"),
     ({"benchmark": "trace"}, "data: 'root' is missing"),
 ])
 def test_a_recipe_names_what_is_there(tmp_path, change, expected):
@@ -288,7 +300,7 @@ def test_a_new_benchmark_is_run_and_reported(made, capsys, tmp_path):
 def test_a_run_goes_on_with_the_data_it_began_with_and_no_other(made, tmp_path):
     place, settings, run = made
     rows = [json.loads(line) for line in (place / "letters.jsonl").read_text().splitlines()]
-    assert set(run.manifest["data"]) == {f"{task}/{split}" for task in ("letters", "replies") for split in ("train", "eval", "test")}
+    assert set(run.manifest["data"]) == {f"{task}/{split}" for task in run.recipe.tasks for split in ("train", "eval", "test")}
     other, out = shutil.copytree(place, tmp_path / "other"), shutil.copytree(run.path, tmp_path / "out")
     again = recipes.load(other / "recipe.yaml", [*settings, f"output={out}", f"data.benchmark={place}", f"data.root={place}"])
     assert runs.run(again).summary == run.summary
@@ -313,7 +325,8 @@ def test_evaluate_and_score_on_the_new_benchmark(made, capsys, tmp_path, tiny_ll
     assert {row["task"]: row["metrics"] for row in RunFolder(tmp_path / "b").scores} == base
     code, _, err = call(capsys, "evaluate", f"{run.path}@letters", "--benchmark", "trace", "--out", tmp_path / "c")
     assert code == 2 and "is a stage of a run on" in err
-    (tmp_path / "p.json").write_text(json.dumps([{"prompt": "p", "prediction": "The dog is old.", "answer": "The dog is new."}]))
+    rows = [{"prompt": "p", "prediction": "The dog is old.", "answer": "The dog is new."}]
+    (tmp_path / "p.json").write_text(json.dumps(rows))
     code, out, _ = call(capsys, "score", "replies", tmp_path / "p.json", "--benchmark", place)
     assert code == 0 and json.loads(out)["exact_match"]["mean"] == 0 and json.loads(out)["rouge_l"]["mean"] == pytest.approx(75)
     code, _, err = call(capsys, "score", "replise", tmp_path / "p.json", "--benchmark", place)
