@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .benchmarks.trace import TASKS
+from . import benchmark
 from .benchmarks.trace.metrics import versioned
 from .evaluate.matrix import FORMULAS
 from .folder import RunFolder
@@ -73,9 +73,10 @@ def _licence(base: Path) -> dict[str, str]:
 
 def _result(recipe: Recipe, row: dict) -> EvalResult:
     general = row["kind"] == "general"
-    benchmark = "general-ability" if general else "trace" if row["task"] in TASKS else "own-tasks"
+    traces = recipe.data.benchmark == benchmark.TRACE and row["task"] in benchmark.load(benchmark.TRACE).tasks
+    kind = "general-ability" if general else "trace" if traces else "own-tasks"
     return EvalResult(
-        task_type="text-generation", dataset_type=benchmark, dataset_name=f"{benchmark}: {row['task']}",
+        task_type="text-generation", dataset_type=kind, dataset_name=f"{kind}: {row['task']}",
         dataset_config=row["task"], dataset_split=None if general else recipe.eval.split, metric_type=row["headline"],
         metric_name=_metric(row), metric_value=round(row["score"], 4))
 

@@ -16,9 +16,11 @@ from .untrusted import UNPRINTABLE
 
 app = typer.Typer(help="Continual fine-tuning of LLaMA and Gemma on TRACE-like task streams.", no_args_is_help=True,
                   pretty_exceptions_enable=False, rich_markup_mode="rich", add_completion=False)
-data_app = typer.Typer(help="Check a TRACE folder, or write mini-TRACE.", no_args_is_help=True)
+data_app = typer.Typer(help="Check a folder of tasks, or write mini-TRACE.", no_args_is_help=True)
+benchmark_app = typer.Typer(help="Task streams of one's own (docs/own_data.md).", no_args_is_help=True)
 model_app = typer.Typer(help="Pretrained models for people without a hub account.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(benchmark_app, name="benchmark")
 app.add_typer(model_app, name="model")
 console = Console()
 
@@ -139,16 +141,20 @@ def report(folders: Annotated[list[Path], typer.Argument(metavar="RUN...")],
 
 
 @app.command()
-def score(task: str, file: Path) -> None:
+def score(task: str, file: Path,
+          benchmark: Annotated[str, typer.Option(help="whose task: trace, or a folder")] = "trace") -> None:
     """Score predictions made anywhere: FILE is a JSON list of {"prompt", "prediction", "answer"}. Prints JSON.
 
-    TASK is a TRACE task's name; any other name is scored by exact match.
+    TASK is the name of a task of the benchmark; under trace any other name is scored by exact match.
     """
-    from .benchmarks.trace.metrics import score as score_task
+    from . import benchmark as benchmarks
     from .evaluate.scores import read_predictions, summarise
 
+    known = benchmarks.load(benchmark)
+    if strangers := known.strangers([task], f"TASK: {{}} is not a task of {benchmark}"):
+        raise Fault(*strangers)
     rows = read_predictions(file)
-    scores = score_task(task, *([row[key] for row in rows] for key in ("prompt", "prediction", "answer")))
+    scores = known.score(task, *([row[key] for row in rows] for key in ("prompt", "prediction", "answer")))
     print(json.dumps({name: summarise(values) for name, values in scores.items()}, indent=1))
 
 
@@ -156,7 +162,8 @@ def score(task: str, file: Path) -> None:
 def evaluate(checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT|RUN@TASK", help="a model folder, hub id or .gguf, a "
                                                        "PEFT folder, or a run and the task after which (default: the last)")],
              overrides: Overrides = None,
-             benchmark: Annotated[str, typer.Option(help="whose tasks and protocols")] = "trace",
+             benchmark: Annotated[str | None, typer.Option(help="whose tasks and protocols: trace, or a folder; default: its "
+                                                           "run's, or trace")] = None,
              data: Annotated[str | None, typer.Option(help="folder of <task>/test.json; default: its run's")] = None,
              tasks: Annotated[str | None, typer.Option(help="e.g. FOMC,Py150; default: as its run did, or all")] = None,
              general: Annotated[str | None, typer.Option(help="hub, mini or a folder of general-ability files")] = None,
@@ -173,13 +180,12 @@ def evaluate(checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT|RUN@T
     from .evaluation import Wanted
     from .evaluation import evaluate as score_checkpoint
 
-    if benchmark != "trace":
-        raise Fault(f"--benchmark: '{benchmark}' is not a benchmark; choose trace.{nearest(benchmark, ['trace'])}")
     if overrides and (stray := [item for item in overrides if "=" not in item]):
         raise Fault(f"'{stray[0]}' is neither an option nor an override; write key=value, e.g. eval.max_examples=10")
     stop.listen()
     score_checkpoint(checkpoint, Wanted(data, tasks.split(",") if tasks else None, general,
-                                        general_tasks.split(",") if general_tasks else None, base, out, overrides or []))
+                                        general_tasks.split(",") if general_tasks else None, base, out, overrides or [],
+                                        benchmark))
     leave()
 
 
@@ -277,10 +283,12 @@ def methods(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
 
 @data_app.command("check")
 def data_check(root: Path, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
-    """Verify a TRACE folder of any variant: counts, fields, empty answers, encodings, duplicates within and across splits."""
-    from .examples import check_root, print_check
+    """Verify a TRACE folder of any variant, or a folder with a benchmark.yaml: counts, fields, empty answers, encodings,
+    duplicates within and across splits."""
+    from .examples import print_check
+    from .sources import check
 
-    found = check_root(root)
+    found = check(root)
     print(json.dumps(found, ensure_ascii=False, indent=1)) if as_json else print_check(found)
     if found["faults"]:
         raise typer.Exit(1)
@@ -296,6 +304,18 @@ def make_mini(out: Path, seed: int = 0) -> None:
         raise Fault(f"{out} exists already; give a new name")
     write(out, seed)
     console.print(f"mini-TRACE: {out}")
+
+
+@benchmark_app.command("new")
+def benchmark_new(folder: Path) -> None:
+    """Start a task stream of your own: a commented benchmark.yaml, two tiny tasks and a recipe that runs at once.
+
+    Example: codyra-llm benchmark new mine && codyra-llm run mine/recipe.yaml
+    """
+    from .benchmarks.starter import start
+
+    start(folder)
+    console.print(f"benchmark: {folder}; try `codyra-llm plan {folder / 'recipe.yaml'}`", soft_wrap=True, highlight=False)
 
 
 @model_app.command("get")

@@ -14,7 +14,6 @@ from rich.box import SIMPLE
 from rich.table import Column, Table
 from scipy.stats import sem, t
 
-from .benchmarks.trace.metrics import headline
 from .evaluate.matrix import summary as summarise
 from .files import read_jsonl
 from .folder import RunFolder
@@ -97,8 +96,7 @@ def _resampled(path: Path, count: int) -> dict[str, np.ndarray]:
     tasks, found, cells = folder.recipe.tasks, folder.summary, {}
     for row in folder.scores:
         file = path / "predictions" / f"{row['step']:02d}-{row['after']}" / f"{row['task']}.jsonl"
-        metric = row["headline"] if row["kind"] == "general" else headline(row["task"], folder.recipe.data.protocol)
-        scores = np.array([r[metric] for r in read_jsonl(file)], dtype=float)
+        scores = np.array([r[row["headline"]] for r in read_jsonl(file)], dtype=float)
         cells[row["step"], row["task"]] = scores[_draws(row["task"], len(scores))].mean(axis=1)
     steps = len(found["matrix"])
 

@@ -1,5 +1,7 @@
 """From records to batches: the stream of tasks, token ids with a label mask by position, and micro-batches."""
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,9 +15,10 @@ from datasets import Dataset, disable_progress_bars
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from . import attention
+from . import attention, benchmark, sources
 from .errors import Fault
-from .examples import read_split
+from .examples import SPLITS
+from .files import file_sha256
 from .loss import head_loss
 from .models import adds_bos
 from .seeds import generator
@@ -23,6 +26,7 @@ from .seeds import generator
 if TYPE_CHECKING:
     from .recipe import DataSection
 
+ABSENT = "no file"
 disable_progress_bars()  # the bars of tokenising thousands of short rows say nothing
 
 
@@ -88,8 +92,10 @@ class Encoder:
 class Stream:
     """The tasks of a recipe and their records, read once."""
 
-    def __init__(self, data: "DataSection", root: Path):
-        self.data, self.root, self.tasks = data, root, data.tasks
+    def __init__(self, data: "DataSection", root: Path, render: sources.Render = sources.plain):
+        """`render`: writes the chats of tasks that have `messages`."""
+        self.data, self.root, self.tasks, self.render = data, root, data.tasks, render
+        self.benchmark = benchmark.load(data.benchmark)
 
     @cached_property
     def epochs(self) -> list[int]:
@@ -98,7 +104,7 @@ class Stream:
 
     @lru_cache(maxsize=None)  # noqa: B019 - a stream lives as long as the run
     def _read(self, task: str, split: str) -> list[dict]:
-        return read_split(self.root, task, split)
+        return sources.read(self.root, task, self.benchmark.task(task), split, self.render)
 
     def records(self, index: int, split: str) -> list[dict]:
         """Records of task `index`; the training split is limited to `max_train_examples`, the eval split is without
@@ -108,13 +114,30 @@ class Stream:
             known = {row["prompt"] for row in self._read(self.tasks[index], "test")}
             rows = [row for row in rows if row["prompt"] not in known]
             if not rows:
-                raise Fault(f"{self.root / self.tasks[index] / 'eval.json'} has no prompt that test.json has not; give "
-                            f"an eval split of its own")
+                name = self.tasks[index]
+                own, test = (sources.place(self.root, name, self.benchmark.task(name), key) for key in ("eval", "test"))
+                raise Fault(f"{own} has no prompt that {Path(test).name} has not; give an eval split of its own")
         return rows[: self.data.max_train_examples] if split == "train" else rows
 
     def extra(self, name: str) -> list[dict]:
         """The training records of a set beside the tasks, e.g. Lima."""
         return self._read(name, "train")
+
+    def hashes(self) -> dict[str, str]:
+        """sha256 by split of the tasks' data: of TRACE's files; of declared sources, which may be no files, of the examples
+        that were read from them."""
+        return {key: value for task in self.tasks for split in SPLITS
+                for key, value in [self._hash(task, split)]}
+
+    def _hash(self, task: str, split: str) -> tuple[str, str]:
+        if not self.benchmark.task(task).declared:
+            file = self.root / task / f"{split}.json"
+            return f"{task}/{split}.json", file_sha256(file) if file.is_file() else ABSENT
+        try:
+            rows = self._read(task, split)
+        except Fault:  # of a split that is not used, or it would have been said before
+            return f"{task}/{split}", ABSENT
+        return f"{task}/{split}", hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """`codyra-llm evaluate`: score a checkpoint that exists, as a run scores its own, without training."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from . import __version__, distributed, models, open_ended, watch
 from . import recipe as recipes
+from .benchmark import TRACE, place
 from .distributed import collectively, of_first
 from .errors import Fault, nearest
 from .evaluate import judge
@@ -44,6 +45,7 @@ class Wanted:
     base: str | None = None
     out: Path | None = None
     overrides: list[str] = field(default_factory=list)
+    benchmark: str | None = None
 
 
 @dataclass
@@ -109,7 +111,7 @@ def _measure(checkpoint: str, wanted: Wanted, acc: Accelerator, setup: Setup, so
 
 def _prepare(checkpoint: str, wanted: Wanted) -> tuple[Setup, Source, int, Setup | None]:
     """What to score, where it comes from, the position of the task after which (-1: none), and the base if it is asked for."""
-    source = _source(checkpoint, wanted.base)
+    source = _on_benchmark(_source(checkpoint, wanted.base), checkpoint, wanted.benchmark)
     recipe = _recipe(checkpoint, source, wanted)
     setup = prepare(recipe)
     if unknown := [task for task in wanted.tasks or () if task not in setup.recipe.tasks]:
@@ -141,6 +143,17 @@ def _source(checkpoint: str, base: str | None) -> Source:
     return _on_base(found, folder, base) if (folder / "adapter_config.json").is_file() else found
 
 
+def _on_benchmark(source: Source, checkpoint: str, wanted: str | None) -> Source:
+    """The checkpoint, without its own recipe where another benchmark than that recipe's is asked for."""
+    own = source.raw.get("data", {}).get("benchmark", TRACE)
+    if not (source.raw and wanted) or place(wanted).resolve() == place(own).resolve():
+        return source
+    if source.run:
+        raise Fault(f"--benchmark: {checkpoint} is a stage of a run on {own}, and is scored on its tasks; export it with "
+                    f"`codyra-llm export`, and give the export")
+    return replace(source, raw={}, after=None)
+
+
 def _on_base(source: Source, folder: Path, base: str | None) -> Source:
     """A PEFT folder as the base that it names, or that is given, and itself."""
     try:
@@ -157,11 +170,12 @@ def _on_base(source: Source, folder: Path, base: str | None) -> Source:
 
 
 def _recipe(checkpoint: str, source: Source, wanted: Wanted) -> Recipe:
-    """The recipe that the checkpoint is scored by: its own, or TRACE's protocol; the command line over it."""
-    raw = source.raw or {"model": {}, "data": {"root": wanted.data or "."}, "method": "none"}
+    """The recipe that the checkpoint is scored by: its own, or the benchmark's protocol; the command line over it."""
+    anywhere = None if wanted.benchmark not in (None, TRACE) else "."
+    raw = source.raw or {"model": {}, "data": {"root": wanted.data or anywhere}, "method": "none"}
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in checkpoint.strip("/."))
     given = {"output": str(wanted.out or Path("evaluations") / name), "checkpoint": False, "data.root": wanted.data,
-             "model.path": source.model, "general.data": wanted.general, "general.tasks": wanted.general_tasks}
+             "data.benchmark": wanted.benchmark, "model.path": source.model, "general.data": wanted.general, "general.tasks": wanted.general_tasks}
     if source.raw:
         given |= {"optim.validate_every": None, "optim.keep_best": False, "model.quantization": None}
     elif wanted.tasks:

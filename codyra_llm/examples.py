@@ -1,12 +1,14 @@
-"""TRACE examples: reading a split strictly, and checking a whole benchmark folder.
+"""Examples in TRACE's layout: reading a split strictly, and checking a whole folder of tasks.
 
 Layout: `<root>/<task>/{train,eval,test}.json`, each a JSON list of {"prompt": str, "answer": str}; other fields are
-ignored. The four variants of the benchmark (500, 1000, 5000, Reasoning) share it, and so do a user's own tasks.
+ignored. The four variants of the benchmark (500, 1000, 5000, Reasoning) share it; `sources.py` reads others.
 """
 
 import itertools
 import os
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -27,13 +29,17 @@ def read_split(root: Path, task: str, split: str) -> list[dict]:
     if not os.path.isfile(path):
         raise Fault(missing(root, task, path))
     records = parse(path)
-    faults = [fault for i, record in enumerate(records)
-              for fault in record_faults(record, split, f"{path}: record {i}")]
+    refuse([fault for i, record in enumerate(records) for fault in record_faults(record, split, f"{path}: record {i}")],
+           path, len(records))
+    return [{"prompt": record["prompt"], "answer": record["answer"]} for record in records]
+
+
+def refuse(faults: list[str], where: str | Path, count: int) -> None:
+    """Raise Fault with the first of the faults that `count` records have, and the number of the others."""
     if (rest := len(faults) - NAMED) > 0:
-        faults = [*faults[:NAMED], f"{path}: {rest} more faults in {len(records)} records; correct these too."]
+        faults = [*faults[:NAMED], f"{where}: {rest} more faults in {count} records; correct these too."]
     if faults:
         raise Fault(*faults)
-    return [{"prompt": record["prompt"], "answer": record["answer"]} for record in records]
 
 
 def missing(root: Path, task: str, path: Path) -> str:
@@ -58,26 +64,26 @@ def parse(path: Path) -> list:
     return records
 
 
-def record_faults(record: object, split: str, where: str) -> list[str]:
-    """Faults of one record. Eval and test may have empty answers (Lima has no references); training may not."""
+def record_faults(record: object, split: str, where: str, fields: tuple[str, str] = ("prompt", "answer")) -> list[str]:
+    """Faults of one record, whose prompt and answer are in these `fields`. Eval and test may have empty answers (Lima has no
+    references); training may not."""
     if not isinstance(record, dict):
-        return [f"{where} is a {type(record).__name__}, expected an object with 'prompt' and 'answer'; correct it."]
+        return [f"{where} is a {type(record).__name__}, expected an object with '{fields[0]}' and '{fields[1]}'; correct it."]
     faults = []
-    for field in ("prompt", "answer"):
+    for field, most in zip(fields, LONGEST.values()):
         value = record.get(field)
         if field not in record:
             faults.append(f"{where} has no '{field}', expected a string; add it.{nearest(field, record)}")
         elif not isinstance(value, str):
             faults.append(f"{where}: '{field}' is a {type(value).__name__}, expected a string; put it in quotes.")
-        elif len(value) > LONGEST[field]:
-            faults.append(f"{where}: '{field}' has {len(value):,d} characters, expected at most {LONGEST[field]:,d}; "
-                          f"shorten it.")
+        elif len(value) > most:
+            faults.append(f"{where}: '{field}' has {len(value):,d} characters, expected at most {most:,d}; shorten it.")
         elif SURROGATE.search(value):
             faults.append(f"{where}: '{field}' holds half of a surrogate pair, expected Unicode text; export it again.")
         elif "\0" in value:
             faults.append(f"{where}: '{field}' holds a NUL character, left by a wrong decoding; export it again.")
-        elif field == "answer" and split == "train" and not value:
-            faults.append(f"{where}: 'answer' is empty, expected text to learn; fill it in or remove the record.")
+        elif field == fields[1] and split == "train" and not value:
+            faults.append(f"{where}: '{field}' is empty, expected text to learn; fill it in or remove the record.")
     return faults
 
 
@@ -90,7 +96,8 @@ def check_root(root: Path) -> dict:
     """
     report = {"root": str(root), "variants": {}, "faults": [], "warnings": []}
     for variant in variants(root):
-        tasks = {folder.name: check_task(variant, folder.name, report) for folder in task_folders(variant)}
+        tasks = {folder.name: check_task(f"{variant.name}/{folder.name}", partial(read_split, variant, folder.name), report)
+                 for folder in task_folders(variant)}
         report["variants"][variant.resolve().name] = tasks
     return report
 
@@ -113,12 +120,12 @@ def variants(root: Path) -> list[Path]:
     return found
 
 
-def check_task(variant: Path, task: str, report: dict) -> dict:
-    """Statistics of the task's splits and their overlaps; faults and warnings are added to `report`."""
+def check_task(name: str, read: Callable[[str], list[dict]], report: dict) -> dict:
+    """Statistics of the splits that `read` gives and their overlaps; faults and warnings are added to `report`."""
     splits, prompts, overlap = {}, {}, {}
     for split in SPLITS:
         try:
-            records = read_split(variant, task, split)
+            records = read(split)
         except Fault as fault:
             report["faults"] += fault.messages
             continue
@@ -128,11 +135,11 @@ def check_task(variant: Path, task: str, report: dict) -> dict:
                             (stats["empty_answers"], "have an empty answer and can't be scored"),
                             (stats["replacement_characters"], "hold U+FFFD, left by a lossy decoding")):
             if count:
-                report["warnings"].append(f"{variant.name}/{task}/{split}: {count} of {len(records)} records {what}.")
+                report["warnings"].append(f"{name}/{split}: {count} of {len(records)} records {what}.")
     for a, b in itertools.combinations(prompts, 2):
         if shared := len(prompts[a] & prompts[b]):
             overlap[f"{a}/{b}"] = shared
-            report["warnings"].append(f"{variant.name}/{task}: {a} and {b} share {shared} prompts "
+            report["warnings"].append(f"{name}: {a} and {b} share {shared} prompts "
                                       f"({len(prompts[a])} and {len(prompts[b])} distinct).")
     return {"splits": splits, "overlap": overlap}
 

@@ -8,7 +8,6 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from . import stop, watch
-from .benchmarks.trace.metrics import headline, score
 from .distributed import of_first, wait
 from .evaluate import generate, vllm
 from .evaluate.scores import summarise
@@ -78,7 +77,8 @@ def _measure_general(setup: Setup, folder: RunFolder, acc: Accelerator, index: i
 def _add_scores(setup: Setup, folder: RunFolder, known: dict, records: list[dict], predictions: list[str],
                 began: float) -> None:
     task, prompts, targets = known["task"], [r["prompt"] for r in records], [r["answer"] for r in records]
-    scores, main = score(task, prompts, predictions, targets), headline(task, setup.recipe.data.protocol)
+    benchmark = setup.stream.benchmark
+    scores, main = benchmark.score(task, prompts, predictions, targets), benchmark.headline(task, setup.recipe.data.protocol)
     row = {**known, "kind": "task" if task in setup.recipe.tasks else "general",
            "headline": main, "score": summarise(scores[main])["mean"],
            "metrics": {name: summarise(values) for name, values in scores.items()},

@@ -16,12 +16,11 @@ from accelerate.utils import gather_object
 from . import __version__, distributed
 from .data import default_tokens
 from .errors import Fault
-from .examples import SPLITS
 from .files import file_sha256
 from .recipe import Recipe
 from .setup import Setup
 
-PATHS = {"model.path", "data.root", "general.data"}  # may differ between machines: what lies there is compared
+PATHS = {"model.path", "data.benchmark", "data.root", "general.data"}  # may differ between machines: what lies there is compared
 REMEDIES = {"recipe": "start every process with the same recipe and overrides",
             "version": "install the same versions on every machine",
             "data": "copy the same file to every machine", "base": "give every machine the same weights"}
@@ -58,8 +57,7 @@ def values(setup: Setup, base: str | None, host: str) -> dict[str, str]:
     found = {f"recipe {key}": value for key, value in _settings(setup.recipe) if key not in PATHS}
     found |= {"version codyra_llm": __version__, "version python": platform.python_version()}
     found |= {f"version {name}": version(name) for name in ("torch", "transformers", "accelerate")}
-    found |= {f"data {task}/{split}.json": _hash(setup.stream.root / task / f"{split}.json")
-              for task in setup.recipe.tasks for split in SPLITS}
+    found |= {f"data {name}": digest[:SHOWN] for name, digest in setup.stream.hashes().items()}
     read = [_hash(file) for ability in setup.suite.values() for file in ability.files]
     found["data of general"] = hashlib.sha256(json.dumps([setup.probes, list(setup.suite), read]).encode()).hexdigest()[:SHOWN]
     found |= {f"base {name}": _hash(setup.base / name) for name in ("config.json", "tokenizer.json")}

@@ -3,20 +3,19 @@
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
 
-from . import recipes
-from .benchmarks.trace import ORDERS, PROTOCOLS, TASKS
+from . import benchmark, recipes
+from .benchmark import Benchmark
 from .errors import Fault, nearest
 from .evaluate.prompts import OpenEndedSection
 from .methods import METHODS, MethodConfig
-from .methods.base import Fraction, NotNegative, Positive, Strict
+from .schema import Fraction, NotNegative, Positive, Strict, Tokens, sentences
 from .untrusted import PathText, parse_yaml, read_yaml, shown
 
 PROGRAM_KEYS = ("_", "launch")  # the two lines that make a recipe a Python program as well
-Tokens = Annotated[int, Field(le=1 << 24)]  # more is a slip
 
 
 class ModelSection(Strict):
@@ -37,12 +36,14 @@ class ModelSection(Strict):
 class DataSection(Strict):
     """The tasks, their order and how much of each is read."""
 
-    root: PathText = Field(description="folder that holds <task>/{train,eval,test}.json, or 'mini' (made on first use)")
-    protocol: Literal["trace", "treelora"] = Field("trace", description="whose lengths, epochs, batch size, schedule, "
-                                                   "loss average and accuracy rule fill what is not given")
-    tasks: list[str] | int = Field(1, description="names in order, or the number of a published order")
-    epochs: int | dict[str, int] | None = Field(None, description="1 to 1000, for all tasks, or by task; default: "
-                                               "each task's own (docs/trace_protocol.md), 1 for tasks that are not TRACE's")
+    benchmark: PathText = Field("trace", description="trace, or a folder with a benchmark.yaml (docs/own_data.md)")
+    root: PathText | None = Field(None, description="folder that holds <task>/{train,eval,test}.json, or 'mini' (made on first "
+                                                    "use); default: the benchmark's, where that is a folder of one's own")
+    protocol: str | None = Field(None, description="whose lengths, epochs, batch size, schedule, loss average and accuracy rule "
+                                                   "fill what is not given; of trace: trace or treelora; default: the first")
+    tasks: list[str] | int = Field(1, description="names in order, or the number of one of the benchmark's orders")
+    epochs: int | dict[str, int] | None = Field(None, description="1 to 1000, for all tasks, or by task; default: each "
+                                                "task's own (docs/trace_protocol.md), 1 for tasks that are not the benchmark's")
     max_prompt_tokens: Tokens | None = Field(None, ge=8, description="BOS included; what is longer is cut")
     max_answer_tokens: Tokens | None = Field(None, ge=2, description="of a training answer, EOS included")
     truncation: Literal["left", "middle"] = Field("left", description="which part of a long prompt goes; left: TRACE")
@@ -51,6 +52,12 @@ class DataSection(Strict):
     batching: Literal["auto", "buckets", "packed"] = Field("auto", description="buckets: rows of similar length, "
                                                            "padded; packed: one row without padding; auto: packed where a GPU "
                                                            "has a kernel for it. Does not change the result")
+
+    @model_validator(mode="after")
+    def _trace_is_elsewhere(self) -> "DataSection":
+        if self.root is None and self.benchmark == benchmark.TRACE:
+            raise ValueError("'root' is missing; add it: the folder that holds TRACE's tasks, or mini")
+        return self
 
 
 class OptimSection(Strict):
@@ -137,8 +144,13 @@ class Recipe(Strict):
     checkpoint: bool = Field(True, description="write the final merged model to <output>/checkpoint")
 
     @property
+    def benchmark(self) -> Benchmark:
+        """Read from its folder. Raises Fault where there is none, or a faulty one."""
+        return benchmark.load(self.data.benchmark)
+
+    @property
     def tasks(self) -> list[str]:
-        return list(ORDERS[self.data.tasks]) if isinstance(self.data.tasks, int) else self.data.tasks
+        return list(self.benchmark.orders[self.data.tasks]) if isinstance(self.data.tasks, int) else self.data.tasks
 
     @property
     def epochs(self) -> list[int]:
@@ -146,8 +158,13 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _names_are_consistent(self) -> "Recipe":
-        if isinstance(self.data.tasks, int) and self.data.tasks not in ORDERS:
-            raise ValueError(f"data.tasks: there is no order {self.data.tasks}; choose from {sorted(ORDERS)}")
+        if isinstance(self.data.tasks, int):  # a finished run's recipe names its tasks, and is read without its benchmark
+            try:
+                missing = self.benchmark.lacks(self.data)
+            except Fault as fault:
+                missing = fault.messages
+            if missing:
+                raise ValueError("\n".join(missing))
         tasks, faults = self.tasks, []
         if not tasks or len(set(tasks)) < len(tasks):
             faults.append(f"data.tasks: {tasks} must name at least one task, and each once")
@@ -166,16 +183,21 @@ class Recipe(Strict):
         return self
 
     def resolved(self) -> "Recipe":
-        """The same recipe with every null that the protocol knows filled in; valid, and equal to itself resolved."""
-        protocol = PROTOCOLS[self.data.protocol]
+        """The same recipe with every null that the benchmark knows filled in; valid, and equal to itself resolved. Raises
+        Fault for names that the benchmark has not."""
+        known = self.benchmark
+        if missing := known.lacks(self.data):
+            raise Fault(*missing)
+        name = self.data.protocol or next(iter(known.protocols))
+        protocol, root = known.protocols[name], self.data.root or str(benchmark.place(self.data.benchmark))
         given = self.data.epochs if isinstance(self.data.epochs, dict) else {}
         epochs = self.data.epochs if isinstance(self.data.epochs, int) else {
-            t: given.get(t, TASKS[t].epochs if t in TASKS else 1) for t in self.tasks}
+            t: given.get(t, known.task(t).epochs) for t in self.tasks}
         limit = self.eval.max_new_tokens
         limits = limit if isinstance(limit, int) else {
-            t: (limit or {}).get(t, protocol.max_new_tokens) for t in self.tasks}
+            t: (limit or {}).get(t, known.task(t).max_new_tokens or protocol.max_new_tokens) for t in self.tasks}
         return self.model_copy(update={
-            "data": _filled(self.data, protocol, tasks=self.tasks, epochs=epochs),
+            "data": _filled(self.data, protocol, root=root, protocol=name, tasks=self.tasks, epochs=epochs),
             "optim": _filled(self.optim, protocol), "eval": _filled(self.eval, protocol, max_new_tokens=limits)})
 
 
@@ -184,7 +206,7 @@ def by_task(value: int | dict[str, int], task: str) -> int:
     return value if isinstance(value, int) else value[task]
 
 
-def _filled(section: BaseModel, protocol: Any, **known: Any) -> BaseModel:
+def _filled(section: BaseModel, protocol: Any, /, **known: Any) -> BaseModel:
     missing = {key: getattr(protocol, key) for key, value in section if value is None and hasattr(protocol, key)}
     return section.model_copy(update={**missing, **known})
 
@@ -269,32 +291,3 @@ def parse(raw: dict, source: str = "recipe") -> Recipe:
     if faults:
         raise Fault(*(f"{source}: {fault}" for fault in faults))
     return recipe
-
-
-def sentences(error: ValidationError, schema: type[BaseModel], prefix: tuple = ()) -> list[str]:
-    """What pydantic found wrong with `schema`, one sentence each."""
-    out = []
-    for e in error.errors():
-        key, given = ".".join(str(part) for part in (*prefix, *e["loc"])), shown(e["input"])
-        if e["type"] == "extra_forbidden":
-            known = _fields(schema, e["loc"][:-1])
-            out.append(f"unknown key '{key}' (value {given}).{nearest(str(e['loc'][-1]), known)} "
-                       f"Known here: {', '.join(known)}")
-        elif e["type"] == "missing":
-            out.append(f"'{key}' is missing; add it")
-        elif e["type"] in ("model_type", "dict_type"):
-            out.append(f"{key}: {given} is not a section; write its keys below '{key}', each with its value")
-        elif e["type"] == "value_error":
-            message = str(e["ctx"]["error"])
-            out += [f"{key}: {line}" if key else line for line in message.splitlines()]
-        else:
-            out.append(f"{key}: {given} is not valid; {e['msg'][0].lower() + e['msg'][1:]}"
-                       + nearest(given.strip("'"), str(e.get("ctx", {}).get("expected", "")).split("'")))
-    return out
-
-
-def _fields(schema: type[BaseModel], loc: tuple) -> list[str]:
-    for part in loc:
-        annotation = schema.model_fields[part].annotation
-        schema = next(a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel))
-    return list(schema.model_fields)

@@ -14,14 +14,15 @@ from typing import Any, NamedTuple, get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from .benchmarks.trace import ORDERS, PROTOCOLS, TASKS
-from .benchmarks.trace.metrics import score
+from . import benchmark
+from .benchmark import Protocol
 from .files import write_text
 from .folder import NO_RESULT
 from .methods import METHODS, Method, table
 from .recipe import Recipe
 from .sweep import SweepFile
 
+TRACE = benchmark.load(benchmark.TRACE)
 BOUNDS = {"minimum": "≥ {:,}", "exclusiveMinimum": "> {:,}", "maximum": "≤ {:,}", "exclusiveMaximum": "< {:,}",
           "minItems": "≥ {} of them", "minProperties": "≥ {} of them"}
 TYPES = {"string": "text", "object": "section", None: "any value"}
@@ -78,7 +79,7 @@ def _default(name: str, node: dict, section: dict) -> str:
     """The default; where it is null and the protocol knows, what the protocols have."""
     if name in section.get("required", ()):
         return "required"
-    known = {p.name: f"`{_shown(getattr(p, name))}`" for p in PROTOCOLS.values() if hasattr(p, name)}
+    known = {rule: f"`{_shown(getattr(p, name))}`" for rule, p in TRACE.protocols.items() if name in Protocol.model_fields}
     if node.get("default") is not None or not known:
         return f"`{_shown(node.get('default'))}`"
     if len(set(known.values())) == 1:
@@ -180,18 +181,17 @@ def method_hooks() -> str:
 
 def trace_tasks() -> str:
     return rows("| task | language | epochs | rule `trace` | rule `treelora` |",
-                [(task.name, task.language, str(task.epochs), *(f"`{task.headline[rule]}`" for rule in PROTOCOLS))
-                 for task in TASKS.values()])
+                [(name, task.language, str(task.epochs), *(f"`{task.headline[rule]}`" for rule in TRACE.protocols))
+                 for name, task in TRACE.tasks.items()])
 
 
 def trace_orders() -> str:
-    return rows("| order | tasks |", [(str(number), ", ".join(names)) for number, names in ORDERS.items()])
+    return rows("| order | tasks |", [(str(number), ", ".join(names)) for number, names in TRACE.orders.items()])
 
 
 def trace_protocols() -> str:
-    names = [name for name in next(iter(PROTOCOLS.values())).__dataclass_fields__ if name != "name"]
-    return rows("| | " + " | ".join(f"`{name}`" for name in PROTOCOLS) + " |",
-                [(f"`{name}`", *(_shown(getattr(p, name)) for p in PROTOCOLS.values())) for name in names])
+    return rows("| | " + " | ".join(f"`{name}`" for name in TRACE.protocols) + " |",
+                [(f"`{name}`", *(_shown(getattr(p, name)) for p in TRACE.protocols.values())) for name in Protocol.model_fields])
 
 
 def accuracy_rules() -> str:
@@ -201,10 +201,10 @@ def accuracy_rules() -> str:
                                      ("FOMC", "B because", "B"), ("FOMC", "b", "B"), ("FOMC", "Answer: B", "B"),
                                      ("FOMC", "", "B"), ("NumGLUE-cm", "12", "1"), ("NumGLUE-cm", "1.0", "1"),
                                      ("ScienceQA", "B\nsince", "B\nas"), ("ScienceQA", " B\nsince", "B\nas")):
-        scores = score(task, [""], [prediction], [answer])
-        values = (f"{scores[TASKS[task].headline[rule]][0]:g}" for rule in PROTOCOLS)
+        scores = TRACE.score(task, [""], [prediction], [answer])
+        values = (f"{scores[TRACE.headline(task, rule)][0]:g}" for rule in TRACE.protocols)
         found.append((task, f"`{json.dumps(prediction)}`", f"`{json.dumps(answer)}`", *values))
-    return rows("| task | prediction | answer | " + " | ".join(f"rule `{rule}`" for rule in PROTOCOLS) + " |", found)
+    return rows("| task | prediction | answer | " + " | ".join(f"rule `{rule}`" for rule in TRACE.protocols) + " |", found)
 
 
 def no_result() -> str:

@@ -14,9 +14,8 @@ from . import __version__, card, distributed, models, open_ended, stop, watch
 from .distributed import collectively, of_first, wait
 from .errors import Fault
 from .evaluate import judge, vllm
-from .examples import SPLITS
 from .export import write_merged, write_stage
-from .files import await_file, file_sha256
+from .files import await_file
 from .folder import RunFolder
 from .lease import Lease
 from .lora.archive import Adapter, Archive, Update
@@ -239,5 +238,4 @@ def _manifest(setup: Setup, acc: Accelerator, base: str) -> dict:
     return {"codyra_llm": __version__, "python": sys.version.split()[0], **{name: version(name) for name in names},
             "device": gpu or "cpu", "dtype": str(setup.dtype), "world_size": acc.num_processes,
             "zero_stage": distributed.zero_stage(acc), "base": base,
-            "data": {f"{task}/{split}.json": file_sha256(setup.stream.root / task / f"{split}.json")
-                     for task in setup.recipe.tasks for split in SPLITS}}
+            "data": setup.stream.hashes()}

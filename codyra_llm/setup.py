@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from . import attention, models, stop, watch
+from . import attention, models, sources, stop, watch
 from .benchmarks.trace import mini
 from .data import Batch, Encoded, Encoder, Stream, collate, default_tokens, micro_batches
 from .errors import Fault
@@ -132,7 +132,10 @@ def prepare(recipe: Recipe) -> Setup:
         config = None if wrong else AutoConfig.from_pretrained(base)
         faults += wrong or _fits(recipe, config) + method.check(config, recipe.model.attention)
     root = tried(data_root, recipe.data.root)
-    stream = Stream(recipe.data, root)
+    tokenizer = tried(models.load_tokenizer, base) if base and not wrong else None
+    render, wrong = _render(recipe, tokenizer)
+    faults += wrong
+    stream = Stream(recipe.data, root, render)
     for index in range(len(recipe.tasks)) if root else ():
         if method.trains or method.old_data:
             tried(method.train_data, stream, index)
@@ -147,9 +150,21 @@ def prepare(recipe: Recipe) -> Setup:
         faults += _disk(Path(recipe.output), size(base) * (merged + whole * len(recipe.tasks)))
     if faults:
         raise Fault(*dict.fromkeys(faults))
-    tokenizer = models.load_tokenizer(base)
     probes = _probes() if general.data == "mini" else {}
     return Setup(recipe, method, base, tokenizer, Encoder(tokenizer, recipe.data), stream, probes, harness, open_ended)
+
+
+def _render(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> tuple[sources.Render, list[str]]:
+    """What writes the chats of tasks that have `messages`, and what is wrong with that."""
+    chats = ", ".join(task for task in recipe.tasks if recipe.benchmark.task(task).messages)
+    if not (chats and tokenizer):
+        return sources.plain, []
+    if not tokenizer.chat_template:
+        return sources.plain, [f"model.path: {recipe.model.path} has no chat template to write the messages of {chats} with; "
+                               f"choose a chat model, or give columns"]
+    return sources.by_template(tokenizer), [
+        f"data.chat_template: the chats of {chats} are written by the template already, and their prompts would be once "
+        f"more; set it to false"] * recipe.data.chat_template
 
 
 def _fits(recipe: Recipe, config: PreTrainedConfig) -> list[str]:

@@ -14,8 +14,8 @@ from . import recipe as recipes
 from .errors import Fault, nearest
 from .folder import RunFolder, differences
 from .methods import METHODS
-from .methods.base import Strict
 from .recipe import Recipe
+from .schema import Strict, sentences
 from .setup import prepare
 from .untrusted import read_yaml
 
@@ -180,7 +180,7 @@ def load(path: str | Path, overrides: list[str] = ()) -> Sweep:
     try:
         file = SweepFile.model_validate(raw)
     except ValidationError as error:
-        raise Fault(*(f"{path}: {line}" for line in recipes.sentences(error, SweepFile))) from None
+        raise Fault(*(f"{path}: {line}" for line in sentences(error, SweepFile))) from None
     return Sweep(file.model_copy(update={"set": file.set | given}))
 
 

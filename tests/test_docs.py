@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 from commands import ROOT, added_methods, check
 
+from codyra_llm import benchmark, reference, stop, sweep
 from codyra_llm import recipe as recipes
-from codyra_llm import reference, stop, sweep
-from codyra_llm.benchmarks.trace import TASKS
 from codyra_llm.cli import main
 from codyra_llm.errors import Fault
 from codyra_llm.folder import RunFolder
@@ -66,7 +65,7 @@ def place(tiny_llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("place")
     for name in ("recipes", "docs", "launch.sh", "constraints.txt", "pyproject.toml", "tests"):
         (folder / name).symlink_to(ROOT / name)
-    for task in TASKS:
+    for task in benchmark.load("trace").tasks:
         (folder / "data/LLM-CL-Benchmark_500" / task).mkdir(parents=True)
         for split, numbers in (("train", range(8)), ("eval", range(8, 10)), ("test", range(10, 13))):
             rows = [{"prompt": f"{task} {i}: A, B or C?", "answer": "ABC"[i % 3]} for i in numbers]

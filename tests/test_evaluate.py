@@ -171,7 +171,8 @@ def test_the_command_and_its_refusals(merging, tmp_path, capsys):
     code, told = call(merging.path / "checkpoint", "--tasks", "TWO", "--out", tmp_path / "out")
     assert code == 0 and "after TWO: TWO" in told
     assert [row["task"] for row in read_jsonl(tmp_path / "out" / "scores.jsonl")] == ["TWO"]
-    for args, message in [(("--tasks", "TOW"), "'TOW' is not a task of the recipe"), (("--benchmark", "glue"), "choose trace"),
+    for args, message in [(("--tasks", "TOW"), "'TOW' is not a task of the recipe"),
+                          (("--benchmark", "glue"), "is neither 'trace' nor a folder"),
                           (("x",), "'x' is neither an option nor an override"),
                           (("eval.max_new_tokens=9", "--out", tmp_path / "out"), "was begun with eval.max_new_tokens")]:
         code, told = call(merging.path / "checkpoint", *args)

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from codyra_llm import models
 from codyra_llm import recipe as recipes
 from codyra_llm import sweep as sweeps
-from codyra_llm.benchmarks.trace import TASKS
-from codyra_llm.benchmarks.trace.metrics import score
+from codyra_llm.benchmark import load
 from codyra_llm.data import Encoder
 from codyra_llm.errors import Fault
 from codyra_llm.evaluate.scores import read_predictions
@@ -183,11 +182,11 @@ def test_data(content, folder, raw, tiny_llama):
 
 @tried(80)
 @given(content=spoilt([{"prompt": "What is 2+2?", "prediction": "4. <NUM_LIT:4>", "answer": "4 ist. Gut"}] * 2, as_json),
-       task=st.sampled_from([*TASKS, "other"]))
+       task=st.sampled_from([*load("trace").tasks, "other"]))
 def test_predictions(content, task, folder):
     (folder / "p.json").write_bytes(content)
     if rows := accepted(read_predictions, folder / "p.json"):
-        found = score(task, *([row[key] for row in rows] for key in ("prompt", "prediction", "answer")))
+        found = load("trace").score(task, *([row[key] for row in rows] for key in ("prompt", "prediction", "answer")))
         assert all(0 <= value <= 100.0001 for values in found.values() for value in values)
 
 

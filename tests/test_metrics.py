@@ -13,10 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rouge import Rouge
 
+from codyra_llm.benchmark import load
 from codyra_llm.benchmarks import trace
-from codyra_llm.benchmarks.trace import ORDERS, PROTOCOLS, TASKS
-from codyra_llm.benchmarks.trace.metrics import METRICS, headline, literals, metrics_of, sari, score, versioned
+from codyra_llm.benchmarks.trace.metrics import METRICS, literals, sari, versioned
 
+TRACE = load("trace")
+TASKS, ORDERS, PROTOCOLS, headline, score = TRACE.tasks, TRACE.orders, TRACE.protocols, TRACE.headline, TRACE.score
 TEXT = st.text(alphabet="ab .\n<>_ä", max_size=12)
 
 
@@ -165,7 +167,7 @@ def test_each_metric_computes_as_an_evaluate_metric_without_a_network_or_a_folde
 
 def test_score_reports_the_metrics_of_the_task_in_order():
     got = score("ScienceQA", ["p", "p"], ["B\na b", ""], ["B\na b", "C\nd"])
-    assert list(got) == list(metrics_of("ScienceQA"))
+    assert list(got) == list(TASKS["ScienceQA"].metrics)
     assert got == {"first_char": [100, 0], "first_char_treelora": [100, 0],
                    "reason_rouge_l": [pytest.approx(100, abs=1e-5), 0]}
     assert score("my-task", ["p"], ["yes."], ["yes"]) == {"exact_match": [0], "exact_match_treelora": [100]}

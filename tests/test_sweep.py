@@ -219,7 +219,7 @@ def faked(sweep, scores: dict[tuple[str, int], dict[tuple[int, str], list[float]
         write_json(run.folder.path / "summary.json", {**found, "general": {}, "costs": cost})
         for (step, task), values in cells.items():
             after = ("ONE", "TWO")[step - 1]
-            row = {"after": after, "step": step, "task": task, "kind": "task"}
+            row = {"after": after, "step": step, "task": task, "kind": "task", "headline": "exact_match"}
             run.folder.add_scores(row, [{"exact_match": v} for v in values])
 
 

@@ -6,8 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from codyra_llm import attention, models
-from codyra_llm.benchmarks.trace import PROTOCOLS, TASKS, mini
+from codyra_llm import attention, benchmark, models
+from codyra_llm.benchmarks.trace import mini
 from codyra_llm.data import Encoded, Encoder, collate, default_tokens, example_weights, micro_batches
 from codyra_llm.errors import Fault
 from codyra_llm.examples import read_split, task_folders
@@ -72,7 +72,7 @@ def _prepared(arm: Arm, packed: bool) -> Arm:
 
 
 def _section(options: Options) -> DataSection:
-    lengths = PROTOCOLS["trace"]
+    lengths = benchmark.load("trace").protocols["trace"]
     return DataSection(root=options.data, max_prompt_tokens=lengths.max_prompt_tokens,
                        max_answer_tokens=lengths.max_answer_tokens)
 
@@ -81,7 +81,7 @@ def _global_batches(options: Options, encoder: Encoder) -> list[list[Encoded]]:
     root = data_root(options.data)
     present = {folder.name for folder in task_folders(root)}
     batches = []
-    for task in options.tasks or [name for name in TASKS if name in present]:
+    for task in options.tasks or [name for name in benchmark.load("trace").tasks if name in present]:
         encoded = encoder.encode(read_split(root, task, "train")[: options.examples])
         batches += [encoded[i: i + options.batch] for i in range(0, len(encoded), options.batch)]
     if not batches:

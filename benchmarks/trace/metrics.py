@@ -1,4 +1,4 @@
-"""TRACE's metrics: each a mean over examples of a score in 0..100, as an `evaluate.Metric` that needs no network.
+"""TRACE's metrics, of which any benchmark chooses: each a mean over examples of a score in 0..100, as an `evaluate.Metric` that needs no network.
 
 Two rules exist for the same outputs: names without a suffix follow the TRACE code, `_treelora` the more lenient one of
 TreeLoRA. Where the published code crashes (an empty ScienceQA prediction; ROUGE of a text of full stops only, or of a
@@ -18,10 +18,7 @@ import evaluate
 from rapidfuzz.distance import Indel
 from rouge import Rouge
 
-from . import TASKS
 from .sari import sari
-
-OTHER = ("exact_match", "exact_match_treelora")  # of tasks that are not TRACE's: probes, a user's own stream
 
 
 class ExampleMean(evaluate.Metric):
@@ -188,23 +185,6 @@ class Sari(ExampleMean):
 
 
 METRICS: dict[str, type[ExampleMean]] = {cls.metric: cls for cls in ExampleMean.__subclasses__()}
-
-
-def score(task: str, prompts: Sequence[str], predictions: Sequence[str],
-          answers: Sequence[str]) -> dict[str, list[float]]:
-    """Scores 0..100 of each example by metric, in the order of `metrics_of(task)`. All three of equal length."""
-    rows = list(zip(prompts, predictions, answers, strict=True))
-    return {name: [METRICS[name].example(*row) for row in rows] for name in metrics_of(task)}
-
-
-def metrics_of(task: str) -> tuple[str, ...]:
-    """The metrics of a task; strict and lenient exact match for a task that is not one of TRACE's."""
-    return TASKS[task].metrics if task in TASKS else OTHER
-
-
-def headline(task: str, rule: str) -> str:
-    """The metric that enters the score matrix under the accuracy rule 'trace' or 'treelora'."""
-    return TASKS[task].headline[rule] if task in TASKS else dict(zip(("trace", "treelora"), OTHER))[rule]
 
 
 def versioned(metric: str) -> str:

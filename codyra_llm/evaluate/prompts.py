@@ -73,9 +73,9 @@ class OpenEndedSection(Strict):
                                                        "folder of such; null: none")
     files: list[str] | None = Field(None, min_length=1, description="names of files of the folder, without suffix; default: "
                                                                     "all")
-    max_new_tokens: int = Field(512, ge=1, le=1 << 20)
+    max_new_tokens: int = Field(512, ge=1, le=1 << 20, description="of an answer")
     limit: int | None = Field(None, ge=1, description="prompts of each file, drawn by the seed")
-    seed: int = Field(0, ge=0, lt=1 << 32)
+    seed: int = Field(0, ge=0, lt=1 << 32, description="of that draw")
     judge: JudgeSection = JudgeSection()
 
 

@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from ..lora.archive import Adapter, Archive, Update
 from ..lora.layer import AdapterSpec, attach, sites
 from ..models import PROJECTIONS
+from ..schema import Fraction, NotNegative, Positive, Strict  # noqa: F401 - for the methods
 from ..seeds import generator
 
 if TYPE_CHECKING:
@@ -19,27 +20,7 @@ if TYPE_CHECKING:
     from ..data import Batch, Encoded, Encoder, Stream
     from ..gradients import Gradients
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(le=1 << 16)]  # ranks, widths, examples in memory: more is a slip, and would exhaust it
-
-
-class Strict(BaseModel):
-    """A section of a recipe: unknown keys are errors, values are frozen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        annotation = cls.model_fields[info.field_name].annotation
-        kinds = {annotation, *get_args(annotation), *(k for part in get_args(annotation) for k in get_args(part))}
-        if kinds & {int, float} and bool not in kinds:
-            inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-            if found := [v for v in inner if isinstance(v, bool)]:
-                raise ValueError(f"{str(found[0]).lower()} is not a number; give one")
-        return value
 
 
 class MethodConfig(Strict):

@@ -1,6 +1,5 @@
 """Test examples that a run could answer and then could not."""
 
-from ..benchmarks.trace.metrics import headline
 from ..folder import RunFolder
 
 SHOWN, PROMPT, ANSWER = 3, 700, 400  # examples per task; letters kept of each text
@@ -11,8 +10,9 @@ def forgotten(folder: RunFolder, found: dict) -> list[dict]:
     """Per task but the last, the examples whose score fell most from just after the task to the end of the run:
     `{"task", "metric", "fell", "of", "shown": [{"prompt", "answer", "before", "after", "scores"}]}`."""
     steps, tasks, out = len(found["matrix"]), found["tasks"], []
+    metrics = {row["task"]: row["headline"] for row in folder.scores}
     for step, task in enumerate(tasks[: max(steps - 1, 0)], 1):
-        metric = headline(task, folder.recipe.data.protocol)
+        metric = metrics.get(task)  # None: then there are no predictions either
         first, last = (folder.predictions(at, tasks[at - 1], task) for at in (step, steps))
         pairs = [(a, b) for a, b in zip(first, last)
                  if (a["prompt"], a["answer"]) == (b["prompt"], b["answer"]) and b[metric] < a[metric]]

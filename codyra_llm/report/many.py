@@ -5,7 +5,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from .. import compare
-from ..benchmarks.trace import ORDERS
 from ..errors import Fault
 from ..folder import NO_RESULT, RunFolder, differences, flat
 from ..recipe import Recipe
@@ -64,7 +63,7 @@ def labels(recipes: list[Recipe]) -> list[str]:
     known, out = [_distinguishing(recipe) for recipe in recipes], []
     for recipe, own in zip(recipes, known):
         first = next(k for k, other in zip(known, recipes) if other.method.name == recipe.method.name)
-        changed = [_setting(key, value) for key, value in own.items()
+        changed = [_setting(key, value, recipe) for key, value in own.items()
                    if value != (first if key.startswith("method.") else known[0]).get(key)]
         out.append(" ".join([recipe.method.name, *changed]))
     return out
@@ -91,9 +90,13 @@ def _said(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _setting(key: str, value: object) -> str:
+def _setting(key: str, value: object, recipe: Recipe) -> str:
     if key == "data.tasks":
-        order = next((number for number, tasks in ORDERS.items() if list(tasks) == value), None)
+        try:
+            orders = recipe.benchmark.orders
+        except Fault:  # its folder is gone, and the names will do
+            orders = {}
+        order = next((number for number, tasks in orders.items() if list(tasks) == value), None)
         return f"order {order}" if order else "tasks " + ",".join(value)
     return f"{key.rpartition('.')[2]}={value}"
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import yaml
 
+from .. import benchmark
 from ..benchmarks import trace
-from ..benchmarks.trace import ORDERS
 from ..folder import RunFolder
 from .grid import Cell, Grid, number, word
 from .many import Run, grouped, labels, over
@@ -54,7 +54,7 @@ def _delta_r(group: list[Run]) -> Cell | None:
 def _run(group: list[Run]) -> str:
     """In what a run here differs, or may differ, from the published ones."""
     recipe = group[0].recipe
-    orders = [f"order {number}" for number, tasks in ORDERS.items() if list(tasks) == recipe.tasks]
+    orders = [f"order {number}" for number, tasks in benchmark.load("trace").orders.items() if list(tasks) == recipe.tasks]
     order, most = (orders or ["none of the orders of TRACE's eight tasks"])[0], recipe.eval.max_examples
     scored = f"at most {most} examples of each task scored" if most else "all examples scored"
     train = f", at most {recipe.data.max_train_examples} trained on" if recipe.data.max_train_examples else ""

@@ -5,7 +5,7 @@ from statistics import fmean
 from rich.box import SIMPLE
 from rich.table import Column, Table
 
-from ..benchmarks.trace.metrics import headline, versioned
+from ..benchmarks.trace.metrics import versioned
 from ..evaluate.matrix import FORMULAS, summary
 from ..recipe import Recipe
 from . import judged
@@ -24,12 +24,13 @@ def summarise_run(recipe: Recipe, trains: bool, rows: list[dict], costs: list[di
     found = summary(tasks, by_step[1: max(measured, default=0) + 1], zero_shot)
     if not trains and zero_shot:  # a model that never changes has one row, and forgets nothing that could be measured
         found["op"] = fmean(zero_shot)
+    metrics = {row["task"]: versioned(row["headline"]) for row in rows if row["kind"] == "task"}
     general = {row["task"]: {} for row in rows if row["kind"] == "general"}
     for row in rows:
         if row["kind"] == "general":
             general[row["task"]]["before" if row["step"] == 0 else "after"] = row["score"]
     return {"method": recipe.method.name, "protocol": recipe.data.protocol, "seed": recipe.seed,
-            "metrics": [versioned(headline(task, recipe.data.protocol)) for task in tasks],
+            "metrics": [metrics.get(task, "not scored") for task in tasks],
             **found, "general": general, "delta_r": delta_r(general), "costs": _costs(costs)}
 
 
