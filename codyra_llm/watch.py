@@ -129,6 +129,15 @@ def at(place: str) -> None:
         _watch.at(place)
 
 
+def alive() -> tuple[int, int] | None:
+    """Of how many processes a sign of life was heard lately, this one included, and how many there are; None where there
+    is one alone. For the first process, which hears all."""
+    if not _watch:
+        return None
+    heard = [now for sign, now in list(_watch.seen.values()) if sign.code is None and time.monotonic() - now < BROKEN]
+    return 1 + len(heard), len(_watch.others)
+
+
 @contextmanager
 def waiting() -> Iterator[None]:
     """Within it this process may wait for others."""
