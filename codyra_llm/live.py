@@ -35,6 +35,7 @@ class Phase:
     amount: float
     began: float
     what: tuple[str, str] = ("", "")
+    counts: bool = False  # what is at hand is counted
     total: int = 0
     start: tuple[float, int] = (0.0, 0)
     last: tuple[float, int] = (0.0, 0)
@@ -45,7 +46,12 @@ class Phase:
     def pace(self) -> float | None:
         """Seconds per count."""
         counted = self.last[1] - self.start[1]
-        return (self.last[0] - self.start[0]) / counted if counted else None
+        return (self.last[0] - self.start[0]) / counted if self.counts and counted else None
+
+    @property
+    def done(self) -> float:
+        """How much of `amount` this process did: the rest was done before it."""
+        return self.amount * (1 - self.start[1] / self.total) if self.total else self.amount
 
 
 class Line:
@@ -60,7 +66,7 @@ class Line:
         now = time.monotonic()
         with self.lock:
             if was := self.phase:
-                self.forecast.done(was.piece, was.amount, now - was.began)
+                self.forecast.done(was.piece, was.done, now - was.began)
             what = tuple(words.format(piece.name) for words in WORDS[piece.kind])
             self.phase = Phase(piece, place, self.forecast.due.pop(piece, 0.0), now, what)
 
@@ -70,7 +76,7 @@ class Line:
             phase = self.phase
             if phase.total != total or done < phase.last[1]:
                 phase.start, phase.tokens = (now, done), 0
-            phase.total, phase.last, phase.row = total, (now, done), row
+            phase.counts, phase.total, phase.last, phase.row = True, total, (now, done), row
             phase.tokens += row.get("tokens", 0)
         edge = bool(row) and (done - phase.start[1] == 1 or done == total)
         if not console.is_interactive and (edge or now - self.told >= EVERY):
@@ -99,7 +105,7 @@ class Line:
             parts.append((*phase.place, 0))
         if phase.what[0]:
             parts.append((*phase.what, 1))
-        if phase.total:
+        if phase.counts:
             counted = f"{phase.last[1]}/{phase.total}"
             parts.append((f"{UNITS[phase.piece.kind]} {counted}", counted, 2))
         if "loss" in phase.row:
@@ -183,4 +189,4 @@ def note(what: str) -> None:
     """What is done of the piece where there is nothing to count."""
     if _line:
         with _line.lock:
-            _line.phase.what, _line.phase.total, _line.phase.row = (what, what), 0, {}
+            _line.phase.what, _line.phase.counts, _line.phase.row = (what, what), False, {}

@@ -31,20 +31,20 @@ def look(folder: Path) -> dict:
     for row in scores:
         by_stage.setdefault(row["after"], {})[row["task"]] = row["score"]
     return {"run": str(folder), "state": state, "method": recipe["method"]["name"], "tasks": tasks, "learnt": tasks[:learnt],
-            "at": log[0] if log and log[0]["task"] in tasks[learnt:] else None, "holder": owner,
+            "last": log[0] if log else None, "holder": owner,
             "written": _written(folder), "next": None if finished else _next(folder, tasks, learnt, scores),
             "scores": by_stage}
 
 
 def show(found: dict, console: Console) -> None:
-    tasks, at, owner = found["tasks"], found["at"], found["holder"]
+    tasks, last, owner = found["tasks"], found["last"], found["holder"]
     who = f", by process {owner['pid']} on {owner['host']}" if owner else ""
     lines = [f"{found['run']}: {found['state']}{who}; last written {duration(time.time() - found['written'])} ago",
              f"method {found['method']}, {len(found['learnt'])} of {len(tasks)} tasks learnt: "
              f"{', '.join(found['learnt']) or 'none'}"]
-    if at:
-        lines.append(f"last step: task {tasks.index(at['task']) + 1}/{len(tasks)} {at['task']}, step {at['step']}/"
-                     f"{at['steps']}, loss {at['loss']:.3f}, {at['tokens'] / max(at['seconds'], 1e-4):,.0f} tokens/s")
+    if last:
+        lines.append(f"last step: task {tasks.index(last['task']) + 1}/{len(tasks)} {last['task']}, step {last['step']}/"
+                     f"{last['steps']}, loss {last['loss']:.3f}, {last['tokens'] / max(last['seconds'], 1e-4):,.0f} tokens/s")
     lines += [f"after {stage}: {', '.join(f'{task} {score:.1f}' for task, score in row.items())}"
               for stage, row in found["scores"].items()]
     if found["next"]:

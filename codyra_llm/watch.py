@@ -61,10 +61,10 @@ class Watch:
         for rank in ranks:
             if rank != self.rank and self.store.check([str(rank)]):
                 sign = Sign(**json.loads(self.store.get(str(rank))))
-                before = self.seen.get(rank, (self.own, 0.0))[0]
+                before = self.seen.get(rank, (None, 0.0))[0]
                 if sign != before:
                     self.seen[rank] = sign, time.monotonic()
-                    if sign.moves != before.moves:
+                    if before is None or sign.moves != before.moves:
                         self.moved = time.monotonic()
 
     def gone(self, seconds: float) -> list[str]:
