@@ -46,7 +46,7 @@ def running(setup: Setup, folder: RunFolder, acc: Accelerator) -> Iterator[None]
     told = max((counts[tasks.index(row["task"])] + row["step"] for row in heard), default=0)
     acc.log_with = filter_trackers(setup.recipe.trackers, place)
     acc.project_configuration.logging_dir = str(place)
-    acc.init_trackers(PROJECT, None if before else _settings(setup), _options(folder.path.resolve().name, name))
+    acc.init_trackers(PROJECT, None if before else _settings(setup), _options(folder.path.resolve().name, name, place))
 
     def hear(row: dict) -> None:
         if "after" in row:
@@ -74,9 +74,9 @@ def _identity(folder: RunFolder, place: Path) -> tuple[str, bool]:
     return _identity(folder, place)[0], before
 
 
-def _options(title: str, name: str) -> dict[str, dict]:
+def _options(title: str, name: str, place: Path) -> dict[str, dict]:
     """What each kind of tracker is told beside the project, so that it goes on in the same run."""
-    return {"wandb": {"id": name, "name": title, "resume": "allow"},
+    return {"wandb": {"id": name, "name": title, "resume": "allow", "dir": str(place)},
             "trackio": {"name": f"{title}-{name}", "resume": "allow"}, "mlflow": {"run_name": title}}
 
 

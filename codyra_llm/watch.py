@@ -130,12 +130,13 @@ def at(place: str) -> None:
 
 
 def alive() -> tuple[int, int] | None:
-    """Of how many processes a sign of life was heard lately, this one included, and how many there are; None where there
-    is one alone. For the first process, which hears all."""
+    """How many processes have neither ended nor been silent lately, and how many there are; None where there is one
+    alone. For the first process, which hears all."""
     if not _watch:
         return None
-    heard = [now for sign, now in list(_watch.seen.values()) if sign.code is None and time.monotonic() - now < BROKEN]
-    return 1 + len(heard), len(_watch.others)
+    missed = [1 for sign, since in list(_watch.seen.values())
+              if sign.code is not None or time.monotonic() - since >= BROKEN]
+    return len(_watch.others) - len(missed), len(_watch.others)
 
 
 @contextmanager

@@ -50,8 +50,8 @@ def train(clock: Clock, seconds: float, first: int, last: int, total: int) -> No
         live.count(step, total, {"loss": 1.5, "tokens": 100})
 
 
-@pytest.mark.parametrize("seconds, told", [(0.4, "0 s"), (59, "59 s"), (60, "1 min"), (3570, "1 h 0 min"), (18600, "5 h 10 min"),
-                                           (86400 + 4 * 3600, "1 d 4 h")])
+@pytest.mark.parametrize("seconds, told", [(0.4, "0 s"), (59, "59 s"), (60, "1 min"), (3570, "1 h 0 min"),
+                                           (18600, "5 h 10 min"), (86400 + 4 * 3600, "1 d 4 h")])
 def test_durations(seconds, told):
     assert duration(seconds) == told
 
@@ -156,11 +156,12 @@ def test_ranks_alive(clock, monkeypatch):
     monkeypatch.setattr(Watch, "_run", lambda one: None)
     two = [Watch(store, rank, 2, hung=60) for rank in range(2)]
     monkeypatch.setattr(watch, "_watch", two[0])
-    two[0].look(range(2))
     with live.running(True):
         live.begin(Piece("learn", "ONE", 1), "ONE", TASKS)
         live.count(0, 9)
         assert live._line.words() == "task 1/3 ONE, step 0/9, 2/2 ranks alive"
+        two[0].look(range(2))  # both say the same yet
+        assert watch.alive() == (2, 2)
         two[0].seen[1] = two[0].seen[1][0], two[0].seen[1][1] - watch.BROKEN
         train(clock, 1.0, 1, 3, 9)
         assert watch.alive() == (1, 2) and live._line.words(36) == "1/3 ONE, 3/9, loss 1.500, 1/2 ranks"

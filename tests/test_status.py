@@ -64,7 +64,8 @@ def test_a_run_at_every_moment(tiny_llama, toy_stream, tmp_path, monkeypatch, ca
     assert after["next"] == "task 2/2 TWO, behind step 5" and after["state"] == "stopped"
     lines = said(after)
     assert lines[0].startswith(f"{tmp_path / 'run'}: stopped; last written ") and lines[0].endswith(" s ago")
-    assert lines[1] == "method codyra, 1 of 2 tasks learnt: ONE" and lines[-1].endswith("goes on with: task 2/2 TWO, behind step 5")
+    assert lines[1] == "method codyra, 1 of 2 tasks learnt: ONE"
+    assert lines[-1].endswith("goes on with: task 2/2 TWO, behind step 5")
     assert lines[2].startswith(f"last step: task 2/2 TWO, step 5/6, loss {after['last']['loss']:.3f}, ")
     capsys.readouterr()
 
@@ -123,7 +124,8 @@ def test_who_holds_it(folder):
 def test_it_reads_only(folder):
     def everything():
         return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
-    (folder / "log.jsonl").write_text('{"task": "ONE", "step": 1, "steps": 2, "loss": 0.5, "tokens": 10, "seconds": 2}\n{"task": "O')
+    (folder / "log.jsonl").write_text(
+        '{"task": "ONE", "step": 1, "steps": 2, "loss": 0.5, "tokens": 10, "seconds": 2}\n{"task": "O')
     before = everything()
     assert said(look(folder))[2] == "last step: task 1/1 ONE, step 1/2, loss 0.500, 5 tokens/s"
     assert everything() == before
