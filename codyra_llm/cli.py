@@ -141,6 +141,16 @@ def report(folders: Annotated[list[Path], typer.Argument(metavar="RUN...")],
 
 
 @app.command()
+def status(folder: Annotated[Path, typer.Argument(metavar="RUN")],
+           as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """Say where a running, finished or dead run stands, and what its command would go on with. Reads only."""
+    from .status import look, show
+
+    found = look(folder)
+    print(json.dumps(found, ensure_ascii=False, indent=1)) if as_json else show(found, console)
+
+
+@app.command()
 def score(task: str, file: Path,
           benchmark: Annotated[str, typer.Option(help="whose task: trace, or a folder")] = "trace") -> None:
     """Score predictions made anywhere: FILE is a JSON list of {"prompt", "prediction", "answer"}. Prints JSON.

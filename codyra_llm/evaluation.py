@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from rich.console import Console
 from transformers import PreTrainedModel
 
-from . import __version__, distributed, models, open_ended, watch
+from . import __version__, distributed, live, models, open_ended, watch
 from . import recipe as recipes
 from .benchmark import TRACE, place
 from .distributed import collectively, of_first
@@ -24,14 +23,13 @@ from .export import LINEAGE
 from .files import await_file, file_sha256, write_json
 from .folder import NO_RESULT, RunFolder, flat
 from .lease import Lease
+from .live import console
 from .measure import measure
 from .recipe import Recipe
 from .report import judged
 from .report.tables import delta_r
 from .setup import Setup, prepare
 from .untrusted import read_mapping
-
-console = Console(highlight=False)
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,8 @@ def evaluate(checkpoint: str, wanted: Wanted) -> RunFolder:
     out = RunFolder(lease.folder, lease, acc.is_main_process)
     collectively(acc.is_main_process, lease.take)
     try:
-        _measure(checkpoint, wanted, acc, setup, source, index, base, out)
+        with live.running(acc.is_main_process):
+            _measure(checkpoint, wanted, acc, setup, source, index, base, out)
     finally:
         lease.release()
     return out

@@ -1,6 +1,7 @@
 """The run folder: everything that must survive a restart, and the names of its files."""
 
 import shutil
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from .seals import Seals
 from .untrusted import read_mapping
 
 # settings that change no result
-NO_RESULT = ("output", "model.gradient_checkpointing", "checkpoint", "save.minutes", "save.keep", "hang_minutes",
+NO_RESULT = ("output", "model.gradient_checkpointing", "checkpoint", "save.minutes", "save.keep", "hang_minutes", "trackers",
              "optim.micro_batch_tokens", "eval.batch_tokens", "model.fused", "data.batching",
              *(f"open_ended.judge.{key}" for key in JudgeSection.model_fields))
 
@@ -41,8 +42,8 @@ OWN = ("lease.json", SEALS, "recipe.json")  # may lie in a folder that is about 
 class RunFolder:
     """`recipe.json`, `manifest.json`, `updates/`, `state/`, `predictions/`, `answers/`, `updates.jsonl`, `costs.jsonl`,
     `scores.jsonl`, with their hashes in `seals.json` (updates have their own); `log.jsonl`, `judged/`; `progress/`, the
-    checkpoints inside a task; `lease.json`, who is at work; and what is derived: `summary.json`, `report.md`, `report.html`,
-    `checkpoint/`.
+    checkpoints inside a task; `lease.json`, who is at work; `trackers/`; and what is derived: `summary.json`, `report.md`,
+    `report.html`, `checkpoint/`.
 
     Files that were changed, damaged or lost since they were written are a Fault where they are read."""
 
@@ -50,6 +51,7 @@ class RunFolder:
         """`lease`: of the one process that may write. It alone `checks` in a launch of several, since others may see the
         new file and the old hash for a while on a network file system."""
         self.path, self.lease, self.seals = path, lease, Seals(path, checks)
+        self.hear: Callable[[dict], None] = lambda row: None  # what is told of rows of log.jsonl and scores.jsonl
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -150,6 +152,7 @@ class RunFolder:
         name = self._predictions(row["step"], row["after"], row["task"]).relative_to(self.path).as_posix()
         self._write(name, to_jsonl(predictions))
         self._write("scores.jsonl", to_jsonl([*self.scores, row]))
+        self.hear(row)
 
     def predictions(self, step: int, after: str, task: str) -> list[dict]:
         """Prompt, prediction, answer and scores of the examples of `task`, as answered after the step; [] if it wasn't."""
@@ -178,6 +181,7 @@ class RunFolder:
     def log(self, row: dict) -> None:
         self.may_write()
         append_jsonl(self.path / "log.jsonl", row)
+        self.hear(row)
 
     @property
     def log_rows(self) -> list[dict]:
@@ -230,7 +234,8 @@ class RunFolder:
 
 def _other_launch(was: dict, now: dict) -> str:
     """A sentence where a run goes on under other processes or versions."""
-    changed = [f"{key} was {was[key]}, now {now[key]}" for key in was.keys() & now.keys() - {"base", "data"} if was[key] != now[key]]
+    changed = [f"{key} was {was[key]}, now {now[key]}" for key in was.keys() & now.keys() - {"base", "data", "stages"}
+               if was[key] != now[key]]
     return f"going on where the run stopped, equal to rounding only: {', '.join(sorted(changed))}" if changed else ""
 
 

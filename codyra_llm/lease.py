@@ -120,6 +120,17 @@ class Lease:
                            "started": psutil.Process(own).create_time(), "beat": beat})
 
 
+def holder(folder: Path) -> dict | None:
+    """Who holds `folder`: pid, host, and whether it lives (`alive`); None where nobody does. Reads only."""
+    lease = Lease(folder)
+    try:
+        found, age = lease._found(), time.time() - lease.file.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    return {"pid": found.get("pid"), "host": found.get("host"),
+            "alive": _lives(found) if found.get("place") == _place() else age < DEAD}
+
+
 def _who(found: dict) -> str:
     return f"process {found.get('pid', '?')} on {found.get('host', 'an unknown machine')}"
 

@@ -3,17 +3,16 @@
 import time
 
 from accelerate import Accelerator
-from rich.console import Console
 
-from . import stop, watch
+from . import live, stop, watch
 from .distributed import of_first, wait
 from .evaluate import judge
 from .folder import RunFolder
+from .forecast import Piece
+from .live import console
 from .measure import BACKENDS
 from .setup import Setup
 from .verdicts import Verdicts
-
-console = Console(highlight=False)
 
 
 def answer(setup: Setup, folder: RunFolder, acc: Accelerator, index: int, known: dict, out: RunFolder) -> None:
@@ -21,19 +20,29 @@ def answer(setup: Setup, folder: RunFolder, acc: Accelerator, index: int, known:
 
     `known` ("after", "step"): step 0 is the base, any other the final model.
     """
-    due = of_first([name for name in setup.prompts if not _answered(setup, out, name, known)] if acc.is_main_process else None)
+    due = of_first(pieces(setup, out, known) if acc.is_main_process else None)
     if not due:
         return
+    live.expect(due)
+    live.begin(Piece("load", "open-ended", known["step"]), known["after"], setup.recipe.tasks)
     with BACKENDS[setup.recipe.eval.backend](acc, setup, folder, index) as answers:
-        for name in due:
+        for piece in due:
             stop.check()
+            name = piece.name
             watch.at(f"answers to {name} after {known['after']}")
+            live.begin(piece, known["after"], setup.recipe.tasks)
             began = time.perf_counter()
             texts = answers(setup.prompts[name], setup.recipe.open_ended.max_new_tokens, None)
             if acc.is_main_process:
                 _keep(setup, out, name, known, texts)
                 console.print(f"after {known['after']}: {name}, {len(texts)} answers  ({time.perf_counter() - began:.0f} s)")
     wait(acc)
+
+
+def pieces(setup: Setup, out: RunFolder, known: dict) -> dict[Piece, float]:
+    """What `answer` has still to do: files of prompts, each with the number of them."""
+    return {Piece("answer", name, known["step"]): len(prompts) for name, prompts in setup.prompts.items()
+            if not _answered(setup, out, name, known)}
 
 
 def _answered(setup: Setup, out: RunFolder, name: str, known: dict) -> bool:

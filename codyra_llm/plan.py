@@ -17,6 +17,7 @@ from .lora.shared import share_inputs
 from .models import PROJECTIONS
 from .recipe import Recipe
 from .setup import Setup, prepare, size
+from .trackers import check as check_trackers
 from .train import TaskData
 
 
@@ -35,6 +36,7 @@ class Work:
 def plan(recipe: Recipe, console: Console) -> None:
     """Print the plan of a recipe. Raises one Fault with all that is wrong with it."""
     setup = prepare(recipe)
+    check_trackers(recipe.trackers)
     model = skeleton(setup)
     work = _work(setup, model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

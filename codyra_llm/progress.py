@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from . import watch
 from .errors import Fault
 from .files import file_sha256, replacing, write_json
+from .live import console
 from .untrusted import read_mapping
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 SHARD = 2 << 30  # bytes of tensors per file
 MARK = "complete.json"  # written last: what the files must be
-console = Console(highlight=False)
 
 
 class Progress:

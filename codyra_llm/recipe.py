@@ -141,6 +141,8 @@ class Recipe(Strict):
     seed: int = Field(1234, ge=0, lt=1 << 32, description="of the order of examples, adapters' start, dropout and draws")
     output: PathText = Field(description="run folder")
     hang_minutes: Positive = Field(30.0, description="a launch of several processes in which nothing moves for so long ends")
+    trackers: list[str] = Field([], description="that Accelerate knows, which get losses and scores as they are written: "
+                                                "tensorboard, wandb, trackio, mlflow, aim, ...; Accelerate says which")
     checkpoint: bool = Field(True, description="write the final merged model to <output>/checkpoint")
 
     @property

@@ -8,16 +8,18 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from rich.console import Console
 
-from . import __version__, card, distributed, models, open_ended, stop, watch
+from . import __version__, card, distributed, live, models, open_ended, stop, trackers, watch
+from .ahead import ahead, stages, tokens
 from .distributed import collectively, of_first, wait
 from .errors import Fault
 from .evaluate import judge, vllm
 from .export import write_merged, write_stage
 from .files import await_file
 from .folder import RunFolder
+from .forecast import Piece
 from .lease import Lease
+from .live import console
 from .lora.archive import Adapter, Archive, Update
 from .lora.merge import report as update_report
 from .lora.shared import share_inputs
@@ -31,7 +33,6 @@ from .report.tables import render, table
 from .setup import Setup, prepare
 from .train import TaskData, Trainer
 
-console = Console(highlight=False)
 OPTIMIZER = "optimizer."  # in a task's state: Adam's moments
 
 
@@ -52,20 +53,24 @@ def run(recipe: Recipe) -> RunFolder:
     lease = Lease(Path(recipe.output))
     collectively(acc.is_main_process, lease.take)
     try:
-        return _run(setup, acc, RunFolder(lease.folder, lease, acc.is_main_process), base)
+        folder = RunFolder(lease.folder, lease, acc.is_main_process)
+        collectively(acc.is_main_process, _claim, setup, acc, folder, base)
+        collectively(True, await_file, folder.path / "manifest.json")
+        with live.running(acc.is_main_process), trackers.running(setup, folder, acc):
+            _run(setup, acc, folder)
+        return folder
     finally:
         lease.release()
 
 
-def _run(setup: Setup, acc: Accelerator, folder: RunFolder, base: str | None) -> RunFolder:
+def _run(setup: Setup, acc: Accelerator, folder: RunFolder) -> None:
     peak = ProcessPeak(acc.device)
-    collectively(acc.is_main_process, _claim, setup, acc, folder, base)
-    collectively(True, await_file, folder.path / "manifest.json")
+    # Of one process for all: what a later look into the folder finds depends on how far the first has come meanwhile.
+    learnt = of_first(len(folder.archive().files))
+    collectively(acc.is_main_process, _foresee, setup, folder, learnt)
     if setup.recipe.eval.zero_shot or not setup.method.trains or setup.probes or setup.suite:
         evaluate(setup, folder, acc, -1)
     open_ended.answer(setup, folder, acc, -1, {"after": "base", "step": 0}, folder)
-    # Of one process for all: what a later look into the folder finds depends on how far the first has come meanwhile.
-    learnt = of_first(len(folder.archive().files))
     collectively(acc.is_main_process, folder.check_scores, learnt)
     for index in range(len(setup.recipe.tasks)) if setup.method.trains else ():
         early = setup.method.joint and index + 1 < len(setup.recipe.tasks)
@@ -76,8 +81,15 @@ def _run(setup: Setup, acc: Accelerator, folder: RunFolder, base: str | None) ->
     if setup.method.trains:
         count = len(setup.recipe.tasks)
         open_ended.answer(setup, folder, acc, count - 1, {"after": setup.recipe.tasks[-1], "step": count}, folder)
+    live.begin(Piece("close", "", len(setup.recipe.tasks)), "", [])
     collectively(acc.is_main_process, finish, setup, folder)
-    return folder
+
+
+def _foresee(setup: Setup, folder: RunFolder, learnt: int) -> None:
+    """Tell the live line what is still to do, and how long the tasks took that an earlier process learnt."""
+    live.expect(ahead(setup, folder, learnt))
+    for index, row in enumerate(folder.costs[:learnt] if not setup.method.joint else ()):
+        live.measured(Piece("learn", row["task"], index + 1), tokens(setup, index), row["seconds"])
 
 
 def _claim(setup: Setup, acc: Accelerator, folder: RunFolder, base: str) -> None:
@@ -89,6 +101,7 @@ def _claim(setup: Setup, acc: Accelerator, folder: RunFolder, base: str) -> None
 def learn(setup: Setup, folder: RunFolder, acc: Accelerator, peak: ProcessPeak, index: int) -> None:
     """Train on one task, from what is on disk to an update on disk."""
     archive, name = folder.archive(), setup.recipe.tasks[index]
+    live.begin(Piece("learn", name, index + 1), name, setup.recipe.tasks)
     peak.restart()
     model, began = _start(setup, acc, archive, index), time.perf_counter()
     trainer, adapters, state = _train(setup, folder, acc, archive, model, index)
@@ -122,6 +135,7 @@ def _train(setup: Setup, folder: RunFolder, acc: Accelerator, archive: Archive, 
         trainer.load_state({k.removeprefix(OPTIMIZER): v for k, v in before.items() if k.startswith(OPTIMIZER)})
     adapters = _fit(setup, folder, acc, trainer, archive, index)
     watch.at(f"task {recipe.tasks[index]}, its end")
+    live.note("consolidating")
     state = method.end_task(model, task, trainer.gradients)
     if method.carries_optimizer:
         state |= {OPTIMIZER + k: v for k, v in trainer.state().items()}
@@ -158,12 +172,14 @@ def _fit(setup: Setup, folder: RunFolder, acc: Accelerator, trainer: Trainer, ar
         folder.restart_log(name, start)
         if start:
             console.print(f"{name}: going on behind step {start}")
-    with console.status(f"{name}: learning") as status:
-        def log(row: dict) -> None:
-            if acc.is_main_process:
-                folder.log(row)
-                status.update(f"{name}: step {row['step']}/{row['steps']}, loss {row['loss']:.3f}")
-        return trainer.fit(_task_data(setup, index), setup.recipe.seed, log, saves, start)
+    data = _task_data(setup, index)
+    live.count(start, data.steps(setup.recipe.optim.batch_size))
+
+    def log(row: dict) -> None:
+        if acc.is_main_process:
+            folder.log(row)
+            live.count(row["step"], row["steps"], row)
+    return trainer.fit(data, setup.recipe.seed, log, saves, start)
 
 
 def _archive(setup: Setup, folder: RunFolder, archive: Archive, index: int, update: Update,
@@ -216,6 +232,7 @@ def _refuse_launch(setup: Setup, acc: Accelerator) -> None:
     stage, method = distributed.zero_stage(acc), setup.method
     if setup.prompts:
         judge.require(setup.recipe.open_ended.judge)
+    trackers.check(setup.recipe.trackers)
     if setup.recipe.eval.backend == "vllm":
         vllm.require()
     if stage > method.max_zero_stage:
@@ -237,5 +254,5 @@ def _manifest(setup: Setup, acc: Accelerator, base: str) -> dict:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"codyra_llm": __version__, "python": sys.version.split()[0], **{name: version(name) for name in names},
             "device": gpu or "cpu", "dtype": str(setup.dtype), "world_size": acc.num_processes,
-            "zero_stage": distributed.zero_stage(acc), "base": base,
+            "zero_stage": distributed.zero_stage(acc), "base": base, "stages": stages(setup),
             "data": setup.stream.hashes()}

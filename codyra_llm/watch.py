@@ -61,10 +61,10 @@ class Watch:
         for rank in ranks:
             if rank != self.rank and self.store.check([str(rank)]):
                 sign = Sign(**json.loads(self.store.get(str(rank))))
-                before = self.seen.get(rank, (self.own, 0.0))[0]
+                before = self.seen.get(rank, (None, 0.0))[0]
                 if sign != before:
                     self.seen[rank] = sign, time.monotonic()
-                    if sign.moves != before.moves:
+                    if before is None or sign.moves != before.moves:
                         self.moved = time.monotonic()
 
     def gone(self, seconds: float) -> list[str]:
@@ -127,6 +127,16 @@ def at(place: str) -> None:
     """This process has come to `place`."""
     if _watch:
         _watch.at(place)
+
+
+def alive() -> tuple[int, int] | None:
+    """How many processes have neither ended nor been silent lately, and how many there are; None where there is one
+    alone. For the first process, which hears all."""
+    if not _watch:
+        return None
+    missed = [1 for sign, since in list(_watch.seen.values())
+              if sign.code is not None or time.monotonic() - since >= BROKEN]
+    return len(_watch.others) - len(missed), len(_watch.others)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from .. import stop, watch
+from .. import live, stop, watch
 from ..data import Encoder
 from ..folder import RunFolder
 from ..methods.base import Condition
@@ -118,6 +118,8 @@ def answers(acc: Accelerator, model: PreTrainedModel, encoder: Encoder, texts: S
     distinct = list(dict.fromkeys(texts))
     prompts = [encoder.prompt(text)[0] for text in distinct]
     own: list[tuple[int, str]] = []
+    answered = 0
+    live.count(0, len(prompts))
     for number, chosen in enumerate(batches([len(p) for p in prompts], new, tokens or budget, step)):
         if number % acc.num_processes == acc.process_index:
             stop.check()
@@ -125,6 +127,8 @@ def answers(acc: Accelerator, model: PreTrainedModel, encoder: Encoder, texts: S
             batch = [prompts[i] for i in chosen]
             ids = generate_ids(model, batch, new, encoder.tokenizer.eos_token_id, conditions and conditions(batch))
             own += zip(chosen, encoder.tokenizer.batch_decode(ids, skip_special_tokens=True))
+        answered += len(chosen)
+        live.count(answered, len(prompts))
     with watch.waiting():
         found = dict(gather_object(own))
     by_text = {text: found[i] for i, text in enumerate(distinct)}

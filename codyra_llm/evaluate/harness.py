@@ -31,7 +31,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import stop, watch
+from .. import live, stop, watch
 from ..errors import Fault
 from ..methods.base import Condition
 from .generate import CPU, GPU, batches, generate_ids, prefixed
@@ -135,7 +135,8 @@ class Live(HFLM):
 
     def _own(self, lengths: list[int], new: int, most: int | None = None) -> Iterator[list[int]]:
         """This rank's batches, each of at most `most` rows."""
-        number = 0
+        number = answered = 0
+        live.count(0, len(lengths))
         for chosen in batches(lengths, new, self.tokens, self.step):
             for start in range(0, len(chosen), most or len(chosen)):
                 if number % self.acc.num_processes == self.acc.process_index:
@@ -143,6 +144,8 @@ class Live(HFLM):
                     watch.at(f"batch {number + 1} of general ability")
                     yield chosen[start: start + (most or len(chosen))]
                 number += 1
+            answered += len(chosen)
+            live.count(answered, len(lengths))
 
     def _gathered(self, found: list[tuple[int, Any]], count: int) -> list[Any]:
         with watch.waiting():
