@@ -28,15 +28,16 @@ INLINE = re.compile(r"`((?:[A-Z_]+=\S+ )*(?:" + "|".join(map(re.escape, PROGRAMS
 PLACEHOLDERS = {"…": "recipes/quickstart.yaml", "RECIPE": "recipes/quickstart.yaml", "linear|block|step": "linear"}
 
 # How a command of an `sh` block is really run: what is put behind the recipe, behind the command, or in place of words.
-TINY = ["model.path=models/smollm2-135m", "data.root=data/LLM-CL-Benchmark_500", "data.tasks=[FOMC,ScienceQA]",
-        "data.epochs=1", "data.max_prompt_tokens=48", "data.max_answer_tokens=8", "optim.batch_size=4", "eval.max_examples=2",
-        "eval.max_new_tokens=3", "general.data=null"]
+FEW = ["model.path=models/smollm2-135m", "data.epochs=1", "data.max_prompt_tokens=48", "data.max_answer_tokens=8",
+       "optim.batch_size=4", "eval.max_examples=2", "eval.max_new_tokens=3", "general.data=null"]
+TINY = ["data.root=data/LLM-CL-Benchmark_500", "data.tasks=[FOMC,ScienceQA]", *FEW]
 BEHIND = {"evaluate": ["data.max_prompt_tokens=48", "eval.max_examples=2", "eval.max_new_tokens=3"],
           "sweep": ["--report"], "bench": ["--rounds", "1", "--device", "cpu"]}
 SHAPES = {"linear": ["--shape", "12,8,20,3"], "block": ["--shape", "2,6,3", "--model", "models/smollm2-135m"],
           "head": ["--shape", "48,8,40,16"], "step": ["--batch", "2", "--examples", "2"]}
 INSTEAD = {"google/gemma-2b-it": "models/smollm2-135m", "some/adapter": "peft", "some/model": "models/smollm2-135m",
-           "data/general": "mini"}
+           "data/general": "mini",
+           "CHECKPOINT": "models/smollm2-135m", "TASK": "letters"}
 ONLY_PARSED = {"model get": "fetches a package", "--general hub": "the hub's data"}
 
 
@@ -120,7 +121,7 @@ def small(words):
     if words[0] == "codyra-llm" or words[:2] == ["python", "anchor.py"]:
         if name in ("run", "plan"):
             at = words.index(name) + 2
-            return [*words[:at], *TINY, *words[at:]]
+            return [*words[:at], *(FEW if "mine/" in words[at - 1] else TINY), *words[at:]]
         return words + BEHIND.get(name, []) + (SHAPES[words[2]] if name == "bench" else [])
     return None
 
@@ -207,7 +208,7 @@ def test_settings_in_the_text_exist(page):
     known = {key.name for key in reference.keys(recipes.Recipe)}
     known |= {key.name for method in METHODS.values() for key in reference.own_keys(method)}
     named = re.findall(r"`((?:model|data|method|optim|eval|general|save)\.[a-z_.]+)", page.read_text())
-    assert [name for name in named if name.strip(".") not in known and not name.endswith((".py", ".safetensors"))] == []
+    assert [name for name in named if name.strip(".") not in known and not name.endswith((".py", ".json", ".safetensors"))] == []
 
 
 def slug(title):

@@ -173,7 +173,7 @@ def test_a_group_is_one_score(tiny_llama, live, tmp_path):
     assert measured.row["metrics"]["exact_match,get-answer"] == {"mean": 0, "stderr": 0, "low": 0, "high": 0, "n": 2}
     assert all(p["prompt"].count("Let's think step by step.") == 4 and p["prompt"].endswith("step by step.\n")
                for p in measured.predictions)
-    write(tmp_path / "out", "01-ONE", lm, section, [measured])
+    write(tmp_path / "out", "01-ONE", lm, section, measured)
     (file,) = (tmp_path / "out" / "01-ONE").glob("results_*.json")
     found = json.loads(file.read_text())
     assert found["results"]["bbh"]["exact_match,get-answer"] == 0 and found["config"] and found["task_hashes"]
