@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from codyra_llm import attention
 from codyra_llm import run as runs
 from codyra_llm.benchmarks.trace.reasoning import VARIANT
-from codyra_llm.cli import export
+from codyra_llm.commands.checkpoints import export
 from codyra_llm.data import collate
 from codyra_llm.errors import Fault
 from codyra_llm.export import write_peft

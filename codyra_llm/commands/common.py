@@ -1,0 +1,18 @@
+"""What commands share: the console, and arguments of the same meaning."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+console = Console()
+
+RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe file, or the name of a shipped one")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings over the recipe's, "
+                                                       "e.g. method=seqlora optim.lr=1e-4 data.epochs=2")]
+LocalRank = Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)]  # added by launchers
+
+DeepSpeedConfig = Annotated[Path | None, typer.Option("--deepspeed_config", "--deepspeed-config", metavar="FILE.json", help=
+                            "ZeRO under `deepspeed` or torchrun, which run as DDP without it; `accelerate launch` has "
+                            "configs of its own")]
