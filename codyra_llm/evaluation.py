@@ -25,6 +25,7 @@ from .folder import NO_RESULT, RunFolder, flat
 from .lease import Lease
 from .live import console
 from .measure import measure
+from .preflight import preflight
 from .recipe import Recipe
 from .report import judged
 from .report.tables import delta_r
@@ -80,6 +81,7 @@ def evaluate(checkpoint: str, wanted: Wanted) -> RunFolder:
     setup, source, index, base = collectively(not first, _prepare, checkpoint, wanted) or prepared
     if acc.num_processes > 1:
         watch.start(acc.process_index, acc.num_processes, setup.recipe.hang_minutes)
+        preflight(acc, setup, models.fingerprint(setup.base) if first else None)
     lease = Lease(Path(setup.recipe.output))
     out = RunFolder(lease.folder, lease, acc.is_main_process)
     collectively(acc.is_main_process, lease.take)
@@ -223,8 +225,8 @@ def _manifest(checkpoint: str, setup: Setup, source: Source, base: Setup | None)
     return {"checkpoint": checkpoint, "after": source.after, "base": models.fingerprint(setup.base),
             "adapter": file_sha256(source.adapter / "adapter_model.safetensors") if source.adapter else None,
             "updates": source.run.archive().lineage[-1] if source.run else None,
-            "compared": base and models.fingerprint(base.base), "recipe": recipe, "codyra_llm": __version__,
-            **{name: version(name) for name in packages}, "dtype": str(setup.dtype),
+            "compared": base and models.fingerprint(base.base), "recipe": recipe, "metrics": setup.metrics,
+            "data": setup.stream.hashes(), "codyra_llm": __version__, **{name: version(name) for name in packages}, "dtype": str(setup.dtype),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
 
 
@@ -242,14 +244,15 @@ def _claim(out: RunFolder, manifest: dict) -> None:
 
 
 def _compared(manifest: dict) -> dict[str, Any]:
-    """What may not change in a folder: weights, and every setting that could change a score."""
+    """What may not change in a folder: weights, data, metrics, and every setting that could change a score."""
     free = (*NO_RESULT, "data.tasks", "data.root", "data.epochs", "general.tasks", "general.when", "model.path")
     settings = {key: value for key, value in flat(manifest["recipe"]).items()
                 if key not in free and not key.startswith(("optim.", "data.epochs."))
                 and not (key.startswith("general.") and manifest["recipe"]["general"]["data"] is None)
                 and not (key.startswith("open_ended.") and manifest["recipe"]["open_ended"]["prompts"] is None)}
     base = {"compared": manifest["compared"]} if manifest["compared"] else {}
-    return {key: manifest[key] for key in ("after", "base", "adapter", "updates")} | base | settings
+    scored = {f"{kind} of {name}": value for kind in ("data", "metrics") for name, value in manifest.get(kind, {}).items()}
+    return {key: manifest[key] for key in ("after", "base", "adapter", "updates")} | base | settings | scored
 
 
 def _finish(checkpoint: str, setup: Setup, out: RunFolder, known: dict, had: int) -> None:

@@ -102,12 +102,12 @@ class RunFolder:
         self.__dict__.pop("manifest", None)
 
     def _other_files(self, manifest: dict) -> list[str]:
-        """What of the base and the data is not what the run was begun with."""
+        """What of the base, the data and the benchmark's metrics is not what the run was begun with."""
         was = self.manifest
         lines = [] if was.get("base") == manifest["base"] else [
             f"its base weights were {str(was.get('base'))[:12]}, and are {manifest['base'][:12]} now"]
-        return lines + [f"{name} was {digest}, and is {manifest['data'][name]} now" for name, digest in was.get("data", {}).items()
-                        if manifest["data"].get(name, digest) != digest]
+        return lines + [f"{name} was {value}, and is {manifest[kind].get(name, 'not there')} now" for kind in ("data", "metrics")
+                        for name, value in was.get(kind, {}).items() if manifest[kind].get(name) != value]
 
     def archive(self) -> Archive:
         if "base" not in self.manifest:
@@ -227,14 +227,17 @@ class RunFolder:
 
     def write_summary(self, summary: dict, report: str) -> None:
         """The summary last: whoever finds it finds a finished run."""
+        self.write_report(report)
+        write_json(self.path / "summary.json", summary)
+
+    def write_report(self, report: str) -> None:
         self.may_write()
         write_text(self.path / "report.md", report)
-        write_json(self.path / "summary.json", summary)
 
 
 def _other_launch(was: dict, now: dict) -> str:
     """A sentence where a run goes on under other processes or versions."""
-    changed = [f"{key} was {was[key]}, now {now[key]}" for key in was.keys() & now.keys() - {"base", "data", "stages"}
+    changed = [f"{key} was {was[key]}, now {now[key]}" for key in was.keys() & now.keys() - {"base", "data", "metrics", "stages"}
                if was[key] != now[key]]
     return f"going on where the run stopped, equal to rounding only: {', '.join(sorted(changed))}" if changed else ""
 

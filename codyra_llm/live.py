@@ -20,7 +20,7 @@ from .forecast import Forecast, Piece, duration
 
 EVERY = 30.0  # seconds between lines of a log
 REFRESH = 2  # per second, of the line on a terminal
-console = Console(highlight=False)  # one for all that is said meanwhile: what others write would run into the line
+console = Console(highlight=False, markup=False)  # one for all that is said meanwhile: what others write would run into the line
 WORDS = {"learn": ("", ""), "load": ("loading the model", "loading"), "answer": ("answers to {}", "{}"),
          "general": ("general ability {}", "{}"), "close": ("final checkpoint and reports", "closing")}  # long and short
 UNITS = {"learn": "step", "answer": "example", "general": "request"}

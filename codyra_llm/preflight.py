@@ -59,7 +59,7 @@ def values(setup: Setup, base: str | None, host: str) -> dict[str, str]:
     found |= {f"version {name}": version(name) for name in ("torch", "transformers", "accelerate")}
     found |= {f"data {name}": digest[:SHOWN] for name, digest in setup.stream.hashes().items()}
     read = [_hash(file) for ability in setup.suite.values() for file in ability.files]
-    found["data of general"] = hashlib.sha256(json.dumps([setup.probes, list(setup.suite), read]).encode()).hexdigest()[:SHOWN]
+    found["data of general"] = hashlib.sha256(json.dumps([setup.probes, list(setup.suite), read, setup.prompts]).encode()).hexdigest()[:SHOWN]
     found |= {f"base {name}": _hash(setup.base / name) for name in ("config.json", "tokenizer.json")}
     found[f"base folder on {host}"] = str(setup.base)  # whose weights one process of each machine has hashed
     return found | ({"base weights": base[:SHOWN]} if base else {})

@@ -180,6 +180,8 @@ class Recipe(Strict):
                        if n is not None and not 1 <= n <= most]
         faults += [f"data.tasks: {shown(name)} becomes a file name; leave out '/', control characters and a '.' in front"
                    for name in tasks if not re.fullmatch(r"[^/\\.\x00-\x1f][^/\\\x00-\x1f]{0,99}", name)]
+        faults += ["data.tasks: 'base' is the name of the stage before all tasks; rename it"] * ("base" in tasks)
+        faults += [f"data.tasks: there are {len(tasks)}, and files of a run are numbered up to 99; leave some out"] * (len(tasks) > 100)
         if faults:
             raise ValueError("\n".join(faults))
         return self

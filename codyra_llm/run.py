@@ -255,4 +255,4 @@ def _manifest(setup: Setup, acc: Accelerator, base: str) -> dict:
     return {"codyra_llm": __version__, "python": sys.version.split()[0], **{name: version(name) for name in names},
             "device": gpu or "cpu", "dtype": str(setup.dtype), "world_size": acc.num_processes,
             "zero_stage": distributed.zero_stage(acc), "base": base, "stages": stages(setup),
-            "data": setup.stream.hashes()}
+            "data": setup.stream.hashes(), "metrics": setup.metrics}

@@ -91,6 +91,12 @@ class Setup:
         return by_task(self.recipe.eval.max_new_tokens, self.recipe.tasks[index])
 
     @property
+    def metrics(self) -> dict[str, list[str]]:
+        """By task the metric of the score matrix, and all that are reported."""
+        known, protocol = self.stream.benchmark, self.recipe.data.protocol
+        return {task: [known.headline(task, protocol), *known.task(task).metrics] for task in self.recipe.tasks}
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest prompt and answer that evaluation can meet."""
         answers = [self.new_tokens(index) for index in range(len(self.recipe.tasks))]
@@ -144,13 +150,15 @@ def prepare(recipe: Recipe) -> Setup:
         tried(stream.records, index, recipe.eval.split)
     general = recipe.general
     harness = tried(suite.find, general) if general.data not in (None, "mini") else {}
+    probes = _probes() if general.data == "mini" else {}
+    faults += [f"data.tasks: '{name}' is a task of general ability too, and their scores would be taken for each other; rename "
+               f"it, or leave that one out of general.tasks" for name in recipe.tasks if name in {*(harness or ()), *probes}]
     open_ended = tried(prompts.find, recipe.open_ended)
     if base:
         merged = recipe.checkpoint or recipe.eval.backend == "vllm"  # never both at once
         faults += _disk(Path(recipe.output), size(base) * (merged + whole * len(recipe.tasks)))
     if faults:
         raise Fault(*dict.fromkeys(faults))
-    probes = _probes() if general.data == "mini" else {}
     return Setup(recipe, method, base, tokenizer, Encoder(tokenizer, recipe.data), stream, probes, harness, open_ended)
 
 

@@ -315,6 +315,20 @@ def test_a_run_goes_on_with_the_data_it_began_with_and_no_other(made, tmp_path):
         shutil.copy(other / "letters.jsonl", place)
 
 
+def test_a_run_goes_on_with_the_metrics_it_began_with(made, tmp_path):
+    """Rows scored by two metrics would meet in one matrix."""
+    place, settings, run = made
+    other, out = shutil.copytree(place, tmp_path / "other"), shutil.copytree(run.path, tmp_path / "out")
+    again = recipes.load(other / "recipe.yaml", [*settings, f"output={out}", f"data.benchmark={place}"])
+    text = (other / "benchmark.yaml").read_text()
+    try:
+        (place / "benchmark.yaml").write_text(text.replace("metrics: [exact_match] ", "metrics: [rouge_l, exact_match] "))
+        (message,) = faults(runs.run, again)
+        assert "letters was ['exact_match', 'exact_match'], and is ['rouge_l', 'rouge_l', 'exact_match'] now" in message
+    finally:
+        shutil.copy(other / "benchmark.yaml", place)
+
+
 def test_evaluate_and_score_on_the_new_benchmark(made, capsys, tmp_path, tiny_llama):
     place, _, run = made
     assert call(capsys, "evaluate", run.path / "checkpoint", "--out", tmp_path / "a")[0] == 0

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from codyra_llm.errors import Fault
 from codyra_llm.evaluate import suite
 from codyra_llm.recipe import GeneralSection, override, parse
 from codyra_llm.report.tables import delta_r
+from codyra_llm.setup import prepare
 
 GOALS = [("open a jar", "turn the lid", "sing to it", 0), ("dry a shirt in the sun", "put it under water", "hang it up", 1),
          ("find a pen", "look", "close your eyes and wait for a while", 0)]
@@ -218,6 +220,16 @@ def test_what_is_refused(root, monkeypatch):
     assert "holds the files of no task" in told(data=str(root))
     monkeypatch.setattr(suite, "find_spec", lambda name: None)
     assert "is not installed; install codyra-llm[general]" in told(data="hub")
+
+
+def test_a_task_that_bears_the_name_of_an_ability(tiny_llama, toy_stream, root, tmp_path):
+    """Both would write predictions/<stage>/<name>.jsonl, and one would be taken for the other's score."""
+    shutil.copytree(toy_stream / "ONE", tmp_path / "stream" / "piqa")
+    raw = {"model": {"path": str(tiny_llama)}, "data": {"root": str(tmp_path / "stream"), "tasks": ["piqa"], "epochs": 1},
+           "method": {"name": "seqlora", "rank": 2}, "output": str(tmp_path / "run")}
+    with pytest.raises(Fault, match="data.tasks: 'piqa' is a task of general ability too"):
+        prepare(parse({**raw, "general": {"data": str(root), "tasks": ["piqa"]}}))
+    prepare(parse(raw))
 
 
 def test_the_recipe_refuses_what_mini_does_not_have(tiny_llama, toy_stream):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import weakref
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -33,6 +34,16 @@ def prompts(lengths, prefix=()):
 
 def cut(row, eos):
     return row[: row.index(eos) + 1] if eos in row else row
+
+
+def test_the_model_is_let_go_with_the_answers():
+    """The next model comes while `ask` is still at hand."""
+    model = torch.nn.Linear(1, 1)
+    held, setup = weakref.ref(model), SimpleNamespace(stage=lambda *_, models=[model]: (models.pop(), None))
+    with generate.answering(Accelerator(), setup, None, 0) as ask:
+        del model
+        assert held() is not None
+    assert held() is None and callable(ask)
 
 
 def alone(model, batch):

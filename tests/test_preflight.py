@@ -76,6 +76,14 @@ def test_what_is_compared(sections, toy_stream, tiny_llama):
     assert "None" == found["recipe optim.validate_every"]  # what is off on one and on on the other is seen
 
 
+def test_open_ended_prompts_are_compared(sections, tmp_path):
+    (tmp_path / "asked.json").write_text('[{"prompt": "one"}]')
+    first = of(sections, f"open_ended.prompts={tmp_path / 'asked.json'}")
+    (tmp_path / "asked.json").write_text('[{"prompt": "two"}]')
+    fault, = disagreements([Row("a", 0, first), Row("b", 1, of(sections, f"open_ended.prompts={tmp_path / 'asked.json'}"))])
+    assert fault.startswith("data of general differs")
+
+
 def test_places_may_differ_and_what_lies_there_may_not(sections, toy_stream, other_data, tmp_path):
     copied = shutil.copytree(toy_stream, tmp_path / "copied")
     rows = [Row("a", 0, of(sections)), Row("b", 1, of(sections, f"data.root={copied}"))]

@@ -59,6 +59,8 @@ def test_all_mistakes_at_once_with_the_nearest_name():
     (["optim.keep_best=true"], "'keep_best' needs 'validate_every'"),
     (["data.tasks=[FOMC,FOMC]"], "each once"),
     (["data.tasks=9"], "there is no order 9"),
+    (["data.tasks=[FOMC,base]"], "'base' is the name of the stage before all tasks"),
+    ([f"data.tasks=[{','.join(f't{i}' for i in range(101))}]"], "there are 101"),
     (["data.epochs={FOMK: 2}"], "'FOMK' is not a task of this recipe. Did you mean 'FOMC'?"),
     (["data.epochs=0"], "data.epochs: 0 must be at least 1"),
     (["model=null"], "model: None"),

@@ -136,11 +136,13 @@ def test_a_real_run_writes_its_page_and_the_command_writes_it_anew(tiny_llama, t
     folder = runs.run(recipes.parse(raw))
     first = (folder.path / "report.html").read_text(encoding="utf-8")
     assert all(f"{row['score']:.1f}" in Page(first).texts for row in folder.scores)
-    for name in ("report.html", "report.md", "summary.json"):
+    summary = (folder.path / "summary.json").read_bytes()
+    for name in ("report.html", "report.md"):
         (folder.path / name).unlink()
+    (folder.path / "summary.json").write_text(json.dumps({"tasks": ["ONE", "TWO"]}))
     main_ends(["report", str(folder.path)])
     assert (folder.path / "report.html").read_text(encoding="utf-8") == first
-    assert (folder.path / "report.md").is_file() and (folder.path / "summary.json").is_file()
+    assert (folder.path / "report.md").is_file() and (folder.path / "summary.json").read_bytes() == summary
     assert "report:" in capsys.readouterr().out
 
 

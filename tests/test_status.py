@@ -67,6 +67,10 @@ def test_a_run_at_every_moment(tiny_llama, toy_stream, tmp_path, monkeypatch, ca
     assert lines[1] == "method codyra, 1 of 2 tasks learnt: ONE"
     assert lines[-1].endswith("goes on with: task 2/2 TWO, behind step 5")
     assert lines[2].startswith(f"last step: task 2/2 TWO, step 5/6, loss {after['last']['loss']:.3f}, ")
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "report.md").is_file() and not (tmp_path / "run" / "summary.json").is_file()
+    assert look(tmp_path / "run")["state"] == "stopped"  # a report on the way finishes nothing
     capsys.readouterr()
 
     ended(asked, monkeypatch, "add_scores", first)

@@ -91,7 +91,7 @@ def report(folders: Annotated[list[Path], typer.Argument(metavar="RUN...")],
            ) -> None:
     """Report on a run, or on several together; needs no model.
 
-    Without --out: print the run's scores and rewrite its summary.json, report.md and report.html.
+    Without --out: print the run's scores and rewrite its report.md and report.html; of a finished run summary.json too.
     Example: codyra-llm report runs/* --out report.html
     """
     from ..folder import RunFolder
@@ -106,7 +106,9 @@ def report(folders: Annotated[list[Path], typer.Argument(metavar="RUN...")],
     if out is None:
         summary = summarised(opened[0])
         beside = f"\n{markdown(published.beside(opened))}" if paper else ""
-        opened[0].write_summary(summary, render(opened[0].recipe, summary, opened[0].updates) + beside)
+        text = render(opened[0].recipe, summary, opened[0].updates) + beside
+        finished = opened[0].summary.get("tasks") == opened[0].recipe.tasks
+        opened[0].write_summary(summary, text) if finished else opened[0].write_report(text)
         console.print(table(summary))
     target = out or opened[0].path / "report.html"
     page.write(opened, target, examples, paper)

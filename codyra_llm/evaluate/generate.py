@@ -145,3 +145,4 @@ def answering(acc: Accelerator, setup: Setup, folder: RunFolder, after: int) -> 
                        conditions and partial(conditions, task=task))
 
     yield ask
+    model = conditions = None  # whoever holds `ask` would hold them beside the next model
