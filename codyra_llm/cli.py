@@ -44,9 +44,8 @@ def main(args: list[str] | None = None) -> None:
         _run(args)
     except Fault as fault:
         _tell(2)
-        # The launcher ends all ranks when one ends: the first gets time to say it, the others speak up if it does not.
-        if rank := int(os.environ.get("RANK", "0")):
-            time.sleep(15)
+        if (rank := int(os.environ.get("RANK", "0"))) and _spoken_for():
+            _end(2)
         for message in fault.messages:
             said = UNPRINTABLE.sub("\ufffd", message.replace("\n", " "))  # names and values may hold anything
             print(f"error{f' (rank {rank})' if rank else ''}: {said}", file=sys.stderr, flush=True)
@@ -59,6 +58,14 @@ def main(args: list[str] | None = None) -> None:
         _look_for_lost()
         _tell(1)
         raise
+
+
+def _spoken_for() -> bool:
+    """Whether the first process, which gets 15 s for it, has said it: the launcher then asks all others to end."""
+    before, last = stop.asked(), time.monotonic() + 15
+    while stop.asked() == before and time.monotonic() < last:
+        time.sleep(0.1)
+    return stop.asked() and not before
 
 
 def _tell(code: int) -> None:

@@ -153,8 +153,8 @@ def waiting() -> Iterator[None]:
 
 
 def lost(world: int, keeper: bool = True) -> str:
-    """Who is gone, the `keeper` of the store too; asked when a connection has broken; empty as soon as all others have shown a new sign of life, or when
-    they have taken their leave."""
+    """Who is gone, the `keeper` of the store too; asked when a connection has broken; empty as soon as all others have shown
+    a new sign of life, or when they have taken their leave."""
     if not _watch:
         return ""
     try:
