@@ -98,8 +98,9 @@ class Setup:
         return self.recipe.data.max_prompt_tokens + max(PROBE_TOKENS, *answers)
 
 
-def prepare(recipe: Recipe) -> Setup:
-    """Resolve the recipe and check model, data, method and disk. Raises one Fault with all that is wrong."""
+def prepare(recipe: Recipe, open_ended: bool = True) -> Setup:
+    """Resolve the recipe and check model, data, method and disk. `open_ended`: whether its prompts are to be answered, so that
+    their files must be there. Raises one Fault with all that is wrong."""
     recipe, faults = recipe.resolved(), []
 
     def tried(action, *args):
@@ -144,14 +145,14 @@ def prepare(recipe: Recipe) -> Setup:
         tried(stream.records, index, recipe.eval.split)
     general = recipe.general
     harness = tried(suite.find, general) if general.data not in (None, "mini") else {}
-    open_ended = tried(prompts.find, recipe.open_ended)
+    questions = tried(prompts.find, recipe.open_ended) if open_ended else {}
     if base:
         merged = recipe.checkpoint or recipe.eval.backend == "vllm"  # never both at once
         faults += _disk(Path(recipe.output), size(base) * (merged + whole * len(recipe.tasks)))
     if faults:
         raise Fault(*dict.fromkeys(faults))
     probes = _probes() if general.data == "mini" else {}
-    return Setup(recipe, method, base, tokenizer, Encoder(tokenizer, recipe.data), stream, probes, harness, open_ended)
+    return Setup(recipe, method, base, tokenizer, Encoder(tokenizer, recipe.data), stream, probes, harness, questions)
 
 
 def _render(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> tuple[sources.Render, list[str]]:
