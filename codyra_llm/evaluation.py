@@ -158,8 +158,8 @@ def _on_benchmark(source: Source, checkpoint: str, wanted: str | None) -> Source
         if source.raw["data"]["root"] == str(place(own)):
             recipes.assign(source.raw, "data.root", str(place(wanted)))
         return source
-    return replace(source, raw={}, after=None, told=f"{checkpoint}: scored by the protocol of {wanted}, not by its run's recipe, "
-                                                    f"which is for another benchmark, {own}")
+    told = f"{checkpoint}: scored by the protocol of {wanted}, not by its run's recipe, which is for another benchmark, {own}"
+    return replace(source, raw={}, after=None, told=told)
 
 
 def _on_base(source: Source, folder: Path, base: str | None) -> Source:

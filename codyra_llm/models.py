@@ -31,8 +31,9 @@ from codyra_llm.untrusted import read_json, shown
 FAMILIES = ("llama", "gemma", "gemma2", "gemma3_text", "mistral", "qwen2", "qwen3")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DATE = "26 Jul 2024"  # what chat templates are told that today is, so that a run's prompts stay as they are
-UNDATED = """{%- macro strftime_now(form) -%}{{ raise_exception("it writes today's date, so prompts would change from day to \
-day") }}{%- endmacro -%}"""
+UNDATED = """{% macro strftime_now(form) %}{{ raise_exception("it writes today's date, so prompts would change daily") }}\
+{% endmacro %}
+"""  # goes in front of a template; its last line break is cut, so that the template begins a line as it does alone
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md"]
 
 

@@ -159,7 +159,7 @@ def _dataset(path: str, source: DatasetSource, name: str):
 
     try:
         return load_dataset(path, source.name, revision=source.revision)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: of scripts
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: a data set in a script
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise Fault(f"tasks.{name}.dataset: '{source.path}' can't be read ({reason}); check the name, the configuration, the "
                     f"network and HF_HUB_OFFLINE, or give a folder below data.root") from None
