@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from . import benchmarks
 from .benchmarks.trace.metrics import METRICS
 from .errors import Fault, nearest
+from .files import file_sha256
 from .schema import Fraction, Positive, Strict, Tokens, sentences
 from .untrusted import PathText, read_yaml, shown
 
@@ -157,11 +158,11 @@ class Benchmark(Strict):
         if isinstance(data.tasks, int):
             return faults + [f"data.tasks: there is no order {data.tasks}; choose from {sorted(self.orders)}"] * (
                 data.tasks not in self.orders)
-        return faults + self.strangers(data.tasks, f"data.tasks: {{}} is not a task of {data.benchmark}")
+        return faults + self.strangers(data.tasks, "data.tasks: {} is not a task of " + data.benchmark)
 
     def strangers(self, names: Sequence[str], sentence: str) -> list[str]:
-        """Those of `names` that may not be here, each put into a sentence and with the nearest that is."""
-        return [f"{sentence.format(shown(name))}.{nearest(name, self.tasks)} Known: {', '.join(self.tasks)}"
+        """Those of `names` that may not be here, each put into a sentence (for its first {}) and with the nearest that is."""
+        return [f"{sentence.replace('{}', shown(name), 1)}.{nearest(name, self.tasks)} Known: {', '.join(self.tasks)}"
                 for name in names if not self.others and name not in self.tasks]
 
 
@@ -172,11 +173,21 @@ def place(name: str) -> Path:
 
 def load(name: str) -> Benchmark:
     """The benchmark of that name or folder. Raises one Fault with all that is wrong with its file."""
+    file = _file(name)
+    return _read(file, file.stat().st_mtime_ns)
+
+
+def digest(name: str) -> str:
+    """sha256 of the benchmark's file, by which it is known wherever it lies. Raises Fault where there is none."""
+    return file_sha256(_file(name))
+
+
+def _file(name: str) -> Path:
     file = place(name) / FILE
     if not file.is_file():
         raise Fault(f"data.benchmark: {shown(name)} is neither '{TRACE}' nor a folder that holds a {FILE}."
                     f"{nearest(name, [TRACE])} Give one of them, or start one with `codyra-llm benchmark new FOLDER`")
-    return _read(file, file.stat().st_mtime_ns)
+    return file
 
 
 @lru_cache

@@ -20,7 +20,7 @@ from .errors import Fault
 from .examples import SPLITS
 from .files import file_sha256
 from .loss import head_loss
-from .models import adds_bos
+from .models import adds_bos, chat
 from .seeds import generator
 
 if TYPE_CHECKING:
@@ -61,8 +61,7 @@ class Encoder:
     def prompt(self, text: str) -> tuple[list[int], bool]:
         """Ids of a prompt, at most `max_prompt_tokens` with BOS, and whether it was cut."""
         if self.data.chat_template:
-            text = self.tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
-                                                      add_generation_prompt=True)
+            text = chat(self.tokenizer, [{"role": "user", "content": text}])
         ids = self._ids(text)
         ids = ids[len(self.bos):] if self.bos and ids[:1] == self.bos else ids  # Py150's texts begin with "<s>"
         room = self.data.max_prompt_tokens - len(self.bos)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from . import __version__, distributed, live, models, open_ended, watch
 from . import recipe as recipes
-from .benchmark import TRACE, place
+from .benchmark import TRACE, digest, place
 from .distributed import collectively, of_first
 from .errors import Fault, nearest
 from .evaluate import judge
@@ -67,6 +67,7 @@ class Source:
     run: RunFolder | None = None
     model: str | None = None
     adapter: Path | None = None
+    told: str = ""  # what the user should know of it
 
 
 def evaluate(checkpoint: str, wanted: Wanted) -> RunFolder:
@@ -95,6 +96,8 @@ def evaluate(checkpoint: str, wanted: Wanted) -> RunFolder:
 
 def _measure(checkpoint: str, wanted: Wanted, acc: Accelerator, setup: Setup, source: Source, index: int, base: Setup | None,
              out: RunFolder) -> None:
+    if source.told and acc.is_main_process:
+        console.print(source.told, soft_wrap=True)
     collectively(acc.is_main_process, lambda: _claim(out, _manifest(checkpoint, setup, source, base)))
     collectively(True, await_file, out.path / "manifest.json")
     known = {"after": source.after or "checkpoint", "step": index + 1 if source.after else 1}
@@ -114,7 +117,7 @@ def _prepare(checkpoint: str, wanted: Wanted) -> tuple[Setup, Source, int, Setup
     """What to score, where it comes from, the position of the task after which (-1: none), and the base if it is asked for."""
     source = _on_benchmark(_source(checkpoint, wanted.base), checkpoint, wanted.benchmark)
     recipe = _recipe(checkpoint, source, wanted)
-    setup = prepare(recipe)
+    setup = prepare(recipe, open_ended=bool(wanted.base))
     if unknown := [task for task in wanted.tasks or () if task not in setup.recipe.tasks]:
         raise Fault(*(f"--tasks: '{task}' is not a task of the recipe that {checkpoint} carries."
                       f"{nearest(task, setup.recipe.tasks)} Known: {', '.join(setup.recipe.tasks)}" for task in unknown))
@@ -152,7 +155,13 @@ def _on_benchmark(source: Source, checkpoint: str, wanted: str | None) -> Source
     if source.run:
         raise Fault(f"--benchmark: {checkpoint} is a stage of a run on {own}, and is scored on its tasks; export it with "
                     f"`codyra-llm export`, and give the export")
-    return replace(source, raw={}, after=None)
+    carried = read_mapping(Path(checkpoint).expanduser() / LINEAGE, "what a run's export says of itself")
+    if carried.get("benchmark") == digest(wanted):  # the same, at another place
+        if source.raw["data"]["root"] == str(place(own)):
+            recipes.assign(source.raw, "data.root", str(place(wanted)))
+        return source
+    told = f"{checkpoint}: scored by the protocol of {wanted}, not by its run's recipe, which is for another benchmark, {own}"
+    return replace(source, raw={}, after=None, told=told)
 
 
 def _on_base(source: Source, folder: Path, base: str | None) -> Source:

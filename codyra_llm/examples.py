@@ -55,12 +55,12 @@ def missing(root: Path, task: str, path: Path) -> str:
     return f"{path} doesn't exist: expected the {path.stem} split of task '{task}'; add it or leave the task out."
 
 
-def parse(path: Path) -> list:
+def parse(path: Path, expected: str = '{"prompt": ..., "answer": ...} records') -> list:
     """The JSON list of a file; Fault with the byte or the line and column where reading it fails."""
     records = read_json(path, "one list of records")
     if not isinstance(records, list) or not records:
         found = "an empty list" if records == [] else f"a {type(records).__name__}"
-        raise Fault(f'{path}: holds {found}, expected a list of {{"prompt": ..., "answer": ...}} records; correct it.')
+        raise Fault(f"{path}: holds {found}, expected a list of {expected}; correct it.")
     return records
 
 

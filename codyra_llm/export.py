@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from .benchmark import digest
 from .errors import Fault
 from .files import replacing, write_json, write_text
 from .folder import RunFolder
@@ -65,6 +66,7 @@ def write_peft(setup: Setup, archive: Archive, after: int, without: int | None, 
 
 def _write_lineage(setup: Setup, archive: Archive, after: int, without: int | None, folder: Path) -> None:
     write_json(folder / LINEAGE, {"recipe": setup.recipe.model_dump(mode="json"), "lineage": archive.lineage[after + 1],
+                                  "benchmark": digest(setup.recipe.data.benchmark),
                                   "after": archive.tasks[after] if after >= 0 else None,
                                   "without": None if without is None else archive.tasks[without]})
 

@@ -30,6 +30,10 @@ from codyra_llm.untrusted import read_json, shown
 
 FAMILIES = ("llama", "gemma", "gemma2", "gemma3_text", "mistral", "qwen2", "qwen3")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DATE = "26 Jul 2024"  # what chat templates are told that today is, so that a run's prompts stay as they are
+UNDATED = """{% macro strftime_now(form) %}{{ raise_exception("it writes today's date, so prompts would change daily") }}\
+{% endmacro %}
+"""  # goes in front of a template; its last line break is cut, so that the template begins a line as it does alone
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md"]
 
 
@@ -127,7 +131,7 @@ def check(folder: Path, chat_template: bool = False) -> list[str]:
         faults.append(f"{folder} has no chat template, but chat_template is on: turn it off or choose a chat model.")
     elif chat_template:
         try:
-            tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True)
+            chat(tokenizer, [{"role": "user", "content": "a"}])
         except TemplateError as error:
             faults.append(f"{folder} has a chat template that fails ({' '.join(str(error).split())}): turn chat_template "
                           "off, or use the model's own template.")
@@ -147,6 +151,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None and (fallback := tokenizer.eos_token or tokenizer.unk_token):
         tokenizer.pad_token = fallback
     return tokenizer
+
+
+def chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    """A chat as the model's template writes it, up to where the answer begins. Raises jinja2's TemplateError where the template
+    refuses it, or writes today's date whatever `date_string` says."""
+    return tokenizer.apply_chat_template(messages, chat_template=UNDATED + tokenizer.get_chat_template(), tokenize=False,
+                                         add_generation_prompt=True, date_string=DATE)
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from . import attention
 from .data import Batch, Encoded, batch_tokens, collate, default_tokens, micro_batches
 from .estimate import activation_bytes, matmul_speed, step_flops
+from .forecast import duration
 from .lora.shared import share_inputs
 from .models import PROJECTIONS
 from .recipe import Recipe
@@ -133,7 +134,7 @@ def _estimates(setup: Setup, model: nn.Module, work: Work, trained: int, total: 
         speed = matmul_speed(model, tokens, setup.dtype, device)
         held["adapters and Adam's moments"] = trained * 12
         held[f"forward and backward of {tokens} tokens"] = activation_bytes(model, work.biggest, device)
-        lines.append(f"time to train, estimated: {_duration(operations / speed)} ({operations:.2g} operations of matrix "
+        lines.append(f"time to train, estimated: {duration(operations / speed)} ({operations:.2g} operations of matrix "
                      f"products, {speed:.2g} a second measured here, one process; everything else in a step, loading and "
                      f"evaluation come on top)")
     parts = ", ".join(f"{name} {part / 1e9:.2f}" for name, part in held.items())
@@ -144,11 +145,6 @@ def _estimates(setup: Setup, model: nn.Module, work: Work, trained: int, total: 
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{max(1, minutes)} min"
 
 
 def _weight_bytes(setup: Setup, model: nn.Module, total: int) -> float:

@@ -160,7 +160,8 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _names_are_consistent(self) -> "Recipe":
-        if isinstance(self.data.tasks, int):  # a finished run's recipe names its tasks, and is read without its benchmark
+        # A finished run's recipe names its tasks, and is read without its benchmark where that is a folder.
+        if isinstance(self.data.tasks, int) or self.data.benchmark == benchmark.TRACE:
             try:
                 missing = self.benchmark.lacks(self.data)
             except Fault as fault:

@@ -23,7 +23,7 @@ def answer(source: str, prompt: str, new: int) -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if at and (Path(run) / "recipe.json").is_file():
         folder = RunFolder(Path(run))
-        setup = prepare(folder.recipe)
+        setup = prepare(folder.recipe, open_ended=False)
         setup.verify(folder)
         archive = folder.archive()
         index = archive.index(task)

@@ -104,8 +104,9 @@ class Setup:
         return self.recipe.data.max_prompt_tokens + max(PROBE_TOKENS, *answers)
 
 
-def prepare(recipe: Recipe) -> Setup:
-    """Resolve the recipe and check model, data, method and disk. Raises one Fault with all that is wrong."""
+def prepare(recipe: Recipe, open_ended: bool = True) -> Setup:
+    """Resolve the recipe and check model, data, method and disk. `open_ended`: whether its prompts are to be answered, so that
+    their files must be there. Raises one Fault with all that is wrong."""
     recipe, faults = recipe.resolved(), []
 
     def tried(action, *args):
@@ -153,13 +154,13 @@ def prepare(recipe: Recipe) -> Setup:
     probes = _probes() if general.data == "mini" else {}
     faults += [f"data.tasks: '{name}' is a task of general ability too, and their scores would be taken for each other; rename "
                f"it, or leave that one out of general.tasks" for name in recipe.tasks if name in {*(harness or ()), *probes}]
-    open_ended = tried(prompts.find, recipe.open_ended)
+    questions = tried(prompts.find, recipe.open_ended) if open_ended else {}
     if base:
         merged = recipe.checkpoint or recipe.eval.backend == "vllm"  # never both at once
         faults += _disk(Path(recipe.output), size(base) * (merged + whole * len(recipe.tasks)))
     if faults:
         raise Fault(*dict.fromkeys(faults))
-    return Setup(recipe, method, base, tokenizer, Encoder(tokenizer, recipe.data), stream, probes, harness, open_ended)
+    return Setup(recipe, method, base, tokenizer, Encoder(tokenizer, recipe.data), stream, probes, harness, questions)
 
 
 def _render(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> tuple[sources.Render, list[str]]:

@@ -4,7 +4,6 @@ columns, or a chat. docs/own_data.md describes it for users."""
 import csv
 import hashlib
 import io
-import json
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from . import models
 from .benchmark import FILE, DatasetSource, Task, load
 from .errors import Fault, nearest
 from .examples import LONGEST, SPLITS, check_root, check_task, parse, read_split, record_faults, refuse
@@ -39,7 +39,7 @@ def plain(chat: Chat) -> str:
 
 def by_template(tokenizer: PreTrainedTokenizerBase) -> Render:
     """A chat as the model's template writes it, up to where the answer begins."""
-    return partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+    return partial(models.chat, tokenizer)
 
 
 def read(root: Path, name: str, task: Task, split: str, render: Render = plain) -> list[dict]:
@@ -102,7 +102,7 @@ def _tables(root: Path, name: str, task: Task) -> dict[str, Table]:
     """By split what is given for it."""
     if task.files:
         files = {split: root / file for split, file in task.files if file}
-        return {split: Table(str(path), partial(_rows, path, f"the {split} data of task '{name}'"))
+        return {split: Table(str(path), partial(rows, path, f"records of the {split} data of task '{name}'"))
                 for split, path in files.items()}
     source = task.dataset
     found = _dataset(_local(root, source.path), source, name)
@@ -114,12 +114,12 @@ def _tables(root: Path, name: str, task: Task) -> dict[str, Table]:
     return {split: Table(f"{source.path} ({chosen})", partial(_listed, found[chosen])) for split, chosen in wanted.items()}
 
 
-def _rows(path: Path, expected: str) -> list:
-    readers = {".json": lambda: parse(path), ".jsonl": lambda: _jsonl(path, expected), ".csv": lambda: _csv(path, expected)}
-    if path.suffix not in readers:
-        raise Fault(f"{path} must end in {', '.join(readers)}.{nearest(path.suffix, readers)} Save it as one of them, or give "
+def rows(path: Path, expected: str) -> list:
+    """The rows of a .json, .jsonl or .csv file. Raises Fault where it is none, or can't be read."""
+    if path.suffix not in READERS:
+        raise Fault(f"{path} must end in {', '.join(READERS)}.{nearest(path.suffix, READERS)} Save it as one of them, or give "
                     f"its folder as 'dataset'")
-    return readers[path.suffix]()
+    return READERS[path.suffix](path, expected)
 
 
 def _jsonl(path: Path, expected: str) -> list:
@@ -144,6 +144,9 @@ def _csv(path: Path, expected: str) -> list[dict]:
     return [dict(zip(header, row)) for row in rows]
 
 
+READERS = {".json": parse, ".jsonl": _jsonl, ".csv": _csv}
+
+
 def _local(root: Path, path: str) -> str:
     return str(root / path) if (root / path).is_dir() else path
 
@@ -156,7 +159,7 @@ def _dataset(path: str, source: DatasetSource, name: str):
 
     try:
         return load_dataset(path, source.name, revision=source.revision)
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: a data set in a script
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise Fault(f"tasks.{name}.dataset: '{source.path}' can't be read ({reason}); check the name, the configuration, the "
                     f"network and HF_HUB_OFFLINE, or give a folder below data.root") from None
@@ -171,11 +174,9 @@ def _listed(rows) -> list[dict]:
                        for key, names in classes.items()}} for row in rows]
 
 
-def _prompt(task: Task, row: object) -> str:
-    """What tells one row's prompt from another's, before any model writes it."""
-    found = row.get(task.messages or task.columns.prompt) if isinstance(row, dict) else row
-    found = found[:-1] if task.messages and isinstance(found, list) else found
-    return found if isinstance(found, str) else json.dumps(found, default=str)
+def _prompt(task: Task, row: dict) -> str:
+    """What tells one faultless row's prompt from another's, before any model writes it."""
+    return plain(row[task.messages][:-1]) if task.messages else str(row[task.columns.prompt])
 
 
 def _record(row: object, task: Task, split: str, where: str, render: Render) -> tuple[dict, list[str]]:

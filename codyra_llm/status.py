@@ -1,5 +1,6 @@
 """Where a run stands, read from its folder while it is written, or long after; without torch, so that it is quick."""
 
+import os
 import re
 import time
 from pathlib import Path
@@ -55,8 +56,11 @@ def show(found: dict, console: Console) -> None:
 
 
 def _recipe(folder: Path, owner: dict | None) -> dict:
-    if found := _mapping(folder / "recipe.json", "what the run wrote"):
-        return found
+    match found := _mapping(folder / "recipe.json", "what the run wrote"):
+        case {"data": {"tasks": [*tasks]}, "method": {"name": str()}} if all(isinstance(task, str) for task in tasks):
+            return found
+    if found:
+        raise Fault(f"{folder / 'recipe.json'} is not a run's (it names no method or no tasks); give the `output` of a run")
     if owner and owner["alive"]:
         raise Fault(f"{folder}: process {owner['pid']} on {owner['host']} is about to begin a run there; ask again in a moment")
     raise Fault(f"{folder} is not a run folder (it has no recipe.json); give the `output` of a run")
@@ -69,12 +73,13 @@ def _mapping(file: Path, what: str) -> dict:
 def _written(folder: Path) -> float:
     """When a file of the run changed last; the lease is renewed whatever happens, and says nothing."""
     times = []
-    for path in folder.rglob("*"):
-        try:
-            if path.is_file() and path.name != "lease.json" and not path.name.startswith("."):
-                times.append(path.stat().st_mtime)
-        except FileNotFoundError:  # removed meanwhile
-            continue
+    for place, _, names in os.walk(folder):  # which passes over folders that are removed meanwhile; glob fails
+        for name in names:
+            try:
+                if name != "lease.json" and not name.startswith("."):
+                    times.append(os.stat(os.path.join(place, name)).st_mtime)
+            except FileNotFoundError:  # removed meanwhile
+                continue
     return max(times)
 
 
@@ -84,8 +89,9 @@ def _next(folder: Path, tasks: list[str], learnt: int, scores: list[dict]) -> st
     scored = {(row["after"], row["task"]) for row in scores}
     for stage, names in stages.items():
         if stage != BASE and (index := tasks.index(stage)) >= learnt:
-            saved = [int(found[1]) for mark in folder.glob("progress/*/complete.json")
-                     if (found := re.fullmatch(re.escape(f"{index:02d}-{stage}-") + r"(\d{8})", mark.parent.name))]
+            form = re.compile(re.escape(f"{index:02d}-{stage}-") + r"(\d{8})")
+            saved = [int(found[1]) for place, _, files in os.walk(folder / "progress") if "complete.json" in files
+                     if (found := form.fullmatch(os.path.basename(place)))]
             return f"task {index + 1}/{len(tasks)} {stage}, " + (f"behind step {max(saved)}" if saved else "from its start")
         if missing := [name for name in names if (stage, name) not in scored]:
             return f"{missing[0]} after {stage}, {len(names) - len(missing)} of {len(names)} scored there"

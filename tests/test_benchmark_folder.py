@@ -127,6 +127,13 @@ def test_a_data_set_that_can_not_be_had_is_one_sentence(tmp_path):
     assert message.startswith("tasks.T.dataset: 'nobody/nothing-at-all' can't be read (") and "HF_HUB_OFFLINE" in message
 
 
+def test_a_data_set_of_a_script_is_one_sentence(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "set.py").write_text("import datasets\n")
+    (message,) = faults(read, tmp_path, "T", task(dataset="set"), "train")
+    assert message.startswith("tasks.T.dataset: 'set' can't be read (Dataset scripts are no longer supported")
+
+
 def chats(path, count=10):
     rows = [{"chat": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": f"Say {i}"},
                       {"role": "assistant", "content": "AB"[i % 2]}]} for i in range(count)]
@@ -153,11 +160,52 @@ def test_chats_are_written_by_the_template_and_split_without_it(tmp_path, tiny_l
     assert all(f"record {i}: 'chat' must be a list of messages" in messages[i] for i in (1, 2))
 
 
+def test_what_is_beside_role_and_content_is_no_part_of_a_prompt(tmp_path):
+    rows = [{"chat": [{"id": i, "role": "user", "content": f"Say {i % 10}" + " \n" * (i % 3)},
+                      {"role": "assistant", "content": "a"}]} for i in range(40)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = every(tmp_path, task(files="c.jsonl", messages="chat"))
+    prompts = {split: {row["prompt"].strip() for row in rows} for split, rows in found.items()}
+    assert {split: len(own) for split, own in prompts.items()} == {"train": 7, "eval": 1, "test": 2}
+    assert len(set.union(*prompts.values())) == 10
+
+
+@pytest.mark.parametrize("start", ["", "\n", " ", "\n  {% if 1 %}\n{% endif %}", "  {% if 1 %}\n{% endif %}",
+                                   "{{- 1 }} \n", "{%- if 1 %} {% endif %}"])
+def test_a_template_without_a_date_writes_what_it_writes_alone(tiny_llama, start):
+    tokenizer, said = models.load_tokenizer(tiny_llama), [{"role": "user", "content": "a"}]
+    tokenizer.chat_template = start + TEMPLATE
+    plain = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    assert models.chat(tokenizer, said) == plain and plain.endswith("<bos>[user]a[assistant]")
+
+
+@pytest.mark.parametrize("template, told", [
+    ("{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}Today: {{ date_string }}.",
+     "Today: 26 Jul 2024."),
+    ("Today: {{ strftime_now('%Y') }}.", None), ("{% set date_string = strftime_now('%Y') %}{{ date_string }}", None)])
+def test_prompts_do_not_change_from_day_to_day(tmp_path, tiny_llama, template, told):
+    """The first is Llama 3.2's way; what writes today's date all the same is refused, for chats and `data.chat_template`."""
+    shutil.copytree(tiny_llama, tmp_path / "m")
+    (tmp_path / "m" / "chat_template.jinja").write_text(template + "{% for m in messages %}{{ m.content }}{% endfor %}")
+    chats(tmp_path / "b" / "one.jsonl")
+    name = folder(tmp_path / "b", tasks={"ONE": {"metrics": ["rouge_l"], "files": "one.jsonl", "messages": "chat"},
+                                         "TWO": {"metrics": ["rouge_l"], "files": "one.csv"}})
+    for number, settings in enumerate([{"tasks": ["ONE"]}, {"tasks": ["TWO"], "chat_template": True}]):
+        asked = recipes.parse({"model": {"path": str(tmp_path / "m")}, "data": {"benchmark": name, **settings},
+                               "method": "none", "output": str(tmp_path / "o")})
+        if told is None:
+            assert all("it writes today's date" in message or "more faults" in message for message in faults(prepare, asked))
+        else:
+            setup = prepare(asked)
+            ids = setup.encoder.prompt(setup.stream.records(0, "test")[0]["prompt"])[0]
+            assert setup.tokenizer.decode(ids, skip_special_tokens=True).startswith(told + ["Be kind.", "Say"][number])
+
+
 @pytest.mark.parametrize("name, content, expected", [
     ("a.csv", "prompt,answer\na,b,c\n", "record 0 has 3 values, the first line names 2"),
     ("a.csv", "prompt,prompt\na,b\n", "the column 'prompt' is there twice"),
     ("a.csv", 'prompt,answer\n"a,b\n', "is no CSV"),
-    ("a.csv", "", "is empty, expected the train data of task 'T'"),
+    ("a.csv", "", "is empty, expected records of the train data of task 'T'"),
     ("a.csv", "prompt,answer\n", "holds no record"),
     ("a.csv", "promt,answer\na,b\n", "record 0 has no 'prompt', expected a string; add it. Did you mean 'promt'?"),
     ("a.jsonl", '{"prompt": "a", "answer": "b"}\n{"prompt"\n', "a.jsonl, line 2: invalid JSON"),
@@ -219,6 +267,13 @@ def test_a_recipe_names_what_is_there(tmp_path, change, expected):
     name = folder(tmp_path)
     raw = {"model": {"path": "m"}, "data": {"benchmark": name, **change}, "method": "none", "output": "o"}
     assert any(expected.format(name) in message for message in faults(lambda: recipes.parse(raw).resolved()))
+
+
+def test_a_folder_with_braces_in_its_name(tmp_path):
+    name = folder(tmp_path / "{a}{}")
+    raw = {"model": {"path": "m"}, "data": {"benchmark": name, "tasks": ["ONEE"]}, "method": "none", "output": "o"}
+    (message,) = faults(recipes.parse(raw).resolved)
+    assert message.startswith(f"data.tasks: 'ONEE' is not a task of {name}. Did you mean 'ONE'?")
 
 
 def test_the_benchmark_fills_what_a_recipe_leaves_open(tmp_path):
@@ -284,6 +339,17 @@ def test_a_new_benchmark_is_checked_and_planned(made, capsys, tmp_path):
     assert code == 0 and "default protocol, batch 8" in out and "letters" in out and "Desk:" in out
 
 
+@pytest.mark.parametrize("name", ["RUNS", "trace"])
+def test_a_new_benchmark_of_any_name_is_its_recipes(tmp_path, monkeypatch, name):
+    from codyra_llm.benchmarks.starter import start
+
+    monkeypatch.chdir(tmp_path)
+    start(Path(name))
+    found = recipes.load(f"{name}/recipe.yaml")
+    assert found.tasks == ["letters", "replies"] and found.output == f"runs/{name}"
+    assert benchmark.place(found.data.benchmark).resolve() == tmp_path / name
+
+
 def test_a_new_benchmark_is_run_and_reported(made, capsys, tmp_path):
     place, _, run = made
     assert run.summary["tasks"] == ["letters", "replies"] and run.summary["protocol"] == "default"
@@ -347,10 +413,28 @@ def test_evaluate_and_score_on_the_new_benchmark(made, capsys, tmp_path, tiny_ll
     assert code == 2 and "Did you mean 'replies'?" in err
 
 
+def test_an_export_is_scored_on_its_benchmark_at_another_place(made, capsys, tmp_path):
+    """By its own recipe, with the data that lies there."""
+    place, _, run = made
+    moved = shutil.copytree(place, tmp_path / "moved")
+    checkpoint = shutil.copytree(run.path / "checkpoint", tmp_path / "checkpoint")
+    carried = json.loads((checkpoint / "codyra_llm.json").read_text())
+    carried["recipe"]["data"] |= {"benchmark": str(tmp_path / "gone"), "root": str(tmp_path / "gone")}
+    carried["recipe"]["eval"]["max_examples"] = 3
+    (checkpoint / "codyra_llm.json").write_text(json.dumps(carried))
+    code, told, _ = call(capsys, "evaluate", checkpoint, "--benchmark", moved, "--out", tmp_path / "out")
+    assert code == 0 and "another benchmark" not in told
+    out = RunFolder(tmp_path / "out")
+    assert [(row["after"], len(out.predictions(row["step"], row["after"], row["task"]))) for row in out.scores] == [
+        ("replies", 3)] * 2
+    assert out.manifest["recipe"]["data"]["root"] == str(moved)
+
+
 def test_an_export_of_another_benchmark_is_scored_on_this_one(made, capsys, tmp_path):
     place, _, run = made
     other = folder(tmp_path / "other", tasks={"letters": {"metrics": ["first_char"], "files": "one.csv"}},
                    protocols={"short": PROTOCOL})
-    assert call(capsys, "evaluate", run.path / "checkpoint", "--benchmark", other, "--out", tmp_path / "out")[0] == 0
+    code, told, _ = call(capsys, "evaluate", run.path / "checkpoint", "--benchmark", other, "--out", tmp_path / "out")
+    assert code == 0 and f"scored by the protocol of {other}, not by its run's recipe" in told
     (row,) = RunFolder(tmp_path / "out").scores
     assert (row["task"], list(row["metrics"]), row["metrics"]["first_char"]["n"]) == ("letters", ["first_char"], 4)

@@ -43,6 +43,12 @@ def live():
     return opened
 
 
+def test_a_chat_template_is_told_the_same_date_as_in_training(live, tiny_llama):
+    _, tokenizer, lm = live(tiny_llama)
+    tokenizer.chat_template = "{{ date_string }}: {% for m in messages %}{{ m.content }}{% endfor %}"
+    assert lm.apply_chat_template([{"role": "user", "content": "a"}]) == "26 Jul 2024: a"
+
+
 @pytest.fixture
 def root(tmp_path):
     """A folder with PIQA of three questions, and MMLU of one subject of two questions among empty ones."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -188,11 +189,12 @@ def test_prompt_files(tmp_path):
     assert prompts.find(section) == {"a": ["one", "two"], "b": ["über\n", "x\u2028y"], "c": ["a, b\nc", "d"]}
     assert prompts.find(section.model_copy(update={"files": ["c"], "limit": 1}))["c"] in (["a, b\nc"], ["d"])
     assert prompts.find(section.model_copy(update={"prompts": str(tmp_path / "a.json")})) == {"a": ["one", "two"]}
-    for name, content, message in (("d.json", "{}", "expected records"), ("d.json", '[{"text": "x"}]', "no 'prompt'"),
+    for name, content, message in (("d.json", "{}", "expected a list of records"), ("d.json", '[{"text": "x"}]', "no 'prompt'"),
                                    ("d.json", '[{"prompt": 3}]', "is a int, expected a string"),
                                    ("d.jsonl", '{"prompt": " "}', "'prompt' is empty"),
                                    ("d.jsonl", "[", "line 1: invalid JSON"),
-                                   ("d.csv", "text\nx\n", "no 'prompt'"), ("d.csv", 'prompt\n"x', "invalid CSV"),
+                                   ("d.csv", "text\nx\n", "no 'prompt'"), ("d.csv", 'prompt\n"x', "is no CSV"),
+                                   ("d.csv", "prompt\na,b\n", "has 2 values, the first line names 1"),
                                    ("d.json", "[3]", "is a int, expected an object"), ("a.csv", "prompt\nx\n", "two files")):
         (tmp_path / name).write_text(content)
         with pytest.raises(Fault, match=message):
@@ -255,6 +257,25 @@ def generated(capsys, source, prompt):
         capsys.readouterr()
         main(["generate", source, prompt, "--max-new-tokens", "4"])
     return capsys.readouterr().out.removesuffix("\n")
+
+
+def test_what_does_not_ask_the_prompts_does_without_their_files(tiny_llama, toy_stream, questions, tmp_path, capsys):
+    """Export, `generate` at a stage and `evaluate` without a base, of a run whose prompts were moved since."""
+    moving = shutil.copytree(questions, tmp_path / "questions")
+    run = learnt(tiny_llama, toy_stream, tmp_path / "run", {"name": "seqlora", "rank": 4}, open_ended=asking(moving))
+    told = generated(capsys, f"{run.path}@TWO", "Say A:")
+    moving.rename(tmp_path / "elsewhere")
+    assert generated(capsys, f"{run.path}@TWO", "Say A:") == told == run.answers("helpful")[0]["final"]
+    with pytest.raises(SystemExit) as end:
+        main(["export", str(run.path), str(tmp_path / "export")])
+    assert end.value.code == 0
+    out = evaluate(str(tmp_path / "export"), Wanted(out=tmp_path / "out"))
+    last = {row["task"]: row["score"] for row in run.scores if row["after"] == "TWO"}
+    assert {row["task"]: row["score"] for row in out.scores} == last
+    for changed in (lambda: evaluate(str(run.path), Wanted(base=str(tiny_llama), out=tmp_path / "both")),
+                    lambda: runs.run(run.recipe)):
+        with pytest.raises(Fault, match="open_ended.prompts: there is no file or folder"):
+            changed()
 
 
 def test_a_missing_key_is_a_fault_before_training(tiny_llama, toy_stream, questions, tmp_path, monkeypatch):

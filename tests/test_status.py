@@ -149,6 +149,33 @@ def test_what_is_no_run(tmp_path, capsys):
     assert ending.value.code == 2 and capsys.readouterr().err.startswith(f"error: {tmp_path} is not a run folder")
 
 
+@pytest.mark.parametrize("raw", [{"model": "m"}, {"data": {"tasks": [1]}, "method": {"name": "codyra"}},
+                                 {"data": {"tasks": ["ONE"]}, "method": "codyra"}, {"data": 3, "method": {"name": "codyra"}}])
+def test_a_recipe_that_is_not_a_runs(folder, raw):
+    (folder / "recipe.json").write_text(json.dumps(raw))
+    with pytest.raises(Fault, match="recipe.json is not a run's"):
+        look(folder)
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_folder_that_goes_while_it_is_looked_at(folder, monkeypatch, tmp_path_factory, at):
+    """Checkpoints inside a task are removed when the next one is whole: here between being listed by its parent and read, the
+    first time or the second."""
+    (folder / "progress" / "00-ONE-00000004").mkdir(parents=True)
+    (folder / "progress" / "00-ONE-00000004" / "complete.json").write_text("{}")
+    assert look(folder)["next"] == "task 1/1 ONE, behind step 4"
+    plain, seen = os.scandir, []
+
+    def scandir(path):
+        seen.extend([path] * (os.path.basename(path) == "progress"))
+        if len(seen) == at and os.path.exists(folder / "progress"):
+            os.rename(folder / "progress", tmp_path_factory.mktemp("gone") / "progress")
+        return plain(path)
+    monkeypatch.setattr(os, "scandir", scandir)
+    found = look(folder)
+    assert found["next"] == "task 1/1 ONE, from its start" and found["written"] > 0
+
+
 def test_the_command_is_quick_and_speaks_json(folder):
     code = "import sys; from codyra_llm.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
     out = subprocess.run([sys.executable, "-c", code, "status", str(folder), "--json"], capture_output=True, text=True)

@@ -3,8 +3,10 @@
 import csv
 import json
 import random
+import re
 from pathlib import Path
 
+from codyra_llm.benchmark import TRACE
 from codyra_llm.errors import Fault
 from codyra_llm.files import replacing, to_jsonl, write_text
 
@@ -19,8 +21,10 @@ def start(folder: Path) -> None:
     `folder` exists."""
     if folder.exists():
         raise Fault(f"{folder} exists already; give a new name")
-    recipe = (HERE / "recipe.yaml").read_text(encoding="utf-8").replace("FOLDER", json.dumps(str(folder), ensure_ascii=False))
-    recipe = recipe.replace("RUN", json.dumps(f"runs/{folder.resolve().name}", ensure_ascii=False))
+    place = f"./{folder}" if str(folder) == TRACE else str(folder)  # the bare name is that of the shipped one
+    words = {"FOLDER": json.dumps(place, ensure_ascii=False),
+             "RUN": json.dumps(f"runs/{folder.resolve().name}", ensure_ascii=False)}
+    recipe = re.sub("|".join(words), lambda found: words[found[0]], (HERE / "recipe.yaml").read_text(encoding="utf-8"))
     letters = [(f"Sort the letter: animal or thing?\nLetter: {name} has a {word} {noun}.\nDesk:", "animal" if noun in ANIMALS
                 else "thing") for name, word, noun in _drawn("letters")]
     replies = [(f"Say the opposite.\n{name}: The {noun} is {word}.\nReply:", f"The {noun} is {OPPOSITES[word]}.")

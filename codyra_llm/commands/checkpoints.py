@@ -22,7 +22,7 @@ def score(task: str, file: Path,
     from ..evaluate.scores import read_predictions, summarise
 
     known = benchmarks.load(benchmark)
-    if strangers := known.strangers([task], f"TASK: {{}} is not a task of {benchmark}"):
+    if strangers := known.strangers([task], "TASK: {} is not a task of " + benchmark):
         raise Fault(*strangers)
     rows = read_predictions(file)
     scores = known.score(task, *([row[key] for row in rows] for key in ("prompt", "prediction", "answer")))
@@ -91,7 +91,7 @@ def export(folder: Annotated[Path, typer.Argument(metavar="RUN")], out: Path,
     if push:
         hub.check(push)
     opened = RunFolder(folder)
-    setup = prepare(opened.recipe)
+    setup = prepare(opened.recipe, open_ended=False)
     setup.verify(opened)
     archive = opened.archive()
     last = archive.index(after) if after else len(archive.files) - 1

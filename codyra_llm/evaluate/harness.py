@@ -34,6 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .. import live, stop, watch
 from ..errors import Fault
 from ..methods.base import Condition
+from ..models import DATE
 from .generate import CPU, GPU, batches, generate_ids, prefixed
 from .suite import Ability, drawn
 
@@ -56,7 +57,7 @@ class Live(HFLM):
 
     def __init__(self, acc: Accelerator, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
                  tokens: int | None = None, conditions: Conditions | None = None):
-        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal")
+        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", chat_template_args={"date_string": DATE})
         budget, self.step = GPU if acc.device.type == "cuda" else CPU
         self.acc, self.tokens, self.conditions = acc, tokens or budget, conditions
 

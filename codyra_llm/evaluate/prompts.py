@@ -1,7 +1,5 @@
 """Open-ended prompts, which have no reference answer: what a recipe asks for, and reading their files."""
 
-import csv
-import io
 import os
 import re
 from pathlib import Path
@@ -11,9 +9,10 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from ..errors import Fault, nearest
-from ..examples import NAMED, record_faults
-from ..methods.base import NotNegative, Positive, Strict
-from ..untrusted import PathText, parse_json, read_json, read_text, shown
+from ..examples import record_faults, refuse
+from ..schema import NotNegative, Positive, Strict
+from ..sources import READERS, rows
+from ..untrusted import PathText
 from .suite import drawn
 
 RECORD = 'records {"prompt": text}'
@@ -102,35 +101,13 @@ def find(section: OpenEndedSection) -> dict[str, list[str]]:
 
 
 def _read(path: Path) -> list[str]:
-    records = READERS[path.suffix](path)
-    if not isinstance(records, list) or not records:
-        raise Fault(f"{path} holds {shown(records)}, expected {RECORD}; write at least one")
+    if not (records := rows(path, RECORD)):
+        raise Fault(f"{path} holds no record, expected {RECORD}; write at least one")
     faults = []
     for number, record in enumerate(records):
         where = f"{path}: record {number}"
         own = record_faults({**record, "answer": ""} if isinstance(record, dict) else record, "test", where)
         empty = not own and not record["prompt"].strip()
         faults += own + [f"{where}: 'prompt' is empty; fill it in or remove the record"] * empty
-    if faults:
-        raise Fault(*faults[:NAMED], *([f"{path}: {len(faults) - NAMED} more such faults"] if len(faults) > NAMED else []))
+    refuse(faults, path, len(records))
     return [record["prompt"] for record in records]
-
-
-def _json(path: Path) -> Any:
-    return read_json(path, f"a list of {RECORD}")
-
-
-def _jsonl(path: Path) -> list:
-    lines = read_text(path, f"a file of {RECORD}").split("\n")
-    return [parse_json(line, f"{path}, line {number}", RECORD) for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def _csv(path: Path) -> list[dict]:
-    text = read_text(path, "a CSV file with a column 'prompt'")
-    try:
-        return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
-    except csv.Error as error:
-        raise Fault(f"{path}: invalid CSV ({error}); correct it") from None
-
-
-READERS = {".json": _json, ".jsonl": _jsonl, ".csv": _csv}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..lora.archive import Adapter, Archive, Update
 from ..lora.layer import AdapterSpec, attach, sites
 from ..models import PROJECTIONS
-from ..schema import Fraction, NotNegative, Positive, Strict  # noqa: F401 - for the methods
+from ..schema import Strict
 from ..seeds import generator
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ..lora.archive import Adapter, Update
 from ..lora.layer import LoraLinear, attach, sites
+from ..schema import NotNegative
 from ..seeds import generator
-from .base import NotNegative, Task, load_factors, trained_factors
+from .base import Task, load_factors, trained_factors
 from .seqlora import SeqLora, SeqLoraConfig
 
 

@@ -8,8 +8,9 @@ from pydantic import Field, model_validator
 from ..lora.archive import Adapter, Update
 from ..lora.layer import AdapterSpec, sites
 from ..optim import budget_kappa, published_kappa, vanishing_rate
+from ..schema import Fraction, NotNegative, Positive, Strict
 from ..seeds import generator
-from .base import Fraction, LoraConfig, Method, NotNegative, Positive, Strict, survivors
+from .base import LoraConfig, Method, survivors
 
 
 class Threshold(Strict):

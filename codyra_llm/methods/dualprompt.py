@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import prefixed
-from .base import Condition, Count, NotNegative, Task
+from ..schema import NotNegative
+from .base import Condition, Count, Task
 from .features import cosine, row_weights
 from .prompts import PromptConfig, PromptMethod, Queries, prompts_of, query, random_tokens, uniform, zeros
 

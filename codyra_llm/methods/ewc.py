@@ -6,7 +6,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Fraction, NotNegative, Task
+from ..schema import Fraction, NotNegative
+from .base import Task
 from .seqlora import SeqLora, SeqLoraConfig
 
 

@@ -10,8 +10,9 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from ..gradients import flat, unflatten
+from ..schema import NotNegative, Positive
 from ..seeds import generator
-from .base import Count, NotNegative, Positive, Task
+from .base import Count, Task
 from .seqlora import SeqLora, SeqLoraConfig
 
 

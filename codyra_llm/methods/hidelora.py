@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..data import softcap
 from ..loss import head_loss
-from .base import Fraction, NotNegative, Positive, Task, restore
+from ..schema import Fraction, NotNegative, Positive
+from .base import Task, restore
 from .features import cosine, mean_state, over_prompts, padded, pooled_states, prompt_mask, row_weights
 from .identity import Gaussians
 from .single import ExpertConfig, Single

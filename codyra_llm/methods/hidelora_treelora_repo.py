@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..lora.layer import sites
-from .base import NotNegative, Positive
+from ..schema import NotNegative, Positive
 from .seqlora import SeqLora, SeqLoraConfig
 from .shapes import by_shape
 

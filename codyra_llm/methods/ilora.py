@@ -10,7 +10,8 @@ from ..data import softcap
 from ..lora.archive import Adapter, Update
 from ..lora.layer import sites, snapshot, stand_in
 from ..loss import head_loss
-from .base import Fraction, LoraConfig, Method, NotNegative, Positive, Task, restore
+from ..schema import Fraction, NotNegative, Positive
+from .base import LoraConfig, Method, Task, restore
 from .replay import head
 from .seqlora import SeqLora
 

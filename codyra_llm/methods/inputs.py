@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..errors import Fault
 from ..lora.layer import LoraLinear, sites
 from ..lora.shared import SIBLINGS, layer_by_layer
-from .base import Count, Fraction, LoraConfig, Task
+from ..schema import Fraction
+from .base import Count, LoraConfig, Task
 from .subspace import Subspace
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from .base import Condition, Count, NotNegative, Task
+from ..schema import NotNegative
+from .base import Condition, Count, Task
 from .features import cosine, row_weights
 from .prompts import (
     PromptConfig,

@@ -9,7 +9,8 @@ from torch import Tensor
 from ..data import softcap
 from ..lora.layer import snapshot, stand_in
 from ..loss import distillation, head_loss
-from .base import NotNegative, Positive, Task
+from ..schema import NotNegative, Positive
+from .base import Task
 from .seqlora import SeqLora, SeqLoraConfig
 
 

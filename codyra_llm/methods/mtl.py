@@ -4,7 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from .base import LoraConfig, Method, Positive, Task
+from ..schema import Positive
+from .base import LoraConfig, Method, Task
 from .seqlora import SeqLora
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ..data import Batch, softcap
 from ..errors import Fault
 from ..gradients import flat, unflatten
-from .base import Positive, Task
+from ..schema import Positive
+from .base import Task
 from .seqlora import SeqLora, SeqLoraConfig
 
 NEW = 1e-4  # share of a direction that must lie outside of the basis for it to be added

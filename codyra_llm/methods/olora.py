@@ -7,7 +7,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..lora.layer import sites
-from .base import NotNegative, Task
+from ..schema import NotNegative
+from .base import Task
 from .seqlora import SeqLora, SeqLoraConfig
 from .shapes import by_shape
 

@@ -8,8 +8,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..lora.archive import Update
+from ..schema import Positive
 from ..seeds import generator
-from .base import Method, MethodConfig, Positive, Task
+from .base import Method, MethodConfig, Task
 from .features import padded, pooled_states
 
 if TYPE_CHECKING:

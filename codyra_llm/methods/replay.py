@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from .base import Fraction
+from ..schema import Fraction
 from .seqlora import SeqLora, SeqLoraConfig
 
 

@@ -10,8 +10,9 @@ from torch.nn import functional
 
 from ..lora.layer import attach
 from ..lora.mixture import MixtureLinear, mixtures, weigh
+from ..schema import NotNegative
 from ..seeds import generator
-from .base import Count, NotNegative, Task
+from .base import Count, Task
 from .features import over_prompts, padded, pooled_embeddings, prompt_mask
 from .single import ExpertConfig, Single
 

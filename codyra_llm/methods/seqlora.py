@@ -5,7 +5,8 @@ from typing import Literal
 from pydantic import Field
 
 from ..lora.layer import AdapterSpec
-from .base import LoraConfig, Method, Positive, Task, restore
+from ..schema import Positive
+from .base import LoraConfig, Method, Task, restore
 
 
 class SeqLoraConfig(LoraConfig):

@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from ..lora.layer import AdapterSpec
 from ..lora.mixture import attach_mixture, select, weigh
-from .base import Condition, Count, LoraConfig, Method, Positive, Task
+from ..schema import Positive
+from .base import Condition, Count, LoraConfig, Method, Task
 
 
 class ExpertConfig(LoraConfig):

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..lora.archive import Adapter, Update
 from ..lora.layer import AdapterSpec, sites
-from .base import NotNegative, Task, load_factors, survivors, trained_factors
+from ..schema import NotNegative
+from .base import Task, load_factors, survivors, trained_factors
 from .seqlora import SeqLora, SeqLoraConfig
 
 

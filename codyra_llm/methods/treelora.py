@@ -7,7 +7,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ..lora.layer import sites
-from .base import Fraction, NotNegative, Task
+from ..schema import Fraction, NotNegative
+from .base import Task
 from .seqlora import SeqLora, SeqLoraConfig
 from .tree import Bandit
 

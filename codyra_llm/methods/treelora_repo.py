@@ -8,8 +8,9 @@ from pydantic import Field
 from torch import Tensor
 
 from ..lora.layer import LoraLinear, sites
+from ..schema import NotNegative
 from ..seeds import generator
-from .base import NotNegative, Task
+from .base import Task
 from .seqlora import SeqLora, SeqLoraConfig
 from .shapes import by_shape
 
