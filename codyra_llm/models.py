@@ -5,6 +5,9 @@ Weights are read from safetensors only: pickles can run code, and lazy reading o
 
 import hashlib
 import os
+import re
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +33,7 @@ from codyra_llm.untrusted import read_json, shown
 
 FAMILIES = ("llama", "gemma", "gemma2", "gemma3_text", "mistral", "qwen2", "qwen3")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TODAY = datetime(2024, 7, 26)  # for chat templates that write the date: the day that Llama 3's write where they know none
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md"]
 
 
@@ -138,7 +142,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Tokenizer that pads and truncates on the left, so that the end of a prompt meets its answer.
 
     A missing pad token falls back to EOS, then to the unknown token. Labels are made by position and padding is
-    masked by position, so a pad token that is also EOS hides no EOS from the loss.
+    masked by position, so a pad token that is also EOS hides no EOS from the loss. For its chat template every day is
+    `TODAY`.
     """
     with told(f"{folder} has a tokenizer that can't be read", "expected the model's own tokenizer; download it again"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True,
@@ -146,7 +151,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer("a\n")  # some faults show in use
     if tokenizer.pad_token_id is None and (fallback := tokenizer.eos_token or tokenizer.unk_token):
         tokenizer.pad_token = fallback
+    if "strftime_now" in (template := tokenizer.chat_template or ""):
+        tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, chat_template=_undated(template))
     return tokenizer
+
+
+def _undated(template: str) -> str:
+    """The template with the date of `TODAY`: with the true one a run that goes on would have other prompts every day."""
+    return re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda call: repr(TODAY.strftime(call[2])), template)
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

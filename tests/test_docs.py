@@ -38,7 +38,7 @@ SHAPES = {"linear": ["--shape", "12,8,20,3"], "block": ["--shape", "2,6,3", "--m
 INSTEAD = {"google/gemma-2b-it": "models/smollm2-135m", "some/adapter": "peft", "some/model": "models/smollm2-135m",
            "data/general": "mini",
            "CHECKPOINT": "models/smollm2-135m", "TASK": "letters"}
-ONLY_PARSED = {"model get": "fetches a package", "--general hub": "the hub's data"}
+ONLY_PARSED = {"model get": "fetches a package", "--general hub": "the hub's data", "--push": "uploads"}
 
 
 def blocks(language):
@@ -207,8 +207,18 @@ def test_links_and_named_files_exist(page):
 def test_settings_in_the_text_exist(page):
     known = {key.name for key in reference.keys(recipes.Recipe)}
     known |= {key.name for method in METHODS.values() for key in reference.own_keys(method)}
-    named = re.findall(r"`((?:model|data|method|optim|eval|general|save)\.[a-z_.]+)", page.read_text())
-    assert [name for name in named if name.strip(".") not in known and not name.endswith((".py", ".json", ".safetensors"))] == []
+    known |= {name.rpartition(".")[0] for name in known}  # sections, as in `open_ended.judge.…`
+    sections = {name.partition(".")[0] for name in known if "." in name} & recipes.Recipe.model_fields.keys()
+    named = re.findall(rf"`((?:{'|'.join(sections)})\.[a-z_.]+)", page.read_text())
+    files = (".py", ".json", ".jsonl", ".safetensors")
+    assert [name for name in named if name.strip(".") not in known and not name.endswith(files)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_settings_stand_in_fences(page):
+    """Indented blocks would be neither run nor parsed here."""
+    starts = "|".join(map(re.escape, (*PROGRAMS, *(f"{name}:" for name in recipes.Recipe.model_fields))))
+    assert re.findall(rf"^    (?:{starts}).*", BLOCK.sub("", page.read_text()), re.M) == []
 
 
 def slug(title):

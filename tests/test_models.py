@@ -22,7 +22,10 @@ from transformers import (
 )
 
 from codyra_llm import models
+from codyra_llm.data import Encoder
 from codyra_llm.errors import Fault
+from codyra_llm.recipe import DataSection
+from codyra_llm.sources import by_template
 
 OTHERS = {
     "gemma": (GemmaForCausalLM, GemmaConfig(**SIZES, head_dim=16)),
@@ -173,3 +176,18 @@ def test_load_names_an_attention_that_the_model_lacks(tiny_gemma2, attention):
     with pytest.raises(Fault, match=f"attention '{attention}'.*choose eager") as caught:
         models.load(tiny_gemma2, torch.float32, attention)
     assert "\n" not in str(caught.value)
+
+
+def test_a_template_that_writes_the_date_writes_the_same_one_every_day(tiny_llama, tmp_path):
+    """As Llama 3.2's does, and one that can't be given a date; what is saved stays the model's own."""
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    for template in ("{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+                     "{{ date_string }} {{ messages[0].content }}", "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}"):
+        (tmp_path / "model" / "chat_template.jinja").write_text(template)
+        tokenizer = models.load_tokenizer(tmp_path / "model")
+        data = DataSection(root="d", chat_template=True, max_prompt_tokens=64, max_answer_tokens=8)
+        ids, _ = Encoder(tokenizer, data).prompt("hi")
+        assert tokenizer.decode(ids, skip_special_tokens=True) == "26 Jul 2024 hi"
+        assert by_template(tokenizer)([{"role": "user", "content": "hi"}]) == "26 Jul 2024 hi"
+        tokenizer.save_pretrained(tmp_path / "saved")
+        assert (tmp_path / "saved" / "chat_template.jinja").read_text() == template
