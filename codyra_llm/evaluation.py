@@ -1,5 +1,6 @@
 """`codyra-llm evaluate`: score a checkpoint that exists, as a run scores its own, without training."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -30,7 +31,7 @@ from .recipe import Recipe
 from .report import judged
 from .report.tables import delta_r
 from .setup import Setup, prepare
-from .untrusted import read_mapping
+from .untrusted import read_mapping, shown
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ def evaluate(checkpoint: str, wanted: Wanted) -> RunFolder:
     first = acc.is_local_main_process  # what is converted on first use is made once on each node
     prepared = collectively(first, _prepare, checkpoint, wanted)
     setup, source, index, base = collectively(not first, _prepare, checkpoint, wanted) or prepared
+    if base and setup.prompts:
+        collectively(acc.is_main_process, judge.require, setup.recipe.open_ended.judge)
     if acc.num_processes > 1:
         watch.start(acc.process_index, acc.num_processes, setup.recipe.hang_minutes)
         preflight(acc, setup, models.fingerprint(setup.base) if first else None)
@@ -87,7 +90,7 @@ def evaluate(checkpoint: str, wanted: Wanted) -> RunFolder:
     out = RunFolder(lease.folder, lease, acc.is_main_process)
     collectively(acc.is_main_process, lease.take)
     try:
-        with live.running(acc.is_main_process):
+        with live.running(acc.is_main_process), watch.until_stopped():
             _measure(checkpoint, wanted, acc, setup, source, index, base, out)
     finally:
         lease.release()
@@ -109,7 +112,7 @@ def _measure(checkpoint: str, wanted: Wanted, acc: Accelerator, setup: Setup, so
     measure(setup, source.run or out, acc, index, known, _positions(setup.recipe, index, wanted.tasks), general, out)
     if base:
         open_ended.answer(setup, source.run or out, acc, index, known, out)
-        collectively(acc.is_main_process, open_ended.settle, setup, out)
+        open_ended.settle(setup, out, acc)
     collectively(acc.is_main_process, lambda: _finish(checkpoint, setup, out, known, had))
 
 
@@ -127,7 +130,6 @@ def _prepare(checkpoint: str, wanted: Wanted) -> tuple[Setup, Source, int, Setup
         setup = Checkpoint(**vars(setup), build=lambda: _built(setup, source.adapter))
     if not (wanted.base and (setup.recipe.general.data or setup.prompts)):
         return setup, source, index, None
-    judge.require(setup.recipe.open_ended.judge)
     plain = prepare(_without_tasks(recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": wanted.base})})))
     return setup, source, index, Checkpoint(**vars(plain), build=lambda: _built(plain, None))
 
@@ -142,9 +144,22 @@ def _source(checkpoint: str, base: str | None) -> Source:
         run = RunFolder(folder)
         learnt = run.archive().tasks
         return Source(run.recipe.model_dump(mode="json"), learnt[-1] if learnt else "base", run)
-    carried = read_mapping(folder / LINEAGE, "what a run's export says of itself") if (folder / LINEAGE).is_file() else {}
-    found = Source(carried.get("recipe", {}), carried.get("after"), model=checkpoint)
+    found = Source(*_carried(folder / LINEAGE), model=checkpoint)
     return _on_base(found, folder, base) if (folder / "adapter_config.json").is_file() else found
+
+
+def _carried(file: Path) -> tuple[dict, str | None]:
+    """The recipe and the task after which that an export carries; ({}, None) of any other checkpoint."""
+    if not file.is_file():
+        return {}, None
+    carried = read_mapping(file, "what a run's export says of itself")
+    raw, after = carried.get("recipe"), carried.get("after")
+    if not isinstance(raw, dict):
+        raise Fault(f"{file}: 'recipe' is {shown(raw)}, expected a run's recipe; restore the file, or remove it and give --data")
+    recipe = recipes.parse(raw, str(file))
+    if after is not None and after not in recipe.tasks:
+        raise Fault(f"{file}: 'after' is {shown(after)}, expected one of {', '.join(recipe.tasks)}; restore the file")
+    return recipe.model_dump(mode="json"), after
 
 
 def _on_benchmark(source: Source, checkpoint: str, wanted: str | None) -> Source:
@@ -186,8 +201,10 @@ def _recipe(checkpoint: str, source: Source, wanted: Wanted) -> Recipe:
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in checkpoint.strip("/."))
     given = {"output": str(wanted.out or Path("evaluations") / name), "checkpoint": False, "data.root": wanted.data,
              "data.benchmark": wanted.benchmark, "model.path": source.model, "general.data": wanted.general, "general.tasks": wanted.general_tasks}
-    if source.raw:
-        given |= {"optim.validate_every": None, "optim.keep_best": False, "model.quantization": None}
+    if source.raw:  # checkpoints are passed on: where a key and answers go, the command line alone says
+        given |= {"optim.validate_every": None, "optim.keep_best": False, "model.quantization": None,
+                  "open_ended.judge": {}, "trackers": []}
+        _refuse_own_code(checkpoint, source, wanted)
     elif wanted.tasks:
         given["data.tasks"] = wanted.tasks
     for key, value in given.items():
@@ -200,6 +217,19 @@ def _recipe(checkpoint: str, source: Source, wanted: Wanted) -> Recipe:
         raise Fault(f"{checkpoint} carries no recipe, so there is nothing to score it on; give the tasks' folder with --data, "
                     f"or files for general ability with --general")
     return _without_tasks(recipe)
+
+
+def _refuse_own_code(checkpoint: str, source: Source, wanted: Wanted) -> None:
+    """Raises Fault where the recipe that the checkpoint carries names the checkpoint itself as the folder of general-ability
+    tasks: the harness's task files can run code."""
+    data = (source.raw.get("general") or {}).get("data")
+    given = wanted.general or any(key == "general.data" for key, _ in recipes.split_overrides(wanted.overrides))
+    if given or data in (None, "mini", "hub"):
+        return
+    folder = source.run.path if source.run else source.adapter or Path(source.model).expanduser()
+    if Path(os.path.expanduser(os.path.expandvars(data))).resolve().is_relative_to(folder.resolve()):
+        raise Fault(f"general.data: the recipe that {checkpoint} carries names '{data}', a folder of the checkpoint itself, whose "
+                    f"task files can run code; look at them and give it with --general, or give general.data=null")
 
 
 def _without_tasks(recipe: Recipe) -> Recipe:

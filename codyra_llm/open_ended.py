@@ -5,14 +5,17 @@ import time
 from accelerate import Accelerator
 
 from . import live, stop, watch
-from .distributed import of_first, wait
+from .distributed import collectively, of_first, wait
 from .evaluate import judge
+from .evaluate.prompts import JudgeSection
 from .folder import RunFolder
 from .forecast import Piece
 from .live import console
 from .measure import BACKENDS
 from .setup import Setup
 from .verdicts import Verdicts
+
+SLICE = 8  # questions per parallel request between two meetings of the processes, which wait two hours for one
 
 
 def answer(setup: Setup, folder: RunFolder, acc: Accelerator, index: int, known: dict, out: RunFolder) -> None:
@@ -60,23 +63,41 @@ def _keep(setup: Setup, out: RunFolder, name: str, known: dict, texts: list[str]
     out.write_answers(name, [{**row, **new} for row, new in zip(rows, own)])
 
 
-def settle(setup: Setup, out: RunFolder) -> None:
+def settle(setup: Setup, out: RunFolder, acc: Accelerator) -> None:
     """Have the judge compare what it has not compared yet, if the recipe names one; every verdict is kept as it comes.
 
-    Raises Fault when the endpoint fails.
+    The first process asks, the others wait. Raises Fault when the endpoint fails.
     """
     section = setup.recipe.open_ended.judge
+    if setup.prompts and not section.base_url and acc.is_main_process:
+        console.print(f"{', '.join(setup.prompts)}: not judged, as no open_ended.judge.base_url is given", soft_wrap=True)
     for name in setup.prompts if section.base_url else ():
-        pairs, verdicts = out.pairs(name), Verdicts(out, name)
-        had = verdicts.of(section.model)
-        asked = {digest: question for pair in pairs for digest, question in judge.questions(name, pair).items()}
-        due = {digest: text for digest, (text, _) in asked.items() if digest not in had}
-        verdicts.begin()
-        for digest, said in judge.replies(section, due) if due else ():
-            watch.at(f"verdicts on {name}")
-            order = asked[digest][1]
-            verdicts.add({"judge": section.model, "question": digest, "A": order[0], "B": order[1],
-                          "verdict": judge.preferred(said, order), "said": said})
-        found = judge.tally(judge.outcomes(name, pairs, verdicts.of(section.model)))
-        told = ", ".join(f"{key} {found[key]['n']}" for key in judge.OUTCOMES if key in found)
-        console.print(f"{name}, judged by {section.model}: {told or 'nothing'}", soft_wrap=True)
+        due = collectively(acc.is_main_process, _due, section, out, name) or []
+        size = SLICE * section.parallel
+        for start in range(0, of_first(len(due)), size):
+            collectively(acc.is_main_process, _judge, section, out, name, due[start: start + size])
+        if acc.is_main_process:
+            found = judge.tally(judge.outcomes(name, out.pairs(name), Verdicts(out, name).of(section.model)))
+            told = ", ".join(f"{key} {found[key]['n']}" for key in judge.OUTCOMES if key in found)
+            console.print(f"{name}, judged by {section.model}: {told or 'nothing'}", soft_wrap=True)
+
+
+def _questions(out: RunFolder, name: str) -> dict[str, tuple[str, tuple[str, str]]]:
+    return {digest: question for pair in out.pairs(name) for digest, question in judge.questions(name, pair).items()}
+
+
+def _due(section: JudgeSection, out: RunFolder, name: str) -> list[str]:
+    """Digests of the questions that have no verdict, be it that the judge gave none in its reply."""
+    verdicts = Verdicts(out, name)
+    verdicts.begin()
+    had = verdicts.of(section.model)
+    return [digest for digest in _questions(out, name) if had.get(digest) is None]
+
+
+def _judge(section: JudgeSection, out: RunFolder, name: str, due: list[str]) -> None:
+    asked, verdicts = _questions(out, name), Verdicts(out, name)
+    for digest, said in judge.replies(section, {digest: asked[digest][0] for digest in due}):
+        watch.at(f"verdicts on {name}")
+        order = asked[digest][1]
+        verdicts.add({"judge": section.model, "question": digest, "A": order[0], "B": order[1],
+                      "verdict": judge.preferred(said, order), "said": said})

@@ -56,7 +56,7 @@ def run(recipe: Recipe) -> RunFolder:
         folder = RunFolder(lease.folder, lease, acc.is_main_process)
         collectively(acc.is_main_process, _claim, setup, acc, folder, base)
         collectively(True, await_file, folder.path / "manifest.json")
-        with live.running(acc.is_main_process), trackers.running(setup, folder, acc):
+        with live.running(acc.is_main_process), trackers.running(setup, folder, acc), watch.until_stopped():
             _run(setup, acc, folder)
         return folder
     finally:
@@ -82,6 +82,8 @@ def _run(setup: Setup, acc: Accelerator, folder: RunFolder) -> None:
         count = len(setup.recipe.tasks)
         open_ended.answer(setup, folder, acc, count - 1, {"after": setup.recipe.tasks[-1], "step": count}, folder)
     live.begin(Piece("close", "", len(setup.recipe.tasks)), "", [])
+    collectively(acc.is_main_process, _checkpoint, setup, folder)
+    open_ended.settle(setup, folder, acc)
     collectively(acc.is_main_process, finish, setup, folder)
 
 
@@ -201,9 +203,8 @@ def _archive(setup: Setup, folder: RunFolder, archive: Archive, index: int, upda
     return rows
 
 
-def finish(setup: Setup, folder: RunFolder) -> None:
-    """If asked the final merged model and the judge's verdicts, then the reports, and the summary last: whoever finds it
-    finds a finished run."""
+def _checkpoint(setup: Setup, folder: RunFolder) -> None:
+    """If asked the final merged model."""
     console.print(table(summarised(folder)))
     folder.clear_progress()
     target = folder.path / "checkpoint"
@@ -215,7 +216,10 @@ def finish(setup: Setup, folder: RunFolder) -> None:
         else:
             write_stage(folder, last, target, text)
         console.print(f"{'merged model' if setup.method.merges else 'stage of the run'}: {target}")
-    open_ended.settle(setup, folder)
+
+
+def finish(setup: Setup, folder: RunFolder) -> None:
+    """The reports, and the summary last: whoever finds it finds a finished run."""
     page.write([folder], folder.path / "report.html")
     summary = summarised(folder)
     folder.write_summary(summary, render(setup.recipe, summary, folder.updates))
@@ -230,7 +234,7 @@ def _task_data(setup: Setup, index: int) -> TaskData:
 
 def _refuse_launch(setup: Setup, acc: Accelerator) -> None:
     stage, method = distributed.zero_stage(acc), setup.method
-    if setup.prompts:
+    if setup.prompts and acc.is_main_process:  # which alone asks the judge, and has the key
         judge.require(setup.recipe.open_ended.judge)
     trackers.check(setup.recipe.trackers)
     if setup.recipe.eval.backend == "vllm":

@@ -1,19 +1,22 @@
 """Rows of log.jsonl and scores, as they are written, to the trackers that Accelerate knows: TensorBoard, wandb and others."""
 
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers, get_available_trackers
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, filter_trackers, get_available_trackers
 from accelerate.utils import LoggerType
 
 from .ahead import steps
+from .distributed import collectively
 from .errors import Fault, nearest
 from .files import write_text
 from .folder import RunFolder, flat
+from .live import console
 from .setup import Setup
+from .untrusted import read_text
 
 PROJECT = "codyra-llm"
 NOT_SHOWN = ("task", "step", "steps", "tokens", "seconds", "micro_batch_tokens")  # of the rows of log.jsonl
@@ -35,33 +38,76 @@ def running(setup: Setup, folder: RunFolder, acc: Accelerator) -> Iterator[None]
     """Within it the trackers of the recipe, in the first process, get what is written to the folder.
 
     Steps are counted over all tasks. A run that goes on goes on in the tracker's run of the same name, and steps that are
-    trained again behind a checkpoint are not told again."""
-    if not (setup.recipe.trackers and acc.is_main_process):
+    trained again behind a checkpoint are not told again. Raises Fault where a tracker can't begin; one that fails later
+    is told no more."""
+    if not setup.recipe.trackers:
         yield
         return
-    place = folder.path / "trackers"
-    name, before = _identity(folder, place)
-    counts = [sum(steps(setup)[:index]) for index in range(len(setup.recipe.tasks) + 1)]
-    tasks, heard = setup.recipe.tasks, folder.log_rows[-1:] if before else []
-    told = max((counts[tasks.index(row["task"])] + row["step"] for row in heard), default=0)
-    acc.log_with = filter_trackers(setup.recipe.trackers, place)
-    acc.project_configuration.logging_dir = str(place)
-    acc.init_trackers(PROJECT, None if before else _settings(setup), _options(folder.path.resolve().name, name, place))
-
-    def hear(row: dict) -> None:
-        if "after" in row:
-            acc.log({f"{'score' if row['kind'] == 'task' else 'general'}/{row['task']}": row["score"]}, counts[row["step"]])
-        elif (step := counts[tasks.index(row["task"])] + row["step"]) > told:
-            values = {key: value for key, value in row.items() if key not in NOT_SHOWN}
-            values |= {"task": tasks.index(row["task"]) + 1, "tokens_per_second": row["tokens"] / max(row["seconds"], 1e-4)}
-            acc.log({f"train/{key}": value for key, value in values.items()}, step)
-
-    folder.hear = hear
+    collectively(acc.is_main_process, _begin, setup, folder, acc)
     try:
         yield
     finally:
         for tracker in acc.trackers:
-            tracker.finish()
+            _tried(tracker, tracker.finish)
+
+
+def _begin(setup: Setup, folder: RunFolder, acc: Accelerator) -> None:
+    place = folder.path / "trackers"
+    name, before = _identity(folder, place)
+    tasks, counts = setup.recipe.tasks, [sum(steps(setup)[:index]) for index in range(len(setup.recipe.tasks) + 1)]
+    told = _told(folder, place, tasks, counts) if before else 0
+    acc.project_configuration.logging_dir = str(place)
+    begun: list[GeneralTracker] = []
+    for kind in setup.recipe.trackers:
+        acc.log_with, acc.trackers = filter_trackers([kind], place), []
+        try:
+            acc.init_trackers(PROJECT, None if before else _settings(setup), _options(folder.path.resolve().name, name, place))
+        except Exception as error:  # a tracker raises what its package, its server or its login raises
+            for tracker in begun:
+                _tried(tracker, tracker.finish)
+            raise Fault(f"trackers: {kind} can't begin ({_reason(error)}); mend that, or leave it out") from None
+        begun += acc.trackers
+    acc.trackers = begun
+
+    def tell(values: dict, step: int) -> None:
+        acc.trackers = [tracker for tracker in acc.trackers if _tried(tracker, tracker.log, values, step=step)]
+
+    def hear(row: dict) -> None:
+        if "after" in row:
+            tell({f"{'score' if row['kind'] == 'task' else 'general'}/{row['task']}": row["score"]}, counts[row["step"]])
+        elif (step := counts[tasks.index(row["task"])] + row["step"]) > told:
+            values = {key: value for key, value in row.items() if key not in NOT_SHOWN}
+            values |= {"task": tasks.index(row["task"]) + 1, "tokens_per_second": row["tokens"] / max(row["seconds"], 1e-4)}
+            tell({f"train/{key}": value for key, value in values.items()}, step)
+
+    folder.hear = hear
+
+
+def _tried(tracker: GeneralTracker, action: Callable, *args, **options) -> bool:
+    """Whether the tracker did it. It may raise anything, at any time, and must not end a training of days: it is said once."""
+    try:
+        action(*args, **options)
+        return True
+    except Exception as error:  # as above
+        console.print(f"warning: {tracker.name} failed ({_reason(error)}), and gets no more of this process; the run goes on",
+                      soft_wrap=True, markup=False)
+        return False
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _told(folder: RunFolder, place: Path, tasks: list[str], counts: list[int]) -> int:
+    """The last step that trackers were told: by the process before, as its log says, or by one before that, which had come
+    further; kept, since the log is cut back to the last checkpoint."""
+    file, last = place / "told.txt", folder.log_rows[-1:]
+    logged = max((counts[tasks.index(row["task"])] + row["step"] for row in last), default=0)
+    kept = read_text(file, "a number of steps").strip() if file.is_file() else ""
+    told = max(logged, int(kept) if kept.isdecimal() else 0)
+    folder.may_write()
+    write_text(file, f"{told}\n")
+    return told
 
 
 def _identity(folder: RunFolder, place: Path) -> tuple[str, bool]:

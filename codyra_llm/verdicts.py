@@ -5,7 +5,8 @@ from .folder import RunFolder
 
 
 class Verdicts:
-    """Rows {"judge", "question" (a digest), "A", "B", "verdict", "said"}; of several judges, where the recipe's changed."""
+    """Rows {"judge", "question" (a digest), "A", "B", "verdict", "said"}; of several judges, where the recipe's changed. The
+    name alone tells them apart: an endpoint may move while its verdicts hold. Of a question asked again the last row counts."""
 
     def __init__(self, folder: RunFolder, name: str):
         self.folder, self.file = folder, folder.path / "judged" / f"{name}.jsonl"

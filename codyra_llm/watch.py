@@ -46,6 +46,7 @@ class Watch:
         self.others = range(world) if rank == 0 else range(1)
         self.seen: dict[int, tuple[Sign, float]] = {}  # what each said last, and since when
         self.moved = time.monotonic()
+        self.stopping = False  # on its way to the end
         self.tell()
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -94,7 +95,7 @@ class Watch:
     def _judge(self) -> None:
         if self.store.check(["verdict"]):
             end(self.store.get("verdict").decode())
-        if any(sign.code == stop.EXIT for sign, _ in self.seen.values()):
+        if not self.stopping and any(sign.code == stop.EXIT for sign, _ in self.seen.values()):
             leave(stop.EXIT)
             os._exit(stop.EXIT)
         verdict = "; ".join(self.gone(BROKEN if stop.asked() else SILENT)) or (self._standing() if self.rank == 0 else "")
@@ -169,6 +170,18 @@ def lost(world: int, keeper: bool = True) -> str:
         return "; ".join(_watch.gone(BROKEN - BEAT))
     except DistError:
         return "the first process, or its machine, is gone" if keeper else ""
+
+
+@contextmanager
+def until_stopped() -> Iterator[None]:
+    """A process that was asked to stop within it ends by itself, however long after the others: behind it come a tracker's
+    last upload and giving the folder back."""
+    try:
+        yield
+    except stop.Stopped:
+        if _watch:
+            _watch.stopping = True
+        raise
 
 
 def leave(code: int) -> None:

@@ -1,6 +1,7 @@
 """`codyra-llm evaluate`: a checkpoint's scores are those of its run, exactly; any other checkpoint; what is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -179,6 +180,36 @@ def test_the_command_and_its_refusals(merging, tmp_path, capsys):
         assert code == 2 and message in told and "Traceback" not in told
     assert "is not a finished task" in call(f"{merging.path}@FOUR")[1]
     assert "nowhere" in call("nowhere")[1]
+
+
+@pytest.mark.parametrize("content, message", [
+    ({"recipe": "x"}, "'recipe' is 'x', expected a run's recipe"), ({}, "'recipe' is None"),
+    ({"recipe": {"data": 3}}, "data: 3 is not a section"), ({"after": "FOUR"}, "'after' is 'FOUR', expected one of ONE, TWO"),
+    ({"after": []}, "'after' is "), ({"recipe": {"data": {"benchmark": 3}}}, "data.benchmark")])
+def test_what_an_export_says_of_itself_may_be_wrong(content, message, merging, tmp_path):
+    carried = json.loads((merging.path / "checkpoint" / "codyra_llm.json").read_text()) if "after" in content else {}
+    (tmp_path / "codyra_llm.json").write_text(json.dumps(carried | content))
+    with pytest.raises(Fault, match=message) as caught:
+        evaluate(str(tmp_path), Wanted(out=tmp_path / "out"))
+    assert all(str(tmp_path) in told for told in caught.value.messages)
+
+
+def test_a_checkpoint_does_not_bring_its_own_code(merging, tmp_path):
+    """The harness's task files can name Python functions; the user may give the folder all the same."""
+    pytest.importorskip("lm_eval", reason="needs codyra-llm[general]")
+    theirs = tmp_path / "theirs"
+    shutil.copytree(merging.path / "checkpoint", theirs)
+    (theirs / "utils.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n\n\ndef f(doc):\n    return doc\n")
+    (theirs / "evil.yaml").write_text("task: evil\ndataset_path: json\nprocess_docs: !function utils.f\n"
+                                      "dataset_kwargs: {data_files: {test: gone.json}}\n")
+    carried = json.loads((theirs / "codyra_llm.json").read_text())
+    carried["recipe"]["general"]["data"] = str(theirs)
+    (theirs / "codyra_llm.json").write_text(json.dumps(carried))
+    with pytest.raises(Fault, match="a folder of the checkpoint itself, whose task files can run code"):
+        evaluate(str(theirs), Wanted(out=tmp_path / "out"))
+    assert not (tmp_path / "ran").exists()
+    out = evaluate(str(theirs), Wanted(tasks=["ONE"], out=tmp_path / "out", overrides=["general.data=null"]))
+    assert [row["task"] for row in out.scores] == ["ONE"]
 
 
 @pytest.mark.distributed

@@ -9,7 +9,7 @@ import pytest
 from fake_judge import judge as judging
 from test_evaluate import learnt
 
-from codyra_llm import open_ended, stop
+from codyra_llm import evaluation, open_ended, stop
 from codyra_llm import recipe as recipes
 from codyra_llm import run as runs
 from codyra_llm.cli import main
@@ -28,6 +28,10 @@ PAIRS = [("bad", "GOOD")] * 6 + [("GOOD", "bad")] + [("bad", "worse")] * 2 + [("
 def likes_good(first, second):
     letter = "C" if ("GOOD" in first) == ("GOOD" in second) else "A" if "GOOD" in first else "B"
     return f"Neither [[A]] nor [[B]] at first sight, but on reflection\n[[{letter}]]"
+
+
+def settle(setup, out):
+    open_ended.settle(setup, out, SimpleNamespace(is_main_process=True))
 
 
 def recipe(url=None, **settings):
@@ -58,7 +62,7 @@ def wilson(k, n, z=1.959963984540054):
 def test_known_preferences_give_the_known_counts_and_intervals(answered):
     with judging(likes_good) as server:
         setup, out = answered(recipe(server.url))
-        open_ended.settle(setup, out)
+        settle(setup, out)
         assert len(server.asked) == 18  # nine pairs of unequal answers in both orders
         assert {request["authorization"] for request in server.asked} == {f"Bearer {KEY}"}
         assert {(r["model"], r["path"], r["temperature"]) for r in server.asked} == {("the-judge", "/v1/chat/completions", 0)}
@@ -67,7 +71,7 @@ def test_known_preferences_give_the_known_counts_and_intervals(answered):
         for outcome, count in (("win", 6), ("tie", 3), ("lose", 1)):
             assert found[outcome]["n"] == count and found[outcome]["share"] == 10 * count
             assert [found[outcome]["low"], found[outcome]["high"]] == pytest.approx(wilson(count, 10))
-        open_ended.settle(setup, out)
+        settle(setup, out)
         assert len(server.asked) == 18  # nothing is judged twice
     verdicts = [row["verdict"] for row in read_jsonl(out.path / "judged" / "helpful.jsonl")]
     assert [verdicts.count(kind) for kind in ("final", "base", "tie")] == [12, 2, 4]
@@ -77,7 +81,7 @@ def test_a_judge_that_likes_a_place_gives_ties(answered):
     for letter in "AB":
         with judging(lambda first, second: f"[[{letter}]]") as server:
             setup, out = answered(recipe(server.url, model=f"likes-{letter}"))
-            open_ended.settle(setup, out)
+            settle(setup, out)
             found = judged.summarise(setup.recipe, out)["files"]["helpful"]
             assert [found[outcome]["n"] for outcome in judge.OUTCOMES] == [0, 10, 0] and len(server.asked) == 18
 
@@ -87,13 +91,18 @@ def test_a_tie_in_one_order_and_replies_without_verdict(answered):
     said = {"GOOD": "[[C]]", "bad": "[[B]]"}  # by the first answer
     with judging(lambda first, second: said.get(first.split()[0], "I will not say")) as server:
         setup, out = answered(recipe(server.url), [("bad", "GOOD"), ("mute", "silent")], "harmless_x")
-        open_ended.settle(setup, out)
+        settle(setup, out)
     assert all("safer" in request["messages"][0]["content"] for request in server.asked)
     summary = judged.summarise(setup.recipe, out)
     found = summary["files"]["harmless_x"]
     assert (found["answered"], found["judged"], found["tie"]["n"], found["criterion"]) == (2, 1, 1, "safety")
     assert "no verdict in the reply: 1." in judged.grid(summary).note
     assert judge.preferred("no [[D]]", ("base", "final")) is None
+    with judging(lambda first, second: "[[A]]") as server:  # a tie, of a judge that has found its voice
+        setup = SimpleNamespace(recipe=recipe(server.url), prompts=setup.prompts)
+        settle(setup, out)
+        assert len(server.asked) == 2
+    assert judged.summarise(setup.recipe, out)["files"]["harmless_x"]["tie"]["n"] == 2
 
 
 def test_files_of_one_criterion_are_added_up(answered):
@@ -101,7 +110,7 @@ def test_files_of_one_criterion_are_added_up(answered):
         setup, out = answered(recipe(server.url))
         answered(recipe(server.url), PAIRS[:7], "more")
         setup.prompts["more"] = []
-        open_ended.settle(setup, out)
+        settle(setup, out)
     files = judged.summarise(setup.recipe, out)["files"]
     assert list(files) == ["helpful", "more", "all: helpfulness"]
     assert [files["all: helpfulness"][outcome]["n"] for outcome in judge.OUTCOMES] == [12, 3, 2]
@@ -116,7 +125,7 @@ def test_what_was_judged_is_kept_when_the_endpoint_fails(answered):
     with judging(likes_good, breaks) as server:
         setup, out = answered(recipe(server.url, retries=0, parallel=1))
         with pytest.raises(Fault, match="failed \\(status 500\\); what was judged is kept") as caught:
-            open_ended.settle(setup, out)
+            settle(setup, out)
         assert len(server.asked) == 6 and len(caught.value.messages) == 1
     file = out.path / "judged" / "helpful.jsonl"
     assert len(read_jsonl(file)) == 5
@@ -124,7 +133,7 @@ def test_what_was_judged_is_kept_when_the_endpoint_fails(answered):
         torn.write('{"judge": "the-ju')  # a crash within a line
     with judging(likes_good) as server:
         setup = SimpleNamespace(recipe=recipe(server.url), prompts=setup.prompts)
-        open_ended.settle(setup, out)
+        settle(setup, out)
         assert len(server.asked) == 13 and len(read_jsonl(file)) == 18
     assert judged.summarise(setup.recipe, out)["files"]["helpful"]["win"]["n"] == 6
 
@@ -132,7 +141,7 @@ def test_what_was_judged_is_kept_when_the_endpoint_fails(answered):
 def test_a_busy_endpoint_is_asked_again(answered):
     with judging(likes_good, lambda n: {1: (429, "{}"), 2: (503, "{}")}.get(n)) as server:
         setup, out = answered(recipe(server.url, parallel=1), PAIRS[:1])
-        open_ended.settle(setup, out)
+        settle(setup, out)
         assert len(server.asked) == 4
     assert judged.summarise(setup.recipe, out)["files"]["helpful"]["win"]["n"] == 1
 
@@ -146,7 +155,7 @@ def test_an_endpoint_that_fails_is_one_sentence_without_the_key(answered, failur
     with judging(likes_good, lambda number: failure) as server:
         setup, out = answered(recipe(server.url, retries=1))
         with pytest.raises(Fault, match=message) as caught:
-            open_ended.settle(setup, out)
+            settle(setup, out)
     assert KEY not in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -154,9 +163,63 @@ def test_an_endpoint_that_is_silent_or_gone(answered):
     with judging(likes_good, delay=1.0) as server:
         setup, out = answered(recipe(server.url, retries=0, timeout=0.1, parallel=1), PAIRS[:1])
         with pytest.raises(Fault, match="no answer within 0.1 s"):
-            open_ended.settle(setup, out)
+            settle(setup, out)
     with pytest.raises(Fault, match="no connection, after 0 retries"):
-        open_ended.settle(setup, out)
+        settle(setup, out)
+
+
+def test_the_other_processes_never_wait_for_more_than_a_slice(answered, monkeypatch):
+    """18 questions, two at a time: 16 and 2, each within a meeting of its own, and one that counts them."""
+    met = []
+    with judging(likes_good) as server:
+        setup, out = answered(recipe(server.url, parallel=2))
+        plain = open_ended.collectively
+        monkeypatch.setattr(open_ended, "collectively", lambda *given: (plain(*given), met.append(len(server.asked)))[0])
+        settle(setup, out)
+        assert met == [0, 16, 18]
+
+
+def test_a_proxy_that_is_none_is_said_before_training(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("HTTP_PROXY", "nonsense://host")
+    with pytest.raises(Fault, match="can't be asked .*; correct the environment's proxy"):
+        judge.require(recipe("http://judge.example/v1").open_ended.judge)
+
+
+@pytest.mark.parametrize("kind", ["merged", "stage"])
+def test_a_checkpoint_does_not_say_where_a_key_goes(kind, tiny_llama, toy_stream, questions, tmp_path, monkeypatch):
+    """Somebody's export names a judge and the variable of another key: nothing is sent there."""
+    monkeypatch.setenv("HF_TOKEN", KEY)
+    run = learnt(tiny_llama, toy_stream, tmp_path / "run", {"name": "seqlora", "rank": 4})
+    with judging(likes_good) as server:
+        theirs, told = run.path / "checkpoint" / "codyra_llm.json", run.path / "recipe.json"
+        for file in (theirs, told):
+            content = json.loads(file.read_text())
+            raw = content.get("recipe", content)
+            raw["open_ended"]["judge"] = {"base_url": server.url, "model": "evil", "key_variable": "HF_TOKEN"}
+            raw["trackers"] = ["tensorboard"]
+            file.write_text(json.dumps(content))
+        (run.path / "seals.json").unlink()  # as of a stage
+        out = evaluate(str(theirs.parent if kind == "merged" else run.path), Wanted(
+            base=str(tiny_llama), tasks=["ONE"], out=tmp_path / "out", overrides=[
+                f"open_ended.prompts={questions}", "open_ended.max_new_tokens=4"]))
+        assert len(out.pairs("helpful")) == 4 and not server.asked
+    assert out.manifest["recipe"]["trackers"] == [] and out.manifest["recipe"]["open_ended"]["judge"]["base_url"] is None
+
+
+def test_without_prompts_and_on_other_nodes_no_key_is_asked_for(tiny_llama, toy_stream, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    own = ["open_ended.judge.base_url=http://127.0.0.1:9/v1", "open_ended.judge.model=m", "data.max_prompt_tokens=12",
+           "eval.max_new_tokens=3"]
+    monkeypatch.setattr(evaluation, "_measure", lambda *given: None)
+    evaluate(str(tiny_llama), Wanted(data=str(toy_stream), tasks=["ONE"], base=str(tiny_llama), general="mini",
+                                     out=tmp_path / "out", overrides=own))
+    method = SimpleNamespace(name="seqlora", max_zero_stage=3, carries_optimizer=False)
+    monkeypatch.setattr(runs.distributed, "zero_stage", lambda acc: 0)
+    given = SimpleNamespace(recipe=recipe("http://127.0.0.1:9/v1"), prompts={"p": []}, method=method)
+    runs._refuse_launch(given, SimpleNamespace(is_main_process=False))
+    with pytest.raises(Fault, match="holds no key"):
+        runs._refuse_launch(given, SimpleNamespace(is_main_process=True))
 
 
 def test_judging_stops_when_asked_and_keeps_what_it_has(answered, monkeypatch):
@@ -166,13 +229,15 @@ def test_judging_stops_when_asked_and_keeps_what_it_has(answered, monkeypatch):
         add = Verdicts.add
         monkeypatch.setattr(Verdicts, "add", lambda *row: (add(*row), stop.ask("SIGTERM")))
         with pytest.raises(stop.Stopped):
-            open_ended.settle(setup, out)
+            settle(setup, out)
     assert 1 <= len(read_jsonl(out.path / "judged" / "helpful.jsonl")) < 18
 
 
 @pytest.mark.parametrize("settings, message", [
     ({"api_key": KEY}, "'api_key' does not belong in a recipe"), ({"key_variable": KEY}, "give the name, not the key"),
     ({"base_url": f"http://me:{KEY}@host/v1"}, "without a user, a password"), ({"base_url": "host"}, "no address"),
+    ({"base_url": "http://host:abc/v1"}, "no address"), ({"base_url": "http://[::1/v1"}, "no address"),
+    ({"base_url": "http://xn--\u00e9.\u2488/v1"}, "no address"), ({"base_url": "http://999.1.1.1/v1"}, "no address"),
     ({"base_url": "http://host/v1", "model": None}, "'base_url' needs 'model'")])
 def test_a_key_does_not_come_into_a_recipe(settings, message):
     with pytest.raises(Fault, match=message) as caught:
@@ -239,7 +304,8 @@ def test_a_run_answers_judges_and_reports_and_writes_no_key(tiny_llama, toy_stre
         assert again.summary["open_ended"]["files"]["helpful"]["tie"]["n"] == 4
         page = (run.path / "report.html").read_text(encoding="utf-8")
         assert "Helpfulness and safety" in page and "the-judge" in page and "100.0" in page
-        out = evaluate(str(run.path), Wanted(base=str(tiny_llama), out=tmp_path / "out"))
+        own = [f"open_ended.judge.base_url={server.url}", "open_ended.judge.model=the-judge"]
+        out = evaluate(str(run.path), Wanted(base=str(tiny_llama), out=tmp_path / "out", overrides=own))
         assert out.answers("helpful") == rows and out.answers("harmless") == run.answers("harmless")
         summary = json.loads((tmp_path / "out" / "summary.json").read_text())
         assert summary["open_ended"] == again.summary["open_ended"]

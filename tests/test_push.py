@@ -24,6 +24,8 @@ def calls(monkeypatch):
 
     class Api:
         def repo_info(self, repo):
+            if repo == "me/away":
+                raise httpx.ConnectError("no route")
             if repo not in made.private:
                 raise RepositoryNotFoundError("404", response=httpx.Response(404, request=httpx.Request("GET", "http://hub")))
             return SimpleNamespace(private=made.private[repo])
@@ -63,10 +65,12 @@ def test_a_public_repository_is_not_pushed_to_by_accident(run, calls, tmp_path, 
     calls.private["me/open"] = False
     assert pushed(run, tmp_path / "a", "--push", "me/open") == 2
     assert "me/open is public; give --public" in capsys.readouterr().err and not calls.list
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize("failure, reason", [(httpx.ConnectError("no route to host"), "no route to host"),
-                                             (OSError("disk went away"), "disk went away")])
+                                             (OSError("disk went away"), "disk went away"),
+                                             (ValueError("Invalid metadata in README.md.\n- it"), "Invalid metadata")])
 def test_a_hub_that_fails_is_one_sentence_and_the_export_stays(run, calls, tmp_path, capsys, failure, reason):
     calls.fails = failure
     assert pushed(run, tmp_path / "a", "--push", "me/mine") == 2
@@ -75,7 +79,8 @@ def test_a_hub_that_fails_is_one_sentence_and_the_export_stays(run, calls, tmp_p
 
 
 def test_what_cannot_work_is_said_before_anything_is_written(run, calls, tmp_path, capsys, monkeypatch):
-    for repo, change, message in (("a b//c", (), "is no name of a repository"),
+    for repo, change, message in (("a b//c", (), "is no name of a repository"), ("mine", (), "is no name of a repository"),
+                                  ("me/away", (), "does not say whether me/away is public (no route)"),
                                   ("me/mine", (hub, "get_token", lambda: None), "there is no token"),
                                   ("me/mine", (constants, "HF_HUB_OFFLINE", True), "HF_HUB_OFFLINE is set")):
         if change:

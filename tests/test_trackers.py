@@ -103,6 +103,57 @@ def test_a_run_that_goes_on(how, then, straight, told, tmp_path, monkeypatch):
     assert (folder.path / "scores.jsonl").read_bytes() == (other.path / "scores.jsonl").read_bytes()
 
 
+def test_two_kills_tell_no_step_twice(straight, told, tmp_path, monkeypatch):
+    """The second before it has come as far as the first: the log alone knows no more of that."""
+    asked, other = straight
+    log = RunFolder.log
+    for last in (6, 3):
+        def ends(folder, row, last=last):
+            log(folder, row)
+            if (row["task"], row["step"]) == ("TWO", last):
+                raise KeyboardInterrupt
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(RunFolder, "log", ends)
+            runs.run(like(asked, tmp_path / "run", "notebook"))
+    runs.run(like(asked, tmp_path / "run", "notebook"))
+    assert heard(told) == expected(other)
+
+
+def test_a_tracker_that_cannot_begin_is_one_sentence(straight, told, tmp_path, monkeypatch):
+    asked, _ = straight
+    kinds = trackers.LOGGER_TYPE_TO_CLASS
+
+    class Shut(kinds["notebook"]):
+        name = "shut"
+
+        def __init__(self, *given, **options):
+            raise RuntimeError("no login\nTraceback")
+    register_tracker_class(Shut)
+    monkeypatch.setattr(models, "load", lambda *given: pytest.fail("weights were loaded"))
+    with pytest.raises(Fault, match=r"^trackers: shut can't begin \(no login\); mend that, or leave it out$"):
+        runs.run(like(asked, tmp_path / "run", "notebook", "shut"))
+    assert told[-1] == ("end",) and not (tmp_path / "run" / "lease.json").exists()
+
+
+def test_a_tracker_that_fails_is_told_no_more_and_the_run_goes_on(straight, told, tmp_path, monkeypatch, capsys):
+    asked, other = straight
+    kinds = trackers.LOGGER_TYPE_TO_CLASS
+    calls: list = []
+
+    class Shaky(kinds["notebook"]):
+        name = "shaky"
+
+        def log(self, values, step=None, **options):
+            calls.append(step)
+            if step == 3:
+                raise RuntimeError("[401] the server is away")
+    register_tracker_class(Shaky)
+    folder = runs.run(like(asked, tmp_path / "run", "shaky", "notebook"))
+    assert calls[-1] == 3 and heard(told) == expected(other)
+    assert (folder.path / "scores.jsonl").read_bytes() == (other.path / "scores.jsonl").read_bytes()
+    assert capsys.readouterr().out.count("warning: shaky failed ([401] the server is away)") == 1
+
+
 def test_what_is_not_there_is_refused_before_weights_load(straight, tmp_path, monkeypatch):
     asked, _ = straight
     monkeypatch.setattr(trackers, "get_available_trackers", lambda: [])

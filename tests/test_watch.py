@@ -92,6 +92,20 @@ def test_a_broken_connection_asks_who_is_gone(two, monkeypatch):
     assert "rank 1 on " in watch.lost(2)
 
 
+def test_a_process_that_stops_is_given_the_time_to_end(two, ended, monkeypatch):
+    """The other has left, as it has nothing to close; this one may be sending a tracker's last files."""
+    gone: list[int] = []
+    monkeypatch.setattr(watch.os, "_exit", gone.append)
+    monkeypatch.setattr(watch, "_watch", two[0])
+    with pytest.raises(stop.Stopped), watch.until_stopped():
+        raise stop.Stopped("a test")
+    two[1].own.code = stop.EXIT
+    two[1].tell()
+    beats = two[0].own.beats
+    until(lambda: two[0].own.beats > beats + 4)
+    assert not gone and not ended and two[0].own.code is None
+
+
 def test_one_process_has_none():
     watch.at("anywhere")
     with watch.waiting():

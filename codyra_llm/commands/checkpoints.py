@@ -89,7 +89,7 @@ def export(folder: Annotated[Path, typer.Argument(metavar="RUN")], out: Path,
     if out.exists():
         raise Fault(f"{out} exists already; give a new name")
     if push:
-        hub.check(push)
+        hub.check(push, public)
     opened = RunFolder(folder)
     setup = prepare(opened.recipe, open_ended=False)
     setup.verify(opened)

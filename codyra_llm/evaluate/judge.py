@@ -95,8 +95,11 @@ def tally(found: Iterable[str | None]) -> dict[str, Any]:
 
 def require(section: JudgeSection) -> None:
     """Fault where judging is asked for and can't be done: before anything is trained."""
-    if section.base_url is None:
-        return
+    if section.base_url:
+        _client(section).close()
+
+
+def _client(section: JudgeSection) -> Any:
     if find_spec("openai") is None:
         raise Fault("open_ended.judge: judging needs the package openai, which is not installed; install codyra-llm[judge], or "
                     "set open_ended.judge.base_url to null")
@@ -104,6 +107,13 @@ def require(section: JudgeSection) -> None:
     if section.key_variable and not (key and key.isascii() and key.isprintable()):
         raise Fault(f"open_ended.judge.key_variable: the environment variable {section.key_variable} holds no key; export it, "
                     f"or set key_variable to null for an endpoint that asks for none")
+    from openai import OpenAI  # an extra, and slow to import
+
+    try:
+        return OpenAI(base_url=section.base_url, api_key=key or "none", timeout=section.timeout, max_retries=section.retries)
+    except ValueError as error:  # of a proxy
+        raise Fault(f"open_ended.judge.base_url: {section.base_url} can't be asked ({error}); correct the environment's "
+                    f"proxy, such as HTTP_PROXY") from None
 
 
 def replies(section: JudgeSection, asked: dict[str, str]) -> Iterator[tuple[str, str]]:
@@ -138,14 +148,6 @@ def replies(section: JudgeSection, asked: dict[str, str]) -> Iterator[tuple[str,
     if faults:
         raise Fault(faults[0])
     stop.check()
-
-
-def _client(section: JudgeSection) -> Any:
-    from openai import OpenAI  # an extra, and slow to import
-
-    require(section)
-    key = os.environ[section.key_variable].strip() if section.key_variable else "none"
-    return OpenAI(base_url=section.base_url, api_key=key, timeout=section.timeout, max_retries=section.retries)
 
 
 def _ask(client: Any, section: JudgeSection, text: str) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -52,8 +53,15 @@ class JudgeSection(Strict):
     @field_validator("base_url")
     @classmethod
     def _is_an_address(cls, url: str | None) -> str | None:
-        parts = urlsplit(url or "http://none")
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
+        try:
+            parts = urlsplit(url or "http://none")
+            host = parts.hostname or ""
+            if number := ":" in host or re.fullmatch(r"[\d.]+", host):
+                ip_address(host)
+            wrong = parts.port == 0 or not (number or re.fullmatch(r"[a-z\d._-]+", host)) or "@" in parts.netloc or parts.query
+        except ValueError:  # no number as port, no IP address, a bracket without its other
+            wrong = True
+        if wrong or parts.scheme not in ("http", "https"):
             raise ValueError("this is no address of an endpoint; give one like http://localhost:8000/v1, without a user, a "
                              "password or a query")
         return url
