@@ -23,7 +23,7 @@ from codyra_llm.cli import main
 from codyra_llm.data import Stream
 from codyra_llm.errors import Fault
 from codyra_llm.export import write_merged, write_stage
-from codyra_llm.files import write_jsonl
+from codyra_llm.files import write_json, write_jsonl
 from codyra_llm.folder import RunFolder
 from codyra_llm.methods import METHODS, Method
 from codyra_llm.plan import plan
@@ -130,9 +130,11 @@ def test_stopped_and_restarted_equals_straight_through(name, finished, tmp_path)
 def without_third_task(folder: RunFolder, path: Path) -> RunFolder:
     """A copy of a finished run as it was before its third task."""
     stopped = RunFolder(shutil.copytree(folder.path, path))
-    for file in [*(path / "updates").glob("02-*"), *(path / "state").glob("02.*"), path / "seals.json"]:
-        file.unlink(missing_ok=True)
-    write_jsonl(path / "scores.jsonl", [row for row in stopped.scores if row["step"] < 3])
+    for file in [*(path / "updates").glob("02-*"), *(path / "state").glob("02.*")]:
+        file.unlink()
+    write_json(path / "seals.json", {name: hashes for name, hashes in stopped.seals.noted.items() if "state/02" not in name})
+    with stopped.seals.replacing(path / "scores.jsonl") as temporary:
+        write_jsonl(temporary, [row for row in stopped.scores if row["step"] < 3])
     return stopped
 
 
