@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from codyra_llm.benchmarks.trace.mini import make as making
 from codyra_llm.benchmarks.trace.mini import make_mini, mini_data, pretrain, skills
 from codyra_llm.benchmarks.trace.reasoning import VARIANT, reasoned_prompt
+from codyra_llm.errors import Fault
 from codyra_llm.examples import check_root
 from codyra_llm.methods import METHODS
 
@@ -255,6 +256,6 @@ def test_a_failed_making_leaves_no_folder(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(making, "make_mini", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(Fault, match="disk full"):
         mini_data()
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
