@@ -90,7 +90,8 @@ def _origin(recipe: Recipe, after: int, without: int | None) -> str:
     order = ", ".join(plain(task) for task in learnt)
     missing = f" The update of {plain(recipe.tasks[without])} is left out." if without is not None else ""
     summary = plain(METHODS[recipe.method.name].summary)
-    return (f"Base model: {plain(recipe.model.path)}. Method: {recipe.method.name} ({summary}). Learnt one after the other: {order or 'nothing yet'} ({len(learnt)} of {len(recipe.tasks)} tasks).{missing}")
+    return (f"Base model: {plain(recipe.model.path)}. Method: {recipe.method.name} ({summary}). "
+            f"Learnt one after the other: {order or 'nothing yet'} ({len(learnt)} of {len(recipe.tasks)} tasks).{missing}")
 
 
 def _tables(folder: RunFolder, recipe: Recipe, rows: list[dict], after: int) -> list[str]:

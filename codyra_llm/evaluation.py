@@ -200,7 +200,8 @@ def _recipe(checkpoint: str, source: Source, wanted: Wanted) -> Recipe:
     raw = source.raw or {"model": {}, "data": {"root": wanted.data or anywhere}, "method": "none"}
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in checkpoint.strip("/."))
     given = {"output": str(wanted.out or Path("evaluations") / name), "checkpoint": False, "data.root": wanted.data,
-             "data.benchmark": wanted.benchmark, "model.path": source.model, "general.data": wanted.general, "general.tasks": wanted.general_tasks}
+             "data.benchmark": wanted.benchmark, "model.path": source.model, "general.data": wanted.general,
+             "general.tasks": wanted.general_tasks}
     if source.raw:  # checkpoints are passed on: where a key and answers go, the command line alone says
         given |= {"optim.validate_every": None, "optim.keep_best": False, "model.quantization": None,
                   "open_ended.judge": {}, "trackers": []}
@@ -265,7 +266,8 @@ def _manifest(checkpoint: str, setup: Setup, source: Source, base: Setup | None)
             "adapter": file_sha256(source.adapter / "adapter_model.safetensors") if source.adapter else None,
             "updates": source.run.archive().lineage[-1] if source.run else None,
             "compared": base and models.fingerprint(base.base), "recipe": recipe, "metrics": setup.metrics,
-            "data": setup.stream.hashes(), "codyra_llm": __version__, **{name: version(name) for name in packages}, "dtype": str(setup.dtype),
+            "data": setup.stream.hashes(), "codyra_llm": __version__, **{name: version(name) for name in packages},
+            "dtype": str(setup.dtype),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
 
 

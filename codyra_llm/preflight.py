@@ -20,7 +20,8 @@ from .files import file_sha256
 from .recipe import Recipe
 from .setup import Setup
 
-PATHS = {"model.path", "data.benchmark", "data.root", "general.data"}  # may differ between machines: what lies there is compared
+# may differ between machines: what lies there is compared
+PATHS = {"model.path", "data.benchmark", "data.root", "general.data", "open_ended.prompts"}
 REMEDIES = {"recipe": "start every process with the same recipe and overrides",
             "version": "install the same versions on every machine",
             "data": "copy the same file to every machine", "base": "give every machine the same weights"}
@@ -59,7 +60,8 @@ def values(setup: Setup, base: str | None, host: str) -> dict[str, str]:
     found |= {f"version {name}": version(name) for name in ("torch", "transformers", "accelerate")}
     found |= {f"data {name}": digest[:SHOWN] for name, digest in setup.stream.hashes().items()}
     read = [_hash(file) for ability in setup.suite.values() for file in ability.files]
-    found["data of general"] = hashlib.sha256(json.dumps([setup.probes, list(setup.suite), read, setup.prompts]).encode()).hexdigest()[:SHOWN]
+    beside = json.dumps([setup.probes, list(setup.suite), read, setup.prompts])
+    found["data of general"] = hashlib.sha256(beside.encode()).hexdigest()[:SHOWN]
     found |= {f"base {name}": _hash(setup.base / name) for name in ("config.json", "tokenizer.json")}
     found[f"base folder on {host}"] = str(setup.base)  # whose weights one process of each machine has hashed
     return found | ({"base weights": base[:SHOWN]} if base else {})

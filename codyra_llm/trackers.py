@@ -3,6 +3,7 @@
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -54,7 +55,7 @@ def running(setup: Setup, folder: RunFolder, acc: Accelerator) -> Iterator[None]
 def _begin(setup: Setup, folder: RunFolder, acc: Accelerator) -> None:
     place = folder.path / "trackers"
     name, before = _identity(folder, place)
-    tasks, counts = setup.recipe.tasks, [sum(steps(setup)[:index]) for index in range(len(setup.recipe.tasks) + 1)]
+    tasks, counts = setup.recipe.tasks, list(accumulate(steps(setup), initial=0))  # counts: steps before each task
     told = _told(folder, place, tasks, counts) if before else 0
     acc.project_configuration.logging_dir = str(place)
     begun: list[GeneralTracker] = []

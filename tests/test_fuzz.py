@@ -151,7 +151,8 @@ def test_recipes(data, raw, folder):
                      ""]) | TEXT,
     VALUES.map(lambda v: yaml.safe_dump(v, default_flow_style=True)) | TEXT).map("=".join) | TEXT, max_size=3))
 def test_overrides(overrides, raw):
-    accepted(lambda: recipes.parse(recipes.override(copy.deepcopy(raw), overrides)))
+    if found := accepted(lambda: recipes.parse(recipes.override(copy.deepcopy(raw), overrides))):
+        assert recipes.parse(found.model_dump(mode="json")) == found  # as a run's recipe.json is read
 
 
 @tried(40)
@@ -162,7 +163,10 @@ def test_sweeps(data, raw, folder):
             "arms": {"a": {"method": "seqlora"}, "b": {"method": "ewc", "method.weight": 3}},
             "grid": {"seed": [1, 2]}, "tune": {"by": "op", "set": {"seed": 3}, "tries": {"a": [{}], "b": [{"optim.lr": 1}]}}}
     (folder / "s.yaml").write_bytes(data.draw(spoilt(good, as_yaml)))
-    accepted(sweeps.load, folder / "s.yaml")
+    if found := accepted(sweeps.load, folder / "s.yaml"):
+        places = [run.folder.path for run in [*found.tries, *found.runs()]]
+        assert len(set(places)) == len(places) and all(place.is_relative_to(found.output) for place in places)
+    assert not (folder / "out").exists()
 
 
 RECORDS = [{"prompt": "Say A:", "answer": "A"}, {"prompt": "Größe?\n", "answer": "态度 B"},

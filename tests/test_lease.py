@@ -90,7 +90,9 @@ def test_a_file_that_was_only_begun_is_a_dead_owners(tmp_path):
     (tmp_path / "lease.json").write_text("")
     mine = Lease(tmp_path)
     mine.take()
+    assert json.loads((tmp_path / "lease.json").read_text())["token"] == mine.token
     mine.release()
+    assert not list(tmp_path.iterdir())
 
 
 def test_of_two_that_find_a_dead_owner_one_gets_it(tmp_path):

@@ -79,6 +79,9 @@ def test_what_is_compared(sections, toy_stream, tiny_llama):
 def test_open_ended_prompts_are_compared(sections, tmp_path):
     (tmp_path / "asked.json").write_text('[{"prompt": "one"}]')
     first = of(sections, f"open_ended.prompts={tmp_path / 'asked.json'}")
+    (tmp_path / "else").mkdir()
+    elsewhere = shutil.copy(tmp_path / "asked.json", tmp_path / "else")
+    assert disagreements([Row("a", 0, first), Row("b", 1, of(sections, f"open_ended.prompts={elsewhere}"))]) == []
     (tmp_path / "asked.json").write_text('[{"prompt": "two"}]')
     fault, = disagreements([Row("a", 0, first), Row("b", 1, of(sections, f"open_ended.prompts={tmp_path / 'asked.json'}"))])
     assert fault.startswith("data of general differs")
