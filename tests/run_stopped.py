@@ -1,9 +1,10 @@
 """Run a recipe, the first process asked to stop behind a step: `run_stopped.py TASK STEP run RECIPE [KEY=VALUE ...]`. With
-`kill` before TASK the last process is killed there instead, without a word."""
+`kill` before TASK the last process is killed there instead, without a word, as soon as its sign of life has said where."""
 
 import os
 import signal
 import sys
+import time
 
 from codyra_llm import stop, watch
 from codyra_llm.cli import main
@@ -23,6 +24,9 @@ def asking(folder: RunFolder, row: dict) -> None:
 def dying(place: str) -> None:
     at(place)
     if dies and place == f"task {task}, step {step}" and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+        told = watch._watch.own.beats
+        while watch._watch.own.beats < told + 2:  # the sign on its way at this moment may be of the place before
+            time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGKILL)
 
 
