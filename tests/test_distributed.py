@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -203,17 +204,20 @@ def test_a_deepspeed_file_that_asks_for_nothing_is_refused(text, told, tmp_path,
 @pytest.mark.distributed
 def test_zero_3_with_every_parameter_in_shards(one_process, recipe_files, tmp_path):
     """The shipped config would keep parameters as small as these whole; a DeepSpeed file of the user's says otherwise,
-    and its request for bfloat16 is not followed. Checkpointing gathers the shards a second time."""
+    and its request for bfloat16 is not followed. Checkpointing gathers the shards a second time. No task leaves its model
+    in memory, which DeepSpeed would."""
     config = yaml.safe_load((SHIPPED / "accelerate" / "zero3.yaml").read_text())
     (tmp_path / "deepspeed.json").write_text(json.dumps({
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}, "bf16": {"enabled": True},
         "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}))
     config["deepspeed_config"] = {"deepspeed_config_file": str(tmp_path / "deepspeed.json"), "zero3_init_flag": False}
     (tmp_path / "zero3.yaml").write_text(yaml.safe_dump(config))
-    done = accelerate(tmp_path / "zero3.yaml", recipe_files / "codyra.yaml", f"output={tmp_path / 'run'}",
-                      "model.gradient_checkpointing=true")
+    done = accelerate(tmp_path / "zero3.yaml", Path(__file__).with_name("run_weighed.py"), "run",
+                      recipe_files / "codyra.yaml", f"output={tmp_path / 'run'}", "model.gradient_checkpointing=true")
     assert done.returncode == 0, done.stderr
     assert_same_run(one_process["codyra"], tmp_path / "run", 3)
+    left = {(int(task), int(size)) for task, size in re.findall(r"behind task (\d): (\d+) bytes of tensors", done.stdout)}
+    assert {task for task, _ in left} == {0, 1} and max(size for _, size in left) < 1000  # 130,000 a task, else
 
 
 def refused(done: subprocess.CompletedProcess, *sentences: str) -> None:

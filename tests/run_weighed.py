@@ -1,0 +1,27 @@
+"""Run a recipe and print behind each task how many bytes of tensors this process still holds: `run_weighed.py run RECIPE
+[KEY=VALUE ...]`."""
+
+import gc
+import sys
+import warnings
+
+import torch
+
+from codyra_llm import run as runs
+from codyra_llm.cli import main
+
+learn = runs.learn
+
+
+def weighed(*arguments) -> None:
+    learn(*arguments)
+    gc.collect()
+    with warnings.catch_warnings():  # some objects warn when they are asked for their class
+        warnings.simplefilter("ignore")
+        storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in gc.get_objects()
+                                                       if isinstance(t, torch.Tensor))}
+    print(f"behind task {arguments[-1]}: {sum(storages.values())} bytes of tensors", flush=True)
+
+
+runs.learn = weighed
+main(sys.argv[1:])
