@@ -11,6 +11,7 @@ from .errors import Fault
 from .files import replacing, write_json, write_text
 from .folder import RunFolder
 from .lora.archive import Archive, Update
+from .pretrained import save
 from .setup import Setup
 
 LINEAGE = "codyra_llm.json"  # in every export: the recipe and the task after which, by which `evaluate` scores it
@@ -26,8 +27,7 @@ def write_merged(setup: Setup, archive: Archive, after: int, without: int | None
     model = setup.model(archive, after, without)
     model.config.use_cache = True
     with replacing(out) as temporary:
-        model.save_pretrained(temporary, safe_serialization=True)
-        setup.tokenizer.save_pretrained(temporary)
+        save(model, setup.tokenizer, temporary)
         _write_lineage(setup, archive, after, without, temporary)
         _write_card(card, temporary)
 

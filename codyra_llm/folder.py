@@ -36,6 +36,8 @@ NO_RESULT = ("output", "model.gradient_checkpointing", "checkpoint", "save.minut
              "optim.micro_batch_tokens", "eval.batch_tokens", "model.fused", "data.batching",
              *(f"open_ended.judge.{key}" for key in JudgeSection.model_fields))
 
+PLACES = ("data.root", "data.benchmark", "model.path")  # known by the content of what lies there
+
 OWN = ("lease.json", SEALS, "recipe.json")  # may lie in a folder that is about to become a run's
 
 
@@ -102,10 +104,10 @@ class RunFolder:
         self.__dict__.pop("manifest", None)
 
     def _other_files(self, manifest: dict) -> list[str]:
-        """What of the base, the data and the benchmark's metrics is not what the run was begun with."""
+        """What of the base, its tokenizer, the data and the metrics is not what the run was begun with."""
         was = self.manifest
-        lines = [] if was.get("base") == manifest["base"] else [
-            f"its base weights were {str(was.get('base'))[:12]}, and are {manifest['base'][:12]} now"]
+        lines = [f"the {key} was {str(was[key])[:12]}, and is {str(manifest[key])[:12]} now" for key in ("base", "tokenizer")
+                 if key in was and was[key] != manifest[key]]
         return lines + [f"{name} was {value}, and is {manifest[kind].get(name, 'not there')} now" for kind in ("data", "metrics")
                         for name, value in was.get(kind, {}).items() if manifest[kind].get(name) != value]
 
@@ -243,13 +245,14 @@ def _other_launch(was: dict, now: dict) -> str:
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
-    """Keys in which two resolved recipes differ, beside tasks added at the end and settings that change no result."""
+    """Keys in which two resolved recipes differ, beside tasks added at the end, places, and settings that change no
+    result."""
     before, after = (flat(r.model_dump(mode="json")) for r in (old, new))
     lines = []
     if new.tasks[: len(old.tasks)] != old.tasks:
         lines.append(f"data.tasks was {old.tasks}, now {new.tasks}")
     for key in sorted(before.keys() | after.keys()):
-        free = key in (*NO_RESULT, "data.tasks")
+        free = key in (*NO_RESULT, *PLACES, "data.tasks")
         added = key.startswith(("data.epochs.", "eval.max_new_tokens.")) and key.rpartition(".")[2] not in old.tasks
         if not (free or added) and before.get(key) != after.get(key):
             lines.append(f"{key} was {before.get(key)!r}, now {after.get(key)!r}")

@@ -195,6 +195,12 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def tokenizer_hash(folder: Path) -> str | None:
+    """Hex sha256 of the folder's tokenizer.json; None where the tokenizer is in another file."""
+    file = folder / "tokenizer.json"
+    return file_sha256(file) if file.is_file() else None
+
+
 class WeightReader:
     """Reads single base weights from a model folder without loading the model; names are those of its state_dict."""
 

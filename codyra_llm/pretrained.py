@@ -6,6 +6,7 @@ for a GGUF file of the user.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -136,10 +137,17 @@ def convert(gguf: Path, out: Path) -> Path:
         model = plain_model(gguf, dtype)
         tokenizer = plain_tokenizer(gguf, pre_tokenizer, model.config.vocab_size)
     with replacing(out) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save(model, tokenizer, folder)
         write_json(folder / "source.json", {"file": gguf.name, "sha256": sha256, "dtype": str(dtype)[len("torch."):]})
     return out
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Both in transformers' layout, the weights as safetensors."""
+    if not torch.cuda.is_available():  # transformers imports DeepSpeed here where there is one, which else warns of a CPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def inspect(gguf: Path) -> tuple[torch.dtype, str]:

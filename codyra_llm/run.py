@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 
 from . import __version__, card, distributed, live, models, open_ended, stop, trackers, watch
 from .ahead import ahead, stages, tokens
+from .benchmark import digest
 from .distributed import collectively, of_first, wait
 from .errors import Fault
 from .evaluate import judge, vllm
@@ -258,5 +259,6 @@ def _manifest(setup: Setup, acc: Accelerator, base: str) -> dict:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"codyra_llm": __version__, "python": sys.version.split()[0], **{name: version(name) for name in names},
             "device": gpu or "cpu", "dtype": str(setup.dtype), "world_size": acc.num_processes,
-            "zero_stage": distributed.zero_stage(acc), "base": base, "stages": stages(setup),
-            "data": setup.stream.hashes(), "metrics": setup.metrics}
+            "zero_stage": distributed.zero_stage(acc), "base": base, "tokenizer": models.tokenizer_hash(setup.base),
+            "stages": stages(setup), "benchmark": digest(setup.recipe.data.benchmark), "data": setup.stream.hashes(),
+            "metrics": setup.metrics}

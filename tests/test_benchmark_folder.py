@@ -419,7 +419,7 @@ def test_an_export_is_scored_on_its_benchmark_at_another_place(made, capsys, tmp
     moved = shutil.copytree(place, tmp_path / "moved")
     checkpoint = shutil.copytree(run.path / "checkpoint", tmp_path / "checkpoint")
     carried = json.loads((checkpoint / "codyra_llm.json").read_text())
-    carried["recipe"]["data"] |= {"benchmark": str(tmp_path / "gone"), "root": str(tmp_path / "gone")}
+    carried["recipe"]["data"] |= dict.fromkeys(("benchmark", "root"), str(tmp_path / "gone"))
     carried["recipe"]["eval"]["max_examples"] = 3
     (checkpoint / "codyra_llm.json").write_text(json.dumps(carried))
     code, told, _ = call(capsys, "evaluate", checkpoint, "--benchmark", moved, "--out", tmp_path / "out")
@@ -428,6 +428,27 @@ def test_an_export_is_scored_on_its_benchmark_at_another_place(made, capsys, tmp
     assert [(row["after"], len(out.predictions(row["step"], row["after"], row["task"]))) for row in out.scores] == [
         ("replies", 3)] * 2
     assert out.manifest["recipe"]["data"]["root"] == str(moved)
+
+
+def test_a_run_goes_on_and_is_scored_with_base_data_and_benchmark_at_other_places(made, capsys, tmp_path, tiny_llama):
+    place, settings, run = made
+    moved, base = shutil.copytree(place, tmp_path / "moved"), shutil.copytree(tiny_llama, tmp_path / "base")
+    out = shutil.copytree(run.path, tmp_path / "run")
+    (out / "summary.json").unlink()
+    places = [f"data.benchmark={moved}", f"data.root={moved}", f"model.path={base}"]
+    again = recipes.load(moved / "recipe.yaml", [*settings, *places, f"output={out}"])
+    assert runs.run(again).summary == run.summary
+    assert RunFolder(out).recipe.data.root == str(moved) and RunFolder(out).recipe.model.path == str(base)
+    code, told, _ = call(capsys, "evaluate", f"{run.path}@letters", "--benchmark", moved, "--out", tmp_path / "out")
+    assert code == 0 and "another benchmark" not in told
+    scores = [[{k: v for k, v in row.items() if k != "seconds"} for row in folder.scores if row["step"] == 1]
+              for folder in (run, RunFolder(tmp_path / "out"))]
+    assert scores[0] == scores[1] and RunFolder(tmp_path / "out").manifest["recipe"]["data"]["root"] == str(moved)
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    tokenizer["truncation"] = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (message,) = faults(runs.run, again)
+    assert "belongs to another recipe: the tokenizer was " in message
 
 
 def test_an_export_of_another_benchmark_is_scored_on_this_one(made, capsys, tmp_path):

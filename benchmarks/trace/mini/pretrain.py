@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from codyra_llm.files import replacing
+from codyra_llm.pretrained import save
 
 from .lexicon import WORDS_ZH
 from .skills import skill_records
@@ -106,8 +107,7 @@ def pretrain_mini(out: Path, seed: int = 0, steps: int = 1500) -> None:
         Trainer(model=model, args=arguments, train_dataset=pack(encode(tokenizer, pairs)),
                 data_collator=default_data_collator).train()
         model.config.use_cache = True
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+        save(model, tokenizer, scratch)
 
 
 if __name__ == "__main__":
