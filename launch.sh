@@ -87,7 +87,7 @@ importable "$base" || python=$here/.venv/bin/python
 if [[ $1 != *.yaml && $1 != *.yml ]]; then
   [ -z "$asked" ] || refuse "${asked% } is about running a recipe (a .yaml file), and '$1' is none; leave it out"
   [ "$1" = test ] || go "$python" -m codyra_llm "$@"
-  shift; cd "$here"; go env HF_HUB_OFFLINE=1 "$python" -m pytest "$@"
+  shift; cd "$here"; go env HF_HUB_OFFLINE=1 "$python" -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal "$@"
 fi
 
 # Where the number of nodes comes from: flags or environment, SLURM, a hostfile.

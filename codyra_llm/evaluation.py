@@ -132,8 +132,8 @@ def _manifest(checkpoint: str, setup: Setup, source: Source, base: Setup | None)
             "adapter": file_sha256(source.adapter / "adapter_model.safetensors") if source.adapter else None,
             "updates": source.run.archive().lineage[-1] if source.run else None,
             "compared": base and models.fingerprint(base.base), "recipe": recipe, "metrics": setup.metrics,
-            "benchmark": digest(setup.recipe.data.benchmark), "data": setup.stream.hashes(), "codyra_llm": __version__, **{name: version(name) for name in packages},
-            "dtype": str(setup.dtype),
+            "benchmark": digest(setup.recipe.data.benchmark), "data": setup.stream.hashes(), "codyra_llm": __version__,
+            **{name: version(name) for name in packages}, "dtype": str(setup.dtype),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
 
 

@@ -239,8 +239,8 @@ class RunFolder:
 
 def _other_launch(was: dict, now: dict) -> str:
     """A sentence where a run goes on under other processes or versions."""
-    changed = [f"{key} was {was[key]}, now {now[key]}" for key in was.keys() & now.keys() - {"base", "data", "metrics", "stages"}
-               if was[key] != now[key]]
+    elsewhere = {"base", "tokenizer", "benchmark", "data", "metrics", "stages"}  # compared, or no matter of the launch
+    changed = [f"{key} was {was[key]}, now {now[key]}" for key in was.keys() & now.keys() - elsewhere if was[key] != now[key]]
     return f"going on where the run stopped, equal to rounding only: {', '.join(sorted(changed))}" if changed else ""
 
 

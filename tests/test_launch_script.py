@@ -156,7 +156,8 @@ def test_what_is_printed_can_be_pasted(environment, launch, tmp_path):
 def test_the_tests_and_other_commands(launch):
     assert shown(launch("--dry-run", "plan", "x.yaml", GPUS="8")) == ["python3", "-m", "codyra_llm", "plan", "x.yaml"]
     assert shown(launch("--dry-run", "test", "-k", "a b")) == [
-        "cd", str(ROOT), "&&", "env", "HF_HUB_OFFLINE=1", "python3", "-m", "pytest", "-k", "a b"]
+        "cd", str(ROOT), "&&", "env", "HF_HUB_OFFLINE=1", "python3", "-m", "pytest", "--numprocesses", "logical",
+        "--maxprocesses", "8", "--dist", "worksteal", "-k", "a b"]
     assert launch().stdout == launch("--help").stdout == launch("-h").stdout
     assert "usage: ./launch.sh" in launch().stdout
 
