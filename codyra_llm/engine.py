@@ -145,11 +145,15 @@ class Engine:
         else:
             safe_set_full_fp32_param(p, value)
 
+    def values(self) -> Iterator[tuple[str, Tensor]]:
+        """What trains by `value.<name>`, whole (collective under ZeRO)."""
+        return ((f"value.{name}", self._full(p) if self.deepspeed else p) for name, p in self._trained())
+
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """What trains, and Adam's moments and step count of it, by `<kind>.<name>`: whole, in their own precision, the
         same whatever the number of processes (collective under ZeRO)."""
+        yield from self.values()
         for name, p in self._trained():
-            yield f"value.{name}", self._full(p) if self.deepspeed else p
             if self.deepspeed:
                 yield from ((f"{key}.{name}", self._moment(p, key)) for key in MOMENTS)
                 yield f"step.{name}", next(iter(self.inner.state.values()))["step"].clone()
@@ -158,7 +162,7 @@ class Engine:
 
     @torch.no_grad()
     def load_state(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        """Put back what `state` gave, under any number of processes and stage of ZeRO (collective)."""
+        """Put back what `state` or `values` gave, under any number of processes and stage of ZeRO (collective)."""
         trained = dict(self._trained())
         for key, tensor in tensors:
             kind, _, name = key.partition(".")

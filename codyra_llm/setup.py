@@ -124,13 +124,11 @@ def prepare(recipe: Recipe, open_ended: bool = True) -> Setup:
         faults.append(f"model.quantization: '{recipe.model.quantization}' packs weights that stay frozen, and "
                       f"{method.name} trains all; set it to null")
     if whole and recipe.optim.keep_best:
-        faults.append(f"optim.keep_best: it keeps the best adapters, and {method.name} has none; set it to false")
+        faults.append(f"optim.keep_best: it keeps a second copy of all that trains, and {method.name} trains {method.trains}; "
+                      f"set it to false")
     if recipe.data.batching == "packed" and not method.packs:
         faults.append(f"data.batching: method {method.name} needs every example in a row of its own, so they can't be "
                       f"packed; use buckets")
-    if recipe.optim.keep_best and method.trains not in ("adapters", ""):
-        faults.append(f"optim.keep_best: only adapters are put back, and {method.name} trains {method.trains}; set it to "
-                      f"false")
     if recipe.eval.backend == "vllm" and not method.merges:
         faults.append(f"eval.backend: vllm runs plain models, and a {method.name} model is none; set it to torch")
     base = tried(_base, recipe)

@@ -67,7 +67,7 @@ class Trainer:
         self.acc, self.method, self.optim, self.pad = acc, method, optim, pad
         self.tokens = optim.micro_batch_tokens or default_tokens(acc.device)
         self.began, self.earlier = time.perf_counter(), 0.0  # seconds that this task took before it was stopped
-        self.best, self.kept = math.inf, None  # of the validation losses, and the adapters that had it
+        self.best, self.kept = math.inf, None  # of the validation losses, and what trains when it was met
         self.packed = batching == "packed" or (batching == "auto" and method.packs and attention.pays(model, acc.device))
         if self.packed:
             attention.use(model)
@@ -103,7 +103,8 @@ class Trainer:
             if (every := self.optim.validate_every) and ((step + 1) % every == 0 or step + 1 == steps):
                 row["eval_loss"] = self.validate(task.validation)
                 if self.optim.keep_best and row["eval_loss"] < self.best:
-                    self.best, self.kept = row["eval_loss"], self.engine.adapters()
+                    self.best = row["eval_loss"]
+                    self.kept = {key: value.detach().cpu().clone() for key, value in self.engine.values()}
             kappa = max((group.get("kappa", 0.0) for group in self.engine.groups), default=0.0)
             log({"task": task.name, "step": step + 1, "steps": steps, **row, "lr": self.engine.groups[0]["lr"],
                  "kappa": kappa, "tokens": sum(len(task.examples[i]) for i in chosen),
@@ -114,7 +115,7 @@ class Trainer:
                 stop.ask("another process was")
                 raise stop.Stopped(f"task {task.name}, step {step + 1} of {steps}")
         if self.kept:
-            self.engine.put(self.kept)
+            self.engine.load_state(self.kept.items())
         return self.engine.adapters()
 
     def save(self, saves: Progress, step: int) -> None:
@@ -136,16 +137,13 @@ class Trainer:
         self.tokens, self.best = min(self.tokens, small["tokens"]), math.inf if small["best"] is None else small["best"]
         self.engine.load_state((key.removeprefix("engine."), tensor) for key, tensor in progress.tensors(path, "engine."))
         self.method.resume({key.removeprefix("method."): tensor for key, tensor in progress.tensors(path, "method.")})
-        factors = dict(progress.tensors(path, "best."))
-        sites = dict.fromkeys(key[5:-2] for key in factors)
-        self.kept = {s: Adapter(*(factors.get(f"best.{s}.{k}") for k in "abw")) for s in sites} or None
+        self.kept = {key.removeprefix("best."): tensor for key, tensor in progress.tensors(path, "best.")} or None
         return small["step"]
 
     def _progress(self) -> Iterator[tuple[str, Tensor]]:
         yield from ((f"engine.{key}", tensor) for key, tensor in self.engine.state())
         yield from ((f"method.{key}", tensor) for key, tensor in self.method.progress().items())
-        for site, adapter in (self.kept or {}).items():
-            yield from ((f"best.{site}.{key}", value) for key, value in adapter._asdict().items() if value is not None)
+        yield from ((f"best.{key}", tensor) for key, tensor in (self.kept or {}).items())
 
     def state(self) -> dict[str, Tensor]:
         """Adam's moments and step counts by position of the parameter, for methods that carry them between tasks."""

@@ -363,5 +363,4 @@ def test_settings_that_do_not_go_together(tiny_llama, toy_stream, tmp_path):
     assert "name a layer twice" in faults("dualprompt", method__expert_layers=[0, 1])
     assert "method.expert_layers: [7] are not layers" in faults("dualprompt", method__expert_layers=[1, 7])
     assert "flash_attention_2 takes no prefix" in faults("dualprompt", model__attention="flash_attention_2")
-    assert "optim.keep_best" in faults("pp", optim__validate_every=1, optim__keep_best=True)
     assert "so they can't be packed" in faults("pp", data__batching="packed")

@@ -10,12 +10,14 @@ from transformers import AutoModelForCausalLM
 
 from codyra_llm import recipe as recipes
 from codyra_llm import run as runs
+from codyra_llm import stop
 from codyra_llm.errors import Fault
 from codyra_llm.export import write_merged, write_peft
 from codyra_llm.files import read_jsonl
 from codyra_llm.lora.archive import Adapter, Archive
 from codyra_llm.lora.layer import sites
 from codyra_llm.setup import prepare
+from codyra_llm.train import Trainer
 
 
 def recipe(model, stream, out, **changes):
@@ -198,14 +200,46 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(tiny_llama,
     assert not (tmp_path / "run" / "updates").exists()
 
 
-def test_none_and_validation(tiny_llama, toy_stream, tmp_path):
+def test_none(tiny_llama, toy_stream, tmp_path):
     none = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "none", method="none"))
     summary = json.loads((none.path / "summary.json").read_text())
     assert summary["op"] is not None and summary["bwt"] is None and not (none.path / "updates").exists()
-    kept = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "best", optim__validate_every=2, optim__keep_best=True,
-                           data__tasks=["ONE"]))
-    rows = [json.loads(line) for line in (kept.path / "log.jsonl").read_text().splitlines()]
-    assert [("eval_loss" in row) for row in rows] == [False, True] * 3
+
+
+@pytest.mark.parametrize("method", [{"name": "codyra", "rank": 4}, {"name": "sapt", "rank": 4}, {"name": "pp", "length": 2}],
+                         ids=lambda method: method["name"])
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_task_ends_with_all_that_trains_at_its_best_step(interrupted, method, tiny_llama, toy_stream, tmp_path, monkeypatch):
+    """Also where it was stopped between the best step and the last. The validation losses are made up: 3, 1, 2."""
+    seen, ended, fit = [], [], Trainer.fit
+    monkeypatch.setattr(stop, "_asked", [])
+
+    def values(trainer):
+        return {key: value.detach().clone() for key, value in trainer.engine.values()}
+
+    def validate(trainer, examples):
+        seen.append(values(trainer))
+        if interrupted and len(seen) == 2:
+            stop.ask("a test")  # heard in the next step
+        return [3.0, 1.0, 2.0][len(seen) % 3 - 1]
+
+    def watched(trainer, *arguments):
+        adapters = fit(trainer, *arguments)
+        ended.append(values(trainer))
+        return adapters
+    monkeypatch.setattr(Trainer, "validate", validate)
+    monkeypatch.setattr(Trainer, "fit", watched)
+    asked = recipe(tiny_llama, toy_stream, tmp_path / "run", optim__validate_every=2, optim__keep_best=True, checkpoint=False,
+                   eval__max_examples=1, method=method)
+    if interrupted:
+        with pytest.raises(stop.Stopped):
+            runs.run(asked)
+        monkeypatch.setattr(stop, "_asked", [])
+    rows = read_jsonl(runs.run(asked).path / "log.jsonl")
+    assert [row.get("eval_loss") for row in rows] == [None, 3.0, None, 1.0, None, 2.0] * 2 and len(seen) == 6
+    for end, best, last in zip(ended, seen[1::3], seen[2::3], strict=True):
+        assert all(torch.equal(end[key], best[key]) for key in best)
+        assert any(not torch.equal(last[key], best[key]) for key in best)
 
 
 def test_accumulation_does_not_change_the_result(tiny_llama, toy_stream, tmp_path):

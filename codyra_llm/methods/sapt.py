@@ -78,8 +78,7 @@ class Sapt(Single):
     pads and answer left out. Published on SuperNI: rank 4, alpha 32, learning rate 5e-5, kl_ratio 1, q_proj and v_proj;
     no setting for TRACE is. Ours: the stored prompts are real training prompts, where the release trains a generator,
     so this method reads old data; old adapters are frozen but the gradient of their input is exact, where the release
-    cuts it; the term comes once per optimizer step, with a batch drawn by (seed, task, step). `optim.keep_best`
-    restores the adapters of the best step, not the attention.
+    cuts it; the term comes once per optimizer step, with a batch drawn by (seed, task, step).
     Cost per step: (tasks)× the adapter's products, in plain autograd; the attention on `replay_batch` prompts per old
     task. Memory: all adapters, `replay_examples`·h float32 per old task. State: h + tasks float32 per task and
     2·hidden·h.
