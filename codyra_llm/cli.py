@@ -29,13 +29,19 @@ app.add_typer(model_app, name="model")
 
 
 def _run(args: list[str] | None) -> None:
-    """The command. A folder that can't be read or written, wherever it is met, becomes a Fault."""
+    """The command. A folder that can't be read or written, or memory that ran out, wherever it is met, becomes a Fault."""
     try:
         app(args=args, prog_name="codyra-llm")
     except OSError as error:
         if error.filename is None or error.errno is None:
             raise
         raise Fault(f"{error.filename}: {error.strerror}; correct the path, or what may be done there") from None
+    except (RuntimeError, MemoryError) as error:
+        if type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):  # the first is torch's, which is slow to import
+            raise
+        raise Fault(f"memory ran out ({' '.join(str(error).split())[:200]}); lower optim.micro_batch_tokens or "
+                    f"eval.batch_tokens, or turn on model.gradient_checkpointing; the same command goes on from what is "
+                    f"saved") from None
 
 
 def main(args: list[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from typer.main import get_command
 
 from codyra_llm import recipe as recipes
@@ -96,3 +97,16 @@ def test_data_check(capsys, toy_stream, tmp_path):
     (tmp_path / "T" / "train.json").write_text('[{"prompt": "x", "answer": ""}]')
     code, out, err = call(capsys, "data", "check", tmp_path)
     assert code == 1 and "answer" in out + err
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB."), MemoryError()])
+def test_memory_that_runs_out_is_one_sentence(error, folder, capsys, monkeypatch):
+    """Wherever it does: training alone can make its batches smaller by itself."""
+    def full(*arguments):
+        raise error
+    monkeypatch.setattr("codyra_llm.models.load", full)
+    code, _, err = call(capsys, "generate", f"{folder}@ONE", "Say A:")
+    assert code == 2 and err.count("\n") == 1 and err.startswith("error: memory ran out (") and "lower optim" in err
+    monkeypatch.setattr("codyra_llm.models.load", lambda *arguments: [][1])
+    with pytest.raises(IndexError):
+        main(["generate", f"{folder}@ONE", "Say A:"])
