@@ -20,13 +20,20 @@ from . import stop
 from .errors import Fault
 from .files import write_json
 from .sweep import Run, Sweep
+from .untrusted import shown
 
 console = Console(highlight=False)
 
 
 def execute(sweep: Sweep, jobs: int | None, launcher: str | None, done: Callable[[], None]) -> None:
     """Run what is not finished, all tries first; `done()` after each run of the grid. Raises one Fault with all runs
-    that failed."""
+    that failed, or with what is wrong, before anything runs."""
+    if launcher and jobs:
+        raise Fault("--jobs: under --launcher runs go one after the other; leave one of the two out")
+    try:
+        shlex.split(launcher or "")
+    except ValueError as error:
+        raise Fault(f"--launcher: {shown(launcher)} is no command ({error}); give one as you would to a shell") from None
     sweep.prepare()  # before the output is made
     with _held(sweep.output) as lock:
         for runs, then in ((lambda: sweep.tries, lambda: None), (sweep.runs, done)):

@@ -169,6 +169,15 @@ def test_one_run_per_gpu_or_a_share_of_the_cores(monkeypatch):
     assert execute._places(None, "accelerate launch") == [{}]
 
 
+@pytest.mark.parametrize(("jobs", "launcher", "told"), [(2, "accelerate launch", "leave one of the two out"),
+                                                        (None, "accelerate 'launch", "is no command")])
+def test_a_launcher_is_checked_before_anything_runs(jobs, launcher, told, file):
+    asked = sweeps.load(file())
+    with pytest.raises(Fault, match=told):
+        execute.execute(asked, jobs, launcher, lambda: None)
+    assert not asked.output.exists()
+
+
 def test_one_sweep_at_a_time_and_no_run_outlives_an_interrupt(file, monkeypatch):
     asked = sweeps.load(file())
     started = []
