@@ -89,9 +89,9 @@ def test_a_job_that_is_warned_saves_and_queues_again(cluster, tmp_path):
     watch = '''job=$(sbatch --parsable docs/slurm.sbatch x.yaml)
     until [ "$(grep -c ready $SEEN)" -eq 2 ]; do sleep 0.2; done
     scancel --batch --signal=USR1 $job
-    until squeue --noheader --format=%T | grep -q PENDING; do sleep 0.2; done
+    until scontrol show job $job | grep -q "JobState=PENDING Reason=BeginTime"; do sleep 0.2; done
     scontrol show job $job'''
     done = cluster("timeout", "120", "bash", "-c", watch, **write_stand_in(tmp_path))
-    assert done.returncode == 0 and "JobState=PENDING Reason=BeginTime" in done.stdout and "Restarts=1" in done.stdout
+    assert done.returncode == 0 and "Restarts=1" in done.stdout, done.stdout + done.stderr
     assert sorted((tmp_path / "seen").read_text().splitlines()) == [
         f"node{rank + 1} {rank} {text}" for rank in (0, 1) for text in ("SIGUSR1", "ready", "saved")]
