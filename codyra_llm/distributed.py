@@ -29,6 +29,8 @@ def accelerator() -> Accelerator:
     many = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if zero:
         _prepare_deepspeed(cpu)
+    if many:
+        watch.launcher()
     # The first process alone converts models and writes checkpoints, which can take longer than the usual ten minutes.
     backend = {"backend": "gloo"} if cpu and (zero or many) else {}
     group = InitProcessGroupKwargs(timeout=timedelta(hours=2), **backend)

@@ -1,7 +1,9 @@
 """Asked to stop: SIGTERM and SIGUSR1 (SLURM's warning) set a flag, which is looked at between steps, batches and layers."""
 
+import os
 import signal
 
+PARENT = os.getppid()  # what started this process, as long as that lives
 EXIT = 75  # EX_TEMPFAIL: all is saved, the same command goes on
 _asked: list[str] = []
 

@@ -124,6 +124,17 @@ def start(rank: int, world: int, hang_minutes: float) -> None:
     _watch = Watch(PrefixStore(f"codyra_llm/{attempt}", store), rank, world, 60 * hang_minutes)
 
 
+def launcher() -> None:
+    """This process ends when torchrun is gone, which keeps the store: until all have met nothing else tells, and torch waits
+    for as long as for a collective."""
+    def look() -> None:
+        while os.getppid() == stop.PARENT:
+            time.sleep(BEAT)
+        end("the launcher is gone")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=look, daemon=True).start()
+
+
 def at(place: str) -> None:
     """This process has come to `place`."""
     if _watch:
@@ -196,8 +207,7 @@ def leave(code: int) -> None:
 
 def end(verdict: str) -> None:
     """End this process because another is gone, whatever it waits for."""
-    rank = _watch.rank if _watch else 0
-    print(f"error (rank {rank}): {verdict}; the same command goes on from what is saved", file=sys.stderr,
+    print(f"error (rank {os.environ.get('RANK', 0)}): {verdict}; the same command goes on from what is saved", file=sys.stderr,
           flush=True)
     leave(EXIT)
     os._exit(EXIT)

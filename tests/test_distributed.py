@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -296,6 +297,27 @@ def test_a_run_goes_on_under_another_launch(first, then, one_process, recipe_fil
     assert done.returncode == 0, done.stderr
     assert "THREE: going on behind step 3" in done.stdout and "equal to rounding only" in done.stdout
     assert_same_run(one_process["codyra"], tmp_path / "run", int(then.removeprefix("zero")) if then != "ddp" else 0)
+
+
+def begun(process: psutil.Process) -> bool:
+    """Whether it has begun to import torch, behind the first lines of the command line."""
+    return any("libtorch" in file.path for file in process.memory_maps())
+
+
+@pytest.mark.distributed
+def test_no_process_outlives_a_launcher_that_is_killed_before_they_met(recipe_files, tmp_path):
+    """The launcher keeps the store that they would meet at."""
+    with open(tmp_path / "log", "w") as log:
+        launcher = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+                                     "codyra_llm", "run", recipe_files / "codyra.yaml", f"output={tmp_path / 'run'}"],
+                                    stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while len(started := psutil.Process(launcher.pid).children()) < 2 or not all(map(begun, started)):
+        time.sleep(0.1)
+    launcher.kill()
+    launcher.wait()
+    assert not psutil.wait_procs(started, 120)[1]
+    assert (tmp_path / "log").read_text().count("the launcher is gone; the same command goes on") == 2
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.distributed
