@@ -55,7 +55,8 @@ class Chaos:
         """One run to its end, killed now and then."""
         while True:
             process, left = self.start(name), kills - sum(self.hits.values())
-            if self.wait(process, self.random.uniform(0, self.length / 2) if left > 0 else None) is not None:
+            last = self.length / 2 if self.processes == 1 else self.length  # launched ones import all packages first
+            if self.wait(process, self.random.uniform(0, last) if left > 0 else None) is not None:
                 return
             self.kill(process, name)
             self.damage(self.out / name)
