@@ -42,7 +42,7 @@ def stop(number, frame):
 for number in (signal.SIGTERM, signal.SIGUSR1): signal.signal(number, stop)
 see("ready")
 while not asked.wait(0.1): pass
-threading.Event().wait(1)
+threading.Event().wait(float(os.environ.get("SAVING", 1)))
 see("saved")
 sys.exit(75)
 """

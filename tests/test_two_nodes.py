@@ -91,7 +91,7 @@ def test_a_job_that_is_warned_saves_and_queues_again(cluster, tmp_path):
     scancel --batch --signal=USR1 $job
     until scontrol show job $job | grep -q "JobState=PENDING Reason=BeginTime"; do sleep 0.2; done
     scontrol show job $job'''
-    done = cluster("timeout", "120", "bash", "-c", watch, **write_stand_in(tmp_path))
+    done = cluster("timeout", "120", "bash", "-c", watch, SAVING="5", **write_stand_in(tmp_path))  # both warned meanwhile
     assert done.returncode == 0 and "Restarts=1" in done.stdout, done.stdout + done.stderr
     assert sorted((tmp_path / "seen").read_text().splitlines()) == [
-        f"node{rank + 1} {rank} {text}" for rank in (0, 1) for text in ("SIGUSR1", "ready", "saved")]
+        f"node{rank + 1} {rank} {text}" for rank in (0, 1) for text in ("SIGUSR1", "ready", "saved")], done.stdout
