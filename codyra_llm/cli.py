@@ -67,11 +67,14 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _spoken_for() -> bool:
-    """Whether the first process, which gets 15 s for it, has said it: the launcher then asks all others to end."""
-    before, last = stop.asked(), time.monotonic() + 15
-    while stop.asked() == before and time.monotonic() < last:
+    """Whether the first process, which gets 15 s for it, says it: it told the others so before, or, where they have not met
+    yet, the launcher asks all others to end."""
+    before, last, watch = stop.asked(), time.monotonic() + 15, sys.modules.get("codyra_llm.watch")
+    while time.monotonic() < last:
+        if (watch and watch.first_ended() == 2) or (stop.asked() and not before):
+            return True
         time.sleep(0.1)
-    return stop.asked() and not before
+    return False
 
 
 def _tell(code: int) -> None:

@@ -183,6 +183,17 @@ def lost(world: int, keeper: bool = True) -> str:
         return "the first process, or its machine, is gone" if keeper else ""
 
 
+def first_ended() -> int | None:
+    """The code with which the first process says that it ends; None where it does not, or can't be asked."""
+    if not _watch:
+        return None
+    try:
+        _watch.look(range(1))
+    except DistError:
+        return None
+    return _watch.seen[0][0].code if 0 in _watch.seen else None
+
+
 @contextmanager
 def until_stopped() -> Iterator[None]:
     """A process that was asked to stop within it ends by itself, however long after the others: behind it come a tracker's

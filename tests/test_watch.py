@@ -1,11 +1,13 @@
 """None waits for long for a process that is gone or stands still, and the message says which, where, and how far it was."""
 
 import time
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
-from codyra_llm import stop, watch
+from codyra_llm import cli, stop, watch
 from codyra_llm.watch import Watch
 
 
@@ -112,3 +114,16 @@ def test_one_process_has_none():
         pass
     watch.leave(0)
     assert watch.lost(1) == ""
+
+
+def test_a_fault_that_the_first_process_tells_is_not_told_again(two, ended, monkeypatch):
+    """Also where the launcher's request to end came before this process asked; a first process that says nothing is not
+    waited for any longer."""
+    monkeypatch.setattr(watch, "_watch", two[1])
+    stop.ask("SIGTERM")
+    clock = count()
+    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None))
+    assert not cli._spoken_for() and next(clock) > 15
+    two[0].own.code = 2
+    two[0].tell()
+    assert cli._spoken_for()
