@@ -59,8 +59,8 @@ def _source(checkpoint: str, base: str | None) -> Source:
 
 def _stage(run: RunFolder, after: str | None = None) -> Source:
     """The run `after` that task; None: after the last that it has learnt."""
-    return Source(run.recipe.model_dump(mode="json"), after or ["base", *run.archive().tasks][-1],
-                  run.manifest.get("benchmark"), run)
+    after = ["base", *run.archive().tasks][-1] if after is None else after
+    return Source(run.recipe.model_dump(mode="json"), after, run.manifest.get("benchmark"), run)
 
 
 def _carried(file: Path) -> tuple[dict, str | None, str | None]:

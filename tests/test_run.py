@@ -200,10 +200,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(tiny_llama,
     assert not (tmp_path / "run" / "updates").exists()
 
 
-def test_none(tiny_llama, toy_stream, tmp_path):
+def test_none_and_validation(tiny_llama, toy_stream, tmp_path):
     none = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "none", method="none"))
     summary = json.loads((none.path / "summary.json").read_text())
     assert summary["op"] is not None and summary["bwt"] is None and not (none.path / "updates").exists()
+    kept = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "best", optim__validate_every=2, optim__keep_best=True,
+                           data__tasks=["ONE"]))
+    rows = [json.loads(line) for line in (kept.path / "log.jsonl").read_text().splitlines()]
+    assert [("eval_loss" in row) for row in rows] == [False, True] * 3
 
 
 @pytest.mark.parametrize("method", [{"name": "codyra", "rank": 4}, {"name": "sapt", "rank": 4}, {"name": "pp", "length": 2}],
