@@ -62,9 +62,11 @@ class Nf4Weight(PackedWeight):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         nested = bnb.QuantState(self.nested_absmax, code=self.nested_code, blocksize=NESTED_BLOCK, dtype=torch.float32)
-        state = bnb.QuantState(self.absmax, self.shape, blocksize=BLOCK, quant_type="nf4", dtype=dtype,
+        # As one row: bitsandbytes 0.50's AVX-512 kernel reads rows of a length that is no multiple of 64 wrongly.
+        row = torch.Size((1, self.shape.numel()))
+        state = bnb.QuantState(self.absmax, row, blocksize=BLOCK, quant_type="nf4", dtype=dtype,
                                offset=self.offset, state2=nested)
-        return bnb.dequantize_4bit(self.packed, state)
+        return bnb.dequantize_4bit(self.packed, state).view(self.shape)
 
 
 class Int8Weight(PackedWeight):

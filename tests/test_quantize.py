@@ -23,7 +23,8 @@ from codyra_llm.models import PROJECTIONS
 from codyra_llm.quantize import KINDS, Int8Weight, Nf4Weight, PackedWeight, QuantizedLinear, quantize
 from codyra_llm.setup import prepare
 
-SHAPES = [(96, 128), (6, 32), (5, 22)]  # whole blocks of 64 in a row; blocks across rows; a last block cut short
+# Whole blocks of 64 in a row; blocks across rows, of lengths that models have; a last block cut short.
+SHAPES = [(96, 128), (6, 32), (6, 96), (4, 288), (4, 1120), (5, 22)]
 
 
 def nf4_values() -> torch.Tensor:
