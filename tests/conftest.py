@@ -58,6 +58,10 @@ def save_tiny(folder, model_class, config):
     return folder
 
 
+def pytest_addoption(parser):
+    parser.addoption("--rewrite-trajectories", action="store_true", help="write tests/trajectories/ anew")
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory):
     """Folder of a two-layer LLaMA, hidden 32, float32, untied embeddings."""

@@ -13,6 +13,7 @@ import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
+from trajectories import compare, trajectory
 from transformers import AutoModelForCausalLM
 
 import codyra_llm.recipes
@@ -105,6 +106,12 @@ def test_three_tasks_run(name, finished):
     for task in {row["task"] for row in log}:
         losses = [row["loss"] for row in log if row["task"] == task]
         assert min(losses[1:]) < losses[0], "nothing is learnt"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_reference_trajectory(name, finished, pytestconfig):
+    """Losses, scores and updates are those that are committed: a change of code shows here which methods it changed."""
+    compare(name, trajectory(finished(name)[0]), rewrite=pytestconfig.getoption("rewrite_trajectories"))
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.trains])
