@@ -1,3 +1,5 @@
-"""Continual fine-tuning of causal language models with rank-selective LoRA (CoDyRA) on TRACE-like task streams."""
+"""Continual fine-tuning of causal language models with rank-selective LoRA (CoDyRA) on TRACE-like task
+streams.
+"""
 
-__version__ = "0.1.0"
+from codyra_llm.core.version import __version__ as __version__

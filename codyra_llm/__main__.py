@@ -1,3 +1,3 @@
-from .cli import main
+from codyra_llm.cli import main
 
 main()

@@ -6,42 +6,84 @@ import time
 
 import typer
 
-from . import stop
-from .commands import checkpoints, files, runs
-from .errors import Fault
-from .untrusted import UNPRINTABLE
+from codyra_llm.commands import checkpoints, files, runs
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.parsing import UNPRINTABLE
+from codyra_llm.runtime import signals
 
-app = typer.Typer(help="Continual fine-tuning of LLaMA and Gemma on TRACE-like task streams.", no_args_is_help=True,
-                  pretty_exceptions_enable=False, rich_markup_mode="rich", add_completion=False)
+app = typer.Typer(
+    help="Continual fine-tuning of LLaMA and Gemma on TRACE-like task streams.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    add_completion=False,
+)
+
 data_app = typer.Typer(help="Check a folder of tasks, or write mini-TRACE.", no_args_is_help=True)
 benchmark_app = typer.Typer(help="Task streams of one's own (docs/own_data.md).", no_args_is_help=True)
 model_app = typer.Typer(help="Pretrained models for people without a hub account.", no_args_is_help=True)
-for command in (runs.run, runs.plan, runs.sweep, runs.report, runs.status, checkpoints.score, checkpoints.evaluate,
-                checkpoints.generate, checkpoints.export, checkpoints.bench, runs.methods):
+
+
+for command in (
+    runs.run,
+    runs.plan,
+    runs.sweep,
+    runs.report,
+    runs.status,
+    checkpoints.score,
+    checkpoints.evaluate,
+    checkpoints.generate,
+    checkpoints.export,
+    checkpoints.bench,
+    runs.methods,
+):
     app.command()(command)
+
+
 data_app.command("check")(files.data_check)
+
+
 data_app.command("make-mini")(files.make_mini)
+
+
 benchmark_app.command("new")(files.benchmark_new)
+
+
 model_app.command("get")(files.model_get)
+
+
 app.add_typer(data_app, name="data")
+
+
 app.add_typer(benchmark_app, name="benchmark")
+
+
 app.add_typer(model_app, name="model")
 
 
 def _run(args: list[str] | None) -> None:
-    """The command. A folder that can't be read or written, or memory that ran out, wherever it is met, becomes a Fault."""
+    """The command. A folder that can't be read or written, or memory that ran out, wherever it is met,
+    becomes a Fault.
+    """
     try:
         app(args=args, prog_name="codyra-llm")
     except OSError as error:
         if error.filename is None or error.errno is None:
             raise
-        raise Fault(f"{error.filename}: {error.strerror}; correct the path, or what may be done there") from None
+        raise Fault(
+            f"{error.filename}: {error.strerror}; correct the path, or what may be done there"
+        ) from None
     except (RuntimeError, MemoryError) as error:
-        if type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):  # the first is torch's, which is slow to import
+        if type(error).__name__ not in (
+            "OutOfMemoryError",
+            "MemoryError",
+        ):  # the first is torch's, which is slow to import
             raise
-        raise Fault(f"memory ran out ({' '.join(str(error).split())[:200]}); lower optim.micro_batch_tokens or "
-                    f"eval.batch_tokens, or turn on model.gradient_checkpointing; the same command goes on from what is "
-                    f"saved") from None
+        raise Fault(
+            f"memory ran out ({' '.join(str(error).split())[:200]}); lower optim.micro_batch_tokens or "
+            "eval.batch_tokens, or turn on model.gradient_checkpointing; the same command goes on from what "
+            "is saved"
+        ) from None
 
 
 def main(args: list[str] | None = None) -> None:
@@ -56,10 +98,10 @@ def main(args: list[str] | None = None) -> None:
             said = UNPRINTABLE.sub("\ufffd", message.replace("\n", " "))  # names and values may hold anything
             print(f"error{f' (rank {rank})' if rank else ''}: {said}", file=sys.stderr, flush=True)
         _end(2)
-    except stop.Stopped as stopped:
+    except signals.Stopped as stopped:
         _look_for_lost(keeper=False)
         print(f"stopped ({stopped}), all is saved; the same command goes on", file=sys.stderr, flush=True)
-        _end(stop.EXIT)
+        _end(signals.EXIT)
     except Exception:
         _look_for_lost()
         _tell(1)
@@ -67,11 +109,15 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _spoken_for() -> bool:
-    """Whether the first process, which gets 15 s for it, says it: it told the others so before, or, where they have not met
-    yet, the launcher asks all others to end."""
-    before, last, watch = stop.asked(), time.monotonic() + 15, sys.modules.get("codyra_llm.watch")
+    """Whether the first process, which gets 15 s for it, says it: it told the others so before, or, where
+    they have not met yet, the launcher asks all others to end."""
+    before, last, heartbeat = (
+        signals.asked(),
+        time.monotonic() + 15,
+        sys.modules.get("codyra_llm.runtime.heartbeat"),
+    )
     while time.monotonic() < last:
-        if (watch and watch.first_ended() == 2) or (stop.asked() and not before):
+        if (heartbeat and heartbeat.first_ended() == 2) or (signals.asked() and not before):
             return True
         time.sleep(0.1)
     return False
@@ -79,18 +125,24 @@ def _spoken_for() -> bool:
 
 def _tell(code: int) -> None:
     """The other processes of the launch learn that this one ends."""
-    if watch := sys.modules.get("codyra_llm.watch"):
-        watch.leave(code)
+    if heartbeat := sys.modules.get("codyra_llm.runtime.heartbeat"):
+        heartbeat.leave(code)
 
 
 def _look_for_lost(keeper: bool = True) -> None:
-    """End this process with its name where another is gone: it broke a connection, or made the launcher end all."""
+    """End this process with its name where another is gone: it broke a connection, or made the launcher end
+    all.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and (watch := sys.modules.get("codyra_llm.watch")) and (verdict := watch.lost(world, keeper)):
-        watch.end(verdict)
+    if (
+        world > 1
+        and (heartbeat := sys.modules.get("codyra_llm.runtime.heartbeat"))
+        and (verdict := heartbeat.lost(world, keeper))
+    ):
+        heartbeat.end(verdict)
 
 
 def _end(code: int) -> None:
-    if started := sys.modules.get("codyra_llm.distributed"):
-        started.leave(code)
+    if launch := sys.modules.get("codyra_llm.runtime.launch"):
+        launch.leave(code)
     sys.exit(code)

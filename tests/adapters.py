@@ -5,19 +5,26 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from codyra_llm import recipe as recipes
+from codyra_llm.config.recipe import parse_recipe
+from codyra_llm.config.registry import METHODS
 from codyra_llm.lora.layer import sites
-from codyra_llm.methods import METHODS
 from codyra_llm.methods.base import Task
 
 TASKS = ["ONE", "TWO", "THREE"]
 
 
 def recipe(model, stream, out, method):
-    return recipes.parse({
-        "model": {"path": str(model)}, "data": {"root": str(stream), "tasks": TASKS, "epochs": 2},
-        "method": {"rank": 4, **method}, "optim": {"lr": 1e-2, "batch_size": 8}, "output": str(out),
-        "checkpoint": False, "eval": {"max_new_tokens": 2, "max_examples": 1}})
+    return parse_recipe(
+        {
+            "model": {"path": str(model)},
+            "data": {"root": str(stream), "tasks": TASKS, "epochs": 2},
+            "method": {"rank": 4, **method},
+            "optim": {"lr": 1e-2, "batch_size": 8},
+            "output": str(out),
+            "checkpoint": False,
+            "eval": {"max_new_tokens": 2, "max_examples": 1},
+        }
+    )
 
 
 SIZES = {"q_proj": (6, 5), "v_proj": (6, 3), "down_proj": (8, 6)}  # (in, out)

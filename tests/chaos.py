@@ -1,8 +1,9 @@
 """Kill a run at random moments, damage what it left, and see that it ends as one that nobody killed.
 
-`python tests/chaos.py RECIPE [--kills 100] [--seed 0] [--processes 1] [--out FOLDER] [KEY=VALUE ...]` runs the recipe once
-straight through, then again and again with kills, until there were as many; prints how many hit which phase. It fails if
-scores, predictions or weights of one process differ by a bit, or scores of several processes by more than rounding.
+`python tests/chaos.py RECIPE [--kills 100] [--seed 0] [--processes 1] [--out FOLDER] [KEY=VALUE ...]` runs
+the recipe once straight through, then again and again with kills, until there were as many; prints how many
+hit which phase. It fails if scores, predictions or weights of one process differ by a bit, or scores of
+several processes by more than rounding.
 """
 
 import argparse
@@ -21,11 +22,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from codyra_llm import recipe as recipes
 from codyra_llm.cli import main
-from codyra_llm.files import read_jsonl
-from codyra_llm.folder import RunFolder
-from codyra_llm.recipe import Recipe
+from codyra_llm.config.recipe import Recipe, load_recipe
+from codyra_llm.core.files import read_jsonl
+from codyra_llm.store.folder import RunFolder
 
 CODES = {0, 75}  # finished, or stopped as asked
 ENDLESS = 3600  # seconds; no run takes so long
@@ -48,14 +48,18 @@ class Chaos:
         while sum(self.hits.values()) < kills:
             rounds += 1
             self.one(f"run{rounds}", kills)
-            assert self.scores(f"run{rounds}") == self.scores("straight"), f"run{rounds} ended with other scores"
+            assert self.scores(f"run{rounds}") == self.scores("straight"), (
+                f"run{rounds} ended with other scores"
+            )
         return rounds
 
     def one(self, name: str, kills: int) -> None:
         """One run to its end, killed now and then."""
         while True:
             process, left = self.start(name), kills - sum(self.hits.values())
-            last = self.length / 2 if self.processes == 1 else self.length  # launched ones import all packages first
+            last = (
+                self.length / 2 if self.processes == 1 else self.length
+            )  # launched ones import all packages first
             if self.wait(process, self.random.uniform(0, last) if left > 0 else None) is not None:
                 return
             self.kill(process, name)
@@ -67,11 +71,23 @@ class Chaos:
         file = self.out / f"{name}.json"
         file.write_text(json.dumps(raw))
         if self.processes == 1:
-            child = multiprocessing.get_context("fork").Process(target=quiet, args=(["run", str(file)], self.out / f"{name}.log"))
+            child = multiprocessing.get_context("fork").Process(
+                target=quiet, args=(["run", str(file)], self.out / f"{name}.log")
+            )
             child.start()
             return child
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes),
-                   "-m", "codyra_llm", "run", str(file)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(self.processes),
+            "-m",
+            "codyra_llm",
+            "run",
+            str(file),
+        ]
         with open(self.out / f"{name}.log", "a") as log:
             return subprocess.Popen(command, stdout=log, stderr=log)
 
@@ -92,7 +108,9 @@ class Chaos:
         return code
 
     def kill(self, process, name: str) -> None:
-        """A kill that nothing can be done against, or one time in four a request; of several processes, any one."""
+        """A kill that nothing can be done against, or one time in four a request; of several processes, any
+        one.
+        """
         asked = self.random.random() < 0.25
         self.hits[phase(self.out / name) + (", asked" if asked else "")] += 1
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -106,7 +124,9 @@ class Chaos:
             assert process.exitcode in CODES | {-signal.SIGKILL, -signal.SIGTERM}, process.exitcode
 
     def damage(self, folder: Path) -> None:
-        """What a crash can leave: a half temporary file, a line that was cut off, a checkpoint whose blocks were lost."""
+        """What a crash can leave: a half temporary file, a line that was cut off, a checkpoint whose blocks
+        were lost.
+        """
         if not folder.is_dir():
             return
         kind = self.random.choice(["nothing", "temporary", "line", "checkpoint"])
@@ -123,16 +143,21 @@ class Chaos:
         """What one process must reproduce by the bit, several to rounding."""
         folder = self.out / name
         if self.processes > 1:
-            return {(row["step"], row["task"]): round(row["score"], 6) for row in read_jsonl(folder / "scores.jsonl")}
-        return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.jsonl")
-                if file.name not in ("costs.jsonl", "log.jsonl")} | {
-            "hash of all updates": RunFolder(folder).archive().lineage[-1]}
+            return {
+                (row["step"], row["task"]): round(row["score"], 6)
+                for row in read_jsonl(folder / "scores.jsonl")
+            }
+        return {
+            str(file.relative_to(folder)): file.read_bytes()
+            for file in folder.rglob("*.jsonl")
+            if file.name not in ("costs.jsonl", "log.jsonl")
+        } | {"hash of all updates": RunFolder(folder).archive().lineage[-1]}
 
 
 def quiet(arguments: list[str], log: Path) -> None:
     """The command line in a forked process, its words in a file."""
     torch.set_num_threads(1)  # threads that its parent had are not there
-    sys.stdout = sys.stderr = open(log, "a", encoding="utf-8", buffering=1)
+    sys.stdout = sys.stderr = log.open("a", encoding="utf-8", buffering=1)
     main(arguments)
 
 
@@ -157,10 +182,12 @@ def chaos() -> None:
     given = parser.parse_args()
     out = given.out or Path(tempfile.mkdtemp(prefix="chaos"))
     out.mkdir(parents=True, exist_ok=True)
-    run = Chaos(recipes.load(given.recipe, given.overrides), out, given.seed, given.processes)
+    run = Chaos(load_recipe(given.recipe, given.overrides), out, given.seed, given.processes)
     print(f"straight through: {run.length:.0f} s")
     rounds = run.go(given.kills)
-    print(f"{sum(run.hits.values())} kills in {rounds} runs, all scores equal: {dict(run.hits.most_common())}")
+    print(
+        f"{sum(run.hits.values())} kills in {rounds} runs, all scores equal: {dict(run.hits.most_common())}"
+    )
 
 
 if __name__ == "__main__":

@@ -13,17 +13,19 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from codyra_llm import recipe as recipes
-from codyra_llm import sweep
 from codyra_llm.cli import app
-from codyra_llm.methods import METHODS
-from codyra_llm.pretrained import SOURCES
+from codyra_llm.config.recipe import load_recipe
+from codyra_llm.config.registry import METHODS
+from codyra_llm.models.pypi import SOURCES
+from codyra_llm.sweep.spec import load_sweep
 
 ROOT = Path(__file__).parents[1]
 
 
 def check(words):
-    """A command as far as it can be without being run: options parse, files exist, recipes and settings are valid."""
+    """A command as far as it can be without being run: options parse, files exist, recipes and settings are
+    valid.
+    """
     settings = {}
     while re.match(r"[A-Z_]+=", words[0]):
         key, _, settings[key] = words[0].partition("=")
@@ -47,9 +49,9 @@ def check_cli(arguments):
         return
     given = command.make_context(name, list(arguments)).params
     if "recipe" in given:
-        recipes.load(given["recipe"], given["overrides"] or [])
+        load_recipe(given["recipe"], given["overrides"] or [])
     if name == "sweep":
-        sweep.load(given["file"], given["overrides"] or [])
+        load_sweep(given["file"], given["overrides"] or [])
     if name == "get":
         assert given["name"] in SOURCES
 
@@ -57,8 +59,11 @@ def check_cli(arguments):
 def check_started(found):
     """What a launcher would start: a module, or a recipe or another file as a program."""
     module = getattr(found, "module", False)
-    script, arguments = next((vars(found)[key], vars(found)[more]) for key, more in (
-        ("training_script", "training_script_args"), ("user_script", "user_args")) if key in vars(found))
+    script, arguments = next(
+        (vars(found)[key], vars(found)[more])
+        for key, more in (("training_script", "training_script_args"), ("user_script", "user_args"))
+        if key in vars(found)
+    )
     check_python(["-m", script, *arguments] if module else [script, *arguments])
 
 
@@ -132,8 +137,22 @@ def check_sbatch(arguments):
     check_launch_script(arguments[1:])
 
 
-CHECKS = {"codyra-llm": check_cli, "bench": lambda rest: check_cli(["bench", *rest]), "accelerate": check_accelerate,
-          "torchrun": check_torchrun, "deepspeed": check_deepspeed, "launch.sh": check_launch_script, "pip": check_pip,
-          "sbatch": check_sbatch, "python": check_python, Path(sys.executable).name: check_python, "env": check}
-MODULES = {"codyra_llm": check_cli, "torch.distributed.run": check_torchrun, "deepspeed.launcher.runner": check_deepspeed,
-           "accelerate.commands.launch": lambda rest: check_accelerate(["launch", *rest])}
+CHECKS = {
+    "codyra-llm": check_cli,
+    "bench": lambda rest: check_cli(["bench", *rest]),
+    "accelerate": check_accelerate,
+    "torchrun": check_torchrun,
+    "deepspeed": check_deepspeed,
+    "launch.sh": check_launch_script,
+    "pip": check_pip,
+    "sbatch": check_sbatch,
+    "python": check_python,
+    Path(sys.executable).name: check_python,
+    "env": check,
+}
+MODULES = {
+    "codyra_llm": check_cli,
+    "torch.distributed.run": check_torchrun,
+    "deepspeed.launcher.runner": check_deepspeed,
+    "accelerate.commands.launch": lambda rest: check_accelerate(["launch", *rest]),
+}

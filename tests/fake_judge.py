@@ -12,7 +12,8 @@ from threading import Thread
 def judge(prefers, fails=lambda number: None, delay=0.0):
     """The server: `url`, and `asked`, the bodies of all requests with their "authorization".
 
-    prefers(first, second): the text of the reply. fails(number): None, or status and body in place of a reply.
+    prefers(first, second): the text of the reply. fails(number): None, or status and body in place of a
+    reply.
     """
     asked = []
 
@@ -24,10 +25,22 @@ def judge(prefers, fails=lambda number: None, delay=0.0):
             if failure := fails(len(asked)):
                 return self.answer(*failure)
             text = body["messages"][0]["content"]
-            first, second = (re.search(rf"<answer_{x}>\n(.*)\n</answer_{x}>", text, re.DOTALL)[1] for x in "AB")
+            first, second = (
+                re.search(rf"<answer_{x}>\n(.*)\n</answer_{x}>", text, re.DOTALL)[1] for x in "AB"
+            )
             message = {"role": "assistant", "content": prefers(first, second)}
-            self.answer(200, json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
-                                         "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}))
+            self.answer(
+                200,
+                json.dumps(
+                    {
+                        "id": "1",
+                        "object": "chat.completion",
+                        "created": 0,
+                        "model": body["model"],
+                        "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+                    }
+                ),
+            )
 
         def answer(self, status, body, kind="application/json"):
             try:

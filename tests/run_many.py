@@ -7,10 +7,10 @@ import os
 import sys
 import time
 
-from codyra_llm import distributed
-from codyra_llm import recipe as recipes
-from codyra_llm.folder import RunFolder
-from codyra_llm.run import run
+from codyra_llm.config.recipe import load_recipe
+from codyra_llm.experiment.run import run
+from codyra_llm.runtime import launch
+from codyra_llm.store.folder import RunFolder
 
 punctual = RunFolder.archive
 
@@ -22,5 +22,5 @@ def late(folder: RunFolder):
 
 RunFolder.archive = late
 for file in sys.argv[1:]:
-    run(recipes.load(file))
-distributed.leave()
+    run(load_recipe(file))
+launch.leave()

@@ -1,34 +1,41 @@
-"""Run a recipe, the first process asked to stop behind a step: `run_stopped.py TASK STEP run RECIPE [KEY=VALUE ...]`. With
-`kill` before TASK the last process is killed there instead, without a word, as soon as its sign of life has said where."""
+"""Run a recipe, the first process asked to stop behind a step: `run_stopped.py TASK STEP run RECIPE
+[KEY=VALUE ...]`. With `kill` before TASK the last process is killed there instead, without a word, as soon as
+its sign of life has said where."""
 
 import os
 import signal
 import sys
 import time
 
-from codyra_llm import stop, watch
 from codyra_llm.cli import main
-from codyra_llm.folder import RunFolder
+from codyra_llm.runtime import heartbeat, signals
+from codyra_llm.store.folder import RunFolder
 
-log, at = RunFolder.log, watch.at
+log, at = RunFolder.log, heartbeat.at
 dies = sys.argv[1] == "kill"
-task, step, *command = sys.argv[1 + dies:]
+task, step, *command = sys.argv[1 + dies :]
 
 
 def asking(folder: RunFolder, row: dict) -> None:
     log(folder, row)
     if not dies and (row["task"], row["step"]) == (task, int(step)):
-        stop.ask("a test")
+        signals.ask("a test")
 
 
 def dying(place: str) -> None:
     at(place)
-    if dies and place == f"task {task}, step {step}" and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
-        told = watch._watch.own.beats
-        while watch._watch.own.beats < told + 2:  # the sign on its way at this moment may be of the place before
+    if (
+        dies
+        and place == f"task {task}, step {step}"
+        and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    ):
+        told = heartbeat._watch.own.beats
+        while (
+            heartbeat._watch.own.beats < told + 2
+        ):  # the sign on its way at this moment may be of the place before
             time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-RunFolder.log, watch.at = asking, dying
+RunFolder.log, heartbeat.at = asking, dying
 main(command)

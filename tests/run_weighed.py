@@ -1,5 +1,5 @@
-"""Run a recipe and print behind each task how many bytes of tensors this process still holds: `run_weighed.py run RECIPE
-[KEY=VALUE ...]`."""
+"""Run a recipe and print behind each task how many bytes of tensors this process still holds: `run_weighed.py
+run RECIPE [KEY=VALUE ...]`."""
 
 import gc
 import sys
@@ -7,10 +7,10 @@ import warnings
 
 import torch
 
-from codyra_llm import run as runs
 from codyra_llm.cli import main
+from codyra_llm.experiment import run
 
-learn = runs.learn
+learn = run.learn
 
 
 def weighed(*arguments) -> None:
@@ -18,10 +18,12 @@ def weighed(*arguments) -> None:
     gc.collect()
     with warnings.catch_warnings():  # some objects warn when they are asked for their class
         warnings.simplefilter("ignore")
-        storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in gc.get_objects()
-                                                       if isinstance(t, torch.Tensor))}
+        storages = {
+            s.data_ptr(): s.nbytes()
+            for s in (t.untyped_storage() for t in gc.get_objects() if isinstance(t, torch.Tensor))
+        }
     print(f"behind task {arguments[-1]}: {sum(storages.values())} bytes of tensors", flush=True)
 
 
-runs.learn = weighed
+run.learn = weighed
 main(sys.argv[1:])

@@ -9,14 +9,15 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from codyra_llm.benchmarks.speed import arms, head, measured, options
+from codyra_llm.bench import arms, head, measured, options
 from codyra_llm.cli import main
-from codyra_llm.data import Encoded, collate, example_weights
-from codyra_llm.estimate import activation_bytes, matmul_speed, step_flops
+from codyra_llm.config.methods.base import PROJECTIONS
+from codyra_llm.data.batches import collate, example_weights
+from codyra_llm.data.encoding import Encoded
 from codyra_llm.lora.layer import AdapterSpec, attach, sites
 from codyra_llm.lora.shared import share_inputs
-from codyra_llm.meter import Meter, ProcessPeak, peak_bytes, saved_bytes
-from codyra_llm.models import PROJECTIONS
+from codyra_llm.runtime.memory import Meter, ProcessPeak, peak_bytes, saved_bytes
+from codyra_llm.train.estimate import activation_bytes, matmul_speed, step_flops
 
 CPU = torch.device("cpu")
 ALL = ["frozen", "peft", "peft-strong", "eager", "ours"]
@@ -31,19 +32,39 @@ def bench(capsys, *args):
 
 @pytest.fixture
 def levels(tiny_llama, toy_stream):
-    return {"linear": ["--shape", "12,8,20,3"], "block": ["--shape", "2,6,3", "--model", tiny_llama],
-            "head": ["--shape", "48,8,40,16"],
-            "step": ["--model", tiny_llama, "--data", toy_stream, "--tasks", "ONE,THREE", "--batch", "3", "--examples", "5"]}
+    return {
+        "linear": ["--shape", "12,8,20,3"],
+        "block": ["--shape", "2,6,3", "--model", tiny_llama],
+        "head": ["--shape", "48,8,40,16"],
+        "step": [
+            "--model",
+            tiny_llama,
+            "--data",
+            toy_stream,
+            "--tasks",
+            "ONE,THREE",
+            "--batch",
+            "3",
+            "--examples",
+            "5",
+        ],
+    }
 
 
-@pytest.mark.parametrize("level, expected", [("linear", ALL), ("block", ALL), ("head", list(head.ARMS)), ("step", ALL)])
+@pytest.mark.parametrize(
+    "level, expected", [("linear", ALL), ("block", ALL), ("head", list(head.ARMS)), ("step", ALL)]
+)
 def test_a_level_measures_every_arm(level, expected, levels, capsys):
     code, out, _ = bench(capsys, level, *levels[level], "--rounds", 2, "--device", "cpu", "--json")
     result = json.loads(out)
     assert code == 0 and list(result["arms"]) == expected and result["machine"]["threads"]
     for row in result["arms"].values():
         spread = row["milliseconds"]
-        assert 0 < spread["p20"] <= spread["median"] <= spread["p80"] and row["peak_bytes"] > 0 and row["error"] < 1e-4
+        assert (
+            0 < spread["p20"] <= spread["median"] <= spread["p80"]
+            and row["peak_bytes"] > 0
+            and row["error"] < 1e-4
+        )
         assert row["over_floor"] is None or row["over_floor"] > 0
     assert result["arms"][result["arms"][expected[-1]]["over"]]["speedup"]["median"] == 1
     if level == "step":  # 2 tasks of 5 examples in batches of 3: four steps a round, twice
@@ -52,15 +73,31 @@ def test_a_level_measures_every_arm(level, expected, levels, capsys):
 
 
 def test_the_table_and_other_families_and_dtypes(tiny_gemma3, capsys):
-    code, out, _ = bench(capsys, "block", "--shape", "2,6,3", "--model", tiny_gemma3, "--rounds", 2, "--dtype", "bfloat16",
-                         "--device", "cpu", "--arms", "peft,ours")
+    code, out, _ = bench(
+        capsys,
+        "block",
+        "--shape",
+        "2,6,3",
+        "--model",
+        tiny_gemma3,
+        "--rounds",
+        2,
+        "--dtype",
+        "bfloat16",
+        "--device",
+        "cpu",
+        "--arms",
+        "peft,ours",
+    )
     assert code == 0 and "speed over" in out and "floor" not in out and "ours" in out and "measured on" in out
 
 
 @pytest.mark.parametrize("level", ["linear", "block", "step"])
 def test_a_wrong_arm_is_told_and_not_timed(level, levels, capsys, monkeypatch):
     def without_w(base, numbers):
-        return arms.weighted(base, {site: (a, torch.ones_like(w), b) for site, (a, w, b) in numbers.items()}, True)
+        return arms.weighted(
+            base, {site: (a, torch.ones_like(w), b) for site, (a, w, b) in numbers.items()}, True
+        )
 
     monkeypatch.setitem(arms.ARMS, "ours", without_w)
     code, out, err = bench(capsys, level, *levels[level], "--rounds", 1, "--json")
@@ -79,15 +116,25 @@ def test_an_arm_that_forgets_a_gradient_is_told(capsys, monkeypatch, levels):
 
 
 def test_a_loss_that_counts_the_prompt_is_told(capsys, monkeypatch, levels):
-    monkeypatch.setitem(head.ARMS, "labelled", lambda model, batch, labels: head.full(model, batch, batch.ids))
+    monkeypatch.setitem(
+        head.ARMS, "labelled", lambda model, batch, labels: head.full(model, batch, batch.ids)
+    )
     code, _, err = bench(capsys, "head", *levels["head"], "--rounds", 1)
     assert code != 0 and "arm labelled" in err
 
 
-@pytest.mark.parametrize("args, message", [
-    (["liner"], "Did you mean 'linear'?"), (["linear", "--shape", "3,4"], "N,in,out,r"), (["linear", "--shape", "x"], "whole"),
-    (["head", "--shape", "8,4,9,8"], "labelled"), (["linear", "--arms", "our"], "choose from"),
-    (["linear", "--dtype", "bf16"], "bfloat16"), (["linear", "--device", "tpu"], "--device: 'tpu'")])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["liner"], "Did you mean 'linear'?"),
+        (["linear", "--shape", "3,4"], "N,in,out,r"),
+        (["linear", "--shape", "x"], "whole"),
+        (["head", "--shape", "8,4,9,8"], "labelled"),
+        (["linear", "--arms", "our"], "choose from"),
+        (["linear", "--dtype", "bf16"], "bfloat16"),
+        (["linear", "--device", "tpu"], "--device: 'tpu'"),
+    ],
+)
 def test_mistakes_are_one_sentence(args, message, capsys):
     code, _, err = bench(capsys, *args)
     assert code == 2 and message in err and "Traceback" not in err
@@ -98,7 +145,10 @@ def test_the_meter_counts_storages_while_they_live():
     with Meter() as meter:
         view = before.view(10, 10).T
         before.mul_(2)
-        assert (meter.live, meter.peak) == (0, 0)  # a view of what was there before, and an operation in place
+        assert (meter.live, meter.peak) == (
+            0,
+            0,
+        )  # a view of what was there before, and an operation in place
         a = view + 1  # 400 bytes
         b = a[:5].double()  # 50 doubles: 400 bytes
         assert meter.live == 800
@@ -170,25 +220,40 @@ def batch(rows=3, prompt=50, answer=10):
     return collate(encoded, range(rows), example_weights(encoded, range(rows), "token"), 0)
 
 
-@pytest.mark.parametrize("settings", [{}, {"checkpointing": True}, {"fused": False}, {"attention": "eager"}, {"layers": 9},
-                                      {"layers": 9, "checkpointing": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"checkpointing": True},
+        {"fused": False},
+        {"attention": "eager"},
+        {"layers": 9},
+        {"layers": 9, "checkpointing": True},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("family", ["tiny_llama", "tiny_gemma2", "tiny_gemma3"])
 def test_estimated_memory_is_what_a_step_takes(family, settings, request):
-    """Gemma 3 here has windows shorter than the rows, and then transformers gives fake tensors masks in all layers."""
+    """Gemma 3 here has windows shorter than the rows, and then transformers gives fake tensors masks in all
+    layers.
+    """
     folder, one = request.getfixturevalue(family), batch()
     estimate = activation_bytes(training_model(folder, "meta", **settings), one, CPU)
     model = training_model(folder, "cpu", **settings)
     allowed = 0.15 if family == "tiny_gemma3" else 0.01
-    assert estimate == pytest.approx(peak_bytes(lambda: one.cross_entropy(model).backward(), CPU), rel=allowed)
+    assert estimate == pytest.approx(
+        peak_bytes(lambda: one.cross_entropy(model).backward(), CPU), rel=allowed
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", ["tiny_llama", "tiny_gemma3"])
 def test_counted_operations_are_those_that_run(family, checkpointing, request):
-    """Against PyTorch's own counter. Input gradients run down to the embeddings here, which the count assumes;
-    a checkpoint's second forward stops where nothing more is saved, which it does not."""
-    model = training_model(request.getfixturevalue(family), "cpu", checkpointing=checkpointing, fused=False,
-                           attention="eager")
+    """Against PyTorch's own counter. Input gradients run down to the embeddings here, which the count
+    assumes; a checkpoint's second forward stops where nothing more is saved, which it does not."""
+    model = training_model(
+        request.getfixturevalue(family), "cpu", checkpointing=checkpointing, fused=False, attention="eager"
+    )
     model.enable_input_require_grads()
     with FlopCounterMode(display=False) as counter:
         batch(3, 50, 10).cross_entropy(model).backward()

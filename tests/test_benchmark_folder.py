@@ -1,5 +1,6 @@
-"""A stream of one's own: every source gives the same examples, splits don't leak, faults come together, and a benchmark that
-isn't TRACE goes the whole way. Oracles: the rows that were written, splits computed anew, texts written out by hand."""
+"""A stream of one's own: every source gives the same examples, splits don't leak, faults come together, and a
+benchmark that isn't TRACE goes the whole way. Oracles: the rows that were written, splits computed anew,
+texts written out by hand."""
 
 import csv
 import hashlib
@@ -13,34 +14,39 @@ import pytest
 import yaml
 from datasets import ClassLabel, Dataset, Features, Value
 
-from codyra_llm import benchmark, models
-from codyra_llm import recipe as recipes
-from codyra_llm import run as runs
-from codyra_llm.benchmark import Task
-from codyra_llm.benchmarks.trace.metrics import METRICS
 from codyra_llm.cli import main
-from codyra_llm.errors import Fault
-from codyra_llm.folder import RunFolder
-from codyra_llm.setup import prepare
-from codyra_llm.sources import by_template, divided, read
+from codyra_llm.config.benchmark import Benchmark, Protocol, Task, benchmark_folder, load_benchmark
+from codyra_llm.config.recipe import load_recipe, parse_recipe
+from codyra_llm.core.errors import Fault
+from codyra_llm.data.sources import by_template, divided, read
+from codyra_llm.experiment import run as runs
+from codyra_llm.experiment.setup import prepare
+from codyra_llm.metrics.text import METRICS
+from codyra_llm.models.tokenizer import load_tokenizer, render_chat
+from codyra_llm.store.folder import RunFolder
 
-ROWS = [{"prompt": f"Say, \"{i}\",\nä 判:", "answer": "AB"[i % 2]} for i in range(20)]
-TEMPLATE = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('late') }}"
-            "{% endif %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}")
+ROWS = [{"prompt": f'Say, "{i}",\nä 判:', "answer": "AB"[i % 2]} for i in range(20)]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ "
+    "raise_exception('late') }}{% endif %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if "
+    "add_generation_prompt %}[assistant]{% endif %}"
+)
 PROTOCOL = {"max_prompt_tokens": 64, "max_answer_tokens": 8, "max_new_tokens": 2, "lr": 0.01}
 
 
 def written(path, rows=ROWS, names=("prompt", "answer")):
     """A file of the rows, under other names, in the format that its suffix says."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [dict(zip(names, row.values())) for row in rows]
+    rows = [dict(zip(names, row.values(), strict=True)) for row in rows]
     with open(path, "w", encoding="utf-8", newline="") as file:
         if path.suffix == ".csv":
             out = csv.DictWriter(file, names)
             out.writeheader()
             out.writerows(rows)
         else:
-            file.write(json.dumps(rows) if path.suffix == ".json" else "".join(json.dumps(r) + "\n\n" for r in rows))
+            file.write(
+                json.dumps(rows) if path.suffix == ".json" else "".join(json.dumps(r) + "\n\n" for r in rows)
+            )
 
 
 def task(**values):
@@ -65,8 +71,10 @@ def test_every_format_gives_the_rows_that_were_written(tmp_path, suffix):
         written(tmp_path / f"{split}.{suffix}", rows)
         written(tmp_path / "named" / f"{split}.{suffix}", rows, ("question", "label"))
     assert every(tmp_path, task(files={split: f"{split}.{suffix}" for split in parts})) == parts
-    named = {"files": {split: f"named/{split}.{suffix}" for split in parts},
-             "columns": {"prompt": "question", "answer": "label"}}
+    named = {
+        "files": {split: f"named/{split}.{suffix}" for split in parts},
+        "columns": {"prompt": "question", "answer": "label"},
+    }
     assert every(tmp_path, task(**named)) == parts
 
 
@@ -78,7 +86,10 @@ def test_one_file_of_any_format_gives_the_same_splits(tmp_path):
     assert all(other == one for other in [*others, every(tmp_path, task(dataset="set"))])
     assert [len(one[split]) for split in ("train", "eval", "test")] == [14, 2, 4]
     assert sorted(str(row) for rows in one.values() for row in rows) == sorted(map(str, ROWS))
-    keys = {row["prompt"]: hashlib.sha256(" ".join(row["prompt"].split()).casefold().encode()).hexdigest() for row in ROWS}
+    keys = {
+        row["prompt"]: hashlib.sha256(" ".join(row["prompt"].split()).casefold().encode()).hexdigest()
+        for row in ROWS
+    }
     assert {row["prompt"] for row in one["test"]} == set(sorted(keys, key=keys.get)[:4])
 
 
@@ -90,12 +101,16 @@ def test_the_layout_of_trace_is_read_where_nothing_is_declared(tmp_path):
 
 def test_splits_do_not_leak_and_do_not_depend_on_the_order():
     prompts = [f"Say {i % 30}" for i in range(50)] + [f"  say\n{i} " for i in range(30)]
-    of = dict(zip(prompts, divided(prompts, ["test", "eval"])))
+    of = dict(zip(prompts, divided(prompts, ["test", "eval"]), strict=True))
     for i in range(30):
         assert of[f"Say {i}"] == of[f"  say\n{i} "]
-    assert [sum(of[f"Say {i}"] == split for i in range(30)) for split in ("test", "eval", "train")] == [6, 3, 21]
+    assert [sum(of[f"Say {i}"] == split for i in range(30)) for split in ("test", "eval", "train")] == [
+        6,
+        3,
+        21,
+    ]
     mixed = random.Random(0).sample(prompts, len(prompts))
-    assert dict(zip(mixed, divided(mixed, ["test", "eval"]))) == of
+    assert dict(zip(mixed, divided(mixed, ["test", "eval"]), strict=True)) == of
     assert set(divided(prompts, [])) == {"train"} and divided(prompts, ["eval"]).count("test") == 0
 
 
@@ -109,22 +124,33 @@ def test_a_split_that_is_given_is_left_alone(tmp_path):
 
 def test_numbers_of_classes_become_names_and_whole_numbers_text(tmp_path):
     (tmp_path / "set").mkdir()
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"]), "year": Value("int64")})
+    features = Features(
+        {"text": Value("string"), "label": ClassLabel(names=["no", "yes"]), "year": Value("int64")}
+    )
     rows = Dataset.from_dict({"text": list("abc"), "label": [1, 0, 1], "year": [3, 4, 5]}, features=features)
     for split in ("train", "validation", "test"):
         rows.to_parquet(tmp_path / "set" / f"{split}.parquet")
     found = every(tmp_path, task(dataset="set", columns={"prompt": "text", "answer": "label"}))
-    assert found["eval"] == [{"prompt": p, "answer": a} for p, a in zip("abc", ("yes", "no", "yes"))]
-    years = task(dataset={"path": "set", "splits": {"train": "validation", "test": "train"}},
-                 columns={"prompt": "text", "answer": "year"})
+    assert found["eval"] == [
+        {"prompt": p, "answer": a} for p, a in zip("abc", ("yes", "no", "yes"), strict=True)
+    ]
+    years = task(
+        dataset={"path": "set", "splits": {"train": "validation", "test": "train"}},
+        columns={"prompt": "text", "answer": "year"},
+    )
     assert [row["answer"] for row in every(tmp_path, years)["test"]] == ["3", "4", "5"]
-    (message,) = faults(read, tmp_path, "T", task(dataset={"path": "set", "splits": {"test": "tset"}}), "test")
+    (message,) = faults(
+        read, tmp_path, "T", task(dataset={"path": "set", "splits": {"test": "tset"}}), "test"
+    )
     assert "'tset' is not a split of set. Did you mean 'test'?" in message
 
 
 def test_a_data_set_that_can_not_be_had_is_one_sentence(tmp_path):
     (message,) = faults(read, tmp_path, "T", task(dataset="nobody/nothing-at-all"), "train")
-    assert message.startswith("tasks.T.dataset: 'nobody/nothing-at-all' can't be read (") and "HF_HUB_OFFLINE" in message
+    assert (
+        message.startswith("tasks.T.dataset: 'nobody/nothing-at-all' can't be read (")
+        and "HF_HUB_OFFLINE" in message
+    )
 
 
 def test_a_data_set_of_a_script_is_one_sentence(tmp_path):
@@ -135,8 +161,16 @@ def test_a_data_set_of_a_script_is_one_sentence(tmp_path):
 
 
 def chats(path, count=10):
-    rows = [{"chat": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": f"Say {i}"},
-                      {"role": "assistant", "content": "AB"[i % 2]}]} for i in range(count)]
+    rows = [
+        {
+            "chat": [
+                {"role": "system", "content": "Be kind."},
+                {"role": "user", "content": f"Say {i}"},
+                {"role": "assistant", "content": "AB"[i % 2]},
+            ]
+        }
+        for i in range(count)
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
@@ -144,16 +178,28 @@ def chats(path, count=10):
 
 def test_chats_are_written_by_the_template_and_split_without_it(tmp_path, tiny_llama):
     chats(tmp_path / "c.jsonl")
-    found, tokenizer = task(files="c.jsonl", messages="chat"), models.load_tokenizer(tiny_llama)
+    found, tokenizer = task(files="c.jsonl", messages="chat"), load_tokenizer(tiny_llama)
     tokenizer.chat_template = TEMPLATE
     told = read(tmp_path, "T", found, "test", by_template(tokenizer))
-    assert len(told) == 2 and {row["prompt"] for row in told} < {f"<bos>[system]Be kind.[user]Say {i}[assistant]"
-                                                               for i in range(10)}
+    assert len(told) == 2 and {row["prompt"] for row in told} < {
+        f"<bos>[system]Be kind.[user]Say {i}[assistant]" for i in range(10)
+    }
     assert all(row["answer"] == "AB"[int(row["prompt"].split("Say ")[1][0]) % 2] for row in told)
     plain = read(tmp_path, "T", found, "test")
-    assert [row["prompt"].split("Say ")[1][0] for row in plain] == [row["prompt"].split("Say ")[1][0] for row in told]
-    rows = [{"chat": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"},
-                      {"role": "assistant", "content": "c"}]}, {"chat": [{"role": "user", "content": "a"}]}, {"chat": "a"}]
+    assert [row["prompt"].split("Say ")[1][0] for row in plain] == [
+        row["prompt"].split("Say ")[1][0] for row in told
+    ]
+    rows = [
+        {
+            "chat": [
+                {"role": "user", "content": "a"},
+                {"role": "system", "content": "b"},
+                {"role": "assistant", "content": "c"},
+            ]
+        },
+        {"chat": [{"role": "user", "content": "a"}]},
+        {"chat": "a"},
+    ]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     messages = faults(read, tmp_path, "T", found, "train", by_template(tokenizer))
     assert len(messages) == 3 and "record 0: the model's chat template refuses 'chat' (late)" in messages[0]
@@ -161,8 +207,15 @@ def test_chats_are_written_by_the_template_and_split_without_it(tmp_path, tiny_l
 
 
 def test_what_is_beside_role_and_content_is_no_part_of_a_prompt(tmp_path):
-    rows = [{"chat": [{"id": i, "role": "user", "content": f"Say {i % 10}" + " \n" * (i % 3)},
-                      {"role": "assistant", "content": "a"}]} for i in range(40)]
+    rows = [
+        {
+            "chat": [
+                {"id": i, "role": "user", "content": f"Say {i % 10}" + " \n" * (i % 3)},
+                {"role": "assistant", "content": "a"},
+            ]
+        }
+        for i in range(40)
+    ]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = every(tmp_path, task(files="c.jsonl", messages="chat"))
     prompts = {split: {row["prompt"].strip() for row in rows} for split, rows in found.items()}
@@ -170,50 +223,95 @@ def test_what_is_beside_role_and_content_is_no_part_of_a_prompt(tmp_path):
     assert len(set.union(*prompts.values())) == 10
 
 
-@pytest.mark.parametrize("start", ["", "\n", " ", "\n  {% if 1 %}\n{% endif %}", "  {% if 1 %}\n{% endif %}",
-                                   "{{- 1 }} \n", "{%- if 1 %} {% endif %}"])
+@pytest.mark.parametrize(
+    "start",
+    [
+        "",
+        "\n",
+        " ",
+        "\n  {% if 1 %}\n{% endif %}",
+        "  {% if 1 %}\n{% endif %}",
+        "{{- 1 }} \n",
+        "{%- if 1 %} {% endif %}",
+    ],
+)
 def test_a_template_without_a_date_writes_what_it_writes_alone(tiny_llama, start):
-    tokenizer, said = models.load_tokenizer(tiny_llama), [{"role": "user", "content": "a"}]
+    tokenizer, said = load_tokenizer(tiny_llama), [{"role": "user", "content": "a"}]
     tokenizer.chat_template = start + TEMPLATE
     plain = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-    assert models.chat(tokenizer, said) == plain and plain.endswith("<bos>[user]a[assistant]")
+    assert render_chat(tokenizer, said) == plain and plain.endswith("<bos>[user]a[assistant]")
 
 
-@pytest.mark.parametrize("template, told", [
-    ("{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}Today: {{ date_string }}.",
-     "Today: 26 Jul 2024."),
-    ("Today: {{ strftime_now('%Y') }}.", None), ("{% set date_string = strftime_now('%Y') %}{{ date_string }}", None)])
+@pytest.mark.parametrize(
+    "template, told",
+    [
+        (
+            "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif "
+            "%}Today: {{ date_string }}.",
+            "Today: 26 Jul 2024.",
+        ),
+        ("Today: {{ strftime_now('%Y') }}.", None),
+        ("{% set date_string = strftime_now('%Y') %}{{ date_string }}", None),
+    ],
+)
 def test_prompts_do_not_change_from_day_to_day(tmp_path, tiny_llama, template, told):
-    """The first is Llama 3.2's way; what writes today's date all the same is refused, for chats and `data.chat_template`."""
+    """The first is Llama 3.2's way; what writes today's date all the same is refused, for chats and
+    `data.chat_template`.
+    """
     shutil.copytree(tiny_llama, tmp_path / "m")
-    (tmp_path / "m" / "chat_template.jinja").write_text(template + "{% for m in messages %}{{ m.content }}{% endfor %}")
+    (tmp_path / "m" / "chat_template.jinja").write_text(
+        template + "{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
     chats(tmp_path / "b" / "one.jsonl")
-    name = folder(tmp_path / "b", tasks={"ONE": {"metrics": ["rouge_l"], "files": "one.jsonl", "messages": "chat"},
-                                         "TWO": {"metrics": ["rouge_l"], "files": "one.csv"}})
+    name = folder(
+        tmp_path / "b",
+        tasks={
+            "ONE": {"metrics": ["rouge_l"], "files": "one.jsonl", "messages": "chat"},
+            "TWO": {"metrics": ["rouge_l"], "files": "one.csv"},
+        },
+    )
     for number, settings in enumerate([{"tasks": ["ONE"]}, {"tasks": ["TWO"], "chat_template": True}]):
-        asked = recipes.parse({"model": {"path": str(tmp_path / "m")}, "data": {"benchmark": name, **settings},
-                               "method": "none", "output": str(tmp_path / "o")})
+        asked = parse_recipe(
+            {
+                "model": {"path": str(tmp_path / "m")},
+                "data": {"benchmark": name, **settings},
+                "method": "none",
+                "output": str(tmp_path / "o"),
+            }
+        )
         if told is None:
-            assert all("it writes today's date" in message or "more faults" in message for message in faults(prepare, asked))
+            assert all(
+                "it writes today's date" in message or "more faults" in message
+                for message in faults(prepare, asked)
+            )
         else:
             setup = prepare(asked)
             ids = setup.encoder.prompt(setup.stream.records(0, "test")[0]["prompt"])[0]
-            assert setup.tokenizer.decode(ids, skip_special_tokens=True).startswith(told + ["Be kind.", "Say"][number])
+            assert setup.tokenizer.decode(ids, skip_special_tokens=True).startswith(
+                told + ["Be kind.", "Say"][number]
+            )
 
 
-@pytest.mark.parametrize("name, content, expected", [
-    ("a.csv", "prompt,answer\na,b,c\n", "record 0 has 3 values, the first line names 2"),
-    ("a.csv", "prompt,prompt\na,b\n", "the column 'prompt' is there twice"),
-    ("a.csv", 'prompt,answer\n"a,b\n', "is no CSV"),
-    ("a.csv", "", "is empty, expected records of the train data of task 'T'"),
-    ("a.csv", "prompt,answer\n", "holds no record"),
-    ("a.csv", "promt,answer\na,b\n", "record 0 has no 'prompt', expected a string; add it. Did you mean 'promt'?"),
-    ("a.jsonl", '{"prompt": "a", "answer": "b"}\n{"prompt"\n', "a.jsonl, line 2: invalid JSON"),
-    ("a.jsonl", '{"prompt": "a", "answer": 1.10}\n', "record 0: 'answer' is a float"),
-    ("a.jsonl", '{"prompt": "a", "answer": "b"}\n' * 9, "too few different prompts"),
-    ("a.txt", "a", "must end in .json, .jsonl, .csv"),
-    ("b.csv", "", "a.csv can't be read (No such file or directory)"),
-])
+@pytest.mark.parametrize(
+    "name, content, expected",
+    [
+        ("a.csv", "prompt,answer\na,b,c\n", "record 0 has 3 values, the first line names 2"),
+        ("a.csv", "prompt,prompt\na,b\n", "the column 'prompt' is there twice"),
+        ("a.csv", 'prompt,answer\n"a,b\n', "is no CSV"),
+        ("a.csv", "", "is empty, expected records of the train data of task 'T'"),
+        ("a.csv", "prompt,answer\n", "holds no record"),
+        (
+            "a.csv",
+            "promt,answer\na,b\n",
+            "record 0 has no 'prompt', expected a string; add it. Did you mean 'promt'?",
+        ),
+        ("a.jsonl", '{"prompt": "a", "answer": "b"}\n{"prompt"\n', "a.jsonl, line 2: invalid JSON"),
+        ("a.jsonl", '{"prompt": "a", "answer": 1.10}\n', "record 0: 'answer' is a float"),
+        ("a.jsonl", '{"prompt": "a", "answer": "b"}\n' * 9, "too few different prompts"),
+        ("a.txt", "a", "must end in .json, .jsonl, .csv"),
+        ("b.csv", "", "a.csv can't be read (No such file or directory)"),
+    ],
+)
 def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path, name, content, expected):
     (tmp_path / name).write_text(content)
     (message,) = faults(read, tmp_path, "T", task(files=name if name != "b.csv" else "a.csv"), "train")
@@ -222,8 +320,10 @@ def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path, name, content, expe
 
 def folder(path, **values):
     """A benchmark folder with one task in one file."""
-    raw = {"tasks": {"ONE": {"metrics": ["exact_match", "rouge_l"], "files": "one.csv", "epochs": 2}},
-           "protocols": {"short": PROTOCOL, "long": {**PROTOCOL, "max_prompt_tokens": 99}}} | values
+    raw = {
+        "tasks": {"ONE": {"metrics": ["exact_match", "rouge_l"], "files": "one.csv", "epochs": 2}},
+        "protocols": {"short": PROTOCOL, "long": {**PROTOCOL, "max_prompt_tokens": 99}},
+    } | values
     written(path / "one.csv")
     (path / "benchmark.yaml").write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
     return str(path)
@@ -231,77 +331,115 @@ def folder(path, **values):
 
 def test_the_page_names_every_metric_and_key():
     page = (Path(__file__).parents[1] / "docs" / "own_data.md").read_text("utf-8")
-    names = re.findall(r"`(\w+)`", page[page.index("- `metrics`"): page.index("All are reported")])
+    names = re.findall(r"`(\w+)`", page[page.index("- `metrics`") : page.index("All are reported")])
     assert set(names) == {"metrics", *METRICS}
-    assert all(f"`{key}" in page for schema in (Task, benchmark.Benchmark, benchmark.Protocol) for key in schema.model_fields
-               if key != "tasks")
+    assert all(
+        f"`{key}" in page
+        for schema in (Task, Benchmark, Protocol)
+        for key in schema.model_fields
+        if key != "tasks"
+    )
 
 
 def test_all_faults_of_a_benchmark_come_at_once(tmp_path):
-    name = folder(tmp_path, tasks={
-        "ONE": {"metrics": ["exact_mach"], "epoch": 2}, "TWO": {"metrics": ["sari"], "files": {"trian": "a.csv"}},
-        "THREE": {"metrics": ["rouge_l"], "headline": "rouge", "messages": "chat"}, "FOUR": {"epochs": True}},
-        protocols={"short": {**PROTOCOL, "schedule": "cosin"}})
-    text = "\n".join(faults(benchmark.load, name))
-    for expected in ("tasks.ONE.metrics: 'exact_mach' is not a metric. Did you mean 'exact_match'?",
-                     "unknown key 'tasks.ONE.epoch' (value 2). Did you mean 'epochs'?",
-                     "unknown key 'tasks.TWO.files.trian' (value 'a.csv'). Did you mean 'train'?",
-                     "tasks.THREE: headline: 'rouge' is none of the task's metrics (rouge_l). Did you mean 'rouge_l'?",
-                     "tasks.THREE: 'columns' and 'messages' go with 'files' or 'dataset'",
-                     "'tasks.FOUR.metrics' is missing", "tasks.FOUR.epochs: true is not a number",
-                     "protocols.short.schedule: 'cosin' is not valid"):
+    name = folder(
+        tmp_path,
+        tasks={
+            "ONE": {"metrics": ["exact_mach"], "epoch": 2},
+            "TWO": {"metrics": ["sari"], "files": {"trian": "a.csv"}},
+            "THREE": {"metrics": ["rouge_l"], "headline": "rouge", "messages": "chat"},
+            "FOUR": {"epochs": True},
+        },
+        protocols={"short": {**PROTOCOL, "schedule": "cosin"}},
+    )
+    text = "\n".join(faults(load_benchmark, name))
+    for expected in (
+        "tasks.ONE.metrics: 'exact_mach' is not a metric. Did you mean 'exact_match'?",
+        "unknown key 'tasks.ONE.epoch' (value 2). Did you mean 'epochs'?",
+        "unknown key 'tasks.TWO.files.trian' (value 'a.csv'). Did you mean 'train'?",
+        "tasks.THREE: headline: 'rouge' is none of the task's metrics (rouge_l). Did you mean 'rouge_l'?",
+        "tasks.THREE: 'columns' and 'messages' go with 'files' or 'dataset'",
+        "'tasks.FOUR.metrics' is missing",
+        "tasks.FOUR.epochs: true is not a number",
+        "protocols.short.schedule: 'cosin' is not valid",
+    ):
         assert expected in text
     name = folder(tmp_path, orders={"1": ["ONE", "TOW"], "2": []})
-    assert ["orders.1: 'TOW' is not a task" in m or "orders.2" in m for m in faults(benchmark.load, name)] == [True, True]
+    assert [
+        "orders.1: 'TOW' is not a task" in m or "orders.2" in m for m in faults(load_benchmark, name)
+    ] == [True, True]
 
 
-@pytest.mark.parametrize("change, expected", [
-    ({"protocol": "shrt"}, "data.protocol: 'shrt' is not a protocol of {}. Did you mean 'short'? Known: short, long"),
-    ({"tasks": ["ONEE"]}, "data.tasks: 'ONEE' is not a task of {}. Did you mean 'ONE'? Known: ONE"),
-    ({"tasks": 2}, "data.tasks: there is no order 2; choose from [1]"),
-    ({"benchmark": "trase"}, "data.benchmark: 'trase' is neither 'trace' nor a folder that holds a benchmark.yaml. Did you "
-                             "mean 'trace'?"),
-    ({"benchmark": "trace"}, "data: 'root' is missing"),
-])
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (
+            {"protocol": "shrt"},
+            "data.protocol: 'shrt' is not a protocol of {}. Did you mean 'short'? Known: short, long",
+        ),
+        ({"tasks": ["ONEE"]}, "data.tasks: 'ONEE' is not a task of {}. Did you mean 'ONE'? Known: ONE"),
+        ({"tasks": 2}, "data.tasks: there is no order 2; choose from [1]"),
+        (
+            {"benchmark": "trase"},
+            "data.benchmark: 'trase' is neither 'trace' nor a folder that holds a benchmark.yaml. Did you "
+            "mean 'trace'?",
+        ),
+        ({"benchmark": "trace"}, "data: 'root' is missing"),
+    ],
+)
 def test_a_recipe_names_what_is_there(tmp_path, change, expected):
     name = folder(tmp_path)
     raw = {"model": {"path": "m"}, "data": {"benchmark": name, **change}, "method": "none", "output": "o"}
-    assert any(expected.format(name) in message for message in faults(lambda: recipes.parse(raw).resolved()))
+    assert any(expected.format(name) in message for message in faults(lambda: parse_recipe(raw).resolved()))
 
 
 def test_a_folder_with_braces_in_its_name(tmp_path):
     name = folder(tmp_path / "{a}{}")
-    raw = {"model": {"path": "m"}, "data": {"benchmark": name, "tasks": ["ONEE"]}, "method": "none", "output": "o"}
-    (message,) = faults(recipes.parse(raw).resolved)
+    raw = {
+        "model": {"path": "m"},
+        "data": {"benchmark": name, "tasks": ["ONEE"]},
+        "method": "none",
+        "output": "o",
+    }
+    (message,) = faults(parse_recipe(raw).resolved)
     assert message.startswith(f"data.tasks: 'ONEE' is not a task of {name}. Did you mean 'ONE'?")
 
 
 def test_the_benchmark_fills_what_a_recipe_leaves_open(tmp_path):
     name = folder(tmp_path)
     raw = {"model": {"path": "m"}, "data": {"benchmark": name}, "method": "none", "output": "o"}
-    found = recipes.parse(raw).resolved()
+    found = parse_recipe(raw).resolved()
     assert (found.data.protocol, found.data.root, found.tasks, found.epochs) == ("short", name, ["ONE"], [2])
     assert (found.data.max_prompt_tokens, found.optim.lr, found.optim.batch_size) == (64, 0.01, 32)
     assert found.eval.max_new_tokens == {"ONE": 2} and found.resolved() == found
-    assert recipes.parse(found.model_dump(mode="json")) == found
-    shutil.rmtree(tmp_path)  # what is resolved is read without its benchmark: reports need the run folder alone
-    assert recipes.parse(found.model_dump(mode="json")) == found
+    assert parse_recipe(found.model_dump(mode="json")) == found
+    shutil.rmtree(
+        tmp_path
+    )  # what is resolved is read without its benchmark: reports need the run folder alone
+    assert parse_recipe(found.model_dump(mode="json")) == found
 
 
 def test_prepare_refuses_a_chat_without_a_template_or_with_two(tmp_path, tiny_llama):
-    name = folder(tmp_path / "b", tasks={"ONE": {"metrics": ["rouge_l"], "files": "one.jsonl", "messages": "chat"}})
+    name = folder(
+        tmp_path / "b", tasks={"ONE": {"metrics": ["rouge_l"], "files": "one.jsonl", "messages": "chat"}}
+    )
     chats(tmp_path / "b" / "one.jsonl")
-    raw = {"model": {"path": str(tiny_llama)}, "data": {"benchmark": name}, "method": "none", "output": str(tmp_path / "o")}
-    assert "has no chat template to write the messages of ONE with" in faults(prepare, recipes.parse(raw))[0]
+    raw = {
+        "model": {"path": str(tiny_llama)},
+        "data": {"benchmark": name},
+        "method": "none",
+        "output": str(tmp_path / "o"),
+    }
+    assert "has no chat template to write the messages of ONE with" in faults(prepare, parse_recipe(raw))[0]
     shutil.copytree(tiny_llama, tmp_path / "m")
     (tmp_path / "m" / "chat_template.jinja").write_text(TEMPLATE)
     raw["model"]["path"] = str(tmp_path / "m")
-    setup = prepare(recipes.parse(raw))
+    setup = prepare(parse_recipe(raw))
     (first, *_), tokenizer = setup.stream.records(0, "test"), setup.tokenizer
     assert first["prompt"].startswith("<bos>[system]Be kind.[user]Say")
     assert setup.encoder.prompt(first["prompt"])[0].count(tokenizer.bos_token_id) == 1
     raw["data"]["chat_template"] = True
-    assert "the chats of ONE are written by the template already" in faults(prepare, recipes.parse(raw))[0]
+    assert "the chats of ONE are written by the template already" in faults(prepare, parse_recipe(raw))[0]
 
 
 def call(capsys, *args):
@@ -319,14 +457,22 @@ def made(tiny_llama, tmp_path_factory):
 
     place = tmp_path_factory.mktemp("own") / "mine"
     start(place)
-    settings = [f"model.path={tiny_llama}", f"output={place.parent / 'run'}", "data.epochs=1", "eval.zero_shot=true"]
-    return place, settings, runs.run(recipes.load(place / "recipe.yaml", settings))
+    settings = [
+        f"model.path={tiny_llama}",
+        f"output={place.parent / 'run'}",
+        "data.epochs=1",
+        "eval.zero_shot=true",
+    ]
+    return place, settings, runs.run(load_recipe(place / "recipe.yaml", settings))
 
 
 def test_a_new_benchmark_is_checked_and_planned(made, capsys, tmp_path):
     place, settings, _ = made
     code, out, _ = call(capsys, "benchmark", "new", tmp_path / "again")
-    assert code == 0 and (tmp_path / "again" / "letters.jsonl").read_bytes() == (place / "letters.jsonl").read_bytes()
+    assert (
+        code == 0
+        and (tmp_path / "again" / "letters.jsonl").read_bytes() == (place / "letters.jsonl").read_bytes()
+    )
     code, _, err = call(capsys, "benchmark", "new", place)
     assert code == 2 and "exists already" in err
     code, out, _ = call(capsys, "data", "check", place, "--json")
@@ -334,7 +480,9 @@ def test_a_new_benchmark_is_checked_and_planned(made, capsys, tmp_path):
     tasks = found["variants"]["mine"]
     assert code == 0 and not found["faults"] + found["warnings"]
     assert {name: [part["records"] for part in of["splits"].values()] for name, of in tasks.items()} == {
-        "letters": [140, 20, 40], "replies": [144, 16, 40]}
+        "letters": [140, 20, 40],
+        "replies": [144, 16, 40],
+    }
     code, out, _ = call(capsys, "plan", place / "recipe.yaml", *settings)
     assert code == 0 and "default protocol, batch 8" in out and "letters" in out and "Desk:" in out
 
@@ -345,19 +493,25 @@ def test_a_new_benchmark_of_any_name_is_its_recipes(tmp_path, monkeypatch, name)
 
     monkeypatch.chdir(tmp_path)
     start(Path(name))
-    found = recipes.load(f"{name}/recipe.yaml")
+    found = load_recipe(f"{name}/recipe.yaml")
     assert found.tasks == ["letters", "replies"] and found.output == f"runs/{name}"
-    assert benchmark.place(found.data.benchmark).resolve() == tmp_path / name
+    assert benchmark_folder(found.data.benchmark).resolve() == tmp_path / name
 
 
 def test_a_new_benchmark_is_run_and_reported(made, capsys, tmp_path):
     place, _, run = made
     assert run.summary["tasks"] == ["letters", "replies"] and run.summary["protocol"] == "default"
     assert run.summary["metrics"] == ["exact_match@1", "exact_match@1"] and len(run.summary["matrix"]) == 2
-    assert [list(row["metrics"]) for row in run.scores if row["task"] == "replies"][0] == ["rouge_l", "exact_match"]
-    page, markdown = (run.path / "report.html").read_text("utf-8"), (run.path / "report.md").read_text("utf-8")
+    assert [list(row["metrics"]) for row in run.scores if row["task"] == "replies"][0] == [
+        "rouge_l",
+        "exact_match",
+    ]
+    page, markdown = (
+        (run.path / "report.html").read_text("utf-8"),
+        (run.path / "report.md").read_text("utf-8"),
+    )
     assert "letters" in page and "replies" in markdown
-    assert not [name for name in benchmark.load("trace").tasks if name in page + markdown]
+    assert not [name for name in load_benchmark("trace").tasks if name in page + markdown]
     copy = shutil.copytree(run.path, tmp_path / "copy")
     assert call(capsys, "report", copy)[0] == 0 and (copy / "report.html").read_text("utf-8") == page
     assert call(capsys, "report", run.path, run.path, "--out", tmp_path / "r.md")[0] == 0
@@ -366,9 +520,13 @@ def test_a_new_benchmark_is_run_and_reported(made, capsys, tmp_path):
 def test_a_run_goes_on_with_the_data_it_began_with_and_no_other(made, tmp_path):
     place, settings, run = made
     rows = [json.loads(line) for line in (place / "letters.jsonl").read_text().splitlines()]
-    assert set(run.manifest["data"]) == {f"{task}/{split}" for task in run.recipe.tasks for split in ("train", "eval", "test")}
+    assert set(run.manifest["data"]) == {
+        f"{task}/{split}" for task in run.recipe.tasks for split in ("train", "eval", "test")
+    }
     other, out = shutil.copytree(place, tmp_path / "other"), shutil.copytree(run.path, tmp_path / "out")
-    again = recipes.load(other / "recipe.yaml", [*settings, f"output={out}", f"data.benchmark={place}", f"data.root={place}"])
+    again = load_recipe(
+        other / "recipe.yaml", [*settings, f"output={out}", f"data.benchmark={place}", f"data.root={place}"]
+    )
     assert runs.run(again).summary == run.summary
     (place / "letters.jsonl").write_text("".join(json.dumps(row | {"note": 1}) + "\n" for row in rows))
     assert runs.run(again).summary == run.summary  # a field that is not read
@@ -385,12 +543,17 @@ def test_a_run_goes_on_with_the_metrics_it_began_with(made, tmp_path):
     """Rows scored by two metrics would meet in one matrix."""
     place, settings, run = made
     other, out = shutil.copytree(place, tmp_path / "other"), shutil.copytree(run.path, tmp_path / "out")
-    again = recipes.load(other / "recipe.yaml", [*settings, f"output={out}", f"data.benchmark={place}"])
+    again = load_recipe(other / "recipe.yaml", [*settings, f"output={out}", f"data.benchmark={place}"])
     text = (other / "benchmark.yaml").read_text()
     try:
-        (place / "benchmark.yaml").write_text(text.replace("metrics: [exact_match] ", "metrics: [rouge_l, exact_match] "))
+        (place / "benchmark.yaml").write_text(
+            text.replace("metrics: [exact_match] ", "metrics: [rouge_l, exact_match] ")
+        )
         (message,) = faults(runs.run, again)
-        assert "letters was ['exact_match', 'exact_match'], and is ['rouge_l', 'rouge_l', 'exact_match'] now" in message
+        assert (
+            "letters was ['exact_match', 'exact_match'], and is ['rouge_l', 'rouge_l', 'exact_match'] now"
+            in message
+        )
     finally:
         shutil.copy(other / "benchmark.yaml", place)
 
@@ -403,12 +566,18 @@ def test_evaluate_and_score_on_the_new_benchmark(made, capsys, tmp_path, tiny_ll
     assert call(capsys, "evaluate", tiny_llama, "--benchmark", place, "--out", tmp_path / "b")[0] == 0
     base = {row["task"]: row["metrics"] for row in run.scores if row["step"] == 0}
     assert {row["task"]: row["metrics"] for row in RunFolder(tmp_path / "b").scores} == base
-    code, _, err = call(capsys, "evaluate", f"{run.path}@letters", "--benchmark", "trace", "--out", tmp_path / "c")
+    code, _, err = call(
+        capsys, "evaluate", f"{run.path}@letters", "--benchmark", "trace", "--out", tmp_path / "c"
+    )
     assert code == 2 and "is a stage of a run on" in err
     rows = [{"prompt": "p", "prediction": "The dog is old.", "answer": "The dog is new."}]
     (tmp_path / "p.json").write_text(json.dumps(rows))
     code, out, _ = call(capsys, "score", "replies", tmp_path / "p.json", "--benchmark", place)
-    assert code == 0 and json.loads(out)["exact_match"]["mean"] == 0 and json.loads(out)["rouge_l"]["mean"] == pytest.approx(75)
+    assert (
+        code == 0
+        and json.loads(out)["exact_match"]["mean"] == 0
+        and json.loads(out)["rouge_l"]["mean"] == pytest.approx(75)
+    )
     code, _, err = call(capsys, "score", "replise", tmp_path / "p.json", "--benchmark", place)
     assert code == 2 and "Did you mean 'replies'?" in err
 
@@ -425,25 +594,34 @@ def test_an_export_is_scored_on_its_benchmark_at_another_place(made, capsys, tmp
     code, told, _ = call(capsys, "evaluate", checkpoint, "--benchmark", moved, "--out", tmp_path / "out")
     assert code == 0 and "another benchmark" not in told
     out = RunFolder(tmp_path / "out")
-    assert [(row["after"], len(out.predictions(row["step"], row["after"], row["task"]))) for row in out.scores] == [
-        ("replies", 3)] * 2
+    assert [
+        (row["after"], len(out.predictions(row["step"], row["after"], row["task"]))) for row in out.scores
+    ] == [("replies", 3)] * 2
     assert out.manifest["recipe"]["data"]["root"] == str(moved)
 
 
-def test_a_run_goes_on_and_is_scored_with_base_data_and_benchmark_at_other_places(made, capsys, tmp_path, tiny_llama):
+def test_a_run_goes_on_and_is_scored_with_base_data_and_benchmark_at_other_places(
+    made, capsys, tmp_path, tiny_llama
+):
     place, settings, run = made
     moved, base = shutil.copytree(place, tmp_path / "moved"), shutil.copytree(tiny_llama, tmp_path / "base")
     out = shutil.copytree(run.path, tmp_path / "run")
     (out / "summary.json").unlink()
     places = [f"data.benchmark={moved}", f"data.root={moved}", f"model.path={base}"]
-    again = recipes.load(moved / "recipe.yaml", [*settings, *places, f"output={out}"])
+    again = load_recipe(moved / "recipe.yaml", [*settings, *places, f"output={out}"])
     assert runs.run(again).summary == run.summary
     assert RunFolder(out).recipe.data.root == str(moved) and RunFolder(out).recipe.model.path == str(base)
-    code, told, _ = call(capsys, "evaluate", f"{run.path}@letters", "--benchmark", moved, "--out", tmp_path / "out")
+    code, told, _ = call(
+        capsys, "evaluate", f"{run.path}@letters", "--benchmark", moved, "--out", tmp_path / "out"
+    )
     assert code == 0 and "another benchmark" not in told
-    scores = [[{k: v for k, v in row.items() if k != "seconds"} for row in folder.scores if row["step"] == 1]
-              for folder in (run, RunFolder(tmp_path / "out"))]
-    assert scores[0] == scores[1] and RunFolder(tmp_path / "out").manifest["recipe"]["data"]["root"] == str(moved)
+    scores = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in folder.scores if row["step"] == 1]
+        for folder in (run, RunFolder(tmp_path / "out"))
+    ]
+    assert scores[0] == scores[1] and RunFolder(tmp_path / "out").manifest["recipe"]["data"]["root"] == str(
+        moved
+    )
     tokenizer = json.loads((base / "tokenizer.json").read_text())
     tokenizer["truncation"] = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
     (base / "tokenizer.json").write_text(json.dumps(tokenizer))
@@ -453,9 +631,18 @@ def test_a_run_goes_on_and_is_scored_with_base_data_and_benchmark_at_other_place
 
 def test_an_export_of_another_benchmark_is_scored_on_this_one(made, capsys, tmp_path):
     place, _, run = made
-    other = folder(tmp_path / "other", tasks={"letters": {"metrics": ["first_char"], "files": "one.csv"}},
-                   protocols={"short": PROTOCOL})
-    code, told, _ = call(capsys, "evaluate", run.path / "checkpoint", "--benchmark", other, "--out", tmp_path / "out")
+    other = folder(
+        tmp_path / "other",
+        tasks={"letters": {"metrics": ["first_char"], "files": "one.csv"}},
+        protocols={"short": PROTOCOL},
+    )
+    code, told, _ = call(
+        capsys, "evaluate", run.path / "checkpoint", "--benchmark", other, "--out", tmp_path / "out"
+    )
     assert code == 0 and f"scored by the protocol of {other}, not by its run's recipe" in told
     (row,) = RunFolder(tmp_path / "out").scores
-    assert (row["task"], list(row["metrics"]), row["metrics"]["first_char"]["n"]) == ("letters", ["first_char"], 4)
+    assert (row["task"], list(row["metrics"]), row["metrics"]["first_char"]["n"]) == (
+        "letters",
+        ["first_char"],
+        4,
+    )

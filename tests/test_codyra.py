@@ -6,21 +6,30 @@ import pytest
 import torch
 from torch import nn
 
-from codyra_llm.lora.archive import Adapter
+from codyra_llm.config.registry import METHODS
 from codyra_llm.lora.layer import LoraLinear, sites
-from codyra_llm.methods import METHODS
+from codyra_llm.lora.proximal import ProximalAdamW, lr_factor
+from codyra_llm.lora.update import Adapter
 from codyra_llm.methods.base import Task
-from codyra_llm.methods.codyra import aligned
-from codyra_llm.optim import ProximalAdamW, lr_factor
+from codyra_llm.methods.sequential.codyra import aligned
 
 SIGMA = torch.tensor([1.0, 0.8, 0.6])
 
 
 def planted(seed, steps=150, size=48, noise=0.1, **config):
-    """Train one layer, rank 16, on a target that is the frozen one plus a matrix of rank 3; (ranks kept, relative error)."""
+    """Train one layer, rank 16, on a target that is the frozen one plus a matrix of rank 3; (ranks kept,
+    relative error).
+    """
     draw = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(*shape, generator=draw)  # noqa: E731
-    weight, u, v = normal(size, size) / 7, torch.linalg.qr(normal(size, 3))[0], torch.linalg.qr(normal(size, 3))[0]
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=draw)
+
+    weight, u, v = (
+        normal(size, size) / 7,
+        torch.linalg.qr(normal(size, 3))[0],
+        torch.linalg.qr(normal(size, 3))[0],
+    )
     delta = u * SIGMA @ v.T
     codyra = METHODS["codyra"]
     method = codyra(codyra.Config(targets=["q_proj"], rank=16, **config), seed)
@@ -33,13 +42,16 @@ def planted(seed, steps=150, size=48, noise=0.1, **config):
     optimizer = ProximalAdamW(method.param_groups(model, 1e-2), betas=(0.9, 0.95), weight_decay=0.0)
     rates = [group["lr"] for group in optimizer.param_groups]
     for step in range(steps):
-        for group, rate in zip(optimizer.param_groups, rates):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * lr_factor("cosine", step, steps)
         method.before_step(optimizer.param_groups, step, steps, "cosine")
         if function := method.rewrite(step, steps):
             with torch.no_grad():
-                for p, value in zip((layer.lora_A, layer.lora_B, layer.lora_w),
-                                    function(Adapter(layer.lora_A.detach(), layer.lora_B.detach(), layer.lora_w.detach()))):
+                for p, value in zip(
+                    (layer.lora_A, layer.lora_B, layer.lora_w),
+                    function(Adapter(layer.lora_A.detach(), layer.lora_B.detach(), layer.lora_w.detach())),
+                    strict=True,
+                ):
                     p.copy_(value)
             optimizer.state.clear()
         x = normal(32, size)
@@ -65,25 +77,34 @@ def test_selection_beats_the_same_number_of_ranks_by_lot():
     chosen = [planted(seed) for seed in range(3)]
     lot = [planted(seed, align=False, selection="random", keep=3 / 16) for seed in range(3)]
     assert [kept for kept, _ in lot] == [kept for kept, _ in chosen] == [3] * 3
-    assert all(by_lot > 1.5 * selected for (_, selected), (_, by_lot) in zip(chosen, lot))
+    assert all(by_lot > 1.5 * selected for (_, selected), (_, by_lot) in zip(chosen, lot, strict=True))
 
 
 def test_without_alignment_the_planted_rank_is_not_found():
-    """What `align` is for: at any budget that prunes at all, the parts lose alike and the update with them."""
+    """What `align` is for: at any budget that prunes at all, the parts lose alike and the update with
+    them.
+    """
     for budget in (0.3, 0.6, 1.0):
         kept, error = planted(0, align=False, threshold={"budget": budget})
         assert kept > 3 or error > 0.3
 
 
 def test_published_rule_prunes_nothing_in_a_short_task():
-    kept, _ = planted(0, steps=90, align=False, importance_init="normal",
-                      threshold={"schedule": "published", "operator": "released"})
+    kept, _ = planted(
+        0,
+        steps=90,
+        align=False,
+        importance_init="normal",
+        threshold={"schedule": "published", "operator": "released"},
+    )
     assert kept == 16
 
 
 def test_alignment_keeps_the_update_and_orders_its_parts():
     draw = torch.Generator().manual_seed(0)
-    adapter = Adapter(torch.randn(5, 9, generator=draw), torch.randn(7, 5, generator=draw), torch.randn(5, generator=draw))
+    adapter = Adapter(
+        torch.randn(5, 9, generator=draw), torch.randn(7, 5, generator=draw), torch.randn(5, generator=draw)
+    )
     found = aligned(adapter)
     torch.testing.assert_close(found.delta(1.0), adapter.delta(1.0), rtol=1e-4, atol=1e-5)
     singular = torch.linalg.svdvals(adapter.delta(1.0))[:5]

@@ -1,4 +1,6 @@
-"""README.md and docs/*.md: commands run or parse, recipes are valid, links lead somewhere, generated parts are current."""
+"""README.md and docs/*.md: commands run or parse, recipes are valid, links lead somewhere, generated parts
+are current.
+"""
 
 import json
 import os
@@ -10,45 +12,94 @@ import sys
 from pathlib import Path
 
 import pytest
+import reference
 from commands import ROOT, added_methods, check
 
-from codyra_llm import benchmark, reference, stop, sweep
-from codyra_llm import recipe as recipes
 from codyra_llm.cli import main
-from codyra_llm.errors import Fault
-from codyra_llm.folder import RunFolder
-from codyra_llm.methods import METHODS
-from codyra_llm.untrusted import parse_yaml
+from codyra_llm.config.benchmark import load_benchmark
+from codyra_llm.config.recipe import Recipe, parse_recipe
+from codyra_llm.config.registry import METHODS
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.parsing import parse_yaml
+from codyra_llm.runtime import signals
+from codyra_llm.store.folder import RunFolder
+from codyra_llm.sweep.spec import load_sweep
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="not a checkout")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
-PROGRAMS = ("codyra-llm", "bench", "./launch.sh", "accelerate", "torchrun", "deepspeed", "sbatch", "python", "pip")
+PROGRAMS = (
+    "codyra-llm",
+    "bench",
+    "./launch.sh",
+    "accelerate",
+    "torchrun",
+    "deepspeed",
+    "sbatch",
+    "python",
+    "pip",
+)
 INLINE = re.compile(r"`((?:[A-Z_]+=\S+ )*(?:" + "|".join(map(re.escape, PROGRAMS)) + r") [^`]+)`")
-PLACEHOLDERS = {"…": "recipes/quickstart.yaml", "RECIPE": "recipes/quickstart.yaml", "linear|block|step": "linear"}
+PLACEHOLDERS = {
+    "…": "recipes/quickstart.yaml",
+    "RECIPE": "recipes/quickstart.yaml",
+    "linear|block|step": "linear",
+}
 
-# How a command of an `sh` block is really run: what is put behind the recipe, behind the command, or in place of words.
-FEW = ["model.path=models/smollm2-135m", "data.epochs=1", "data.max_prompt_tokens=48", "data.max_answer_tokens=8",
-       "optim.batch_size=4", "eval.max_examples=2", "eval.max_new_tokens=3", "general.data=null"]
+# How a command of an `sh` block is really run: what is put behind the recipe, behind the command, or in place
+# of words.
+FEW = [
+    "model.path=models/smollm2-135m",
+    "data.epochs=1",
+    "data.max_prompt_tokens=48",
+    "data.max_answer_tokens=8",
+    "optim.batch_size=4",
+    "eval.max_examples=2",
+    "eval.max_new_tokens=3",
+    "general.data=null",
+]
 TINY = ["data.root=data/LLM-CL-Benchmark_500", "data.tasks=[FOMC,ScienceQA]", *FEW]
-BEHIND = {"evaluate": ["data.max_prompt_tokens=48", "eval.max_examples=2", "eval.max_new_tokens=3"],
-          "sweep": ["--report"], "bench": ["--rounds", "1", "--device", "cpu"]}
-SHAPES = {"linear": ["--shape", "12,8,20,3"], "block": ["--shape", "2,6,3", "--model", "models/smollm2-135m"],
-          "head": ["--shape", "48,8,40,16"], "step": ["--batch", "2", "--examples", "2"]}
-INSTEAD = {"google/gemma-2b-it": "models/smollm2-135m", "some/adapter": "peft", "some/model": "models/smollm2-135m",
-           "data/general": "mini",
-           "CHECKPOINT": "models/smollm2-135m", "TASK": "letters"}
-ONLY_PARSED = {"model get": "fetches a package", "--general hub": "the hub's data", "--push": "writes to the hub"}
+BEHIND = {
+    "evaluate": ["data.max_prompt_tokens=48", "eval.max_examples=2", "eval.max_new_tokens=3"],
+    "sweep": ["--report"],
+    "bench": ["--rounds", "1", "--device", "cpu"],
+}
+SHAPES = {
+    "linear": ["--shape", "12,8,20,3"],
+    "block": ["--shape", "2,6,3", "--model", "models/smollm2-135m"],
+    "head": ["--shape", "48,8,40,16"],
+    "step": ["--batch", "2", "--examples", "2"],
+}
+INSTEAD = {
+    "google/gemma-2b-it": "models/smollm2-135m",
+    "some/adapter": "peft",
+    "some/model": "models/smollm2-135m",
+    "data/general": "mini",
+    "CHECKPOINT": "models/smollm2-135m",
+    "TASK": "letters",
+}
+ONLY_PARSED = {
+    "model get": "fetches a package",
+    "--general hub": "the hub's data",
+    "--push": "writes to the hub",
+}
 
 
 def blocks(language):
-    return [(page.name, found[2]) for page in PAGES for found in BLOCK.finditer(page.read_text()) if found[1] == language]
+    return [
+        (page.name, found[2])
+        for page in PAGES
+        for found in BLOCK.finditer(page.read_text())
+        if found[1] == language
+    ]
 
 
 def lines(kind):
     """(page, command) of every command in `sh` blocks, or of those in the text."""
     if kind == "sh":
-        found = [(page, line) for page, text in blocks("sh") for line in text.replace("\\\n", " ").splitlines()]
+        found = [
+            (page, line) for page, text in blocks("sh") for line in text.replace("\\\n", " ").splitlines()
+        ]
         return [(page, shlex.split(line, comments=True)) for page, line in found if line.strip()]
     text = [(page.name, BLOCK.sub("", page.read_text())) for page in PAGES]
     found = [(page, shlex.split(code, comments=True)) for page, body in text for code in INLINE.findall(body)]
@@ -61,12 +112,12 @@ def named(command):
 
 @pytest.fixture(scope="module")
 def place(tiny_llama, tmp_path_factory):
-    """A folder that looks as the pages suppose: recipes, a model, data, named files of the pages, and a finished run,
-    made by README's first command."""
+    """A folder that looks as the pages suppose: recipes, a model, data, named files of the pages, and a
+    finished run, made by README's first command."""
     folder = tmp_path_factory.mktemp("place")
     for name in ("recipes", "docs", "launch.sh", "constraints.txt", "pyproject.toml", "tests"):
         (folder / name).symlink_to(ROOT / name)
-    for task in benchmark.load("trace").tasks:
+    for task in load_benchmark("trace").tasks:
         (folder / "data/LLM-CL-Benchmark_500" / task).mkdir(parents=True)
         for split, numbers in (("train", range(8)), ("eval", range(8, 10)), ("test", range(10, 13))):
             rows = [{"prompt": f"{task} {i}: A, B or C?", "answer": "ABC"[i % 3]} for i in numbers]
@@ -79,8 +130,13 @@ def place(tiny_llama, tmp_path_factory):
     (folder / "hosts").write_text("localhost slots=2\n")
     (folder / "zero2.json").write_text('{"zero_optimization": {"stage": 2}}')
     (folder / "predictions.json").write_text('[{"prompt": "p", "prediction": "A", "answer": "A"}]')
-    done = subprocess.run(["./launch.sh", "recipes/quickstart.yaml", *TINY], cwd=folder, env=environment(), text=True,
-                          capture_output=True)
+    done = subprocess.run(
+        ["./launch.sh", "recipes/quickstart.yaml", *TINY],
+        cwd=folder,
+        env=environment(),
+        text=True,
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr
     shutil.copytree(folder / "runs/quickstart", folder / "runs/x")
     with pytest.MonkeyPatch.context() as patch:
@@ -94,13 +150,23 @@ def here(place, monkeypatch):
     for key, value in environment().items():
         monkeypatch.setenv(key, value)
     monkeypatch.chdir(place)
-    monkeypatch.setattr(stop, "listen", lambda: None)  # pytest keeps its signals
+    monkeypatch.setattr(signals, "listen", lambda: None)  # pytest keeps its signals
     return place
 
 
 def environment():
-    deciding = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_CONFIG", "RANK", "WORLD_SIZE")
-    kept = {key: value for key, value in os.environ.items() if key not in deciding and not key.startswith("SLURM")}
+    deciding = (
+        "NNODES",
+        "NODE_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "ACCELERATE_CONFIG",
+        "RANK",
+        "WORLD_SIZE",
+    )
+    kept = {
+        key: value for key, value in os.environ.items() if key not in deciding and not key.startswith("SLURM")
+    }
     return {**kept, "PROCESSES": "1", "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1"}
 
 
@@ -111,8 +177,8 @@ def run(arguments):
 
 
 def small(words):
-    """The same command on a tiny model and little data; None where it is parsed and no more, as launchers are: `place`
-    has run README's first command, tests/test_launch*.py run the others' like."""
+    """The same command on a tiny model and little data; None where it is parsed and no more, as launchers
+    are: `place` has run README's first command, tests/test_launch*.py run the others' like."""
     command = " ".join(words)
     if any(reason in command for reason in ONLY_PARSED):
         return None
@@ -146,9 +212,14 @@ def test_command_in_the_text(command, here):
 
 
 def test_a_command_that_nothing_covers_fails(here):
-    for words in (["rsync", "a", "b"], ["codyra-llm", "trian", "x"], ["codyra-llm", "run", "quickstart", "method.rnk=3"],
-                  ["torchrun", "nowhere.yaml"], ["pip", "install", "codyra-llm[vlm]"],
-                  ["python", "-m", "codyra_llm", "run", "x"]):
+    for words in (
+        ["rsync", "a", "b"],
+        ["codyra-llm", "trian", "x"],
+        ["codyra-llm", "run", "quickstart", "method.rnk=3"],
+        ["torchrun", "nowhere.yaml"],
+        ["pip", "install", "codyra-llm[vlm]"],
+        ["python", "-m", "codyra_llm", "run", "x"],
+    ):
         with pytest.raises((AssertionError, Fault)):
             check(words)
     with pytest.raises(Exception, match="No such option"):
@@ -161,31 +232,38 @@ def test_yaml_is_a_recipe_or_a_sweep(block, here):
     raw = parse_yaml(text, "block")
     if "arms" in raw:
         Path("block.yaml").write_text(text)
-        assert sweep.load("block.yaml").runs()
+        assert load_sweep("block.yaml").runs()
     else:
         needed = {"model": {"path": "m"}, "data": {"root": "d"}, "method": "codyra", "output": "o"}
-        recipes.parse(raw if "model" in raw else {**needed, **raw})
+        parse_recipe(raw if "model" in raw else {**needed, **raw})
 
 
 def test_python_of_readme(here):
     [(_, text)] = [block for block in blocks("python") if block[0] == "README.md"]
     given = "".join(f'"{setting}", ' for setting in TINY)
     assert '["method' in text
-    exec(text.replace('["method', f'[{given}"method'), {})  # noqa: S102 - the page's own lines
+    exec(text.replace('["method', f'[{given}"method'), {})
     assert RunFolder(here / "runs/seqlora").summary["op"] is not None
 
 
 def test_the_new_method_is_seqlora_at_weight_0_and_moves_less_with_more(here):
-    """docs/extending.md's example through the trainer; the distance of the second task's adapter from the first's."""
+    """docs/extending.md's example through the trainer; the distance of the second task's adapter from the
+    first's.
+    """
     moved = {}
-    for name, settings in {"seqlora": ["method=seqlora"], "0": ["method=anchor", "method.weight=0"],
-                           "9": ["method=anchor", "method.weight=9"]}.items():
+    for name, settings in {
+        "seqlora": ["method=seqlora"],
+        "0": ["method=anchor", "method.weight=0"],
+        "9": ["method=anchor", "method.weight=9"],
+    }.items():
         with added_methods("anchor.py"):
             run(["run", "quickstart", *TINY, *settings, "optim.lr=1e-2", f"output=runs/anchor-{name}"])
             updates = RunFolder(here / f"runs/anchor-{name}").archive()
         one, two = (updates.load(i).adapters for i in range(2))
-        moved[name] = sum(((two[site].a - one[site].a).square().sum() + (two[site].b - one[site].b).square().sum()).item()
-                          for site in one)
+        moved[name] = sum(
+            ((two[site].a - one[site].a).square().sum() + (two[site].b - one[site].b).square().sum()).item()
+            for site in one
+        )
     assert moved["0"] == moved["seqlora"] and moved["9"] < 0.7 * moved["seqlora"]
 
 
@@ -205,18 +283,22 @@ def test_links_and_named_files_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_settings_in_the_text_exist(page):
-    known = {key.name for key in reference.keys(recipes.Recipe)}
+    known = {key.name for key in reference.keys(Recipe)}
     known |= {key.name for method in METHODS.values() for key in reference.own_keys(method)}
-    known |= {name[:dot.start()] for name in known for dot in re.finditer(r"\.", name)}  # sections
+    known |= {name[: dot.start()] for name in known for dot in re.finditer(r"\.", name)}  # sections
     known.add("output.lr")  # which bad_input.md shows refused
-    named = re.findall(rf"`((?:{'|'.join(recipes.Recipe.model_fields)})\.[a-z_.]+)", page.read_text())
-    assert [name for name in named if name.strip(".") not in known and not name.endswith((".py", ".json", ".jsonl", ".safetensors"))] == []
+    named = re.findall(rf"`((?:{'|'.join(Recipe.model_fields)})\.[a-z_.]+)", page.read_text())
+    assert [
+        name
+        for name in named
+        if name.strip(".") not in known and not name.endswith((".py", ".json", ".jsonl", ".safetensors"))
+    ] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_and_setting_is_in_a_fenced_block(page):
     """Indented blocks are code too, and no other test sees them."""
-    words = "|".join([*map(re.escape, PROGRAMS), *(f"{name}:" for name in recipes.Recipe.model_fields)])
+    words = "|".join([*map(re.escape, PROGRAMS), *(f"{name}:" for name in Recipe.model_fields)])
     assert re.findall(rf"^    (?:{words}).*", BLOCK.sub("", page.read_text()), re.M) == []
 
 
@@ -226,7 +308,7 @@ def slug(title):
 
 
 def test_generated_parts_are_current():
-    """`python -m codyra_llm.reference docs` writes them."""
+    """`python docs/reference.py` writes them."""
     used = set()
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
@@ -237,11 +319,13 @@ def test_generated_parts_are_current():
 
 def test_every_key_and_every_method_is_described():
     shown = (ROOT / "docs/recipes.md").read_text()
-    for key in [*reference.keys(recipes.Recipe), *(key for m in METHODS.values() for key in reference.own_keys(m))]:
+    for key in [*reference.keys(Recipe), *(key for m in METHODS.values() for key in reference.own_keys(m))]:
         assert key.name == "method.name" or (key.meaning and f"`{key.name}`" in shown), key.name
     for method in METHODS.values():
         assert not method.trains or "Cost" in method.__doc__, method.name
-        assert method.name == "none" or re.search(r"\d{4}\.\d{5}|code", method.__doc__), f"{method.name} names no source"
+        assert method.name == "none" or re.search(r"\d{4}\.\d{5}|code", method.__doc__), (
+            f"{method.name} names no source"
+        )
 
 
 def test_the_index_lists_every_page():

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from codyra_llm.errors import Fault
-from codyra_llm.examples import check_root, print_check, read_split
+from codyra_llm.core.errors import Fault
+from codyra_llm.data.check import check_root, print_check
+from codyra_llm.data.records import read_split
 
 GOOD = [{"prompt": "Frage: Größe?", "answer": "A"}, {"prompt": "态度：", "answer": "B"}]
 
@@ -17,7 +18,9 @@ def root(tmp_path):
     """A variant folder with one clean task."""
     variant = tmp_path / "LLM-CL-Benchmark_500"
     for split in ("train", "eval", "test"):
-        write(variant, "FOMC", split, [{**record, "prompt": f"{split} {record['prompt']}"} for record in GOOD])
+        write(
+            variant, "FOMC", split, [{**record, "prompt": f"{split} {record['prompt']}"} for record in GOOD]
+        )
     return variant
 
 
@@ -54,18 +57,24 @@ def test_missing_split_and_missing_root(root):
     assert "is no folder" in faults(root / "nowhere")[0]
 
 
-@pytest.mark.parametrize("content, expected", [
-    (b'[\n {"prompt": "a" "answer": "b"}]', "line 2, column 17"),
-    (b'[{"prompt": "\xff"}]', "byte 13 is not UTF-8"),
-    ({"prompt": "a", "answer": "b"}, "holds a dict"),
-    ([], "holds an empty list"),
-    ([GOOD[0], {"promt": "a", "answer": "b"}], "record 1 has no 'prompt', expected a string; add it. Did you mean 'p"),
-    ([{"prompt": "a", "answer": 3}], "record 0: 'answer' is a int, expected a string"),
-    ([{"prompt": None, "answer": "b"}], "record 0: 'prompt' is a NoneType"),
-    ([["a", "b"]], "record 0 is a list"),
-    ([{"prompt": "a", "answer": ""}], "record 0: 'answer' is empty"),
-    (b'[{"prompt": "\\ud83d", "answer": "b"}]', "half of a surrogate pair"),
-])
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (b'[\n {"prompt": "a" "answer": "b"}]', "line 2, column 17"),
+        (b'[{"prompt": "\xff"}]', "byte 13 is not UTF-8"),
+        ({"prompt": "a", "answer": "b"}, "holds a dict"),
+        ([], "holds an empty list"),
+        (
+            [GOOD[0], {"promt": "a", "answer": "b"}],
+            "record 1 has no 'prompt', expected a string; add it. Did you mean 'p",
+        ),
+        ([{"prompt": "a", "answer": 3}], "record 0: 'answer' is a int, expected a string"),
+        ([{"prompt": None, "answer": "b"}], "record 0: 'prompt' is a NoneType"),
+        ([["a", "b"]], "record 0 is a list"),
+        ([{"prompt": "a", "answer": ""}], "record 0: 'answer' is empty"),
+        (b'[{"prompt": "\\ud83d", "answer": "b"}]', "half of a surrogate pair"),
+    ],
+)
 def test_each_fault_is_one_sentence_with_file_and_place(root, content, expected):
     path = write(root, "FOMC", "train", content)
     (message,) = faults(root)
@@ -90,8 +99,15 @@ def test_check_counts_by_hand(root, capsys):
     report = check_root(root)
     task = json.loads(json.dumps(report))["variants"][root.name]["FOMC"]
     assert task["splits"]["train"] == {
-        "records": 3, "duplicates": 1, "empty_answers": 0, "replacement_characters": 0,
-        "prompt_mean": 3.7, "prompt_max": 5, "answer_mean": 1.7, "answer_max": 3}
+        "records": 3,
+        "duplicates": 1,
+        "empty_answers": 0,
+        "replacement_characters": 0,
+        "prompt_mean": 3.7,
+        "prompt_max": 5,
+        "answer_mean": 1.7,
+        "answer_max": 3,
+    }
     assert task["splits"]["test"]["empty_answers"] == task["splits"]["test"]["replacement_characters"] == 1
     assert task["overlap"] == {"train/test": 1}
     assert report["faults"] == [] and len(report["warnings"]) == 4
@@ -117,7 +133,9 @@ def test_check_finds_variants_below_a_parent(root):
 
 
 @pytest.mark.data
-@pytest.mark.skipif("CODYRA_DATA" not in os.environ, reason="CODYRA_DATA names no folder with LLM-CL-Benchmark_500")
+@pytest.mark.skipif(
+    "CODYRA_DATA" not in os.environ, reason="CODYRA_DATA names no folder with LLM-CL-Benchmark_500"
+)
 def test_real_trace_has_its_known_overlaps():
     report = check_root(Path(os.environ["CODYRA_DATA"]) / "LLM-CL-Benchmark_500")
     tasks = report["variants"]["LLM-CL-Benchmark_500"]

@@ -1,4 +1,6 @@
-"""General ability by lm-evaluation-harness: the YAML tasks, what a model is asked, scores, ΔR, and what is refused."""
+"""General ability by lm-evaluation-harness: the YAML tasks, what a model is asked, scores, ΔR, and what is
+refused.
+"""
 
 import json
 import math
@@ -7,17 +9,25 @@ import shutil
 import pytest
 import torch
 
-from codyra_llm import models
-from codyra_llm.errors import Fault
+from codyra_llm.config.overrides import override
+from codyra_llm.config.recipe import parse_recipe
+from codyra_llm.config.sections import GeneralSection
+from codyra_llm.core.errors import Fault
 from codyra_llm.evaluate import suite
-from codyra_llm.recipe import GeneralSection, override, parse
-from codyra_llm.report.tables import delta_r
-from codyra_llm.setup import prepare
+from codyra_llm.experiment.setup import prepare
+from codyra_llm.models import loading
+from codyra_llm.models.tokenizer import load_tokenizer
+from codyra_llm.report.summary import delta_r
 
-GOALS = [("open a jar", "turn the lid", "sing to it", 0), ("dry a shirt in the sun", "put it under water", "hang it up", 1),
-         ("find a pen", "look", "close your eyes and wait for a while", 0)]
-WRAPPED = ("Please choose the correct solution to the question: {}\n\nSolution1: {}\n\nSolution2: {}\n\n"
-           "Answer format: solution1/solution2")
+GOALS = [
+    ("open a jar", "turn the lid", "sing to it", 0),
+    ("dry a shirt in the sun", "put it under water", "hang it up", 1),
+    ("find a pen", "look", "close your eyes and wait for a while", 0),
+]
+WRAPPED = (
+    "Please choose the correct solution to the question: {}\n\nSolution1: {}\n\nSolution2: {}\n\n"
+    "Answer format: solution1/solution2"
+)
 OWN = """
 task: continue
 dataset_path: json
@@ -34,12 +44,13 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 @pytest.fixture
 def live():
     """Function from a model's folder to (model, tokenizer, the harness's view of it)."""
-    from codyra_llm.distributed import accelerator
     from codyra_llm.evaluate.harness import Live
+    from codyra_llm.runtime.launch import accelerator
 
     def opened(folder, **settings):
-        model, tokenizer = models.load(folder, torch.float32).eval(), models.load_tokenizer(folder)
+        model, tokenizer = loading.load(folder, torch.float32).eval(), load_tokenizer(folder)
         return model, tokenizer, Live(accelerator(), model, tokenizer, **settings)
+
     return opened
 
 
@@ -53,8 +64,11 @@ def test_a_chat_template_is_told_the_same_date_as_in_training(live, tiny_llama):
 def root(tmp_path):
     """A folder with PIQA of three questions, and MMLU of one subject of two questions among empty ones."""
     (tmp_path / "piqa").mkdir()
-    (tmp_path / "piqa" / "test.json").write_text(json.dumps([
-        {"instruction": WRAPPED.format(*goal[:3]), "answer": f"solution{goal[3] + 1}"} for goal in GOALS]))
+    (tmp_path / "piqa" / "test.json").write_text(
+        json.dumps(
+            [{"instruction": WRAPPED.format(*goal[:3]), "answer": f"solution{goal[3] + 1}"} for goal in GOALS]
+        )
+    )
     return tmp_path
 
 
@@ -70,7 +84,9 @@ def log_likelihood(model, tokenizer, prompt, continuation):
 
 
 def test_multiple_choice_by_hand(tiny_llama, live, root):
-    """PIQA out of its wrapping: the choice with the higher log-likelihood, summed by hand; mean and standard error."""
+    """PIQA out of its wrapping: the choice with the higher log-likelihood, summed by hand; mean and standard
+    error.
+    """
     from codyra_llm.evaluate.harness import measure
 
     model, tokenizer, lm = live(tiny_llama)
@@ -79,7 +95,9 @@ def test_multiple_choice_by_hand(tiny_llama, live, root):
     assert list(found) == ["piqa"]  # the rest has no files here
     right, picked = [], []
     for goal, *choices, answer in GOALS:
-        sums = [log_likelihood(model, tokenizer, f"Question: {goal}\nAnswer:", f" {choice}") for choice in choices]
+        sums = [
+            log_likelihood(model, tokenizer, f"Question: {goal}\nAnswer:", f" {choice}") for choice in choices
+        ]
         picked.append(choices[sums.index(max(sums))])
         right.append(float(sums.index(max(sums)) == answer))
     measured = measure(lm, found["piqa"], section, False)
@@ -114,12 +132,15 @@ def test_generation_by_hand_with_a_task_of_ones_own(tiny_llama, live, tmp_path):
     answers = [greedy(model, tokenizer, text, 6) for text in texts]
     assert all(answers)
     (tmp_path / "continue.yaml").write_text(OWN)
-    (tmp_path / "continue.json").write_text(json.dumps([{"text": texts[0], "answer": answers[0]},
-                                                        {"text": texts[1], "answer": answers[1] + "!"}]))
+    (tmp_path / "continue.json").write_text(
+        json.dumps([{"text": texts[0], "answer": answers[0]}, {"text": texts[1], "answer": answers[1] + "!"}])
+    )
     section = GeneralSection(data=str(tmp_path), tasks=["continue"])
     measured = measure(lm, suite.find(section)["continue"], section, False)
     assert [p["prediction"] for p in measured.predictions] == answers
-    assert measured.row["score"] == 50 and measured.row["metrics"]["exact_match,none"]["stderr"] == pytest.approx(50)
+    assert measured.row["score"] == 50 and measured.row["metrics"]["exact_match,none"][
+        "stderr"
+    ] == pytest.approx(50)
 
 
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_gemma2", "tiny_gemma3"])
@@ -132,43 +153,65 @@ def test_the_model_is_asked_as_the_harness_asks_it(model, live, request):
     plain = HFLM(pretrained=own_model, tokenizer=tokenizer, backend="causal", batch_size=1)
 
     def requests(kind, arguments):
-        return [Instance(request_type=kind, doc={}, arguments=a, idx=i, metadata=("t", i, 1)) for i, a in enumerate(arguments)]
+        return [
+            Instance(request_type=kind, doc={}, arguments=a, idx=i, metadata=("t", i, 1))
+            for i, a in enumerate(arguments)
+        ]
 
     context = "Question: how does one find a pen?\nAnswer:"
     pairs = [(context, f" {letter}") for letter in "ABCD"] + [
-        ("", "a pen"), ("Say A: ", "A"), (context * 3, " look under the table"), ("x" * 700, " y")]
-    for (ours, greedy_too), (theirs, likewise) in zip(lm.loglikelihood(requests("loglikelihood", pairs)),
-                                                      plain.loglikelihood(requests("loglikelihood", pairs))):
+        ("", "a pen"),
+        ("Say A: ", "A"),
+        (context * 3, " look under the table"),
+        ("x" * 700, " y"),
+    ]
+    for (ours, greedy_too), (theirs, likewise) in zip(
+        lm.loglikelihood(requests("loglikelihood", pairs)),
+        plain.loglikelihood(requests("loglikelihood", pairs)),
+        strict=True,
+    ):
         assert ours == pytest.approx(theirs, rel=1e-4) and greedy_too == likewise
-    first = plain.generate_until(requests("generate_until", [("Say A:", {"until": [], "max_gen_toks": 8})]))[0]
-    asked = [(text, {"until": [first[2:4]], "max_gen_toks": new, "do_sample": False})
-             for text, new in (("Say A:", 8), (context, 5), (context * 3, 8), ("Say", 8))]
+    first = plain.generate_until(requests("generate_until", [("Say A:", {"until": [], "max_gen_toks": 8})]))[
+        0
+    ]
+    asked = [
+        (text, {"until": [first[2:4]], "max_gen_toks": new, "do_sample": False})
+        for text, new in (("Say A:", 8), (context, 5), (context * 3, 8), ("Say", 8))
+    ]
     answers = lm.generate_until(requests("generate_until", asked))
     assert answers == plain.generate_until(requests("generate_until", asked)) and answers[0] == first[:2]
 
 
 def test_what_is_drawn():
-    """`limit` examples of all parts together, the same for the same seed, others for another; all where there are fewer."""
+    """`limit` examples of all parts together, the same for the same seed, others for another; all where there
+    are fewer.
+    """
     sizes = {"a": 5, "b": 100}
     draws = [suite.drawn("mmlu", sizes, 10, seed) for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
     for draw in draws:
         assert sum(map(len, draw.values())) == 10
         assert all(own == sorted(set(own)) and own[-1] < sizes[part] for part, own in draw.items())
-    assert suite.drawn("mmlu", sizes, 200, 1) == suite.drawn("mmlu", sizes, None, 1) == {
-        "a": list(range(5)), "b": list(range(100))}
+    assert (
+        suite.drawn("mmlu", sizes, 200, 1)
+        == suite.drawn("mmlu", sizes, None, 1)
+        == {"a": list(range(5)), "b": list(range(100))}
+    )
 
 
 def test_a_group_is_one_score(tiny_llama, live, tmp_path):
-    """Two parts of BBH on tiny files: three shots before the question, the group's score is the mean over all examples."""
+    """Two parts of BBH on tiny files: three shots before the question, the group's score is the mean over all
+    examples.
+    """
     from codyra_llm.evaluate.harness import measure, write
 
     (tmp_path / "bbh").mkdir()
     names = [config["dataset_name"] for config in suite.parts(suite.HUB["bbh"], None).values()]
     assert len(names) == 27
     for name in names:
-        (tmp_path / "bbh" / f"{name}.json").write_text(json.dumps({"canary": "c", "examples": [
-            {"input": f"{name}?", "target": "x"}] * 2}))
+        (tmp_path / "bbh" / f"{name}.json").write_text(
+            json.dumps({"canary": "c", "examples": [{"input": f"{name}?", "target": "x"}] * 2})
+        )
     section = GeneralSection(data=str(tmp_path), tasks=["bbh"], limit=2)
     model, tokenizer, lm = live(tiny_llama)
     with pytest.raises(Fault, match="answers with up to 1024 tokens, and the model takes 256"):
@@ -178,14 +221,24 @@ def test_a_group_is_one_score(tiny_llama, live, tmp_path):
         config["generation_kwargs"] = {"until": ["Q"], "max_gen_toks": 4, "do_sample": False}
     measured = measure(lm, ability, section, False)
     assert measured.row["score"] == 0 and measured.row["shots"] == 3
-    assert measured.row["metrics"]["exact_match,get-answer"] == {"mean": 0, "stderr": 0, "low": 0, "high": 0, "n": 2}
-    assert all(p["prompt"].count("Let's think step by step.") == 4 and p["prompt"].endswith("step by step.\n")
-               for p in measured.predictions)
+    assert measured.row["metrics"]["exact_match,get-answer"] == {
+        "mean": 0,
+        "stderr": 0,
+        "low": 0,
+        "high": 0,
+        "n": 2,
+    }
+    assert all(
+        p["prompt"].count("Let's think step by step.") == 4 and p["prompt"].endswith("step by step.\n")
+        for p in measured.predictions
+    )
     write(tmp_path / "out", "01-ONE", lm, section, measured)
     (file,) = (tmp_path / "out" / "01-ONE").glob("results_*.json")
     found = json.loads(file.read_text())
     assert found["results"]["bbh"]["exact_match,get-answer"] == 0 and found["config"] and found["task_hashes"]
-    assert len(list((tmp_path / "out" / "01-ONE").glob("samples_bbh_*.jsonl"))) == len(found["group_subtasks"]["bbh"])
+    assert len(list((tmp_path / "out" / "01-ONE").glob("samples_bbh_*.jsonl"))) == len(
+        found["group_subtasks"]["bbh"]
+    )
 
 
 def test_choices_that_look_like_numbers_stay_texts(tmp_path):
@@ -194,7 +247,8 @@ def test_choices_that_look_like_numbers_stay_texts(tmp_path):
         (tmp_path / "mmlu" / split).mkdir(parents=True)
         for config in suite.parts(suite.HUB["mmlu"], None).values():
             (tmp_path / "mmlu" / split / f"{config['dataset_name']}_{split}.csv").write_text(
-                f"question,choice0,choice1,choice2,choice3,answer\n{row}\n")
+                f"question,choice0,choice1,choice2,choice3,answer\n{row}\n"
+            )
     ability = suite.find(GeneralSection(data=str(tmp_path), tasks=["mmlu"]))["mmlu"]
     assert len(ability.configs) == 57
     task = suite.Ability("mmlu", {"mmlu_anatomy": ability.configs["mmlu_anatomy"]}).tasks["mmlu_anatomy"]
@@ -205,8 +259,12 @@ def test_choices_that_look_like_numbers_stay_texts(tmp_path):
 
 
 def test_delta_r_by_hand():
-    general = {"mmlu": {"before": 40.0, "after": 37.0}, "piqa": {"before": 70.0, "after": 71.0}, "gsm8k_cot": {"before": 9.0},
-               "ifeval": {"before": 30.0, "after": 0.0}}
+    general = {
+        "mmlu": {"before": 40.0, "after": 37.0},
+        "piqa": {"before": 70.0, "after": 71.0},
+        "gsm8k_cot": {"before": 9.0},
+        "ifeval": {"before": 30.0, "after": 0.0},
+    }
     assert delta_r(general) == {"value": -1.0, "members": ["mmlu", "piqa"]}
     assert delta_r({}) is None and delta_r({"ifeval": general["ifeval"]}) is None
 
@@ -220,7 +278,11 @@ def test_what_is_refused(root, monkeypatch):
     assert "there is no folder '/nowhere'" in told(data="/nowhere")
     both = told(data=str(root), tasks=["piqaa", "mmlu", "gsm8k_cot"])
     assert "'piqaa' is no task" in both and "Did you mean 'piqa'?" in both
-    assert "'mmlu' reads" in both and "nor are 113 more" in both and "gsm8k/test.jsonl, which is not there" in both
+    assert (
+        "'mmlu' reads" in both
+        and "nor are 113 more" in both
+        and "gsm8k/test.jsonl, which is not there" in both
+    )
     assert "'mmul' is no task of general.data 'hub'. Did you mean 'mmlu'?" in told(data="hub", tasks=["mmul"])
     (root / "piqa" / "test.json").unlink()
     assert "holds the files of no task" in told(data=str(root))
@@ -231,31 +293,51 @@ def test_what_is_refused(root, monkeypatch):
 def test_a_task_that_bears_the_name_of_an_ability(tiny_llama, toy_stream, root, tmp_path):
     """Both would write predictions/<stage>/<name>.jsonl, and one would be taken for the other's score."""
     shutil.copytree(toy_stream / "ONE", tmp_path / "stream" / "piqa")
-    raw = {"model": {"path": str(tiny_llama)}, "data": {"root": str(tmp_path / "stream"), "tasks": ["piqa"], "epochs": 1},
-           "method": {"name": "seqlora", "rank": 2}, "output": str(tmp_path / "run")}
+    raw = {
+        "model": {"path": str(tiny_llama)},
+        "data": {"root": str(tmp_path / "stream"), "tasks": ["piqa"], "epochs": 1},
+        "method": {"name": "seqlora", "rank": 2},
+        "output": str(tmp_path / "run"),
+    }
     with pytest.raises(Fault, match="data.tasks: 'piqa' is a task of general ability too"):
-        prepare(parse({**raw, "general": {"data": str(root), "tasks": ["piqa"]}}))
-    prepare(parse(raw))
+        prepare(parse_recipe({**raw, "general": {"data": str(root), "tasks": ["piqa"]}}))
+    prepare(parse_recipe(raw))
 
 
 def test_the_recipe_refuses_what_mini_does_not_have(tiny_llama, toy_stream):
-    raw = {"model": {"path": str(tiny_llama)}, "data": {"root": str(toy_stream), "tasks": ["ONE"]}, "method": "none",
-           "output": "x"}
+    raw = {
+        "model": {"path": str(tiny_llama)},
+        "data": {"root": str(toy_stream), "tasks": ["ONE"]},
+        "method": "none",
+        "output": "x",
+    }
     with pytest.raises(Fault, match="'tasks' and 'limit' are for hub and folders"):
-        parse(override(raw, ["general.data=mini", "general.limit=3"]))
+        parse_recipe(override(raw, ["general.data=mini", "general.limit=3"]))
     with pytest.raises(Fault, match="general.when: 'never' is not valid"):
-        parse(override(raw, ["general.data=hub", "general.when=never"]))
+        parse_recipe(override(raw, ["general.data=hub", "general.when=never"]))
 
 
 def test_the_hubs_suite_is_traces():
-    """The harness's own configurations and shots: MMLU 5, GSM8K 8, BBH 3, the rest none; nothing is read from a folder."""
+    """The harness's own configurations and shots: MMLU 5, GSM8K 8, BBH 3, the rest none; nothing is read from
+    a folder.
+    """
     sizes, shots = {}, {}
     for name in set(suite.HUB) - {"ifeval"}:  # whose import looks for nltk's data
         ability = suite.Ability(name, suite.parts(suite.HUB[name], None))
-        sizes[name], shots[name] = len(ability.configs), {c.get("num_fewshot") or 0 for c in ability.configs.values()}
+        sizes[name], shots[name] = (
+            len(ability.configs),
+            {c.get("num_fewshot") or 0 for c in ability.configs.values()},
+        )
         assert not ability.files and ability.is_group == (len(ability.configs) > 1)
     assert sizes == {"mmlu": 57, "gsm8k_cot": 1, "bbh": 27, "boolq": 1, "piqa": 1, "tydiqa_goldp": 9}
-    assert shots == {"mmlu": {5}, "gsm8k_cot": {8}, "bbh": {3}, "boolq": {0}, "piqa": {0}, "tydiqa_goldp": {0}}
+    assert shots == {
+        "mmlu": {5},
+        "gsm8k_cot": {8},
+        "bbh": {3},
+        "boolq": {0},
+        "piqa": {0},
+        "tydiqa_goldp": {0},
+    }
 
 
 def test_data_that_cannot_be_read_is_one_sentence(tiny_llama, live, root):

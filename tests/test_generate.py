@@ -12,16 +12,18 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
-from codyra_llm import models
-from codyra_llm import recipe as recipes
-from codyra_llm import run as runs
-from codyra_llm.benchmarks.speed import evaluation
-from codyra_llm.benchmarks.speed.measure import Options
-from codyra_llm.data import Encoder
-from codyra_llm.errors import Fault
+from codyra_llm.bench import evaluation
+from codyra_llm.bench.measure import Options
+from codyra_llm.config.recipe import parse_recipe
+from codyra_llm.config.sections import DataSection
+from codyra_llm.core.errors import Fault
+from codyra_llm.data.encoding import Encoder
 from codyra_llm.evaluate import generate
 from codyra_llm.evaluate.generate import batches, generate_ids, shared_prefix
-from codyra_llm.recipe import DataSection
+from codyra_llm.experiment import run
+from codyra_llm.experiment.backends import torch_answering
+from codyra_llm.models import loading
+from codyra_llm.models.tokenizer import load_tokenizer
 
 NEW, SEED = 24, 2
 FAMILIES = ["tiny_llama", "tiny_gemma2", "tiny_gemma3"]
@@ -40,7 +42,7 @@ def test_the_model_is_let_go_with_the_answers():
     """The next model comes while `ask` is still at hand."""
     model = torch.nn.Linear(1, 1)
     held, setup = weakref.ref(model), SimpleNamespace(stage=lambda *_, models=[model]: (models.pop(), None))
-    with generate.answering(Accelerator(), setup, None, 0) as ask:
+    with torch_answering(Accelerator(), setup, None, 0) as ask:
         del model
         assert held() is not None
     assert held() is None and callable(ask)
@@ -49,14 +51,27 @@ def test_the_model_is_let_go_with_the_answers():
 def alone(model, batch):
     """What transformers gives for each prompt alone, all NEW tokens."""
     masks = [torch.ones(1, len(p), dtype=torch.long) for p in batch]
-    return [model.generate(input_ids=torch.tensor([p]), attention_mask=mask, do_sample=False, max_new_tokens=NEW,
-                           eos_token_id=None, pad_token_id=0)[0, len(p):].tolist() for p, mask in zip(batch, masks)]
+    return [
+        model.generate(
+            input_ids=torch.tensor([p]),
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=NEW,
+            eos_token_id=None,
+            pad_token_id=0,
+        )[0, len(p) :].tolist()
+        for p, mask in zip(batch, masks, strict=True)
+    ]
 
 
 def a_token_that_ends_some(rows):
-    """An id that the model gives at three or more different steps, and never for some prompts: it serves as EOS."""
+    """An id that the model gives at three or more different steps, and never for some prompts: it serves as
+    EOS.
+    """
+
     def steps(token):
         return len({row.index(token) for row in rows if token in row}) * any(token not in row for row in rows)
+
     best = max({token for row in rows for token in row}, key=steps)
     assert steps(best) >= 3
     return best
@@ -64,15 +79,16 @@ def a_token_that_ends_some(rows):
 
 @pytest.fixture(params=FAMILIES)
 def model(request):
-    return models.load(request.getfixturevalue(request.param), torch.float32).eval()
+    return loading.load(request.getfixturevalue(request.param), torch.float32).eval()
 
 
 @pytest.fixture
 def widths(model):
     """(rows, tokens) of every forward pass of the model."""
     seen = []
-    model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)),
-                                    with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
     return seen
 
 
@@ -82,10 +98,18 @@ def test_equals_transformers_in_a_batch_and_alone(model, widths):
     free = alone(model, batch)
     eos = a_token_that_ends_some(free)
     width = max(map(len, batch))
-    ids, mask = (torch.tensor([[0] * (width - len(p)) + row for p, row in zip(batch, rows)])
-                 for rows in (batch, [[1] * len(p) for p in batch]))
-    full = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW, eos_token_id=eos,
-                          pad_token_id=0)[:, width:].tolist()
+    ids, mask = (
+        torch.tensor([[0] * (width - len(p)) + row for p, row in zip(batch, rows, strict=True)])
+        for rows in (batch, [[1] * len(p) for p in batch])
+    )
+    full = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=NEW,
+        eos_token_id=eos,
+        pad_token_id=0,
+    )[:, width:].tolist()
     expected = [cut(row, eos) for row in free]
     assert [cut(row, eos) for row in full] == expected
     widths.clear()
@@ -104,10 +128,14 @@ def test_stops_when_all_are_done(model, widths):
     assert [len(row) for row in generate_ids(model, batch, 1, -1)] == [1, 1]
 
 
-@pytest.mark.parametrize("family, window", [("tiny_llama", None), *((f, w) for f in FAMILIES[1:] for w in (16, 256))])
+@pytest.mark.parametrize(
+    "family, window", [("tiny_llama", None), *((f, w) for f in FAMILIES[1:] for w in (16, 256))]
+)
 def test_a_shared_prefix_changes_nothing(family, window, request, monkeypatch):
-    """With windows of 16 the pads between prefix and rest would move it out of sight, so nothing is shared there."""
-    model = models.load(request.getfixturevalue(family), torch.float32).eval()
+    """With windows of 16 the pads between prefix and rest would move it out of sight, so nothing is shared
+    there.
+    """
+    model = loading.load(request.getfixturevalue(family), torch.float32).eval()
     if window:
         model.config.sliding_window = window
     for layer in model.model.layers:
@@ -117,8 +145,9 @@ def test_a_shared_prefix_changes_nothing(family, window, request, monkeypatch):
     free = alone(model, batch)
     eos = a_token_that_ends_some(free)
     seen = []
-    model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)),
-                                    with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
     shared = generate_ids(model, batch, NEW, eos)
     assert seen[0] == ((10, 60) if window == 16 else (1, 30))
     monkeypatch.setattr(generate, "shared_prefix", lambda *args: 0)
@@ -143,7 +172,7 @@ def test_batches_keep_to_the_budget_and_pad_little():
         assert sorted(i for batch in cut for i in batch) == list(range(300))
         inner = [[lengths[i] for i in batch] for batch in cut]
         assert [n for batch in inner for n in batch] == sorted(lengths, reverse=True)
-        for batch, following in zip(inner, [*inner[1:], None]):
+        for batch, following in zip(inner, [*inner[1:], None], strict=True):
             assert (batch[0] + new) * len(batch) <= tokens and sum(batch[0] - n for n in batch) <= step * new
             if following:  # the next one would have been too much
                 more = [*batch, following[0]]
@@ -152,11 +181,19 @@ def test_batches_keep_to_the_budget_and_pad_little():
 
 
 def test_ranks_share_the_work_and_repeated_prompts_are_answered_once(tiny_llama, monkeypatch):
-    model, tokenizer = models.load(tiny_llama, torch.float32).eval(), models.load_tokenizer(tiny_llama)
+    model, tokenizer = loading.load(tiny_llama, torch.float32).eval(), load_tokenizer(tiny_llama)
     encoder = Encoder(tokenizer, DataSection(root="-", max_prompt_tokens=64, max_answer_tokens=8))
-    texts = ["What is the stance", "Answer: 7", "How many pens?", "Answer: 7", "Write a summary of the meeting"]
+    texts = [
+        "What is the stance",
+        "Answer: 7",
+        "How many pens?",
+        "Answer: 7",
+        "Write a summary of the meeting",
+    ]
     everywhere, parts = generate.answers(Accelerator(cpu=True), model, encoder, texts, 6), []
-    monkeypatch.setattr(generate, "gather_object", lambda own: parts.append(own) or [(i, "") for i in range(4)])
+    monkeypatch.setattr(
+        generate, "gather_object", lambda own: parts.append(own) or [(i, "") for i in range(4)]
+    )
     for rank in range(2):
         acc = SimpleNamespace(device=torch.device("cpu"), num_processes=2, process_index=rank)
         generate.answers(acc, model, encoder, texts, 6, tokens=16)
@@ -166,12 +203,20 @@ def test_ranks_share_the_work_and_repeated_prompts_are_answered_once(tiny_llama,
 
 
 def test_the_benchmark_counts_what_differs(tiny_llama, toy_stream, monkeypatch, capsys):
-    options = Options(torch.device("cpu"), torch.float32, model=str(tiny_llama), data=str(toy_stream), examples=4,
-                      tasks=("ONE", "THREE"))
+    options = Options(
+        torch.device("cpu"),
+        torch.float32,
+        model=str(tiny_llama),
+        data=str(toy_stream),
+        examples=4,
+        tasks=("ONE", "THREE"),
+    )
     found = evaluation.measure(options)["tasks"]
     assert list(found) == ["ONE", "THREE", "all"]
     assert [(row["prompts"], row["flipped"]) for row in found.values()] == [(4, 0), (4, 0), (8, 0)]
-    assert found["all"]["ours, seconds"] == pytest.approx(sum(found[task]["ours, seconds"] for task in ("ONE", "THREE")))
+    assert found["all"]["ours, seconds"] == pytest.approx(
+        sum(found[task]["ours, seconds"] for task in ("ONE", "THREE"))
+    )
     monkeypatch.setitem(evaluation.ARMS, "ours", lambda *args: [[-1], *evaluation.batched(*args)[1:]])
     result = evaluation.measure(options)
     assert [row["flipped"] for row in result["tasks"].values()] == [1, 1, 2]
@@ -186,8 +231,10 @@ def vllm_stub(monkeypatch):
 
     class LLM:
         def __init__(self, model, **options):
-            self.model = models.load(Path(model), getattr(torch, options["dtype"])).eval()
-            seen.engines.append({**options, "folder": Path(model), "files": {f.name for f in Path(model).iterdir()}})
+            self.model = loading.load(Path(model), getattr(torch, options["dtype"])).eval()
+            seen.engines.append(
+                {**options, "folder": Path(model), "files": {f.name for f in Path(model).iterdir()}}
+            )
             self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=self.shutdown))
 
         def shutdown(self):
@@ -197,7 +244,9 @@ def vllm_stub(monkeypatch):
             ids = [p["prompt_token_ids"] for p in prompts]
             assert max(map(len, ids)) + params["max_tokens"] <= seen.engines[-1]["max_model_len"]
             seen.params.append(params)
-            made = [generate_ids(self.model, [p], params["max_tokens"], *params["stop_token_ids"])[0] for p in ids]
+            made = [
+                generate_ids(self.model, [p], params["max_tokens"], *params["stop_token_ids"])[0] for p in ids
+            ]
             return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(row))]) for row in made]
 
     stub = ModuleType("vllm")
@@ -207,16 +256,28 @@ def vllm_stub(monkeypatch):
 
 
 def recipe(model, stream, out, backend):
-    return recipes.parse({
-        "model": {"path": str(model)}, "data": {"root": str(stream), "tasks": ["ONE", "THREE"], "epochs": 1},
-        "method": {"name": "seqlora", "rank": 4}, "optim": {"lr": 1e-4, "batch_size": 8}, "output": str(out),
-        "eval": {"max_new_tokens": {"ONE": 3, "THREE": 5}, "backend": backend}, "checkpoint": False})
+    return parse_recipe(
+        {
+            "model": {"path": str(model)},
+            "data": {"root": str(stream), "tasks": ["ONE", "THREE"], "epochs": 1},
+            "method": {"name": "seqlora", "rank": 4},
+            "optim": {"lr": 1e-4, "batch_size": 8},
+            "output": str(out),
+            "eval": {"max_new_tokens": {"ONE": 3, "THREE": 5}, "backend": backend},
+            "checkpoint": False,
+        }
+    )
 
 
 def test_vllm_gets_the_evaluated_weights_and_the_same_prompts(vllm_stub, tiny_llama, toy_stream, tmp_path):
-    by_torch, by_vllm = (runs.run(recipe(tiny_llama, toy_stream, tmp_path / name, name)) for name in ("torch", "vllm"))
-    for mine, other in zip(sorted((by_torch.path / "predictions").rglob("*.jsonl")),
-                           sorted((by_vllm.path / "predictions").rglob("*.jsonl")), strict=True):
+    by_torch, by_vllm = (
+        run.run(recipe(tiny_llama, toy_stream, tmp_path / name, name)) for name in ("torch", "vllm")
+    )
+    for mine, other in zip(
+        sorted((by_torch.path / "predictions").rglob("*.jsonl")),
+        sorted((by_vllm.path / "predictions").rglob("*.jsonl")),
+        strict=True,
+    ):
         assert mine.name == other.name and mine.read_text() == other.read_text()
         assert any(json.loads(line)["prediction"] for line in mine.read_text().splitlines())
     assert len(vllm_stub.engines) == vllm_stub.shut == 2
@@ -225,11 +286,13 @@ def test_vllm_gets_the_evaluated_weights_and_the_same_prompts(vllm_stub, tiny_ll
         assert engine["tokenizer"] == str(engine["folder"]) and not engine["folder"].parent.exists()
         assert (engine["dtype"], engine["seed"]) == ("float32", 1234)
     assert [p["max_tokens"] for p in vllm_stub.params] == [3, 3, 5]
-    assert all(p["temperature"] == 0 and p["stop_token_ids"] == [2] and p["ignore_eos"] for p in vllm_stub.params)
+    assert all(
+        p["temperature"] == 0 and p["stop_token_ids"] == [2] and p["ignore_eos"] for p in vllm_stub.params
+    )
 
 
 def test_vllm_is_refused_where_it_is_not_installed(tiny_llama, toy_stream, tmp_path, monkeypatch):
     monkeypatch.setattr("codyra_llm.evaluate.vllm.find_spec", lambda name: None)
     with pytest.raises(Fault, match=r"vllm is not installed; .* or set eval.backend=torch$"):
-        runs.run(recipe(tiny_llama, toy_stream, tmp_path / "run", "vllm"))
+        run.run(recipe(tiny_llama, toy_stream, tmp_path / "run", "vllm"))
     assert not (tmp_path / "run").exists()

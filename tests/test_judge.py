@@ -9,20 +9,28 @@ import pytest
 from fake_judge import judge as judging
 from test_evaluate import learnt
 
-from codyra_llm import evaluation, open_ended, stop
-from codyra_llm import recipe as recipes
-from codyra_llm import run as runs
+from codyra_llm.checkpoints import evaluate as evaluation
+from codyra_llm.checkpoints.evaluate import evaluate
+from codyra_llm.checkpoints.source import Wanted
 from codyra_llm.cli import main
-from codyra_llm.errors import Fault
-from codyra_llm.evaluate import judge, prompts
-from codyra_llm.evaluation import Wanted, evaluate
-from codyra_llm.files import read_jsonl
-from codyra_llm.folder import RunFolder
+from codyra_llm.config.overrides import override
+from codyra_llm.config.recipe import parse_recipe
+from codyra_llm.config.sections import OpenEndedSection
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.files import read_jsonl
+from codyra_llm.evaluate import judge
+from codyra_llm.evaluate.questions import find_questions
+from codyra_llm.experiment import open_ended
+from codyra_llm.experiment import run as runs
 from codyra_llm.report import judged
-from codyra_llm.verdicts import Verdicts
+from codyra_llm.runtime import launch, signals
+from codyra_llm.store.folder import RunFolder
+from codyra_llm.store.verdicts import Verdicts
 
 KEY = "sk-never-to-be-written-0123456789"
-PAIRS = [("bad", "GOOD")] * 6 + [("GOOD", "bad")] + [("bad", "worse")] * 2 + [("same", "same")]  # (base, final)
+PAIRS = (
+    [("bad", "GOOD")] * 6 + [("GOOD", "bad")] + [("bad", "worse")] * 2 + [("same", "same")]
+)  # (base, final)
 
 
 def likes_good(first, second):
@@ -35,22 +43,42 @@ def settle(setup, out):
 
 
 def recipe(url=None, **settings):
-    section = {"prompts": "p", "judge": {"base_url": url, "model": "the-judge", "retries": 2, "timeout": 5, **settings}}
-    return recipes.parse({"model": {"path": "m"}, "data": {"root": "d"}, "method": "seqlora", "output": "o",
-                          "open_ended": section})
+    section = {
+        "prompts": "p",
+        "judge": {"base_url": url, "model": "the-judge", "retries": 2, "timeout": 5, **settings},
+    }
+    return parse_recipe(
+        {
+            "model": {"path": "m"},
+            "data": {"root": "d"},
+            "method": "seqlora",
+            "output": "o",
+            "open_ended": section,
+        }
+    )
 
 
 @pytest.fixture
 def answered(tmp_path, monkeypatch):
-    """Function from a recipe to what `settle` takes: ten answered prompts of one file, and one that base alone answered."""
+    """Function from a recipe to what `settle` takes: ten answered prompts of one file, and one that base
+    alone answered.
+    """
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
     def setup(made, pairs=PAIRS, name="helpful"):
         out = RunFolder(tmp_path / "run")
-        rows = [{"prompt": f"prompt {i}", "base": f"{base} {min(i, 8)}", "final": f"{final} {min(i, 8)}", "after": "T"}
-                for i, (base, final) in enumerate(pairs)]
+        rows = [
+            {
+                "prompt": f"prompt {i}",
+                "base": f"{base} {min(i, 8)}",
+                "final": f"{final} {min(i, 8)}",
+                "after": "T",
+            }
+            for i, (base, final) in enumerate(pairs)
+        ]
         out.write_answers(name, [*rows, {"prompt": "open", "base": "x"}])
         return SimpleNamespace(recipe=made, prompts={name: []}), out
+
     return setup
 
 
@@ -65,7 +93,9 @@ def test_known_preferences_give_the_known_counts_and_intervals(answered):
         settle(setup, out)
         assert len(server.asked) == 18  # nine pairs of unequal answers in both orders
         assert {request["authorization"] for request in server.asked} == {f"Bearer {KEY}"}
-        assert {(r["model"], r["path"], r["temperature"]) for r in server.asked} == {("the-judge", "/v1/chat/completions", 0)}
+        assert {(r["model"], r["path"], r["temperature"]) for r in server.asked} == {
+            ("the-judge", "/v1/chat/completions", 0)
+        }
         found = judged.summarise(setup.recipe, out)["files"]["helpful"]
         assert (found["answered"], found["judged"], found["criterion"]) == (10, 10, "helpfulness")
         for outcome, count in (("win", 6), ("tie", 3), ("lose", 1)):
@@ -79,15 +109,19 @@ def test_known_preferences_give_the_known_counts_and_intervals(answered):
 
 def test_a_judge_that_likes_a_place_gives_ties(answered):
     for letter in "AB":
-        with judging(lambda first, second: f"[[{letter}]]") as server:
+        with judging(lambda first, second, letter=letter: f"[[{letter}]]") as server:
             setup, out = answered(recipe(server.url, model=f"likes-{letter}"))
             settle(setup, out)
             found = judged.summarise(setup.recipe, out)["files"]["helpful"]
-            assert [found[outcome]["n"] for outcome in judge.OUTCOMES] == [0, 10, 0] and len(server.asked) == 18
+            assert [found[outcome]["n"] for outcome in judge.OUTCOMES] == [0, 10, 0] and len(
+                server.asked
+            ) == 18
 
 
 def test_a_tie_in_one_order_and_replies_without_verdict(answered):
-    """One order says final, the other neither: a tie. A reply without a verdict leaves its pair out, and is told."""
+    """One order says final, the other neither: a tie. A reply without a verdict leaves its pair out, and is
+    told.
+    """
     said = {"GOOD": "[[C]]", "bad": "[[B]]"}  # by the first answer
     with judging(lambda first, second: said.get(first.split()[0], "I will not say")) as server:
         setup, out = answered(recipe(server.url), [("bad", "GOOD"), ("mute", "silent")], "harmless_x")
@@ -146,11 +180,18 @@ def test_a_busy_endpoint_is_asked_again(answered):
     assert judged.summarise(setup.recipe, out)["files"]["helpful"]["win"]["n"] == 1
 
 
-@pytest.mark.parametrize("failure, message", [
-    ((401, json.dumps({"error": {"message": f"wrong key {KEY}"}})), "status 401, the key is not taken"),
-    ((404, "{}"), "status 404, is 'the-judge' known there?"), ((429, "{}"), "status 429, too many requests, after 1 retries"),
-    ((200, "<html>", "text/html"), "gave no chat completion"), ((200, "{torn"), "reply can't be read|gave no chat completion"),
-    ((200, '{"choices": []}'), "gave no chat completion"), ((200, "[]"), "gave no chat completion|can't be read")])
+@pytest.mark.parametrize(
+    "failure, message",
+    [
+        ((401, json.dumps({"error": {"message": f"wrong key {KEY}"}})), "status 401, the key is not taken"),
+        ((404, "{}"), "status 404, is 'the-judge' known there?"),
+        ((429, "{}"), "status 429, too many requests, after 1 retries"),
+        ((200, "<html>", "text/html"), "gave no chat completion"),
+        ((200, "{torn"), "reply can't be read|gave no chat completion"),
+        ((200, '{"choices": []}'), "gave no chat completion"),
+        ((200, "[]"), "gave no chat completion|can't be read"),
+    ],
+)
 def test_an_endpoint_that_fails_is_one_sentence_without_the_key(answered, failure, message):
     with judging(likes_good, lambda number: failure) as server:
         setup, out = answered(recipe(server.url, retries=1))
@@ -173,8 +214,10 @@ def test_the_other_processes_never_wait_for_more_than_a_slice(answered, monkeypa
     met = []
     with judging(likes_good) as server:
         setup, out = answered(recipe(server.url, parallel=2))
-        plain = open_ended.collectively
-        monkeypatch.setattr(open_ended, "collectively", lambda *given: (plain(*given), met.append(len(server.asked)))[0])
+        plain = launch.collectively
+        monkeypatch.setattr(
+            open_ended, "collectively", lambda *given: (plain(*given), met.append(len(server.asked)))[0]
+        )
         settle(setup, out)
         assert met == [0, 16, 18]
 
@@ -187,7 +230,9 @@ def test_a_proxy_that_is_none_is_said_before_training(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["merged", "stage"])
-def test_a_checkpoint_does_not_say_where_a_key_goes(kind, tiny_llama, toy_stream, questions, tmp_path, monkeypatch):
+def test_a_checkpoint_does_not_say_where_a_key_goes(
+    kind, tiny_llama, toy_stream, questions, tmp_path, monkeypatch
+):
     """Somebody's export names a judge and the variable of another key: nothing is sent there."""
     monkeypatch.setenv("HF_TOKEN", KEY)
     run = learnt(tiny_llama, toy_stream, tmp_path / "run", {"name": "seqlora", "rank": 4})
@@ -200,20 +245,44 @@ def test_a_checkpoint_does_not_say_where_a_key_goes(kind, tiny_llama, toy_stream
             raw["trackers"] = ["tensorboard"]
             file.write_text(json.dumps(content))
         (run.path / "seals.json").unlink()  # as of a stage
-        out = evaluate(str(theirs.parent if kind == "merged" else run.path), Wanted(
-            base=str(tiny_llama), tasks=["ONE"], out=tmp_path / "out", overrides=[
-                f"open_ended.prompts={questions}", "open_ended.max_new_tokens=4"]))
+        out = evaluate(
+            str(theirs.parent if kind == "merged" else run.path),
+            Wanted(
+                base=str(tiny_llama),
+                tasks=["ONE"],
+                out=tmp_path / "out",
+                overrides=[f"open_ended.prompts={questions}", "open_ended.max_new_tokens=4"],
+            ),
+        )
         assert len(out.pairs("helpful")) == 4 and not server.asked
-    assert out.manifest["recipe"]["trackers"] == [] and out.manifest["recipe"]["open_ended"]["judge"]["base_url"] is None
+    assert (
+        out.manifest["recipe"]["trackers"] == []
+        and out.manifest["recipe"]["open_ended"]["judge"]["base_url"] is None
+    )
 
 
-def test_without_prompts_and_on_other_nodes_no_key_is_asked_for(tiny_llama, toy_stream, tmp_path, monkeypatch):
+def test_without_prompts_and_on_other_nodes_no_key_is_asked_for(
+    tiny_llama, toy_stream, tmp_path, monkeypatch
+):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    own = ["open_ended.judge.base_url=http://127.0.0.1:9/v1", "open_ended.judge.model=m", "data.max_prompt_tokens=12",
-           "eval.max_new_tokens=3"]
+    own = [
+        "open_ended.judge.base_url=http://127.0.0.1:9/v1",
+        "open_ended.judge.model=m",
+        "data.max_prompt_tokens=12",
+        "eval.max_new_tokens=3",
+    ]
     monkeypatch.setattr(evaluation, "_measure", lambda *given: None)
-    evaluate(str(tiny_llama), Wanted(data=str(toy_stream), tasks=["ONE"], base=str(tiny_llama), general="mini",
-                                     out=tmp_path / "out", overrides=own))
+    evaluate(
+        str(tiny_llama),
+        Wanted(
+            data=str(toy_stream),
+            tasks=["ONE"],
+            base=str(tiny_llama),
+            general="mini",
+            out=tmp_path / "out",
+            overrides=own,
+        ),
+    )
     method = SimpleNamespace(name="seqlora", max_zero_stage=3, carries_optimizer=False)
     monkeypatch.setattr(runs.distributed, "zero_stage", lambda acc: 0)
     given = SimpleNamespace(recipe=recipe("http://127.0.0.1:9/v1"), prompts={"p": []}, method=method)
@@ -225,20 +294,28 @@ def test_without_prompts_and_on_other_nodes_no_key_is_asked_for(tiny_llama, toy_
 def test_judging_stops_when_asked_and_keeps_what_it_has(answered, monkeypatch):
     with judging(likes_good) as server:
         setup, out = answered(recipe(server.url, parallel=1))
-        monkeypatch.setattr(stop, "_asked", [])
+        monkeypatch.setattr(signals, "_asked", [])
         add = Verdicts.add
-        monkeypatch.setattr(Verdicts, "add", lambda *row: (add(*row), stop.ask("SIGTERM")))
-        with pytest.raises(stop.Stopped):
+        monkeypatch.setattr(Verdicts, "add", lambda *row: (add(*row), signals.ask("SIGTERM")))
+        with pytest.raises(signals.Stopped):
             settle(setup, out)
     assert 1 <= len(read_jsonl(out.path / "judged" / "helpful.jsonl")) < 18
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"api_key": KEY}, "'api_key' does not belong in a recipe"), ({"key_variable": KEY}, "give the name, not the key"),
-    ({"base_url": f"http://me:{KEY}@host/v1"}, "without a user, a password"), ({"base_url": "host"}, "no address"),
-    ({"base_url": "http://host:abc/v1"}, "no address"), ({"base_url": "http://[::1/v1"}, "no address"),
-    ({"base_url": "http://xn--\u00e9.\u2488/v1"}, "no address"), ({"base_url": "http://999.1.1.1/v1"}, "no address"),
-    ({"base_url": "http://host/v1", "model": None}, "'base_url' needs 'model'")])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"api_key": KEY}, "'api_key' does not belong in a recipe"),
+        ({"key_variable": KEY}, "give the name, not the key"),
+        ({"base_url": f"http://me:{KEY}@host/v1"}, "without a user, a password"),
+        ({"base_url": "host"}, "no address"),
+        ({"base_url": "http://host:abc/v1"}, "no address"),
+        ({"base_url": "http://[::1/v1"}, "no address"),
+        ({"base_url": "http://xn--\u00e9.\u2488/v1"}, "no address"),
+        ({"base_url": "http://999.1.1.1/v1"}, "no address"),
+        ({"base_url": "http://host/v1", "model": None}, "'base_url' needs 'model'"),
+    ],
+)
 def test_a_key_does_not_come_into_a_recipe(settings, message):
     with pytest.raises(Fault, match=message) as caught:
         recipe(**{"url": settings.pop("base_url", None), **settings})
@@ -250,25 +327,42 @@ def test_prompt_files(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"prompt": "über\\n"}\n\n{"prompt": "x\u2028y"}\n', encoding="utf-8")
     (tmp_path / "c.csv").write_text('id,prompt\n1,"a, b\nc"\n2,d\n')
     (tmp_path / "notes.txt").write_text("none")
-    section = prompts.OpenEndedSection(prompts=str(tmp_path))
-    assert prompts.find(section) == {"a": ["one", "two"], "b": ["über\n", "x\u2028y"], "c": ["a, b\nc", "d"]}
-    assert prompts.find(section.model_copy(update={"files": ["c"], "limit": 1}))["c"] in (["a, b\nc"], ["d"])
-    assert prompts.find(section.model_copy(update={"prompts": str(tmp_path / "a.json")})) == {"a": ["one", "two"]}
-    for name, content, message in (("d.json", "{}", "expected a list of records"), ("d.json", '[{"text": "x"}]', "no 'prompt'"),
-                                   ("d.json", '[{"prompt": 3}]', "is a int, expected a string"),
-                                   ("d.jsonl", '{"prompt": " "}', "'prompt' is empty"),
-                                   ("d.jsonl", "[", "line 1: invalid JSON"),
-                                   ("d.csv", "text\nx\n", "no 'prompt'"), ("d.csv", 'prompt\n"x', "is no CSV"),
-                                   ("d.csv", "prompt\na,b\n", "has 2 values, the first line names 1"),
-                                   ("d.json", "[3]", "is a int, expected an object"), ("a.csv", "prompt\nx\n", "two files")):
+    section = OpenEndedSection(prompts=str(tmp_path))
+    assert find_questions(section) == {
+        "a": ["one", "two"],
+        "b": ["über\n", "x\u2028y"],
+        "c": ["a, b\nc", "d"],
+    }
+    assert find_questions(section.model_copy(update={"files": ["c"], "limit": 1}))["c"] in (
+        ["a, b\nc"],
+        ["d"],
+    )
+    assert find_questions(section.model_copy(update={"prompts": str(tmp_path / "a.json")})) == {
+        "a": ["one", "two"]
+    }
+    for name, content, message in (
+        ("d.json", "{}", "expected a list of records"),
+        ("d.json", '[{"text": "x"}]', "no 'prompt'"),
+        ("d.json", '[{"prompt": 3}]', "is a int, expected a string"),
+        ("d.jsonl", '{"prompt": " "}', "'prompt' is empty"),
+        ("d.jsonl", "[", "line 1: invalid JSON"),
+        ("d.csv", "text\nx\n", "no 'prompt'"),
+        ("d.csv", 'prompt\n"x', "is no CSV"),
+        ("d.csv", "prompt\na,b\n", "has 2 values, the first line names 1"),
+        ("d.json", "[3]", "is a int, expected an object"),
+        ("a.csv", "prompt\nx\n", "two files"),
+    ):
         (tmp_path / name).write_text(content)
         with pytest.raises(Fault, match=message):
-            prompts.find(section)
+            find_questions(section)
         (tmp_path / name).unlink()
-    for update, message in (({"files": ["aa"]}, "Did you mean 'a'"), ({"prompts": str(tmp_path / "gone")}, "no file or folder"),
-                            ({"prompts": str(tmp_path / "notes.txt")}, "no .json, .jsonl or .csv")):
+    for update, message in (
+        ({"files": ["aa"]}, "Did you mean 'a'"),
+        ({"prompts": str(tmp_path / "gone")}, "no file or folder"),
+        ({"prompts": str(tmp_path / "notes.txt")}, "no .json, .jsonl or .csv"),
+    ):
         with pytest.raises(Fault, match=message):
-            prompts.find(section.model_copy(update=update))
+            find_questions(section.model_copy(update=update))
 
 
 @pytest.fixture(scope="module")
@@ -283,12 +377,18 @@ def asking(folder, url=None):
     return {"prompts": str(folder), "max_new_tokens": 4, "judge": {"base_url": url, "model": "the-judge"}}
 
 
-def test_a_run_answers_judges_and_reports_and_writes_no_key(tiny_llama, toy_stream, questions, tmp_path, monkeypatch, capsys):
-    """Without an endpoint nothing is judged and the report says so; with one the same run goes on to it; a task more gives
-    other final answers, and `evaluate` the same ones as the run."""
-    run = learnt(tiny_llama, toy_stream, tmp_path / "run", {"name": "seqlora", "rank": 4}, open_ended=asking(questions))
+def test_a_run_answers_judges_and_reports_and_writes_no_key(
+    tiny_llama, toy_stream, questions, tmp_path, monkeypatch, capsys
+):
+    """Without an endpoint nothing is judged and the report says so; with one the same run goes on to it; a
+    task more gives other final answers, and `evaluate` the same ones as the run."""
+    run = learnt(
+        tiny_llama, toy_stream, tmp_path / "run", {"name": "seqlora", "rank": 4}, open_ended=asking(questions)
+    )
     rows = run.answers("helpful")
-    assert [row["prompt"] for row in rows] == [f"Say {x}:" for x in "ABCA"] and {row["after"] for row in rows} == {"TWO"}
+    assert [row["prompt"] for row in rows] == [f"Say {x}:" for x in "ABCA"] and {
+        row["after"] for row in rows
+    } == {"TWO"}
     assert rows[0]["base"] == generated(capsys, str(tiny_llama), "Say A:")
     assert rows[0]["final"] == generated(capsys, f"{run.path}@TWO", "Say A:") != rows[0]["base"]
     for name in ("report.md", "report.html"):
@@ -298,8 +398,13 @@ def test_a_run_answers_judges_and_reports_and_writes_no_key(tiny_llama, toy_stre
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     before = (run.path / "answers" / "helpful.jsonl").stat().st_mtime_ns
     with judging(lambda first, second: "[[A]]") as server:
-        again = learnt(tiny_llama, toy_stream, tmp_path / "run", {"name": "seqlora", "rank": 4},
-                       open_ended=asking(questions, server.url))
+        again = learnt(
+            tiny_llama,
+            toy_stream,
+            tmp_path / "run",
+            {"name": "seqlora", "rank": 4},
+            open_ended=asking(questions, server.url),
+        )
         assert (run.path / "answers" / "helpful.jsonl").stat().st_mtime_ns == before and server.asked
         assert again.summary["open_ended"]["files"]["helpful"]["tie"]["n"] == 4
         page = (run.path / "report.html").read_text(encoding="utf-8")
@@ -309,9 +414,13 @@ def test_a_run_answers_judges_and_reports_and_writes_no_key(tiny_llama, toy_stre
         assert out.answers("helpful") == rows and out.answers("harmless") == run.answers("harmless")
         summary = json.loads((tmp_path / "out" / "summary.json").read_text())
         assert summary["open_ended"] == again.summary["open_ended"]
-        longer = recipes.parse(recipes.override(again.recipe.model_dump(mode="json"), ["data.tasks=[ONE, TWO, THREE]"]))
+        longer = parse_recipe(
+            override(again.recipe.model_dump(mode="json"), ["data.tasks=[ONE, TWO, THREE]"])
+        )
         more = runs.run(longer).answers("helpful")
-    assert {row["after"] for row in more} == {"THREE"} and [r["base"] for r in more] == [r["base"] for r in rows]
+    assert {row["after"] for row in more} == {"THREE"} and [r["base"] for r in more] == [
+        r["base"] for r in rows
+    ]
     printed = capsys.readouterr()
     assert KEY not in printed.out + printed.err
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -325,10 +434,16 @@ def generated(capsys, source, prompt):
     return capsys.readouterr().out.removesuffix("\n")
 
 
-def test_what_does_not_ask_the_prompts_does_without_their_files(tiny_llama, toy_stream, questions, tmp_path, capsys):
-    """Export, `generate` at a stage and `evaluate` without a base, of a run whose prompts were moved since."""
+def test_what_does_not_ask_the_prompts_does_without_their_files(
+    tiny_llama, toy_stream, questions, tmp_path, capsys
+):
+    """Export, `generate` at a stage and `evaluate` without a base, of a run whose prompts were moved
+    since.
+    """
     moving = shutil.copytree(questions, tmp_path / "questions")
-    run = learnt(tiny_llama, toy_stream, tmp_path / "run", {"name": "seqlora", "rank": 4}, open_ended=asking(moving))
+    run = learnt(
+        tiny_llama, toy_stream, tmp_path / "run", {"name": "seqlora", "rank": 4}, open_ended=asking(moving)
+    )
     told = generated(capsys, f"{run.path}@TWO", "Say A:")
     moving.rename(tmp_path / "elsewhere")
     assert generated(capsys, f"{run.path}@TWO", "Say A:") == told == run.answers("helpful")[0]["final"]
@@ -338,8 +453,10 @@ def test_what_does_not_ask_the_prompts_does_without_their_files(tiny_llama, toy_
     out = evaluate(str(tmp_path / "export"), Wanted(out=tmp_path / "out"))
     last = {row["task"]: row["score"] for row in run.scores if row["after"] == "TWO"}
     assert {row["task"]: row["score"] for row in out.scores} == last
-    for changed in (lambda: evaluate(str(run.path), Wanted(base=str(tiny_llama), out=tmp_path / "both")),
-                    lambda: runs.run(run.recipe)):
+    for changed in (
+        lambda: evaluate(str(run.path), Wanted(base=str(tiny_llama), out=tmp_path / "both")),
+        lambda: runs.run(run.recipe),
+    ):
         with pytest.raises(Fault, match="open_ended.prompts: there is no file or folder"):
             changed()
 
@@ -347,7 +464,13 @@ def test_what_does_not_ask_the_prompts_does_without_their_files(tiny_llama, toy_
 def test_a_missing_key_is_a_fault_before_training(tiny_llama, toy_stream, questions, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(Fault, match="OPENAI_API_KEY holds no key"):
-        learnt(tiny_llama, toy_stream, tmp_path / "run", "seqlora", open_ended=asking(questions, "http://127.0.0.1:9/v1"))
+        learnt(
+            tiny_llama,
+            toy_stream,
+            tmp_path / "run",
+            "seqlora",
+            open_ended=asking(questions, "http://127.0.0.1:9/v1"),
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -355,8 +478,12 @@ def test_answers_alone_of_anybodys_checkpoint(tiny_llama, toy_stream, questions,
     """Prompts are enough to evaluate on; without a base there is nothing to compare with."""
     section = [f"open_ended.prompts={questions}", "open_ended.max_new_tokens=4"]
     run = learnt(tiny_llama, toy_stream, tmp_path / "run", {"name": "seqlora", "rank": 4})
-    out = evaluate(str(run.path / "checkpoint"), Wanted(base=str(tiny_llama), tasks=["ONE"], out=tmp_path / "out",
-                                                            overrides=section))
-    assert len(out.pairs("helpful")) == 4 and out.pairs("helpful")[0]["base"] != out.pairs("helpful")[0]["final"]
+    out = evaluate(
+        str(run.path / "checkpoint"),
+        Wanted(base=str(tiny_llama), tasks=["ONE"], out=tmp_path / "out", overrides=section),
+    )
+    assert (
+        len(out.pairs("helpful")) == 4 and out.pairs("helpful")[0]["base"] != out.pairs("helpful")[0]["final"]
+    )
     base = evaluate(str(tiny_llama), Wanted(base=str(tiny_llama), out=tmp_path / "same", overrides=section))
     assert all(row["base"] == row["final"] for row in base.pairs("helpful"))

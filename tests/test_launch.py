@@ -9,10 +9,10 @@ import tomllib
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import codyra_llm.recipes
 import pytest
 import yaml
 
-import codyra_llm.recipes
 from codyra_llm.cli import main
 
 SHIPPED = Path(codyra_llm.recipes.__path__[0])
@@ -23,9 +23,20 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def small(tiny_llama, toy_stream, tmp_path):
     """Overrides that put a tiny model and two tiny tasks in a recipe's place."""
-    return [f"model.path={tiny_llama}", f"data.root={toy_stream}", "data.tasks=[ONE,TWO]", "data.epochs=1",
-            "data.max_prompt_tokens=32", "data.max_answer_tokens=8", "data.max_train_examples=4", "method.rank=2",
-            "eval.max_new_tokens=2", "eval.max_examples=2", "general.data=null", f"output={tmp_path / 'run'}"]
+    return [
+        f"model.path={tiny_llama}",
+        f"data.root={toy_stream}",
+        "data.tasks=[ONE,TWO]",
+        "data.epochs=1",
+        "data.max_prompt_tokens=32",
+        "data.max_answer_tokens=8",
+        "data.max_train_examples=4",
+        "method.rank=2",
+        "eval.max_new_tokens=2",
+        "eval.max_examples=2",
+        "general.data=null",
+        f"output={tmp_path / 'run'}",
+    ]
 
 
 def finished(tmp_path) -> bool:
@@ -69,14 +80,24 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-@pytest.mark.parametrize("launcher", [
-    [], ["-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"],
-    ["-m", "torch.distributed.run", "--nproc-per-node", "1"]], ids=["python", "accelerate launch", "torchrun"])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        [],
+        ["-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"],
+        ["-m", "torch.distributed.run", "--nproc-per-node", "1"],
+    ],
+    ids=["python", "accelerate launch", "torchrun"],
+)
 def test_launchers(launcher, small, tmp_path):
     port = {"accelerate.commands.launch": ["--main_process_port"], "torch.distributed.run": ["--master-port"]}
     extra = [*port[launcher[1]], free_port()] if launcher else []
-    done = subprocess.run([sys.executable, *launcher, *extra, str(SHIPPED / "trace_llama.yaml"), *small],
-                          capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, *launcher, *extra, str(SHIPPED / "trace_llama.yaml"), *small],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
     assert finished(tmp_path)
 
@@ -85,8 +106,13 @@ def test_launchers(launcher, small, tmp_path):
 @pytest.mark.skipif(not (ROOT / "launch.sh").is_file(), reason="not a checkout")
 def test_launch_script(small, tmp_path):
     env = {**os.environ, "PYTHON": sys.executable, "PROCESSES": "2", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([ROOT / "launch.sh", str(SHIPPED / "quickstart.yaml"), *small], env=env, capture_output=True,
-                          text=True, timeout=240)
+    done = subprocess.run(
+        [ROOT / "launch.sh", str(SHIPPED / "quickstart.yaml"), *small],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
     assert finished(tmp_path)
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["world_size"] == 2
@@ -94,12 +120,20 @@ def test_launch_script(small, tmp_path):
 
 def test_all_faults_of_a_recipe_at_once(tmp_path, capsys):
     bad = tmp_path / "bad.yaml"
-    bad.write_text("model: {pth: x}\ndata: {root: /nowhere, tasks: [ONE]}\nmethod: codira\n"
-                   "optim: {lr: -1}\noutput: x\n", encoding="utf-8")
+    bad.write_text(
+        "model: {pth: x}\ndata: {root: /nowhere, tasks: [ONE]}\nmethod: codira\noptim: {lr: -1}\noutput: x\n",
+        encoding="utf-8",
+    )
     for command in ("run", "plan"):
         assert called(command, bad) == 2
         told = capsys.readouterr().err
-        for part in ("'model.path' is missing", "unknown key 'model.pth'", "optim.lr: -1", "'codira'", "'codyra'"):
+        for part in (
+            "'model.path' is missing",
+            "unknown key 'model.pth'",
+            "optim.lr: -1",
+            "'codira'",
+            "'codyra'",
+        ):
             assert part in told
         assert "Traceback" not in told and all(line.startswith("error: ") for line in told.splitlines())
 
@@ -119,7 +153,13 @@ def test_accelerate_reads_the_shipped_configs(config):
 
 def test_there_are_accelerate_configs():
     assert {path.stem for path in (SHIPPED / "accelerate").glob("*.yaml")} == {
-        "ddp", "two_nodes", "zero1", "zero2", "zero3", "zero3_offload"}
+        "ddp",
+        "two_nodes",
+        "zero1",
+        "zero2",
+        "zero3",
+        "zero3_offload",
+    }
 
 
 def test_a_wheel_holds_every_package():
@@ -131,6 +171,6 @@ def test_a_wheel_holds_every_package():
     named = set()
     for package in listed["packages"]:
         top = max((name for name in places if f"{package}.".startswith(f"{name}.")), key=len)
-        named.add(ROOT / places[top] / package[len(top) + 1:].replace(".", "/"))
+        named.add(ROOT / places[top] / package[len(top) + 1 :].replace(".", "/"))
     assert all(folder.is_dir() for folder in named)
     assert {p.parent for top in places.values() for p in (ROOT / top).rglob("__init__.py")} <= named

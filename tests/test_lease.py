@@ -10,15 +10,15 @@ import time
 import psutil
 import pytest
 
-from codyra_llm import lease
-from codyra_llm.errors import Fault
-from codyra_llm.lease import Lease
+from codyra_llm.core.errors import Fault
+from codyra_llm.store import lock
+from codyra_llm.store.lock import Lease
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(lease, "BEAT", 0.1)
-    monkeypatch.setattr(lease, "DEAD", 0.4)
+    monkeypatch.setattr(lock, "BEAT", 0.1)
+    monkeypatch.setattr(lock, "DEAD", 0.4)
 
 
 def hold(folder, ready):
@@ -61,7 +61,7 @@ def test_a_living_process_keeps_it_and_a_killed_one_does_not(tmp_path, owner):
     psutil.Process(owner.pid).wait()
     began, mine = time.monotonic(), Lease(tmp_path)
     mine.take()
-    assert time.monotonic() - began < lease.DEAD  # this machine knows that the process is gone
+    assert time.monotonic() - began < lock.DEAD  # this machine knows that the process is gone
     mine.release()
 
 
@@ -101,13 +101,14 @@ def test_of_two_that_find_a_dead_owner_one_gets_it(tmp_path):
         elsewhere(tmp_path, round_)
         got, refused = [], []
 
-        def attempt():
+        def attempt(got=got, refused=refused):
             mine = Lease(tmp_path)
             try:
                 mine.take()
                 got.append(mine)
             except Fault as error:
                 refused.append(error)
+
         threads = [threading.Thread(target=attempt) for _ in range(2)]
         [t.start() for t in threads]
         [t.join() for t in threads]

@@ -1,4 +1,6 @@
-"""The line that tells how far a run is: what it says at any width, where it may be drawn, and what it says is left."""
+"""The line that tells how far a run is: what it says at any width, where it may be drawn, and what it says is
+left.
+"""
 
 import re
 import time
@@ -10,12 +12,13 @@ from rich.cells import cell_len
 from rich.console import Console
 from test_run import recipe
 
-from codyra_llm import live, watch
-from codyra_llm import run as runs
-from codyra_llm.ahead import ahead, steps, tokens
-from codyra_llm.forecast import Forecast, Piece, duration
-from codyra_llm.setup import prepare
-from codyra_llm.watch import Watch
+from codyra_llm.experiment import run
+from codyra_llm.experiment.agenda import ahead, steps, tokens
+from codyra_llm.experiment.setup import prepare
+from codyra_llm.runtime import display, heartbeat
+from codyra_llm.runtime.forecast import Forecast, Piece, duration
+from codyra_llm.runtime.heartbeat import Watch
+from codyra_llm.store import folder as runs
 
 TASKS = ["ONE", "TWO", "20Minuten"]
 ERASE = "\r\x1b[2K"
@@ -33,119 +36,155 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(live, "time", made)
+    monkeypatch.setattr(display, "time", made)
     return made
 
 
 def screen(monkeypatch, width: int = 60, **options) -> StringIO:
     """Everything that is written to a console of this kind, in place of standard output."""
     made = Console(file=StringIO(), width=width, highlight=False, **options)
-    monkeypatch.setattr(live, "console", made)
+    monkeypatch.setattr(display, "console", made)
     return made.file
 
 
 def train(clock: Clock, seconds: float, first: int, last: int, total: int) -> None:
     for step in range(first, last + 1):
         clock.now += seconds
-        live.count(step, total, {"loss": 1.5, "tokens": 100})
+        display.count(step, total, {"loss": 1.5, "tokens": 100})
 
 
-@pytest.mark.parametrize("seconds, told", [(0.4, "0 s"), (59, "59 s"), (60, "1 min"), (3570, "1 h 0 min"),
-                                           (18600, "5 h 10 min"), (86400 + 4 * 3600, "1 d 4 h")])
+@pytest.mark.parametrize(
+    "seconds, told",
+    [
+        (0.4, "0 s"),
+        (59, "59 s"),
+        (60, "1 min"),
+        (3570, "1 h 0 min"),
+        (18600, "5 h 10 min"),
+        (86400 + 4 * 3600, "1 d 4 h"),
+    ],
+)
 def test_durations(seconds, told):
     assert duration(seconds) == told
 
 
 def test_what_is_left_is_what_was_measured_times_what_is_due():
     forecast = Forecast()
-    forecast.due = {Piece("learn", "TWO", 2): 300.0, Piece("answer", "ONE", 2): 10.0, Piece("answer", "TWO", 2): 20.0}
+    forecast.due = {
+        Piece("learn", "TWO", 2): 300.0,
+        Piece("answer", "ONE", 2): 10.0,
+        Piece("answer", "TWO", 2): 20.0,
+    }
     assert forecast.left() == (0.0, False)
     assert forecast.left(learning=0.5) == (150.0, False)  # without answers, and what surrounds the steps
     forecast.done(Piece("learn", "ONE", 1), 100.0, 60.0)
     forecast.done(Piece("answer", "ONE", 1), 10.0, 5.0)
     assert forecast.left(learning=0.5) == (300 * 0.6 + 5.0 + 20 * 0.5, True)
-    forecast.done(Piece("answer", "THREE", 1), 30.0, 35.0)  # the mean of all for what was never asked, each its own else
+    forecast.done(
+        Piece("answer", "THREE", 1), 30.0, 35.0
+    )  # the mean of all for what was never asked, each its own else
     assert forecast.left() == (300 * 0.6 + 5.0 + 20 * 40 / 40, True)
     forecast.done(Piece("answer", "ONE", 2), 10.0, 5.0)
     assert Piece("answer", "ONE", 2) not in forecast.due
 
 
 def test_the_line_of_a_task(clock, monkeypatch):
-    """100 tokens a second, 100 steps of a task of 10,000 tokens, of which another is to follow; answers not measured."""
+    """100 tokens a second, 100 steps of a task of 10,000 tokens, of which another is to follow; answers not
+    measured.
+    """
     screen(monkeypatch)
-    with live.running(True):
-        live.expect({Piece("learn", "TWO", 2): 1e4, Piece("learn", "20Minuten", 3): 72e4, Piece("answer", "TWO", 2): 9.0})
-        live.begin(Piece("learn", "TWO", 2), "TWO", TASKS)
-        assert live._line.words() == "task 2/3 TWO"
-        live.count(0, 100)
+    with display.running(True):
+        display.expect(
+            {
+                Piece("learn", "TWO", 2): 1e4,
+                Piece("learn", "20Minuten", 3): 72e4,
+                Piece("answer", "TWO", 2): 9.0,
+            }
+        )
+        display.begin(Piece("learn", "TWO", 2), "TWO", TASKS)
+        assert display._line.words() == "task 2/3 TWO"
+        display.count(0, 100)
         train(clock, 1.0, 1, 40, 100)
         own = "task 2/3 TWO, step 40/100, loss 1.500, 100 tokens/s, 1 min left"
-        assert live._line.words() == f"{own}, at least 2 h 1 min in all"
+        assert display._line.words() == f"{own}, at least 2 h 1 min in all"
         clock.now += 20  # it counts down while nothing is heard
-        assert ", 40 s left, at least 2 h 1 min in all" in live._line.words()
-        assert live._line.words(60) == "2/3 TWO, 40/100, loss 1.500, 100 tok/s, 40 s, all >2 h 1 min"
-        assert live._line.words(45) == "2/3 TWO, 40/100, loss 1.500, all >2 h 1 min"
-        assert live._line.words(30) == "2/3 TWO, 40/100, loss 1.500"
-        assert all(cell_len(live._line.words(width)) <= width for width in range(7, 130))
-        live.note("consolidating")
-        assert live._line.words(40) == "task 2/3 TWO, consolidating"
-        live.begin(Piece("answer", "TWO", 2), "TWO", TASKS)
-        assert live._line.words() == "task 2/3 TWO, answers to TWO, at least 1 h 12 min in all"  # 60 s for 1e4 tokens
+        assert ", 40 s left, at least 2 h 1 min in all" in display._line.words()
+        assert display._line.words(60) == "2/3 TWO, 40/100, loss 1.500, 100 tok/s, 40 s, all >2 h 1 min"
+        assert display._line.words(45) == "2/3 TWO, 40/100, loss 1.500, all >2 h 1 min"
+        assert display._line.words(30) == "2/3 TWO, 40/100, loss 1.500"
+        assert all(cell_len(display._line.words(width)) <= width for width in range(7, 130))
+        display.note("consolidating")
+        assert display._line.words(40) == "task 2/3 TWO, consolidating"
+        display.begin(Piece("answer", "TWO", 2), "TWO", TASKS)
+        assert (
+            display._line.words() == "task 2/3 TWO, answers to TWO, at least 1 h 12 min in all"
+        )  # 60 s for 1e4 tokens
 
 
 def test_a_task_that_went_on_counts_what_it_did(clock, monkeypatch):
-    """40 of 100 steps were done before this process, which takes 60 s for the rest, so 100 s for a task like it."""
+    """40 of 100 steps were done before this process, which takes 60 s for the rest, so 100 s for a task like
+    it.
+    """
     screen(monkeypatch)
-    with live.running(True):
-        live.expect({Piece("learn", "ONE", 1): 1e4, Piece("learn", "TWO", 2): 1e4})
-        live.begin(Piece("learn", "ONE", 1), "ONE", TASKS)
-        live.count(40, 100)
+    with display.running(True):
+        display.expect({Piece("learn", "ONE", 1): 1e4, Piece("learn", "TWO", 2): 1e4})
+        display.begin(Piece("learn", "ONE", 1), "ONE", TASKS)
+        display.count(40, 100)
         train(clock, 1.0, 41, 100, 100)
-        live.begin(Piece("load", "tasks", 1), "ONE", TASKS)
-        assert live._line.forecast.left() == (pytest.approx(100.0), True)
+        display.begin(Piece("load", "tasks", 1), "ONE", TASKS)
+        assert display._line.forecast.left() == (pytest.approx(100.0), True)
 
 
 @pytest.mark.parametrize("kind", [{}, {"force_terminal": True, "_environ": {"TERM": "dumb"}}])
 def test_a_log_gets_a_line_now_and_then(kind, clock, monkeypatch):
     out = screen(monkeypatch, **kind)
-    with live.running(True):
-        live.begin(Piece("learn", "ONE", 1), "ONE", TASKS)
-        live.count(0, 100)
+    with display.running(True):
+        display.begin(Piece("learn", "ONE", 1), "ONE", TASKS)
+        display.count(0, 100)
         train(clock, 1.0, 1, 100, 100)
-        live.begin(Piece("answer", "ONE", 1), "ONE", TASKS)
+        display.begin(Piece("answer", "ONE", 1), "ONE", TASKS)
         for answered in range(0, 50, 10):
-            live.count(answered, 50)
+            display.count(answered, 50)
             clock.now += 8.0
-        live.console.print("said by others")
+        display.console.print("said by others")
     lines = out.getvalue().splitlines()
-    assert [re.search(r"(step|example) (\d+)/", line)[2] for line in lines[:-1]] == ["1", "31", "61", "91", "100", "40"]
+    assert [re.search(r"(step|example) (\d+)/", line)[2] for line in lines[:-1]] == [
+        "1",
+        "31",
+        "61",
+        "91",
+        "100",
+        "40",
+    ]
     assert lines[-1] == "said by others" and "\x1b" not in out.getvalue()
 
 
 @pytest.mark.parametrize("options", [{}, {"no_color": True}, {"width": 20}])
 def test_what_is_printed_stands_above_the_line(options, monkeypatch):
-    out = screen(monkeypatch, **{"width": 60, "force_terminal": True, "_environ": {"TERM": "xterm"}} | options)
-    monkeypatch.setattr(live, "REFRESH", 50)
-    with live.running(True):
-        live.begin(Piece("learn", "ONE", 1), "ONE", TASKS)
+    out = screen(
+        monkeypatch, **{"width": 60, "force_terminal": True, "_environ": {"TERM": "xterm"}} | options
+    )
+    monkeypatch.setattr(display, "REFRESH", 50)
+    with display.running(True):
+        display.begin(Piece("learn", "ONE", 1), "ONE", TASKS)
         time.sleep(0.1)
-        live.console.print("one")
+        display.console.print("one")
         print("two")  # what libraries print
-        live.count(0, 4)
-        live.count(1, 4, {"loss": 1.0, "tokens": 5})
+        display.count(0, 4)
+        display.count(1, 4, {"loss": 1.0, "tokens": 5})
     said = out.getvalue()
     assert f"task 1/3 ONE{ERASE}one\ntask 1/3 ONE{ERASE}two\ntask 1/3 ONE{ERASE}1/3 ONE, 1/4" in said
     assert said.endswith("\x1b[2K") and said.rindex("\x1b[?25h") > said.rindex("\x1b[?25l")
     drawn = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", part) for part in re.split(r"[\r\n]+", said)]
-    assert max(map(len, drawn)) < live.console.width  # the cursor stays in the row
+    assert max(map(len, drawn)) < display.console.width  # the cursor stays in the row
 
 
 def test_who_does_not_speak_is_silent(capsys):
-    with live.running(False):
-        live.expect({Piece("learn", "ONE", 1): 1.0})
-        live.begin(Piece("learn", "ONE", 1), "ONE", TASKS)
-        live.count(1, 2, {"loss": 1.0, "tokens": 5})
-        live.note("consolidating")
+    with display.running(False):
+        display.expect({Piece("learn", "ONE", 1): 1.0})
+        display.begin(Piece("learn", "ONE", 1), "ONE", TASKS)
+        display.count(1, 2, {"loss": 1.0, "tokens": 5})
+        display.note("consolidating")
     assert capsys.readouterr().out == ""
 
 
@@ -155,28 +194,43 @@ def test_ranks_alive(clock, monkeypatch):
     store = dist.HashStore()
     monkeypatch.setattr(Watch, "_run", lambda one: None)
     two = [Watch(store, rank, 2, hung=60) for rank in range(2)]
-    monkeypatch.setattr(watch, "_watch", two[0])
-    with live.running(True):
-        live.begin(Piece("learn", "ONE", 1), "ONE", TASKS)
-        live.count(0, 9)
-        assert live._line.words() == "task 1/3 ONE, step 0/9, 2/2 ranks alive"
+    monkeypatch.setattr(heartbeat, "_watch", two[0])
+    with display.running(True):
+        display.begin(Piece("learn", "ONE", 1), "ONE", TASKS)
+        display.count(0, 9)
+        assert display._line.words() == "task 1/3 ONE, step 0/9, 2/2 ranks alive"
         two[0].look(range(2))  # both say the same yet
-        assert watch.alive() == (2, 2)
-        two[0].seen[1] = two[0].seen[1][0], two[0].seen[1][1] - watch.BROKEN
+        assert heartbeat.alive() == (2, 2)
+        two[0].seen[1] = two[0].seen[1][0], two[0].seen[1][1] - heartbeat.BROKEN
         train(clock, 1.0, 1, 3, 9)
-        assert watch.alive() == (1, 2) and live._line.words(36) == "1/3 ONE, 3/9, loss 1.500, 1/2 ranks"
+        assert (
+            heartbeat.alive() == (1, 2) and display._line.words(36) == "1/3 ONE, 3/9, loss 1.500, 1/2 ranks"
+        )
 
 
-@pytest.mark.parametrize("changes", [{}, {"eval__zero_shot": True, "eval__tasks": "all"}, {"method": "mtl"}, {"method": "none"},
-                                     {"method": "none", "general__data": "mini"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"eval__zero_shot": True, "eval__tasks": "all"},
+        {"method": "mtl"},
+        {"method": "none"},
+        {"method": "none", "general__data": "mini"},
+    ],
+)
 def test_a_run_does_what_was_expected_of_it(changes, tiny_llama, toy_stream, tmp_path, monkeypatch):
     """The pieces, the steps and the tokens that are foreseen are those that come."""
     asked = recipe(tiny_llama, toy_stream, tmp_path / "run", checkpoint=False, **changes)
-    begun, begin = [], live.Line.begin
-    monkeypatch.setattr(live.Line, "begin", lambda line, piece, place: (begun.append(piece), begin(line, piece, place)))
-    folder = runs.run(asked)
+    begun, begin = [], display.Line.begin
+    monkeypatch.setattr(
+        display.Line, "begin", lambda line, piece, place: (begun.append(piece), begin(line, piece, place))
+    )
+    folder = run.run(asked)
     fresh = prepare(asked)
-    assert set(begun[:-1]) == set(ahead(fresh, runs.RunFolder(tmp_path / "none"), 0)) and begun[-1].kind == "close"
+    assert (
+        set(begun[:-1]) == set(ahead(fresh, runs.RunFolder(tmp_path / "none"), 0))
+        and begun[-1].kind == "close"
+    )
     assert len(begun) == len(set(begun)) and not ahead(fresh, folder, 2)
     trained = {task: [row for row in folder.log_rows if row["task"] == task] for task in fresh.recipe.tasks}
     assert steps(fresh) == [len(rows) for rows in trained.values()]
@@ -186,11 +240,16 @@ def test_a_run_does_what_was_expected_of_it(changes, tiny_llama, toy_stream, tmp
 
 def test_a_run_on_a_terminal_ends_as_any_other(tiny_llama, toy_stream, tmp_path, monkeypatch):
     asked = recipe(tiny_llama, toy_stream, tmp_path / "run", checkpoint=False)
-    folder = runs.run(asked)
+    folder = run.run(asked)
     screened = StringIO()
-    for name, value in {"_file": screened, "_force_terminal": True, "is_interactive": True, "_width": 60}.items():
-        monkeypatch.setattr(live.console, name, value)
-    other = runs.run(asked.model_copy(update={"output": str(tmp_path / "terminal")}))
+    for name, value in {
+        "_file": screened,
+        "_force_terminal": True,
+        "is_interactive": True,
+        "_width": 60,
+    }.items():
+        monkeypatch.setattr(display.console, name, value)
+    other = run.run(asked.model_copy(update={"output": str(tmp_path / "terminal")}))
     assert (other.path / "scores.jsonl").read_bytes() == (folder.path / "scores.jsonl").read_bytes()
     assert other.archive().lineage == folder.archive().lineage  # hashes of the weights
     told = [line for line in screened.getvalue().splitlines() if "after " in line and "(exact_match" in line]

@@ -5,11 +5,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from codyra_llm.errors import Fault
-from codyra_llm.lora.archive import Adapter, Archive, Update
+from codyra_llm.core.errors import Fault
 from codyra_llm.lora.function import Group, SharedLinears, shadow
 from codyra_llm.lora.layer import AdapterSpec, LoraLinear, attach, sites
 from codyra_llm.lora.merge import merged_weight
+from codyra_llm.lora.update import Adapter, Update
+from codyra_llm.store.archive import Archive
 
 
 def tensors(n=5, i=7, o=6, r=3, dtype=torch.float64, seed=0):
@@ -46,7 +47,9 @@ def test_function_equals_the_dense_formula(weighted, dropout, biased):
     mine, theirs = (f(x, dropped, weight, bias, a, w, b, 1.7) for f in (ours, dense))
     torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
     seed = torch.randn_like(mine)
-    for left, right in zip(torch.autograd.grad(mine, leaves, seed), torch.autograd.grad(theirs, leaves, seed)):
+    for left, right in zip(
+        torch.autograd.grad(mine, leaves, seed), torch.autograd.grad(theirs, leaves, seed), strict=True
+    ):
         torch.testing.assert_close(left, right, rtol=1e-11, atol=1e-11)
 
 
@@ -54,8 +57,12 @@ def test_gradcheck():
     x, weight, bias, a, w, b = tensors()
     for t in (x, a, w, b):
         t.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, a, w, b: ours(x, None, weight, bias, a, w, b, 0.9), (x, a, w, b))
-    assert torch.autograd.gradcheck(lambda x, a, b: ours(x, x * 0.5, weight, None, a, None, b, 2.0), (x, a, b))
+    assert torch.autograd.gradcheck(
+        lambda x, a, w, b: ours(x, None, weight, bias, a, w, b, 0.9), (x, a, w, b)
+    )
+    assert torch.autograd.gradcheck(
+        lambda x, a, b: ours(x, x * 0.5, weight, None, a, None, b, 2.0), (x, a, b)
+    )
 
 
 def test_a_weight_of_zero_still_gets_gradient():
@@ -70,10 +77,13 @@ def test_a_weight_of_zero_still_gets_gradient():
 def test_backward_twice_and_double_use_of_an_input():
     x, weight, _, a, w, b = tensors()
     x.requires_grad_()
-    f = lambda x: ours(x, None, weight, None, a, w, b, 1.0)  # noqa: E731
+
+    def f(x):
+        return ours(x, None, weight, None, a, w, b, 1.0)
+
     y = (f(x) * f(x)).sum()
-    first, = torch.autograd.grad(y, x, retain_graph=True)
-    second, = torch.autograd.grad(y, x)
+    (first,) = torch.autograd.grad(y, x, retain_graph=True)
+    (second,) = torch.autograd.grad(y, x)
     reference = (dense(x, None, weight, None, a, w, b, 1.0) ** 2).sum()
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     torch.testing.assert_close(first, torch.autograd.grad(reference, x)[0])
@@ -85,7 +95,10 @@ def test_small_updates_survive_in_bfloat16(ratio):
     x, weight, _, a, w, b = tensors(n=64, i=256, o=256, r=8, dtype=torch.float32)
     b *= ratio * weight.norm() / ((b * w) @ a).norm()
     x, weight = x.bfloat16(), weight.bfloat16()
-    run = lambda b: ours(x, None, weight, None, a, w, b, 1.0).double()  # noqa: E731
+
+    def run(b):
+        return ours(x, None, weight, None, a, w, b, 1.0).double()
+
     exact = x.double() @ ((b * w) @ a).double().T
     moved = run(b) - run(torch.zeros_like(b))
     share = (moved * exact).sum() / exact.square().sum()
@@ -135,9 +148,18 @@ def test_archive_round_trip_lineage_and_merge(tmp_path):
     again = Archive(tmp_path, "base")
     assert again.tasks == ["T0", "T1", "T2"] and again.lineage == archive.lineage
     base = torch.randn(6, 7)
-    dense_sum = lambda kept: (base.double() + sum(  # noqa: E731
-        0.5 * (update(k).adapters["s"].b.double() * update(k).adapters["s"].w.double())
-        @ update(k).adapters["s"].a.double() for k in kept)).float()
+
+    def dense_sum(kept):
+        return (
+            base.double()
+            + sum(
+                0.5
+                * (update(k).adapters["s"].b.double() * update(k).adapters["s"].w.double())
+                @ update(k).adapters["s"].a.double()
+                for k in kept
+            )
+        ).float()
+
     torch.testing.assert_close(merged_weight(base, again.terms(2), "s"), dense_sum([0, 1, 2]))
     torch.testing.assert_close(merged_weight(base, again.terms(1), "s"), dense_sum([0, 1]))
     torch.testing.assert_close(merged_weight(base, again.terms(2, without=1), "s"), dense_sum([0, 2]))
@@ -150,7 +172,10 @@ def test_without_a_task_of_one_growing_adapter(tmp_path, without):
     archive = Archive(tmp_path, "base")
     for seed in range(3):
         archive.append(f"T{seed}", update(seed, "replace"))
-    snapshot = lambda k: update(k, "replace").adapters["s"].delta(0.5) if k >= 0 else 0  # noqa: E731
+
+    def snapshot(k):
+        return update(k, "replace").adapters["s"].delta(0.5) if k >= 0 else 0
+
     expected = snapshot(2) - (snapshot(without) - snapshot(without - 1))
     torch.testing.assert_close(merged_weight(torch.zeros(6, 7), archive.terms(2, without), "s"), expected)
 

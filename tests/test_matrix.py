@@ -8,19 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codyra_llm.evaluate.matrix import FORMULAS, summary
-from codyra_llm.evaluate.scores import summarise
+from codyra_llm.evaluate.statistics import summarise
 
 TASKS = ["a", "b", "c"]
 # Task a falls 60 -> 40 with its best, 70, in between; task b gains 50 -> 56, so clipping matters.
 SCORES = [[60.0, 30.0, None], [70.0, 50.0, 25.0], [40.0, 56.0, 90.0]]
 ZERO_SHOT = [10.0, 20.0, 30.0]
 BY_HAND = {
-    "op": (40 + 56 + 90) / 3,                    # 62
-    "bwt": ((40 - 60) + (56 - 50)) / 2,          # -7
+    "op": (40 + 56 + 90) / 3,  # 62
+    "bwt": ((40 - 60) + (56 - 50)) / 2,  # -7
     "bwt_treelora": ((60 - 40) + (50 - 56)) / 3,  # 4.667
-    "bwt_treelora_clipped": (20 + 0) / 3,        # 6.667
-    "forgetting": ((70 - 40) + (50 - 56)) / 2,   # 12
-    "fwt": ((30 - 20) + (25 - 30)) / 2,          # 2.5
+    "bwt_treelora_clipped": (20 + 0) / 3,  # 6.667
+    "forgetting": ((70 - 40) + (50 - 56)) / 2,  # 12
+    "fwt": ((30 - 20) + (25 - 30)) / 2,  # 2.5
 }
 
 
@@ -50,7 +50,11 @@ def test_nothing_trained_leaves_every_number_undefined():
 def test_an_unfinished_stream_is_summarised_as_far_as_it_got():
     result = summary(TASKS, [[60.0, None, None], [70.0, 50.0, None]], None)
     assert (result["op"], result["bwt"], result["fwt"]) == (60.0, 10.0, None)
-    assert (result["bwt_treelora"], result["bwt_treelora_clipped"], result["forgetting"]) == (-5.0, 0.0, -10.0)
+    assert (result["bwt_treelora"], result["bwt_treelora_clipped"], result["forgetting"]) == (
+        -5.0,
+        0.0,
+        -10.0,
+    )
 
 
 def test_a_missing_score_makes_what_needs_it_undefined_and_nothing_else():
@@ -65,8 +69,11 @@ def test_forward_transfer_takes_the_tasks_that_are_measured():
     assert summary(TASKS, scores, ZERO_SHOT)["fwt"] == 10.0
 
 
-@given(st.integers(2, 6).flatmap(lambda t: st.lists(st.lists(st.floats(0, 100), min_size=t, max_size=t),
-                                                    min_size=t, max_size=t)))
+@given(
+    st.integers(2, 6).flatmap(
+        lambda t: st.lists(st.lists(st.floats(0, 100), min_size=t, max_size=t), min_size=t, max_size=t)
+    )
+)
 def test_the_definitions_agree_where_they_must(scores):
     t = len(scores)
     r = summary([str(i) for i in range(t)], scores, None)
@@ -75,7 +82,6 @@ def test_the_definitions_agree_where_they_must(scores):
     assert r["forgetting"] >= -r["bwt"] - 1e-9
     array = np.array(scores)
     assert r["bwt"] == pytest.approx((array[-1] - np.diag(array))[:-1].mean(), abs=1e-9)
-
 
 
 def test_the_interval_has_the_width_that_theory_gives():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import codyra_llm.recipes
 import pytest
 import torch
 import yaml
@@ -16,26 +17,37 @@ from safetensors.torch import load_file
 from trajectories import compare, trajectory
 from transformers import AutoModelForCausalLM
 
-import codyra_llm.recipes
-from codyra_llm import distributed, models, stop
-from codyra_llm import recipe as recipes
-from codyra_llm import run as runs
 from codyra_llm.cli import main
-from codyra_llm.data import Stream
-from codyra_llm.errors import Fault
-from codyra_llm.export import write_merged, write_stage
-from codyra_llm.files import write_json, write_jsonl
-from codyra_llm.folder import RunFolder
-from codyra_llm.methods import METHODS, Method
-from codyra_llm.plan import plan
-from codyra_llm.setup import prepare
+from codyra_llm.config.recipe import parse_recipe
+from codyra_llm.config.registry import METHODS
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.files import write_json, write_jsonl
+from codyra_llm.data.stream import Stream
+from codyra_llm.experiment import run as runs
+from codyra_llm.experiment.export import write_merged, write_stage
+from codyra_llm.experiment.plan import plan
+from codyra_llm.experiment.setup import prepare
+from codyra_llm.methods.base import Method
+from codyra_llm.models import loading
+from codyra_llm.runtime import launch, signals
+from codyra_llm.store.folder import RunFolder
 
 TASKS = ["ONE", "TWO", "THREE"]
 # What a method needs to do something on three tiny tasks, and no data beside them.
-SETTINGS = {"replay": {"lima": False, "ratio": 0.3}, "ewc": {"examples": 6}, "gem": {"memory": 4, "batch": 4},
-            "agem": {"memory": 4, "batch": 4}, "ogd": {"examples": 3}, "ilora": {"ratio": 0.3}, "icl": {"shots": 2},
-            "inflora": {"inputs_at_once": 3}, "treelora": {"weight": 0.5}, "treelora_repo": {"weight": 5.0},
-            "pp": {"length": 4}, "dualprompt": {"general_layers": [0], "expert_layers": [1]}}
+SETTINGS = {
+    "replay": {"lima": False, "ratio": 0.3},
+    "ewc": {"examples": 6},
+    "gem": {"memory": 4, "batch": 4},
+    "agem": {"memory": 4, "batch": 4},
+    "ogd": {"examples": 3},
+    "ilora": {"ratio": 0.3},
+    "icl": {"shots": 2},
+    "inflora": {"inputs_at_once": 3},
+    "treelora": {"weight": 0.5},
+    "treelora_repo": {"weight": 5.0},
+    "pp": {"length": 4},
+    "dualprompt": {"general_layers": [0], "expert_layers": [1]},
+}
 SHARED = {"rank": 3, "alpha": 3.0}  # a scale of 1: some have 32 / rank, with which so short a run is chaotic
 
 
@@ -43,16 +55,25 @@ def raw(model, stream, out, name) -> dict:
     config = METHODS[name].Config.model_fields
     shared = {key: value for key, value in SHARED.items() if key in config}
     if name == "rcl":
-        shared["folder"] = str(stream)  # without markers in its answers, which leaves nothing to read in predictions
-    return {"model": {"path": str(model)}, "data": {"root": str(stream), "tasks": TASKS, "epochs": 2},
-            "method": {"name": name, **shared, **SETTINGS.get(name, {})},
-            "optim": {"lr": 1e-2, "batch_size": 8, "micro_batch_tokens": 90},
-            "eval": {"max_new_tokens": 3, "max_examples": 4}, "output": str(out), "checkpoint": False}
+        shared["folder"] = str(
+            stream
+        )  # without markers in its answers, which leaves nothing to read in predictions
+    return {
+        "model": {"path": str(model)},
+        "data": {"root": str(stream), "tasks": TASKS, "epochs": 2},
+        "method": {"name": name, **shared, **SETTINGS.get(name, {})},
+        "optim": {"lr": 1e-2, "batch_size": 8, "micro_batch_tokens": 90},
+        "eval": {"max_new_tokens": 3, "max_examples": 4},
+        "output": str(out),
+        "checkpoint": False,
+    }
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_llama, toy_stream, tmp_path_factory):
-    """Function from a method's name to its finished run, made once, and what it read of which split while it learnt."""
+    """Function from a method's name to its finished run, made once, and what it read of which split while it
+    learnt.
+    """
     made: dict[str, tuple[RunFolder, set]] = {}
     out = tmp_path_factory.mktemp("runs")
 
@@ -60,8 +81,9 @@ def finished(tiny_llama, toy_stream, tmp_path_factory):
         if name not in made:
             with pytest.MonkeyPatch.context() as patch:
                 read = watched(patch)
-                made[name] = runs.run(recipes.parse(raw(tiny_llama, toy_stream, out / name, name))), read
+                made[name] = runs.run(parse_recipe(raw(tiny_llama, toy_stream, out / name, name))), read
         return made[name]
+
     return run
 
 
@@ -78,18 +100,25 @@ def watched(patch: pytest.MonkeyPatch) -> set[tuple[int, int, str]]:
         now.append(index)
         learn(setup, folder, acc, peak, index)
         now.pop()
+
     patch.setattr(Stream, "records", spying)
     patch.setattr(runs, "learn", learning)
     return read
 
 
 def tensors(folder: RunFolder) -> dict[str, torch.Tensor]:
-    return {f"{part} {file.name} {key}": value for part in ("updates", "state")
-            for file in sorted((folder.path / part).glob("*.safetensors")) for key, value in load_file(file).items()}
+    return {
+        f"{part} {file.name} {key}": value
+        for part in ("updates", "state")
+        for file in sorted((folder.path / part).glob("*.safetensors"))
+        for key, value in load_file(file).items()
+    }
 
 
 def predictions(folder: RunFolder) -> dict[str, str]:
-    return {str(p.relative_to(folder.path)): p.read_text() for p in (folder.path / "predictions").rglob("*.jsonl")}
+    return {
+        str(p.relative_to(folder.path)): p.read_text() for p in (folder.path / "predictions").rglob("*.jsonl")
+    }
 
 
 def rows(folder: RunFolder) -> list[dict]:
@@ -110,17 +139,21 @@ def test_three_tasks_run(name, finished):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_reference_trajectory(name, finished, pytestconfig):
-    """Losses, scores and updates are those that are committed: a change of code shows here which methods it changed."""
+    """Losses, scores and updates are those that are committed: a change of code shows here which methods it
+    changed.
+    """
     compare(name, trajectory(finished(name)[0]), rewrite=pytestconfig.getoption("rewrite_trajectories"))
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.trains])
 def test_stopped_and_restarted_equals_straight_through(name, finished, tmp_path):
-    """Stopped after the second task, and again inside the third: each time what is on disk is all that is needed."""
+    """Stopped after the second task, and again inside the third: each time what is on disk is all that is
+    needed.
+    """
     folder, _ = finished(name)
     stopped = without_third_task(folder, tmp_path / "run")
     recipe = folder.recipe.model_copy(update={"output": str(stopped.path)})
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(stop.Stopped, match="step 3 of"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(signals.Stopped, match="step 3 of"):
         stop_inside(patch, "THREE", 2)
         runs.run(recipe)
     assert [path.name for path in (stopped.path / "progress").iterdir()] == ["02-THREE-00000003"]
@@ -131,7 +164,8 @@ def test_stopped_and_restarted_equals_straight_through(name, finished, tmp_path)
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
     assert predictions(folder) == predictions(again) and folder.scores == again.scores
     assert [(row["task"], row["step"], row["loss"]) for row in rows(folder)] == [
-        (row["task"], row["step"], row["loss"]) for row in rows(again)]
+        (row["task"], row["step"], row["loss"]) for row in rows(again)
+    ]
 
 
 def without_third_task(folder: RunFolder, path: Path) -> RunFolder:
@@ -139,7 +173,10 @@ def without_third_task(folder: RunFolder, path: Path) -> RunFolder:
     stopped = RunFolder(shutil.copytree(folder.path, path))
     for file in [*(path / "updates").glob("02-*"), *(path / "state").glob("02.*")]:
         file.unlink()
-    write_json(path / "seals.json", {name: hashes for name, hashes in stopped.seals.noted.items() if "state/02" not in name})
+    write_json(
+        path / "seals.json",
+        {name: hashes for name, hashes in stopped.seals.noted.items() if "state/02" not in name},
+    )
     with stopped.seals.replacing(path / "scores.jsonl") as temporary:
         write_jsonl(temporary, [row for row in stopped.scores if row["step"] < 3])
     return stopped
@@ -152,8 +189,9 @@ def stop_inside(patch: pytest.MonkeyPatch, task: str, step: int) -> None:
     def asking(folder, row):
         log(folder, row)
         if (row["task"], row["step"]) == (task, step):
-            stop.ask("a test")
-    patch.setattr(stop, "_asked", [])
+            signals.ask("a test")
+
+    patch.setattr(signals, "_asked", [])
     patch.setattr(RunFolder, "log", asking)
 
 
@@ -164,7 +202,9 @@ def test_declared_old_data_is_what_it_reads(name, finished):
         return  # icl reads training examples when it is asked, not when it learns
     past = {(now, index) for now, index, split in read if index < now and split == "train"}
     assert bool(past) == METHODS[name].old_data
-    assert not [entry for entry in read if entry[2] == "test"], "a method must not see test examples while it learns"
+    assert not [entry for entry in read if entry[2] == "test"], (
+        "a method must not see test examples while it learns"
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -178,7 +218,7 @@ def test_declared_merge_is_a_plain_model(name, finished, tmp_path):
     if method.merges:
         write_merged(setup, folder.archive(), 2, None, tmp_path / "out")
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-        assert plain.state_dict().keys() == models.load(setup.base, setup.dtype).state_dict().keys()
+        assert plain.state_dict().keys() == loading.load(setup.base, setup.dtype).state_dict().keys()
         assert all(torch.equal(model.state_dict()[key], value) for key, value in plain.state_dict().items())
         return
     with pytest.raises(Fault, match="no plain model"):
@@ -191,8 +231,12 @@ def test_declared_merge_is_a_plain_model(name, finished, tmp_path):
 
 def main_prints(arguments: list[str]) -> str | None:
     """What a command prints; None where it fails."""
-    done = subprocess.run([sys.executable, "-c", f"from codyra_llm.cli import main; main({arguments!r})"],
-                          capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", f"from codyra_llm.cli import main; main({arguments!r})"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
     return done.stdout if done.returncode == 0 else None
 
 
@@ -202,7 +246,9 @@ def test_declared_growth(name, finished):
     method = METHODS[name]
     sizes = [sum(t.numel() for t in folder.load_state(i).values()) for i in range(3)]
     files = folder.archive().files
-    apart = bool(files) and folder.archive().load(2).mode == "apart" and bool(folder.archive().load(2).adapters)
+    apart = (
+        bool(files) and folder.archive().load(2).mode == "apart" and bool(folder.archive().load(2).adapters)
+    )
     examples = method.old_data and bool(method.trains) and not method.joint  # kept for later tasks
     assert method.grows == (sizes[0] < sizes[1] < sizes[2] or examples or apart)
 
@@ -214,26 +260,31 @@ def test_the_task_is_told_only_where_that_is_declared(name, finished, monkeypatc
         return
     told = []
     condition = METHODS[name].condition
-    monkeypatch.setattr(METHODS[name], "condition",
-                        lambda self, model, prompts, task: told.append(task) or condition(self, model, prompts, task))
+    monkeypatch.setattr(
+        METHODS[name],
+        "condition",
+        lambda self, model, prompts, task: told.append(task) or condition(self, model, prompts, task),
+    )
     setup = prepare(folder.recipe)
     _, conditions = setup.stage(folder, 2, torch.device("cpu"))
     conditions([setup.encoder.prompt(setup.test(1)[0]["prompt"])[0]], 1)
     assert told == [1 if METHODS[name].task_id else None]
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.trains and method.zero_stages() < 3])
+@pytest.mark.parametrize(
+    "name", [name for name, method in METHODS.items() if method.trains and method.zero_stages() < 3]
+)
 def test_an_undeclared_launch_is_refused(name, tiny_llama, toy_stream, tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "zero_stage", lambda acc: METHODS[name].zero_stages() + 1)
-    monkeypatch.setattr("codyra_llm.models.load", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(launch, "zero_stage", lambda acc: METHODS[name].zero_stages() + 1)
+    monkeypatch.setattr("codyra_llm.models.loading.load", lambda *a, **k: pytest.fail("weights were loaded"))
     with pytest.raises(Fault, match=f"method {name} .*ZeRO stage") as fault:
-        runs.run(recipes.parse(raw(tiny_llama, toy_stream, tmp_path / "run", name)))
+        runs.run(parse_recipe(raw(tiny_llama, toy_stream, tmp_path / "run", name)))
     assert len(fault.value.messages) == 1 and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_it_can_be_planned(name, tiny_llama, toy_stream, tmp_path, capsys):
-    plan(recipes.parse(raw(tiny_llama, toy_stream, tmp_path / "run", name)), Console(width=200))
+    plan(parse_recipe(raw(tiny_llama, toy_stream, tmp_path / "run", name)), Console(width=200))
     shown = capsys.readouterr().out
     assert "memory, estimated" in shown and ("time to train" in shown) == bool(METHODS[name].trains)
 
@@ -247,20 +298,33 @@ def files(names: list[str], model, stream, folder: Path) -> list[Path]:
 
 
 def launched(command: list, recipe_files: list[Path]) -> None:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "DS_")) and k not in (
-        "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("ACCELERATE_", "DS_"))
+        and k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    }
     script = Path(__file__).with_name("run_many.py")
-    done = subprocess.run([sys.executable, "-m", *map(str, command), str(script), *map(str, recipe_files)], timeout=900,
-                          capture_output=True, text=True, env={**clean, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, command), str(script), *map(str, recipe_files)],
+        timeout=900,
+        capture_output=True,
+        text=True,
+        env={**clean, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
     assert done.returncode == 0, done.stderr[-4000:]
 
 
 def left(folder: RunFolder) -> dict[str, torch.Tensor]:
-    """What every task changed, as whole matrices (factors may differ in sign where they come from singular vectors); the
-    state of the last one where that is nothing."""
+    """What every task changed, as whole matrices (factors may differ in sign where they come from singular
+    vectors); the state of the last one where that is nothing."""
     archive = folder.archive()
-    updates = {(i, site): adapter.delta(update.scale) for i in range(3) for update in [archive.load(i)]
-               for site, adapter in update.adapters.items()}
+    updates = {
+        (i, site): adapter.delta(update.scale)
+        for i in range(3)
+        for update in [archive.load(i)]
+        for site, adapter in update.adapters.items()
+    }
     dense = {(i, name): whole for i in range(3) for name, whole in archive.load(i).dense.items()}
     return {**updates, **dense} or folder.load_state(2)
 
@@ -279,8 +343,10 @@ def assert_same(name: str, one: RunFolder, two: RunFolder) -> None:
 def test_two_processes_equal_one(finished, tiny_llama, toy_stream, tmp_path):
     """Data parallel, all methods in one pair of processes."""
     names = [name for name, method in METHODS.items() if method.trains]
-    launched(["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-             files(names, tiny_llama, toy_stream, tmp_path / "two"))
+    launched(
+        ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+        files(names, tiny_llama, toy_stream, tmp_path / "two"),
+    )
     for name in names:
         assert_same(name, finished(name)[0], RunFolder(tmp_path / "two" / name))
 
@@ -290,15 +356,17 @@ def test_zero_2_equals_one_process(finished, tiny_llama, toy_stream, tmp_path):
     """Every method that declares it, in one pair of processes."""
     names = [name for name, method in METHODS.items() if method.trains and method.zero_stages() >= 2]
     config = Path(codyra_llm.recipes.__path__[0]) / "accelerate" / "zero2.yaml"
-    launched(["accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"],
-             files(names, tiny_llama, toy_stream, tmp_path / "two"))
+    launched(
+        ["accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"],
+        files(names, tiny_llama, toy_stream, tmp_path / "two"),
+    )
     for name in names:
         assert_same(name, finished(name)[0], RunFolder(tmp_path / "two" / name))
 
 
 def test_a_sample_of_methods_on_gemma(tiny_gemma3, toy_stream, tmp_path):
     for name in ("codyra", "ewc", "olora", "inflora"):
-        folder = runs.run(recipes.parse(raw(tiny_gemma3, toy_stream, tmp_path / name, name)))
+        folder = runs.run(parse_recipe(raw(tiny_gemma3, toy_stream, tmp_path / name, name)))
         assert all(math.isfinite(row["loss"]) for row in rows(folder))
 
 

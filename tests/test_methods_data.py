@@ -16,23 +16,25 @@ from test_run import logits, recipe, weights
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from codyra_llm import attention
-from codyra_llm import run as runs
-from codyra_llm.benchmarks.trace.reasoning import VARIANT
 from codyra_llm.commands.checkpoints import export
-from codyra_llm.data import collate
-from codyra_llm.errors import Fault
-from codyra_llm.export import write_peft
-from codyra_llm.files import read_jsonl
-from codyra_llm.lora.archive import Adapter, Archive, Update
+from codyra_llm.config.methods.sequential import REASONING_VARIANT
+from codyra_llm.config.registry import METHODS
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.files import read_jsonl
+from codyra_llm.data.batches import collate
+from codyra_llm.experiment import run as runs
+from codyra_llm.experiment import scoring
+from codyra_llm.experiment.export import write_peft
+from codyra_llm.experiment.plan import plan
+from codyra_llm.experiment.setup import prepare
 from codyra_llm.lora.layer import sites
 from codyra_llm.lora.merge import merge
 from codyra_llm.lora.shared import share_inputs
-from codyra_llm.methods import METHODS
-from codyra_llm.models import WeightReader
-from codyra_llm.plan import plan
-from codyra_llm.setup import prepare
-from codyra_llm.train import TaskData
+from codyra_llm.lora.update import Adapter, Update
+from codyra_llm.models import packed_attention
+from codyra_llm.models.weights import WeightReader
+from codyra_llm.store.archive import Archive
+from codyra_llm.train.trainer import TaskData
 
 THREE = {"data__tasks": ["ONE", "TWO", "THREE"], "eval__max_examples": 2, "checkpoint": False}
 FOMC = "What is the stance? Choose one from A, B and C.\n"
@@ -50,21 +52,30 @@ def reasoned(toy_stream, tmp_path_factory):
     shutil.copytree(toy_stream, root / "plain")
     for task in ("ONE", "TWO", "THREE"):
         rows = json.loads((toy_stream / task / "train.json").read_text())
-        write(root / VARIANT / task, [{**r, "answer": f"So it is.\nAnswer:{r['answer']}"} for r in rows])
+        write(
+            root / REASONING_VARIANT / task,
+            [{**r, "answer": f"So it is.\nAnswer:{r['answer']}"} for r in rows],
+        )
     return root / "plain"
 
 
 def config(name):
-    return {"icl": {}, "seqft": {"optim__lr": 1e-3}, "mtl": {"method__rank": 4}, "rcl": {"method__rank": 4},
-            "ilora": {"method__rank": 4, "method__ratio": 0.5, "method__dropout": 0.1, "method__decay": 0.5}}[name]
+    return {
+        "icl": {},
+        "seqft": {"optim__lr": 1e-3},
+        "mtl": {"method__rank": 4},
+        "rcl": {"method__rank": 4},
+        "ilora": {"method__rank": 4, "method__ratio": 0.5, "method__dropout": 0.1, "method__decay": 0.5},
+    }[name]
 
 
 @pytest.mark.parametrize("name", ["icl", "rcl", "mtl", "ilora", "seqft"])
-def test_killed_after_the_second_task_and_restarted_equals_straight_through(name, tiny_llama, reasoned, tmp_path,
-                                                                            monkeypatch):
+def test_killed_after_the_second_task_and_restarted_equals_straight_through(
+    name, tiny_llama, reasoned, tmp_path, monkeypatch
+):
     changes = {"method": name, **config(name), **THREE}
     straight = runs.run(recipe(tiny_llama, reasoned, tmp_path / "straight", **changes))
-    evaluate = runs.evaluate
+    evaluate = scoring.evaluate
 
     def dies(*args):  # the last is the task's index
         if args[-1] == {"icl": -1}.get(name, 2):
@@ -79,17 +90,29 @@ def test_killed_after_the_second_task_and_restarted_equals_straight_through(name
         runs.run(recipe(tiny_llama, reasoned, tmp_path / "killed", **changes))
     killed = runs.run(recipe(tiny_llama, reasoned, tmp_path / "killed", **changes))
     found, expected = weights(killed), weights(straight)
-    assert list(found) == list(expected) == ([] if name == "icl" else [f"0{i}-{t}.safetensors" for i, t in
-                                                                       enumerate(("ONE", "TWO", "THREE"))])
-    assert all(torch.equal(found[f][k], tensor) for f, tensors in expected.items() for k, tensor in tensors.items())
+    assert (
+        list(found)
+        == list(expected)
+        == ([] if name == "icl" else [f"0{i}-{t}.safetensors" for i, t in enumerate(("ONE", "TWO", "THREE"))])
+    )
+    assert all(
+        torch.equal(found[f][k], tensor) for f, tensors in expected.items() for k, tensor in tensors.items()
+    )
     assert [r["score"] for r in straight.scores] == [r["score"] for r in killed.scores]
 
 
 # icl
 
+
 def test_icl_without_demonstrations_is_none(tiny_llama, toy_stream, tmp_path):
-    none, icl, shown = (runs.run(recipe(tiny_llama, toy_stream, tmp_path / out, **changes, **THREE)) for out, changes in (
-        ("none", {"method": "none"}), ("icl", {"method": "icl", "method__shots": 0}), ("shown", {"method": "icl"})))
+    none, icl, shown = (
+        runs.run(recipe(tiny_llama, toy_stream, tmp_path / out, **changes, **THREE))
+        for out, changes in (
+            ("none", {"method": "none"}),
+            ("icl", {"method": "icl", "method__shots": 0}),
+            ("shown", {"method": "icl"}),
+        )
+    )
     files = sorted(p.relative_to(none.path) for p in none.path.rglob("*.jsonl") if "predictions" in str(p))
     assert len(files) == 3
     assert all((none.path / f).read_bytes() == (icl.path / f).read_bytes() for f in files)
@@ -100,29 +123,48 @@ def test_icl_without_demonstrations_is_none(tiny_llama, toy_stream, tmp_path):
 @pytest.fixture
 def icl_of(tiny_llama, tmp_path):
     """Function from a task's training rows to what icl shows for test prompts."""
+
     def shown(task, rows, prompts, shots=3, tokens=1024):
         write(tmp_path / task, rows)
         write(tmp_path / task, [{"prompt": p, "answer": "A"} for p in prompts], "test")
-        setup = prepare(recipe(tiny_llama, tmp_path, tmp_path / "out", method="icl", method__shots=shots, data__tasks=[task],
-                               data__max_prompt_tokens=tokens))
+        setup = prepare(
+            recipe(
+                tiny_llama,
+                tmp_path,
+                tmp_path / "out",
+                method="icl",
+                method__shots=shots,
+                data__tasks=[task],
+                data__max_prompt_tokens=tokens,
+            )
+        )
         return setup.method.present(setup.stream, setup.encoder, 0, prompts), setup
+
     return shown
 
 
 def test_icl_prompt_by_hand(icl_of):
-    rows = [{"prompt": f"{FOMC}Text:\n{text}\nStance:", "answer": answer}
-            for text, answer in (("up", "A"), ("down", "B"), ("asked", "C"), ("flat", "C"))]
+    rows = [
+        {"prompt": f"{FOMC}Text:\n{text}\nStance:", "answer": answer}
+        for text, answer in (("up", "A"), ("down", "B"), ("asked", "C"), ("flat", "C"))
+    ]
     asked = f"{FOMC}Text:\nasked\nStance:"
     (one, other), _ = icl_of("FOMC", rows, [asked, f"{FOMC}Text:\nsideways\nStance:"], shots=4)
-    by_hand = ["What is the stance? Choose one from A, B and C.\nWe will give you several examples and you should follow "
-               "them to accomplish the task.\n Examples:\n" + "".join(chosen) + "Text:\nasked\nStance:" for chosen in
-               permutations(["Text:\nup\nStance:A\n\n", "Text:\ndown\nStance:B\n\n", "Text:\nflat\nStance:C\n\n"])]
+    by_hand = [
+        "What is the stance? Choose one from A, B and C.\nWe will give you several examples and you should "
+        "follow them to accomplish the task.\n Examples:\n" + "".join(chosen) + "Text:\nasked\nStance:"
+        for chosen in permutations(
+            ["Text:\nup\nStance:A\n\n", "Text:\ndown\nStance:B\n\n", "Text:\nflat\nStance:C\n\n"]
+        )
+    ]
     assert one in by_hand, "one of each class, and not the test prompt itself"
     assert other == one.replace("asked", "sideways")
 
 
 def test_icl_is_balanced_and_seeded_and_cut_to_its_share(icl_of):
-    rows = [{"prompt": f"{FOMC}Text:\nnumber {i}\nStance:", "answer": "AAAAAAAABC"[i % 10]} for i in range(60)]
+    rows = [
+        {"prompt": f"{FOMC}Text:\nnumber {i}\nStance:", "answer": "AAAAAAAABC"[i % 10]} for i in range(60)
+    ]
     (text,), _ = icl_of("FOMC", rows, ["x"], shots=6)
     assert Counter(re.findall("Stance:(.)", text)) == {"A": 2, "B": 2, "C": 2}
     assert icl_of("FOMC", rows, ["x"], shots=6)[0] == [text]
@@ -130,15 +172,24 @@ def test_icl_is_balanced_and_seeded_and_cut_to_its_share(icl_of):
     (text,), setup = icl_of("FOMC", long, ["x"], shots=3, tokens=120)
     shown = text.partition("Examples:\n")[2].split("\n\n")[:3]
     ends = [setup.encoder.tokenizer(one, add_special_tokens=False)["input_ids"] for one in shown]
-    assert all(15 <= len(ids) <= 21 and one.endswith("Stance:B") for ids, one in zip(ends, shown))
-    (text,), _ = icl_of("FOMC", long + [{"prompt": FOMC + "short\nStance:", "answer": "B"}], ["x"], shots=1, tokens=120)
+    assert all(
+        15 <= len(ids) <= 21 and one.endswith("Stance:B") for ids, one in zip(ends, shown, strict=True)
+    )
+    (text,), _ = icl_of(
+        "FOMC", long + [{"prompt": FOMC + "short\nStance:", "answer": "B"}], ["x"], shots=1, tokens=120
+    )
     assert "\nshort\nStance:B\n\nx" in text, "what fits comes first"
 
 
 def test_icl_py150_and_meetingbank(icl_of):
-    (text,), _ = icl_of("Py150", [{"prompt": f"<s> x = {i} <EOL>", "answer": "y"} for i in (1, 2)], ["<s> z <EOL>"], shots=1)
-    assert re.fullmatch(r"Continue writing the following code\.\nWe will .*\n Examples:\n"
-                        r"Code:\n<s> x = [12] <EOL>y\n\nCode:\n<s> z <EOL>", text)
+    (text,), _ = icl_of(
+        "Py150", [{"prompt": f"<s> x = {i} <EOL>", "answer": "y"} for i in (1, 2)], ["<s> z <EOL>"], shots=1
+    )
+    assert re.fullmatch(
+        r"Continue writing the following code\.\nWe will .*\n Examples:\n"
+        r"Code:\n<s> x = [12] <EOL>y\n\nCode:\n<s> z <EOL>",
+        text,
+    )
     assert icl_of("MeetingBank", [{"prompt": "a", "answer": "b"}], ["x"])[0] == ["x"]
 
 
@@ -155,15 +206,29 @@ def test_icl_reads_the_answer_alone():
 
 # rcl
 
+
 def test_rcl_reads_the_answer_after_its_marker():
     read = METHODS["rcl"](METHODS["rcl"].Config(), 0).read
     assert read("C-STANCE", "文本对该政策提出了批评，表明持负面态度。\n回答：B") == "B"
     assert read("FOMC", "Higher rates. The answer: no.\nAnswer:B\nAnswer:C") == "B"
-    assert read("NumGLUE-cm", "Therefore 6 * 6 = 36 hours.\nAnswer: 36 ") == read("NumGLUE-ds", "Answer:36") == "36"
+    assert (
+        read("NumGLUE-cm", "Therefore 6 * 6 = 36 hours.\nAnswer: 36 ")
+        == read("NumGLUE-ds", "Answer:36")
+        == "36"
+    )
     assert read("ScienceQA", "It keeps its height.\nAnswer:B") == "B"
-    assert read("20Minuten", "Der Text sagt …\n\nAnswer:Die Polizei hat.\nZwei Frauen.\n") == "Die Polizei hat.\nZwei Frauen."
-    assert read("MeetingBank", "They vote.Therefore, the summary of the meeting transcripts is:\nA bill") == "A bill"
-    assert read("Py150", 'blueprint = Blueprint ( ) \nReasoning:The code\nReasoning:x') == "blueprint = Blueprint ( )"
+    assert (
+        read("20Minuten", "Der Text sagt …\n\nAnswer:Die Polizei hat.\nZwei Frauen.\n")
+        == "Die Polizei hat.\nZwei Frauen."
+    )
+    assert (
+        read("MeetingBank", "They vote.Therefore, the summary of the meeting transcripts is:\nA bill")
+        == "A bill"
+    )
+    assert (
+        read("Py150", "blueprint = Blueprint ( ) \nReasoning:The code\nReasoning:x")
+        == "blueprint = Blueprint ( )"
+    )
     assert read("FOMC", "reasoning that never comes to an end") == read("C-STANCE", "Answer:B") == ""
 
 
@@ -171,9 +236,9 @@ def test_rcl_trains_on_reasoning_and_names_what_lacks(tiny_llama, reasoned, toy_
     setup = prepare(recipe(tiny_llama, reasoned, tmp_path / "run", method="rcl"))
     records, epochs = setup.method.train_data(setup.stream, 0)
     assert records[1] == {"prompt": "Say B:", "answer": "So it is.\nAnswer:B"} and epochs == [range(20)] * 2
-    with pytest.raises(Fault, match=rf"method.folder: .*{VARIANT} has no ONE/train.json"):
+    with pytest.raises(Fault, match=rf"method.folder: .*{REASONING_VARIANT} has no ONE/train.json"):
         prepare(recipe(tiny_llama, toy_stream, tmp_path / "run", method="rcl"))
-    elsewhere = str(reasoned.parent / VARIANT)
+    elsewhere = str(reasoned.parent / REASONING_VARIANT)
     again = prepare(recipe(tiny_llama, toy_stream, tmp_path / "run", method="rcl", method__folder=elsewhere))
     assert again.method.train_data(again.stream, 0)[0] == records
 
@@ -182,7 +247,7 @@ def test_rcl_prefers_the_variant_in_the_root_to_the_one_beside_it(tiny_llama, re
     root = shutil.copytree(reasoned.parent, tmp_path / "trace") / "plain"
     inside = [{"prompt": "Say B:", "answer": "Inside.\nAnswer:B"}]
     for task in ("ONE", "TWO", "THREE"):
-        write(root / VARIANT / task, inside)
+        write(root / REASONING_VARIANT / task, inside)
     setup = prepare(recipe(tiny_llama, root, tmp_path / "run", method="rcl"))
     assert setup.method.train_data(setup.stream, 0)[0] == inside
 
@@ -194,22 +259,29 @@ def test_rcl_prompts_by_hand():
     def shown(task, prompt):
         return method.present(stream, None, stream.tasks.index(task), [prompt])[0]
 
-    assert shown("C-STANCE", "判断以下。\n文本：\nx\n态度：") == "判断以下。先给出推理，然后给出答案。\n文本：\nx\n推理："
+    assert (
+        shown("C-STANCE", "判断以下。\n文本：\nx\n态度：")
+        == "判断以下。先给出推理，然后给出答案。\n文本：\nx\n推理："
+    )
     science = "Choose an answer for the following question and give your reasons.\n\nQuestion:\nx\n\nAnswer:"
     assert shown("ScienceQA", science) == (
-        "Choose an answer for the following question. Give your reasoning first, and then the answer.\nQuestion:\nx\n\n"
-        "Reasoning:")
+        "Choose an answer for the following question. Give your reasoning first, and then the "
+        "answer.\nQuestion:\nx\n\nReasoning:"
+    )
     assert shown("Py150", "<s> x <EOL>") == (
-        "Complete the next line of the following codes. Give your answer first, and then the reasoning.\n<s> x <EOL>")
+        "Complete the next line of the following codes. Give your answer first, and then the "
+        "reasoning.\n<s> x <EOL>"
+    )
     assert shown("MINE", "x\nAnswer:") == "x\nAnswer:"
 
 
-@pytest.mark.parametrize("task", ["C-STANCE", "FOMC", "MeetingBank", "NumGLUE-cm", "NumGLUE-ds", "20Minuten", "ScienceQA",
-                                  "Py150"])
+@pytest.mark.parametrize(
+    "task", ["C-STANCE", "FOMC", "MeetingBank", "NumGLUE-cm", "NumGLUE-ds", "20Minuten", "ScienceQA", "Py150"]
+)
 def test_rcl_prompts_are_the_real_training_prompts(task):
     """Wherever both variants hold a training prompt, ours is theirs to the character."""
     root = Path(os.environ.get("CODYRA_DATA", "data"))
-    files = [root / variant / task / "train.json" for variant in ("LLM-CL-Benchmark_500", VARIANT)]
+    files = [root / variant / task / "train.json" for variant in ("LLM-CL-Benchmark_500", REASONING_VARIANT)]
     if not all(f.is_file() for f in files):
         pytest.skip(f"no {files[0]} or no {files[1]}; set CODYRA_DATA")
     plain, theirs = (json.loads(f.read_text(encoding="utf-8")) for f in files)
@@ -224,9 +296,18 @@ def test_rcl_prompts_are_the_real_training_prompts(task):
 
 # mtl
 
+
 def test_mtl_sees_every_example_as_often_as_its_epochs_say(tiny_llama, toy_stream, tmp_path):
-    setup = prepare(recipe(tiny_llama, toy_stream, tmp_path / "run", method="mtl", data__tasks=["ONE", "TWO", "THREE"],
-                           data__epochs={"ONE": 1, "TWO": 4, "THREE": 2}))
+    setup = prepare(
+        recipe(
+            tiny_llama,
+            toy_stream,
+            tmp_path / "run",
+            method="mtl",
+            data__tasks=["ONE", "TWO", "THREE"],
+            data__epochs={"ONE": 1, "TWO": 4, "THREE": 2},
+        )
+    )
     records, epochs = setup.method.train_data(setup.stream, 2)
     data = TaskData("THREE", 2, records, epochs, [])
     visits = Counter(i for batch in data.batches(0, 8) for i in batch)
@@ -238,9 +319,13 @@ def test_mtl_sees_every_example_as_often_as_its_epochs_say(tiny_llama, toy_strea
 
 
 def test_mtl_has_one_row_and_nothing_to_leave_out(tiny_llama, toy_stream, tmp_path):
-    out = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "run", method="mtl", **THREE, eval__zero_shot=True))
+    out = runs.run(
+        recipe(tiny_llama, toy_stream, tmp_path / "run", method="mtl", **THREE, eval__zero_shot=True)
+    )
     summary = json.loads((out.path / "summary.json").read_text())
-    assert summary["matrix"][:2] == [[None] * 3] * 2 and summary["op"] == pytest.approx(sum(summary["matrix"][2]) / 3)
+    assert summary["matrix"][:2] == [[None] * 3] * 2 and summary["op"] == pytest.approx(
+        sum(summary["matrix"][2]) / 3
+    )
     assert all(summary[key] is None for key in ("bwt", "bwt_treelora", "forgetting", "fwt"))
     assert {row["task"] for row in read_jsonl(out.path / "log.jsonl")} == {"THREE"}
     assert [len(tensors) for tensors in weights(out).values()] == [0, 0, 28]
@@ -251,35 +336,78 @@ def test_mtl_has_one_row_and_nothing_to_leave_out(tiny_llama, toy_stream, tmp_pa
 def test_mtl_trains_anew_when_a_task_is_added(tiny_llama, toy_stream, tmp_path):
     two, three = {**THREE, "data__tasks": ["ONE", "TWO"]}, {**THREE, "data__tasks": ["ONE", "TWO", "THREE"]}
     runs.run(recipe(tiny_llama, toy_stream, tmp_path / "grown", method="mtl", **two))
-    grown, fresh = (runs.run(recipe(tiny_llama, toy_stream, tmp_path / name, method="mtl", **three))
-                    for name in ("grown", "fresh"))
-    assert [(r["step"], r["task"]) for r in grown.scores] == [(2, "ONE"), (2, "TWO"), (3, "ONE"), (3, "TWO"), (3, "THREE")]
+    grown, fresh = (
+        runs.run(recipe(tiny_llama, toy_stream, tmp_path / name, method="mtl", **three))
+        for name in ("grown", "fresh")
+    )
+    assert [(r["step"], r["task"]) for r in grown.scores] == [
+        (2, "ONE"),
+        (2, "TWO"),
+        (3, "ONE"),
+        (3, "TWO"),
+        (3, "THREE"),
+    ]
     last = "02-THREE.safetensors"
     assert all(torch.equal(tensor, weights(grown)[last][key]) for key, tensor in weights(fresh)[last].items())
 
 
 def test_mtl_on_one_task_is_seqlora(tiny_llama, toy_stream, tmp_path):
-    one, other = (runs.run(recipe(tiny_llama, toy_stream, tmp_path / name, method=name, data__tasks=["ONE"],
-                                  checkpoint=False)) for name in ("mtl", "seqlora"))
-    assert all(torch.equal(v, weights(other)["00-ONE.safetensors"][k]) for k, v in weights(one)["00-ONE.safetensors"].items())
+    one, other = (
+        runs.run(
+            recipe(
+                tiny_llama, toy_stream, tmp_path / name, method=name, data__tasks=["ONE"], checkpoint=False
+            )
+        )
+        for name in ("mtl", "seqlora")
+    )
+    assert all(
+        torch.equal(v, weights(other)["00-ONE.safetensors"][k])
+        for k, v in weights(one)["00-ONE.safetensors"].items()
+    )
 
 
 # ilora
 
+
 def test_ilora_without_memory_of_its_own_is_mixed_replay(tiny_llama, toy_stream, tmp_path):
     """γ = 0 and λ = 0: the same losses and gradients in every step, the same weights after every task."""
     same = {"method__rank": 4, "method__ratio": 0.5, "method__dropout": 0.1}
-    ilora = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "ilora", method="ilora", method__decay=0, method__weight=0,
-                            **same, **THREE))
-    replay = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "replay", method="replay", method__lima=False,
-                             method__when="mixed", **same, **THREE))
-    steps = [[(r["task"], r["loss"], r["grad_norm"]) for r in read_jsonl(f.path / "log.jsonl")] for f in (ilora, replay)]
+    ilora = runs.run(
+        recipe(
+            tiny_llama,
+            toy_stream,
+            tmp_path / "ilora",
+            method="ilora",
+            method__decay=0,
+            method__weight=0,
+            **same,
+            **THREE,
+        )
+    )
+    replay = runs.run(
+        recipe(
+            tiny_llama,
+            toy_stream,
+            tmp_path / "replay",
+            method="replay",
+            method__lima=False,
+            method__when="mixed",
+            **same,
+            **THREE,
+        )
+    )
+    steps = [
+        [(r["task"], r["loss"], r["grad_norm"]) for r in read_jsonl(f.path / "log.jsonl")]
+        for f in (ilora, replay)
+    ]
     assert steps[0] == steps[1] and len(steps[0]) == 6 + 2 * 4 + 2 * 5
     for name, tensors in weights(replay).items():
         assert all(torch.equal(weights(ilora)[name][key], tensor) for key, tensor in tensors.items()), name
 
 
-def test_ilora_archives_the_average_and_goes_on_with_the_fast_adapter(tiny_llama, toy_stream, tmp_path, monkeypatch):
+def test_ilora_archives_the_average_and_goes_on_with_the_fast_adapter(
+    tiny_llama, toy_stream, tmp_path, monkeypatch
+):
     fast, at = [], "model.layers.1.mlp.up_proj"
     method = METHODS["ilora"]
     begin, after = method.begin_task, method.after_step
@@ -294,10 +422,19 @@ def test_ilora_archives_the_average_and_goes_on_with_the_fast_adapter(tiny_llama
 
     monkeypatch.setattr(method, "begin_task", begun)
     monkeypatch.setattr(method, "after_step", stepped)
-    run = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "run", method="ilora", method__decay=0.8, method__ratio=0.5,
-                          **{**THREE, "data__tasks": ["ONE", "TWO"]}))
+    run = runs.run(
+        recipe(
+            tiny_llama,
+            toy_stream,
+            tmp_path / "run",
+            method="ilora",
+            method__decay=0.8,
+            method__ratio=0.5,
+            **{**THREE, "data__tasks": ["ONE", "TWO"]},
+        )
+    )
     slow = fast[0][0]
-    for task, (name, tensors) in zip(fast, weights(run).items()):
+    for task, (name, tensors) in zip(fast, weights(run).items(), strict=True):
         steps = len(task) - 1
         slow = 0.8**steps * slow + sum(0.2 * 0.8 ** (steps - k) * task[k] for k in range(1, steps + 1))
         torch.testing.assert_close(tensors[f"{at}.b"].double(), slow, rtol=1e-5, atol=1e-7)
@@ -309,14 +446,39 @@ def test_ilora_archives_the_average_and_goes_on_with_the_fast_adapter(tiny_llama
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_ilora_distance_is_that_of_two_merged_models(packed, tiny_llama, toy_stream, tmp_path):
-    setup = prepare(recipe(tiny_llama, toy_stream, tmp_path / "run", method="ilora", method__rank=3, method__weight=2.0,
-                           data__batching="packed" if packed else "buckets"))
-    method, archive, draw = setup.method, Archive(tmp_path / "updates", "base"), torch.Generator().manual_seed(0)
+    setup = prepare(
+        recipe(
+            tiny_llama,
+            toy_stream,
+            tmp_path / "run",
+            method="ilora",
+            method__rank=3,
+            method__weight=2.0,
+            data__batching="packed" if packed else "buckets",
+        )
+    )
+    method, archive, draw = (
+        setup.method,
+        Archive(tmp_path / "updates", "base"),
+        torch.Generator().manual_seed(0),
+    )
     model = setup.model(archive, -1)
     method.attach(model)
-    slow, quick = (Update({site: Adapter(0.3 * torch.randn(m.lora_A.shape, generator=draw),
-                                         0.1 * torch.randn(m.lora_B.shape, generator=draw), None)
-                           for site, m in sites(model).items()}, 1.0, "replace") for _ in range(2))
+    slow, quick = (
+        Update(
+            {
+                site: Adapter(
+                    0.3 * torch.randn(m.lora_A.shape, generator=draw),
+                    0.1 * torch.randn(m.lora_B.shape, generator=draw),
+                    None,
+                )
+                for site, m in sites(model).items()
+            },
+            1.0,
+            "replace",
+        )
+        for _ in range(2)
+    )
     archive.append("ONE", slow)
     share_inputs(model)
     state = {f"{site}.{key}": t for site, a in quick.adapters.items() for key, t in (("a", a.a), ("b", a.b))}
@@ -324,7 +486,7 @@ def test_ilora_distance_is_that_of_two_merged_models(packed, tiny_llama, toy_str
     encoded = setup.encoder.encode(method.train_data(setup.stream, 1)[0])
     chosen, share = [3, 21, 0, 20], [0.1, 0.2, 0.3, 0.4]
     if packed:
-        attention.use(model)
+        packed_attention.use(model)
     found = method.loss(model.train(), collate(encoded, chosen, share, 0, packed))["consistency"]
     hidden = []
     for update in (quick, slow):
@@ -332,10 +494,10 @@ def test_ilora_distance_is_that_of_two_merged_models(packed, tiny_llama, toy_str
         merge(plain, WeightReader(setup.base), [update])
         hidden.append(lambda ids, m=plain: m.model(input_ids=ids[None]).last_hidden_state[0])
     expected = 0
-    for i, weight in zip(chosen, share):
+    for i, weight in zip(chosen, share, strict=True):
         if i >= 20:  # the examples of task TWO come first
             e = encoded[i]
-            states = [h(torch.tensor(e.prompt + e.answer))[len(e.prompt) - 1: -1] for h in hidden]
+            states = [h(torch.tensor(e.prompt + e.answer))[len(e.prompt) - 1 : -1] for h in hidden]
             expected += 2.0 * weight * (states[0] - states[1]).square().mean(1).sum()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     found.backward()
@@ -344,6 +506,7 @@ def test_ilora_distance_is_that_of_two_merged_models(packed, tiny_llama, toy_str
 
 
 # seqft
+
 
 @pytest.fixture(scope="module")
 def tuned(tiny_llama, tiny_gemma3, toy_stream, tmp_path_factory):
@@ -359,8 +522,19 @@ def tuned(tiny_llama, tiny_gemma3, toy_stream, tmp_path_factory):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(method, "end_task", ended)
-            made[kind] = runs.run(recipe(base, toy_stream, tmp_path_factory.mktemp("runs") / kind, method="seqft",
-                                         optim__lr=1e-3, model__dtype=dtype)), left
+            made[kind] = (
+                runs.run(
+                    recipe(
+                        base,
+                        toy_stream,
+                        tmp_path_factory.mktemp("runs") / kind,
+                        method="seqft",
+                        optim__lr=1e-3,
+                        model__dtype=dtype,
+                    )
+                ),
+                left,
+            )
     return made
 
 
@@ -373,7 +547,11 @@ def test_seqft_exports_what_it_trained(kind, tuned):
     for name, p in left[1].items():
         assert p.dtype is torch.float32 and torch.equal(stored.get_parameter(name), p.to(dtype)), name
         assert not torch.equal(stored.get_parameter(name), base.get_parameter(name)) or "norm" in name, name
-    assert (stored.lm_head.weight is stored.model.embed_tokens.weight) == (kind == "tied") == ("lm_head.weight" not in left[1])
+    assert (
+        (stored.lm_head.weight is stored.model.embed_tokens.weight)
+        == (kind == "tied")
+        == ("lm_head.weight" not in left[1])
+    )
     setup, archive = prepare(run.recipe), run.archive()
     assert torch.equal(logits(setup.model(archive, 1)), logits(stored))
     assert not torch.equal(logits(setup.model(archive, 0)), logits(stored))
@@ -385,24 +563,50 @@ def test_seqft_reports_every_parameter_and_refuses_what_needs_parts(tuned, tiny_
     assert len(rows) == 2 * len(left[0])
     for row in rows:
         name = f"{row['site']}.weight"
-        base = AutoModelForCausalLM.from_pretrained(tiny_llama).get_parameter(name) if row["task"] == "ONE" else left[0][name]
+        base = (
+            AutoModelForCausalLM.from_pretrained(tiny_llama).get_parameter(name)
+            if row["task"] == "ONE"
+            else left[0][name]
+        )
         new = left[row["task"] == "TWO"][name]
-        assert row["update_norm"] == pytest.approx((new - base).norm().item(), rel=1e-4) and row["rank"] is None
+        assert (
+            row["update_norm"] == pytest.approx((new - base).norm().item(), rel=1e-4) and row["rank"] is None
+        )
     assert "| TWO | embed_tokens |  | " in (run.path / "report.md").read_text()
     with pytest.raises(Fault, match="seqft keeps no part of a task's own"):
         export(run.path, tmp_path / "less", without="ONE")
     with pytest.raises(Fault, match="format peft holds adapters"):
         write_peft(prepare(run.recipe), run.archive(), 1, None, tmp_path / "peft")
     with pytest.raises(Fault) as caught:
-        prepare(recipe(tiny_llama, toy_stream, tmp_path / "run", method="seqft", model__quantization="int8",
-                       optim__validate_every=2, optim__keep_best=True))
+        prepare(
+            recipe(
+                tiny_llama,
+                toy_stream,
+                tmp_path / "run",
+                method="seqft",
+                model__quantization="int8",
+                optim__validate_every=2,
+                optim__keep_best=True,
+            )
+        )
     assert "model.quantization" in str(caught.value) and "optim.keep_best" in str(caught.value)
 
 
 def test_seqft_is_adam_on_all_weights(tiny_llama, toy_stream, tmp_path):
-    """Two steps on all of each task, one task after the other, against transformers' own loss and torch's own Adam."""
-    run = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "run", method="seqft", optim__lr=1e-3, optim__batch_size=20,
-                          checkpoint=False))
+    """Two steps on all of each task, one task after the other, against transformers' own loss and torch's own
+    Adam.
+    """
+    run = runs.run(
+        recipe(
+            tiny_llama,
+            toy_stream,
+            tmp_path / "run",
+            method="seqft",
+            optim__lr=1e-3,
+            optim__batch_size=20,
+            checkpoint=False,
+        )
+    )
     setup, model = prepare(run.recipe), AutoModelForCausalLM.from_pretrained(tiny_llama)
     for index in (0, 1):
         adam = torch.optim.Adam(model.parameters(), 1e-3, betas=(0.9, 0.95))
@@ -410,7 +614,7 @@ def test_seqft_is_adam_on_all_weights(tiny_llama, toy_stream, tmp_path):
         for _ in range(2):
             total = 0
             for e in encoded:
-                z = model(input_ids=torch.tensor([e.prompt + e.answer])).logits[0, len(e.prompt) - 1: -1]
+                z = model(input_ids=torch.tensor([e.prompt + e.answer])).logits[0, len(e.prompt) - 1 : -1]
                 total = total + functional.cross_entropy(z, torch.tensor(e.answer), reduction="sum")
             (total / sum(len(e.answer) for e in encoded)).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -418,7 +622,9 @@ def test_seqft_is_adam_on_all_weights(tiny_llama, toy_stream, tmp_path):
             adam.zero_grad()
         for name, tensor in run.archive().load(index).dense.items():
             error = (tensor - model.get_parameter(name).detach()).abs()
-            assert error.mean() < 2e-5 and error.max() < 2e-3, name  # Adam turns rounding of near-zero gradients into steps
+            assert error.mean() < 2e-5 and error.max() < 2e-3, (
+                name
+            )  # Adam turns rounding of near-zero gradients into steps
 
 
 def test_plans(tiny_llama, reasoned, tmp_path):

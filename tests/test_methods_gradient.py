@@ -14,31 +14,55 @@ from test_run import recipe, weights
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from codyra_llm import run as runs
-from codyra_llm.data import collate, softcap
-from codyra_llm.distributed import accelerator
-from codyra_llm.errors import Fault
-from codyra_llm.gradients import flat
-from codyra_llm.lora.archive import Adapter, Archive, Update
+from codyra_llm.config.registry import METHODS
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.tensors import flat
+from codyra_llm.data.batches import collate, softcap
+from codyra_llm.experiment import run as runs
+from codyra_llm.experiment.setup import prepare
 from codyra_llm.lora.layer import sites, snapshot, stand_in
 from codyra_llm.lora.merge import merge
 from codyra_llm.lora.shared import share_inputs
-from codyra_llm.loss import Distillation, distillation
-from codyra_llm.methods import METHODS
-from codyra_llm.methods.gem import multipliers
-from codyra_llm.methods.ogd import extended, project, true_logits
-from codyra_llm.models import WeightReader
-from codyra_llm.setup import prepare
-from codyra_llm.train import Trainer
+from codyra_llm.lora.update import Adapter, Update
+from codyra_llm.methods.projection.gem import multipliers
+from codyra_llm.methods.projection.ogd import extended, project, true_logits
+from codyra_llm.models.head_loss import Distillation, distillation
+from codyra_llm.models.weights import WeightReader
+from codyra_llm.runtime.launch import accelerator
+from codyra_llm.store.archive import Archive
+from codyra_llm.train.trainer import Trainer
 
-OFF = {"ewc": {"weight": 0}, "gem": {"memory": 0}, "agem": {"memory": 0}, "ogd": {"examples": 0}, "lwf": {"weight": 0}}
-ON = {"ewc": {"weight": 1e4}, "gem": {"memory": 6}, "agem": {"memory": 6}, "ogd": {"examples": 6}, "lwf": {"weight": 5}}
+OFF = {
+    "ewc": {"weight": 0},
+    "gem": {"memory": 0},
+    "agem": {"memory": 0},
+    "ogd": {"examples": 0},
+    "lwf": {"weight": 0},
+}
+ON = {
+    "ewc": {"weight": 1e4},
+    "gem": {"memory": 6},
+    "agem": {"memory": 6},
+    "ogd": {"examples": 6},
+    "lwf": {"weight": 5},
+}
 
 
 def whole(model, stream, out, name, **changes):
     """The recipe of a run over three tasks, with dropout, so that each random draw must be where it was."""
-    return recipe(model, stream, out, method=name, data__tasks=["ONE", "TWO", "THREE"], checkpoint=False,
-                  eval__max_examples=1, eval__max_new_tokens=1, method__rank=4, method__dropout=0.1, **changes)
+    return recipe(
+        model,
+        stream,
+        out,
+        method=name,
+        data__tasks=["ONE", "TWO", "THREE"],
+        checkpoint=False,
+        eval__max_examples=1,
+        eval__max_new_tokens=1,
+        method__rank=4,
+        method__dropout=0.1,
+        **changes,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,32 +74,58 @@ def run_of(tiny_llama, toy_stream, tmp_path_factory):
         key = name, *config.items()
         if key not in made:
             changes = {f"method__{field}": value for field, value in config.items()}
-            made[key] = runs.run(whole(tiny_llama, toy_stream, tmp_path_factory.mktemp("runs") / name, name, **changes))
+            made[key] = runs.run(
+                whole(tiny_llama, toy_stream, tmp_path_factory.mktemp("runs") / name, name, **changes)
+            )
         return made[key]
+
     return finished
 
 
 @pytest.fixture
 def begun(toy_stream, tmp_path, tiny_llama):
-    """Function from a method, its settings and state to (model, task TWO, trainer), as they are when TWO begins: after
-    a first task whose update is random, so that nothing is zero."""
+    """Function from a method, its settings and state to (model, task TWO, trainer), as they are when TWO
+    begins: after a first task whose update is random, so that nothing is zero."""
+
     def begin(name, state=None, base=tiny_llama, tokens=4096, average="token", **config):
-        setup = prepare(recipe(base, toy_stream, tmp_path / "run", method=name, method__rank=3,
-                               optim__micro_batch_tokens=tokens, optim__loss_average=average,
-                               **{f"method__{field}": value for field, value in config.items()}))
+        setup = prepare(
+            recipe(
+                base,
+                toy_stream,
+                tmp_path / "run",
+                method=name,
+                method__rank=3,
+                optim__micro_batch_tokens=tokens,
+                optim__loss_average=average,
+                **{f"method__{field}": value for field, value in config.items()},
+            )
+        )
         method, acc, archive = setup.method, accelerator(), Archive(tmp_path / base.name, "base")
         model = setup.model(archive, -1)
         method.attach(model)
         if not archive.files:
             draw = torch.Generator().manual_seed(0)
-            archive.append("ONE", Update({site: Adapter(0.3 * torch.randn(m.lora_A.shape, generator=draw),
-                                                        0.1 * torch.randn(m.lora_B.shape, generator=draw), None)
-                                          for site, m in sites(model).items()}, 1.0, "replace"))
+            archive.append(
+                "ONE",
+                Update(
+                    {
+                        site: Adapter(
+                            0.3 * torch.randn(m.lora_A.shape, generator=draw),
+                            0.1 * torch.randn(m.lora_B.shape, generator=draw),
+                            None,
+                        )
+                        for site, m in sites(model).items()
+                    },
+                    1.0,
+                    "replace",
+                ),
+            )
         share_inputs(model)
         task = setup.task(model, archive, 1, state or {})
         method.begin_task(model, task)
         trainer = Trainer(acc, method, model, setup.recipe.optim, setup.tokenizer.pad_token_id)
         return model.train(), task, trainer
+
     return begin
 
 
@@ -86,17 +136,21 @@ def factors(model):
 def plain_loss(model, example):
     """Mean cross entropy of one example by transformers' logits alone; what the answer's logits are."""
     ids = torch.tensor([example.prompt + example.answer])
-    logits = model(input_ids=ids).logits[0, len(example.prompt) - 1: -1]
+    logits = model(input_ids=ids).logits[0, len(example.prompt) - 1 : -1]
     return functional.cross_entropy(logits, torch.tensor(example.answer)), logits
 
 
 def moved(folder, task):
     """θ after `task` minus θ before it, in the order of the model's parameters."""
     before, after = (folder.archive().load(i).adapters for i in (task - 1, task))
-    return torch.cat([(getattr(after[s], f) - getattr(before[s], f)).flatten() for s in after for f in ("a", "b")])
+    return torch.cat(
+        [(getattr(after[s], f) - getattr(before[s], f)).flatten() for s in after for f in ("a", "b")]
+    )
 
 
-# -- all of them ------------------------------------------------------------------------------------------------------
+# -- all of them
+# ------------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", OFF)
 def test_with_nothing_to_do_it_is_seqlora(name, run_of):
@@ -115,7 +169,9 @@ def test_it_changes_the_second_task_and_not_the_first(name, run_of):
 
 
 def test_gradients_on_request(begun):
-    """Of the mean loss as training averages it, without dropout, whatever the micro-batches; the step's own stay."""
+    """Of the mean loss as training averages it, without dropout, whatever the micro-batches; the step's own
+    stay.
+    """
     for average, tokens in (("token", 16), ("sample", 4096)):
         model, task, trainer = begun("seqlora", dropout=0.5, average=average, tokens=tokens)
         examples = task.sample(7, 0) + task.sample(3, 0, past=0)
@@ -125,7 +181,9 @@ def test_gradients_on_request(begun):
         assert all(torch.equal(grad, torch.ones_like(grad)) for grad in trainer.gradients.step)
         assert all(layer.training for layer in sites(model).values())
         share = [len(e.answer) if average == "token" else 1 for e in examples]
-        loss = sum(n * plain_loss(model.eval(), e)[0] for n, e in zip(share, examples)) / sum(share)
+        loss = sum(n * plain_loss(model.eval(), e)[0] for n, e in zip(share, examples, strict=True)) / sum(
+            share
+        )
         for own, exact in zip(got, torch.autograd.grad(loss, trainer.gradients.parameters), strict=True):
             torch.testing.assert_close(own, exact, rtol=1e-3, atol=1e-6)
 
@@ -134,11 +192,16 @@ def test_a_sample_is_a_function_of_seed_and_task(begun):
     _, task, _ = begun("seqlora")
     assert task.sample(5, 1) == task.sample(9, 1)[:5] == task.sample(5, 1, past=1)
     assert task.sample(5, 1) != task.sample(5, 2)
-    key = lambda e: (e.prompt, e.answer)
+
+    def key(e):
+        return (e.prompt, e.answer)
+
     assert sorted(map(key, task.sample(999, 1))) == sorted(map(key, task.encode(task.records())))
 
 
-# -- EWC --------------------------------------------------------------------------------------------------------------
+# -- EWC
+# ------------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("tokens", [16, 4096])
 def test_fisher_is_the_mean_square_of_each_examples_gradient(tokens, begun):
@@ -148,7 +211,7 @@ def test_fisher_is_the_mean_square_of_each_examples_gradient(tokens, begun):
     expected = {name: 0.25 * value for name, value in old.items()}
     for example in task.sample(6, trainer.method.seed):
         grads = torch.autograd.grad(plain_loss(model.eval(), example)[0], list(factors(model).values()))
-        for name, grad in zip(factors(model), grads):
+        for name, grad in zip(factors(model), grads, strict=True):
             expected[name] += grad**2 / 6
     assert got.keys() == expected.keys()
     for name in got:
@@ -160,11 +223,15 @@ def test_the_penalty_pulls_to_where_the_task_began(begun):
     fisher = {name: torch.rand_like(p) for name, p in factors(begun("seqlora")[0]).items()}
     steps = []
     for name, tokens in (("seqlora", 4096), ("ewc", 4096), ("ewc", 16)):
-        model, task, trainer = begun(name, fisher, tokens=tokens, **({"weight": 3.0} if name == "ewc" else {}))
+        model, task, trainer = begun(
+            name, fisher, tokens=tokens, **({"weight": 3.0} if name == "ewc" else {})
+        )
         if name == "ewc":
             assert trainer.method.penalty(model)["ewc"].item() == 0
-        shift = {key: 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
-                 for key, p in factors(model).items()}
+        shift = {
+            key: 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+            for key, p in factors(model).items()
+        }
         with torch.no_grad():
             for key, p in factors(model).items():
                 p += shift[key]
@@ -180,16 +247,29 @@ def test_a_large_weight_holds_what_the_first_task_needs(tiny_llama, toy_stream, 
     """Σ F δ² of the second task; λ large makes it small, where F is small the adapter may go on moving."""
     drift = {}
     for weight in (0, 1e5):
-        run = runs.run(recipe(tiny_llama, toy_stream, tmp_path / str(weight), method="ewc", method__weight=weight,
-                              method__rank=4, data__epochs=8, optim__schedule="cosine", eval__max_examples=1,
-                              checkpoint=False))
+        run = runs.run(
+            recipe(
+                tiny_llama,
+                toy_stream,
+                tmp_path / str(weight),
+                method="ewc",
+                method__weight=weight,
+                method__rank=4,
+                data__epochs=8,
+                optim__schedule="cosine",
+                eval__max_examples=1,
+                checkpoint=False,
+            )
+        )
         fisher = load_file(run.state(0))
         ordered = [fisher[f"{s}.lora_{x}"].flatten() for s in run.archive().load(1).adapters for x in "AB"]
         drift[weight] = (torch.cat(ordered) * moved(run, 1) ** 2).sum()
     assert 0 < drift[1e5] < 0.05 * drift[0]
 
 
-# -- GEM, A-GEM -------------------------------------------------------------------------------------------------------
+# -- GEM, A-GEM
+# ------------------------------------------------------------------------------------------------------------
+
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 5), st.integers(0, 2**31))
@@ -201,8 +281,14 @@ def test_gem_finds_the_nearest_gradient_without_conflict(t, seed):
     unit = matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
     assert (unit @ found).min() > -1e-6
     positive = {"type": "ineq", "fun": lambda x: unit @ x, "jac": lambda x: unit}
-    best = minimize(lambda x: ((x - g) ** 2).sum() / 2, g, method="SLSQP", jac=lambda x: x - g, constraints=positive,
-                    options={"ftol": 1e-12})
+    best = minimize(
+        lambda x: ((x - g) ** 2).sum() / 2,
+        g,
+        method="SLSQP",
+        jac=lambda x: x - g,
+        constraints=positive,
+        options={"ftol": 1e-12},
+    )
     np.testing.assert_allclose(found, best.x, atol=1e-5)
     if (matrix @ g).min() >= 0:
         assert not v.any()
@@ -211,6 +297,7 @@ def test_gem_finds_the_nearest_gradient_without_conflict(t, seed):
 @pytest.mark.parametrize(("margin", "epsilon"), [(0.0, 1e-3), (0.5, 1e-3), (0.5, 0.3)])
 def test_gem_solves_its_dual(margin, epsilon):
     """With margin and ridge, and with two memories alike, by a second solver on the dual as it is written."""
+
     def dual(v, p, products):
         return v @ p @ v / 2 + products @ v, p @ v + products
 
@@ -220,8 +307,15 @@ def test_gem_solves_its_dual(margin, epsilon):
         matrix[3] = matrix[0]
         gram, products = matrix @ matrix.T, -abs(matrix @ g)
         p = gram + epsilon * gram.diagonal().mean() * np.eye(4)
-        best = minimize(dual, np.ones(4), (p, products), jac=True, bounds=[(margin, None)] * 4, method="L-BFGS-B",
-                        options={"ftol": 1e-16, "gtol": 1e-10})
+        best = minimize(
+            dual,
+            np.ones(4),
+            (p, products),
+            jac=True,
+            bounds=[(margin, None)] * 4,
+            method="L-BFGS-B",
+            options={"ftol": 1e-16, "gtol": 1e-10},
+        )
         np.testing.assert_allclose(multipliers(gram, products, margin, epsilon), best.x, atol=1e-4)
 
 
@@ -246,8 +340,8 @@ PAIR = [torch.tensor([[-1.0, 2.0]]), torch.tensor([0.5])]
 
 @pytest.mark.parametrize("name", ["gem", "agem"])
 def test_a_conflict_is_taken_out_over_all_tensors_together(name):
-    """m = ((1, 0), 0), g = ((-1, 2), ½): the published code with its signs turned round doubles g·m to -2. In the
-    second case the first tensor alone is in conflict, but the vector of all is not."""
+    """m = ((1, 0), 0), g = ((-1, 2), ½): the published code with its signs turned round doubles g·m to -2. In
+    the second case the first tensor alone is in conflict, but the vector of all is not."""
     config = {"margin": 0, "epsilon": 1e-9} if name == "gem" else {}
     gradients = Given(PAIR, [torch.tensor([[1.0, 0.0]]), torch.zeros(1)])
     surgeon(name, **config).edit_gradients(gradients)
@@ -264,7 +358,9 @@ def test_gem_with_one_memory_has_a_closed_form(margin, seed):
     gradients = Given(g, m)
     surgeon("gem", margin=margin, epsilon=1e-9).edit_gradients(gradients)
     before, after = (flat(x) @ flat(m) for x in (g, gradients.step))
-    expected = before if before >= 0 else torch.maximum(torch.tensor(0.0), before + margin * flat(m).square().sum())
+    expected = (
+        before if before >= 0 else torch.maximum(torch.tensor(0.0), before + margin * flat(m).square().sum())
+    )
     torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -278,11 +374,15 @@ def test_memory_is_of_the_tasks_before_and_drawn_anew_each_step(begun):
     assert seen[0] == seen[2] != seen[1] and all(len(s) == 3 for s in seen)
 
 
-# -- OGD --------------------------------------------------------------------------------------------------------------
+# -- OGD
+# ------------------------------------------------------------------------------------------------------------
+
 
 def test_the_basis_is_orthonormal_and_takes_no_duplicate():
     draw = torch.Generator().manual_seed(0)
-    rows = list(torch.randn(5, 400, generator=draw) + 20)  # nearly parallel, which one pass of Gram-Schmidt would feel
+    rows = list(
+        torch.randn(5, 400, generator=draw) + 20
+    )  # nearly parallel, which one pass of Gram-Schmidt would feel
     basis = extended(torch.zeros(0, 400), rows[:3], 3)
     basis = extended(basis, [3 * rows[1], *rows[3:], rows[0] - 7 * rows[4], rows[2] * (1 + 1e-6)], 6)
     assert basis.shape == (5, 400)
@@ -299,14 +399,16 @@ def test_the_basis_is_orthonormal_and_takes_no_duplicate():
 def test_what_adam_applies_is_orthogonal(begun):
     """Gradients and steps; without the second projection AdamW leaves the complement."""
     size = sum(p.numel() for p in factors(begun("seqlora")[0]).values())
-    basis = torch.linalg.qr(torch.randn(size, 4, generator=torch.Generator().manual_seed(0)))[0].T.contiguous()
+    basis = torch.linalg.qr(torch.randn(size, 4, generator=torch.Generator().manual_seed(0)))[
+        0
+    ].T.contiguous()
     escaped = {}
     for whole_method in (True, False):
         _, task, trainer = begun("ogd", {"basis": basis}, examples=4)
         if not whole_method:
             trainer.method.after_step = lambda gradients: None
         start, examples = flat(trainer.gradients.parameters).detach().clone(), task.sample(8, 0)
-        for step in range(3):
+        for _ in range(3):
             trainer._attempt(examples, list(range(8)))
             trainer.method.edit_gradients(trainer.gradients)
             grads = flat(trainer.gradients.step)
@@ -355,17 +457,30 @@ def test_a_basis_that_is_too_large_is_refused(begun):
         begun("ogd", examples=9, max_gigabytes=1e-6)
 
 
-# -- LwF --------------------------------------------------------------------------------------------------------------
+# -- LwF
+# ------------------------------------------------------------------------------------------------------------
+
 
 def definition(z, taught, share, temperature):
-    kl = functional.kl_div((z / temperature).log_softmax(1), (taught / temperature).log_softmax(1), reduction="none",
-                           log_target=True)
+    kl = functional.kl_div(
+        (z / temperature).log_softmax(1),
+        (taught / temperature).log_softmax(1),
+        reduction="none",
+        log_target=True,
+    )
     return temperature**2 * (share * kl.sum(1)).sum()
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 9), st.integers(1, 6), st.integers(2, 11), st.integers(1, 10), st.sampled_from([None, 0.7, 30.0]),
-       st.booleans(), st.sampled_from([0.5, 1.0, 2.0]))
+@given(
+    st.integers(0, 9),
+    st.integers(1, 6),
+    st.integers(2, 11),
+    st.integers(1, 10),
+    st.sampled_from([None, 0.7, 30.0]),
+    st.booleans(),
+    st.sampled_from([0.5, 1.0, 2.0]),
+)
 def test_distillation_is_its_definition(m, h, v, rows, cap, bias, temperature):
     hidden, head, _, share = problem(m, h, v, bias, seed=m + 31 * v)
     taught = torch.randn_like(hidden)
@@ -375,7 +490,9 @@ def test_distillation_is_its_definition(m, h, v, rows, cap, bias, temperature):
     with chunks_of(2 * rows, v):
         got = distillation(head.requires_grad_(False), hidden, taught, share, temperature, cap)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
-    for own, exact in zip(torch.autograd.grad(got, hidden), torch.autograd.grad(expected, hidden)):
+    for own, exact in zip(
+        torch.autograd.grad(got, hidden), torch.autograd.grad(expected, hidden), strict=True
+    ):
         torch.testing.assert_close(own, exact, rtol=1e-9, atol=1e-12)
 
 
@@ -386,7 +503,8 @@ def test_distillation_gradcheck_and_nothing_to_the_teacher(cap):
     frozen = [p.detach() for p in head.parameters()]
     with chunks_of(4, 5):
         assert torch.autograd.gradcheck(
-            lambda x: Distillation.apply(x, taught.detach(), *frozen, share, 2.0, cap), hidden)
+            lambda x: Distillation.apply(x, taught.detach(), *frozen, share, 2.0, cap), hidden
+        )
         Distillation.apply(hidden, taught, *frozen, share, 2.0, cap).backward()
     assert taught.grad is None and hidden.grad.any()
 
@@ -395,13 +513,15 @@ def test_distillation_in_chunks():
     m, h, v, rows = 96, 8, 1000, 16
     hidden, head, _, share = problem(m, h, v, dtype=torch.bfloat16)
     with chunks_of(2 * rows, v), Largest() as largest:
-        distillation(head.requires_grad_(False), hidden, torch.randn_like(hidden), share, 2.0, 30.0).backward()
+        distillation(
+            head.requires_grad_(False), hidden, torch.randn_like(hidden), share, 2.0, 30.0
+        ).backward()
     assert largest.elements == rows * v
 
 
 def test_lwf_is_two_models(begun, tiny_gemma2):
-    """Loss and gradient against two merged copies and plain autograd in float64, softcap included; padding, dropout of
-    the teacher and the order of examples change nothing."""
+    """Loss and gradient against two merged copies and plain autograd in float64, softcap included; padding,
+    dropout of the teacher and the order of examples change nothing."""
     model, task, trainer = begun("lwf", base=tiny_gemma2, weight=0.7, temperature=3.0)
     model.double().config.final_logit_softcapping = 0.5  # which logits this small feel
     trainer.method.begin_task(model, task)
@@ -410,17 +530,21 @@ def test_lwf_is_two_models(begun, tiny_gemma2):
     batch = collate(examples, range(6), share, 0)
     start = trainer.method.loss(model, batch)
     assert start["lwf"].abs() < 1e-12
-    assert all(g.abs().max() < 1e-12 for g in torch.autograd.grad(start["lwf"], list(factors(model).values())))
+    assert all(
+        g.abs().max() < 1e-12 for g in torch.autograd.grad(start["lwf"], list(factors(model).values()))
+    )
     with torch.no_grad():
         for p in factors(model).values():
             p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.shape[0])).double()
     terms = trainer.method.loss(model, batch)
     got = torch.autograd.grad(sum(terms.values()), list(factors(model).values()))
     ce = kl = 0.0
-    for example, weight in zip(examples, share):
+    for example, weight in zip(examples, share, strict=True):
         loss, z = plain_loss(model, example)
         ce += weight * len(example.answer) * loss
-        kl += 0.7 * definition(z, plain_loss(before, example)[1].detach(), torch.full((len(z),), weight).double(), 3.0)
+        kl += 0.7 * definition(
+            z, plain_loss(before, example)[1].detach(), torch.full((len(z),), weight).double(), 3.0
+        )
     torch.testing.assert_close(terms, {"loss": ce, "lwf": kl}, rtol=1e-6, atol=1e-9)
     assert kl > 1e-3 and softcap(model) == 0.5
     for own, exact in zip(got, torch.autograd.grad(ce + kl, list(factors(model).values())), strict=True):
@@ -428,7 +552,9 @@ def test_lwf_is_two_models(begun, tiny_gemma2):
 
 
 def test_a_stand_in_is_the_merged_model_of_its_stage(begun, tiny_llama):
-    """Within, logits of what stands in, without dropout; outside, nothing has changed, cached copies included."""
+    """Within, logits of what stands in, without dropout; outside, nothing has changed, cached copies
+    included.
+    """
     model, task, _ = begun("seqlora", dropout=0.5)
     teacher, ids = snapshot(model), torch.arange(4, 16).view(1, 12)
     assert not any(f.requires_grad for site in teacher.values() for f in site if f is not None)

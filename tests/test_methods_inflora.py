@@ -7,14 +7,14 @@ import torch
 from adapters import recipe
 from safetensors.torch import load_file
 
-from codyra_llm import attention
-from codyra_llm.errors import Fault
-from codyra_llm.lora.archive import Archive
+from codyra_llm.core.errors import Fault
+from codyra_llm.experiment.setup import prepare
 from codyra_llm.lora.layer import sites
 from codyra_llm.lora.shared import share_inputs
-from codyra_llm.methods.inputs import covariances, loaded
-from codyra_llm.methods.subspace import Subspace
-from codyra_llm.setup import prepare
+from codyra_llm.methods.parts.inputs import covariances, loaded
+from codyra_llm.methods.parts.subspace import Subspace
+from codyra_llm.models import packed_attention
+from codyra_llm.store.archive import Archive
 
 
 def normal(rows, columns, seed):
@@ -74,7 +74,11 @@ def test_old_inputs_see_no_change():
     seen, fresh = normal(200, 4, 6) @ normal(4, 12, 7) + 1e-3 * normal(200, 12, 8), normal(200, 12, 9)
     old = Subspace.nothing(12).grown(seen.T @ seen, 0.9999)
     delta = normal(5, 3, 10) @ old.leading(fresh.T @ fresh, 3).T
-    assert (seen @ delta.T).norm() / seen.norm() < 2e-3 * delta.norm() < 0.01 * (fresh @ delta.T).norm() / fresh.norm()
+    assert (
+        (seen @ delta.T).norm() / seen.norm()
+        < 2e-3 * delta.norm()
+        < 0.01 * (fresh @ delta.T).norm() / fresh.norm()
+    )
 
 
 def test_inflora_run_stays_off_the_old_inputs(run):
@@ -109,7 +113,7 @@ def on_llama(tiny_llama, toy_stream, tmp_path):
 def test_covariances_are_those_of_prompt_and_answer_without_bos(packed, on_llama):
     _, model, plain, make = on_llama
     if packed:
-        attention.use(model)
+        packed_attention.use(model)
     task = make({})
     examples = task.encode(task.records())
     block, rows = model.model.layers[1], [[], [], []]
@@ -123,7 +127,7 @@ def test_covariances_are_those_of_prompt_and_answer_without_bos(packed, on_llama
     with torch.no_grad():
         for example in examples:  # one by one: no pads
             plain(input_ids=torch.tensor([example.prompt + example.answer]))
-    for own, parts in zip(found, rows):
+    for own, parts in zip(found, rows, strict=True):
         x = torch.cat(parts)
         torch.testing.assert_close(own, x.T @ x / len(x), rtol=1e-4, atol=1e-6)
 
@@ -131,8 +135,11 @@ def test_covariances_are_those_of_prompt_and_answer_without_bos(packed, on_llama
 def test_a_task_that_finds_no_free_direction_is_refused(on_llama):
     method, model, _, make = on_llama
     full = {f"{site}.free": torch.zeros(layer.in_features, 0) for site, layer in sites(model).items()}
-    with pytest.raises(Fault, match="q_proj: earlier tasks' inputs leave no direction free for task 1.*energy_first"):
+    with pytest.raises(
+        Fault, match="q_proj: earlier tasks' inputs leave no direction free for task 1.*energy_first"
+    ):
         method.begin_task(model, dataclasses.replace(make(full), index=0))
 
 
-# --- TreeLoRA ---------------------------------------------------------------------------------------------------------
+# --- TreeLoRA
+# ---------------------------------------------------------------------------------------------------------

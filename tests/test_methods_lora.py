@@ -7,16 +7,23 @@ import torch
 from adapters import SIZES, TASKS, a_task, attached, drawn
 from safetensors.torch import load_file
 
-from codyra_llm.files import read_jsonl
-from codyra_llm.lora.archive import Adapter, Archive, Update
+from codyra_llm.config.registry import METHODS
+from codyra_llm.core.files import read_jsonl
 from codyra_llm.lora.layer import sites
-from codyra_llm.methods import METHODS
-from codyra_llm.methods.hidelora_treelora_repo import contrast
-from codyra_llm.optim import released_threshold
+from codyra_llm.lora.proximal import released_threshold
+from codyra_llm.lora.update import Adapter, Update
+from codyra_llm.methods.regularised.hidelora_treelora_repo import contrast
+from codyra_llm.store.archive import Archive
 
 METHOD_SETTINGS = {
-    "olora": {}, "sora": {}, "inflora": {"inputs_at_once": 3}, "treelora": {"weight": 0.5},
-    "treelora_repo": {"weight": 5.0}, "hidelora_treelora_repo": {}, "clora": {}}
+    "olora": {},
+    "sora": {},
+    "inflora": {"inputs_at_once": 3},
+    "treelora": {"weight": 0.5},
+    "treelora_repo": {"weight": 5.0},
+    "hidelora_treelora_repo": {},
+    "clora": {},
+}
 
 
 def baseline(name):
@@ -25,8 +32,11 @@ def baseline(name):
 
 
 def tensors(folder):
-    return {f"{f.name} {key}": value for f in sorted((folder.path / "updates").glob("*.safetensors"))
-            for key, value in load_file(f).items()}
+    return {
+        f"{f.name} {key}": value
+        for f in sorted((folder.path / "updates").glob("*.safetensors"))
+        for key, value in load_file(f).items()
+    }
 
 
 def losses(folder):
@@ -49,25 +59,36 @@ def test_it_is_not_seqlora(name, run):
     assert all(math.isfinite(x) for x in losses(own)) and losses(own)[11] < losses(own)[6]
 
 
-@pytest.mark.parametrize("method", [
-    {"name": "olora", "lambda_orthogonal": 0.0}, {"name": "olora", "lambda_orthogonal": 0.0, "fresh": False},
-    {"name": "treelora", "weight": 0.0},
-    {"name": "sora", "kappa": 0.0, "gate_init": "constant", "gate_lr": 0.0}, {"name": "treelora_repo", "weight": 0.0},
-    {"name": "hidelora_treelora_repo", "weight": 0.0}], ids=lambda m: m["name"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "olora", "lambda_orthogonal": 0.0},
+        {"name": "olora", "lambda_orthogonal": 0.0, "fresh": False},
+        {"name": "treelora", "weight": 0.0},
+        {"name": "sora", "kappa": 0.0, "gate_init": "constant", "gate_lr": 0.0},
+        {"name": "treelora_repo", "weight": 0.0},
+        {"name": "hidelora_treelora_repo", "weight": 0.0},
+    ],
+    ids=lambda m: m["name"],
+)
 def test_without_its_weight_it_is_seqlora_step_by_step(method, run):
     same = baseline(method["name"]) if method.get("fresh", True) else {"name": "seqlora"}
     assert_equal(run(same), run(method))
 
 
-# --- on single layers -------------------------------------------------------------------------------------------------
+# --- on single layers
+# -------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def two_updates(tmp_path):
     draw = torch.Generator().manual_seed(1)
     archive = Archive(tmp_path / "updates", "base")
     for task in TASKS[:2]:
-        factors = {site: (torch.randn(3, i, generator=draw), torch.randn(o, 3, generator=draw))
-                   for site, (i, o) in SIZES.items()}
+        factors = {
+            site: (torch.randn(3, i, generator=draw), torch.randn(o, 3, generator=draw))
+            for site, (i, o) in SIZES.items()
+        }
         archive.append(task, Update({site: Adapter(a, b, None) for site, (a, b) in factors.items()}, 2.0))
     return archive
 
@@ -80,7 +101,9 @@ def test_olora_penalty_and_its_gradient(kind, two_updates):
     method.begin_task(model, a_task(1, two_updates))
     assert method.penalty(model)["orthogonal"] > 0
     sum(method.penalty(model).values()).backward()
-    assert all(layer.lora_B.grad.eq(0).all() for layer in sites(model).values()), "B = 0 has a norm but no slope"
+    assert all(layer.lora_B.grad.eq(0).all() for layer in sites(model).values()), (
+        "B = 0 has a norm but no slope"
+    )
     method.begin_task(model, a_task(2, two_updates))
     drawn(model, 2)
     model.zero_grad()
@@ -94,21 +117,28 @@ def test_olora_penalty_and_its_gradient(kind, two_updates):
         value += (products.abs() if kind == "abs" else products**2).sum()
         norms += a.norm() + b.norm()
         slope = products.sign().T @ old if kind == "abs" else 2 * products.T @ old
-        torch.testing.assert_close(layer.lora_A.grad.double(), 0.3 * slope + 0.2 * a / a.norm(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            layer.lora_A.grad.double(), 0.3 * slope + 0.2 * a / a.norm(), rtol=1e-5, atol=1e-5
+        )
         torch.testing.assert_close(layer.lora_B.grad.double(), 0.2 * b / b.norm(), rtol=1e-5, atol=1e-6)
     assert found["orthogonal"].item() == pytest.approx(0.3 * value.item())
     assert found["norm"].item() == pytest.approx(0.2 * norms.item())
 
 
 def test_merged_old_adapters_equal_concatenated_ones(two_updates):
-    """y = W x + s·[B_0 B_1][A_0; A_1] x + s·B A x, the form of the paper, is the merged W with the new adapter."""
+    """y = W x + s·[B_0 B_1][A_0; A_1] x + s·B A x, the form of the paper, is the merged W with the new
+    adapter.
+    """
     method, model = attached("olora", alpha=6.0)
     method.begin_task(model, a_task(2, two_updates))
     drawn(model, 3)
     for site, layer in sites(model).items():
         x = torch.randn(4, layer.in_features)
         parts = [two_updates.load(k).adapters[site] for k in range(2)]
-        a, b = torch.cat([p.a for p in parts] + [layer.lora_A]), torch.cat([p.b for p in parts] + [layer.lora_B], 1)
+        a, b = (
+            torch.cat([p.a for p in parts] + [layer.lora_A]),
+            torch.cat([p.b for p in parts] + [layer.lora_B], 1),
+        )
         whole = x @ layer.weight.T + 2.0 * x @ a.T @ b.T
         with torch.no_grad():
             layer.weight += sum(p.delta(2.0) for p in parts)
@@ -151,7 +181,7 @@ def test_clora_is_the_dense_formula_and_keeps_what_is_old():
     torch.testing.assert_close(layer(x), y.float(), rtol=1e-5, atol=1e-5)
     layer(x).square().sum().backward()
     y.square().sum().backward()
-    for own, dense in zip((layer.lora_A, layer.lora_B, layer.lora_w), (a, b, r)):
+    for own, dense in zip((layer.lora_A, layer.lora_B, layer.lora_w), (a, b, r), strict=True):
         torch.testing.assert_close(own.grad, dense.grad.float(), rtol=1e-4, atol=1e-4)
     state = method.end_task(model, a_task(0), None)
     method.begin_task(model, a_task(1, state=state))
@@ -181,4 +211,5 @@ def test_hidelora_contrast():
     assert contrast(a, 0.8).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-# --- InfLoRA ----------------------------------------------------------------------------------------------------------
+# --- InfLoRA
+# ----------------------------------------------------------------------------------------------------------

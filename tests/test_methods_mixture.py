@@ -1,4 +1,6 @@
-"""Methods that keep an adapter per task and weigh them by the prompt: single, color, hidelora, sapt, duallora."""
+"""Methods that keep an adapter per task and weigh them by the prompt: single, color, hidelora, sapt,
+duallora.
+"""
 
 import json
 
@@ -10,50 +12,66 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from codyra_llm import recipe as recipes
-from codyra_llm import run as runs
-from codyra_llm.data import Encoded, collate, example_weights
-from codyra_llm.errors import Fault
+from codyra_llm.checkpoints.generate import answer
+from codyra_llm.config.overrides import override
+from codyra_llm.config.recipe import parse_recipe
+from codyra_llm.config.registry import METHODS
+from codyra_llm.core.errors import Fault
+from codyra_llm.data.batches import collate, example_weights
+from codyra_llm.data.encoding import Encoded
 from codyra_llm.evaluate.generate import generate_ids
-from codyra_llm.export import write_merged, write_stage
-from codyra_llm.folder import RunFolder
-from codyra_llm.lora.archive import Adapter
+from codyra_llm.experiment import run as runs
+from codyra_llm.experiment.export import write_merged, write_stage
+from codyra_llm.experiment.setup import prepare
 from codyra_llm.lora.layer import AdapterSpec, sites
 from codyra_llm.lora.mixture import MixtureLinear, mixtures, select, weigh
-from codyra_llm.methods import METHODS
-from codyra_llm.methods.duallora import DualLinear, gate_by
-from codyra_llm.methods.features import pooled_embeddings, pooled_states, prompt_mask
-from codyra_llm.methods.hidelora import contrast
-from codyra_llm.methods.identity import Gaussians, kmeans
-from codyra_llm.methods.inputs import distinct_inputs, loaded
-from codyra_llm.methods.sapt import attention_divergence
-from codyra_llm.serve import answer
-from codyra_llm.setup import prepare
-from codyra_llm.train import Trainer
+from codyra_llm.lora.update import Adapter
+from codyra_llm.methods.experts.duallora import DualLinear, gate_by
+from codyra_llm.methods.experts.hidelora import contrast
+from codyra_llm.methods.experts.identity import Gaussians, kmeans
+from codyra_llm.methods.experts.sapt import attention_divergence
+from codyra_llm.methods.parts.features import pooled_embeddings, pooled_states, prompt_mask
+from codyra_llm.methods.parts.inputs import distinct_inputs, loaded
+from codyra_llm.store.folder import RunFolder
+from codyra_llm.train.trainer import Trainer
 
 NAMES = ("single", "color", "hidelora", "sapt", "duallora")
 TASKS = ["ONE", "TWO", "THREE"]
 
 
 def recipe(name, model, stream, out, **changes):
-    raw = {"model": {"path": str(model)}, "data": {"root": str(stream), "tasks": TASKS, "epochs": 2},
-           "method": {"name": name, "rank": 4, "alpha": 8}, "optim": {"lr": 1e-2, "batch_size": 8, "weight_decay": 0.1},
-           "eval": {"max_new_tokens": 4}, "output": str(out)}
-    return recipes.parse(recipes.override(raw, [f"{k.replace('__', '.')}={json.dumps(v)}" for k, v in changes.items()]))
+    raw = {
+        "model": {"path": str(model)},
+        "data": {"root": str(stream), "tasks": TASKS, "epochs": 2},
+        "method": {"name": name, "rank": 4, "alpha": 8},
+        "optim": {"lr": 1e-2, "batch_size": 8, "weight_decay": 0.1},
+        "eval": {"max_new_tokens": 4},
+        "output": str(out),
+    }
+    return parse_recipe(
+        override(raw, [f"{k.replace('__', '.')}={json.dumps(v)}" for k, v in changes.items()])
+    )
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_llama, toy_stream, tmp_path_factory):
-    """Function from a method to its finished run of three tasks, and the tasks that its conditions were told."""
+    """Function from a method to its finished run of three tasks, and the tasks that its conditions were
+    told.
+    """
     made = {}
 
     def run(name):
         if name not in made:
             told, plain = set(), METHODS[name].condition
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(METHODS[name], "condition",
-                              lambda self, model, prompts, task: told.add(task) or plain(self, model, prompts, task))
-                folder = runs.run(recipe(name, tiny_llama, toy_stream, tmp_path_factory.mktemp("runs") / name))
+                patch.setattr(
+                    METHODS[name],
+                    "condition",
+                    lambda self, model, prompts, task: told.add(task) or plain(self, model, prompts, task),
+                )
+                folder = runs.run(
+                    recipe(name, tiny_llama, toy_stream, tmp_path_factory.mktemp("runs") / name)
+                )
             made[name] = folder, told
         return made[name]
 
@@ -72,9 +90,16 @@ def layer(request):
 
 def dense(layer, x, m):
     """The same row by row from whole matrices ΔW."""
-    pairs = zip([*layer.old_a.split([2, 3]), layer.lora_A], [*layer.old_b.split([2, 3], 1), 1.5 * layer.lora_B])
+    pairs = zip(
+        [*layer.old_a.split([2, 3]), layer.lora_A],
+        [*layer.old_b.split([2, 3], 1), 1.5 * layer.lora_B],
+        strict=True,
+    )
     deltas = torch.stack([b @ a for a, b in pairs])
-    rows = [row @ (layer.weight + torch.einsum("k,koi->oi", weights, deltas)).T for row, weights in zip(x, m)]
+    rows = [
+        row @ (layer.weight + torch.einsum("k,koi->oi", weights, deltas)).T
+        for row, weights in zip(x, m, strict=True)
+    ]
     return torch.stack(rows) + (0 if layer.bias is None else layer.bias)
 
 
@@ -85,7 +110,7 @@ def test_mixture_is_the_dense_formula_row_by_row(layer):
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     direction = torch.randn_like(out)
     trained = (x, m, layer.lora_A, layer.lora_B)
-    for own, true in zip(*(torch.autograd.grad(y, trained, direction) for y in (out, expected))):
+    for own, true in zip(*(torch.autograd.grad(y, trained, direction) for y in (out, expected)), strict=True):
         torch.testing.assert_close(own, true, rtol=1e-11, atol=1e-11)
     assert {n for n, p in layer.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
     chosen = torch.tensor([3, 1])
@@ -104,11 +129,17 @@ def test_dual_layer_gates_each_row_by_its_prompt():
     gate_by(layer, torch.tensor([[True] * n + [False] * (4 - n) for n in lengths]))
     gates, expected = [], []
     a, b = layer.lora_A.detach(), layer.lora_B.detach()
-    for row, n in zip(x.detach(), lengths):
+    for row, n in zip(x.detach(), lengths, strict=True):
         mean = row[1:n].mean(0) if n > 1 else row[0]
-        rho = torch.stack([(layer.old_a @ mean).square().sum(), (a[2:] @ mean).square().sum()]) / mean.square().sum()
+        rho = (
+            torch.stack([(layer.old_a @ mean).square().sum(), (a[2:] @ mean).square().sum()])
+            / mean.square().sum()
+        )
         gates.append(rho / rho.sum())
-        delta = 2 * (b[:, :2] @ a[:2] + gates[-1][1] * b[:, 2:] @ a[2:]) + gates[-1][0] * layer.old_b @ layer.old_a
+        delta = (
+            2 * (b[:, :2] @ a[:2] + gates[-1][1] * b[:, 2:] @ a[2:])
+            + gates[-1][0] * layer.old_b @ layer.old_a
+        )
         expected.append(row @ (layer.weight + delta).T + layer.bias)
     torch.testing.assert_close(layer(x), torch.stack(expected), rtol=1e-6, atol=1e-6)  # gates are float32
     torch.testing.assert_close(layer.rows[:, [0, 2]].double(), torch.stack(gates), rtol=1e-5, atol=1e-6)
@@ -123,7 +154,9 @@ def test_kmeans_finds_the_blobs_and_is_a_fixed_point():
     x = (centres[:, None] + 0.1 * torch.randn(4, 30, 3, generator=draw).double()).flatten(0, 1)
     found = kmeans(x, 4, "test")
     nearest = torch.cdist(x, found).argmin(1)
-    assert len({tuple(part.tolist()) for part in nearest.view(4, 30)}) == 4 and torch.equal(found, kmeans(x, 4, "test"))
+    assert len({tuple(part.tolist()) for part in nearest.view(4, 30)}) == 4 and torch.equal(
+        found, kmeans(x, 4, "test")
+    )
     torch.testing.assert_close(found, torch.stack([x[nearest == c].mean(0) for c in range(4)]))
     assert kmeans(x[:1].repeat(6, 1), 3, "test").shape == (3, 3)
 
@@ -131,15 +164,19 @@ def test_kmeans_finds_the_blobs_and_is_a_fixed_point():
 def test_discriminant_analysis_is_the_largest_likelihood():
     draw = torch.Generator().manual_seed(0)
     mix = torch.randn(4, 4, generator=draw).double()
-    tasks = [torch.randn(n, 4, generator=draw).double() @ mix + torch.randn(4, generator=draw).double()
-             for n in (30, 20, 40)]
+    tasks = [
+        torch.randn(n, 4, generator=draw).double() @ mix + torch.randn(4, generator=draw).double()
+        for n in (30, 20, 40)
+    ]
     gaussians = Gaussians.load({})
     for x in tasks:
         gaussians = Gaussians.load(gaussians.with_task(x).state())  # by way of the stored form
     pooled = sum((x - x.mean(0)).T @ (x - x.mean(0)) for x in tasks) / (90 - 3)
     shrunk = 0.8 * pooled + 0.2 * pooled.trace() / 4 * torch.eye(4)
     points = torch.cat(tasks)
-    likelihoods = torch.stack([torch.tensor(multivariate_normal(x.mean(0), shrunk).logpdf(points)) for x in tasks], 1)
+    likelihoods = torch.stack(
+        [torch.tensor(multivariate_normal(x.mean(0), shrunk).logpdf(points)) for x in tasks], 1
+    )
     own = gaussians.classifier(0.2)(points)
     assert torch.equal(own, likelihoods.argmax(1)) and own.unique().numel() == 3
     assert not torch.equal(own, torch.cdist(points, torch.stack([x.mean(0) for x in tasks])).argmin(1))
@@ -180,7 +217,9 @@ def test_single_answers_by_the_base_where_no_adapter_is_known(finished):
     model, conditions = setup.stage(folder, 0, torch.device("cpu"))
     base, prompts = setup.model(folder.archive(), -1), [[1, 40, 50, 60], [1, 70]]
     for task in (None, 1):
-        assert generate_ids(model, prompts, 4, 2, conditions(prompts, task)) == generate_ids(base, prompts, 4, 2)
+        assert generate_ids(model, prompts, 4, 2, conditions(prompts, task)) == generate_ids(
+            base, prompts, 4, 2
+        )
     assert generate_ids(model, prompts, 4, 2, conditions(prompts, 0)) != generate_ids(base, prompts, 4, 2)
 
 
@@ -189,7 +228,9 @@ def test_hidelora_goes_on_from_the_adapter_before(tiny_llama, toy_stream, tmp_pa
     setup = prepare(recipe("hidelora", tiny_llama, toy_stream, tmp_path / "run"))
     model = begun(setup, folder, 1)
     for site, adapter in folder.archive().load(0).adapters.items():
-        assert torch.equal(sites(model)[site].lora_A, adapter.a) and torch.equal(sites(model)[site].lora_B, adapter.b)
+        assert torch.equal(sites(model)[site].lora_A, adapter.a) and torch.equal(
+            sites(model)[site].lora_B, adapter.b
+        )
 
 
 def begun(setup, folder, index):
@@ -212,7 +253,7 @@ def test_contrastive_term(finished):
         e = torch.exp(torch.tensor(1 / 0.8).double())
         expected.append(-torch.log(e / (e + sum(scores))))
     torch.testing.assert_close(own, torch.stack(expected))
-    for a, b in zip(torch.autograd.grad(own.sum(), z), torch.autograd.grad(sum(expected), z)):
+    for a, b in zip(torch.autograd.grad(own.sum(), z), torch.autograd.grad(sum(expected), z), strict=True):
         torch.testing.assert_close(a, b)
     folder, _ = finished("hidelora")
     setup = prepare(folder.recipe)
@@ -230,8 +271,13 @@ def test_contrastive_term(finished):
     torch.testing.assert_close(terms([0])["loss"], alone.cross_entropy(model))
     prompt = torch.tensor([examples[0].prompt])
     feature = pooled_states(model, prompt, torch.ones_like(prompt, dtype=torch.bool))
-    torch.testing.assert_close(terms([0])["contrast"], 0.01 * len(examples[0].answer) * shares[0]
-                               * contrast(feature, folder.load_state(1)["adapted"], 0.8)[0])
+    torch.testing.assert_close(
+        terms([0])["contrast"],
+        0.01
+        * len(examples[0].answer)
+        * shares[0]
+        * contrast(feature, folder.load_state(1)["adapted"], 0.8)[0],
+    )
 
 
 def test_sapt_attention_is_read_from_the_prompt_alone(finished):
@@ -243,7 +289,7 @@ def test_sapt_attention_is_read_from_the_prompt_alone(finished):
     log_weights = model.prompt_attention(pooled_embeddings(model, batch.ids, prompt_mask(batch)))
     query, keys = model.prompt_attention.query, model.prompt_attention.keys
     assert torch.equal(keys[:2], folder.load_state(1)["keys"])
-    for row, prompt in zip(log_weights, prompts):
+    for row, prompt in zip(log_weights, prompts, strict=True):
         e = model.get_input_embeddings().weight[prompt].max(0).values
         inner = functional.silu(query[1].weight @ (query[0].weight @ e))
         q = functional.layer_norm(inner, (32,), query[3].weight, query[3].bias)
@@ -266,14 +312,18 @@ def test_sapt_replays_the_attention_of_old_tasks(finished):
         for record in setup.stream.records(past, "train"):
             e = model.get_input_embeddings().weight[setup.encoder.prompt(record["prompt"])[0]].max(0).values
             w = torch.softmax(model.prompt_attention.query(e) @ model.prompt_attention.keys.T / 32**0.5, 0)
-            expected = expected + sum(a * (a.log() - b.log()) for a, b in zip(mean, w) if a > 0) / 20
+            expected = (
+                expected + sum(a * (a.log() - b.log()) for a, b in zip(mean, w, strict=True) if a > 0) / 20
+            )
     torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-6)
     trained = list(model.prompt_attention.parameters())
-    for a, b in zip(*(torch.autograd.grad(loss, trained) for loss in (own, expected))):
+    for a, b in zip(*(torch.autograd.grad(loss, trained) for loss in (own, expected)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
     uniform = torch.tensor([0.5, 0.5])
     assert attention_divergence(uniform.log()[None], uniform) == pytest.approx(0)
-    assert attention_divergence(uniform.log()[None], torch.tensor([1.0, 0.0])) == pytest.approx(0.6931, abs=1e-4)
+    assert attention_divergence(uniform.log()[None], torch.tensor([1.0, 0.0])) == pytest.approx(
+        0.6931, abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", ["sapt", "duallora"])
@@ -298,24 +348,33 @@ def test_training_moves_the_newest_adapter_alone(name, finished):
 
 
 def test_duallora_updates_are_orthogonal_to_old_inputs(finished):
-    """A_o's applied update has nothing in M, B_o stays, so inputs in M get the same from O; R reads U alone."""
+    """A_o's applied update has nothing in M, B_o stays, so inputs in M get the same from O; R reads U
+    alone.
+    """
     folder, _ = finished("duallora")
     first, second, third = (folder.archive().load(k).adapters for k in range(3))
     model, used = begun(prepare(folder.recipe), folder, 2), 0
     seen = {site: names[0] for names in distinct_inputs(model) for site in names}
     assert len(seen) == 14 and len(set(seen.values())) == 8
-    for before, after, state in ((first, second, folder.load_state(0)), (second, third, folder.load_state(1))):
+    for before, after, state in (
+        (first, second, folder.load_state(0)),
+        (second, third, folder.load_state(1)),
+    ):
         spaces = loaded(state)
         for site, adapter in after.items():
             space = spaces[seen[site]]
             inside = space.basis @ space.basis.T
-            basis = torch.eye(len(inside)).double() - inside if space.complement else inside  # the projector on M
+            basis = (
+                torch.eye(len(inside)).double() - inside if space.complement else inside
+            )  # the projector on M
             used += basis.trace()
             moved = (adapter.a[:2] - before[site].a[:2]).double()
             assert moved.abs().max() > 1e-3 and (moved @ basis).abs().max() < 1e-5
             assert torch.equal(adapter.b[:, :2], before[site].b[:, :2]) and adapter.b[:, :2].any()
             old_inputs = basis @ torch.randn(basis.shape[1], 8).double()
-            outputs = [x[site].b[:, :2].double() @ x[site].a[:2].double() @ old_inputs for x in (before, after)]
+            outputs = [
+                x[site].b[:, :2].double() @ x[site].a[:2].double() @ old_inputs for x in (before, after)
+            ]
             torch.testing.assert_close(*outputs, rtol=0, atol=1e-5)
             bases = adapter.a[2:].double()
             torch.testing.assert_close(bases @ bases.T, torch.eye(2).double(), rtol=0, atol=1e-5)

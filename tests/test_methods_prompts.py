@@ -8,25 +8,32 @@ from torch.nn import functional
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from typer.testing import CliRunner
 
-from codyra_llm import models, prefixed
-from codyra_llm import recipe as recipes
-from codyra_llm import run as runs
 from codyra_llm.cli import app
-from codyra_llm.data import Encoded, collate
-from codyra_llm.errors import Fault
+from codyra_llm.config.overrides import override
+from codyra_llm.config.recipe import parse_recipe
+from codyra_llm.config.registry import METHODS
+from codyra_llm.core.errors import Fault
+from codyra_llm.data.batches import collate
+from codyra_llm.data.encoding import Encoded
 from codyra_llm.evaluate.generate import generate_ids
-from codyra_llm.export import write_merged
-from codyra_llm.lora.archive import Archive
-from codyra_llm.methods import METHODS
+from codyra_llm.experiment import run
+from codyra_llm.experiment.export import write_merged
+from codyra_llm.experiment.setup import prepare
 from codyra_llm.methods.base import Condition, Task
-from codyra_llm.methods.features import cosine, row_weights
-from codyra_llm.methods.prompts import prompts_of, query
-from codyra_llm.setup import prepare
+from codyra_llm.methods.parts.features import cosine, row_weights
+from codyra_llm.methods.prompts.pool import prompts_of, query
+from codyra_llm.models import loading, prefix_attention
+from codyra_llm.store.archive import Archive
 
 SECTIONS = {
     "l2p": {"name": "l2p", "pool": 4, "length": 3, "chosen": 2},
-    "dualprompt": {"name": "dualprompt", "general_layers": [0], "general_length": 2, "expert_layers": [1],
-                   "expert_length": 4},
+    "dualprompt": {
+        "name": "dualprompt",
+        "general_layers": [0],
+        "general_length": 2,
+        "expert_layers": [1],
+        "expert_length": 4,
+    },
     "pp": {"name": "pp", "length": 4, "mlp_width": 16},
 }
 FAMILIES = ["tiny_llama", "tiny_gemma2", "tiny_gemma3"]
@@ -49,6 +56,7 @@ def encoded(rows):
 
 def task(index, examples, state):
     """A task of these examples."""
+
     class Stream:
         def records(self, *args):
             return examples
@@ -70,7 +78,7 @@ def learnt(folder, name, tasks=2, **changes):
     """A model and a method after tasks that moved everything a little, as it stands at inference."""
     state = {}
     for index in range(tasks):
-        model = models.load(folder, torch.float32)
+        model = loading.load(folder, torch.float32)
         rows = prompts([5, 9, 12], seed=index)
         made = ready(model, name, rows, state, index, **changes)
         now = task(index, encoded(rows), state)
@@ -79,7 +87,7 @@ def learnt(folder, name, tasks=2, **changes):
             for p in model.prompts.parameters():
                 p.add_(0.3 * torch.randn(p.shape, generator=drawn))
         state = {k: v.detach().clone() for k, v in made.end_task(model, now, None).items()}
-    model = models.load(folder, torch.float32).eval()
+    model = loading.load(folder, torch.float32).eval()
     made.install(model, task(tasks - 1, [], state))
     return model, made
 
@@ -87,7 +95,7 @@ def learnt(folder, name, tasks=2, **changes):
 @every_method
 @every_family
 def test_gradients_reach_the_prompts_alone(name, family, request):
-    model = models.load(request.getfixturevalue(family), torch.float32).train()
+    model = loading.load(request.getfixturevalue(family), torch.float32).train()
     made = ready(model, name, prompts([6, 9, 7]))
     examples = encoded(prompts([5, 11]))
     if name == "pp":  # behind a last layer of zero the others start without a gradient
@@ -96,17 +104,23 @@ def test_gradients_reach_the_prompts_alone(name, family, request):
     sum(terms.values()).backward()
     trained = {id(p) for group in made.param_groups(model, 1e-3) for p in group["params"]}
     for key, p in model.named_parameters():
-        assert (id(p) in trained) == key.startswith("prompts.") == p.requires_grad == (p.grad is not None), key
+        assert (id(p) in trained) == key.startswith("prompts.") == p.requires_grad == (p.grad is not None), (
+            key
+        )
         assert not key.startswith("prompts.") or p.grad.any(), key
     if name == "l2p":  # only what was chosen
         near = cosine(query(model, [e.prompt for e in examples]), model.prompts["match"]).topk(2, 1).indices
         moved = {i for i in range(4) if model.prompts["match"].grad[i].any()}
-        assert moved == {i for i in range(4) if model.prompts["prompts"].grad[i].any()} == set(near.flatten().tolist())
+        assert (
+            moved
+            == {i for i in range(4) if model.prompts["prompts"].grad[i].any()}
+            == set(near.flatten().tolist())
+        )
 
 
 @every_family
 def test_query_at_training_is_the_query_at_test(family, request):
-    model = models.load(request.getfixturevalue(family), torch.float32)
+    model = loading.load(request.getfixturevalue(family), torch.float32)
     rows = prompts([3, 20, 11])
     batch = collate(encoded(rows), [2, 0, 1], [1.0] * 3, 0)
     assert prompts_of(batch) == [rows[2], rows[0], rows[1]]
@@ -116,30 +130,40 @@ def test_query_at_training_is_the_query_at_test(family, request):
         made.loss(model, batch)
         assert sorted(made.queries.known) == sorted(map(tuple, rows))
         for row, known in made.queries.known.items():
-            bare = models.load(request.getfixturevalue(family), torch.float32).eval()
+            bare = loading.load(request.getfixturevalue(family), torch.float32).eval()
             expected = bare.model(input_ids=torch.tensor([row])).last_hidden_state[0].mean(0)
             torch.testing.assert_close(known, expected, rtol=1e-4, atol=1e-5)
-        prefixed.use(model)
-        torch.testing.assert_close(query(model, rows), torch.stack([made.queries.known[tuple(r)] for r in rows]))
+        prefix_attention.use(model)
+        torch.testing.assert_close(
+            query(model, rows), torch.stack([made.queries.known[tuple(r)] for r in rows])
+        )
         assert model.training
 
 
 def test_a_term_per_example_is_weighted_as_the_loss(tiny_llama):
-    """The same global batch in one piece and in three gives the same pull; a filler of weight 0 gives none."""
-    model, rows = models.load(tiny_llama, torch.float32), prompts([4, 9, 6])
+    """The same global batch in one piece and in three gives the same pull; a filler of weight 0 gives
+    none.
+    """
+    model, rows = loading.load(tiny_llama, torch.float32), prompts([4, 9, 6])
     made, examples = ready(model, "l2p", rows), encoded(rows)
     weights = [0.5 / 3, 0.25 / 3, 0.25 / 3]
     whole = made.loss(model, collate(examples, [0, 1, 2], weights, 0))
     parts = [made.loss(model, collate(examples, [i], [w], 0)) for i, w in [*enumerate(weights), (1, 0.0)]]
     for key in whole:
         assert sum(p[key] for p in parts).item() == pytest.approx(whole[key].item(), rel=1e-5)
-    torch.testing.assert_close(row_weights(collate(examples, [0, 1, 2], weights, 0)), torch.tensor([0.5, 0.25, 0.25]))
+    torch.testing.assert_close(
+        row_weights(collate(examples, [0, 1, 2], weights, 0)), torch.tensor([0.5, 0.25, 0.25])
+    )
     near = cosine(query(model, rows), model.prompts["match"]).topk(2, 1).values.sum(1)
-    assert whole["pull"].item() == pytest.approx(-0.5 * (near @ torch.tensor([0.5, 0.25, 0.25])).item(), rel=1e-5)
+    assert whole["pull"].item() == pytest.approx(
+        -0.5 * (near @ torch.tensor([0.5, 0.25, 0.25])).item(), rel=1e-5
+    )
 
 
 def recomputed(model, condition, prompt, new):
-    """Greedy decoding of one prompt by a forward over the whole sequence at each step, without cache, pads or mask."""
+    """Greedy decoding of one prompt by a forward over the whole sequence at each step, without cache, pads or
+    mask.
+    """
     ids = list(prompt)
     for _ in range(new):
         embedded = model.get_input_embeddings()(torch.tensor([ids]))
@@ -147,7 +171,7 @@ def recomputed(model, condition, prompt, new):
             embedded = torch.cat([condition.prefix, embedded], 1)
         with torch.no_grad():
             ids.append(model(inputs_embeds=embedded, use_cache=False).logits[0, -1].argmax().item())
-    return ids[len(prompt):]
+    return ids[len(prompt) :]
 
 
 @every_method
@@ -175,23 +199,27 @@ def tokenwise(model, condition, prompt):
 
 @every_method
 def test_prompts_count_at_test(name, tiny_llama):
-    """Other prompts, other logits; and what is trained on is what is asked: the loss is that of the logits at test."""
+    """Other prompts, other logits; and what is trained on is what is asked: the loss is that of the logits at
+    test.
+    """
     model, made = learnt(tiny_llama, name)
     [prompt] = prompts([9])
     with_prompts = tokenwise(model, made.condition(model, [prompt], None), prompt)
-    prefixed.use(model)
+    prefix_attention.use(model)
     assert not torch.allclose(with_prompts, tokenwise(model, Condition(), prompt), atol=1e-2)
     prompts_key = {"l2p": ["prompts"], "dualprompt": ["experts"], "pp": ["prompts"]}[name]
     for key in prompts_key:
         model.prompts[key].zero_()
-    assert not torch.allclose(with_prompts, tokenwise(model, made.condition(model, [prompt], None), prompt), atol=1e-2)
+    assert not torch.allclose(
+        with_prompts, tokenwise(model, made.condition(model, [prompt], None), prompt), atol=1e-2
+    )
 
 
 @every_method
 def test_what_trains_is_what_answers(name, tiny_llama):
     """Cross entropy in training equals that of the installed model's logits, in a batch with pads."""
     rows = prompts([5, 9, 12])
-    model = models.load(tiny_llama, torch.float32)
+    model = loading.load(tiny_llama, torch.float32)
     made = ready(model, name, rows)
     with torch.no_grad():
         for p in model.prompts.parameters():
@@ -199,7 +227,7 @@ def test_what_trains_is_what_answers(name, tiny_llama):
     examples = encoded(rows)
     trained = made.loss(model, collate(examples, [0, 1, 2], [1 / 9] * 3, 0))["loss"].item()
     state = {k: v.detach().clone() for k, v in made.end_task(model, task(0, examples, {}), None).items()}
-    model = models.load(tiny_llama, torch.float32).eval()
+    model = loading.load(tiny_llama, torch.float32).eval()
     made.install(model, task(0, examples, state))
     loss = 0.0
     for e in examples:
@@ -214,54 +242,58 @@ def tokenwise_after(model, made, prompt, answer):
 
 
 def test_the_right_prompt_is_chosen_at_test(tiny_llama):
-    """Three tasks whose prompts share no token: training finds the keys, test prompts find their task, l2p's and
-    dualprompt's, and an example's answers come from its own expert."""
+    """Three tasks whose prompts share no token: training finds the keys, test prompts find their task, l2p's
+    and dualprompt's, and an example's answers come from its own expert."""
     bands = [(4, 7), (100, 103), (220, 223)]
     state = {}
     for index, band in enumerate(bands):
-        model = models.load(tiny_llama, torch.float32)
+        model = loading.load(tiny_llama, torch.float32)
         rows = prompts([8, 10, 12, 14], *band, seed=1)
         made = ready(model, "dualprompt", rows, state, index)
         state = {k: v.detach().clone() for k, v in made.end_task(model, task(index, [], state), None).items()}
     state["experts"] += torch.arange(3).view(3, 1, 1, 1, 1, 1)  # to be told apart
-    model = models.load(tiny_llama, torch.float32).eval()
+    model = loading.load(tiny_llama, torch.float32).eval()
     made.install(model, task(2, [], state))
     tests = [(index, row) for index, band in enumerate(bands) for row in prompts([7, 11, 15], *band, seed=9)]
     made.condition(model, [row for _, row in tests], None)
     shown = model.model.layers[1].self_attn.prefix
-    for (index, _), prefix in zip(tests, shown):
+    for (index, _), prefix in zip(tests, shown, strict=True):
         assert torch.equal(prefix, state["experts"][index, 0])
-    prefixed.select(model, torch.tensor([8, 0]))
+    prefix_attention.select(model, torch.tensor([8, 0]))
     assert torch.equal(model.model.layers[1].self_attn.prefix, state["experts"][[2, 0], 0])
 
-    model = models.load(tiny_llama, torch.float32)
+    model = loading.load(tiny_llama, torch.float32)
     made = ready(model, "l2p", rows, pool=3, chosen=1)
     optimizer = torch.optim.Adam([model.prompts["match"]], lr=0.05)
     with torch.no_grad():  # each key begins on the side of one task
-        model.prompts["match"].copy_(torch.stack([query(model, prompts([9], *band, seed=1))[0] for band in bands]))
+        model.prompts["match"].copy_(
+            torch.stack([query(model, prompts([9], *band, seed=1))[0] for band in bands])
+        )
     for step in range(6):
         batch = encoded(prompts([8, 10], *bands[step % 3], seed=step))
         made.loss(model, collate(batch, [0, 1], [0.1, 0.1], 0))["pull"].backward()
         optimizer.step()
         optimizer.zero_grad()
     front = made.condition(model, [row for _, row in tests], None).prefix
-    for (index, _), prefix in zip(tests, front):
+    for (index, _), prefix in zip(tests, front, strict=True):
         assert torch.equal(prefix, model.prompts["prompts"][index])
 
 
 def test_prefixed_attention_is_concatenation(tiny_llama):
     """Layer 0 of LLaMA in float64 with grouped heads: attention over [prefix; keys], by hand."""
-    model = models.load(tiny_llama, torch.float64)
+    model = loading.load(tiny_llama, torch.float64)
     config, layer = model.config, model.model.layers[0]
     rows, n, size, drawn = 3, 11, config.head_dim, torch.Generator().manual_seed(0)
-    prefixed.use(model)
+    prefix_attention.use(model)
     prefix = torch.randn(rows, 2, 2, 5, size, generator=drawn, dtype=torch.float64, requires_grad=True)
-    prefixed.show(model, {0: prefix})
+    prefix_attention.show(model, {0: prefix})
     x = torch.randn(rows, n, config.hidden_size, generator=drawn, dtype=torch.float64)
     rotation = model.model.rotary_emb(x, torch.arange(n)[None])
     made, _ = layer.self_attn(x, position_embeddings=rotation, attention_mask=None)
-    q, k, v = (proj(x).view(rows, n, -1, size).transpose(1, 2) for proj in (
-        layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj))
+    q, k, v = (
+        proj(x).view(rows, n, -1, size).transpose(1, 2)
+        for proj in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
+    )
     q, k = apply_rotary_pos_emb(q, k, *rotation)
     k, v = torch.cat([prefix[:, 0], k], 2), torch.cat([prefix[:, 1], v], 2)
     k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
@@ -271,33 +303,46 @@ def test_prefixed_attention_is_concatenation(tiny_llama):
     expected = layer.self_attn.o_proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(rows, n, -1))
     torch.testing.assert_close(made, expected, rtol=1e-10, atol=1e-12)
     weight = torch.randn(expected.shape, generator=drawn, dtype=torch.float64)
-    grads = [torch.autograd.grad((out * weight).sum(), prefix, retain_graph=True)[0] for out in (made, expected)]
+    grads = [
+        torch.autograd.grad((out * weight).sum(), prefix, retain_graph=True)[0] for out in (made, expected)
+    ]
     torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
 
 
 @every_family
 def test_attention_without_a_prefix_is_the_family_s_own(family, request):
-    """And a prefix made of the first tokens' keys and values stands for these tokens, windows and softcap included."""
+    """And a prefix made of the first tokens' keys and values stands for these tokens, windows and softcap
+    included.
+    """
     folder, batch = request.getfixturevalue(family), prompts([30, 30])
     ids = torch.tensor(batch)
     with torch.no_grad():
-        own = models.load(folder, torch.float64).eval()(input_ids=ids).logits
-        model = models.load(folder, torch.float64).eval()
-        prefixed.use(model)
-        torch.testing.assert_close(model(input_ids=ids).logits, own, rtol=1e-5, atol=1e-6)  # eager's softmax is float32
+        own = loading.load(folder, torch.float64).eval()(input_ids=ids).logits
+        model = loading.load(folder, torch.float64).eval()
+        prefix_attention.use(model)
+        torch.testing.assert_close(
+            model(input_ids=ids).logits, own, rtol=1e-5, atol=1e-6
+        )  # eager's softmax is float32
         short = ids[:, :14]  # inside the window of 16
         own = model(input_ids=short).logits[:, 5:]
-        made = torch.stack([prefixed.made_by(model, row[:5], [0, 1]) for row in short])
-        prefixed.show(model, dict(enumerate(made.unbind(1))))
+        made = torch.stack([prefix_attention.made_by(model, row[:5], [0, 1]) for row in short])
+        prefix_attention.show(model, dict(enumerate(made.unbind(1))))
         rest = model(input_ids=short[:, 5:], position_ids=torch.arange(5, 14)[None]).logits
         torch.testing.assert_close(rest, own, rtol=1e-9, atol=1e-9)
 
 
 def recipe(model, stream, out, name, **changes):
-    raw = {"model": {"path": str(model)}, "data": {"root": str(stream), "tasks": ["ONE", "TWO", "THREE"], "epochs": 2},
-           "method": dict(SECTIONS[name]), "optim": {"lr": 1e-2, "batch_size": 8}, "eval": {"max_new_tokens": 4},
-           "output": str(out)}
-    return recipes.parse(recipes.override(raw, [f"{k.replace('__', '.')}={json.dumps(v)}" for k, v in changes.items()]))
+    raw = {
+        "model": {"path": str(model)},
+        "data": {"root": str(stream), "tasks": ["ONE", "TWO", "THREE"], "epochs": 2},
+        "method": dict(SECTIONS[name]),
+        "optim": {"lr": 1e-2, "batch_size": 8},
+        "eval": {"max_new_tokens": 4},
+        "output": str(out),
+    }
+    return parse_recipe(
+        override(raw, [f"{k.replace('__', '.')}={json.dumps(v)}" for k, v in changes.items()])
+    )
 
 
 def states(folder):
@@ -305,11 +350,12 @@ def states(folder):
 
 
 @every_method
-def test_killed_and_restarted_equals_straight_through_and_a_stage_answers(name, tiny_llama, toy_stream, tmp_path,
-                                                                         monkeypatch):
+def test_killed_and_restarted_equals_straight_through_and_a_stage_answers(
+    name, tiny_llama, toy_stream, tmp_path, monkeypatch
+):
     short = {"data__epochs": 1, "data__max_train_examples": 12}
-    straight = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "straight", name, **short))
-    learn = runs.learn
+    straight = run.run(recipe(tiny_llama, toy_stream, tmp_path / "straight", name, **short))
+    learn = run.learn
 
     def dies(setup, folder, acc, peak, index):
         if index == 2:
@@ -317,31 +363,45 @@ def test_killed_and_restarted_equals_straight_through_and_a_stage_answers(name, 
         learn(setup, folder, acc, peak, index)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runs, "learn", dies)
-        runs.run(recipe(tiny_llama, toy_stream, tmp_path / "killed", name, **short))
-    killed = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "killed", name, **short))
+        patch.setattr(run, "learn", dies)
+        run.run(recipe(tiny_llama, toy_stream, tmp_path / "killed", name, **short))
+    killed = run.run(recipe(tiny_llama, toy_stream, tmp_path / "killed", name, **short))
     for one, two in zip(states(straight), states(killed), strict=True):
         assert one and one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     assert [r["score"] for r in straight.scores] == [r["score"] for r in killed.scores]
     grows = [sum(v.numel() for v in state.values()) for state in states(straight)]
-    assert METHODS[name].grows == (grows[0] < grows[1] < grows[2]) and (METHODS[name].grows or len(set(grows)) == 1)
+    assert METHODS[name].grows == (grows[0] < grows[1] < grows[2]) and (
+        METHODS[name].grows or len(set(grows)) == 1
+    )
     assert Archive(straight.path / "updates", straight.manifest["base"]).load(2).adapters == {}
 
     with pytest.raises(Fault, match=f"^a {name} run is no plain model.*--format stage"):
         write_merged(prepare(straight.recipe), straight.archive(), 1, None, tmp_path / "merged")
-    asked = CliRunner().invoke(app, ["export", str(straight.path), str(tmp_path / "stage"), "--format", "stage",
-                                     "--after", "TWO"])
+    asked = CliRunner().invoke(
+        app, ["export", str(straight.path), str(tmp_path / "stage"), "--format", "stage", "--after", "TWO"]
+    )
     assert asked.exit_code == 0, asked.output
     lines = (straight.path / "predictions" / "02-TWO" / "ONE.jsonl").read_text().splitlines()
     for line in map(json.loads, lines[:2]):
-        told = CliRunner().invoke(app, ["generate", f"{tmp_path / 'stage'}@TWO", line["prompt"], "--max-new-tokens", "4"])
+        told = CliRunner().invoke(
+            app, ["generate", f"{tmp_path / 'stage'}@TWO", line["prompt"], "--max-new-tokens", "4"]
+        )
         assert told.output.rstrip("\n") == line["prediction"].rstrip("\n")
 
 
 @every_method
 def test_training_lowers_the_loss_and_keeps_what_was_learnt(name, tiny_llama, toy_stream, tmp_path):
-    folder = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "run", name, data__epochs=8, data__tasks=["ONE", "TWO"],
-                             method__prompt_lr=0.5))
+    folder = run.run(
+        recipe(
+            tiny_llama,
+            toy_stream,
+            tmp_path / "run",
+            name,
+            data__epochs=8,
+            data__tasks=["ONE", "TWO"],
+            method__prompt_lr=0.5,
+        )
+    )
     rows = [json.loads(line) for line in (folder.path / "log.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if row["task"] == "ONE"]
     assert sum(losses[-3:]) < 0.995 * sum(losses[:3])  # an epoch; a base of random weights listens little
@@ -349,7 +409,9 @@ def test_training_lowers_the_loss_and_keeps_what_was_learnt(name, tiny_llama, to
     if name == "pp":  # the newest stands first, the older ones as they were
         assert torch.equal(second["prompts"][1:], first["prompts"])
     if name == "dualprompt":
-        assert torch.equal(second["experts"][:1], first["experts"]) and torch.equal(second["matches"][:1], first["matches"])
+        assert torch.equal(second["experts"][:1], first["experts"]) and torch.equal(
+            second["matches"][:1], first["matches"]
+        )
         assert not torch.equal(second["experts"][1], first["experts"][0])
 
 

@@ -8,9 +8,9 @@ import torch
 from adapters import SIZES, a_task, attached, drawn
 
 from codyra_llm.lora.layer import sites
-from codyra_llm.methods.tree import Bandit
-from codyra_llm.methods.treelora import blend, distance
-from codyra_llm.methods.treelora_repo import Draw
+from codyra_llm.methods.regularised.tree import Bandit
+from codyra_llm.methods.regularised.treelora import blend, distance
+from codyra_llm.methods.regularised.treelora_repo import Draw
 
 
 def test_the_bandit_finds_the_nearest_task():
@@ -45,7 +45,7 @@ def test_treelora_leans_to_the_planted_task_and_keeps_the_mean_of_the_last_epoch
     method.begin_task(model, a_task(0, epochs=2))
     method.begin_task(model, a_task(0, epochs=2))
     with pytest.MonkeyPatch.context() as patch:  # a later task without an archive: the adapter stays as it is
-        patch.setattr("codyra_llm.methods.seqlora.restore", lambda *_: None)
+        patch.setattr("codyra_llm.methods.sequential.seqlora.restore", lambda *_: None)
         method.begin_task(model, a_task(3, SimpleNamespace(load=lambda _: None), old, epochs=2))
     seen, leaned = {site: [] for site in layers}, {site: [] for site in layers}
     for step in range(60):
@@ -53,8 +53,14 @@ def test_treelora_leans_to_the_planted_task_and_keeps_the_mean_of_the_last_epoch
         for site, layer in layers.items():
             g = old[site][planted_at[site]] + 0.5 * torch.randn(sizes[site], generator=draw)
             seen[site].append(g)
-            layer.lora_A.grad, layer.lora_B.grad = (part.view_as(p) for part, p in zip(
-                g.clone().split([layer.lora_A.numel(), layer.lora_B.numel()]), (layer.lora_A, layer.lora_B)))
+            layer.lora_A.grad, layer.lora_B.grad = (
+                part.view_as(p)
+                for part, p in zip(
+                    g.clone().split([layer.lora_A.numel(), layer.lora_B.numel()]),
+                    (layer.lora_A, layer.lora_B),
+                    strict=True,
+                )
+            )
         method.edit_gradients(None)
         for site, layer in layers.items():
             written = torch.cat([layer.lora_A.grad.flatten(), layer.lora_B.grad.flatten()])
@@ -69,7 +75,9 @@ def test_treelora_leans_to_the_planted_task_and_keeps_the_mean_of_the_last_epoch
 
 
 def released(saved, vs, steps, draws):
-    """The released loop in plain scalars: the tasks drawn in every step, and the last accumulated signature."""
+    """The released loop in plain scalars: the tasks drawn in every step, and the last accumulated
+    signature.
+    """
     t, depth, _ = saved.shape
     n_sel, sim = [[0] * depth for _ in range(t)], [[0.0] * depth for _ in range(t)]
     cur, out = torch.zeros_like(vs[0]), []
@@ -99,7 +107,7 @@ def released(saved, vs, steps, draws):
         cut = lower_median(root)
         for part in ([i for i in range(t) if root[i] <= cut], [i for i in range(t) if root[i] > cut]):
             children.append((part, lower_median(dots(part, 1)) if len(part) > 1 else None))
-    for tau, (v, u) in enumerate(zip(vs, draws)):
+    for tau, (v, u) in enumerate(zip(vs, draws, strict=True)):
         for _ in range(depth):
             cur = cur + v / steps
         s = [[0.0] * depth for _ in range(t)]
@@ -140,7 +148,9 @@ def test_repo_mode_is_the_released_loop(tasks):
     for i, v in enumerate(vs):
         mine.add(v)
         signatures = mine.signatures(torch.Generator().manual_seed(100 + i))
-        found.append([next(k for k in range(tasks) if torch.equal(signatures[d], saved[k, d])) for d in range(4)])
+        found.append(
+            [next(k for k in range(tasks) if torch.equal(signatures[d], saved[k, d])) for d in range(4)]
+        )
     assert found == expected and (tasks == 1 or len({k for picked in found for k in picked}) > 1)
     torch.testing.assert_close(mine.current, cur)
 
@@ -149,7 +159,7 @@ def test_repo_mode_regulariser_and_ramp():
     method, model = attached("treelora_repo", weight=0.5)
     state = {site: torch.randn(2, 3 * i) for site, (i, _) in SIZES.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("codyra_llm.methods.seqlora.restore", lambda *_: None)
+        patch.setattr("codyra_llm.methods.sequential.seqlora.restore", lambda *_: None)
         method.begin_task(model, a_task(2, SimpleNamespace(load=lambda _: None), state, epochs=2))
     drawn(model, 4)
     batch = SimpleNamespace(cross_entropy=lambda m: torch.tensor(3.0))
@@ -163,7 +173,11 @@ def test_repo_mode_regulariser_and_ramp():
         assert terms["treelora"].item() == pytest.approx(-3.0 * ramp)
         model.zero_grad()
         terms["treelora"].backward()
-        previous = {site: p[d] for group, p in zip(method._groups, method._previous) for d, site in enumerate(group)}
+        previous = {
+            site: p[d]
+            for group, p in zip(method._groups, method._previous, strict=True)
+            for d, site in enumerate(group)
+        }
         s = sum((layer.lora_A.flatten() @ previous[site]).item() for site, layer in sites(model).items())
         for site, layer in sites(model).items():
             slope = -3.0 * ramp * previous[site] / s

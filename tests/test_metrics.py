@@ -1,4 +1,6 @@
-"""TRACE's metrics against values by hand, second definitions and the packages that the published code calls."""
+"""TRACE's metrics against values by hand, second definitions and the packages that the published code
+calls.
+"""
 
 import difflib
 import json
@@ -9,16 +11,23 @@ from pathlib import Path
 
 import pytest
 import yaml
+from codyra_llm.benchmarks import trace
 from hypothesis import given
 from hypothesis import strategies as st
 from rouge import Rouge
 
-from codyra_llm.benchmark import load
-from codyra_llm.benchmarks import trace
-from codyra_llm.benchmarks.trace.metrics import METRICS, literals, sari, versioned
+from codyra_llm.config.benchmark import load_benchmark
+from codyra_llm.metrics.sari import sari
+from codyra_llm.metrics.text import METRICS, literals, versioned
 
-TRACE = load("trace")
-TASKS, ORDERS, PROTOCOLS, headline, score = TRACE.tasks, TRACE.orders, TRACE.protocols, TRACE.headline, TRACE.score
+TRACE = load_benchmark("trace")
+TASKS, ORDERS, PROTOCOLS, headline, score = (
+    TRACE.tasks,
+    TRACE.orders,
+    TRACE.protocols,
+    TRACE.headline,
+    TRACE.score,
+)
 TEXT = st.text(alphabet="ab .\n<>_ä", max_size=12)
 
 
@@ -26,19 +35,39 @@ def one(metric: str, prediction: str, answer: str, prompt: str = "") -> float:
     return METRICS[metric].example(prompt, prediction, answer)
 
 
-@pytest.mark.parametrize("prediction, answer, strict, lenient", [
-    ("A", "A", 100, 100), ("A.", "A", 0, 100), (" A", "A", 0, 100), ("A\n", "A", 0, 100), ("a", "A", 0, 0),
-    ("", "A", 0, 0), ("", "", 0, 0), ("A", "", 0, 0), ("12", "1", 0, 100), ("1", "12", 0, 0), ("B because", "A", 0, 0),
-])
+@pytest.mark.parametrize(
+    "prediction, answer, strict, lenient",
+    [
+        ("A", "A", 100, 100),
+        ("A.", "A", 0, 100),
+        (" A", "A", 0, 100),
+        ("A\n", "A", 0, 100),
+        ("a", "A", 0, 0),
+        ("", "A", 0, 0),
+        ("", "", 0, 0),
+        ("A", "", 0, 0),
+        ("12", "1", 0, 100),
+        ("1", "12", 0, 0),
+        ("B because", "A", 0, 0),
+    ],
+)
 def test_exact_match(prediction, answer, strict, lenient):
     assert one("exact_match", prediction, answer) == strict
     assert one("exact_match_treelora", prediction, answer) == lenient
 
 
-@pytest.mark.parametrize("prediction, answer, strict, lenient", [
-    ("B\nbecause", "B\nsince", 100, 100), ("B", "B\nsince", 100, 100), (" B", "B\nsince", 0, 100),
-    ("", "B\nsince", 0, 0), (" ", "B", 0, 0), ("Be", "B\n", 100, 100), ("A", "B\nx", 0, 0),
-])
+@pytest.mark.parametrize(
+    "prediction, answer, strict, lenient",
+    [
+        ("B\nbecause", "B\nsince", 100, 100),
+        ("B", "B\nsince", 100, 100),
+        (" B", "B\nsince", 0, 100),
+        ("", "B\nsince", 0, 0),
+        (" ", "B", 0, 0),
+        ("Be", "B\n", 100, 100),
+        ("A", "B\nx", 0, 0),
+    ],
+)
 def test_first_character(prediction, answer, strict, lenient):
     assert one("first_char", prediction, answer) == strict
     assert one("first_char_treelora", prediction, answer) == lenient
@@ -64,7 +93,9 @@ def test_rouge_l_is_the_package_on_all_that_it_can_score(prediction, answer):
 
 
 def test_rouge_l_takes_the_answer_first_as_published():
-    """The package's F1 is not symmetric: of "c a" and "a c" it keeps one word, and which depends on the order."""
+    """The package's F1 is not symmetric: of "c a" and "a c" it keeps one word, and which depends on the
+    order.
+    """
     assert one("rouge_l", "a c . a", "c a") == pytest.approx(100, abs=1e-5)
     assert one("rouge_l", "c a", "a c . a") == pytest.approx(50, abs=1e-5)
 
@@ -110,37 +141,51 @@ def test_difflib_similarity_is_difflib_and_never_higher(prediction, answer):
 
 
 def test_the_two_similarities_by_hand():
-    assert one("edit_similarity", "ab", "axb") == one("edit_similarity_difflib", "ab", "axb") == 80  # 2 * 2 / 5
-    # Longest common subsequence "abcd": 2 * 4 / 20. difflib takes the longest block, "XYZ", which hides it: 6 / 20.
+    assert (
+        one("edit_similarity", "ab", "axb") == one("edit_similarity_difflib", "ab", "axb") == 80
+    )  # 2 * 2 / 5
+    # Longest common subsequence "abcd": 2 * 4 / 20. difflib takes the longest block, "XYZ", which hides it: 6
+    # / 20.
     assert one("edit_similarity", "XYZabcdef", "a1b2c3d4XYZ") == 40
     assert one("edit_similarity_difflib", "XYZabcdef", "a1b2c3d4XYZ") == 30
     assert one("edit_similarity", "<NUM_LIT> + a", "<NUM_LIT:0> + a") == 100
     assert one("edit_similarity", "", "x") == one("edit_similarity", "<STR_LIT>", "x") == 0
 
 
-@pytest.mark.parametrize("code, expected", [
-    ("x = <NUM_LIT>", "x = 0"), ("f ( <STR_LIT> , <CHAR_LIT> )", "f (  ,  )"),
-    ("<NUM_LIT:200> <STR_LIT:a b>", "200 a b"),
-    ("<CHAR_LIT:\n>", "\n"), ("<STR_LIT:> <EOL>", " <EOL>"), ("<STR_LIT:open", "<STR_LIT:open"),
-    ("<STR_LIT:<NUM_LIT:5>> <NUM_LIT:5>", "5 5"),
-])
+@pytest.mark.parametrize(
+    "code, expected",
+    [
+        ("x = <NUM_LIT>", "x = 0"),
+        ("f ( <STR_LIT> , <CHAR_LIT> )", "f (  ,  )"),
+        ("<NUM_LIT:200> <STR_LIT:a b>", "200 a b"),
+        ("<CHAR_LIT:\n>", "\n"),
+        ("<STR_LIT:> <EOL>", " <EOL>"),
+        ("<STR_LIT:open", "<STR_LIT:open"),
+        ("<STR_LIT:<NUM_LIT:5>> <NUM_LIT:5>", "5 5"),
+    ],
+)
 def test_literals_of_py150(code, expected):
     assert literals(code) == expected
 
 
 SOURCE = "About 95 species are currently accepted."
-REFERENCES = ["About 95 species are currently known.", "About 95 species are now accepted.",
-              "95 species are now accepted."]
+REFERENCES = [
+    "About 95 species are currently known.",
+    "About 95 species are now accepted.",
+    "95 species are now accepted.",
+]
 
 
 def test_sari_gives_the_value_that_its_authors_document():
-    assert sari(SOURCE, "About 95 you now get in.", REFERENCES) == pytest.approx(26.953601953601954, abs=1e-12)
+    assert sari(SOURCE, "About 95 you now get in.", REFERENCES) == pytest.approx(
+        26.953601953601954, abs=1e-12
+    )
 
 
 def test_sari_by_hand():
-    # n = 1: kept {a} of {a, b}: precision 1, recall 1/1; deleted {b}: right; added {c}, wanted {d}: 0. So 2/3.
-    # n = 2: nothing kept, nothing to keep: 1; deleted "a b": right: 1; added "a c", wanted "a d": 0. So 2/3.
-    # n = 3, 4: nothing anywhere: 1.
+    # n = 1: kept {a} of {a, b}: precision 1, recall 1/1; deleted {b}: right; added {c}, wanted {d}: 0. So
+    # 2/3. n = 2: nothing kept, nothing to keep: 1; deleted "a b": right: 1; added "a c", wanted "a d": 0. So
+    # 2/3. n = 3, 4: nothing anywhere: 1.
     assert sari("a b", "a c", ["a d"]) == pytest.approx(100 * (2 / 3 + 2 / 3 + 1 + 1) / 4)
     assert one("sari", "a c", "a d", prompt="a b") == sari("A B", "a c", ["A d"])
     assert sari(SOURCE, REFERENCES[0], REFERENCES[:1]) == pytest.approx(100)
@@ -153,13 +198,15 @@ def test_every_metric_stays_in_range_on_any_text(prompt, prediction, answer):
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_each_metric_computes_as_an_evaluate_metric_without_a_network_or_a_folder(name, tmp_path, monkeypatch):
+def test_each_metric_computes_as_an_evaluate_metric_without_a_network_or_a_folder(
+    name, tmp_path, monkeypatch
+):
     monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", tmp_path)
     predictions, answers, prompts = ["A. b c", "", "B\nx y"], ["A", "B", "B\nx z"], ["A q", "r", "s x"]
     metric = METRICS[name](process_id=0, experiment_id="e")
     sources = {"sources": prompts} if metric.takes_sources else {}
     mean = metric.compute(predictions=predictions, references=answers, **sources)
-    rows = zip(prompts, predictions, answers)
+    rows = zip(prompts, predictions, answers, strict=True)
     assert mean == {name: pytest.approx(sum(metric.example(*row) for row in rows) / 3)}
     assert metric.name == name and versioned(name) == f"{name}@1"
     assert not list(tmp_path.iterdir())
@@ -168,8 +215,11 @@ def test_each_metric_computes_as_an_evaluate_metric_without_a_network_or_a_folde
 def test_score_reports_the_metrics_of_the_task_in_order():
     got = score("ScienceQA", ["p", "p"], ["B\na b", ""], ["B\na b", "C\nd"])
     assert list(got) == list(TASKS["ScienceQA"].metrics)
-    assert got == {"first_char": [100, 0], "first_char_treelora": [100, 0],
-                   "reason_rouge_l": [pytest.approx(100, abs=1e-5), 0]}
+    assert got == {
+        "first_char": [100, 0],
+        "first_char_treelora": [100, 0],
+        "reason_rouge_l": [pytest.approx(100, abs=1e-5), 0],
+    }
     assert score("my-task", ["p"], ["yes."], ["yes"]) == {"exact_match": [0], "exact_match_treelora": [100]}
     with pytest.raises(ValueError):
         score("FOMC", ["p"], ["A", "B"], ["A"])
@@ -180,14 +230,27 @@ def test_headlines():
     assert [headline("my-task", rule) for rule in PROTOCOLS] == ["exact_match", "exact_match_treelora"]
     assert [headline("Py150", rule) for rule in PROTOCOLS] == ["edit_similarity"] * 2
     assert {headline(task, "trace") for task in TASKS} == {
-        "exact_match", "rouge_l", "edit_similarity", "first_char", "sari"}
+        "exact_match",
+        "rouge_l",
+        "edit_similarity",
+        "first_char",
+        "sari",
+    }
 
 
 def test_the_benchmark_is_complete():
     assert [TASKS[name].epochs for name in ORDERS[1]] == [5, 3, 7, 5, 3, 5, 5, 7]
     assert ORDERS[3] == ORDERS[1][::-1] and len(set(ORDERS.values())) == 3
-    assert ORDERS[2] == ("NumGLUE-cm", "NumGLUE-ds", "FOMC", "20Minuten", "C-STANCE", "Py150", "MeetingBank",
-                         "ScienceQA")
+    assert ORDERS[2] == (
+        "NumGLUE-cm",
+        "NumGLUE-ds",
+        "FOMC",
+        "20Minuten",
+        "C-STANCE",
+        "Py150",
+        "MeetingBank",
+        "ScienceQA",
+    )
     for order in ORDERS.values():
         assert sorted(order) == sorted(TASKS)
     for task in TASKS.values():
@@ -195,17 +258,25 @@ def test_the_benchmark_is_complete():
         assert set(task.headline.values()) <= set(task.metrics)
     assert {m for task in TASKS.values() for m in task.metrics} == set(METRICS)
     assert [(p.batch_size, p.loss_average, p.lr, p.betas) for p in PROTOCOLS.values()] == [
-        (128, "token", 1e-4, (0.9, 0.95)), (32, "sample", 1e-4, (0.9, 0.95))]
+        (128, "token", 1e-4, (0.9, 0.95)),
+        (32, "sample", 1e-4, (0.9, 0.95)),
+    ]
     file = Path(trace.__file__).with_name("benchmark.yaml")
     assert list(yaml.safe_load(file.read_text(encoding="utf-8"))["tasks"]) == list(ORDERS[1])
 
 
 @pytest.mark.data
-@pytest.mark.skipif("CODYRA_DATA" not in os.environ, reason="CODYRA_DATA names no folder with LLM-CL-Benchmark_500")
+@pytest.mark.skipif(
+    "CODYRA_DATA" not in os.environ, reason="CODYRA_DATA names no folder with LLM-CL-Benchmark_500"
+)
 @pytest.mark.parametrize("task", TASKS)
 def test_the_answers_of_the_real_test_set_score_full_marks(task):
-    """SARI's deletion term takes the reference's count off twice, so it stays just below 100 where a word repeats."""
-    rows = json.loads(Path(os.environ["CODYRA_DATA"], "LLM-CL-Benchmark_500", task, "test.json").read_text("utf-8"))
+    """SARI's deletion term takes the reference's count off twice, so it stays just below 100 where a word
+    repeats.
+    """
+    rows = json.loads(
+        Path(os.environ["CODYRA_DATA"], "LLM-CL-Benchmark_500", task, "test.json").read_text("utf-8")
+    )
     answers = [row["answer"] for row in rows]
     for metric, values in score(task, [row["prompt"] for row in rows], answers, answers).items():
         assert values == pytest.approx([100.0] * len(rows), abs=1.0 if metric == "sari" else 1e-4), metric

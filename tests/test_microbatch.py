@@ -1,4 +1,6 @@
-"""Out of memory halves the micro-batch and changes nothing else; what can't be halved is a Fault; all ranks agree."""
+"""Out of memory halves the micro-batch and changes nothing else; what can't be halved is a Fault; all ranks
+agree.
+"""
 
 from types import SimpleNamespace
 
@@ -8,17 +10,17 @@ import yaml
 from test_distributed import PROGRAM, assert_same_run, free_port, launched, refused, sections
 from test_run import recipe, weights
 
-from codyra_llm import recipe as recipes
-from codyra_llm import run as runs
-from codyra_llm.data import Batch
-from codyra_llm.distributed import accelerator
-from codyra_llm.engine import Engine
-from codyra_llm.errors import Fault
-from codyra_llm.files import read_jsonl
+from codyra_llm.config.recipe import load_recipe
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.files import read_jsonl
+from codyra_llm.data.batches import Batch
+from codyra_llm.experiment import run
 from codyra_llm.lora.layer import AdapterSpec, attach, sites
+from codyra_llm.lora.proximal import ProximalAdamW
 from codyra_llm.lora.shared import share_inputs
-from codyra_llm.models import load
-from codyra_llm.optim import ProximalAdamW
+from codyra_llm.models.loading import load
+from codyra_llm.runtime.launch import accelerator
+from codyra_llm.train.engine import Engine
 
 ONE_TASK = {"data__tasks": ["THREE"], "checkpoint": False}
 PLAIN = Batch.cross_entropy
@@ -26,11 +28,13 @@ PLAIN = Batch.cross_entropy
 
 def out_of_memory(where):
     """Batch.cross_entropy that runs out of memory, with its graph made, where `where(batch)` says so."""
+
     def cross_entropy(self, model):
         loss = PLAIN(self, model)
         if torch.is_grad_enabled() and where(self):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return loss
+
     return cross_entropy
 
 
@@ -41,19 +45,23 @@ def assert_same_weights(one, two, **tolerance):
 
 
 @pytest.mark.parametrize("batching", ["buckets", "packed"])
-def test_the_run_is_that_of_a_small_micro_batch(batching, tiny_llama, toy_stream, tmp_path, monkeypatch, capsys):
+def test_the_run_is_that_of_a_small_micro_batch(
+    batching, tiny_llama, toy_stream, tmp_path, monkeypatch, capsys
+):
     """Dropout is on: a step begun again has the random numbers of its beginning. The halved value stays."""
     changes = {**ONE_TASK, "data__batching": batching, "method__dropout": 0.3}
     monkeypatch.setattr(Batch, "cross_entropy", out_of_memory(lambda batch: batch.ids.numel() > 150))
-    fitted = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "fitted", **changes))
+    fitted = run.run(recipe(tiny_llama, toy_stream, tmp_path / "fitted", **changes))
     tokens = [row["micro_batch_tokens"] for row in read_jsonl(fitted.path / "log.jsonl")]
     assert len(set(tokens)) == 1 and 75 <= tokens[0] <= 150
     told = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
     line = "task THREE, step 1: out of memory, going on with optim.micro_batch_tokens at"
     assert told and all(line in x for x in told)
     monkeypatch.setattr(Batch, "cross_entropy", PLAIN)
-    small, large = (runs.run(recipe(tiny_llama, toy_stream, tmp_path / str(n), **changes, optim__micro_batch_tokens=n))
-                    for n in (tokens[0], 4096))
+    small, large = (
+        run.run(recipe(tiny_llama, toy_stream, tmp_path / str(n), **changes, optim__micro_batch_tokens=n))
+        for n in (tokens[0], 4096)
+    )
     assert_same_weights(fitted, small, rtol=0, atol=0)
     with pytest.raises(AssertionError):  # other masks
         assert_same_weights(fitted, large, rtol=2e-3, atol=2e-4)
@@ -69,9 +77,13 @@ def test_gradients_of_the_failed_attempt_are_dropped(tiny_llama, toy_stream, tmp
         seen.append(len(batch.examples))
         return len(seen) == 6
 
-    straight = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "a", **ONE_TASK, optim__micro_batch_tokens=100))
+    straight = run.run(
+        recipe(tiny_llama, toy_stream, tmp_path / "a", **ONE_TASK, optim__micro_batch_tokens=100)
+    )
     monkeypatch.setattr(Batch, "cross_entropy", out_of_memory(once_in_step_two))
-    halved = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "b", **ONE_TASK, optim__micro_batch_tokens=100))
+    halved = run.run(
+        recipe(tiny_llama, toy_stream, tmp_path / "b", **ONE_TASK, optim__micro_batch_tokens=100)
+    )
     rows = [read_jsonl(folder.path / "log.jsonl") for folder in (straight, halved)]
     assert [row["micro_batch_tokens"] < 100 for row in rows[1]] == [False] + [True] * 5
     for key in ("loss", "grad_norm"):
@@ -82,10 +94,15 @@ def test_gradients_of_the_failed_attempt_are_dropped(tiny_llama, toy_stream, tmp
 def test_an_example_that_alone_does_not_fit(tiny_llama, toy_stream, tmp_path, monkeypatch):
     monkeypatch.setattr(Batch, "cross_entropy", out_of_memory(lambda batch: True))
     with pytest.raises(Fault) as caught:
-        runs.run(recipe(tiny_llama, toy_stream, tmp_path / "run", **ONE_TASK))
-    message, = caught.value.messages
-    for part in ("task THREE, step 1", "tokens alone", "optim.micro_batch_tokens", "model.gradient_checkpointing",
-                 "data.max_prompt_tokens"):
+        run.run(recipe(tiny_llama, toy_stream, tmp_path / "run", **ONE_TASK))
+    (message,) = caught.value.messages
+    for part in (
+        "task THREE, step 1",
+        "tokens alone",
+        "optim.micro_batch_tokens",
+        "model.gradient_checkpointing",
+        "data.max_prompt_tokens",
+    ):
         assert part in message
     assert not (tmp_path / "run" / "updates").exists()
 
@@ -124,25 +141,43 @@ main(["run", *sys.argv[1:]])
 @pytest.fixture
 def two_ranks(tiny_llama, toy_stream, tmp_path):
     file = tmp_path / "codyra.yaml"
-    file.write_text(PROGRAM.format(yaml.safe_dump(sections(tiny_llama, toy_stream, "codyra"))), encoding="utf-8")
+    file.write_text(
+        PROGRAM.format(yaml.safe_dump(sections(tiny_llama, toy_stream, "codyra"))), encoding="utf-8"
+    )
 
     def launch(condition: str):
         (tmp_path / "program.py").write_text(ON_RANK_1.format(condition=condition), encoding="utf-8")
-        return launched("torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()),
-                        tmp_path / "program.py", file, f"output={tmp_path / 'two'}", timeout=120)
+        return launched(
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--master-port",
+            str(free_port()),
+            tmp_path / "program.py",
+            file,
+            f"output={tmp_path / 'two'}",
+            timeout=120,
+        )
+
     return file, launch
 
 
 @pytest.mark.distributed
 def test_one_of_two_ranks_runs_out(two_ranks, tmp_path):
-    """The second rank, in the midst of its fifth micro-batch; the first has no trouble and does not wait for ever."""
+    """The second rank, in the midst of its fifth micro-batch; the first has no trouble and does not wait for
+    ever.
+    """
     file, launch = two_ranks
-    one = runs.run(recipes.load(file, [f"output={tmp_path / 'one'}"])).path
+    one = run.run(load_recipe(file, [f"output={tmp_path / 'one'}"])).path
     done = launch("len(calls) == 5")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("out of memory, going on with optim.micro_batch_tokens at") == 1
     assert_same_run(one, tmp_path / "two", 0)
-    tokens = [row["micro_batch_tokens"] for row in read_jsonl(tmp_path / "two" / "log.jsonl") if row["task"] == "ONE"]
+    tokens = [
+        row["micro_batch_tokens"]
+        for row in read_jsonl(tmp_path / "two" / "log.jsonl")
+        if row["task"] == "ONE"
+    ]
     assert tokens[0] == 60 > tokens[-1]
 
 

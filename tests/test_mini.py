@@ -1,4 +1,6 @@
-"""mini-TRACE: same seed same bytes, disjoint splits, answers recomputed from the prompts by rules written anew."""
+"""mini-TRACE: same seed same bytes, disjoint splits, answers recomputed from the prompts by rules written
+anew.
+"""
 
 import hashlib
 import json
@@ -10,14 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from codyra_llm.benchmarks.trace.mini import make, pretrain, skills
+from codyra_llm.benchmarks.trace.mini.make import make_mini, mini_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from codyra_llm.benchmarks.trace.mini import make as making
-from codyra_llm.benchmarks.trace.mini import make_mini, mini_data, pretrain, skills
-from codyra_llm.benchmarks.trace.reasoning import VARIANT, reasoned_prompt
-from codyra_llm.errors import Fault
-from codyra_llm.examples import check_root
-from codyra_llm.methods import METHODS
+from codyra_llm.config.methods.sequential import REASONING_VARIANT
+from codyra_llm.config.registry import METHODS
+from codyra_llm.core.errors import Fault
+from codyra_llm.data.check import check_root
+from codyra_llm.data.reasoning import reasoned_prompt
 
 TASKS = ["C-STANCE", "FOMC", "MeetingBank", "Py150", "ScienceQA", "NumGLUE-cm", "NumGLUE-ds", "20Minuten"]
 RCL = METHODS["rcl"](METHODS["rcl"].Config(), 0)
@@ -63,7 +66,10 @@ def test_layout_and_disjoint_splits(root, task):
     assert len({record["prompt"] for record in records}) == sum(SIZES.values())
     for record in records:
         assert record.keys() == {"prompt", "answer"}
-        assert record["prompt"] == record["prompt"].rstrip() and record["answer"] == record["answer"].lstrip() != ""
+        assert (
+            record["prompt"] == record["prompt"].rstrip()
+            and record["answer"] == record["answer"].lstrip() != ""
+        )
 
 
 def test_text_is_written_as_it_is(root):
@@ -97,8 +103,11 @@ def next_line(prompt: str) -> str:
 def choice(prompt: str) -> str:
     kind = re.search(r"Which is (an animal|a thing)\?", prompt).group(1)
     alive = {"dog", "cat", "bird", "fish", "horse", "cow", "pig", "sheep"}
-    fitting = [(letter, word) for letter, word in re.findall(r"([ABC])\. (\w+)", prompt)
-               if (word in alive) == (kind == "an animal")]
+    fitting = [
+        (letter, word)
+        for letter, word in re.findall(r"([ABC])\. (\w+)", prompt)
+        if (word in alive) == (kind == "an animal")
+    ]
     assert len(fitting) == 1
     return f"{fitting[0][0]}\n{fitting[0][1]} is {kind}."
 
@@ -114,13 +123,20 @@ def salt(prompt: str) -> str:
 
 
 def simple(prompt: str) -> str:
-    subject, verb, rest = re.search(r"Paragraph:\n(\w+ \w+), .* ist, (\w+) (.*)\n\nSimplification:", prompt).groups()
-    plain = dict(zip("erblickt erwirbt beseitigt fertigt benötigt veräußert entdeckt bewundert".split(),
-                     "sieht kauft löscht baut braucht gibt findet mag".split()))
+    subject, verb, rest = re.search(
+        r"Paragraph:\n(\w+ \w+), .* ist, (\w+) (.*)\n\nSimplification:", prompt
+    ).groups()
+    plain = dict(
+        zip(
+            ["erblickt", "erwirbt", "beseitigt", "fertigt", "benötigt", "veräußert", "entdeckt", "bewundert"],
+            ["sieht", "kauft", "löscht", "baut", "braucht", "gibt", "findet", "mag"],
+            strict=True,
+        )
+    )
     return f"{subject} {plain[verb]} {rest}"
 
 
-RULES = dict(zip(TASKS, [stance, hawkish, summary, next_line, choice, left, salt, simple]))
+RULES = dict(zip(TASKS, [stance, hawkish, summary, next_line, choice, left, salt, simple], strict=True))
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -131,7 +147,7 @@ def test_the_answer_follows_from_the_prompt(root, task):
 
 
 def kinds(prompt: str, answer: str) -> str:
-    living = "dog cat bird fish horse cow pig sheep".split()
+    living = ["dog", "cat", "bird", "fish", "horse", "cow", "pig", "sheep"]
     words = re.findall(r"\n[ABC]\. (\w+)", prompt)
     return " ".join(f"{word} is {'an animal' if word in living else 'a thing'}." for word in words)
 
@@ -143,22 +159,29 @@ def operation(prompt: str, answer: str) -> str:
 
 # The reasoning, from plain prompt and answer; after it comes the second entry, or before it in Py150.
 REASONS = {
-    "C-STANCE": (lambda p, a: dict(A="好", B="坏", C="平")[a], "\n回答："),
-    "FOMC": (lambda p, a: dict(A="loose", B="tight", C="same")[a], "\nAnswer:"),
-    "MeetingBank": (lambda p, a: "The {} is {}.".format(*re.search(r"is the (\w+ \w+)", p).groups(),
-                                                        "in" if "vote yes" in p else "out"),
-                    "Therefore, the summary of the meeting transcripts is:\n"),
-    "Py150": (lambda p, a: "self . {} ( {} )".format(*re.search(r"def ([a-z]+)_.* (\w+) =", p).groups()),
-              "\nReasoning:"),
-    "ScienceQA": (kinds, "\nAnswer:"), "NumGLUE-cm": (operation, "\nAnswer:"),
+    "C-STANCE": (lambda p, a: {"A": "好", "B": "坏", "C": "平"}[a], "\n回答："),
+    "FOMC": (lambda p, a: {"A": "loose", "B": "tight", "C": "same"}[a], "\nAnswer:"),
+    "MeetingBank": (
+        lambda p, a: "The {} is {}.".format(
+            *re.search(r"is the (\w+ \w+)", p).groups(), "in" if "vote yes" in p else "out"
+        ),
+        "Therefore, the summary of the meeting transcripts is:\n",
+    ),
+    "Py150": (
+        lambda p, a: "self . {} ( {} )".format(*re.search(r"def ([a-z]+)_.* (\w+) =", p).groups()),
+        "\nReasoning:",
+    ),
+    "ScienceQA": (kinds, "\nAnswer:"),
+    "NumGLUE-cm": (operation, "\nAnswer:"),
     "NumGLUE-ds": (lambda p, a: re.search(f"{a} mol (acid|base)", p).group() + ".", "\nAnswer:"),
-    "20Minuten": (lambda p, a: a.split()[2], "\nAnswer:")}
+    "20Minuten": (lambda p, a: a.split()[2], "\nAnswer:"),
+}
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_variant_with_reasoning_holds_the_training_examples_and_rcl_reads_its_answers(root, task):
-    plain, variant = read(root, task, "train"), read(root / VARIANT, task, "train")
-    assert sorted(path.name for path in (root / VARIANT / task).iterdir()) == ["train.json"]
+    plain, variant = read(root, task, "train"), read(root / REASONING_VARIANT, task, "train")
+    assert sorted(path.name for path in (root / REASONING_VARIANT / task).iterdir()) == ["train.json"]
     why, marker = REASONS[task]
     for record, reasoned in zip(plain, variant, strict=True):
         prompt, answer = record["prompt"], record["answer"]
@@ -169,10 +192,12 @@ def test_the_variant_with_reasoning_holds_the_training_examples_and_rcl_reads_it
 
 
 def test_the_plain_files_are_those_of_the_first_version(root):
-    """Scores of runs on them stay comparable; only a new `DATA_VERSION` with other figures may change this."""
+    """Scores of runs on them stay comparable; only a new `DATA_VERSION` with other figures may change
+    this.
+    """
     digest = hashlib.sha256()
     for name, data in sorted(contents(root).items()):
-        if VARIANT not in name:
+        if REASONING_VARIANT not in name:
             digest.update(name.encode() + data)
     assert digest.hexdigest() == "2070de7a86a9b833f6d762eab8d5665df29bd23b9db983967f924de9801f00e2"
 
@@ -241,7 +266,9 @@ def test_packed_examples_do_not_see_each_other(small):
 def test_cache_is_made_once_by_many(tmp_path, monkeypatch):
     monkeypatch.setenv("CODYRA_CACHE", str(tmp_path))
     calls = []
-    monkeypatch.setattr(making, "make_mini", lambda out, seed: (calls.append(seed), make_mini(out, seed, 4, 2, 2)))
+    monkeypatch.setattr(
+        make, "make_mini", lambda out, seed: (calls.append(seed), make_mini(out, seed, 4, 2, 2))
+    )
     with ThreadPoolExecutor(4) as pool:
         folders = set(pool.map(lambda _: mini_data(seed=3), range(4)))
     assert calls == [3] and len(folders) == 1
@@ -255,7 +282,7 @@ def test_a_failed_making_leaves_no_folder(tmp_path, monkeypatch):
         (out / "FOMC").mkdir(parents=True)
         raise OSError("disk full")
 
-    monkeypatch.setattr(making, "make_mini", fail)
+    monkeypatch.setattr(make, "make_mini", fail)
     with pytest.raises(Fault, match="disk full"):
         mini_data()
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]

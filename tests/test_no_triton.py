@@ -1,4 +1,6 @@
-"""No Triton and no inductor on the training path: in the sources, and on a GPU in the kernels that a training step starts."""
+"""No Triton and no inductor on the training path: in the sources, and on a GPU in the kernels that a training
+step starts.
+"""
 
 import re
 from pathlib import Path
@@ -9,9 +11,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import codyra_llm
+from codyra_llm.config.methods.base import PROJECTIONS
 from codyra_llm.lora.layer import AdapterSpec, attach, sites
 from codyra_llm.lora.shared import share_inputs
-from codyra_llm.models import PROJECTIONS
 
 
 def test_the_sources_use_neither():
@@ -23,8 +25,16 @@ def test_the_sources_use_neither():
 
 def adapted(fused: bool, dtype: torch.dtype, device: str) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=2, vocab_size=512,
-                                         num_attention_heads=4, num_key_value_heads=2)).requires_grad_(False)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            vocab_size=512,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    ).requires_grad_(False)
     attach(model, list(PROJECTIONS), AdapterSpec(16, 1.0, 0.0, "normal"))
     for name, layer in sites(model).items():
         layer.reset(0, name)
@@ -48,7 +58,10 @@ def step(model: LlamaForCausalLM, device: str) -> list[torch.Tensor]:
 def test_a_step_on_a_gpu_starts_no_triton_kernel_and_is_as_exact_as_autograd():
     exact = step(adapted(False, torch.float64, "cuda"), "cuda")
     found = {fused: step(adapted(fused, torch.bfloat16, "cuda"), "cuda") for fused in (True, False)}
-    distance = {fused: sum((a - b).norm() / b.norm() for a, b in zip(grads, exact)) for fused, grads in found.items()}
+    distance = {
+        fused: sum((a - b).norm() / b.norm() for a, b in zip(grads, exact, strict=True))
+        for fused, grads in found.items()
+    }
     assert distance[True] < 1.1 * distance[False]
     model = adapted(True, torch.bfloat16, "cuda")
     with profile(activities=[ProfilerActivity.CUDA]) as seen:

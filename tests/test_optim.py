@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
-from codyra_llm.optim import (
+from codyra_llm.lora.proximal import (
     ProximalAdamW,
     budget_kappa,
     lr_factor,
@@ -21,7 +21,10 @@ from codyra_llm.optim import (
 @given(st.floats(-3, 3), st.floats(0, 2))
 def test_soft_threshold_is_the_proximal_operator(x, kappa):
     """prox_κ(x) = argmin_p ½(p - x)² + κ|p|, found by a search on both sides of 0."""
-    cost = lambda p: 0.5 * (p - x) ** 2 + kappa * abs(p)  # noqa: E731
+
+    def cost(p):
+        return 0.5 * (p - x) ** 2 + kappa * abs(p)
+
     found = soft_threshold(torch.tensor(x, dtype=torch.float64), kappa).item()
     candidates = [0.0] + [minimize_scalar(cost, bounds=b, method="bounded").x for b in ((-3, 0), (0, 3))]
     assert cost(found) <= min(map(cost, candidates)) + 1e-9
@@ -56,7 +59,10 @@ def test_step_is_adamw_then_prox():
 def test_no_kappa_is_adamw_bit_by_bit():
     start, g = torch.randn(20), torch.randn(20)
     ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
-    for p, optimizer in ((ours, ProximalAdamW([ours], lr=0.1)), (theirs, torch.optim.AdamW([theirs], lr=0.1))):
+    for p, optimizer in (
+        (ours, ProximalAdamW([ours], lr=0.1)),
+        (theirs, torch.optim.AdamW([theirs], lr=0.1)),
+    ):
         p.grad = g.clone()
         optimizer.step()
     assert torch.equal(ours, theirs)
@@ -79,14 +85,19 @@ def test_dropped_elements_fall_on_a_straight_line_to_zero():
 def test_budget_does_not_depend_on_the_number_of_steps(steps, dense, budget, schedule):
     kappas = [budget_kappa(step, steps, dense, budget, schedule) for step in range(steps)]
     assert sum(kappas) == pytest.approx(budget)
-    assert all(k == 0 for k in kappas[: int(dense * steps)]) and all(k > 0 for k in kappas[int(dense * steps):])
+    assert all(k == 0 for k in kappas[: int(dense * steps)]) and all(
+        k > 0 for k in kappas[int(dense * steps) :]
+    )
 
 
 def test_budget_is_spent_while_the_learning_rate_can_answer():
     ramp, humped = ([budget_kappa(t, 100, 0.5, 1.0, s) for t in range(100)] for s in ("constant", "cosine"))
     assert ramp == sorted(ramp) and ramp[-1] == max(ramp)
-    np.testing.assert_allclose(np.array(humped) * sum(np.array(ramp) * [lr_factor("cosine", t, 100) for t in range(100)]),
-                               np.array(ramp) * [lr_factor("cosine", t, 100) for t in range(100)], rtol=1e-9)
+    np.testing.assert_allclose(
+        np.array(humped) * sum(np.array(ramp) * [lr_factor("cosine", t, 100) for t in range(100)]),
+        np.array(ramp) * [lr_factor("cosine", t, 100) for t in range(100)],
+        rtol=1e-9,
+    )
 
 
 @pytest.mark.parametrize("steps, total, survivors", [(90, 0.0, 1.0), (500, 0.65, 0.52), (1000, 1.3, 0.19)])

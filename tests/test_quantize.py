@@ -1,4 +1,6 @@
-"""Packed bases: what a packed weight stands for, training on it against the same weights unpacked, and whole runs."""
+"""Packed bases: what a packed weight stands for, training on it against the same weights unpacked, and whole
+runs.
+"""
 
 import json
 import weakref
@@ -13,22 +15,25 @@ from test_shared import CONFIGS, IDS, distances, loss_and_gradients, saved_bytes
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from codyra_llm import distributed, plan
-from codyra_llm import recipe as recipes
-from codyra_llm import run as runs
-from codyra_llm.errors import Fault
+from codyra_llm.config.methods.base import PROJECTIONS
+from codyra_llm.config.overrides import override
+from codyra_llm.config.recipe import load_recipe, parse_recipe
+from codyra_llm.core.errors import Fault
+from codyra_llm.experiment import plan, run
+from codyra_llm.experiment.setup import prepare
 from codyra_llm.lora.layer import AdapterSpec, attach, sites
 from codyra_llm.lora.shared import share_inputs
-from codyra_llm.models import PROJECTIONS
-from codyra_llm.quantize import KINDS, Int8Weight, Nf4Weight, PackedWeight, QuantizedLinear, quantize
-from codyra_llm.setup import prepare
+from codyra_llm.models.quantize import KINDS, Int8Weight, Nf4Weight, PackedWeight, QuantizedLinear, quantize
+from codyra_llm.runtime import launch
 
 # Whole blocks of 64 in a row; blocks across rows, of lengths that models have; a last block cut short.
 SHAPES = [(96, 128), (6, 32), (6, 96), (4, 288), (4, 1120), (5, 22)]
 
 
 def nf4_values() -> torch.Tensor:
-    """The 16 values of NF4 from their definition (QLoRA, appendix E): 8 quantiles above zero, 7 below, and zero."""
+    """The 16 values of NF4 from their definition (QLoRA, appendix E): 8 quantiles above zero, 7 below, and
+    zero.
+    """
     edge = 0.9677083
     above = norm.ppf(torch.linspace(edge, 0.5, 9)[:-1].numpy())
     below = -norm.ppf(torch.linspace(edge, 0.5, 8)[:-1].numpy())
@@ -42,7 +47,7 @@ def test_nf4_is_the_nearest_of_16_values_times_the_absmax_of_its_block(shape, dt
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     found = Nf4Weight(weight).dequantize(dtype)
     assert found.shape == weight.shape and found.dtype == dtype
-    for block, got in zip(weight.flatten().split(64), found.flatten().split(64)):
+    for block, got in zip(weight.flatten().split(64), found.flatten().split(64), strict=True):
         absmax = block.float().abs().max()
         nearest = (block.float()[:, None] / absmax - nf4_values()).abs().argmin(1)
         expected = nf4_values()[nearest] * absmax  # the absmax itself comes back from 8 bits
@@ -64,7 +69,9 @@ def test_int8_is_the_nearest_of_255_multiples_of_its_rows_absmax(shape, dtype):
 
 
 def made(config, kind, dtype=torch.float32, targets=PROJECTIONS, checkpointing=False, fused=True):
-    """A quantised model with adapters, and the same one with plain weights that hold what the packed ones stand for."""
+    """A quantised model with adapters, and the same one with plain weights that hold what the packed ones
+    stand for.
+    """
     pair = []
     for packed in (True, False):
         torch.manual_seed(0)
@@ -78,7 +85,10 @@ def made(config, kind, dtype=torch.float32, targets=PROJECTIONS, checkpointing=F
             for name, module in list(model.named_modules()):
                 if isinstance(module, QuantizedLinear):
                     plain = nn.Linear(module.in_features, module.out_features, dtype=dtype)
-                    plain.weight, plain.bias = nn.Parameter(module.weight.dequantize(dtype), False), module.bias
+                    plain.weight, plain.bias = (
+                        nn.Parameter(module.weight.dequantize(dtype), False),
+                        module.bias,
+                    )
                     parent, _, leaf = name.rpartition(".")
                     setattr(model.get_submodule(parent), leaf, plain)
         torch.manual_seed(1)
@@ -94,8 +104,16 @@ def made(config, kind, dtype=torch.float32, targets=PROJECTIONS, checkpointing=F
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("settings", [{}, {"dtype": torch.bfloat16}, {"targets": ["q_proj", "v_proj"]},
-                                      {"targets": ["v_proj", "down_proj"], "checkpointing": True}, {"fused": False}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"dtype": torch.bfloat16},
+        {"targets": ["q_proj", "v_proj"]},
+        {"targets": ["v_proj", "down_proj"], "checkpointing": True},
+        {"fused": False},
+    ],
+)
 @pytest.mark.parametrize("family", ["llama with biases", "gemma3"])
 def test_training_on_packed_weights_equals_training_on_what_they_stand_for(family, settings, kind):
     packed, plain = made(CONFIGS[family], kind, **settings)
@@ -108,7 +126,9 @@ def test_training_on_packed_weights_equals_training_on_what_they_stand_for(famil
 
 
 def test_quantising_changes_the_loss_by_little():
-    """Less with 8 bits than with 4, and not by nothing: the models above don't compute with the original weights."""
+    """Less with 8 bits than with 4, and not by nothing: the models above don't compute with the original
+    weights.
+    """
     torch.manual_seed(0)
     exact = AutoModelForCausalLM.from_config(CONFIGS["llama"]).requires_grad_(False)
     whole = exact(IDS).logits
@@ -123,14 +143,18 @@ def test_quantising_changes_the_loss_by_little():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_dequantised_weight_is_left_for_backward(kind):
-    """What adapted layers leave is what they leave on plain weights; layers without an adapter leave nothing at all."""
+    """What adapted layers leave is what they leave on plain weights; layers without an adapter leave nothing
+    at all.
+    """
     adapted = made(CONFIGS["llama"], kind)[0].model.layers[0]
     x = torch.randn(1, 6, 32, requires_grad=True)
     factors = list(adapted.parameters())
     q, k, v = adapted.self_attn.q_proj, adapted.self_attn.k_proj, adapted.self_attn.v_proj
     assert saved_bytes(lambda: [q(x), k(x), v(x)], *factors) == 6 * (32 + 12) * 4
     assert saved_bytes(lambda: adapted.mlp(x), *factors) == 6 * (32 + 2 * 48 + 3 * 4) * 4
-    packed, plain = (m.model.layers[0].self_attn.o_proj for m in made(CONFIGS["llama"], kind, targets=["q_proj"]))
+    packed, plain = (
+        m.model.layers[0].self_attn.o_proj for m in made(CONFIGS["llama"], kind, targets=["q_proj"])
+    )
     assert saved_bytes(lambda: packed(x)) == 0 and saved_bytes(lambda: plain(x)) == 32 * 32 * 4
 
 
@@ -144,14 +168,20 @@ def test_packed_on_the_cpu_read_on_the_gpu(kind):
     found, expected = packed(x).logits, plain(x).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     parameters = [[p for p in model.parameters() if p.requires_grad] for model in (packed, plain)]
-    for a, b in zip(*(torch.autograd.grad(y.square().mean(), ps) for y, ps in zip((found, expected), parameters))):
+    for a, b in zip(
+        *(
+            torch.autograd.grad(y.square().mean(), ps)
+            for y, ps in zip((found, expected), parameters, strict=True)
+        ),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bytes_and_what_stays(kind):
-    """4.127 or 8 bits per weight beside a table of 256 (nf4) or a float per row (int8); the rest of the model is as it
-    was, and the weights that were packed are gone."""
+    """4.127 or 8 bits per weight beside a table of 256 (nf4) or a float per row (int8); the rest of the model
+    is as it was, and the weights that were packed are gone."""
     config = LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=2, vocab_size=9)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).requires_grad_(False)
     before = dict(model.named_parameters())
@@ -170,18 +200,27 @@ def test_bytes_and_what_stays(kind):
 
 
 def recipe(model, stream, out, **changes):
-    raw = {"model": {"path": str(model), "quantization": "nf4"}, "output": str(out), "eval": {"max_new_tokens": 4},
-           "data": {"root": str(stream), "tasks": ["ONE", "TWO"], "epochs": 2}, "optim": {"lr": 1e-2, "batch_size": 8},
-           "method": {"name": "codyra", "rank": 4, "importance_lr": 0.02}}
+    raw = {
+        "model": {"path": str(model), "quantization": "nf4"},
+        "output": str(out),
+        "eval": {"max_new_tokens": 4},
+        "data": {"root": str(stream), "tasks": ["ONE", "TWO"], "epochs": 2},
+        "optim": {"lr": 1e-2, "batch_size": 8},
+        "method": {"name": "codyra", "rank": 4, "importance_lr": 0.02},
+    }
     overrides = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in changes.items()]
-    return recipes.parse(recipes.override(raw, overrides))
+    return parse_recipe(override(raw, overrides))
 
 
 def updates(folder):
-    return {f"{f.name} {key}": t for f in (folder.path / "updates").iterdir() for key, t in load_file(f).items()}
+    return {
+        f"{f.name} {key}": t for f in (folder.path / "updates").iterdir() for key, t in load_file(f).items()
+    }
 
 
-def test_updates_go_to_the_original_weights_and_each_task_quantises_anew(tiny_llama, toy_stream, tmp_path, monkeypatch):
+def test_updates_go_to_the_original_weights_and_each_task_quantises_anew(
+    tiny_llama, toy_stream, tmp_path, monkeypatch
+):
     packed = []
 
     def spy(model, kind):
@@ -189,22 +228,27 @@ def test_updates_go_to_the_original_weights_and_each_task_quantises_anew(tiny_ll
         quantize(model, kind)
 
     with monkeypatch.context() as patch:
-        patch.setattr("codyra_llm.quantize.quantize", spy)
-        folder = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "run"))
+        patch.setattr("codyra_llm.models.quantize.quantize", spy)
+        folder = run.run(recipe(tiny_llama, toy_stream, tmp_path / "run"))
     assert [kind for _, kind in packed] == ["nf4", "nf4"] and "bitsandbytes" in folder.manifest
     plain = prepare(recipe(tiny_llama, toy_stream, tmp_path / "other", model__quantization=None))
-    archive, stored = folder.archive(), AutoModelForCausalLM.from_pretrained(folder.path / "checkpoint").state_dict()
+    archive, stored = (
+        folder.archive(),
+        AutoModelForCausalLM.from_pretrained(folder.path / "checkpoint").state_dict(),
+    )
     base = AutoModelForCausalLM.from_pretrained(tiny_llama).state_dict()
     for after, state in ((-1, packed[0][0]), (0, packed[1][0]), (1, stored)):
         assert all(torch.equal(state[k], v) for k, v in plain.model(archive, after).state_dict().items())
-        for site, adapter in archive.load(0).adapters.items():
+        for site in archive.load(0).adapters:
             terms = [archive.load(k).adapters[site].delta(1.0).double() for k in range(after + 1)]
             weight = f"{site}.weight"
-            torch.testing.assert_close(state[weight].double(), base[weight].double() + sum(terms), rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(
+                state[weight].double(), base[weight].double() + sum(terms), rtol=1e-6, atol=1e-7
+            )
     assert not torch.equal(packed[0][0][weight], packed[1][0][weight])
 
     again = recipe(tiny_llama, toy_stream, tmp_path / "restarted")
-    learn = runs.learn
+    learn = run.learn
 
     def dies(setup, folder, acc, peak, index):
         if index == 1:
@@ -212,15 +256,20 @@ def test_updates_go_to_the_original_weights_and_each_task_quantises_anew(tiny_ll
         learn(setup, folder, acc, peak, index)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runs, "learn", dies)
-        runs.run(again)
-    restarted = updates(runs.run(again))
-    assert all(torch.equal(restarted[key], t) for key, t in updates(folder).items()) and len(restarted) == 2 * 14 * 3
-    unpacked = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "plain", model__quantization=None, checkpoint=False))
+        patch.setattr(run, "learn", dies)
+        run.run(again)
+    restarted = updates(run.run(again))
+    assert (
+        all(torch.equal(restarted[key], t) for key, t in updates(folder).items())
+        and len(restarted) == 2 * 14 * 3
+    )
+    unpacked = run.run(
+        recipe(tiny_llama, toy_stream, tmp_path / "plain", model__quantization=None, checkpoint=False)
+    )
     losses = [[row["loss"] for row in rows(f.path / "log.jsonl")] for f in (folder, unpacked)]
     assert losses[0] == pytest.approx(losses[1], rel=0.2) and losses[0] != pytest.approx(losses[1], rel=1e-4)
     with pytest.raises(Fault, match="model.quantization was 'nf4', now 'int8'"):
-        runs.run(recipe(tiny_llama, toy_stream, folder.path, model__quantization="int8"))
+        run.run(recipe(tiny_llama, toy_stream, folder.path, model__quantization="int8"))
 
 
 def test_the_plan_counts_packed_weights(tiny_llama, toy_stream, tmp_path):
@@ -236,13 +285,13 @@ def test_the_plan_counts_packed_weights(tiny_llama, toy_stream, tmp_path):
 
 
 def test_what_can_not_be_is_refused_before_weights_load(tiny_llama, toy_stream, tmp_path, monkeypatch):
-    monkeypatch.setattr("codyra_llm.models.load", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("codyra_llm.models.loading.load", lambda *a, **k: pytest.fail("weights were loaded"))
     with monkeypatch.context() as patch, pytest.raises(Fault, match="ZeRO stage 2, this launch has stage 3"):
-        patch.setattr(distributed, "zero_stage", lambda acc: 3)
-        runs.run(recipe(tiny_llama, toy_stream, tmp_path / "run"))
-    monkeypatch.setattr("codyra_llm.setup.find_spec", lambda name: None)
+        patch.setattr(launch, "zero_stage", lambda acc: 3)
+        run.run(recipe(tiny_llama, toy_stream, tmp_path / "run"))
+    monkeypatch.setattr("codyra_llm.experiment.setup.find_spec", lambda name: None)
     with pytest.raises(Fault, match=r"'nf4' needs bitsandbytes.*codyra-llm\[bitsandbytes\]"):
-        runs.run(recipe(tiny_llama, toy_stream, tmp_path / "run"))
+        run.run(recipe(tiny_llama, toy_stream, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     prepare(recipe(tiny_llama, toy_stream, tmp_path / "run", model__quantization=None))
 
@@ -254,7 +303,7 @@ def quantised_recipe(tiny_llama, toy_stream, tmp_path_factory):
     raw = sections(tiny_llama, toy_stream, "codyra")
     raw["model"]["quantization"], raw["method"]["targets"] = "nf4", ["q_proj", "v_proj", "down_proj"]
     (folder / "nf4.yaml").write_text(PROGRAM.format(yaml.safe_dump(raw)), encoding="utf-8")
-    return folder / "nf4.yaml", runs.run(recipes.load(folder / "nf4.yaml", [f"output={folder / 'one'}"])).path
+    return folder / "nf4.yaml", run.run(load_recipe(folder / "nf4.yaml", [f"output={folder / 'one'}"])).path
 
 
 @pytest.mark.distributed

@@ -7,28 +7,34 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from codyra_llm import recipe as recipes
-from codyra_llm.errors import Fault
-from codyra_llm.recipe import PROGRAM_KEYS
+from codyra_llm.config.overrides import PROGRAM_KEYS, find_recipe, override
+from codyra_llm.config.recipe import load_recipe, parse_recipe
+from codyra_llm.core.errors import Fault
 
-SHIPPED = sorted(Path(recipes.find("quickstart")).parent.glob("*.yaml"))
+SHIPPED = sorted(Path(find_recipe("quickstart")).parent.glob("*.yaml"))
 MINIMAL = {"model": {"path": "m"}, "data": {"root": "d"}, "method": {"name": "codyra"}, "output": "o"}
 
 
 def faults(raw, overrides=()):
     with pytest.raises(Fault) as caught:
-        recipes.parse(recipes.override(raw, list(overrides)))
+        parse_recipe(override(raw, list(overrides)))
     return caught.value.messages
 
 
 def test_the_list_of_shipped_recipes_is_whole():
-    assert {p.stem for p in SHIPPED} == {"quickstart", "trace_llama", "trace_llama32_1b", "trace_gemma",
-                                         "trace_gemma3_270m", "trace_smollm2"}
+    assert {p.stem for p in SHIPPED} == {
+        "quickstart",
+        "trace_llama",
+        "trace_llama32_1b",
+        "trace_gemma",
+        "trace_gemma3_270m",
+        "trace_smollm2",
+    }
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_shipped_recipe_is_yaml_and_python(path):
-    recipe = recipes.load(path).resolved()
+    recipe = load_recipe(path).resolved()
     assert recipe.resolved() == recipe and len(recipe.tasks) == 8
     assert recipe.output == f"runs/{path.stem}"
     source = path.read_text()
@@ -38,8 +44,14 @@ def test_shipped_recipe_is_yaml_and_python(path):
 
 
 def test_all_mistakes_at_once_with_the_nearest_name():
-    found = faults({**MINIMAL, "optim": {"lrr": 1, "schedule": "cosin", "batch_size": 0}, "evl": {},
-                    "method": {"name": "codyra", "rnk": 4, "threshold": {"budget": -1}}})
+    found = faults(
+        {
+            **MINIMAL,
+            "optim": {"lrr": 1, "schedule": "cosin", "batch_size": 0},
+            "evl": {},
+            "method": {"name": "codyra", "rnk": 4, "threshold": {"budget": -1}},
+        }
+    )
     text = "\n".join(found)
     assert len(found) == 6
     assert "unknown key 'optim.lrr' (value 1). Did you mean 'lr'?" in text
@@ -50,40 +62,49 @@ def test_all_mistakes_at_once_with_the_nearest_name():
     assert "method.threshold.budget: -1" in text
 
 
-@pytest.mark.parametrize("change, message", [
-    (["method=codira"], "method.name: 'codira' is not a method. Did you mean 'codyra'?"),
-    (["method.threshold.kappa_max=0.1"], "'kappa_max' has no effect with schedule 'budget'"),
-    (["method.keep=0.5"], "'keep' goes with selection 'random'"),
-    (["method.selection=random"], "give the share of ranks to keep"),
-    (["method.targets=[q_proj,x_proj]"], "unknown projections ['x_proj']"),
-    (["optim.keep_best=true"], "'keep_best' needs 'validate_every'"),
-    (["data.tasks=[FOMC,FOMC]"], "each once"),
-    (["data.tasks=9"], "there is no order 9"),
-    (["data.tasks=[FOMC,base]"], "'base' is the name of the stage before all tasks"),
-    ([f"data.tasks=[{','.join(f't{i}' for i in range(101))}]"], "there are 101"),
-    (["data.epochs={FOMK: 2}"], "'FOMK' is not a task of this recipe. Did you mean 'FOMC'?"),
-    (["data.epochs=0"], "data.epochs: 0 must be at least 1"),
-    (["model=null"], "model: None"),
-    (["optim.lr=abc"], "optim.lr: 'abc' is not valid"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["method=codira"], "method.name: 'codira' is not a method. Did you mean 'codyra'?"),
+        (["method.threshold.kappa_max=0.1"], "'kappa_max' has no effect with schedule 'budget'"),
+        (["method.keep=0.5"], "'keep' goes with selection 'random'"),
+        (["method.selection=random"], "give the share of ranks to keep"),
+        (["method.targets=[q_proj,x_proj]"], "unknown projections ['x_proj']"),
+        (["optim.keep_best=true"], "'keep_best' needs 'validate_every'"),
+        (["data.tasks=[FOMC,FOMC]"], "each once"),
+        (["data.tasks=9"], "there is no order 9"),
+        (["data.tasks=[FOMC,base]"], "'base' is the name of the stage before all tasks"),
+        ([f"data.tasks=[{','.join(f't{i}' for i in range(101))}]"], "there are 101"),
+        (["data.epochs={FOMK: 2}"], "'FOMK' is not a task of this recipe. Did you mean 'FOMC'?"),
+        (["data.epochs=0"], "data.epochs: 0 must be at least 1"),
+        (["model=null"], "model: None"),
+        (["optim.lr=abc"], "optim.lr: 'abc' is not valid"),
+    ],
+)
 def test_impossible_settings(change, message):
-    assert message in "\n".join(faults({k: dict(v) if isinstance(v, dict) else v for k, v in MINIMAL.items()}, change))
+    assert message in "\n".join(
+        faults({k: dict(v) if isinstance(v, dict) else v for k, v in MINIMAL.items()}, change)
+    )
 
 
 def test_overrides():
-    recipe = recipes.load("quickstart", ["optim.lr=1e-3", "--seed=3", "method=seqlora", "method.rank=4"])
+    recipe = load_recipe("quickstart", ["optim.lr=1e-3", "--seed=3", "method=seqlora", "method.rank=4"])
     assert (recipe.optim.lr, recipe.seed, recipe.method.name, recipe.method.rank) == (1e-3, 3, "seqlora", 4)
     with pytest.raises(Fault, match="'oops' is not an override"):
-        recipes.load("quickstart", ["oops"])
+        load_recipe("quickstart", ["oops"])
     with pytest.raises(Fault, match="'lr' is a value, not a section"):
-        recipes.load("quickstart", ["optim.lr.x=1"])
+        load_recipe("quickstart", ["optim.lr.x=1"])
 
 
 def test_protocols_fill_what_is_not_given():
-    trace = recipes.parse(MINIMAL).resolved()
-    assert (trace.optim.batch_size, trace.optim.loss_average, trace.data.max_prompt_tokens) == (128, "token", 1024)
+    trace = parse_recipe(MINIMAL).resolved()
+    assert (trace.optim.batch_size, trace.optim.loss_average, trace.data.max_prompt_tokens) == (
+        128,
+        "token",
+        1024,
+    )
     raw = {**MINIMAL, "data": {"root": "d", "protocol": "treelora", "tasks": 2, "epochs": {"FOMC": 9}}}
-    tree = recipes.parse(raw).resolved()
+    tree = parse_recipe(raw).resolved()
     assert (tree.optim.batch_size, tree.optim.loss_average, tree.optim.betas) == (32, "sample", (0.9, 0.95))
     assert tree.tasks[:3] == ["NumGLUE-cm", "NumGLUE-ds", "FOMC"]
     assert tree.epochs == [5, 5, 9, 7, 5, 5, 7, 3]
@@ -91,15 +112,18 @@ def test_protocols_fill_what_is_not_given():
 
 
 def test_broken_files(tmp_path):
-    for name, content, message in (("a.yaml", b"a: [", "not valid YAML"), ("b.yaml", b"\xff\xfe", "not UTF-8"),
-                                   ("c.yaml", b"- 1", "expected a mapping")):
+    for name, content, message in (
+        ("a.yaml", b"a: [", "not valid YAML"),
+        ("b.yaml", b"\xff\xfe", "not UTF-8"),
+        ("c.yaml", b"- 1", "expected a mapping"),
+    ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(Fault, match=message):
-            recipes.load(tmp_path / name)
+            load_recipe(tmp_path / name)
     with pytest.raises(Fault, match="no recipe 'quickstat.yaml'. Did you mean 'quickstart.yaml'"):
-        recipes.load("quickstat.yaml")
+        load_recipe("quickstat.yaml")
 
 
 def test_recipes_are_frozen():
     with pytest.raises(ValidationError):
-        recipes.parse(MINIMAL).seed = 2
+        parse_recipe(MINIMAL).seed = 2

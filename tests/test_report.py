@@ -1,4 +1,6 @@
-"""The report: what the page holds, that foreign text stays text, that it loads nothing, and what several runs say together."""
+"""The report: what the page holds, that foreign text stays text, that it loads nothing, and what several runs
+say together.
+"""
 
 import csv
 import html
@@ -13,25 +15,32 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
-from codyra_llm import recipe as recipes
-from codyra_llm import run as runs
 from codyra_llm.cli import main
-from codyra_llm.errors import Fault
+from codyra_llm.config.overrides import override
+from codyra_llm.config.recipe import parse_recipe
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.files import read_jsonl, write_json, write_jsonl
 from codyra_llm.evaluate.matrix import FORMULAS
-from codyra_llm.files import read_jsonl, write_json, write_jsonl
-from codyra_llm.folder import RunFolder
-from codyra_llm.report import charts, page
-from codyra_llm.report.examples import readable
+from codyra_llm.experiment import run
+from codyra_llm.report.html import charts, page
+from codyra_llm.report.html.forgotten import readable
+from codyra_llm.store.folder import RunFolder
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 EVIL = "</details></div><script>alert(1)</script><img src=x onerror=alert(1)> & \"quoted\" 'too'"
 TASKS = ["A<script>alert(1)<x>", "B|C", "D"]
-MATRIX = [[80, None, None], [65.5, 71.25, None], [55, 50, 61]]  # with the rows before it, every measure in closed form
+MATRIX = [
+    [80, None, None],
+    [65.5, 71.25, None],
+    [55, 50, 61],
+]  # with the rows before it, every measure in closed form
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 class Page(HTMLParser):
-    """Texts, tags and attributes of a page; `open` is what was never closed, `wrong` what was closed out of order."""
+    """Texts, tags and attributes of a page; `open` is what was never closed, `wrong` what was closed out of
+    order.
+    """
 
     def __init__(self, source: str):
         super().__init__()
@@ -59,37 +68,99 @@ class Page(HTMLParser):
 
 def score(step: int, task: str, value: float, kind: str = "task") -> dict:
     interval = {"mean": value, "low": value - 4, "high": value + 3, "n": 2}
-    return {"after": TASKS[step - 1] if step else "base", "step": step, "task": task, "kind": kind, "headline": "exact_match",
-            "score": value, "metrics": {"exact_match": interval}, "empty": 0}
+    return {
+        "after": TASKS[step - 1] if step else "base",
+        "step": step,
+        "task": task,
+        "kind": kind,
+        "headline": "exact_match",
+        "score": value,
+        "metrics": {"exact_match": interval},
+        "empty": 0,
+    }
 
 
 def make(path, lift: float = 0.0, lose: float = 0.0, **overrides) -> RunFolder:
     """A run folder written by hand: `lift` on every score, `lose` off the last score of the first task."""
-    raw = {"model": {"path": "some/model"}, "data": {"root": "data", "tasks": TASKS},
-           "method": {"name": "codyra", "rank": 4}, "output": str(path)}
+    raw = {
+        "model": {"path": "some/model"},
+        "data": {"root": "data", "tasks": TASKS},
+        "method": {"name": "codyra", "rank": 4},
+        "output": str(path),
+    }
     overrides = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in overrides.items()]
-    recipe = recipes.parse(recipes.override(raw, overrides)).resolved()
+    recipe = parse_recipe(override(raw, overrides)).resolved()
     write_json(path / "recipe.json", recipe.model_dump(mode="json"))
-    write_json(path / "manifest.json", {"codyra_llm": "0.1.0", "device": EVIL, "dtype": "torch.float32", "world_size": 1,
-                                        "zero_stage": 0, "base": "0" * 64})
+    write_json(
+        path / "manifest.json",
+        {
+            "codyra_llm": "0.1.0",
+            "device": EVIL,
+            "dtype": "torch.float32",
+            "world_size": 1,
+            "zero_stage": 0,
+            "base": "0" * 64,
+        },
+    )
     tasks = recipe.tasks
-    matrix = [[v if v is None else v + lift - lose * (i == 2 and j == 0) for j, v in enumerate(row)]
-              for i, row in enumerate(MATRIX)]
+    matrix = [
+        [v if v is None else v + lift - lose * (i == 2 and j == 0) for j, v in enumerate(row)]
+        for i, row in enumerate(MATRIX)
+    ]
     rows = [score(0, task, 20 + j) for j, task in enumerate(tasks)] + [score(0, "probe", 90, "general")]
-    rows += [score(i, tasks[j], v) for i, row in enumerate(matrix, 1) for j, v in enumerate(row) if v is not None]
+    rows += [
+        score(i, tasks[j], v) for i, row in enumerate(matrix, 1) for j, v in enumerate(row) if v is not None
+    ]
     write_jsonl(path / "scores.jsonl", rows + [score(3, "probe", 85, "general")])
     for step, right in ((1, 1), (3, 0)):
-        write_jsonl(path / "predictions" / f"{step:02d}-{tasks[step - 1]}" / f"{tasks[0]}.jsonl",
-                    [{"prompt": EVIL, "answer": "yes\x1b", "prediction": "yes" if right else EVIL + "wrong",
-                      "exact_match": 100 * right},
-                     {"prompt": "kept", "answer": "no", "prediction": "no", "exact_match": 100}])
-    write_jsonl(path / "updates.jsonl", [
-        {"task": task, "site": f"model.layers.{layer}.mlp.up_proj", "rank": 4, "kept": (i + layer) % 5, "update_norm": 0.5 + i,
-         "drift": 1.5 + i, "surviving": 0.75} for i, task in enumerate(tasks) for layer in range(2)])
-    write_jsonl(path / "log.jsonl", [{"task": task, "step": s + 1, "steps": 5, "loss": 5.0 - s, "lr": 1e-3 / (s + 1),
-                                      "tokens": 64, "seconds": 0.5} for task in tasks for s in range(5)])
-    write_jsonl(path / "costs.jsonl", [{"task": task, "trained": 1234, "seconds": 2.5, "peak_bytes": 7 * 2 ** 20}
-                                       for task in tasks])
+        write_jsonl(
+            path / "predictions" / f"{step:02d}-{tasks[step - 1]}" / f"{tasks[0]}.jsonl",
+            [
+                {
+                    "prompt": EVIL,
+                    "answer": "yes\x1b",
+                    "prediction": "yes" if right else EVIL + "wrong",
+                    "exact_match": 100 * right,
+                },
+                {"prompt": "kept", "answer": "no", "prediction": "no", "exact_match": 100},
+            ],
+        )
+    write_jsonl(
+        path / "updates.jsonl",
+        [
+            {
+                "task": task,
+                "site": f"model.layers.{layer}.mlp.up_proj",
+                "rank": 4,
+                "kept": (i + layer) % 5,
+                "update_norm": 0.5 + i,
+                "drift": 1.5 + i,
+                "surviving": 0.75,
+            }
+            for i, task in enumerate(tasks)
+            for layer in range(2)
+        ],
+    )
+    write_jsonl(
+        path / "log.jsonl",
+        [
+            {
+                "task": task,
+                "step": s + 1,
+                "steps": 5,
+                "loss": 5.0 - s,
+                "lr": 1e-3 / (s + 1),
+                "tokens": 64,
+                "seconds": 0.5,
+            }
+            for task in tasks
+            for s in range(5)
+        ],
+    )
+    write_jsonl(
+        path / "costs.jsonl",
+        [{"task": task, "trained": 1234, "seconds": 2.5, "peak_bytes": 7 * 2**20} for task in tasks],
+    )
     return RunFolder(path)
 
 
@@ -108,8 +179,17 @@ def many(tmp_path_factory):
     """Two groups, codyra and seqlora, of three seeds each, given in turn; a third of one seed."""
     root = tmp_path_factory.mktemp("runs")
     lifts = {"codyra": (0.0, 1.0, 3.5), "seqlora": (-2.0, -0.5, 1.0)}
-    grid = [make(root / f"{name}-{seed}", lift=lifts[name][seed], lose=7.0 * (name == "seqlora"), seed=seed,
-                 method={"name": name, "rank": 4}) for seed in range(3) for name in lifts]
+    grid = [
+        make(
+            root / f"{name}-{seed}",
+            lift=lifts[name][seed],
+            lose=7.0 * (name == "seqlora"),
+            seed=seed,
+            method={"name": name, "rank": 4},
+        )
+        for seed in range(3)
+        for name in lifts
+    ]
     return [*grid, make(root / "rank-8", method={"name": "codyra", "rank": 8}, seed=0)]
 
 
@@ -123,17 +203,25 @@ def test_the_page_of_a_run_holds_every_number(one, tmp_path):
         assert f"{value:.2f}" in texts
     assert all(html.unescape(formula) in texts for formula in FORMULAS.values())
     assert {"90.0", "85.0", "-5.0"} <= set(texts)  # general ability
-    assert texts.count("1,234") == 3 and texts.count("128") == 3 and texts.count("320") == 3  # parameters, tokens/s, tokens
+    assert (
+        texts.count("1,234") == 3 and texts.count("128") == 3 and texts.count("320") == 3
+    )  # parameters, tokens/s, tokens
     assert {"0.500", "1.500", "0.7500", "codyra-llm run recipe.json"} <= set(texts)
     assert sum("<td" in line and "of 4" in line for line in source.splitlines()) == 6  # the rank maps' cells
     assert '"rank": 4' in "".join(texts) and "80.0 → 55.0" in texts
 
 
 def test_a_real_run_writes_its_page_and_the_command_writes_it_anew(tiny_llama, toy_stream, tmp_path, capsys):
-    raw = {"model": {"path": str(tiny_llama)}, "data": {"root": str(toy_stream), "tasks": ["ONE", "TWO"], "epochs": 1},
-           "method": {"name": "codyra", "rank": 2}, "optim": {"batch_size": 8},
-           "eval": {"max_new_tokens": 3, "zero_shot": True}, "checkpoint": False, "output": str(tmp_path / "run")}
-    folder = runs.run(recipes.parse(raw))
+    raw = {
+        "model": {"path": str(tiny_llama)},
+        "data": {"root": str(toy_stream), "tasks": ["ONE", "TWO"], "epochs": 1},
+        "method": {"name": "codyra", "rank": 2},
+        "optim": {"batch_size": 8},
+        "eval": {"max_new_tokens": 3, "zero_shot": True},
+        "checkpoint": False,
+        "output": str(tmp_path / "run"),
+    }
+    folder = run.run(parse_recipe(raw))
     first = (folder.path / "report.html").read_text(encoding="utf-8")
     assert all(f"{row['score']:.1f}" in Page(first).texts for row in folder.scores)
     summary = (folder.path / "summary.json").read_bytes()
@@ -158,9 +246,13 @@ def test_foreign_text_stays_text_and_nothing_is_loaded(one, many, several, tmp_p
     found = Page(source)
     assert found.open == found.wrong == []
     assert not found.tags & {"script", "img", "link", "iframe", "object", "embed", "x", "b|c"}
-    assert not [name for name, _ in found.attributes if name.startswith("on") or name in ("src", "href", "xlink:href")]
+    assert not [
+        name for name, _ in found.attributes if name.startswith("on") or name in ("src", "href", "xlink:href")
+    ]
     assert not re.search(r"https?://|url\(|@import", source)
-    assert any(name == "content" and value.startswith("default-src 'none'") for name, value in found.attributes)
+    assert any(
+        name == "content" and value.startswith("default-src 'none'") for name, value in found.attributes
+    )
     assert any(TASKS[0] in text for text in found.texts)
     if not several:
         assert EVIL in found.texts and EVIL + "wrong" in found.texts and "yes␛" in found.texts
@@ -182,22 +274,53 @@ def test_long_texts_keep_both_ends():
 
 def test_the_page_stays_small(tmp_path):
     folder = make(tmp_path / "run")
-    updates = [{"task": task, "site": f"model.layers.{layer}.self_attn.{name}_proj", "rank": 64, "kept": layer,
-                "update_norm": 1.0, "drift": 1.0, "surviving": 1.0}
-               for task in TASKS for layer in range(80) for name in "qkvogud"]
+    updates = [
+        {
+            "task": task,
+            "site": f"model.layers.{layer}.self_attn.{name}_proj",
+            "rank": 64,
+            "kept": layer,
+            "update_norm": 1.0,
+            "drift": 1.0,
+            "surviving": 1.0,
+        }
+        for task in TASKS
+        for layer in range(80)
+        for name in "qkvogud"
+    ]
     write_jsonl(folder.path / "updates.jsonl", updates)
-    write_jsonl(folder.path / "log.jsonl", [{"task": task, "step": s, "steps": 4000, "loss": math.sin(s) + 2, "lr": 1e-3,
-                                             "tokens": 9, "seconds": 1.0} for task in TASKS for s in range(4000)])
+    write_jsonl(
+        folder.path / "log.jsonl",
+        [
+            {
+                "task": task,
+                "step": s,
+                "steps": 4000,
+                "loss": math.sin(s) + 2,
+                "lr": 1e-3,
+                "tokens": 9,
+                "seconds": 1.0,
+            }
+            for task in TASKS
+            for s in range(4000)
+        ],
+    )
     file = folder.path / "predictions" / f"01-{TASKS[0]}" / f"{TASKS[0]}.jsonl"
-    write_jsonl(file, [row | {"prompt": "x" * 10 ** 6} for row in read_jsonl(file)])
+    write_jsonl(file, [row | {"prompt": "x" * 10**6} for row in read_jsonl(file)])
     assert len(written([folder], tmp_path / "x.html").encode()) < 400_000
 
 
 def test_what_a_folder_lacks_is_left_out(tmp_path):
     folder = make(tmp_path / "run")
     whole = Page(written([folder], tmp_path / "x.html")).texts
-    parts = {"log.jsonl": "loss", "updates.jsonl": "What each task changed", "predictions": "Examples of forgetting",
-             "manifest.json": "Manifest", "scores.jsonl": "Scores", "costs.jsonl": "costs of training"}
+    parts = {
+        "log.jsonl": "loss",
+        "updates.jsonl": "What each task changed",
+        "predictions": "Examples of forgetting",
+        "manifest.json": "Manifest",
+        "scores.jsonl": "Scores",
+        "costs.jsonl": "costs of training",
+    }
     for name, title in parts.items():
         file = folder.path / name
         shutil.rmtree(file) if file.is_dir() else file.unlink()
@@ -209,15 +332,22 @@ def test_what_a_folder_lacks_is_left_out(tmp_path):
 
 def test_runs_are_grouped_by_recipe_and_their_spread_is_numpys(many, tmp_path):
     rows = parsed(many, tmp_path / "x.csv")
-    assert [row["value"] for row in rows["runs", "group"]] == ["1 codyra"] * 3 + ["2 seqlora"] * 3 + ["3 codyra rank=8"]
-    op = {key: np.array(value) + 166 / 3 for key, value in {"codyra": [0, 1, 3.5], "seqlora": [-2, -0.5, 1]}.items()}
+    assert [row["value"] for row in rows["runs", "group"]] == ["1 codyra"] * 3 + ["2 seqlora"] * 3 + [
+        "3 codyra rank=8"
+    ]
+    op = {
+        key: np.array(value) + 166 / 3
+        for key, value in {"codyra": [0, 1, 3.5], "seqlora": [-2, -0.5, 1]}.items()
+    }
     op["seqlora"] -= 7 / 3
     board = {row["row"]: row for row in rows["leaderboard", "OP"]}
     assert list(board) == ["1 codyra", "3 codyra rank=8", "2 seqlora"]  # the highest first
     for name, values in (("1 codyra", op["codyra"]), ("2 seqlora", op["seqlora"])):
         half = t.ppf(0.975, 2) * values.std(ddof=1) / math.sqrt(3)
         low, mean, high = (float(board[name][key]) for key in ("low", "value", "high"))
-        assert mean == pytest.approx(values.mean()) and (high - mean, mean - low) == pytest.approx((half, half))
+        assert mean == pytest.approx(values.mean()) and (high - mean, mean - low) == pytest.approx(
+            (half, half)
+        )
         assert f"sd {values.std(ddof=1):.1f}" in written(many, tmp_path / "x.html")
     assert board["3 codyra rank=8"]["low"] == ""  # one seed says nothing of the spread
     paired = {row["row"]: row for row in rows["paired differences", "OP"]}
@@ -225,8 +355,9 @@ def test_runs_are_grouped_by_recipe_and_their_spread_is_numpys(many, tmp_path):
     assert [row["value"] for row in rows["paired differences", "pairs"]] == ["3", "1"]
     forgetting = {row["row"]: float(row["value"]) for row in rows["paired differences", "forgetting"]}
     assert forgetting["2 seqlora"] == pytest.approx(3.5)  # 7 points on one of two old tasks
-    assert {(row["row"], row["column"]) for key, cells in rows.items() if key[0] == "settings" for row in cells} >= {
-        ("method.rank", "1"), ("method.rank", "3")}
+    assert {
+        (row["row"], row["column"]) for key, cells in rows.items() if key[0] == "settings" for row in cells
+    } >= {("method.rank", "1"), ("method.rank", "3")}
 
 
 def parsed(folders: list[RunFolder], out) -> dict[tuple[str, str], list[dict]]:
@@ -242,7 +373,9 @@ def parsed(folders: list[RunFolder], out) -> dict[tuple[str, str], list[dict]]:
 def test_orders_are_groups_of_their_own_and_one_seed_twice_is_a_fault(tmp_path):
     first, other = make(tmp_path / "a"), make(tmp_path / "b", data__tasks=TASKS[::-1])
     assert [row["value"] for row in parsed([first, other], tmp_path / "x.csv")["runs", "group"]] == [
-        "1 codyra", "2 codyra tasks " + ",".join(TASKS[::-1])]
+        "1 codyra",
+        "2 codyra tasks " + ",".join(TASKS[::-1]),
+    ]
     with pytest.raises(Fault, match="same recipe and seed 1234; give one of them"):
         page.write([first, make(tmp_path / "c")], tmp_path / "x.html")
 
@@ -256,23 +389,34 @@ def test_csv_and_markdown_parse_back(one, tmp_path):
     text = written([one], tmp_path / "x.md")
     assert "<script" not in text and "<x>" not in text
     lines = text.split("## scores")[1].split("##")[0].strip().splitlines()
-    table = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines if line.startswith("|")]
+    table = [
+        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in lines
+        if line.startswith("|")
+    ]
     assert [html.unescape(name).replace("\\|", "|") for name in table[0]] == ["after", *TASKS]
-    numbers = [[float(re.match(r"[*]*([\d.]+)", cell)[1]) if cell else None for cell in row[1:]] for row in table[2:]]
+    numbers = [
+        [float(re.match(r"[*]*([\d.]+)", cell)[1]) if cell else None for cell in row[1:]] for row in table[2:]
+    ]
     assert numbers == [[20, 21, 22], *([v if v is None else round(v, 1) for v in row] for row in MATRIX)]
 
 
 def test_mistakes_are_one_sentence(one, many, tmp_path, capsys):
-    for args, message in ((["nowhere"], "is not a run folder"), ([str(one.path), "--out", "x.htm"], "must end in .html"),
-                          ([str(one.path), "nowhere", "--out", "x.html"], "is not a run folder"),
-                          ([str(f.path) for f in many], "--out: several runs")):
+    for args, message in (
+        (["nowhere"], "is not a run folder"),
+        ([str(one.path), "--out", "x.htm"], "must end in .html"),
+        ([str(one.path), "nowhere", "--out", "x.html"], "is not a run folder"),
+        ([str(f.path) for f in many], "--out: several runs"),
+    ):
         assert main_ends(["report", *args]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("low, high", [(0, 1), (0, 12.7), (-3, 4.2), (2e-5, 1e-3), (7, 7), (0, 0), (99.7, 100)])
+@pytest.mark.parametrize(
+    "low, high", [(0, 1), (0, 12.7), (-3, 4.2), (2e-5, 1e-3), (7, 7), (0, 0), (99.7, 100)]
+)
 def test_ticks_are_round_and_span_the_values(low, high):
     found = charts.ticks(low, high)
     steps = np.diff(found)
@@ -289,9 +433,9 @@ def test_thinned_lines_keep_their_means():
 
 def luminance(colour: str) -> float:
     """Relative luminance of #rrggbb (WCAG 2.2)."""
-    parts = [int(colour[i: i + 2], 16) / 255 for i in (1, 3, 5)]
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
-    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear))
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
 def test_text_is_readable_on_every_cell_in_both_schemes(one, tmp_path):
@@ -300,8 +444,13 @@ def test_text_is_readable_on_every_cell_in_both_schemes(one, tmp_path):
     assert len(schemes) == 2
     for scheme in schemes:
         colour = {name: luminance(value) for name, value in re.findall(r"--(\w+): (#\w{6})", scheme)}
-        for text, ground, least in (("ink", "paper", 7), ("ink", "heat", 4.5), ("muted", "paper", 4.5), ("blue", "paper", 3),
-                                    ("orange", "paper", 3)):
+        for text, ground, least in (
+            ("ink", "paper", 7),
+            ("ink", "heat", 4.5),
+            ("muted", "paper", 4.5),
+            ("blue", "paper", 3),
+            ("orange", "paper", 3),
+        ):
             dark, light = sorted((colour[text], colour[ground]))
             assert (light + 0.05) / (dark + 0.05) >= least, (text, ground)
 
@@ -309,14 +458,32 @@ def test_text_is_readable_on_every_cell_in_both_schemes(one, tmp_path):
 def frame_widths(pages: list[str], folder) -> list[int]:
     """How wide Chromium lays each page out in frames of 420 and of 1280 pixels."""
     sources = [re.sub(r"<meta http-equiv[^>]*>", "", page) for page in pages]  # so that it can be measured
-    frames = "".join(f'<iframe width="{width}" srcdoc="{html.escape(source)}"></iframe>'
-                     for source in sources for width in (420, 1280))
+    frames = "".join(
+        f'<iframe width="{width}" srcdoc="{html.escape(source)}"></iframe>'
+        for source in sources
+        for width in (420, 1280)
+    )
     (folder / "frames.html").write_text(
-        f"{frames}<script>onload = () => document.body.dataset.widths = Array.from(document.querySelectorAll('iframe'), "
-        "frame => frame.contentDocument.documentElement.scrollWidth)</script>", encoding="utf-8")
-    shown = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}",
-                            "--dump-dom", (folder / "frames.html").as_uri()], check=True, capture_output=True, text=True,
-                           timeout=120).stdout
+        f"{frames}<script>onload = () => document.body.dataset.widths = "
+        "Array.from(document.querySelectorAll('iframe'), frame => "
+        "frame.contentDocument.documentElement.scrollWidth)</script>",
+        encoding="utf-8",
+    )
+    shown = subprocess.run(
+        [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={folder / 'profile'}",
+            "--dump-dom",
+            (folder / "frames.html").as_uri(),
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    ).stdout
     return [int(width) for width in re.search(r'data-widths="([\d,]+)"', shown)[1].split(",")]
 
 
@@ -324,4 +491,6 @@ def frame_widths(pages: list[str], folder) -> list[int]:
 @pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium on this machine")
 def test_the_body_never_scrolls_sideways(one, many, tmp_path):
     widths = frame_widths([written(folders, tmp_path / "x.html") for folders in ([one], many)], tmp_path)
-    assert all(0.9 * given < found <= given for found, given in zip(widths, (420, 1280) * 2, strict=True)), widths
+    assert all(0.9 * given < found <= given for found, given in zip(widths, (420, 1280) * 2, strict=True)), (
+        widths
+    )

@@ -1,12 +1,15 @@
-"""A file of a run that was torn, altered or lost is named, and a crash between two writes is none of these."""
+"""A file of a run that was torn, altered or lost is named, and a crash between two writes is none of
+these.
+"""
 
 import pytest
 
-from codyra_llm import files, seals
-from codyra_llm.errors import Fault
-from codyra_llm.files import read_jsonl, remove_leftovers, replacing
-from codyra_llm.folder import RunFolder
-from codyra_llm.seals import Seals
+from codyra_llm.core import files
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.files import read_jsonl, remove_leftovers, replacing
+from codyra_llm.store import checksums
+from codyra_llm.store.checksums import Seals
+from codyra_llm.store.folder import RunFolder
 
 
 def write(sealed: Seals, name: str, text: str) -> None:
@@ -37,9 +40,10 @@ def test_a_crash_between_file_and_seals_is_no_damage(dies_at, existed, tmp_path,
     replace = files.os.replace
 
     def dying(source, target):
-        if (target.name == seals.NAME) == (dies_at == "the seals"):
+        if (target.name == checksums.NAME) == (dies_at == "the seals"):
             raise KeyboardInterrupt
         replace(source, target)
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(files.os, "replace", dying)
         write(sealed, "a.txt", "two")
@@ -62,11 +66,18 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, monkeypat
 
     def full(handle):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(Fault, match=r"a.txt can't be written \(No space left on device\).* same command again"):
-        with replacing(tmp_path / "a.txt") as temporary:
-            temporary.write_text("new")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
+    with (
+        pytest.raises(
+            Fault, match=r"a.txt can't be written \(No space left on device\).* same command again"
+        ),
+        replacing(tmp_path / "a.txt") as temporary,
+    ):
+        temporary.write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"] and (
+        tmp_path / "a.txt"
+    ).read_text() == "old"
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
@@ -77,7 +88,12 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     for kept in (".hidden", "scores.jsonl", "run.4711"):
         (tmp_path / kept).write_text("kept")
     remove_leftovers(tmp_path)
-    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")} == {"updates", ".hidden", "scores.jsonl", "run.4711"}
+    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")} == {
+        "updates",
+        ".hidden",
+        "scores.jsonl",
+        "run.4711",
+    }
 
 
 def test_somebody_elses_folder_is_left_alone(tmp_path):

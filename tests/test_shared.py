@@ -1,4 +1,6 @@
-"""Layers that share an input, and the MLP as one function: against plain autograd, in operations, and in bytes saved."""
+"""Layers that share an input, and the MLP as one function: against plain autograd, in operations, and in
+bytes saved.
+"""
 
 import copy
 
@@ -19,21 +21,48 @@ from transformers import (
     Qwen3Config,
 )
 
+from codyra_llm.config.methods.base import PROJECTIONS
 from codyra_llm.lora.function import GatedMlp, Group, SharedLinears, shadow
 from codyra_llm.lora.layer import AdapterSpec, attach, sites
 from codyra_llm.lora.shared import share_inputs, shared_inputs
-from codyra_llm.models import PROJECTIONS
 
-SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             vocab_size=60, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-CONFIGS = {"llama": LlamaConfig(**SIZES), "llama with biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
-           "gemma": GemmaConfig(**SIZES), "gemma2": Gemma2Config(**SIZES, sliding_window=4),
-           "gemma3": Gemma3TextConfig(**SIZES, sliding_window=4, layer_types=["sliding_attention", "full_attention"]),
-           "mistral": MistralConfig(**SIZES), "qwen2": Qwen2Config(**SIZES), "qwen3": Qwen3Config(**SIZES)}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 60,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES),
+    "llama with biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "gemma": GemmaConfig(**SIZES),
+    "gemma2": Gemma2Config(**SIZES, sliding_window=4),
+    "gemma3": Gemma3TextConfig(
+        **SIZES, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "mistral": MistralConfig(**SIZES),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES),
+}
 IDS = torch.arange(3, 27).view(2, 12)
 
 
-def adapted(config, fused, *, dtype=torch.float64, targets=PROJECTIONS, dropout=0.0, importance="normal", checkpointing=False):
+def adapted(
+    config,
+    fused,
+    *,
+    dtype=torch.float64,
+    targets=PROJECTIONS,
+    dropout=0.0,
+    importance="normal",
+    checkpointing=False,
+):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(dtype).requires_grad_(False).train()
     attach(model, list(targets), AdapterSpec(4, 1.3, dropout, importance))
@@ -56,7 +85,10 @@ def loss_and_gradients(model, autocast=False):
 
 
 def distances(found, expected):
-    return [((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in zip(found, expected, strict=True)]
+    return [
+        ((a.double() - b.double()).norm() / b.double().norm()).item()
+        for a, b in zip(found, expected, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -66,17 +98,33 @@ def test_fused_equals_plain_autograd(family):
     assert max(distances(loss_and_gradients(fused), loss_and_gradients(eager))) < 1e-12
 
 
-@pytest.mark.parametrize("settings", [
-    {"dropout": 0.3}, {"importance": None}, {"checkpointing": True}, {"dropout": 0.3, "checkpointing": True},
-    {"targets": ["q_proj", "v_proj"]}, {"targets": ["gate_proj", "up_proj"]}, {"targets": ["k_proj", "down_proj"]}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dropout": 0.3},
+        {"importance": None},
+        {"checkpointing": True},
+        {"dropout": 0.3, "checkpointing": True},
+        {"targets": ["q_proj", "v_proj"]},
+        {"targets": ["gate_proj", "up_proj"]},
+        {"targets": ["k_proj", "down_proj"]},
+    ],
+)
 def test_fused_equals_plain_autograd_with(settings):
     fused, eager = (adapted(CONFIGS["llama"], value, **settings) for value in (True, False))
     assert max(distances(loss_and_gradients(fused), loss_and_gradients(eager))) < 1e-12
 
 
 def test_grouping_changes_nothing_without_dropout():
-    assert max(distances(loss_and_gradients(adapted(CONFIGS["llama"], True)),
-                         loss_and_gradients(adapted(CONFIGS["llama"], None)))) < 1e-12
+    assert (
+        max(
+            distances(
+                loss_and_gradients(adapted(CONFIGS["llama"], True)),
+                loss_and_gradients(adapted(CONFIGS["llama"], None)),
+            )
+        )
+        < 1e-12
+    )
 
 
 @pytest.mark.parametrize("kind", [{"dtype": torch.bfloat16}, {"dtype": torch.float32, "autocast": True}])
@@ -84,8 +132,14 @@ def test_low_precision_is_no_worse_than_plain_autograd(kind):
     """Distances to float64 of the fused and of the eager path, over all gradients together."""
     autocast = kind.get("autocast", False)
     exact = loss_and_gradients(adapted(CONFIGS["llama"], False))
-    fused, eager = (sum(distances(loss_and_gradients(adapted(CONFIGS["llama"], value, dtype=kind["dtype"]), autocast), exact))
-                    for value in (True, False))
+    fused, eager = (
+        sum(
+            distances(
+                loss_and_gradients(adapted(CONFIGS["llama"], value, dtype=kind["dtype"]), autocast), exact
+            )
+        )
+        for value in (True, False)
+    )
     assert 0 < fused < 1.1 * eager
 
 
@@ -97,7 +151,10 @@ def test_backward_twice_gives_the_same_and_shares_of_one_input_do_not_mix():
     for shared in shared_inputs(plain):
         for layer in shared.layers:
             type(shared)([layer])
-    q, k = attention.q_proj(x), attention.k_proj(other)  # k is asked for another input, then v for the first again
+    q, k = (
+        attention.q_proj(x),
+        attention.k_proj(other),
+    )  # k is asked for another input, then v for the first again
     v, again = attention.v_proj(x), attention.q_proj(x)
     for mine, theirs in ((q, plain.q_proj(x)), (k, plain.k_proj(other)), (v, plain.v_proj(x)), (again, q)):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
@@ -106,7 +163,7 @@ def test_backward_twice_gives_the_same_and_shares_of_one_input_do_not_mix():
     loss = (attention.q_proj(x) * attention.q_proj(x)).sum()
     parameters = [attention.q_proj.lora_A, attention.q_proj.lora_w]
     first = torch.autograd.grad(loss, parameters, retain_graph=True)
-    for a, b in zip(first, torch.autograd.grad(loss, parameters)):
+    for a, b in zip(first, torch.autograd.grad(loss, parameters), strict=True):
         assert torch.equal(a, b)
 
 
@@ -116,7 +173,9 @@ def test_shadows_follow_the_masters():
     shared = shared_inputs(model)
     made = [dict(s._shadows) for s in shared]
     model(IDS)
-    assert all(made) and all(s._shadows[key] is old[key] for s, old in zip(shared, made) for key in old)  # not made again
+    assert all(made) and all(
+        s._shadows[key] is old[key] for s, old in zip(shared, made, strict=True) for key in old
+    )  # not made again
     with torch.no_grad():
         for layer in sites(model).values():
             layer.lora_B.zero_()
@@ -130,41 +189,79 @@ def test_shadows_follow_the_masters():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 9), st.lists(st.integers(1, 7), min_size=1, max_size=4),
-       st.lists(st.integers(0, 3), min_size=4, max_size=4), st.booleans(), st.booleans(), st.integers(0, 2**31))
+@given(
+    st.integers(1, 6),
+    st.integers(1, 9),
+    st.lists(st.integers(1, 7), min_size=1, max_size=4),
+    st.lists(st.integers(0, 3), min_size=4, max_size=4),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
 def test_any_shapes(n, width, outs, ranks, weighted, dropout, seed):
-    """Any number of layers of any widths and ranks (k and v narrower than q; a rank of none), against the dense formula."""
+    """Any number of layers of any widths and ranks (k and v narrower than q; a rank of none), against the
+    dense formula.
+    """
     g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()  # noqa: E731
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()
+
     x, scale = draw(n, width), 0.7
     dropped = (x * 1.5).detach().requires_grad_() if dropout else None
     weights = [draw(out, width).detach() for out in outs]
-    factors = [(draw(r, width), draw(r) if weighted else None, draw(out, r)) for out, r in zip(outs, ranks)]
-    group = Group(tuple(lambda weight=weight: weight for weight in weights), (None,) * len(outs), scale,
-                  shadow(factors, scale, torch.float64))
+    factors = [
+        (draw(r, width), draw(r) if weighted else None, draw(out, r))
+        for out, r in zip(outs, ranks, strict=True)
+    ]
+    group = Group(
+        tuple(lambda weight=weight: weight for weight in weights),
+        (None,) * len(outs),
+        scale,
+        shadow(factors, scale, torch.float64),
+    )
     flat = [t for triple in factors for t in triple]
     mine = SharedLinears.apply(x, dropped, group, *flat)
     source = x if dropped is None else dropped
-    theirs = [x @ weight.T + scale * (source @ a.T * (1 if w is None else w)) @ b.T
-              for weight, (a, w, b) in zip(weights, factors)]
+    theirs = [
+        x @ weight.T + scale * (source @ a.T * (1 if w is None else w)) @ b.T
+        for weight, (a, w, b) in zip(weights, factors, strict=True)
+    ]
     leaves = [t for t in (x, dropped, *flat) if t is not None]
-    for a, b in zip(mine, theirs):
+    for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b)
-    total = lambda ys: sum((y * y).sum() for y in ys)  # noqa: E731
-    for a, b in zip(torch.autograd.grad(total(mine), leaves), torch.autograd.grad(total(theirs), leaves)):
+
+    def total(ys):
+        return sum((y * y).sum() for y in ys)
+
+    for a, b in zip(
+        torch.autograd.grad(total(mine), leaves), torch.autograd.grad(total(theirs), leaves), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 
 def test_gradcheck_of_the_mlp():
     g = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
     weights = [draw(5, 4), draw(5, 4), draw(4, 5)]
-    factors = [t.requires_grad_() for w in weights for t in (draw(2, w.shape[1]), draw(2), draw(w.shape[0], 2))]
+    factors = [
+        t.requires_grad_() for w in weights for t in (draw(2, w.shape[1]), draw(2), draw(w.shape[0], 2))
+    ]
 
     def run(x, *factors):
-        triples = list(zip(factors[::3], factors[1::3], factors[2::3]))
-        make = lambda at: Group(tuple(lambda i=i: weights[i] for i in at), (None,) * len(at), 0.8,  # noqa: E731
-                                shadow([triples[i] for i in at], 0.8, x.dtype))
+        triples = list(zip(factors[::3], factors[1::3], factors[2::3], strict=True))
+
+        def make(at):
+            return Group(
+                tuple(lambda i=i: weights[i] for i in at),
+                (None,) * len(at),
+                0.8,
+                shadow([triples[i] for i in at], 0.8, x.dtype),
+            )
+
         return GatedMlp.apply(x, make([0, 1]), make([2]), nn.SiLU(), *factors)
 
     assert torch.autograd.gradcheck(run, (draw(3, 4).requires_grad_(), *factors))
@@ -188,12 +285,16 @@ class Operations(TorchDispatchMode):
 
 
 def test_products_per_block():
-    """Forward: one product for H of each group, then two per layer. Backward: G, P and the frozen product per layer, Q and
-    the adapters' part of dx per group. Nothing else multiplies matrices, and nothing is cast again."""
+    """Forward: one product for H of each group, then two per layer. Backward: G, P and the frozen product per
+    layer, Q and the adapters' part of dx per group. Nothing else multiplies matrices, and nothing is cast
+    again."""
     model = adapted(CONFIGS["llama"], True, dtype=torch.bfloat16)
     block = model.model.layers[0]
     x = torch.randn(1, 6, 32, dtype=torch.bfloat16, requires_grad=True)
-    q_k_v = lambda: [block.self_attn.q_proj(x), block.self_attn.k_proj(x), block.self_attn.v_proj(x)]  # noqa: E731
+
+    def q_k_v():
+        return [block.self_attn.q_proj(x), block.self_attn.k_proj(x), block.self_attn.v_proj(x)]
+
     q_k_v()  # shadows are made on the first call
     with Operations() as forward:
         outputs = q_k_v()
@@ -204,7 +305,10 @@ def test_products_per_block():
     block.mlp(x)
     with Operations() as forward:
         y = block.mlp(x)
-    assert forward.products == {"mm": (1 + 2) + (1 + 1), "addmm": 0, "addmm_": 3} and "_to_copy" not in forward.counts
+    assert (
+        forward.products == {"mm": (1 + 2) + (1 + 1), "addmm": 0, "addmm_": 3}
+        and "_to_copy" not in forward.counts
+    )
     with Operations() as backward:
         y.backward(torch.ones_like(y))
     assert backward.products == {"mm": (1 + 1 + 1 + 1) + (2 + 2 + 1 + 1), "addmm": 0, "addmm_": 3}
@@ -232,11 +336,10 @@ def test_saved_bytes(rows):
     model = adapted(CONFIGS["llama"], True, dtype=torch.float32)
     block = model.model.layers[0]
     x = torch.randn(1, rows, 32, requires_grad=True)
-    parameters = [p for p in model.parameters()]
+    parameters = list(model.parameters())
     projections = (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
     attention = saved_bytes(lambda: [projection(x) for projection in projections], *parameters)
     assert attention == rows * (32 + 3 * 4) * 4
     assert saved_bytes(lambda: block.mlp(x), *parameters) == rows * (32 + 2 * 48 + 3 * 4) * 4
     eager = adapted(CONFIGS["llama"], False, dtype=torch.float32).model.layers[0]
     assert saved_bytes(lambda: eager.mlp(x), *parameters) > rows * (32 + 4 * 48) * 4
-

@@ -1,4 +1,6 @@
-"""Where a run stands, as its folder says it at every moment; what it would go on with is what it then does."""
+"""Where a run stands, as its folder says it at every moment; what it would go on with is what it then
+does.
+"""
 
 import json
 import os
@@ -11,13 +13,13 @@ import pytest
 from rich.console import Console
 from test_run import recipe
 
-from codyra_llm import run as runs
-from codyra_llm import stop
 from codyra_llm.cli import main
-from codyra_llm.errors import Fault
-from codyra_llm.folder import RunFolder
-from codyra_llm.lease import Lease
-from codyra_llm.status import look, show
+from codyra_llm.core.errors import Fault
+from codyra_llm.experiment import run
+from codyra_llm.report.status import look, show
+from codyra_llm.runtime import signals
+from codyra_llm.store.folder import RunFolder
+from codyra_llm.store.lock import Lease
 
 
 def said(found: dict) -> list[str]:
@@ -33,10 +35,11 @@ def ended(asked, monkeypatch, name: str, then) -> None:
     def acting(folder, *given):
         method(folder, *given)
         then(folder, given[0])
-    with monkeypatch.context() as patch, pytest.raises((stop.Stopped, KeyboardInterrupt)):
-        patch.setattr(stop, "_asked", [])
+
+    with monkeypatch.context() as patch, pytest.raises((signals.Stopped, KeyboardInterrupt)):
+        patch.setattr(signals, "_asked", [])
         patch.setattr(RunFolder, name, acting)
-        runs.run(asked)
+        run.run(asked)
 
 
 def test_a_run_at_every_moment(tiny_llama, toy_stream, tmp_path, monkeypatch, capsys):
@@ -45,6 +48,7 @@ def test_a_run_at_every_moment(tiny_llama, toy_stream, tmp_path, monkeypatch, ca
     def first(folder, row):
         seen.append(look(folder.path))
         raise KeyboardInterrupt
+
     ended(asked, monkeypatch, "add_scores", first)
     [now], after = seen, look(tmp_path / "run")
     assert now["state"] == "running" and now["holder"]["pid"] == os.getpid() and now["holder"]["alive"]
@@ -56,11 +60,14 @@ def test_a_run_at_every_moment(tiny_llama, toy_stream, tmp_path, monkeypatch, ca
     def fourth(folder, row):  # all processes agree behind the next
         if (row["task"], row["step"]) == ("TWO", 4):
             seen.append(look(folder.path))
-            stop.ask("a test")
+            signals.ask("a test")
+
     ended(asked, monkeypatch, "log", fourth)
     now, after = seen[1], look(tmp_path / "run")
     assert now["next"] == "task 2/2 TWO, from its start" and now["learnt"] == ["ONE"]
-    assert (now["last"]["task"], now["last"]["step"], now["last"]["steps"]) == ("TWO", 4, 6) and after["last"]["step"] == 5
+    assert (now["last"]["task"], now["last"]["step"], now["last"]["steps"]) == ("TWO", 4, 6) and after[
+        "last"
+    ]["step"] == 5
     assert after["next"] == "task 2/2 TWO, behind step 5" and after["state"] == "stopped"
     lines = said(after)
     assert lines[0].startswith(f"{tmp_path / 'run'}: stopped; last written ") and lines[0].endswith(" s ago")
@@ -76,11 +83,13 @@ def test_a_run_at_every_moment(tiny_llama, toy_stream, tmp_path, monkeypatch, ca
     ended(asked, monkeypatch, "add_scores", first)
     assert "TWO: going on behind step 5" in capsys.readouterr().out
     assert look(tmp_path / "run")["next"] == "TWO after TWO, 1 of 2 scored there"
-    folder = runs.run(asked)
+    folder = run.run(asked)
     done = look(folder.path)
     assert (done["state"], done["next"], done["learnt"]) == ("finished", None, ["ONE", "TWO"])
-    assert done["scores"] == {stage: {row["task"]: row["score"] for row in folder.scores if row["after"] == stage}
-                              for stage in ("base", "ONE", "TWO")}
+    assert done["scores"] == {
+        stage: {row["task"]: row["score"] for row in folder.scores if row["after"] == stage}
+        for stage in ("base", "ONE", "TWO")
+    }
     newest = max(p.stat().st_mtime for p in folder.path.rglob("*") if p.is_file())
     assert done["written"] == newest
 
@@ -90,7 +99,8 @@ def test_the_order_of_a_joint_method(tiny_llama, toy_stream, tmp_path, monkeypat
 
     def second(folder, row):
         if row["step"] == 2:
-            stop.ask("a test")
+            signals.ask("a test")
+
     ended(asked, monkeypatch, "log", second)
     assert look(tmp_path / "run")["next"] == "task 2/2 TWO, behind step 3"
 
@@ -115,7 +125,9 @@ def test_who_holds_it(folder):
     lease.release()
     lease.file.write_text(json.dumps(own | {"pid": child.pid}))  # killed: nobody removed it
     found = look(folder)
-    assert found["state"] == "died" and said(found)[0].startswith(f"{folder}: died, by process {child.pid} on {own['host']}; ")
+    assert found["state"] == "died" and said(found)[0].startswith(
+        f"{folder}: died, by process {child.pid} on {own['host']}; "
+    )
     lease.file.write_text(json.dumps(own | {"place": "far", "host": "far"}))
     assert look(folder)["state"] == "running"  # renewed a moment ago
     os.utime(lease.file, (time.time() - 100,) * 2)
@@ -128,8 +140,10 @@ def test_who_holds_it(folder):
 def test_it_reads_only(folder):
     def everything():
         return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
+
     (folder / "log.jsonl").write_text(
-        '{"task": "ONE", "step": 1, "steps": 2, "loss": 0.5, "tokens": 10, "seconds": 2}\n{"task": "O')
+        '{"task": "ONE", "step": 1, "steps": 2, "loss": 0.5, "tokens": 10, "seconds": 2}\n{"task": "O'
+    )
     before = everything()
     assert said(look(folder))[2] == "last step: task 1/1 ONE, step 1/2, loss 0.500, 5 tokens/s"
     assert everything() == before
@@ -146,11 +160,20 @@ def test_what_is_no_run(tmp_path, capsys):
     lease.release()
     with pytest.raises(SystemExit) as ending:
         main(["status", str(tmp_path)])
-    assert ending.value.code == 2 and capsys.readouterr().err.startswith(f"error: {tmp_path} is not a run folder")
+    assert ending.value.code == 2 and capsys.readouterr().err.startswith(
+        f"error: {tmp_path} is not a run folder"
+    )
 
 
-@pytest.mark.parametrize("raw", [{"model": "m"}, {"data": {"tasks": [1]}, "method": {"name": "codyra"}},
-                                 {"data": {"tasks": ["ONE"]}, "method": "codyra"}, {"data": 3, "method": {"name": "codyra"}}])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"model": "m"},
+        {"data": {"tasks": [1]}, "method": {"name": "codyra"}},
+        {"data": {"tasks": ["ONE"]}, "method": "codyra"},
+        {"data": 3, "method": {"name": "codyra"}},
+    ],
+)
 def test_a_recipe_that_is_not_a_runs(folder, raw):
     (folder / "recipe.json").write_text(json.dumps(raw))
     with pytest.raises(Fault, match="recipe.json is not a run's"):
@@ -159,8 +182,8 @@ def test_a_recipe_that_is_not_a_runs(folder, raw):
 
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_folder_that_goes_while_it_is_looked_at(folder, monkeypatch, tmp_path_factory, at):
-    """Checkpoints inside a task are removed when the next one is whole: here between being listed by its parent and read, the
-    first time or the second."""
+    """Checkpoints inside a task are removed when the next one is whole: here between being listed by its
+    parent and read, the first time or the second."""
     (folder / "progress" / "00-ONE-00000004").mkdir(parents=True)
     (folder / "progress" / "00-ONE-00000004" / "complete.json").write_text("{}")
     assert look(folder)["next"] == "task 1/1 ONE, behind step 4"
@@ -171,13 +194,18 @@ def test_a_folder_that_goes_while_it_is_looked_at(folder, monkeypatch, tmp_path_
         if len(seen) == at and os.path.exists(folder / "progress"):
             os.rename(folder / "progress", tmp_path_factory.mktemp("gone") / "progress")
         return plain(path)
+
     monkeypatch.setattr(os, "scandir", scandir)
     found = look(folder)
     assert found["next"] == "task 1/1 ONE, from its start" and found["written"] > 0
 
 
 def test_the_command_is_quick_and_speaks_json(folder):
-    code = "import sys; from codyra_llm.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
-    out = subprocess.run([sys.executable, "-c", code, "status", str(folder), "--json"], capture_output=True, text=True)
+    code = (
+        "import sys; from codyra_llm.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code, "status", str(folder), "--json"], capture_output=True, text=True
+    )
     assert out.returncode == 0, out.stderr
     assert json.loads(out.stdout) == look(folder)

@@ -1,4 +1,6 @@
-"""None waits for long for a process that is gone or stands still, and the message says which, where, and how far it was."""
+"""None waits for long for a process that is gone or stands still, and the message says which, where, and how
+far it was.
+"""
 
 import time
 from itertools import count
@@ -7,23 +9,24 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from codyra_llm import cli, stop, watch
-from codyra_llm.watch import Watch
+from codyra_llm import cli
+from codyra_llm.runtime import heartbeat, signals
+from codyra_llm.runtime.heartbeat import Watch
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(watch, "BEAT", 0.05)
-    monkeypatch.setattr(watch, "SILENT", 0.5)
-    monkeypatch.setattr(watch, "BROKEN", 0.3)
-    monkeypatch.setattr(stop, "_asked", [])
+    monkeypatch.setattr(heartbeat, "BEAT", 0.05)
+    monkeypatch.setattr(heartbeat, "SILENT", 0.5)
+    monkeypatch.setattr(heartbeat, "BROKEN", 0.3)
+    monkeypatch.setattr(signals, "_asked", [])
 
 
 @pytest.fixture
 def ended(monkeypatch) -> list[str]:
     """What processes would have ended with, in order."""
     found: list[str] = []
-    monkeypatch.setattr(watch, "end", found.append)
+    monkeypatch.setattr(heartbeat, "end", found.append)
     return found
 
 
@@ -87,21 +90,21 @@ def test_what_stands_still_is_named_and_what_waits_for_it_is_not(two, ended):
 
 
 def test_a_broken_connection_asks_who_is_gone(two, monkeypatch):
-    monkeypatch.setattr(watch, "_watch", two[0])
-    assert watch.lost(2) == ""
+    monkeypatch.setattr(heartbeat, "_watch", two[0])
+    assert heartbeat.lost(2) == ""
     two[1].own.code = 9
     time.sleep(0.1)
-    assert "rank 1 on " in watch.lost(2)
+    assert "rank 1 on " in heartbeat.lost(2)
 
 
 def test_a_process_that_stops_is_given_the_time_to_end(two, ended, monkeypatch):
     """The other has left, as it has nothing to close; this one may be sending a tracker's last files."""
     gone: list[int] = []
-    monkeypatch.setattr(watch.os, "_exit", gone.append)
-    monkeypatch.setattr(watch, "_watch", two[0])
-    with pytest.raises(stop.Stopped), watch.until_stopped():
-        raise stop.Stopped("a test")
-    two[1].own.code = stop.EXIT
+    monkeypatch.setattr(heartbeat.os, "_exit", gone.append)
+    monkeypatch.setattr(heartbeat, "_watch", two[0])
+    with pytest.raises(signals.Stopped), heartbeat.until_stopped():
+        raise signals.Stopped("a test")
+    two[1].own.code = signals.EXIT
     two[1].tell()
     beats = two[0].own.beats
     until(lambda: two[0].own.beats > beats + 4)
@@ -109,20 +112,22 @@ def test_a_process_that_stops_is_given_the_time_to_end(two, ended, monkeypatch):
 
 
 def test_one_process_has_none():
-    watch.at("anywhere")
-    with watch.waiting():
+    heartbeat.at("anywhere")
+    with heartbeat.waiting():
         pass
-    watch.leave(0)
-    assert watch.lost(1) == ""
+    heartbeat.leave(0)
+    assert heartbeat.lost(1) == ""
 
 
 def test_a_fault_that_the_first_process_tells_is_not_told_again(two, ended, monkeypatch):
-    """Also where the launcher's request to end came before this process asked; a first process that says nothing is not
-    waited for any longer."""
-    monkeypatch.setattr(watch, "_watch", two[1])
-    stop.ask("SIGTERM")
+    """Also where the launcher's request to end came before this process asked; a first process that says
+    nothing is not waited for any longer."""
+    monkeypatch.setattr(heartbeat, "_watch", two[1])
+    signals.ask("SIGTERM")
     clock = count()
-    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None))
+    monkeypatch.setattr(
+        cli, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None)
+    )
     assert not cli._spoken_for() and next(clock) > 15
     two[0].own.code = 2
     two[0].tell()

@@ -1,7 +1,9 @@
-"""Reference trajectories: what each method did on the tiny model, one file per method in trajectories/, committed.
+"""Reference trajectories: what each method did on the tiny model, one file per method in trajectories/,
+committed.
 
-`pytest tests/test_methods_contract.py -k reference_trajectory --rewrite-trajectories` writes them anew. On the kind of
-machine that wrote them all must be equal to the last bit; elsewhere, kernels round in another order, to a tolerance.
+`pytest tests/test_methods_contract.py -k reference_trajectory --rewrite-trajectories` writes them anew. On
+the kind of machine that wrote them all must be equal to the last bit; elsewhere, kernels round in another
+order, to a tolerance.
 """
 
 import hashlib
@@ -12,21 +14,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from codyra_llm.folder import RunFolder
+from codyra_llm.store.folder import RunFolder
 
 FOLDER = Path(__file__).parent / "trajectories"
 LOSS, NORM = 2e-3, 1e-2  # relative tolerances on another machine
 
 
 def machine() -> str:
-    """What may change the last bits: the processor, the instructions that torch uses there, and torch itself."""
+    """What may change the last bits: the processor, the instructions that torch uses there, and torch
+    itself.
+    """
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     name = names[0].partition(":")[2].strip() if names else "unknown"
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
 
 
 def trajectory(folder: RunFolder) -> dict:
-    """Losses of every step by task, all scores, a hash of the answers, and of every update its norm and a hash."""
+    """Losses of every step by task, all scores, a hash of the answers, and of every update its norm and a
+    hash.
+    """
     log = folder.path / "log.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     losses = {}
@@ -73,6 +79,8 @@ def compare(name: str, found: dict, rewrite: bool) -> None:
     assert found["losses"].keys() == expected["losses"].keys()
     for task, losses in expected["losses"].items():
         assert found["losses"][task] == pytest.approx(losses, rel=LOSS), task
-    norms, wanted = ({key: part["norm"] for key, part in side["updates"].items()} for side in (found, expected))
+    norms, wanted = (
+        {key: part["norm"] for key, part in side["updates"].items()} for side in (found, expected)
+    )
     assert norms == pytest.approx(wanted, rel=NORM)
     assert [row[:2] for row in found["scores"]] == [row[:2] for row in expected["scores"]]

@@ -1,4 +1,6 @@
-"""What `codyra-llm benchmark new` writes: a small benchmark of two synthetic tasks, to be replaced by one's own."""
+"""What `codyra-llm benchmark new` writes: a small benchmark of two synthetic tasks, to be replaced by one's
+own.
+"""
 
 import csv
 import json
@@ -6,33 +8,47 @@ import random
 import re
 from pathlib import Path
 
-from codyra_llm.benchmark import TRACE
-from codyra_llm.errors import Fault
-from codyra_llm.files import replacing, to_jsonl, write_text
+from codyra_llm.benchmarks.trace.mini.lexicon import ANIMALS, NAMES, NOUNS, OPPOSITES
 
-from ..trace.mini.lexicon import ANIMALS, NAMES, NOUNS, OPPOSITES  # words that the small model knows
+from codyra_llm.config.sections import TRACE
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.files import replacing, to_jsonl, write_text
 
 HERE = Path(__file__).parent
 TRAIN, TEST = 160, 40
 
 
 def start(folder: Path) -> None:
-    """Write benchmark.yaml, recipe.yaml and the data of both tasks. Equal names give equal bytes. Raises Fault where
-    `folder` exists."""
+    """Write benchmark.yaml, recipe.yaml and the data of both tasks. Equal names give equal bytes. Raises
+    Fault where `folder` exists."""
     if folder.exists():
         raise Fault(f"{folder} exists already; give a new name")
     place = f"./{folder}" if str(folder) == TRACE else str(folder)  # the bare name is that of the shipped one
-    words = {"FOLDER": json.dumps(place, ensure_ascii=False),
-             "RUN": json.dumps(f"runs/{folder.resolve().name}", ensure_ascii=False)}
-    recipe = re.sub("|".join(words), lambda found: words[found[0]], (HERE / "recipe.yaml").read_text(encoding="utf-8"))
-    letters = [(f"Sort the letter: animal or thing?\nLetter: {name} has a {word} {noun}.\nDesk:", "animal" if noun in ANIMALS
-                else "thing") for name, word, noun in _drawn("letters")]
-    replies = [(f"Say the opposite.\n{name}: The {noun} is {word}.\nReply:", f"The {noun} is {OPPOSITES[word]}.")
-               for name, word, noun in _drawn("replies")]
+    words = {
+        "FOLDER": json.dumps(place, ensure_ascii=False),
+        "RUN": json.dumps(f"runs/{folder.resolve().name}", ensure_ascii=False),
+    }
+    recipe = re.sub(
+        "|".join(words), lambda found: words[found[0]], (HERE / "recipe.yaml").read_text(encoding="utf-8")
+    )
+    letters = [
+        (
+            f"Sort the letter: animal or thing?\nLetter: {name} has a {word} {noun}.\nDesk:",
+            "animal" if noun in ANIMALS else "thing",
+        )
+        for name, word, noun in _drawn("letters")
+    ]
+    replies = [
+        (f"Say the opposite.\n{name}: The {noun} is {word}.\nReply:", f"The {noun} is {OPPOSITES[word]}.")
+        for name, word, noun in _drawn("replies")
+    ]
     with replacing(folder) as temporary:
         write_text(temporary / "benchmark.yaml", (HERE / "benchmark.yaml").read_text(encoding="utf-8"))
         write_text(temporary / "recipe.yaml", recipe)
-        write_text(temporary / "letters.jsonl", to_jsonl([{"letter": prompt, "desk": answer} for prompt, answer in letters]))
+        write_text(
+            temporary / "letters.jsonl",
+            to_jsonl([{"letter": prompt, "desk": answer} for prompt, answer in letters]),
+        )
         _write_csv(temporary / "replies" / "train.csv", replies[:TRAIN])
         _write_csv(temporary / "replies" / "test.csv", replies[TRAIN:])
 

@@ -1,1 +1,3 @@
-"""The TRACE benchmark: benchmark.yaml, which `codyra_llm.benchmark` reads; the metrics; mini-TRACE; results."""
+"""The TRACE benchmark: benchmark.yaml, which `codyra_llm.benchmark` reads; the metrics; mini-TRACE;
+results.
+"""

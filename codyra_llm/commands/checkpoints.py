@@ -7,21 +7,25 @@ from typing import Annotated
 
 import typer
 
-from .. import stop
-from ..errors import Fault, nearest
-from .common import LocalRank, Overrides, console
+from codyra_llm.commands.common import LocalRank, Overrides, console
+from codyra_llm.core.errors import Fault, nearest
+from codyra_llm.runtime import signals
 
 
-def score(task: str, file: Path,
-          benchmark: Annotated[str, typer.Option(help="whose task: trace, or a folder")] = "trace") -> None:
-    """Score predictions made anywhere: FILE is a JSON list of {"prompt", "prediction", "answer"}. Prints JSON.
+def score(
+    task: str,
+    file: Path,
+    benchmark: Annotated[str, typer.Option(help="whose task: trace, or a folder")] = "trace",
+) -> None:
+    """Score predictions made anywhere: FILE is a JSON list of {"prompt", "prediction", "answer"}. Prints
+    JSON.
 
     TASK is the name of a task of the benchmark; under trace any other name is scored by exact match.
     """
-    from .. import benchmark as benchmarks
-    from ..evaluate.scores import read_predictions, summarise
+    from codyra_llm.config.benchmark import load_benchmark
+    from codyra_llm.evaluate.statistics import read_predictions, summarise
 
-    known = benchmarks.load(benchmark)
+    known = load_benchmark(benchmark)
     if strangers := known.strangers([task], "TASK: {} is not a task of " + benchmark):
         raise Fault(*strangers)
     rows = read_predictions(file)
@@ -29,63 +33,119 @@ def score(task: str, file: Path,
     print(json.dumps({name: summarise(values) for name, values in scores.items()}, indent=1))
 
 
-def evaluate(checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT|RUN@TASK", help="a model folder, hub id or .gguf, a "
-                                                       "PEFT folder, or a run and the task after which (default: the last)")],
-             overrides: Overrides = None,
-             benchmark: Annotated[str | None, typer.Option(help="whose tasks and protocols: trace, or a folder; default: its "
-                                                           "run's, or trace")] = None,
-             data: Annotated[str | None, typer.Option(help="folder of <task>/test.json; default: its run's")] = None,
-             tasks: Annotated[str | None, typer.Option(help="e.g. FOMC,Py150; default: as its run did, or all")] = None,
-             general: Annotated[str | None, typer.Option(help="hub, mini or a folder of general-ability files")] = None,
-             general_tasks: Annotated[str | None, typer.Option(help="e.g. mmlu,piqa; default: all that are there")] = None,
-             base: Annotated[str | None, typer.Option(help="the base: a PEFT adapter is merged into it, and general ability "
-                                                      "is measured on it too, for ΔR; open-ended prompts need it")] = None,
-             out: Annotated[Path | None, typer.Option(help="default: evaluations/<checkpoint>")] = None,
-             local_rank: LocalRank = None) -> None:
-    """Score any checkpoint, without training. What a run made is scored as the run did, and equals its own rows.
+def evaluate(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT|RUN@TASK",
+            help="a model folder, hub id or .gguf, a "
+            "PEFT folder, or a run and the task after which (default: the last)",
+        ),
+    ],
+    overrides: Overrides = None,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(help="whose tasks and protocols: trace, or a folder; default: its run's, or trace"),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="folder of <task>/test.json; default: its run's")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="e.g. FOMC,Py150; default: as its run did, or all")
+    ] = None,
+    general: Annotated[
+        str | None, typer.Option(help="hub, mini or a folder of general-ability files")
+    ] = None,
+    general_tasks: Annotated[
+        str | None, typer.Option(help="e.g. mmlu,piqa; default: all that are there")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="the base: a PEFT adapter is merged into it, and general ability "
+            "is measured on it too, for ΔR; open-ended prompts need it"
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="default: evaluations/<checkpoint>")] = None,
+    local_rank: LocalRank = None,
+) -> None:
+    """Score any checkpoint, without training. What a run made is scored as the run did, and equals its own
+    rows.
 
-    The same command goes on where it stopped. Example: codyra-llm evaluate runs/x/checkpoint --general hub general.limit=100
+    The same command goes on where it stopped. Example: codyra-llm evaluate runs/x/checkpoint --general hub
+    general.limit=100
     """
-    from ..distributed import leave
-    from ..evaluation import Wanted
-    from ..evaluation import evaluate as score_checkpoint
+    from codyra_llm.checkpoints.evaluate import evaluate as score_checkpoint
+    from codyra_llm.checkpoints.source import Wanted
+    from codyra_llm.runtime.launch import leave
 
     if overrides and (stray := [item for item in overrides if "=" not in item]):
-        raise Fault(f"'{stray[0]}' is neither an option nor an override; write key=value, e.g. eval.max_examples=10")
-    stop.listen()
-    score_checkpoint(checkpoint, Wanted(data, tasks.split(",") if tasks else None, general,
-                                        general_tasks.split(",") if general_tasks else None, base, out, overrides or [],
-                                        benchmark))
+        raise Fault(
+            f"'{stray[0]}' is neither an option nor an override; write key=value, e.g. eval.max_examples=10"
+        )
+    signals.listen()
+    score_checkpoint(
+        checkpoint,
+        Wanted(
+            data,
+            tasks.split(",") if tasks else None,
+            general,
+            general_tasks.split(",") if general_tasks else None,
+            base,
+            out,
+            overrides or [],
+            benchmark,
+        ),
+    )
     leave()
 
 
-def generate(model: Annotated[str, typer.Argument(metavar="CHECKPOINT|RUN@TASK", help="a model folder, hub id or "
-                                                  ".gguf, or a run and the task after which ('base': before all)")],
-             prompt: Annotated[str | None, typer.Argument(help="default: read from standard input")] = None,
-             max_new_tokens: Annotated[int, typer.Option(min=1, max=1 << 20)] = 64) -> None:
-    """Answer a prompt with a checkpoint, or with any stage of a run. Example: codyra-llm generate runs/x@FOMC "2+2=" """
-    from ..serve import answer
+def generate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT|RUN@TASK",
+            help="a model folder, hub id or .gguf, or a run and the task after which ('base': before all)",
+        ),
+    ],
+    prompt: Annotated[str | None, typer.Argument(help="default: read from standard input")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=1 << 20)] = 64,
+) -> None:
+    """Answer a prompt with a checkpoint, or with any stage of a run. Example: codyra-llm generate runs/x@FOMC
+    "2+2="
+    """
+    from codyra_llm.checkpoints.generate import answer
 
     print(answer(model, sys.stdin.read() if prompt is None else prompt, max_new_tokens))
 
 
-def export(folder: Annotated[Path, typer.Argument(metavar="RUN")], out: Path,
-           after: Annotated[str | None, typer.Option(help="task after which; default: the last")] = None,
-           without: Annotated[str | None, typer.Option(help="leave this task's update out")] = None,
-           format: Annotated[str, typer.Option(help="merged: a plain model; peft: an adapter on the base; stage: the part "
-                                               "of the run folder that answers, for methods that don't merge")] = "merged",
-           push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="upload it to this hub repository")] = None,
-           public: Annotated[bool, typer.Option("--public", help="for everybody to see; default: private")] = False) -> None:
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="RUN")],
+    out: Path,
+    after: Annotated[str | None, typer.Option(help="task after which; default: the last")] = None,
+    without: Annotated[str | None, typer.Option(help="leave this task's update out")] = None,
+    format: Annotated[
+        str,
+        typer.Option(
+            help="merged: a plain model; peft: an adapter on the base; stage: the part "
+            "of the run folder that answers, for methods that don't merge"
+        ),
+    ] = "merged",
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="upload it to this hub repository")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="for everybody to see; default: private")] = False,
+) -> None:
     """Write the model as it was after any task of a run, rebuilt from the base and the archived updates."""
-    from .. import card
-    from .. import push as hub
-    from ..export import write_merged, write_peft, write_stage
-    from ..folder import RunFolder
-    from ..setup import prepare
+    from codyra_llm.checkpoints import push as hub
+    from codyra_llm.experiment.export import write_merged, write_peft, write_stage
+    from codyra_llm.experiment.setup import prepare
+    from codyra_llm.report import card
+    from codyra_llm.store.folder import RunFolder
 
     writers = {"merged": write_merged, "peft": write_peft, "stage": None}
     if format not in writers:
-        raise Fault(f"--format: '{format}' is not a format; choose merged, peft or stage.{nearest(format, writers)}")
+        raise Fault(
+            f"--format: '{format}' is not a format; choose merged, peft or stage.{nearest(format, writers)}"
+        )
     if out.exists():
         raise Fault(f"{out} exists already; give a new name")
     if push:
@@ -97,39 +157,75 @@ def export(folder: Annotated[Path, typer.Argument(metavar="RUN")], out: Path,
     last = archive.index(after) if after else len(archive.files) - 1
     if format == "stage":
         if without:
-            raise Fault("--without: a stage holds all tasks up to --after; leave --without out, or use --format merged")
-        write_stage(opened, last, out, card.render(setup, opened, last, None, format))
+            raise Fault(
+                "--without: a stage holds all tasks up to --after; leave --without out, or use --format "
+                "merged"
+            )
+        write_stage(opened, last, out, card.render(setup.base, opened, last, None, format))
     else:
         left = archive.index(without) if without else None
-        writers[format](setup, archive, last, left, out, card.render(setup, opened, last, left, format))
-    console.print(f"{format} model after {after or archive.tasks[last]}"
-                  + (f" without {without}" if without else "") + f": {out}")
+        writers[format](setup, archive, last, left, out, card.render(setup.base, opened, last, left, format))
+    console.print(
+        f"{format} model after {after or archive.tasks[last]}"
+        + (f" without {without}" if without else "")
+        + f": {out}"
+    )
     if push:
         console.print(f"pushed: {hub.push(out, push, public)}")
 
 
-def bench(level: Annotated[str, typer.Argument(help="linear, block (a decoder layer), head (with its loss), step (of "
-                                               "training) or eval (generation)")],
-          device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one")] = None,
-          dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: bfloat16 on a GPU")] = None,
-          shape: Annotated[str | None, typer.Option(help="numbers, e.g. N,in,out,r of linear")] = None,
-          rounds: Annotated[int | None, typer.Option(min=1, help="times that every arm is run")] = None,
-          arms: Annotated[str | None, typer.Option(help="names, e.g. peft,ours; default: all")] = None,
-          model: Annotated[str | None, typer.Option(help="block: whose shapes; step, eval: the model, default mini")] = None,
-          data: Annotated[str, typer.Option(help="step, eval: TRACE folder, or mini")] = "mini",
-          tasks: Annotated[str | None, typer.Option(help="step, eval: names; default: all of TRACE's that DATA holds")] = None,
-          batch: Annotated[int, typer.Option(min=1, help="step: examples of a global batch")] = 8,
-          examples: Annotated[int, typer.Option(min=1, help="step, eval: first examples of each task")] = 8,
-          tokens: Annotated[int | None, typer.Option(min=16, help="step: padded tokens at once; eval: longest "
-                                                           "prompt, default 256")] = None,
-          as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
-    """Time training against PEFT and a floor, each arm first checked against float64: speed, peak memory, saved bytes;
-    and generation against one prompt at a time.
+def bench(
+    level: Annotated[
+        str,
+        typer.Argument(
+            help="linear, block (a decoder layer), head (with its loss), step (of "
+            "training) or eval (generation)"
+        ),
+    ],
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, ...; default: bfloat16 on a GPU")
+    ] = None,
+    shape: Annotated[str | None, typer.Option(help="numbers, e.g. N,in,out,r of linear")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="times that every arm is run")] = None,
+    arms: Annotated[str | None, typer.Option(help="names, e.g. peft,ours; default: all")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="block: whose shapes; step, eval: the model, default mini")
+    ] = None,
+    data: Annotated[str, typer.Option(help="step, eval: TRACE folder, or mini")] = "mini",
+    tasks: Annotated[
+        str | None, typer.Option(help="step, eval: names; default: all of TRACE's that DATA holds")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="step: examples of a global batch")] = 8,
+    examples: Annotated[int, typer.Option(min=1, help="step, eval: first examples of each task")] = 8,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=16, help="step: padded tokens at once; eval: longest prompt, default 256"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Time training against PEFT and a floor, each arm first checked against float64: speed, peak memory,
+    saved bytes; and generation against one prompt at a time.
 
-    Example: codyra-llm bench step --model models/smollm2-135m --data data/LLM-CL-Benchmark_500 --arms peft,ours
+    Example: codyra-llm bench step --model models/smollm2-135m --data data/LLM-CL-Benchmark_500 --arms
+    peft,ours
     """
-    from ..benchmarks.speed import measured, options, show
+    from codyra_llm.bench import measured, options, show
 
-    result = measured(level, options(device, dtype, shape, arms, tasks, rounds=rounds, model=model, data=data, batch=batch,
-                                     examples=examples, tokens=tokens))
+    result = measured(
+        level,
+        options(
+            device,
+            dtype,
+            shape,
+            arms,
+            tasks,
+            rounds=rounds,
+            model=model,
+            data=data,
+            batch=batch,
+            examples=examples,
+            tokens=tokens,
+        ),
+    )
     print(json.dumps(result, indent=1)) if as_json else show(result, console)

@@ -8,11 +8,29 @@ from rich.console import Console
 
 console = Console()
 
-RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe file, or the name of a shipped one")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings over the recipe's, "
-                                                       "e.g. method=seqlora optim.lr=1e-4 data.epochs=2")]
-LocalRank = Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)]  # added by launchers
+RecipeArg = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="a recipe file, or the name of a shipped one")
+]
 
-DeepSpeedConfig = Annotated[Path | None, typer.Option("--deepspeed_config", "--deepspeed-config", metavar="FILE.json", help=
-                            "ZeRO under `deepspeed` or torchrun, which run as DDP without it; `accelerate launch` has "
-                            "configs of its own")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="settings over the recipe's, e.g. method=seqlora optim.lr=1e-4 data.epochs=2",
+    ),
+]
+
+LocalRank = Annotated[
+    int | None, typer.Option("--local_rank", "--local-rank", hidden=True)
+]  # added by launchers
+
+DeepSpeedConfig = Annotated[
+    Path | None,
+    typer.Option(
+        "--deepspeed_config",
+        "--deepspeed-config",
+        metavar="FILE.json",
+        help="ZeRO under `deepspeed` or torchrun, which run as DDP without it; `accelerate launch` has "
+        "configs of its own",
+    ),
+]

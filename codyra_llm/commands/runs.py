@@ -6,43 +6,61 @@ from typing import Annotated
 
 import typer
 
-from .. import stop
-from ..errors import Fault
-from .common import DeepSpeedConfig, LocalRank, Overrides, RecipeArg, console
+from codyra_llm.commands.common import DeepSpeedConfig, LocalRank, Overrides, RecipeArg, console
+from codyra_llm.core.errors import Fault
+from codyra_llm.runtime import signals
 
 
-def run(recipe: RecipeArg, overrides: Overrides = None, local_rank: LocalRank = None,
-        deepspeed_config: DeepSpeedConfig = None) -> None:
+def run(
+    recipe: RecipeArg,
+    overrides: Overrides = None,
+    local_rank: LocalRank = None,
+    deepspeed_config: DeepSpeedConfig = None,
+) -> None:
     """Run a recipe: the whole stream, evaluation and the final checkpoint.
 
-    The same command goes on where a run stopped; a finished run whose recipe gains a task at the end goes on with it.
+    The same command goes on where a run stopped; a finished run whose recipe gains a task at the end goes on
+    with it.
     Example: codyra-llm run recipes/quickstart.yaml method.rank=8 output=runs/rank8
     """
-    from .. import recipe as recipes
-    from ..distributed import ask_deepspeed, leave
-    from ..run import run as run_recipe
+    from codyra_llm.config.recipe import load_recipe
+    from codyra_llm.experiment.run import run as run_recipe
+    from codyra_llm.runtime.launch import ask_deepspeed, leave
 
     if deepspeed_config:
         ask_deepspeed(deepspeed_config)
-    stop.listen()
-    run_recipe(recipes.load(recipe, overrides or []))
+    signals.listen()
+    run_recipe(load_recipe(recipe, overrides or []))
     leave()
 
 
 def plan(recipe: RecipeArg, overrides: Overrides = None) -> None:
-    """Resolve and check a recipe without training: tasks, steps, tokens, an example, memory, disk, and every fault."""
-    from .. import recipe as recipes
-    from ..plan import plan as show
+    """Resolve and check a recipe without training: tasks, steps, tokens, an example, memory, disk, and every
+    fault.
+    """
+    from codyra_llm.config.recipe import load_recipe
+    from codyra_llm.experiment.plan import plan as show
 
-    show(recipes.load(recipe, overrides or []), console)
+    show(load_recipe(recipe, overrides or []), console)
 
 
-def sweep(file: Annotated[Path, typer.Argument(metavar="SWEEP", help="a YAML file: recipe, output, set, arms, grid, tune")],
-          overrides: Overrides = None,
-          jobs: Annotated[int | None, typer.Option(min=1, help="runs at the same time; default: one per GPU, or 1")] = None,
-          launcher: Annotated[str | None, typer.Option(help="start each run with this, one after the other, e.g. "
-                                                       "'accelerate launch --config_file zero2.yaml'")] = None,
-          report: Annotated[bool, typer.Option("--report", help="run nothing, compare what is finished")] = False) -> None:
+def sweep(
+    file: Annotated[
+        Path, typer.Argument(metavar="SWEEP", help="a YAML file: recipe, output, set, arms, grid, tune")
+    ],
+    overrides: Overrides = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="runs at the same time; default: one per GPU, or 1")
+    ] = None,
+    launcher: Annotated[
+        str | None,
+        typer.Option(
+            help="start each run with this, one after the other, e.g. "
+            "'accelerate launch --config_file zero2.yaml'"
+        ),
+    ] = None,
+    report: Annotated[bool, typer.Option("--report", help="run nothing, compare what is finished")] = False,
+) -> None:
     """Compare methods, or any settings: every arm at every point of a grid, resumable, with intervals.
 
     \b
@@ -62,47 +80,56 @@ def sweep(file: Annotated[Path, typer.Argument(metavar="SWEEP", help="a YAML fil
     Whatever layer names a method, it starts its section afresh, and every layer's method.KEY is set over it.
     The comparison is in <output>/sweep.md and sweep.json, anew after every run.
     """
-    from .. import compare, execute
-    from .. import sweep as sweeps
-    from ..files import write_json, write_text
+    from codyra_llm.core.files import write_json, write_text
+    from codyra_llm.sweep import comparison, runner
+    from codyra_llm.sweep.spec import load_sweep
 
-    asked = sweeps.load(file, overrides or [])
-    stop.listen()
+    asked = load_sweep(file, overrides or [])
+    signals.listen()
 
     def write() -> dict:
-        found = compare.compare(asked)
+        found = comparison.compare(asked)
         write_json(asked.output / "sweep.json", found)
-        write_text(asked.output / "sweep.md", compare.render(found, file.stem))
+        write_text(asked.output / "sweep.md", comparison.render(found, file.stem))
         return found
 
     try:
         if not report:
-            execute.execute(asked, jobs, launcher, write)
+            runner.execute(asked, jobs, launcher, write)
     finally:
         if report or asked.output.is_dir():  # a sweep that was refused has none
-            console.print(compare.table(write()))
+            console.print(comparison.table(write()))
             console.print(f"comparison: {asked.output / 'sweep.md'}")
 
 
-def report(folders: Annotated[list[Path], typer.Argument(metavar="RUN...")],
-           out: Annotated[Path | None, typer.Option(help="file to write: .html, a page; .csv or .md, its tables")] = None,
-           examples: Annotated[bool, typer.Option(help="show test examples that were forgotten")] = True,
-           paper: Annotated[bool, typer.Option("--paper", help="beside the published TRACE tables, with caveats")] = False,
-           ) -> None:
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...")],
+    out: Annotated[
+        Path | None, typer.Option(help="file to write: .html, a page; .csv or .md, its tables")
+    ] = None,
+    examples: Annotated[bool, typer.Option(help="show test examples that were forgotten")] = True,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="beside the published TRACE tables, with caveats")
+    ] = False,
+) -> None:
     """Report on a run, or on several together; needs no model.
 
-    Without --out: print the run's scores and rewrite its report.md and report.html; of a finished run summary.json too.
+    Without --out: print the run's scores and rewrite its report.md and report.html; of a finished run
+    summary.json too.
     Example: codyra-llm report runs/* --out report.html
     """
-    from ..folder import RunFolder
-    from ..report import page, published
-    from ..report.grid import markdown
-    from ..report.one import summarised
-    from ..report.tables import render, table
+    from codyra_llm.report import published
+    from codyra_llm.report.grid import markdown
+    from codyra_llm.report.html import page
+    from codyra_llm.report.summary import summarised
+    from codyra_llm.report.text import render, table
+    from codyra_llm.store.folder import RunFolder
 
     opened = [RunFolder(path) for path in {path.resolve(): path for path in folders}.values()]
     if out is None and len(opened) > 1:
-        raise Fault("--out: several runs have no folder in common; name the file to write, e.g. --out report.html")
+        raise Fault(
+            "--out: several runs have no folder in common; name the file to write, e.g. --out report.html"
+        )
     if out is None:
         summary = summarised(opened[0])
         beside = f"\n{markdown(published.beside(opened))}" if paper else ""
@@ -115,18 +142,23 @@ def report(folders: Annotated[list[Path], typer.Argument(metavar="RUN...")],
     console.print(f"report: {target}")
 
 
-def status(folder: Annotated[Path, typer.Argument(metavar="RUN")],
-           as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="RUN")],
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
     """Say where a running, finished or dead run stands, and what its command would go on with. Reads only."""
-    from ..status import look, show
+    from codyra_llm.report.status import look, show
 
     found = look(folder)
     print(json.dumps(found, ensure_ascii=False, indent=1)) if as_json else show(found, console)
 
 
 def methods(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
-    """List the methods: what each trains and needs, whether it merges into the base, and how it can be launched."""
-    from ..methods import METHODS, table
+    """List the methods: what each trains and needs, whether it merges into the base, and how it can be
+    launched.
+    """
+    from codyra_llm.config.registry import METHODS
+    from codyra_llm.report.text import methods_table as table
 
     if as_json:
         print(json.dumps([method.declared() for method in METHODS.values()], indent=1))

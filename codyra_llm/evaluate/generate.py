@@ -1,8 +1,9 @@
-"""Greedy generation in torch: batched by length, finished rows leave, a shared prefix is encoded once, sharded."""
+"""Greedy generation in torch: batched by length, finished rows leave, a shared prefix is encoded once,
+sharded.
+"""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -11,21 +12,23 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from .. import live, stop, watch
-from ..data import Encoder
-from ..folder import RunFolder
-from ..methods.base import Condition
-from ..setup import Setup
+from codyra_llm.data.encoding import Encoder
+from codyra_llm.methods.base import Condition
+from codyra_llm.runtime import display, heartbeat, signals
 
 LEAST_SHARED = 16  # tokens; a shorter prefix does not pay a forward pass of its own
-CPU, GPU = (4096, 16), (131072, 1024)  # tokens and `step` of `batches`; the CPU's are measured, the GPU's estimated
+
+CPU, GPU = (
+    (4096, 16),
+    (131072, 1024),
+)  # tokens and `step` of `batches`; the CPU's are measured, the GPU's estimated
 
 
 def batches(lengths: Sequence[int], new: int, tokens: int, step: int) -> Iterator[list[int]]:
     """Positions in batches of like length, longest first, each at most `tokens` tokens with its `new` ones.
 
-    `step` says how many prompt tokens cost as much as one decoding step: where the pads of a batch would cost more
-    than the `new` steps of another batch, it ends.
+    `step` says how many prompt tokens cost as much as one decoding step: where the pads of a batch would cost
+    more than the `new` steps of another batch, it ends.
     """
     current: list[int] = []
     pads = 0
@@ -41,10 +44,11 @@ def batches(lengths: Sequence[int], new: int, tokens: int, step: int) -> Iterato
 
 
 def shared_prefix(prompts: Sequence[list[int]], new: int, windows: Sequence[int]) -> int:
-    """How many first tokens of all `prompts` to encode once; 0 where it saves less than an eighth of the tokens.
+    """How many first tokens of all `prompts` to encode once; 0 where it saves less than an eighth of the
+    tokens.
 
-    The pads of shorter prompts then lie between prefix and rest. A sliding window counts them, so with `windows` (of
-    the sliding layers, in tokens) nothing is shared unless prompt and answer fit into each.
+    The pads of shorter prompts then lie between prefix and rest. A sliding window counts them, so with
+    `windows` (of the sliding layers, in tokens) nothing is shared unless prompt and answer fit into each.
     """
     lengths = [len(p) for p in prompts]
     shared = min(len(os.path.commonprefix(prompts)), min(lengths) - 1)
@@ -53,35 +57,53 @@ def shared_prefix(prompts: Sequence[list[int]], new: int, windows: Sequence[int]
 
 
 @torch.no_grad()
-def generate_ids(model: PreTrainedModel, prompts: Sequence[list[int]], new: int, eos: int,
-                 condition: Condition | None = None, stop: Callable[[list[int]], bool] | None = None) -> list[list[int]]:
-    """Greedy continuations of one batch of prompts, each of at most `new` tokens, up to and with EOS or where `stop` of
-    the tokens so far says so.
+def generate_ids(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    new: int,
+    eos: int,
+    condition: Condition | None = None,
+    stop: Callable[[list[int]], bool] | None = None,
+) -> list[list[int]]:
+    """Greedy continuations of one batch of prompts, each of at most `new` tokens, up to and with EOS or where
+    `stop` of the tokens so far says so.
 
-    A row of the cache holds [shared prefix | pads | own tokens], or [pads | a method's prefix | own tokens]; pads are
-    masked and positions count tokens alone. Rows that are done leave when they are a quarter of the batch, since leaving
-    copies the cache of those that stay.
+    A row of the cache holds [shared prefix | pads | own tokens], or [pads | a method's prefix | own tokens];
+    pads are masked and positions count tokens alone. Rows that are done leave when they are a quarter of the
+    batch, since leaving copies the cache of those that stay.
     """
     cache = DynamicCache(config=model.config)
     width = max(map(len, prompts))
     windows = [layer.sliding_window for layer in cache.layers if layer.is_sliding]
-    shared = 0 if condition else shared_prefix(prompts, new, windows)  # a condition may differ from row to row
+    shared = (
+        0 if condition else shared_prefix(prompts, new, windows)
+    )  # a condition may differ from row to row
     tensor = partial(torch.tensor, device=model.device)
     if shared:
-        model(input_ids=tensor([prompts[0][:shared]]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(
+            input_ids=tensor([prompts[0][:shared]]), past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
         cache.batch_repeat_interleave(len(prompts))
     ids = tensor([[0] * (width - len(p)) + p[shared:] for p in prompts])
     front = 0 if condition is None or condition.prefix is None else condition.prefix.shape[1]
     mask = tensor([[1] * shared + [0] * (width - len(p)) + [1] * (front + len(p) - shared) for p in prompts])
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
-    given = {"inputs_embeds": prefixed(model, ids, prompts, condition.prefix)} if front else {"input_ids": ids}
+    given = (
+        {"inputs_embeds": prefixed(model, ids, prompts, condition.prefix)} if front else {"input_ids": ids}
+    )
     rows, out, done = list(range(len(prompts))), [[] for _ in prompts], set()
     for _ in range(new):
         padded = any(len(prompts[row]) < width for row in rows)
-        logits = model(**given, attention_mask=mask if padded else None, position_ids=positions,
-                       past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(
+            **given,
+            attention_mask=mask if padded else None,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
         ids = logits[:, -1].argmax(-1, keepdim=True)
-        for row, token in zip(rows, ids[:, 0].tolist()):
+        for row, token in zip(rows, ids[:, 0].tolist(), strict=True):
             if row not in done:
                 out[row].append(token)
                 if token == eos or (stop and stop(out[row])):
@@ -104,11 +126,23 @@ def prefixed(model: PreTrainedModel, ids: Tensor, prompts: Sequence[list[int]], 
     """Embeddings of left-padded ids [B, T] with `prefix` [B, P, h] between pads and prompt: [B, P + T, h]."""
     embedded = model.get_input_embeddings()(ids)
     starts = [ids.shape[1] - len(p) for p in prompts]
-    return torch.stack([torch.cat([row[:n], own.to(row.dtype), row[n:]]) for row, own, n in zip(embedded, prefix, starts)])
+    return torch.stack(
+        [
+            torch.cat([row[:n], own.to(row.dtype), row[n:]])
+            for row, own, n in zip(embedded, prefix, starts, strict=True)
+        ]
+    )
 
 
-def answers(acc: Accelerator, model: PreTrainedModel, encoder: Encoder, texts: Sequence[str], new: int,
-            tokens: int | None = None, conditions: Callable[[list[list[int]]], Condition] | None = None) -> list[str]:
+def answers(
+    acc: Accelerator,
+    model: PreTrainedModel,
+    encoder: Encoder,
+    texts: Sequence[str],
+    new: int,
+    tokens: int | None = None,
+    conditions: Callable[[list[list[int]]], Condition] | None = None,
+) -> list[str]:
     """The model's answers to prompts, at most `new` tokens each, the same list on every rank.
 
     `conditions` makes what a batch of prompts needs beside the model. Each distinct prompt is answered
@@ -119,30 +153,19 @@ def answers(acc: Accelerator, model: PreTrainedModel, encoder: Encoder, texts: S
     prompts = [encoder.prompt(text)[0] for text in distinct]
     own: list[tuple[int, str]] = []
     answered = 0
-    live.count(0, len(prompts))
+    display.count(0, len(prompts))
     for number, chosen in enumerate(batches([len(p) for p in prompts], new, tokens or budget, step)):
         if number % acc.num_processes == acc.process_index:
-            stop.check()
-            watch.at(f"batch {number + 1} of answers")
+            signals.check()
+            heartbeat.at(f"batch {number + 1} of answers")
             batch = [prompts[i] for i in chosen]
-            ids = generate_ids(model, batch, new, encoder.tokenizer.eos_token_id, conditions and conditions(batch))
-            own += zip(chosen, encoder.tokenizer.batch_decode(ids, skip_special_tokens=True))
+            ids = generate_ids(
+                model, batch, new, encoder.tokenizer.eos_token_id, conditions and conditions(batch)
+            )
+            own += zip(chosen, encoder.tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True)
         answered += len(chosen)
-        live.count(answered, len(prompts))
-    with watch.waiting():
+        display.count(answered, len(prompts))
+    with heartbeat.waiting():
         found = dict(gather_object(own))
     by_text = {text: found[i] for i, text in enumerate(distinct)}
     return [by_text[text] for text in texts]
-
-
-@contextmanager
-def answering(acc: Accelerator, setup: Setup, folder: RunFolder, after: int) -> Iterator[Callable]:
-    """`answers(texts, new, task)` by the model after task `after`; `task` is the number of the texts' task, or None."""
-    model, conditions = setup.stage(folder, after, acc.device)
-
-    def ask(texts: Sequence[str], new: int, task: int | None) -> list[str]:
-        return answers(acc, model, setup.encoder, texts, new, setup.recipe.eval.batch_tokens,
-                       conditions and partial(conditions, task=task))
-
-    yield ask
-    model = conditions = None  # whoever holds `ask` would hold them beside the next model

@@ -1,8 +1,9 @@
-"""General ability: lm-evaluation-harness on a model in memory, its requests cut by tokens and dealt to the ranks.
+"""General ability: lm-evaluation-harness on a model in memory, its requests cut by tokens and dealt to the
+ranks.
 
-Tokenisation, prompts, filters and scores are the harness's; how the model is called is ours: the head runs where a
-continuation is predicted and nowhere else, answers that are done leave their batch, and methods that don't merge get
-their condition.
+Tokenisation, prompts, filters and scores are the harness's; how the model is called is ours: the head runs
+where a continuation is predicted and nowhere else, answers that are done leave their batch, and methods that
+don't merge get their condition.
 """
 
 import logging
@@ -31,33 +32,47 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import live, stop, watch
-from ..errors import Fault
-from ..methods.base import Condition
-from ..models import DATE
-from .generate import CPU, GPU, batches, generate_ids, prefixed
-from .suite import Ability, drawn
+from codyra_llm.core.errors import Fault
+from codyra_llm.evaluate.generate import CPU, GPU, batches, generate_ids, prefixed
+from codyra_llm.evaluate.suite import Ability, drawn
+from codyra_llm.methods.base import Condition
+from codyra_llm.models.tokenizer import DATE
+from codyra_llm.runtime import display, heartbeat, signals
 
 if TYPE_CHECKING:
-    from ..recipe import GeneralSection
+    from codyra_llm.config.sections import GeneralSection
+
 
 MOST_LOGITS = 2**26  # of one forward pass
 STOP_TOKENS = 16  # the last tokens of an answer in which a stop sequence is looked for
 HEADLINES = {"tydiqa_goldp": "f1"}  # TRACE's; of other tasks the harness's first metric
 NORMAL = 1.96  # standard errors in half of a 95 % interval
+
+
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant here: a model in memory
+
+
 Conditions = Callable[[list[list[int]]], Condition]
 
 
 class Live(HFLM):
-    """A model in memory as the harness's interface; every rank gets all requests, answers its share and all answers.
+    """A model in memory as the harness's interface; every rank gets all requests, answers its share and all
+    answers.
 
     tokens: of one forward pass, prompt and answer, or None for the device's default.
     """
 
-    def __init__(self, acc: Accelerator, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-                 tokens: int | None = None, conditions: Conditions | None = None):
-        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", chat_template_args={"date_string": DATE})
+    def __init__(
+        self,
+        acc: Accelerator,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        tokens: int | None = None,
+        conditions: Conditions | None = None,
+    ):
+        super().__init__(
+            pretrained=model, tokenizer=tokenizer, backend="causal", chat_template_args={"date_string": DATE}
+        )
         budget, self.step = GPU if acc.device.type == "cuda" else CPU
         self.acc, self.tokens, self.conditions = acc, tokens or budget, conditions
 
@@ -65,34 +80,53 @@ class Live(HFLM):
         return super().loglikelihood(requests, disable_tqdm=True)
 
     @torch.no_grad()
-    def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = True,
-                              override_bs: int | None = None) -> list[tuple[float, bool]]:
-        """Per (_, context, continuation): Σ log p of the continuation's tokens, and whether each is the likeliest.
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = True,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """Per (_, context, continuation): Σ log p of the continuation's tokens, and whether each is the
+        likeliest.
 
         Requests whose tokens but the last are the same (the letters A to D) share a forward pass.
         """
         sharing: dict[tuple[int, ...], list[int]] = {}
         for i, (_, context, continuation) in enumerate(requests):
-            sharing.setdefault(tuple((context + continuation)[-self.max_length - 1:-1]), []).append(i)
+            sharing.setdefault(tuple((context + continuation)[-self.max_length - 1 : -1]), []).append(i)
         rows = list(sharing)
         longest = max(len(requests[i][2]) for i in range(len(requests)))
         most = max(1, MOST_LOGITS // (longest * self.model.config.vocab_size))
         found = []
         for chosen in self._own(list(map(len, rows)), 1, 1 if self.conditions else most):
-            logits = self._last_logits([list(rows[r]) for r in chosen], requests[sharing[rows[chosen[0]]][0]][1], longest)
-            for r, own in zip(chosen, logits):
+            logits = self._last_logits(
+                [list(rows[r]) for r in chosen], requests[sharing[rows[chosen[0]]][0]][1], longest
+            )
+            for r, own in zip(chosen, logits, strict=True):
                 logs = own.float().log_softmax(-1)
                 for i in sharing[rows[r]]:
                     target = torch.tensor(requests[i][2], device=logs.device)
-                    last = logs[-len(target):]
-                    found.append((i, (last.gather(1, target[:, None]).sum().item(),
-                                      bool((last.argmax(-1) == target).all()))))
+                    last = logs[-len(target) :]
+                    found.append(
+                        (
+                            i,
+                            (
+                                last.gather(1, target[:, None]).sum().item(),
+                                bool((last.argmax(-1) == target).all()),
+                            ),
+                        )
+                    )
         return self._gathered(found, len(requests))
 
     def _last_logits(self, rows: list[list[int]], context: list[int], keep: int) -> Tensor:
-        """Logits [B, keep, V] at the last positions of `rows`. `context`: what a condition sees of a single row."""
+        """Logits [B, keep, V] at the last positions of `rows`. `context`: what a condition sees of a single
+        row.
+        """
         width = max(map(len, rows))
-        tensor = lambda value: torch.tensor(value, device=self.device)  # noqa: E731
+
+        def tensor(value):
+            return torch.tensor(value, device=self.device)
+
         ids = tensor([[0] * (width - len(row)) + row for row in rows])
         given: dict[str, Any] = {"input_ids": ids}
         if any(len(row) < width for row in rows):
@@ -109,54 +143,74 @@ class Live(HFLM):
         for i, request in enumerate(requests):
             wanted = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
             if wanted["do_sample"]:
-                raise Fault(f"general.tasks: '{request.task_name}' samples its answers, and only greedy tasks are "
-                            f"measured; leave it out")
+                raise Fault(
+                    f"general.tasks: '{request.task_name}' samples its answers, and only greedy tasks are "
+                    f"measured; leave it out"
+                )
             until = handle_stop_sequences(wanted["until"], self.tok_decode(eos, skip_special_tokens=False))
             kinds.setdefault((wanted["max_gen_toks"], tuple(until)), []).append(i)
         found = []
         for (new, until), members in kinds.items():
             if new >= self.max_length:
-                raise Fault(f"general.tasks: '{requests[members[0]].task_name}' answers with up to {new} tokens, and the "
-                            f"model takes {self.max_length} in all; leave it out")
-            prompts = [self.tok_encode(requests[i].args[0], left_truncate_len=self.max_length - new) for i in members]
+                raise Fault(
+                    f"general.tasks: '{requests[members[0]].task_name}' answers with up to {new} tokens, and "
+                    f"the model takes {self.max_length} in all; leave it out"
+                )
+            prompts = [
+                self.tok_encode(requests[i].args[0], left_truncate_len=self.max_length - new) for i in members
+            ]
             for chosen in self._own(list(map(len, prompts)), new):
                 batch = [prompts[n] for n in chosen]
-                answers = generate_ids(self.model, batch, new, eos, self.conditions and self.conditions(batch),
-                                       self._stops(until))
-                found += [(members[n], postprocess_generated_text(self.tok_decode(ids), list(until), None))
-                          for n, ids in zip(chosen, answers)]
+                answers = generate_ids(
+                    self.model,
+                    batch,
+                    new,
+                    eos,
+                    self.conditions and self.conditions(batch),
+                    self._stops(until),
+                )
+                found += [
+                    (members[n], postprocess_generated_text(self.tok_decode(ids), list(until), None))
+                    for n, ids in zip(chosen, answers, strict=True)
+                ]
         return self._gathered(found, len(requests))
 
     def _stops(self, until: Sequence[str]) -> Callable[[list[int]], bool]:
-        """Whether an answer is done: by a further EOS of the model (a chat model's end of turn) or a stop sequence."""
+        """Whether an answer is done: by a further EOS of the model (a chat model's end of turn) or a stop
+        sequence.
+        """
         ends = self.model.generation_config.eos_token_id
         ends = set(ends) if isinstance(ends, list) else {ends}
-        return lambda ids: ids[-1] in ends or any(
-            text in self.tok_decode(ids[-STOP_TOKENS:], skip_special_tokens=False) for text in until)
+        return lambda ids: (
+            ids[-1] in ends
+            or any(text in self.tok_decode(ids[-STOP_TOKENS:], skip_special_tokens=False) for text in until)
+        )
 
     def _own(self, lengths: list[int], new: int, most: int | None = None) -> Iterator[list[int]]:
         """This rank's batches, each of at most `most` rows."""
         number = answered = 0
-        live.count(0, len(lengths))
+        display.count(0, len(lengths))
         for chosen in batches(lengths, new, self.tokens, self.step):
             for start in range(0, len(chosen), most or len(chosen)):
                 if number % self.acc.num_processes == self.acc.process_index:
-                    stop.check()
-                    watch.at(f"batch {number + 1} of general ability")
-                    yield chosen[start: start + (most or len(chosen))]
+                    signals.check()
+                    heartbeat.at(f"batch {number + 1} of general ability")
+                    yield chosen[start : start + (most or len(chosen))]
                 number += 1
             answered += len(chosen)
-            live.count(answered, len(lengths))
+            display.count(answered, len(lengths))
 
     def _gathered(self, found: list[tuple[int, Any]], count: int) -> list[Any]:
-        with watch.waiting():
+        with heartbeat.waiting():
             by_number = dict(gather_object(found))
         return [by_number[i] for i in range(count)]
 
 
 @dataclass
 class Measured:
-    """One task: its row of scores.jsonl but for where in the run it stands, its predictions, the harness's results."""
+    """One task: its row of scores.jsonl but for where in the run it stands, its predictions, the harness's
+    results.
+    """
 
     row: dict
     predictions: list[dict]
@@ -166,12 +220,15 @@ class Measured:
 def measure(lm: Live, ability: Ability, section: "GeneralSection", chat: bool) -> Measured:
     """Measure one task or group; every rank makes the same of all answers."""
     name, tasks = ability.name, ability.tasks
-    samples = drawn(name, {part: len(task.eval_docs) for part, task in tasks.items()}, section.limit, section.seed)
+    samples = drawn(
+        name, {part: len(task.eval_docs) for part, task in tasks.items()}, section.limit, section.seed
+    )
     random.seed(section.seed)  # IFEval's checks draw what a prompt leaves open
     for task in tasks.values():
         task.set_config("num_fewshot", task.config.num_fewshot or 0)
         task.set_fewshot_seed(section.seed)
-    # The lower of the harness's two entries: the other one seeds every generator of the process at every call.
+    # The lower of the harness's two entries: the other one seeds every generator of the process at every
+    # call.
     chosen = {"tasks": {part: tasks[part] for part in samples}, "groups": {}, "group_map": {}}
     with redirect_stderr(StringIO()):  # a bar for every part of every group, on every rank
         results = evaluate(lm, chosen, samples=samples, apply_chat_template=chat)
@@ -180,11 +237,21 @@ def measure(lm: Live, ability: Ability, section: "GeneralSection", chat: bool) -
         results["groups"] = {name: {"alias": name, **_harness_keys(scores)}}
         results["results"] |= results["groups"]
         results["group_subtasks"] = {name: list(samples)}
-    headline = next((key for key in scores if key.partition(",")[0] == HEADLINES.get(name)), next(iter(scores)))
+    headline = next(
+        (key for key in scores if key.partition(",")[0] == HEADLINES.get(name)), next(iter(scores))
+    )
     first, predictions = next(iter(samples)), _predictions(results, headline)
-    row = {"task": name, "kind": "general", "headline": headline, "score": scores[headline]["mean"], "metrics": scores,
-           "empty": sum(not p["prediction"] for p in predictions),
-           "source": section.data, "shots": results["n-shot"][first], "version": results["versions"][first]}
+    row = {
+        "task": name,
+        "kind": "general",
+        "headline": headline,
+        "score": scores[headline]["mean"],
+        "metrics": scores,
+        "empty": sum(not p["prediction"] for p in predictions),
+        "source": section.data,
+        "shots": results["n-shot"][first],
+        "version": results["versions"][first],
+    }
     return Measured(row, predictions, results)
 
 
@@ -201,18 +268,32 @@ def _of_task(results: dict, part: str) -> dict[str, dict]:
 
 
 def _of_group(results: dict) -> dict[str, dict]:
-    """By 'metric,filter' the mean over the examples of all parts and its standard error, sd / √n, in points."""
+    """By 'metric,filter' the mean over the examples of all parts and its standard error, sd / √n, in
+    points.
+    """
     values: dict[str, list[float]] = {}
     for sample in (sample for part in results["samples"].values() for sample in part):
         for metric in (m for m in sample["metrics"] if isinstance(sample[m], int | float)):
             values.setdefault(f"{metric},{sample['filter']}", []).append(float(sample[metric]))
-    return {key: _score(fmean(v), stdev(v) / math.sqrt(len(v)) if len(v) > 1 else None, len(v)) for key, v in values.items()}
+    return {
+        key: _score(fmean(v), stdev(v) / math.sqrt(len(v)) if len(v) > 1 else None, len(v))
+        for key, v in values.items()
+    }
 
 
 def _score(mean: float, error: float | None, n: int) -> dict:
-    low, high = (None, None) if error is None else (max(0.0, 100 * (mean - NORMAL * error)),
-                                                    min(100.0, 100 * (mean + NORMAL * error)))
-    return {"mean": 100 * mean, "stderr": None if error is None else 100 * error, "low": low, "high": high, "n": n}
+    low, high = (
+        (None, None)
+        if error is None
+        else (max(0.0, 100 * (mean - NORMAL * error)), min(100.0, 100 * (mean + NORMAL * error)))
+    )
+    return {
+        "mean": 100 * mean,
+        "stderr": None if error is None else 100 * error,
+        "low": low,
+        "high": high,
+        "n": n,
+    }
 
 
 def _harness_keys(scores: dict[str, dict]) -> dict[str, float | str]:
@@ -226,8 +307,8 @@ def _harness_keys(scores: dict[str, dict]) -> dict[str, float | str]:
 
 
 def _predictions(results: dict, headline: str) -> list[dict]:
-    """Of each example prompt, answer, and prediction: the likeliest choice, or what the headline's filter takes out of the
-    model's `response`."""
+    """Of each example prompt, answer, and prediction: the likeliest choice, or what the headline's filter
+    takes out of the model's `response`."""
     metric, _, filtered = headline.partition(",")
     out = []
     for part, samples in results["samples"].items():
@@ -235,23 +316,46 @@ def _predictions(results: dict, headline: str) -> list[dict]:
             choices = [arguments[1] for arguments in sample["arguments"]]
             picked, target, told = sample["filtered_resps"][0], sample["target"], {}
             if isinstance(picked, tuple | list):  # log-likelihoods of the choices
-                picked = choices[max(range(len(choices)), key=lambda i: sample["filtered_resps"][i][0])].strip()
+                picked = choices[
+                    max(range(len(choices)), key=lambda i: sample["filtered_resps"][i][0])
+                ].strip()
                 target = choices[target].strip() if isinstance(target, int) else target
             else:
                 told = {"response": sample["resps"][0][0]}
-            out.append({"part": part, "number": sample["doc_id"], "prompt": sample["arguments"][0][0], **told,
-                        "prediction": str(picked), "answer": str(target), headline: 100.0 * sample[metric]})
+            out.append(
+                {
+                    "part": part,
+                    "number": sample["doc_id"],
+                    "prompt": sample["arguments"][0][0],
+                    **told,
+                    "prediction": str(picked),
+                    "answer": str(target),
+                    headline: 100.0 * sample[metric],
+                }
+            )
     return out
 
 
 def write(folder: Path, model: str, lm: Live, section: "GeneralSection", measured: Measured) -> None:
-    """The harness's own result files: <folder>/<model>/results_<date>.json and samples_<task>_<date>.jsonl."""
+    """The harness's own result files: <folder>/<model>/results_<date>.json and
+    samples_<task>_<date>.jsonl.
+    """
     whole = deepcopy(measured.results)
     samples = whole.pop("samples")
-    whole["config"] = {"model": "hf", "model_args": f"pretrained={model}", "batch_size": "auto", "device": str(lm.device),
-                       "limit": section.limit, "fewshot_seed": section.seed, "random_seed": section.seed,
-                       **lm.get_model_info()}
-    whole |= {"date": time.time(), **{f"{name}_version": version(name) for name in ("lm_eval", "transformers")}}
+    whole["config"] = {
+        "model": "hf",
+        "model_args": f"pretrained={model}",
+        "batch_size": "auto",
+        "device": str(lm.device),
+        "limit": section.limit,
+        "fewshot_seed": section.seed,
+        "random_seed": section.seed,
+        **lm.get_model_info(),
+    }
+    whole |= {
+        "date": time.time(),
+        **{f"{name}_version": version(name) for name in ("lm_eval", "transformers")},
+    }
     add_tokenizer_info(whole, lm)
     tracker = EvaluationTracker(output_path=str(folder))
     tracker.general_config_tracker.log_experiment_args("hf", f"pretrained={model}", None, None, False)

@@ -1,9 +1,9 @@
 """The score matrix R and what continual learning reads from it.
 
-R[i][j], 0..100, is the score on task j after training on task i, in the order of training; Z[j] the score before any
-training (zero-shot). T is the number of rows, so a stream that is not finished is summarised as far as it got. The
-literature has several definitions of forgetting and of backward transfer, of different sign, divisor and clipping: all
-are computed, each under its own name, as FORMULAS says.
+R[i][j], 0..100, is the score on task j after training on task i, in the order of training; Z[j] the score
+before any training (zero-shot). T is the number of rows, so a stream that is not finished is summarised as
+far as it got. The literature has several definitions of forgetting and of backward transfer, of different
+sign, divisor and clipping: all are computed, each under its own name, as FORMULAS says.
 """
 
 from collections.abc import Iterable
@@ -11,10 +11,11 @@ from statistics import fmean
 
 FORMULAS: dict[str, str] = {
     "op": "Overall performance: mean over j < T of R[T-1][j]",
-    "bwt": "Backward transfer (TRACE): sum over j < T-1 of R[T-1][j] - R[j][j], divided by T-1; a loss is < 0",
+    "bwt": "Backward transfer (TRACE): sum over j < T-1 of R[T-1][j] - R[j][j], divided by T-1; a loss is < "
+    "0",
     "bwt_treelora": "Forgetting (TreeLoRA's paper): sum over j < T of R[j][j] - R[T-1][j], divided by T",
-    "bwt_treelora_clipped": "Forgetting (TreeLoRA's code, sign turned): sum over j < T of max(R[j][j] - R[T-1][j], 0), "
-                            "divided by T; gains count 0",
+    "bwt_treelora_clipped": "Forgetting (TreeLoRA's code, sign turned): sum over j < T of max(R[j][j] - "
+    "R[T-1][j], 0), divided by T; gains count 0",
     "forgetting": "Forgetting: mean over j < T-1 of (max over i = j..T-2 of R[i][j]) - R[T-1][j]",
     "fwt": "Forward transfer: mean over 1 <= j < T of R[j-1][j] - Z[j], of the tasks where both are measured",
 }
@@ -23,8 +24,9 @@ FORMULAS: dict[str, str] = {
 def summary(tasks: list[str], scores: list[list[float | None]], zero_shot: list[float | None] | None) -> dict:
     """`tasks`, `matrix`, `zero_shot` and the numbers of FORMULAS, in points of 0..100.
 
-    scores: a row after each task trained so far, a column for each of `tasks`; None where not measured. A number is
-    None where it is undefined (backward transfer of one task) or where a score that it needs was not measured.
+    scores: a row after each task trained so far, a column for each of `tasks`; None where not measured. A
+    number is None where it is undefined (backward transfer of one task) or where a score that it needs was
+    not measured.
     """
     numbers = dict.fromkeys(FORMULAS)
     seen = len(scores)
@@ -35,7 +37,9 @@ def summary(tasks: list[str], scores: list[list[float | None]], zero_shot: list[
             "op": _mean(last[:seen]),
             "bwt": _mean(_minus(last[j], scores[j][j]) for j in old),
             "bwt_treelora": _mean(dropped) if seen > 1 else None,
-            "bwt_treelora_clipped": _mean(d if d is None else max(d, 0.0) for d in dropped) if seen > 1 else None,
+            "bwt_treelora_clipped": _mean(d if d is None else max(d, 0.0) for d in dropped)
+            if seen > 1
+            else None,
             "forgetting": _mean(_minus(_best(row[j] for row in scores[j:-1]), last[j]) for j in old),
         }
     if zero_shot is not None:

@@ -1,4 +1,6 @@
-"""What general ability is measured on: tasks of lm-evaluation-harness, on the hub's data or on local files."""
+"""What general ability is measured on: tasks of lm-evaluation-harness, on the hub's data or on local
+files.
+"""
 
 import os
 import random
@@ -11,16 +13,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..benchmarks.trace import general as shipped
-from ..errors import Fault, nearest
+from datasets import Dataset
+from lm_eval.api.task import ConfigurableTask
+
+from codyra_llm.benchmarks.trace import general as shipped
+from codyra_llm.core.errors import Fault, nearest
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-    from lm_eval.api.task import ConfigurableTask
+    from codyra_llm.config.sections import GeneralSection
 
-    from ..recipe import GeneralSection
 
 NEEDS_PUNKT = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
+
 HUB = {  # the harness's own tasks: TRACE's six, and IFEval
     "mmlu": {"group": "mmlu", "include": "mmlu/default/mmlu_*.yaml", "num_fewshot": 5},
     "gsm8k_cot": {"include": "gsm8k/gsm8k-cot.yaml"},
@@ -46,8 +50,11 @@ class Ability:
     @property
     def files(self) -> list[Path]:
         """The local files that it reads; none where its data is the hub's."""
-        return [Path(file) for config in self.configs.values()
-                for file in (config.get("dataset_kwargs") or {}).get("data_files", {}).values()]
+        return [
+            Path(file)
+            for config in self.configs.values()
+            for file in (config.get("dataset_kwargs") or {}).get("data_files", {}).values()
+        ]
 
     @cached_property
     def tasks(self) -> dict[str, "ConfigurableTask"]:
@@ -58,9 +65,14 @@ class Ability:
         try:
             return {name: ConfigurableTask(config=deepcopy(config)) for name, config in self.configs.items()}
         except (OSError, DatasetsError) as error:
-            raise Fault(f"general.tasks: the data of '{self.name}' can't be read ({str(error).splitlines()[0]}); "
-                        + ("correct the files" if self.files else "check the network and HF_HUB_OFFLINE, or give a folder as "
-                           "general.data")) from None
+            raise Fault(
+                f"general.tasks: the data of '{self.name}' can't be read ({str(error).splitlines()[0]}); "
+                + (
+                    "correct the files"
+                    if self.files
+                    else "check the network and HF_HUB_OFFLINE, or give a folder as general.data"
+                )
+            ) from None
 
 
 def find(section: "GeneralSection") -> dict[str, Ability]:
@@ -69,40 +81,52 @@ def find(section: "GeneralSection") -> dict[str, Ability]:
     Without `tasks` these are all of the hub's, or all whose files are in the folder.
     """
     if find_spec("lm_eval") is None:
-        raise Fault("general.data: general ability is measured by lm-evaluation-harness, which is not installed; install "
-                    "codyra-llm[general], or set general.data to mini or null")
+        raise Fault(
+            "general.data: general ability is measured by lm-evaluation-harness, which is not installed; "
+            "install codyra-llm[general], or set general.data to mini or null"
+        )
     if section.data == "hub":
         known, root = HUB, None
     else:
         root = Path(os.path.expanduser(os.path.expandvars(section.data)))
         if not root.is_dir():
-            raise Fault(f"general.data: there is no folder '{section.data}'; give a folder of general-ability files, hub, "
-                        f"mini or null")
-        known = {file.stem: file for folder in (Path(shipped.__path__[0]), root) for file in sorted(folder.glob("*.yaml"))}
+            raise Fault(
+                f"general.data: there is no folder '{section.data}'; give a folder of general-ability files, "
+                "hub, mini or null"
+            )
+        known = {
+            file.stem: file
+            for folder in (Path(shipped.__path__[0]), root)
+            for file in sorted(folder.glob("*.yaml"))
+        }
     spare = "ifeval_no_punkt" if section.data == "hub" or has_punkt() else "ifeval"
     asked = [name for name in known if name != spare] if section.tasks is None else section.tasks
     found, faults = {}, []
     for name in asked:
         if name not in known:
-            faults.append(f"general.tasks: '{name}' is no task of general.data '{section.data}'.{nearest(name, known)} "
-                          f"Known: {', '.join(known)}")
+            faults.append(
+                f"general.tasks: '{name}' is no task of general.data '{section.data}'.{nearest(name, known)} "
+                f"Known: {', '.join(known)}"
+            )
             continue
         found[name] = Ability(name, parts(known[name], root))
         if missing := _missing(found[name]):
             found.pop(name)
             faults += missing if section.tasks is not None else []
     if not (found or faults):
-        faults.append(f"general.data: '{section.data}' holds the files of no task; they are read by "
-                      f"{', '.join(known)}, as docs/evaluation.md says")
+        faults.append(
+            f"general.data: '{section.data}' holds the files of no task; they are read by "
+            f"{', '.join(known)}, as docs/evaluation.md says"
+        )
     if faults:
         raise Fault(*faults)
     return found
 
 
 def parts(spec: dict | Path, root: Path | None) -> dict[str, dict[str, Any]]:
-    """The harness's configurations of one task or group: those that `include` names in the harness's own folder of tasks,
-    with the rest of `spec` (a task YAML) over them. Paths in `data_files` are below `root`; {dataset_name} in them is
-    the name that the harness has for the part."""
+    """The harness's configurations of one task or group: those that `include` names in the harness's own
+    folder of tasks, with the rest of `spec` (a task YAML) over them. Paths in `data_files` are below `root`;
+    {dataset_name} in them is the name that the harness has for the part."""
     from lm_eval import tasks
     from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -115,8 +139,10 @@ def parts(spec: dict | Path, root: Path | None) -> dict[str, dict[str, Any]]:
     for base in bases:
         config = {key: value for key, value in {**base, **own}.items() if key not in ("tag", "group")}
         if lacking := sorted({"task", "dataset_path"} - config.keys()):
-            raise Fault(f"general.data: {spec} is no task of lm-evaluation-harness (it lacks {', '.join(lacking)}); write one, "
-                        f"or take the file out of the folder")
+            raise Fault(
+                f"general.data: {spec} is no task of lm-evaluation-harness (it lacks {', '.join(lacking)}); "
+                "write one, or take the file out of the folder"
+            )
         if root is not None:
             config |= _local(config, root)
         out[config["task"]] = config
@@ -124,7 +150,9 @@ def parts(spec: dict | Path, root: Path | None) -> dict[str, dict[str, Any]]:
 
 
 def drawn(name: str, sizes: dict[str, int], limit: int | None, seed: int) -> dict[str, list[int]]:
-    """Which examples of each part to take: all, or `limit` of all parts together, drawn by (seed, name) alone."""
+    """Which examples of each part to take: all, or `limit` of all parts together, drawn by (seed, name)
+    alone.
+    """
     pool = [(part, i) for part, n in sizes.items() for i in range(n)]
     if limit is not None and limit < len(pool):
         pool = random.Random(f"{seed} {name}").sample(pool, limit)
@@ -141,8 +169,10 @@ def without_punkt(docs: "Dataset") -> "Dataset":
 
 def _local(config: dict[str, Any], root: Path) -> dict[str, Any]:
     kwargs = dict(config.get("dataset_kwargs") or {})
-    kwargs["data_files"] = {split: str(root / path.format(dataset_name=config.get("dataset_name")))
-                            for split, path in kwargs.get("data_files", {}).items()}
+    kwargs["data_files"] = {
+        split: str(root / path.format(dataset_name=config.get("dataset_name")))
+        for split, path in kwargs.get("data_files", {}).items()
+    }
     if config["dataset_path"] == "csv" and all(map(os.path.isfile, kwargs["data_files"].values())):
         kwargs["features"] = _texts(next(iter(kwargs["data_files"].values())))
     return {"dataset_name": None, "dataset_kwargs": kwargs}
@@ -160,12 +190,20 @@ def _texts(file: str) -> Any:
 
 def _missing(ability: Ability) -> list[str]:
     absent = [file for file in ability.files if not file.is_file()]
-    faults = [f"general.tasks: '{ability.name}' reads {absent[0]}, which is not there"
-              + (f", nor are {len(absent) - 1} more" if len(absent) > 1 else "") + "; add it, or leave the task out"
-              ] if absent else []
+    faults = (
+        [
+            f"general.tasks: '{ability.name}' reads {absent[0]}, which is not there"
+            + (f", nor are {len(absent) - 1} more" if len(absent) > 1 else "")
+            + "; add it, or leave the task out"
+        ]
+        if absent
+        else []
+    )
     if ability.name == "ifeval" and ability.files and not has_punkt():
-        faults.append("general.tasks: 'ifeval' needs nltk's punkt_tab, which is not there; run `python -m nltk.downloader "
-                      "punkt_tab`, or take ifeval_no_punkt")
+        faults.append(
+            "general.tasks: 'ifeval' needs nltk's punkt_tab, which is not there; run `python -m "
+            "nltk.downloader punkt_tab`, or take ifeval_no_punkt"
+        )
     return faults
 
 

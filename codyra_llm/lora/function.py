@@ -1,5 +1,5 @@
-"""Forward and backward of rank-selective LoRA written by hand on ATen matrix products (no Triton): linear layers that
-share an input, and the gated MLP as a whole."""
+"""Forward and backward of rank-selective LoRA written by hand on ATen matrix products (no Triton): linear
+layers that share an input, and the gated MLP as a whole."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -10,7 +10,9 @@ from torch.autograd.function import once_differentiable
 
 
 class Shadow(NamedTuple):
-    """Copies of a group's factors in the compute dtype; R = Σ r_k. Masters stay float32 and get the gradients."""
+    """Copies of a group's factors in the compute dtype; R = Σ r_k. Masters stay float32 and get the
+    gradients.
+    """
 
     a: Tensor  # [R, in], all A_k one below the other
     wa: Tensor  # [R, in], s·diag(w_k) A_k
@@ -19,8 +21,8 @@ class Shadow(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Frozen layers that read one input, and what their adapters need beside the masters. `weights` are called when
-    they are needed, in forward and in backward, so that a quantised W lives only that long."""
+    """Frozen layers that read one input, and what their adapters need beside the masters. `weights` are
+    called when they are needed, in forward and in backward, so that a quantised W lives only that long."""
 
     weights: tuple[Callable[[], Tensor], ...]  # () -> W_k [out_k, in]
     biases: tuple[Tensor | None, ...]
@@ -33,11 +35,17 @@ Factors = Sequence[tuple[Tensor, Tensor | None, Tensor]]  # (A_k, w_k, B_k), the
 
 @torch.no_grad()
 def shadow(factors: Factors, scale: float, dtype: torch.dtype) -> Shadow:
-    """Cast once what every micro-batch of an optimizer step reads; products with w are taken in float32 first."""
+    """Cast once what every micro-batch of an optimizer step reads; products with w are taken in float32
+    first.
+    """
     a = torch.cat([a for a, _, _ in factors]).to(dtype)
     wa = torch.cat([scaled(a, w, scale, 0) for a, w, _ in factors]).to(dtype)
-    return Shadow(a, wa, tuple(b.detach().to(dtype) for _, _, b in factors),
-                  tuple(scaled(b, w, scale, 1).to(dtype) for _, w, b in factors))
+    return Shadow(
+        a,
+        wa,
+        tuple(b.detach().to(dtype) for _, _, b in factors),
+        tuple(scaled(b, w, scale, 1).to(dtype) for _, w, b in factors),
+    )
 
 
 def scaled(factor: Tensor, w: Tensor | None, scale: float, rank_dim: int) -> Tensor:
@@ -46,17 +54,21 @@ def scaled(factor: Tensor, w: Tensor | None, scale: float, rank_dim: int) -> Ten
 
 
 class SharedLinears(torch.autograd.Function):
-    """y_k = x W_kᵀ + b_k + s·((x̃ A_kᵀ) ⊙ w_k) B_kᵀ for frozen W_k; x̃ is the adapters' input (x, or x after dropout).
+    """y_k = x W_kᵀ + b_k + s·((x̃ A_kᵀ) ⊙ w_k) B_kᵀ for frozen W_k; x̃ is the adapters' input (x, or x after
+    dropout).
 
-    Shapes: x, x̃ [N, in]; W_k [out_k, in]; A_k [r_k, in]; w_k [r_k] or None (all ones); B_k [out_k, r_k]; y_k [N, out_k].
-    Called as `apply(x, x̃ or None, group, A_1, w_1, B_1, A_2, ...)`, returns (y_1, y_2, ...). The adapter's product is taken
-    first and the frozen one is added to it, so that a small update is not rounded away on the grid of y. With
-    H = x̃ Aᵀ (one product for all k), G_k = dY_k B_k, P_k = dY_kᵀ H_k and Q = Gᵀ x̃ (one product):
+    Shapes: x, x̃ [N, in]; W_k [out_k, in]; A_k [r_k, in]; w_k [r_k] or None (all ones); B_k [out_k, r_k]; y_k
+    [N, out_k]. Called as `apply(x, x̃ or None, group, A_1, w_1, B_1, A_2, ...)`, returns (y_1, y_2, ...). The
+    adapter's product is taken first and the frozen one is added to it, so that a small update is not rounded
+    away on the grid of y. With H = x̃ Aᵀ (one product for all k), G_k = dY_k B_k, P_k = dY_kᵀ H_k and Q = Gᵀ
+    x̃ (one product):
 
-        dB = s·P diag(w)     dA = s·diag(w) Q     dw = s·colsum(B ∘ P)     dx = Σ dY_k W_k     dx̃ = s·(G ∘ w) A
+        dB = s·P diag(w)     dA = s·diag(w) Q     dw = s·colsum(B ∘ P)     dx = Σ dY_k W_k     dx̃ = s·(G ∘ w)
+        A
 
-    dw costs no pass over N, and it is not zero where w is zero, so a rank can come back. x is read once for H and once
-    for Q whatever the number of layers; x and H are all that is saved, and nothing saved is overwritten.
+    dw costs no pass over N, and it is not zero where w is zero, so a rank can come back. x is read once for H
+    and once for Q whatever the number of layers; x and H are all that is saved, and nothing saved is
+    overwritten.
     """
 
     @staticmethod
@@ -80,11 +92,12 @@ class SharedLinears(torch.autograd.Function):
 
 
 class GatedMlp(torch.autograd.Function):
-    """y = (act(gate) ⊙ up) W_dᵀ + …, gate and up from x, each linear with its adapter as in `SharedLinears`, no dropout.
+    """y = (act(gate) ⊙ up) W_dᵀ + …, gate and up from x, each linear with its adapter as in `SharedLinears`,
+    no dropout.
 
-    Called as `apply(x, gate-and-up group, down group, act, six factors of gate and up, three of down)`; x [N, h] -> y [N, h].
-    Saves x, gate, up and the two [N, r] products; act(gate) ⊙ up, [N, intermediate], is taken again in backward, where
-    plain autograd would have kept it and act(gate).
+    Called as `apply(x, gate-and-up group, down group, act, six factors of gate and up, three of down)`; x [N,
+    h] -> y [N, h]. Saves x, gate, up and the two [N, r] products; act(gate) ⊙ up, [N, intermediate], is taken
+    again in backward, where plain autograd would have kept it and act(gate).
     """
 
     @staticmethod
@@ -108,7 +121,7 @@ class GatedMlp(torch.autograd.Function):
         value = activated.detach()
         down_grads = _factor_grads(down, (dy,), value * up, hidden_down, factors[2:])
         d_inner = _input_grad(down, (dy,), down_grads.g)
-        d_gate, = torch.autograd.grad(activated, leaf, d_inner * up)
+        (d_gate,) = torch.autograd.grad(activated, leaf, d_inner * up)
         dys = (d_gate, d_inner.mul_(value))
         grads = _factor_grads(pair, dys, x, hidden, factors[:2])
         dx = _input_grad(pair, dys, grads.g) if ctx.needs_input_grad[0] else None
@@ -116,7 +129,7 @@ class GatedMlp(torch.autograd.Function):
 
 
 def _triples(factors: Sequence[Tensor | None]) -> Factors:
-    return list(zip(factors[::3], factors[1::3], factors[2::3]))
+    return list(zip(factors[::3], factors[1::3], factors[2::3], strict=True))
 
 
 def _forward(group: Group, x: Tensor, source: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -124,7 +137,7 @@ def _forward(group: Group, x: Tensor, source: Tensor) -> tuple[tuple[Tensor, ...
     hidden = source @ group.shadow.a.T
     parts = hidden.split([wb.shape[1] for wb in group.shadow.wb], 1)
     outputs = []
-    for h, wb, weight, bias in zip(parts, group.shadow.wb, group.weights, group.biases):
+    for h, wb, weight, bias in zip(parts, group.shadow.wb, group.weights, group.biases, strict=True):
         y = h @ wb.T if bias is None else torch.addmm(bias, h, wb.T)
         outputs.append(y.addmm_(x, weight().T))
     return tuple(outputs), hidden
@@ -135,11 +148,15 @@ class _Grads(NamedTuple):
     g: Tensor  # [N, R]
 
 
-def _factor_grads(group: Group, dys: Sequence[Tensor], source: Tensor, hidden: Tensor, factors: Factors) -> _Grads:
-    g = torch.cat([dy @ b for dy, b in zip(dys, group.shadow.b)], 1)
+def _factor_grads(
+    group: Group, dys: Sequence[Tensor], source: Tensor, hidden: Tensor, factors: Factors
+) -> _Grads:
+    g = torch.cat([dy @ b for dy, b in zip(dys, group.shadow.b, strict=True)], 1)
     ranks = [b.shape[1] for b in group.shadow.b]
     out: list[Tensor | None] = []
-    for dy, h, q, (_, w, b) in zip(dys, hidden.split(ranks, 1), _master(g.T, source).split(ranks), factors):
+    for dy, h, q, (_, w, b) in zip(
+        dys, hidden.split(ranks, 1), _master(g.T, source).split(ranks), factors, strict=True
+    ):
         p = _master(dy.T, h)
         dw = None if w is None else group.scale * (b * p).sum(0)
         out += [scaled(q, w, group.scale, 0), dw, scaled(p, w, group.scale, 1)]
@@ -149,7 +166,7 @@ def _factor_grads(group: Group, dys: Sequence[Tensor], source: Tensor, hidden: T
 def _input_grad(group: Group, dys: Sequence[Tensor], g: Tensor | None) -> Tensor:
     """Σ dY_k W_k, on top of the adapters' part where g is given."""
     dx = None if g is None else g @ group.shadow.wa
-    for dy, weight in zip(dys, group.weights):
+    for dy, weight in zip(dys, group.weights, strict=True):
         dx = dy @ weight() if dx is None else dx.addmm_(dy, weight())
     return dx
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..errors import Fault, nearest
-from ..models import PROJECTIONS
-from ..seeds import generator
-from .shared import SharedInput
+from codyra_llm.config.methods.base import PROJECTIONS
+from codyra_llm.core.errors import Fault, nearest
+from codyra_llm.core.tensors import generator
+from codyra_llm.lora.shared import SharedInput
 
 Factors = tuple[Tensor, Tensor | None, Tensor]  # (A, w, B)
 
@@ -28,11 +28,12 @@ class AdapterSpec:
 
 
 class LoraLinear(nn.Linear):
-    """y = x Wᵀ + b + s·((drop(x) Aᵀ) ⊙ w) Bᵀ: W and b frozen, A [r, in], w [r] (or None) and B [out, r] trained.
+    """y = x Wᵀ + b + s·((drop(x) Aᵀ) ⊙ w) Bᵀ: W and b frozen, A [r, in], w [r] (or None) and B [out, r]
+    trained.
 
-    It owns W itself, under the name the plain layer had, so that the model's state dict keeps its keys; a packed W
-    (`quantize.py`) stays packed. A, w and B are float32 unless W is float64. `shared` computes it, together with the
-    layers that read the same input.
+    It owns W itself, under the name the plain layer had, so that the model's state dict keeps its keys; a
+    packed W (`quantize.py`) stays packed. A, w and B are float32 unless W is float64. `shared` computes it,
+    together with the layers that read the same input.
     """
 
     def __init__(self, base: nn.Linear, spec: AdapterSpec):
@@ -71,7 +72,9 @@ class LoraLinear(nn.Linear):
 
     @torch.no_grad()
     def reset(self, *key: int | str) -> None:
-        """A fresh adapter with ΔW = 0, drawn from a generator seeded by `key`: the same on every rank and device."""
+        """A fresh adapter with ΔW = 0, drawn from a generator seeded by `key`: the same on every rank and
+        device.
+        """
         draw = generator(*key)
         bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform with a = √5
         self.lora_A.copy_((torch.rand(self.lora_A.shape, generator=draw) * 2 - 1) * bound)
@@ -80,7 +83,9 @@ class LoraLinear(nn.Linear):
             value = self.spec.importance_value
             fixed = self.spec.importance == "constant"
             shape = self.lora_w.shape
-            self.lora_w.copy_(torch.full(shape, value) if fixed else value * torch.randn(shape, generator=draw))
+            self.lora_w.copy_(
+                torch.full(shape, value) if fixed else value * torch.randn(shape, generator=draw)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.shared.output(self, x)
@@ -89,14 +94,21 @@ class LoraLinear(nn.Linear):
         return f"{super().extra_repr()}, rank={self.spec.rank}, scale={self.spec.scale}"
 
 
-def attach(model: nn.Module, targets: list[str], spec: AdapterSpec, kind: type[LoraLinear] = LoraLinear) -> None:
-    """Put an adapter of this kind on every linear layer whose last name is in `targets`. Raises Fault for a target
-    found nowhere."""
-    found = {name: module for name, module in model.named_modules()
-             if name.rpartition(".")[2] in targets and isinstance(module, nn.Linear)}
+def attach(
+    model: nn.Module, targets: list[str], spec: AdapterSpec, kind: type[LoraLinear] = LoraLinear
+) -> None:
+    """Put an adapter of this kind on every linear layer whose last name is in `targets`. Raises Fault for a
+    target found nowhere."""
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in targets and isinstance(module, nn.Linear)
+    }
     present = {name.rpartition(".")[2] for name in found}
     if missing := [t for t in targets if t not in present]:
-        raise Fault(*(f"method.targets: the model has no projection '{t}'.{nearest(t, PROJECTIONS)}" for t in missing))
+        raise Fault(
+            *(f"method.targets: the model has no projection '{t}'.{nearest(t, PROJECTIONS)}" for t in missing)
+        )
     for name, linear in found.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, kind(linear, spec))
@@ -109,15 +121,17 @@ def sites(model: nn.Module) -> dict[str, LoraLinear]:
 
 def snapshot(model: nn.Module) -> dict[str, Factors]:
     """A copy of the factors at every site, without gradient."""
-    return {site: tuple(None if f is None else f.detach().clone() for f in layer.factors)
-            for site, layer in sites(model).items()}
+    return {
+        site: tuple(None if f is None else f.detach().clone() for f in layer.factors)
+        for site, layer in sites(model).items()
+    }
 
 
 @contextmanager
 def stand_in(model: nn.Module, factors: dict[str, Factors]) -> Iterator[None]:
-    """Within it the adapters compute with these factors (of every site, on its device) in place of their parameters and
-    without dropout: another stage of the run on the same base, e.g. a teacher under no_grad. A backward belongs inside,
-    or gradient checkpointing would compute anew with the parameters."""
+    """Within it the adapters compute with these factors (of every site, on its device) in place of their
+    parameters and without dropout: another stage of the run on the same base, e.g. a teacher under no_grad. A
+    backward belongs inside, or gradient checkpointing would compute anew with the parameters."""
     layers = sites(model)
     for site, layer in layers.items():
         layer.stand_in = factors[site]
@@ -131,7 +145,9 @@ def stand_in(model: nn.Module, factors: dict[str, Factors]) -> Iterator[None]:
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Within it the adapters drop nothing. Not model.eval(), which would also turn gradient checkpointing off."""
+    """Within it the adapters drop nothing. Not model.eval(), which would also turn gradient checkpointing
+    off.
+    """
     layers = [layer for layer in sites(model).values() if layer.training]
     for layer in layers:
         layer.training = False

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..models import WeightReader
-from .archive import Update
+from codyra_llm.lora.update import Update
+from codyra_llm.models.weights import WeightReader
 
 
 def merged_weight(base: Tensor, terms: list[Update], site: str) -> Tensor:
@@ -20,8 +20,8 @@ def merged_weight(base: Tensor, terms: list[Update], site: str) -> Tensor:
 
 @torch.no_grad()
 def merge(model: nn.Module, reader: WeightReader, terms: list[Update]) -> None:
-    """Write base + `terms` into the model, in the model's own dtype; W₀ is read from the base's files. Tied parameters
-    have one name and stay tied."""
+    """Write base + `terms` into the model, in the model's own dtype; W₀ is read from the base's files. Tied
+    parameters have one name and stay tied."""
     for update in terms:
         for name, whole in update.dense.items():
             model.get_parameter(name).copy_(whole)
@@ -30,14 +30,15 @@ def merge(model: nn.Module, reader: WeightReader, terms: list[Update]) -> None:
         model.get_parameter(weight).copy_(merged_weight(reader.get(weight), terms, site))
 
 
-def report(reader: WeightReader, before: list[Update], after: list[Update], rank: int | None,
-           dtype: torch.dtype) -> Iterator[dict]:
-    """One row per site for the last update of `after`: rank kept of `rank`, ‖ΔW‖_F, drift ‖W_t - W₀‖_F, and the share
-    of ΔW = W_t - W_{t-1} that survives the cast to `dtype`.
+def report(
+    reader: WeightReader, before: list[Update], after: list[Update], rank: int | None, dtype: torch.dtype
+) -> Iterator[dict]:
+    """One row per site for the last update of `after`: rank kept of `rank`, ‖ΔW‖_F, drift ‖W_t - W₀‖_F, and
+    the share of ΔW = W_t - W_{t-1} that survives the cast to `dtype`.
 
-    The share is ⟨cast(W_t) - cast(W_{t-1}), ΔW⟩ / ‖ΔW‖²: 1 where the stored weights moved as the update asks, 0 where
-    all of it was lost below the grid of `dtype`; null for an update of zero. Parameters that the update holds whole get
-    a row each, with ranks and share null.
+    The share is ⟨cast(W_t) - cast(W_{t-1}), ΔW⟩ / ‖ΔW‖²: 1 where the stored weights moved as the update asks,
+    0 where all of it was lost below the grid of `dtype`; null for an update of zero. Parameters that the
+    update holds whole get a row each, with ranks and share null.
     """
     for site, adapter in after[-1].adapters.items():
         base = reader.get(f"{site}.weight").float()
@@ -45,11 +46,23 @@ def report(reader: WeightReader, before: list[Update], after: list[Update], rank
         delta, moved = new - old, new.to(dtype).float() - old.to(dtype).float()
         norm = delta.norm().item()
         share = (moved.flatten().double() @ delta.flatten().double()).item() / norm**2 if norm else None
-        yield {"site": site, "rank": rank, "kept": len(adapter.a), "update_norm": norm,
-               "drift": (new - base).norm().item(), "surviving": share}
+        yield {
+            "site": site,
+            "rank": rank,
+            "kept": len(adapter.a),
+            "update_norm": norm,
+            "drift": (new - base).norm().item(),
+            "surviving": share,
+        }
     held = before[-1].dense if before else {}
     for name, whole in after[-1].dense.items():
         base, new = reader.get(name).float(), whole.float()
         old = held[name].float() if name in held else base.to(dtype).float()
-        yield {"site": name.removesuffix(".weight"), "rank": None, "kept": None,
-               "update_norm": (new - old).norm().item(), "drift": (new - base).norm().item(), "surviving": None}
+        yield {
+            "site": name.removesuffix(".weight"),
+            "rank": None,
+            "kept": None,
+            "update_norm": (new - old).norm().item(),
+            "drift": (new - base).norm().item(),
+            "surviving": None,
+        }

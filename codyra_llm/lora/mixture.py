@@ -6,20 +6,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .archive import Adapter
-from .layer import LoraLinear, attach
+from codyra_llm.lora.layer import LoraLinear, attach
+from codyra_llm.lora.update import Adapter
 
 if TYPE_CHECKING:
-    from .layer import AdapterSpec
+    from codyra_llm.lora.layer import AdapterSpec
 
 
 class MixtureLinear(LoraLinear):
-    """y_b = x_b Wᵀ + bias + Σ_k m[b, k]·s·drop(x_b) A_kᵀ B_kᵀ for x [rows, T, in] and weights m [rows, K] (`rows`).
+    """y_b = x_b Wᵀ + bias + Σ_k m[b, k]·s·drop(x_b) A_kᵀ B_kᵀ for x [rows, T, in] and weights m [rows, K]
+    (`rows`).
 
-    The last of the K adapters is the layer's own, A and B, and may train. The others (`hold`) are frozen, in the
-    compute dtype; x and m get their gradients through them too. All A_k are one product and all B_k are one, with m
-    repeated over the ranks of its adapter between them. With `rows` None it is the plain base. Plain autograd, every
-    layer by itself: a packed W is kept unpacked until backward.
+    The last of the K adapters is the layer's own, A and B, and may train. The others (`hold`) are frozen, in
+    the compute dtype; x and m get their gradients through them too. All A_k are one product and all B_k are
+    one, with m repeated over the ranks of its adapter between them. With `rows` None it is the plain base.
+    Plain autograd, every layer by itself: a packed W is kept unpacked until backward.
     """
 
     def __init__(self, base: nn.Linear, spec: "AdapterSpec"):
@@ -33,7 +34,9 @@ class MixtureLinear(LoraLinear):
         a, b = self.lora_A.detach(), self.lora_B.detach()
         old_a, old_b = [x.a.to(a) for x in adapters], [self.spec.scale * x.b.to(b) for x in adapters]
         self.register_buffer("old_a", torch.cat([a[:0], *old_a]).to(self.dtype), persistent=False)  # [R, in]
-        self.register_buffer("old_b", torch.cat([b[:, :0], *old_b], 1).to(self.dtype), persistent=False)  # s·B [out, R]
+        self.register_buffer(
+            "old_b", torch.cat([b[:, :0], *old_b], 1).to(self.dtype), persistent=False
+        )  # s·B [out, R]
         self.parts = [len(x.a) for x in adapters] + self.own_parts
 
     @property
@@ -68,8 +71,12 @@ def mixtures(model: nn.Module) -> dict[str, MixtureLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MixtureLinear)}
 
 
-def attach_mixture(model: nn.Module, targets: list[str], spec: "AdapterSpec", adapters: list[dict[str, Adapter]]) -> None:
-    """Mixing layers on all `targets` with the adapters of all tasks, oldest first, nothing of it to be trained."""
+def attach_mixture(
+    model: nn.Module, targets: list[str], spec: "AdapterSpec", adapters: list[dict[str, Adapter]]
+) -> None:
+    """Mixing layers on all `targets` with the adapters of all tasks, oldest first, nothing of it to be
+    trained.
+    """
     attach(model, targets, spec, MixtureLinear)
     for name, layer in mixtures(model).items():
         *old, last = (of_task[name] for of_task in adapters)

@@ -3,47 +3,62 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .function import GatedMlp, Group, Shadow, SharedLinears, shadow
+from codyra_llm.lora.function import GatedMlp, Group, Shadow, SharedLinears, shadow
 
-if TYPE_CHECKING:
-    from .layer import LoraLinear
+
+class AdaptedLayer(Protocol):
+    """What a group needs of a layer; `LoraLinear` is one."""
+
+    spec: object
+    bias: Tensor | None
+    shared: "SharedInput"
+    training: bool
+    factors: tuple
+    sources: tuple
+    dtype: torch.dtype
+
+    def frozen(self, dtype: torch.dtype) -> Tensor: ...
+
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class SharedInput:
-    """Computes all its layers when the first of them is called, and hands the others theirs when they are called on the
-    same tensor: the model's own attention and MLP code stays as it is.
+    """Computes all its layers when the first of them is called, and hands the others theirs when they are
+    called on the same tensor: the model's own attention and MLP code stays as it is.
 
     Dropout draws one mask for all of them. `fused` False: the same maths by plain autograd.
     """
 
-    def __init__(self, layers: list["LoraLinear"]):
+    def __init__(self, layers: list[AdaptedLayer]):
         self.layers, self.fused = layers, True
         self.forget()
         for layer in layers:
             layer.shared = self
 
     def forget(self) -> None:
-        """Drop what is cached. Needed after the masters were written in a way that autograd's version counters don't
-        see (DeepSpeed writes to `.data`)."""
+        """Drop what is cached. Needed after the masters were written in a way that autograd's version
+        counters don't see (DeepSpeed writes to `.data`)."""
         self._input = None
         self._shadows: dict[int, tuple[tuple, Shadow]] = {}  # of the masters and of what stands in for them
         self._outputs: dict[int, Tensor] = {}
 
-    def output(self, layer: "LoraLinear", x: Tensor) -> Tensor:
+    def output(self, layer: AdaptedLayer, x: Tensor) -> Tensor:
         """This layer's output for x [..., in]."""
         if len(self.layers) == 1:
             return self.compute(x)[0]
         kept = self._input is not None and self._input[0] is x and self._input[1] == x._version
         if not kept or id(layer) not in self._outputs:
-            self._input, self._outputs = (x, x._version), dict(zip(map(id, self.layers), self.compute(x)))
+            self._input, self._outputs = (
+                (x, x._version),
+                dict(zip(map(id, self.layers), self.compute(x), strict=True)),
+            )
         y = self._outputs.pop(id(layer))
         if not self._outputs:
             self._input = None
@@ -54,8 +69,12 @@ class SharedInput:
         dtype = self.layers[0].dtype
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
         spec = self.layers[0].spec
-        with torch.autocast(x.device.type, enabled=False):  # dtypes are explicit here, and autocast knows no addmm_
-            dropped = functional.dropout(flat, spec.dropout) if spec.dropout and self.layers[0].training else None
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # dtypes are explicit here, and autocast knows no addmm_
+            dropped = (
+                functional.dropout(flat, spec.dropout) if spec.dropout and self.layers[0].training else None
+            )
             if self.fused:
                 out = SharedLinears.apply(flat, dropped, self.group(dtype), *self.masters())
             else:
@@ -66,19 +85,28 @@ class SharedInput:
         return [factor for layer in self.layers for factor in layer.factors]
 
     def group(self, dtype: torch.dtype) -> Group:
-        """What the functions read, with shadows of the masters as they are now: made once per optimizer step."""
+        """What the functions read, with shadows of the masters as they are now: made once per optimizer
+        step.
+        """
         sources = [source for layer in self.layers for source in layer.sources if source is not None]
         made_from = (dtype, sources[0].device, [(id(s), s._version) for s in sources])
         kept = self._shadows.get(id(sources[0]))
         if kept is None or kept[0] != made_from:
-            kept = made_from, shadow([layer.factors for layer in self.layers], self.layers[0].spec.scale, dtype)
+            kept = (
+                made_from,
+                shadow([layer.factors for layer in self.layers], self.layers[0].spec.scale, dtype),
+            )
             self._shadows[id(sources[0])] = kept
         biases = (None if layer.bias is None else layer.bias.to(dtype) for layer in self.layers)
-        return Group(tuple(partial(layer.frozen, dtype) for layer in self.layers), tuple(biases),
-                     self.layers[0].spec.scale, kept[1])
+        return Group(
+            tuple(partial(layer.frozen, dtype) for layer in self.layers),
+            tuple(biases),
+            self.layers[0].spec.scale,
+            kept[1],
+        )
 
 
-def _eager(layer: "LoraLinear", x: Tensor, source: Tensor) -> Tensor:
+def _eager(layer: AdaptedLayer, x: Tensor, source: Tensor) -> Tensor:
     """The layer's formula in plain autograd."""
     a, w, b = layer.factors
     hidden = source @ a.to(x.dtype).T
@@ -88,8 +116,9 @@ def _eager(layer: "LoraLinear", x: Tensor, source: Tensor) -> Tensor:
 
 
 def share_inputs(model: nn.Module, fused: bool = True, across: bool = True) -> None:
-    """Let q, k, v and gate, up of every block be computed together where they have adapters, and a block's MLP as one
-    function where all three have and there is no dropout. `fused` False: the same grouping in plain autograd. `across`
+    """Let q, k, v and gate, up of every block be computed together where they have adapters, and a block's
+    MLP as one function where all three have and there is no dropout. `fused` False: the same grouping in
+    plain autograd. `across`
     False: every layer by itself, for ZeRO-3, which gathers weights layer by layer."""
     for block in list(model.modules()):
         for names in SIBLINGS if across else ():
@@ -104,9 +133,14 @@ def share_inputs(model: nn.Module, fused: bool = True, across: bool = True) -> N
 
 @contextmanager
 def layer_by_layer(model: nn.Module) -> Iterator[None]:
-    """Within it no MLP is one function, so that every adapted layer is called and hooks on it see its input."""
-    fused = {block: vars(block).pop("forward") for block in model.modules() if _is_adapted_mlp(block)
-             and "forward" in vars(block)}
+    """Within it no MLP is one function, so that every adapted layer is called and hooks on it see its
+    input.
+    """
+    fused = {
+        block: vars(block).pop("forward")
+        for block in model.modules()
+        if _is_adapted_mlp(block) and "forward" in vars(block)
+    }
     try:
         yield
     finally:
@@ -116,8 +150,9 @@ def layer_by_layer(model: nn.Module) -> Iterator[None]:
 
 def _is_adapted_mlp(block: nn.Module) -> bool:
     layers = [getattr(block, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    return (all(hasattr(layer, "shared") and not layer.spec.dropout for layer in layers)
-            and isinstance(getattr(block, "act_fn", None), nn.Module))
+    return all(hasattr(layer, "shared") and not layer.spec.dropout for layer in layers) and isinstance(
+        getattr(block, "act_fn", None), nn.Module
+    )
 
 
 def _mlp(block: nn.Module, x: Tensor) -> Tensor:
@@ -125,12 +160,17 @@ def _mlp(block: nn.Module, x: Tensor) -> Tensor:
     pair, down = block.gate_proj.shared, block.down_proj.shared
     dtype = block.gate_proj.dtype
     with torch.autocast(x.device.type, enabled=False):
-        y = GatedMlp.apply(x.reshape(-1, x.shape[-1]).to(dtype), pair.group(dtype), down.group(dtype), block.act_fn,
-                           *pair.masters(), *down.masters())
+        y = GatedMlp.apply(
+            x.reshape(-1, x.shape[-1]).to(dtype),
+            pair.group(dtype),
+            down.group(dtype),
+            block.act_fn,
+            *pair.masters(),
+            *down.masters(),
+        )
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def shared_inputs(model: nn.Module) -> list[SharedInput]:
     """The model's groups, each once."""
     return list({id(m.shared): m.shared for m in model.modules() if hasattr(m, "shared")}.values())
-

@@ -1,49 +1,25 @@
-"""The interface of all methods. The default of every hook is sequential LoRA; a method overrides only what differs."""
+"""The interface of all methods. The default of every hook is sequential LoRA; a method overrides only what
+differs.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import torch
-from pydantic import Field, field_validator
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
-from ..lora.archive import Adapter, Archive, Update
-from ..lora.layer import AdapterSpec, attach, sites
-from ..models import PROJECTIONS
-from ..schema import Strict
-from ..seeds import generator
+from codyra_llm.config.methods.base import MethodConfig
+from codyra_llm.core.tensors import generator
+from codyra_llm.lora.layer import AdapterSpec, attach, sites
+from codyra_llm.lora.update import Adapter, Update
+from codyra_llm.store.archive import Archive
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-    from ..data import Batch, Encoded, Encoder, Stream
-    from ..gradients import Gradients
-
-Count = Annotated[int, Field(le=1 << 16)]  # ranks, widths, examples in memory: more is a slip, and would exhaust it
-
-
-class MethodConfig(Strict):
-    """What every method has: its name."""
-
-    name: str
-
-
-class LoraConfig(MethodConfig):
-    """The adapter of a LoRA method."""
-
-    rank: Count = Field(16, ge=1, description="rank r of every adapter")
-    targets: list[str] = Field(list(PROJECTIONS), min_length=1, description="projections that get an adapter")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
-
-    @field_validator("targets")
-    @classmethod
-    def _known(cls, value: list[str]) -> list[str]:
-        if unknown := [name for name in value if name not in PROJECTIONS]:
-            raise ValueError(f"unknown projections {unknown}; choose from {', '.join(PROJECTIONS)}")
-        if len(set(value)) < len(value):
-            raise ValueError("a projection is named twice")
-        return value
+    from codyra_llm.data.batches import Batch
+    from codyra_llm.data.encoding import Encoded, Encoder
+    from codyra_llm.data.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -54,7 +30,9 @@ class Task:
     archive: Archive
     stream: "Stream"
     encode: Callable[[list[dict]], list["Encoded"]]
-    batches: Callable[[list["Encoded"]], Iterator["Batch"]]  # all of them in micro-batches, on every rank alike
+    batches: Callable[
+        [list["Encoded"]], Iterator["Batch"]
+    ]  # all of them in micro-batches, on every rank alike
     state: dict[str, Tensor]  # what `end_task` of the task before returned
 
     def records(self, past: int | None = None) -> list[dict]:
@@ -62,21 +40,37 @@ class Task:
         return self.stream.records(self.index if past is None else past, "train")
 
     def sample(self, count: int, seed: int, past: int | None = None) -> list["Encoded"]:
-        """`count` of these records, or all there are, drawn by (seed, task) alone: the same whenever asked for."""
+        """`count` of these records, or all there are, drawn by (seed, task) alone: the same whenever asked
+        for.
+        """
         records = self.records(past)
         draw = generator("sample", seed, self.index if past is None else past)
-        return self.encode([records[i] for i in torch.randperm(len(records), generator=draw)[:count].tolist()])
+        return self.encode(
+            [records[i] for i in torch.randperm(len(records), generator=draw)[:count].tolist()]
+        )
 
 
 class Condition:
     """What one batch of prompts needs at inference beside the model, for methods that don't merge.
 
-    `prefix` [B, P, h], or None: embeddings in front of each prompt. `select(rows)` is called with the rows that go on
-    when others are finished, so that what lies in the model per row can follow.
+    `prefix` [B, P, h], or None: embeddings in front of each prompt. `select(rows)` is called with the rows
+    that go on when others are finished, so that what lies in the model per row can follow.
     """
 
     def __init__(self, prefix: Tensor | None = None, select: Callable[[Tensor], None] = lambda rows: None):
         self.prefix, self.select = prefix, select
+
+
+class Gradients(Protocol):
+    """What a method may ask of the step's gradients and beside them; `train.gradients` gives it."""
+
+    parameters: list[nn.Parameter]
+    step: list[Tensor]
+
+    def mean(self, examples: list, loss: Callable = ...) -> list[Tensor]: ...
+    def each(self, examples: list, loss: Callable = ...) -> Iterator[list[Tensor]]: ...
+    def own(self, examples: list) -> list: ...
+    def total(self, tensors: list[Tensor]) -> list[Tensor]: ...
 
 
 class Method:
@@ -90,7 +84,9 @@ class Method:
     old_data: ClassVar[bool] = False  # reads earlier tasks' training examples
     task_id: ClassVar[bool] = False  # has to be told at test which task an example is of
     merges: ClassVar[bool] = True  # is a plain model after every task
-    grows: ClassVar[bool] = False  # with every task more is kept for later ones or runs at inference, updates aside
+    grows: ClassVar[bool] = (
+        False  # with every task more is kept for later ones or runs at inference, updates aside
+    )
     joint: ClassVar[bool] = False  # trains once, at the last task, and is evaluated there alone
     separable: ClassVar[bool] = True  # one task's part can be left out of the merged model
     max_zero_stage: ClassVar[int] = 3
@@ -104,8 +100,16 @@ class Method:
     @classmethod
     def declared(cls) -> dict[str, str | bool | int]:
         """What `codyra-llm methods` says of it."""
-        return {"name": cls.name, "summary": cls.summary, "trains": cls.trains, "old_data": cls.old_data,
-                "task_id": cls.task_id, "merges": cls.merges, "grows": cls.grows, "max_zero_stage": cls.zero_stages()}
+        return {
+            "name": cls.name,
+            "summary": cls.summary,
+            "trains": cls.trains,
+            "old_data": cls.old_data,
+            "task_id": cls.task_id,
+            "merges": cls.merges,
+            "grows": cls.grows,
+            "max_zero_stage": cls.zero_stages(),
+        }
 
     @classmethod
     def zero_stages(cls) -> int:
@@ -125,7 +129,9 @@ class Method:
         attach(model, self.config.targets, self.spec())
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
-        """Set the start of a task. No engine lives yet: weights may be written, passes over data may be made."""
+        """Set the start of a task. No engine lives yet: weights may be written, passes over data may be
+        made.
+        """
         for name, layer in sites(model).items():
             layer.reset(self.seed, task.index, name)
 
@@ -139,7 +145,9 @@ class Method:
         return records, [range(len(records))] * stream.epochs[index]
 
     def loss(self, model: nn.Module, batch: "Batch") -> dict[str, Tensor]:
-        """Named terms; the loop sums them and logs each. `batch.weights` already carries the global average."""
+        """Named terms; the loop sums them and logs each. `batch.weights` already carries the global
+        average.
+        """
         return {"loss": batch.cross_entropy(model)}
 
     def penalty(self, model: nn.Module) -> dict[str, Tensor]:
@@ -147,7 +155,9 @@ class Method:
         return {}
 
     def before_step(self, groups: list[dict], step: int, steps: int, schedule: str) -> None:
-        """Set what an optimizer group carries for step `step` of `steps`, e.g. a threshold; `schedule` is the rate's."""
+        """Set what an optimizer group carries for step `step` of `steps`, e.g. a threshold; `schedule` is the
+        rate's.
+        """
 
     def edit_gradients(self, gradients: "Gradients") -> None:
         """Change the step's gradients, summed over ranks and not yet clipped. Not under ZeRO."""
@@ -156,17 +166,23 @@ class Method:
         """Change the parameters behind the optimizer's step. Not under ZeRO."""
 
     def rewrite(self, step: int, steps: int) -> Callable[[Adapter], Adapter] | None:
-        """A function that puts new factors in place of every adapter's before step `step`, or None: leave them."""
+        """A function that puts new factors in place of every adapter's before step `step`, or None: leave
+        them.
+        """
 
     def progress(self) -> dict[str, Tensor]:
-        """What the steps of this task have left in the method itself, beside what trains and what `begin_task` makes."""
+        """What the steps of this task have left in the method itself, beside what trains and what
+        `begin_task` makes.
+        """
         return {}
 
     def resume(self, progress: dict[str, Tensor]) -> None:
         """Put back what `progress` gave, after `begin_task`."""
 
     def end_task(self, model: nn.Module, task: Task, gradients: "Gradients") -> dict[str, Tensor]:
-        """What later tasks need beside the update, e.g. a Fisher matrix; saved, and given back as `Task.state`."""
+        """What later tasks need beside the update, e.g. a Fisher matrix; saved, and given back as
+        `Task.state`.
+        """
         return {}
 
     def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
@@ -174,11 +190,13 @@ class Method:
         return Update(adapters, self.spec().scale, self.mode)
 
     def install(self, model: nn.Module, task: Task) -> None:
-        """Put what inference after `task` needs into the base model; `task.archive` and `task.state` hold what the tasks
-        up to it left. Only for methods that don't merge."""
+        """Put what inference after `task` needs into the base model; `task.archive` and `task.state` hold
+        what the tasks up to it left. Only for methods that don't merge."""
 
     def condition(self, model: nn.Module, prompts: list[list[int]], task: int | None) -> Condition:
-        """Prepare the model for one batch of prompts. `task` is None unless the method has declared `task_id`."""
+        """Prepare the model for one batch of prompts. `task` is None unless the method has declared
+        `task_id`.
+        """
         return Condition()
 
     def present(self, stream: "Stream", encoder: "Encoder", task: int, prompts: list[str]) -> list[str]:
@@ -186,14 +204,16 @@ class Method:
         return prompts
 
     def read(self, task: str, prediction: str) -> str:
-        """The part of the model's output that is the answer; of a task's, not of a general-ability probe's."""
+        """The part of the model's output that is the answer; of a task's, not of a general-ability
+        probe's.
+        """
         return prediction
 
 
 @torch.no_grad()
 def restore(model: nn.Module, update: Update) -> None:
-    """Put the factors of `update` back into the model's adapters, or whole parameters into the model, to go on training
-    them."""
+    """Put the factors of `update` back into the model's adapters, or whole parameters into the model, to go
+    on training them."""
     layers = sites(model)
     for site, adapter in update.adapters.items():
         layers[site].lora_A.copy_(adapter.a)

@@ -1,1 +1,0 @@
-"""Reports of finished and unfinished runs: terminal, Markdown, CSV, and one HTML page that needs no network."""

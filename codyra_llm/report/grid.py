@@ -33,13 +33,20 @@ class Grid:
     note: str = ""
 
     def holds_words(self, column: int) -> bool:
-        return any(cells[column] is not None and isinstance(cells[column].value, str) for _, cells in self.rows)
+        return any(
+            cells[column] is not None and isinstance(cells[column].value, str) for _, cells in self.rows
+        )
 
     def filled(self) -> "Grid":
         """Without the columns that hold nothing."""
         kept = [i for i in range(len(self.columns)) if any(cells[i] is not None for _, cells in self.rows)]
-        return Grid(self.name, self.corner, [self.columns[i] for i in kept],
-                    [(label, [cells[i] for i in kept]) for label, cells in self.rows], self.note)
+        return Grid(
+            self.name,
+            self.corner,
+            [self.columns[i] for i in kept],
+            [(label, [cells[i] for i in kept]) for label, cells in self.rows],
+            self.note,
+        )
 
 
 def number(value: float | None, form: str = ".1f", **more) -> Cell | None:
@@ -56,16 +63,24 @@ def write_csv(grids: Iterable[Grid], file: TextIO) -> None:
     out.writerow(HEADER)
     for grid in grids:
         for label, cells in grid.rows:
-            out.writerows([grid.name, label, column, cell.value, cell.low, cell.high]
-                          for column, cell in zip(grid.columns, cells) if cell is not None)
+            out.writerows(
+                [grid.name, label, column, cell.value, cell.low, cell.high]
+                for column, cell in zip(grid.columns, cells, strict=True)
+                if cell is not None
+            )
 
 
 def markdown(grids: Iterable[Grid]) -> str:
     """A section with a table for each."""
     lines = []
     for grid in grids:
-        lines += [f"## {plain(grid.name)}", "", *([plain(grid.note), ""] if grid.note else []),
-                  _line([grid.corner, *grid.columns]), "|" + "---|" * (len(grid.columns) + 1)]
+        lines += [
+            f"## {plain(grid.name)}",
+            "",
+            *([plain(grid.note), ""] if grid.note else []),
+            _line([grid.corner, *grid.columns]),
+            "|" + "---|" * (len(grid.columns) + 1),
+        ]
         lines += [_line([label, *(_words(cell) for cell in cells)]) for label, cells in grid.rows] + [""]
     return "\n".join(lines)
 

@@ -1,28 +1,35 @@
 """What a judge said of the open-ended answers, from the run folder alone; needs no model."""
 
-from ..evaluate import judge
-from ..folder import RunFolder
-from ..recipe import Recipe
-from ..verdicts import Verdicts
-from .grid import Cell, Grid, markdown, number, word
+from codyra_llm.config.recipe import Recipe
+from codyra_llm.evaluate import judge
+from codyra_llm.report.grid import Cell, Grid, markdown, number, word
+from codyra_llm.store.folder import RunFolder
+from codyra_llm.store.verdicts import Verdicts
 
 
 def summarise(recipe: Recipe, folder: RunFolder) -> dict | None:
-    """`{"judge", "files": {name: {"criterion", "answered", "judged", "win", "tie", "lose"}}}`, as `judge.tally` counts; None
-    where the recipe has no open-ended prompts."""
+    """`{"judge", "files": {name: {"criterion", "answered", "judged", "win", "tie", "lose"}}}`, as
+    `judge.tally` counts; None where the recipe has no open-ended prompts."""
     asked = recipe.open_ended
     if asked.prompts is None:
         return None
     files, all_of = {}, {}
     for name in sorted(path.stem for path in (folder.path / "answers").glob("*.jsonl")):
         pairs, kind = folder.pairs(name), judge.criterion(name)
-        found = list(judge.outcomes(name, pairs, Verdicts(folder, name).of(asked.judge.model))) if asked.judge.base_url else []
+        found = (
+            list(judge.outcomes(name, pairs, Verdicts(folder, name).of(asked.judge.model)))
+            if asked.judge.base_url
+            else []
+        )
         files[name] = {"criterion": kind, "answered": len(pairs), **judge.tally(found)}
         all_of.setdefault(kind, []).append((len(pairs), found))
     for kind, parts in all_of.items():
         if len(parts) > 1:
-            files[f"all: {kind}"] = {"criterion": kind, "answered": sum(n for n, _ in parts),
-                                     **judge.tally(one for _, found in parts for one in found)}
+            files[f"all: {kind}"] = {
+                "criterion": kind,
+                "answered": sum(n for n, _ in parts),
+                **judge.tally(one for _, found in parts for one in found),
+            }
     return {"judge": asked.judge.model if asked.judge.base_url else None, "files": files}
 
 
@@ -30,26 +37,47 @@ def grid(found: dict | None) -> Grid | None:
     """The table of `summarise`; its note says so where nothing was judged."""
     if not found or not found["files"]:
         return None
-    lines = [(name, [word(row["criterion"]), number(row["answered"], "d"), number(row["judged"], "d"),
-                     *(_share(row.get(outcome)) for outcome in judge.OUTCOMES)]) for name, row in found["files"].items()]
+    lines = [
+        (
+            name,
+            [
+                word(row["criterion"]),
+                number(row["answered"], "d"),
+                number(row["judged"], "d"),
+                *(_share(row.get(outcome)) for outcome in judge.OUTCOMES),
+            ],
+        )
+        for name, row in found["files"].items()
+    ]
     columns = ["judged by", "answered", "judged", *judge.OUTCOMES]
     return Grid("open-ended answers", "prompts", columns, lines, _note(found)).filled()
 
 
 def _share(row: dict | None) -> Cell | None:
-    return row and number(row["share"], low=row["low"], high=row["high"], small=f"{row['low']:.0f}–{row['high']:.0f}",
-                          hint=f"{row['n']} pairs")
+    return row and number(
+        row["share"],
+        low=row["low"],
+        high=row["high"],
+        small=f"{row['low']:.0f}–{row['high']:.0f}",
+        hint=f"{row['n']} pairs",
+    )
 
 
 def _note(found: dict) -> str:
     stored = "Answers of base and final model lie side by side in answers/."
     if found["judge"] is None:
         return f"{stored} They were not judged: the recipe names no endpoint (open_ended.judge.base_url)."
-    lacking = sum(row["answered"] - row["judged"] for name, row in found["files"].items() if not name.startswith("all: "))
-    return (f"{stored} Share in % of the pairs that the final model wins, ties or loses against the base by the verdict of "
-            f"{found['judge']}, with Wilson's 95 % interval over prompts. Each pair was judged in both orders; where these "
-            f"disagree it is a tie, as are equal answers."
-            + (f" Not judged, or with no verdict in the reply: {lacking}." if lacking else ""))
+    lacking = sum(
+        row["answered"] - row["judged"]
+        for name, row in found["files"].items()
+        if not name.startswith("all: ")
+    )
+    return (
+        f"{stored} Share in % of the pairs that the final model wins, ties or loses against the base by the "
+        f"verdict of {found['judge']}, with Wilson's 95 % interval over prompts. Each pair was judged in "
+        "both orders; where these disagree it is a tie, as are equal answers."
+        + (f" Not judged, or with no verdict in the reply: {lacking}." if lacking else "")
+    )
 
 
 def lines(found: dict | None) -> list[str]:

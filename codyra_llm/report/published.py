@@ -1,46 +1,74 @@
-"""Runs beside the published TRACE tables (benchmarks/trace/published.yaml), with what has to be known to compare them."""
+"""Runs beside the published TRACE tables (benchmarks/trace/published.yaml), with what has to be known to
+compare them.
+"""
 
 from pathlib import Path
 
 import yaml
 
-from .. import benchmark
-from ..benchmarks import trace
-from ..folder import RunFolder
-from .grid import Cell, Grid, number, word
-from .many import Run, grouped, labels, over
-from .one import summarised
+from codyra_llm.benchmarks import trace
+from codyra_llm.config.benchmark import load_benchmark
+from codyra_llm.report.grid import Cell, Grid, number, word
+from codyra_llm.report.groups import Run, grouped, labels, over
+from codyra_llm.report.summary import summarised
+from codyra_llm.store.folder import RunFolder
 
 
 def beside(folders: list[RunFolder]) -> list[Grid]:
-    """The two published tables, each with the runs' own values in front, and the caveats. Runs of equal recipe but for the
-    seed are one row, as in the report on several runs."""
+    """The two published tables, each with the runs' own values in front, and the caveats. Runs of equal
+    recipe but for the seed are one row, as in the report on several runs."""
     data = yaml.safe_load(Path(trace.__file__).with_name("published.yaml").read_text(encoding="utf-8"))
     groups = grouped([Run(folder, found := summarised(folder), found) for folder in folders])
     names = labels([group[0].recipe for group in groups])
-    own = {f"here: {f'{i} ' * (len(groups) > 1)}{name}": group for i, (name, group) in enumerate(zip(names, groups), 1)}
+    own = {
+        f"here: {f'{i} ' * (len(groups) > 1)}{name}": group
+        for i, (name, group) in enumerate(zip(names, groups, strict=True), 1)
+    }
     told = {name: _run(group) for name, group in own.items()} | data["caveats"]
-    return [_treelora(data, own), _trace(data, own),
-            Grid("to compare them", "", ["what to know"], [(name, [word(text)]) for name, text in told.items()])]
+    return [
+        _treelora(data, own),
+        _trace(data, own),
+        Grid("to compare them", "", ["what to know"], [(name, [word(text)]) for name, text in told.items()]),
+    ]
 
 
 def _treelora(data: dict, own: dict[str, list[Run]]) -> Grid:
     blank = [None] * 2 * len(data["models"])
-    rows = [(name, [*_own(group, "op", "bwt_treelora", "bwt_treelora_clipped"), *blank]) for name, group in own.items()]
-    rows += [(name, [None] * 3 + [number(value, ".2f") for pair in pairs for value in pair])
-             for name, pairs in data["treelora"].items()]
+    rows = [
+        (name, [*_own(group, "op", "bwt_treelora", "bwt_treelora_clipped"), *blank])
+        for name, group in own.items()
+    ]
+    rows += [
+        (name, [None] * 3 + [number(value, ".2f") for pair in pairs for value in pair])
+        for name, pairs in data["treelora"].items()
+    ]
     columns = [f"{model}: {measure}" for model in data["models"] for measure in ("OP", "forgetting")]
-    return Grid("TreeLoRA and CoDyRA", "method", ["here: OP", "here: forgetting", "here: forgetting, clipped", *columns], rows,
-                "OP: higher is better; forgetting: lower is. TreeLoRA, arXiv 2506.10355, Tables 3 and 12; CoDyRA's project "
-                "page, arXiv 2412.01004.")
+    return Grid(
+        "TreeLoRA and CoDyRA",
+        "method",
+        ["here: OP", "here: forgetting", "here: forgetting, clipped", *columns],
+        rows,
+        "OP: higher is better; forgetting: lower is. TreeLoRA, arXiv 2506.10355, Tables 3 and 12; CoDyRA's "
+        "project page, arXiv 2412.01004.",
+    )
 
 
 def _trace(data: dict, own: dict[str, list[Run]]) -> Grid:
     rows = [(name, [*_own(group, "op", "bwt"), None, _delta_r(group)]) for name, group in own.items()]
-    rows += [(name, [number(value, form) for value, form in zip(values, (".1f", "+.1f", "g", "+.2f"))])
-             for name, values in data["trace"].items()]
-    return Grid("TRACE", "method", ["OP", "BWT", "drop", "ΔR"], rows, "LLaMA-2-7B-Chat. OP, BWT and ΔR: higher is better. "
-                "TRACE, Wang et al., arXiv 2310.06762.")
+    rows += [
+        (
+            name,
+            [number(value, form) for value, form in zip(values, (".1f", "+.1f", "g", "+.2f"), strict=True)],
+        )
+        for name, values in data["trace"].items()
+    ]
+    return Grid(
+        "TRACE",
+        "method",
+        ["OP", "BWT", "drop", "ΔR"],
+        rows,
+        "LLaMA-2-7B-Chat. OP, BWT and ΔR: higher is better. TRACE, Wang et al., arXiv 2310.06762.",
+    )
 
 
 def _own(group: list[Run], *keys: str) -> list[Cell | None]:
@@ -54,9 +82,15 @@ def _delta_r(group: list[Run]) -> Cell | None:
 def _run(group: list[Run]) -> str:
     """In what a run here differs, or may differ, from the published ones."""
     recipe = group[0].recipe
-    orders = [f"order {number}" for number, tasks in benchmark.load("trace").orders.items() if list(tasks) == recipe.tasks]
+    orders = [
+        f"order {number}"
+        for number, tasks in load_benchmark("trace").orders.items()
+        if list(tasks) == recipe.tasks
+    ]
     order, most = (orders or ["none of the orders of TRACE's eight tasks"])[0], recipe.eval.max_examples
     scored = f"at most {most} examples of each task scored" if most else "all examples scored"
     train = f", at most {recipe.data.max_train_examples} trained on" if recipe.data.max_train_examples else ""
-    return (f"Base {recipe.model.path}, protocol {recipe.data.protocol}, {order}, {recipe.eval.split} split, {scored}{train}, "
-            f"{len(group)} seed{'s' * (len(group) > 1)}.")
+    return (
+        f"Base {recipe.model.path}, protocol {recipe.data.protocol}, {order}, {recipe.eval.split} split, "
+        f"{scored}{train}, {len(group)} seed{'s' * (len(group) > 1)}."
+    )

@@ -8,18 +8,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from codyra_llm.benchmarks.trace.mini.skills import PROBES, held_out
+from codyra_llm.benchmarks.trace.mini.tasks import TASKS, Pair
 from filelock import FileLock
 
-from codyra_llm.files import replacing, write_json
-
-from ..reasoning import VARIANT, reasoned_answer, reasoned_prompt
-from .skills import PROBES, held_out
-from .tasks import TASKS, Pair
+from codyra_llm.config.methods.sequential import REASONING_VARIANT
+from codyra_llm.core.files import replacing, write_json
+from codyra_llm.data.reasoning import reasoned_answer, reasoned_prompt
 
 # Parts of the cached folders' names: raise one when what the generator or the pretraining makes changes.
 DATA_VERSION, MODEL_VERSION = 2, 1
 Made = TypeVar("Made", bound=tuple[str, ...])
-LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
+
+LAUNCH = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_",
+    "GROUP_",
+    "ROLE_",
+    "MASTER_",
+    "TORCHELASTIC_",
+    "ACCELERATE_",
+    "FSDP_",
+)
 
 
 def make_mini(out: Path, seed: int = 0, train: int = 400, eval: int = 50, test: int = 200) -> None:
@@ -27,28 +38,43 @@ def make_mini(out: Path, seed: int = 0, train: int = 400, eval: int = 50, test: 
     `<out>/LLM-CL-Benchmark_Reasoning/<task>/train.json`, and the probes of general ability
     `<out>/general/<probe>/test.json`.
 
-    Each file is a JSON list of `{"prompt", "answer"}`. Equal arguments give equal bytes. No prompt occurs twice in a
-    task, so its splits are disjoint.
+    Each file is a JSON list of `{"prompt", "answer"}`. Equal arguments give equal bytes. No prompt occurs
+    twice in a task, so its splits are disjoint.
     """
     out = Path(out)
     for name, task in TASKS.items():
         examples = distinct(task, random.Random(f"{name} {seed}"), train + eval + test)
-        splits = {"train": examples[:train], "eval": examples[train:train + eval], "test": examples[train + eval:]}
+        splits = {
+            "train": examples[:train],
+            "eval": examples[train : train + eval],
+            "test": examples[train + eval :],
+        }
         for split, part in splits.items():
             _write(out / name / f"{split}.json", [(prompt, answer) for prompt, answer, _ in part])
-        _write(out / VARIANT / name / "train.json", [
-            (reasoned_prompt(name, prompt), reasoned_answer(name, reasoning, answer))
-            for prompt, answer, reasoning in splits["train"]])
+        _write(
+            out / REASONING_VARIANT / name / "train.json",
+            [
+                (reasoned_prompt(name, prompt), reasoned_answer(name, reasoning, answer))
+                for prompt, answer, reasoning in splits["train"]
+            ],
+        )
     for name, probe in PROBES.items():
-        _write(out / "general" / name / "test.json", distinct(probe, random.Random(f"{name} {seed}"), 100, held_out))
+        _write(
+            out / "general" / name / "test.json",
+            distinct(probe, random.Random(f"{name} {seed}"), 100, held_out),
+        )
 
 
 def _write(path: Path, pairs: list[Pair]) -> None:
     write_json(path, [{"prompt": prompt, "answer": answer} for prompt, answer in pairs])
 
 
-def distinct(make: Callable[[random.Random], Made], rng: random.Random, count: int,
-             keep: Callable[[str], bool] = lambda prompt: True) -> list[Made]:
+def distinct(
+    make: Callable[[random.Random], Made],
+    rng: random.Random,
+    count: int,
+    keep: Callable[[str], bool] = lambda prompt: True,
+) -> list[Made]:
     """`count` results of `make` with pairwise different prompts, their first items, that `keep` admits."""
     made: dict[str, Made] = {}
     while len(made) < count:
@@ -81,9 +107,19 @@ def _cached(name: str, make: Callable[[Path], None]) -> Path:
 
 
 def _pretrain_apart(out: Path, seed: int) -> None:
-    """Pretrain in a process of its own: the caller's random state and the launcher's process group stay untouched."""
-    print("Making the small LLaMA of mini-TRACE: once, about a minute on two free cores.", file=sys.stderr, flush=True)
+    """Pretrain in a process of its own: the caller's random state and the launcher's process group stay
+    untouched.
+    """
+    print(
+        "Making the small LLaMA of mini-TRACE: once, about a minute on two free cores.",
+        file=sys.stderr,
+        flush=True,
+    )
     alone = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCH)}
     alone |= {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([sys.executable, "-m", f"{__package__}.pretrain", str(out), str(seed)], check=True, env=alone,
-                   stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", f"{__package__}.pretrain", str(out), str(seed)],
+        check=True,
+        env=alone,
+        stdout=subprocess.DEVNULL,
+    )

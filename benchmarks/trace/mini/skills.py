@@ -1,16 +1,26 @@
 """What the small model learns before any task: general skills, of which four are probes of general ability.
 
-The siblings of the tasks share their words and ask for the same knowledge in another format with other answers, so that
-a few low-rank steps suffice to learn a task while the pretrained model alone can't answer it.
+The siblings of the tasks share their words and ask for the same knowledge in another format with other
+answers, so that a few low-rank steps suffice to learn a task while the pretrained model alone can't answer
+it.
 """
 
 import random
 import zlib
 from collections.abc import Callable, Iterable
 
-from .content import choices, code, german, meeting, mixture, opinion, policy, story
-from .lexicon import ADJECTIVES, NOUNS, OPPOSITES, PLAIN, SIMPLE_DE
-from .tasks import Pair
+from codyra_llm.benchmarks.trace.mini.content import (
+    choices,
+    code,
+    german,
+    meeting,
+    mixture,
+    opinion,
+    policy,
+    story,
+)
+from codyra_llm.benchmarks.trace.mini.lexicon import ADJECTIVES, NOUNS, OPPOSITES, PLAIN, SIMPLE_DE
+from codyra_llm.benchmarks.trace.mini.tasks import Pair
 
 
 def ask(name: str, question: str) -> str:
@@ -50,7 +60,11 @@ def translation(rng: random.Random) -> Pair:
 
 
 PROBES: dict[str, Callable[[random.Random], Pair]] = {
-    "reverse": reverse, "successor": successor, "opposites": opposites, "translation": translation}
+    "reverse": reverse,
+    "successor": successor,
+    "opposites": opposites,
+    "translation": translation,
+}
 
 
 def copy(rng: random.Random) -> Pair:
@@ -92,10 +106,10 @@ def program(rng: random.Random) -> Pair:
 def pick(rng: random.Random) -> Pair:
     kind, options, index = choices(rng)
     if rng.random() < 0.5:
-        listed = "\n".join(f"{number}. {option}" for number, option in zip("123", options))
+        listed = "\n".join(f"{number}. {option}" for number, option in zip("123", options, strict=False))
         prompt = f"Choose a number.\n\nQuestion:\nWhich is {kind}?\n\nChoices:\n{listed}\n\nNumber:"
         return prompt, f"{index + 1}\n{options[index]}"
-    listed = "\n".join(f"{letter}. {option}" for letter, option in zip("ABC", options))
+    listed = "\n".join(f"{letter}. {option}" for letter, option in zip("ABC", options, strict=False))
     return f"Find {kind}.\n{listed}\nPick:", f"{'ABC'[index]} {options[index]}"
 
 
@@ -126,7 +140,17 @@ def shorten(rng: random.Random) -> Pair:
 
 
 SIBLINGS: list[Callable[[random.Random], Pair]] = [
-    copy, attitude, tightness, minutes, program, pick, calculate, limit, synonyms, shorten]
+    copy,
+    attitude,
+    tightness,
+    minutes,
+    program,
+    pick,
+    calculate,
+    limit,
+    synonyms,
+    shorten,
+]
 
 
 def skill_records(rng: random.Random, number: int) -> list[Pair]:

@@ -1,16 +1,26 @@
 """Eight small synthetic tasks with the names and shapes of TRACE's.
 
-Every task is a rule over a combinatorial space, so the answer is a function of the prompt and splits can be disjoint.
-The tasks share words, label letters and, for the two arithmetic ones, the lead-in: learning one can undo another.
-The reasoning is the step in between, short and in words that the small model knows (skills.py): with tokens that its
-pretraining never saw, a few low-rank steps teach it neither the reasoning nor the answer.
+Every task is a rule over a combinatorial space, so the answer is a function of the prompt and splits can be
+disjoint. The tasks share words, label letters and, for the two arithmetic ones, the lead-in: learning one can
+undo another. The reasoning is the step in between, short and in words that the small model knows (skills.py):
+with tokens that its pretraining never saw, a few low-rank steps teach it neither the reasoning nor the
+answer.
 """
 
 import random
 from collections.abc import Callable
 
-from .content import choices, code, german, meeting, mixture, opinion, policy, story
-from .lexicon import SIMPLE_DE
+from codyra_llm.benchmarks.trace.mini.content import (
+    choices,
+    code,
+    german,
+    meeting,
+    mixture,
+    opinion,
+    policy,
+    story,
+)
+from codyra_llm.benchmarks.trace.mini.lexicon import SIMPLE_DE
 
 Pair = tuple[str, str]  # prompt, answer
 Example = tuple[str, str, str]  # prompt, answer, reasoning
@@ -38,14 +48,18 @@ def meetingbank(rng: random.Random) -> Example:
 
 def py150(rng: random.Random) -> Example:
     verb, lines, result = code(rng)
-    answer = {"get": f"return {result}", "set": f"self . {result} = {result}",
-              "show": f"print ( {result} )", "test": f"assert {result}"}[verb]
+    answer = {
+        "get": f"return {result}",
+        "set": f"self . {result} = {result}",
+        "show": f"print ( {result} )",
+        "test": f"assert {result}",
+    }[verb]
     return f"<s> import os <EOL> {' <EOL> '.join(lines)} <EOL>", answer, f"self . {verb} ( {result} )"
 
 
 def scienceqa(rng: random.Random) -> Example:
     kind, options, index = choices(rng)
-    listed = "\n".join(f"{letter}. {option}" for letter, option in zip("ABC", options))
+    listed = "\n".join(f"{letter}. {option}" for letter, option in zip("ABC", options, strict=False))
     prompt = f"Choose an answer.\n\nQuestion:\nWhich is {kind}?\n\nChoices:\n{listed}\n\nAnswer:"
     other = {"an animal": "a thing", "a thing": "an animal"}[kind]
     reasoning = " ".join(f"{option} is {kind if i == index else other}." for i, option in enumerate(options))
@@ -73,5 +87,12 @@ def minuten(rng: random.Random) -> Example:
 
 
 TASKS: dict[str, Callable[[random.Random], Example]] = {
-    "C-STANCE": c_stance, "FOMC": fomc, "MeetingBank": meetingbank, "Py150": py150, "ScienceQA": scienceqa,
-    "NumGLUE-cm": numglue_cm, "NumGLUE-ds": numglue_ds, "20Minuten": minuten}
+    "C-STANCE": c_stance,
+    "FOMC": fomc,
+    "MeetingBank": meetingbank,
+    "Py150": py150,
+    "ScienceQA": scienceqa,
+    "NumGLUE-cm": numglue_cm,
+    "NumGLUE-ds": numglue_ds,
+    "20Minuten": minuten,
+}

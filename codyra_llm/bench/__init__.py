@@ -1,0 +1,60 @@
+"""How fast training and evaluation are and what memory they take, against PEFT, transformers and a floor, on
+this machine.
+"""
+
+import torch
+from rich.console import Console
+
+from codyra_llm.bench import evaluation, head, layers, measure, step
+from codyra_llm.bench.measure import TOLERANCE, Options
+from codyra_llm.core.errors import Fault, nearest
+
+LEVELS = {
+    "linear": layers.linear,
+    "block": layers.block,
+    "head": head.measure,
+    "step": step.measure,
+    "eval": evaluation.measure,
+}
+
+__all__ = ["LEVELS", "measured", "options", "show"]
+
+
+def measured(level: str, options: Options) -> dict:
+    """What a level found, as plain JSON values; Fault where an arm is off."""
+    if level not in LEVELS:
+        raise Fault(f"'{level}' is not a level; choose from {', '.join(LEVELS)}.{nearest(level, LEVELS)}")
+    return LEVELS[level](options)
+
+
+def show(result: dict, console: Console) -> None:
+    """Print what `measured` found."""
+    (evaluation if result["level"] == "eval" else measure).show(result, console)
+
+
+def options(
+    device: str | None, dtype: str | None, shape: str | None, arms: str | None, tasks: str | None, **others
+) -> Options:
+    """From the command line's words."""
+    cuda = torch.cuda.is_available()
+    device = device or ("cuda" if cuda else "cpu")
+    if device.partition(":")[0] not in ("cpu", "cuda") or (device != "cpu" and not cuda):
+        raise Fault(f"--device: '{device}' is not here; choose {'cpu or cuda' if cuda else 'cpu'}")
+    names = {str(known).removeprefix("torch."): known for known in TOLERANCE}
+    dtype = dtype or ("bfloat16" if device != "cpu" else "float32")
+    if dtype not in names:
+        raise Fault(f"--dtype: '{dtype}' is unknown; choose from {', '.join(names)}.{nearest(dtype, names)}")
+    try:
+        numbers = tuple(int(n) for n in shape.split(",")) if shape else None
+    except ValueError:
+        raise Fault(
+            f"--shape: '{shape}' must be whole numbers with commas between, e.g. 1024,576,1536,16"
+        ) from None
+    split = (tuple(text.split(",")) if text else None for text in (arms, tasks))
+    return Options(
+        torch.device(device),
+        names[dtype],
+        shape=numbers,
+        **dict(zip(("arms", "tasks"), split, strict=True)),
+        **others,
+    )

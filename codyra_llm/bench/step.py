@@ -1,0 +1,183 @@
+"""Level `step`: whole training steps of a model on TRACE examples, optimizer included."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from codyra_llm.bench.arms import ARMS, NOTES, Arm, draw, exact
+from codyra_llm.bench.measure import Contestant, Options, compare, machine
+from codyra_llm.benchmarks.trace.mini.make import mini_model
+from codyra_llm.config.benchmark import load_benchmark
+from codyra_llm.config.sections import DataSection
+from codyra_llm.core.errors import Fault
+from codyra_llm.data.batches import collate, default_tokens, example_weights, micro_batches
+from codyra_llm.data.check import task_folders
+from codyra_llm.data.encoding import Encoded, Encoder
+from codyra_llm.data.records import read_split
+from codyra_llm.experiment.setup import data_root
+from codyra_llm.models import loading, packed_attention
+from codyra_llm.models.tokenizer import load_tokenizer
+
+RANK = 16
+LR = 1e-4
+GATE = 2  # examples that are checked; float64 is slow
+OURS = "micro-batches and loss of this program"
+
+BATCHES = {
+    "peft": "batches in the order of the data, padded and masked, and the loss that transformers computes "
+    "from all logits",
+    "peft-strong": f"{OURS}, so what is left between it and ours is the LoRA layer",
+}
+
+Losses = Callable[
+    [nn.Module, list[Encoded]], Iterator[Tensor]
+]  # the losses of a global batch's pieces; they sum to its loss
+
+
+def measure(options: Options) -> dict:
+    """Global batches of `batch` examples, the first `examples` of each task; every arm takes the same ones.
+    Micro-batches of all arms are cut at the same number of tokens, padding included."""
+    folder = mini_model() if options.model in (None, "mini") else loading.resolve(options.model)
+    tokenizer = load_tokenizer(folder)
+    batches = _global_batches(options, Encoder(tokenizer, _section(options)))
+    sizes = [sum(map(len, batch)) for batch in batches]
+    largest, checked = sizes.index(max(sizes)), batches[sizes.index(min(sizes))][:GATE]
+    base = loading.load(folder, options.dtype).to(options.device).train()
+    numbers, pad = draw(base, RANK), tokenizer.pad_token_id
+    limit, packed = (
+        options.tokens or default_tokens(options.device),
+        packed_attention.pays(base, options.device),
+    )
+    peft = partial(_peft_losses, limit=limit, pad=pad, device=options.device)
+    ours = partial(_our_losses, limit=limit, pad=pad, device=options.device, packed=packed)
+    contestants, expected = {}, {}
+    for name in options.chosen(list(ARMS)):
+        kind = "frozen" if name == "frozen" else "adapted"
+        if kind not in expected:
+            reference = _prepared(exact(base, numbers, name), packed)
+            expected[kind] = _outcome(reference, ours, checked, options.device)
+            del reference
+        losses = peft if name == "peft" else ours
+        arm = _prepared(ARMS[name](base, numbers), packed and losses is ours)
+        contestants[name] = Contestant(
+            partial(_outcome, arm, losses, checked, options.device),
+            expected[kind],
+            _stepper(arm, losses, batches, options.device),
+        )
+    rows = compare(contestants, options, (options.rounds or 1) * len(batches), largest)
+    for row in rows.values():
+        row["tokens_per_second"] = sum(sizes) * (options.rounds or 1) / row["seconds"]
+    shape = [
+        f"{folder.name}",
+        f"{len(batches)} batches of {options.batch}",
+        f"{sum(sizes)} tokens",
+        f"r={RANK}",
+    ]
+    notes = [f"{name}: {NOTES[name]}; {BATCHES.get(name, OURS)}" for name in rows]
+    notes.append(
+        f"tokens without padding, at most {limit} at once with it{', rows packed' if packed else ''}; peak: "
+        f"the batch of {max(sizes)} tokens, beside weights and Adam's moments; AdamW for all; float64: "
+        f"{len(checked)} examples"
+    )
+    return {"level": "step", "shape": shape, "machine": machine(options), "arms": rows, "notes": notes}
+
+
+def _prepared(arm: Arm, packed: bool) -> Arm:
+    """Ready for packed rows; and where nothing trains, backward runs down to the embeddings' output."""
+    if packed:
+        packed_attention.use(arm.model)
+    if not arm.masters:
+        arm.model.enable_input_require_grads()
+    return arm
+
+
+def _section(options: Options) -> DataSection:
+    lengths = load_benchmark("trace").protocols["trace"]
+    return DataSection(
+        root=options.data,
+        max_prompt_tokens=lengths.max_prompt_tokens,
+        max_answer_tokens=lengths.max_answer_tokens,
+    )
+
+
+def _global_batches(options: Options, encoder: Encoder) -> list[list[Encoded]]:
+    root = data_root(options.data)
+    present = {folder.name for folder in task_folders(root)}
+    batches = []
+    for task in options.tasks or [name for name in load_benchmark("trace").tasks if name in present]:
+        encoded = encoder.encode(read_split(root, task, "train")[: options.examples])
+        batches += [encoded[i : i + options.batch] for i in range(0, len(encoded), options.batch)]
+    if not batches:
+        raise Fault(
+            f"--data: {root} holds none of TRACE's tasks; give the folder that holds <task>/train.json, or "
+            "--tasks"
+        )
+    return batches
+
+
+def _our_losses(
+    model: nn.Module, batch: list[Encoded], limit: int, pad: int, device: torch.device, packed: bool
+) -> Iterator[Tensor]:
+    weights = example_weights(batch, range(len(batch)), "token")
+    for chosen in micro_batches([len(e) for e in batch], 1, limit, packed)[0]:
+        yield (
+            collate(batch, chosen, [weights[i] for i in chosen], pad, packed).to(device).cross_entropy(model)
+        )
+
+
+def _peft_losses(
+    model: nn.Module, batch: list[Encoded], limit: int, pad: int, device: torch.device
+) -> Iterator[Tensor]:
+    count, piece = sum(len(e.answer) for e in batch), []
+    for example in batch:
+        if piece and max(map(len, [*piece, example])) * (len(piece) + 1) > limit:
+            yield model(**_padded(piece, pad, device), num_items_in_batch=count).loss
+            piece = []
+        piece.append(example)
+    yield model(**_padded(piece, pad, device), num_items_in_batch=count).loss
+
+
+def _padded(examples: list[Encoded], pad: int, device: torch.device) -> dict[str, Tensor]:
+    """input_ids, attention_mask and labels [n, T], padded on the right."""
+
+    def stack(rows: list[list[int]], value: int) -> Tensor:
+        return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value).to(device)
+
+    return {
+        "input_ids": stack([e.prompt + e.answer for e in examples], pad),
+        "attention_mask": stack([[1] * len(e) for e in examples], 0),
+        "labels": stack([[-100] * len(e.prompt) + e.answer for e in examples], -100),
+    }
+
+
+def _forward_backward(arm: Arm, losses: Losses, batch: list[Encoded], device: torch.device) -> Tensor:
+    """The loss; gradients are left on the arm's parameters."""
+    total, pieces = torch.zeros((), device=device), losses(arm.model, batch)
+    while True:
+        with arm.context(device):
+            loss = next(pieces, None)
+        if loss is None:
+            return total
+        loss.backward()
+        total = total + loss.detach()
+
+
+def _outcome(arm: Arm, losses: Losses, batch: list[Encoded], device: torch.device) -> dict[str, Tensor]:
+    arm.forget_gradients()
+    return {"loss": _forward_backward(arm, losses, batch, device), **arm.gradients()}
+
+
+def _stepper(
+    arm: Arm, losses: Losses, batches: list[list[Encoded]], device: torch.device
+) -> Callable[[int], None]:
+    optimizer = torch.optim.AdamW(arm.parameters(), lr=LR) if arm.parameters() else None
+
+    def step(number: int) -> None:
+        _forward_backward(arm, losses, batches[number % len(batches)], device)
+        if optimizer:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step

@@ -1,0 +1,41 @@
+"""Scores of the stream's tasks as lm-evaluation-harness's result files have them, for tools that read
+those.
+"""
+
+from datetime import datetime
+from importlib.metadata import version
+
+from codyra_llm.experiment.setup import Setup
+
+
+def lm_eval_layout(checkpoint: str, setup: Setup, rows: list[dict]) -> dict:
+    """Scores of the stream's tasks as lm-eval's result files have them: under 'metric,none', from 0 to 1."""
+    results = {
+        row["task"]: {
+            "alias": row["task"],
+            **{f"{name},none": score["mean"] / 100 for name, score in row["metrics"].items()},
+            **{f"{name}_stderr,none": "N/A" for name in row["metrics"]},
+        }
+        for row in rows
+    }
+    counts = {row["task"]: row["metrics"][row["headline"]]["n"] for row in rows}
+    return {
+        "results": results,
+        "group_subtasks": {},
+        "configs": {},
+        "versions": dict.fromkeys(results, 1),
+        "n-shot": dict.fromkeys(results, 0),
+        "higher_is_better": {row["task"]: dict.fromkeys(row["metrics"], True) for row in rows},
+        "n-samples": {task: {"original": n, "effective": n} for task, n in counts.items()},
+        "config": {
+            "model": "hf",
+            "model_args": f"pretrained={checkpoint}",
+            "limit": setup.recipe.eval.max_examples,
+            "model_dtype": str(setup.dtype),
+        },
+        "model_name": checkpoint,
+        "model_source": "hf",
+        "transformers_version": version("transformers"),
+        "lm_eval_version": None,
+        "date": datetime.now().timestamp(),
+    }

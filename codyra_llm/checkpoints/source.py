@@ -1,0 +1,196 @@
+"""What `codyra-llm evaluate` is given: a checkpoint taken apart, and the recipe that it is scored by."""
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from codyra_llm.config.benchmark import benchmark_folder, digest
+from codyra_llm.config.overrides import assign, override, split_overrides
+from codyra_llm.config.recipe import Recipe, parse_recipe
+from codyra_llm.config.registry import METHODS
+from codyra_llm.config.sections import TRACE
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.parsing import read_mapping, shown
+from codyra_llm.experiment.export import LINEAGE
+from codyra_llm.store.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the command line asks for; None where it leaves the choice to the checkpoint's own recipe."""
+
+    data: str | None = None
+    tasks: list[str] | None = None
+    general: str | None = None
+    general_tasks: list[str] | None = None
+    base: str | None = None
+    out: Path | None = None
+    overrides: list[str] = field(default_factory=list)
+    benchmark: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint taken apart: the recipe that it comes from, or an empty one; the run and the task after
+    which, the merged model's folder, or the base and the adapter's folder."""
+
+    raw: dict
+    after: str | None = None
+    benchmark: str | None = None  # the digest of its recipe's
+    run: RunFolder | None = None
+    model: str | None = None
+    adapter: Path | None = None
+    told: str = ""  # what the user should know of it
+
+
+def taken_apart(checkpoint: str, wanted: Wanted) -> Source:
+    """Where `checkpoint` comes from and what it is, without loading it. Raises Fault where it can't be scored
+    as asked.
+    """
+    return _on_benchmark(_source(checkpoint, wanted.base), checkpoint, wanted.benchmark)
+
+
+def _source(checkpoint: str, base: str | None) -> Source:
+    path, _, task = checkpoint.rpartition("@")
+    if path and Path(path).is_dir():
+        return _stage(RunFolder(Path(path)), task)
+    folder = Path(checkpoint).expanduser()
+    if (folder / "recipe.json").is_file():
+        return _stage(RunFolder(folder))
+    found = Source(*_carried(folder / LINEAGE), model=checkpoint)
+    return _on_base(found, folder, base) if (folder / "adapter_config.json").is_file() else found
+
+
+def _stage(run: RunFolder, after: str | None = None) -> Source:
+    """The run `after` that task; None: after the last that it has learnt."""
+    after = ["base", *run.archive().tasks][-1] if after is None else after
+    return Source(run.recipe.model_dump(mode="json"), after, run.manifest.get("benchmark"), run)
+
+
+def _carried(file: Path) -> tuple[dict, str | None, str | None]:
+    """The recipe, the task after which, and the digest of the benchmark, that an export carries; ({}, None,
+    None) of any other checkpoint."""
+    if not file.is_file():
+        return {}, None, None
+    carried = read_mapping(file, "what a run's export says of itself")
+    raw, after = carried.get("recipe"), carried.get("after")
+    if not isinstance(raw, dict):
+        raise Fault(
+            f"{file}: 'recipe' is {shown(raw)}, expected a run's recipe; restore the file, or remove it and "
+            "give --data"
+        )
+    recipe = parse_recipe(raw, str(file))
+    if after is not None and after not in recipe.tasks:
+        raise Fault(
+            f"{file}: 'after' is {shown(after)}, expected one of {', '.join(recipe.tasks)}; restore the file"
+        )
+    return recipe.model_dump(mode="json"), after, carried.get("benchmark")
+
+
+def _on_benchmark(source: Source, checkpoint: str, wanted: str | None) -> Source:
+    """The checkpoint, without its own recipe where another benchmark than that recipe's is asked for."""
+    own = source.raw.get("data", {}).get("benchmark", TRACE)
+    if not (source.raw and wanted) or benchmark_folder(wanted).resolve() == benchmark_folder(own).resolve():
+        return source
+    if source.benchmark == digest(wanted):  # the same, at another place
+        if source.raw["data"]["root"] == str(benchmark_folder(own)):
+            assign(source.raw, "data.root", str(benchmark_folder(wanted)))
+        return source
+    if source.run:
+        raise Fault(
+            f"--benchmark: {checkpoint} is a stage of a run on {own}, and is scored on its tasks; export it "
+            "with `codyra-llm export`, and give the export"
+        )
+    told = (
+        f"{checkpoint}: scored by the protocol of {wanted}, not by its run's recipe, which is for "
+        f"another benchmark, {own}"
+    )
+    return replace(source, raw={}, after=None, told=told)
+
+
+def _on_base(source: Source, folder: Path, base: str | None) -> Source:
+    """A PEFT folder as the base that it names, or that is given, and itself."""
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise Fault(
+            f"{folder} is a PEFT adapter, and the package peft is not installed; install codyra-llm[peft]"
+        ) from None
+    config = read_mapping(folder / "adapter_config.json", "the adapter's config")
+    if (kind := config.get("peft_type")) != "LORA":
+        raise Fault(
+            f"{folder} is an adapter of peft_type {kind}, expected LORA, which can be merged into its base; "
+            "merge it where it was made, and give the merged folder"
+        )
+    if not (model := base or config.get("base_model_name_or_path")):
+        raise Fault(
+            f"{folder}/adapter_config.json names no base_model_name_or_path; give the base with --base"
+        )
+    return replace(source, model=model, adapter=folder)
+
+
+def recipe_of(checkpoint: str, source: Source, wanted: Wanted) -> Recipe:
+    """The recipe that the checkpoint is scored by: its own, or the benchmark's protocol; the command line
+    over it.
+    """
+    anywhere = None if wanted.benchmark not in (None, TRACE) else "."
+    raw = source.raw or {"model": {}, "data": {"root": wanted.data or anywhere}, "method": "none"}
+    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in checkpoint.strip("/."))
+    given = {
+        "output": str(wanted.out or Path("evaluations") / name),
+        "checkpoint": False,
+        "data.root": wanted.data,
+        "data.benchmark": wanted.benchmark,
+        "model.path": source.model,
+        "general.data": wanted.general,
+        "general.tasks": wanted.general_tasks,
+    }
+    if source.raw:  # checkpoints are passed on: where a key and answers go, the command line alone says
+        given |= {
+            "optim.validate_every": None,
+            "optim.keep_best": False,
+            "model.quantization": None,
+            "open_ended.judge": {},
+            "trackers": [],
+        }
+        _refuse_own_code(checkpoint, source, wanted)
+    elif wanted.tasks:
+        given["data.tasks"] = wanted.tasks
+    for key, value in given.items():
+        if value is not None or source.raw and key.startswith(("optim", "model.q")):
+            assign(raw, key, value)
+    recipe = parse_recipe(override(raw, wanted.overrides), checkpoint)
+    if source.raw or wanted.data or recipe.data.root != ".":
+        return recipe
+    if not (recipe.general.data or recipe.open_ended.prompts):
+        raise Fault(
+            f"{checkpoint} carries no recipe, so there is nothing to score it on; give the tasks' folder "
+            "with --data, or files for general ability with --general"
+        )
+    return without_tasks(recipe)
+
+
+def _refuse_own_code(checkpoint: str, source: Source, wanted: Wanted) -> None:
+    """Raises Fault where the recipe that the checkpoint carries names the checkpoint itself as the folder of
+    general-ability
+    tasks: the harness's task files can run code."""
+    data = (source.raw.get("general") or {}).get("data")
+    given = wanted.general or any(key == "general.data" for key, _ in split_overrides(wanted.overrides))
+    if given or data in (None, "mini", "hub"):
+        return
+    folder = source.run.path if source.run else source.adapter or Path(source.model).expanduser()
+    if Path(os.path.expanduser(os.path.expandvars(data))).resolve().is_relative_to(folder.resolve()):
+        raise Fault(
+            f"general.data: the recipe that {checkpoint} carries names '{data}', a folder of the checkpoint "
+            "itself, whose task files can run code; look at them and give it with --general, or give "
+            "general.data=null"
+        )
+
+
+def without_tasks(recipe: Recipe) -> Recipe:
+    return recipe.model_copy(
+        update={
+            "data": recipe.data.model_copy(update={"tasks": [], "root": "."}),
+            "method": METHODS.settings("none")(),
+        }
+    )

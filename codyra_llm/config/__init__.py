@@ -1,0 +1,1 @@
+"""What a user writes: recipes, benchmarks and their sections, checked. Nothing here imports torch."""

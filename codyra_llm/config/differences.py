@@ -1,0 +1,51 @@
+from typing import Any
+
+from codyra_llm.config.recipe import Recipe
+from codyra_llm.config.sections import JudgeSection
+
+# settings that change no result
+NO_RESULT = (
+    "output",
+    "model.gradient_checkpointing",
+    "checkpoint",
+    "save.minutes",
+    "save.keep",
+    "hang_minutes",
+    "trackers",
+    "optim.micro_batch_tokens",
+    "eval.batch_tokens",
+    "model.fused",
+    "data.batching",
+    *(f"open_ended.judge.{key}" for key in JudgeSection.model_fields),
+)
+
+PLACES = ("data.root", "data.benchmark", "model.path")  # known by the content of what lies there
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """Keys in which two resolved recipes differ, beside tasks added at the end, places, and settings that
+    change no result."""
+    before, after = (flat(r.model_dump(mode="json")) for r in (old, new))
+    lines = []
+    if new.tasks[: len(old.tasks)] != old.tasks:
+        lines.append(f"data.tasks was {old.tasks}, now {new.tasks}")
+    for key in sorted(before.keys() | after.keys()):
+        free = key in (*NO_RESULT, *PLACES, "data.tasks")
+        added = (
+            key.startswith(("data.epochs.", "eval.max_new_tokens."))
+            and key.rpartition(".")[2] not in old.tasks
+        )
+        if not (free or added) and before.get(key) != after.get(key):
+            lines.append(f"{key} was {before.get(key)!r}, now {after.get(key)!r}")
+    return lines
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as one, keys joined by dots."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        k: v
+        for key, inner in value.items()
+        for k, v in flat(inner, f"{prefix}.{key}" if prefix else key).items()
+    }

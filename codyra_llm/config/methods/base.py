@@ -1,0 +1,57 @@
+"""What every method's section of a recipe has: its name, and for LoRA methods the adapter."""
+
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from codyra_llm.core.schema import Fraction, Strict
+
+Count = Annotated[
+    int, Field(le=1 << 16)
+]  # ranks, widths, examples in memory: more is a slip, and would exhaust it
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class MethodConfig(Strict):
+    """What every method has: its name."""
+
+    name: str
+
+
+class LoraConfig(MethodConfig):
+    """The adapter of a LoRA method."""
+
+    rank: Count = Field(16, ge=1, description="rank r of every adapter")
+    targets: list[str] = Field(list(PROJECTIONS), min_length=1, description="projections that get an adapter")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+
+    @field_validator("targets")
+    @classmethod
+    def _known(cls, value: list[str]) -> list[str]:
+        if unknown := [name for name in value if name not in PROJECTIONS]:
+            raise ValueError(f"unknown projections {unknown}; choose from {', '.join(PROJECTIONS)}")
+        if len(set(value)) < len(value):
+            raise ValueError("a projection is named twice")
+        return value
+
+
+class InputsConfig(LoraConfig):
+    """How the basis of old inputs grows, and what it is made from."""
+
+    energy_first: Fraction = Field(
+        0.95,
+        description="ε at the first task: share of ‖C‖_F², C the inputs' covariance, "
+        "that the basis of old inputs must hold (`lamb` in InfLoRA's released code)",
+    )
+    energy_last: Fraction = Field(
+        1.0, description="ε of a task after the last one; linear in between (`lame`)"
+    )
+    max_examples: int = Field(
+        512, ge=1, description="training examples of a task, drawn, whose inputs are read"
+    )
+    inputs_at_once: Count = Field(
+        16,
+        ge=1,
+        description="distinct inputs whose covariances are in memory together; each "
+        "such portion is a pass over the examples",
+    )

@@ -1,0 +1,67 @@
+import os
+from pathlib import Path
+from typing import Any
+
+from codyra_llm import recipes
+from codyra_llm.core.errors import Fault, nearest
+from codyra_llm.core.parsing import parse_yaml, read_yaml, shown
+
+PROGRAM_KEYS = ("_", "launch")  # the two lines that make a recipe a Python program as well
+
+
+def read_recipe(path: str | Path) -> dict:
+    """The recipe file at `path`, or the shipped one of that name, as a mapping."""
+    raw = read_yaml(find_recipe(path), "a recipe, such as recipes/quickstart.yaml")
+    return {key: value for key, value in raw.items() if key not in PROGRAM_KEYS}
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The recipe file at `path`, or the shipped recipe of that name."""
+    shipped = Path(recipes.__path__[0])
+    for candidate in (Path(path), shipped / Path(path).name, shipped / f"{path}.yaml"):
+        if os.path.isfile(candidate):
+            return candidate
+    names = sorted(p.name for p in shipped.glob("*.yaml"))
+    if os.path.isdir(path):
+        raise Fault(f"'{path}' is a folder, not a recipe; give a YAML file. Shipped: {', '.join(names)}")
+    raise Fault(f"there is no recipe '{path}'.{nearest(Path(path).name, names)} Shipped: {', '.join(names)}")
+
+
+def override(raw: dict, overrides: list[str]) -> dict:
+    """Apply `a.b=value` (value in YAML), in order. `method=NAME` starts the method's section afresh."""
+    for key, value in split_overrides(overrides):
+        assign(raw, key, value)
+    return raw
+
+
+def split_overrides(overrides: list[str]) -> list[tuple[str, Any]]:
+    """Keys and values of `a.b=value` texts. Raises one Fault with all that are none."""
+    faults = [
+        f"'{item}' is not an override; write key=value, e.g. optim.lr=1e-4"
+        for item in overrides
+        if "=" not in item
+    ]
+    pairs = []
+    for key, _, text in (item.partition("=") for item in overrides if "=" in item):
+        try:
+            pairs.append((key.removeprefix("--"), parse_yaml(text, f"override {shown(key)}")))
+        except Fault as fault:
+            faults += fault.messages
+    if faults:
+        raise Fault(*faults)
+    return pairs
+
+
+def assign(raw: dict, key: str, value: Any) -> None:
+    """Set `a.b` of a recipe's mapping."""
+    *path, last = key.split(".")
+    if not all([*path, last]) or len(path) > 8:
+        raise Fault(
+            f"{shown(key)} is not the key of a setting; write its sections joined by dots, e.g. optim.lr"
+        )
+    node = raw
+    for part in path:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise Fault(f"{key}: '{part}' is a value, not a section; override '{part}' itself")
+    node[last] = {"name": value} if key == "method" and isinstance(value, str) else value

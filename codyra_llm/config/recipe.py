@@ -1,0 +1,191 @@
+"""A recipe: the YAML file that describes one run, its schema, its overrides, and all of its faults at
+once.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
+
+from codyra_llm.config.benchmark import Benchmark, benchmark_folder, load_benchmark
+from codyra_llm.config.methods.base import MethodConfig
+from codyra_llm.config.overrides import override, read_recipe
+from codyra_llm.config.registry import METHODS
+from codyra_llm.config.sections import (
+    TRACE,
+    DataSection,
+    EvalSection,
+    GeneralSection,
+    ModelSection,
+    OpenEndedSection,
+    OptimSection,
+    SaveSection,
+)
+from codyra_llm.core.errors import Fault, nearest
+from codyra_llm.core.parsing import PathText, shown
+from codyra_llm.core.schema import Positive, Strict, sentences
+
+
+class Recipe(Strict):
+    """One run. Fields left at null are filled from the protocol by `resolved`."""
+
+    model: ModelSection
+    data: DataSection
+    method: SerializeAsAny[MethodConfig]
+    optim: OptimSection = OptimSection()
+    eval: EvalSection = EvalSection()
+    general: GeneralSection = GeneralSection()
+    open_ended: OpenEndedSection = OpenEndedSection()
+    save: SaveSection = SaveSection()
+    seed: int = Field(
+        1234, ge=0, lt=1 << 32, description="of the order of examples, adapters' start, dropout and draws"
+    )
+    output: PathText = Field(description="run folder")
+    hang_minutes: Positive = Field(
+        30.0, description="a launch of several processes in which nothing moves for so long ends"
+    )
+    trackers: list[str] = Field(
+        [],
+        description="that Accelerate knows, which get losses and scores as they are written: "
+        "tensorboard, wandb, trackio, mlflow, aim, ...; Accelerate says which",
+    )
+    checkpoint: bool = Field(True, description="write the final merged model to <output>/checkpoint")
+
+    @property
+    def benchmark(self) -> Benchmark:
+        """Read from its folder. Raises Fault where there is none, or a faulty one."""
+        return load_benchmark(self.data.benchmark)
+
+    @property
+    def tasks(self) -> list[str]:
+        return (
+            list(self.benchmark.orders[self.data.tasks])
+            if isinstance(self.data.tasks, int)
+            else self.data.tasks
+        )
+
+    @property
+    def epochs(self) -> list[int]:
+        return [by_task(self.data.epochs, task) for task in self.tasks]
+
+    @model_validator(mode="after")
+    def _names_are_consistent(self) -> "Recipe":
+        # A finished run's recipe names its tasks, and is read without its benchmark where that is a folder.
+        if isinstance(self.data.tasks, int) or self.data.benchmark == TRACE:
+            try:
+                missing = self.benchmark.lacks(self.data)
+            except Fault as fault:
+                missing = fault.messages
+            if missing:
+                raise ValueError("\n".join(missing))
+        tasks, faults = self.tasks, []
+        if not tasks or len(set(tasks)) < len(tasks):
+            faults.append(f"data.tasks: {tasks} must name at least one task, and each once")
+        for key, value, most in (
+            ("data.epochs", self.data.epochs, 1000),
+            ("eval.max_new_tokens", self.eval.max_new_tokens, 1 << 20),
+        ):
+            if isinstance(value, dict):
+                faults += [
+                    f"{key}: '{name}' is not a task of this recipe.{nearest(name, tasks)}"
+                    for name in value
+                    if name not in tasks
+                ]
+            numbers = value.values() if isinstance(value, dict) else [value]
+            faults += [
+                f"{key}: {n} must be at least 1, and at most {most:,d}"
+                for n in numbers
+                if n is not None and not 1 <= n <= most
+            ]
+        faults += [
+            f"data.tasks: {shown(name)} becomes a file name; leave out '/', control characters and a '.' in "
+            "front"
+            for name in tasks
+            if not re.fullmatch(r"[^/\\.\x00-\x1f][^/\\\x00-\x1f]{0,99}", name)
+        ]
+        faults += ["data.tasks: 'base' is the name of the stage before all tasks; rename it"] * (
+            "base" in tasks
+        )
+        faults += [
+            f"data.tasks: there are {len(tasks)}, and files of a run are numbered up to 99; leave some out"
+        ] * (len(tasks) > 100)
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    def resolved(self) -> "Recipe":
+        """The same recipe with every null that the benchmark knows filled in; valid, and equal to itself
+        resolved. Raises Fault for names that the benchmark has not."""
+        known = self.benchmark
+        if missing := known.lacks(self.data):
+            raise Fault(*missing)
+        name = self.data.protocol or next(iter(known.protocols))
+        protocol, root = known.protocols[name], self.data.root or str(benchmark_folder(self.data.benchmark))
+        given = self.data.epochs if isinstance(self.data.epochs, dict) else {}
+        epochs = (
+            self.data.epochs
+            if isinstance(self.data.epochs, int)
+            else {t: given.get(t, known.task(t).epochs) for t in self.tasks}
+        )
+        limit = self.eval.max_new_tokens
+        limits = (
+            limit
+            if isinstance(limit, int)
+            else {
+                t: (limit or {}).get(t, known.task(t).max_new_tokens or protocol.max_new_tokens)
+                for t in self.tasks
+            }
+        )
+        return self.model_copy(
+            update={
+                "data": _filled(
+                    self.data, protocol, root=root, protocol=name, tasks=self.tasks, epochs=epochs
+                ),
+                "optim": _filled(self.optim, protocol),
+                "eval": _filled(self.eval, protocol, max_new_tokens=limits),
+            }
+        )
+
+
+def by_task(value: int | dict[str, int], task: str) -> int:
+    """The value for one task of a setting that is one number or a number by task."""
+    return value if isinstance(value, int) else value[task]
+
+
+def _filled(section: BaseModel, protocol: Any, /, **known: Any) -> BaseModel:
+    missing = {
+        key: getattr(protocol, key) for key, value in section if value is None and hasattr(protocol, key)
+    }
+    return section.model_copy(update={**missing, **known})
+
+
+def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
+    """Read a recipe, apply `a.b=value` overrides, validate. Raises one Fault with every mistake."""
+    return parse_recipe(override(read_recipe(path), overrides), str(path))
+
+
+def parse_recipe(raw: dict, source: str = "recipe") -> Recipe:
+    """A validated recipe from a mapping; every mistake of every section in one Fault."""
+    faults, method = [], raw.get("method")
+    if isinstance(method, str):
+        method = {"name": method}
+    config = METHODS.settings("seqlora")()  # stands in while the rest is validated
+    if not isinstance(method, dict) or method.get("name") not in tuple(METHODS):  # any YAML
+        name = method.get("name") if isinstance(method, dict) else method
+        faults.append(
+            f"method.name: {shown(name)} is not a method.{nearest(str(name)[:100], METHODS)} "
+            f"Known: {', '.join(METHODS)}"
+        )
+    else:
+        try:
+            config = METHODS.settings(method["name"]).model_validate(method)
+        except ValidationError as error:
+            faults += sentences(error, METHODS.settings(method["name"]), ("method",))
+    try:
+        recipe = Recipe.model_validate({**raw, "method": config})
+    except ValidationError as error:
+        faults += sentences(error, Recipe)
+    if faults:
+        raise Fault(*(f"{source}: {fault}" for fault in faults))
+    return recipe

@@ -1,0 +1,93 @@
+"""All methods by name. Naming one imports nothing: settings and class are imported when first asked for.
+
+This table is the one place where a lower package names a higher one: as text, not by an import.
+"""
+
+from collections.abc import Iterator, MutableMapping
+from importlib import import_module
+from typing import Any, NamedTuple
+
+
+class Entry(NamedTuple):
+    """Where a method is, as "module:Class": the class below codyra_llm.methods, its settings below
+    codyra_llm.config.methods."""
+
+    method: str
+    settings: str
+
+
+class Registry(MutableMapping[str, Any]):
+    """Methods by name. `METHODS[name]` is the class; `METHODS["mine"] = Mine` adds one."""
+
+    def __init__(self, entries: dict[str, Entry]):
+        self._entries: dict[str, Entry | type] = dict(entries)
+
+    def __getitem__(self, name: str) -> Any:
+        entry = self._entries[name]
+        if isinstance(entry, Entry):
+            entry = self._entries[name] = _imported("codyra_llm.methods." + entry.method)
+        return entry
+
+    def settings(self, name: str) -> Any:
+        """The class of a method's section, without importing the method, and torch with it."""
+        entry = self._entries[name]
+        if isinstance(entry, Entry):
+            return _imported("codyra_llm.config.methods." + entry.settings)
+        return entry.Config
+
+    def __setitem__(self, name: str, method: Any) -> None:
+        self._entries[name] = method
+
+    def __delitem__(self, name: str) -> None:
+        del self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def _imported(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
+
+
+METHODS = Registry(
+    {
+        "none": Entry("baselines.none:NoMethod", "baselines:NoneConfig"),
+        "icl": Entry("baselines.icl:Icl", "baselines:IclConfig"),
+        "seqft": Entry("baselines.seqft:SeqFt", "baselines:SeqFtConfig"),
+        "seqlora": Entry("sequential.seqlora:SeqLora", "sequential:SeqLoraConfig"),
+        "mtl": Entry("baselines.mtl:Mtl", "baselines:MtlConfig"),
+        "single": Entry("experts.single:Single", "experts:SingleConfig"),
+        "replay": Entry("sequential.replay:Replay", "sequential:ReplayConfig"),
+        "ilora": Entry("sequential.ilora:Ilora", "sequential:IloraConfig"),
+        "rcl": Entry("sequential.rcl:Rcl", "sequential:RclConfig"),
+        "ewc": Entry("regularised.ewc:Ewc", "regularised:EwcConfig"),
+        "gem": Entry("projection.gem:Gem", "projection:GemConfig"),
+        "agem": Entry("projection.agem:AGem", "projection:AGemConfig"),
+        "ogd": Entry("projection.ogd:Ogd", "projection:OgdConfig"),
+        "lwf": Entry("regularised.lwf:Lwf", "regularised:LwfConfig"),
+        "l2p": Entry("prompts.l2p:L2p", "prompts:L2pConfig"),
+        "dualprompt": Entry("prompts.dualprompt:DualPrompt", "prompts:DualPromptConfig"),
+        "pp": Entry("prompts.pp:ProgressivePrompts", "prompts:PpConfig"),
+        "olora": Entry("regularised.olora:OLora", "regularised:OLoraConfig"),
+        "sora": Entry("sequential.sora:Sora", "sequential:SoraConfig"),
+        "inflora": Entry("projection.inflora:InfLora", "projection:InfLoraConfig"),
+        "treelora": Entry("regularised.treelora:TreeLora", "regularised:TreeLoraConfig"),
+        "treelora_repo": Entry("regularised.treelora_repo:TreeLoraRepo", "regularised:TreeLoraRepoConfig"),
+        "hidelora": Entry("experts.hidelora:HideLora", "experts:HideLoraConfig"),
+        "hidelora_treelora_repo": Entry(
+            "regularised.hidelora_treelora_repo:HideLoraRepo", "regularised:HideLoraRepoConfig"
+        ),
+        "color": Entry("experts.color:Color", "experts:ColorConfig"),
+        "sapt": Entry("experts.sapt:Sapt", "experts:SaptConfig"),
+        "duallora": Entry("experts.duallora:DualLora", "experts:DualLoraConfig"),
+        "clora": Entry("regularised.clora:CLora", "regularised:CLoraConfig"),
+        "codyra": Entry("sequential.codyra:Codyra", "sequential:CodyraConfig"),
+    }
+)

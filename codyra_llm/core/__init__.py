@@ -1,0 +1,1 @@
+"""What knows nothing of the project: errors, files, safe parsing, schema helpers."""

@@ -1,0 +1,138 @@
+"""Files that appear whole or not at all, and records that are appended line by line."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from codyra_llm.core.errors import Fault
+
+CHUNK = 1 << 24  # bytes per read when hashing and copying
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write a file or folder to; it becomes `path` when the block ends
+    well, and is on the disk then. Raises Fault where the disk is full or refuses."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)  # of a process that had this number before
+        yield temporary
+        for file in [p for p in temporary.rglob("*") if p.is_file()] if temporary.is_dir() else [temporary]:
+            sync(file)
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise unwritable(path, error) from None
+    finally:
+        _remove(temporary)
+
+
+def unwritable(path: Path, error: Exception) -> Fault:
+    reason = getattr(error, "strerror", None) or str(error)
+    return Fault(
+        f"{path} can't be written ({reason}); free some space or mend the place, then give the same command "
+        f"again: it goes on from what is there"
+    )
+
+
+def sync(path: Path) -> None:
+    """Have what was written to a file, or the names in a folder, outlive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed within `replacing` left in `folder` and below."""
+    renewed = f".lease.{os.getpid()}"
+    for path in [p for p in folder.rglob(".*") if is_leftover(p.name) and p.name != renewed]:
+        _remove(path)
+
+
+def is_leftover(name: str) -> bool:
+    return re.fullmatch(r"\..+\.\d+", name) is not None
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file's bytes, streamed."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def await_file(path: Path, seconds: float = 90) -> None:
+    """Wait until a file that another node wrote is seen here: network file systems remember a listing for a
+    while.
+    """
+    end = time.monotonic() + seconds
+    while path not in path.parent.glob("*"):
+        if time.monotonic() > end:
+            raise Fault(
+                f"{path} was written by the first process and is not seen by this one; give an output on a "
+                f"file system that all nodes share"
+            )
+        time.sleep(0.5)
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+
+
+def to_jsonl(rows: list[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, to_json(value))
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    write_text(path, to_jsonl(rows))
+
+
+def append_jsonl(path: Path, row: dict) -> None:
+    """Not synced, and a crash may cut the last line off: for records that are made again from there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The rows of a JSONL file; none where there is no file. A last line cut off by a crash is left out.
+    Raises Fault for any other line that is no row."""
+    if not path.is_file():
+        return []
+    rows = []
+    for number, line in enumerate(
+        path.read_bytes().split(b"\n")[:-1], 1
+    ):  # splitlines() would split at U+2028 too
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError):
+            raise Fault(f"{path}, line {number}: this is no JSON; restore the file from a copy") from None
+    return rows

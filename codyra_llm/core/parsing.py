@@ -1,0 +1,220 @@
+"""Text that others wrote, YAML and JSON, as plain values: strict where parsers are silent, bounded where they
+are not.
+"""
+
+import json
+import math
+import re
+import reprlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import AfterValidator
+
+from codyra_llm.core.errors import Fault
+
+DEPTH = 50  # nested sections; a recipe has 4
+NODES = 20_000  # values, each alias counted with all that it stands for
+YAML_BYTES = 1 << 18
+
+UNPRINTABLE = re.compile(
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]"
+)  # control characters, halves of surrogate pairs
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 100
+
+
+def shown(value: Any) -> str:
+    """`value` as Python writes it, cut to what fits into a sentence."""
+    return _repr.repr(value)
+
+
+def _path(value: str) -> str:
+    if not value or max(len(part.encode()) for part in value.split("/")) > 255 or len(value) > 4000:
+        raise ValueError(
+            f"{shown(value)} is no path that a file system takes; give a shorter one, and not an empty one"
+        )
+    return value
+
+
+PathText = Annotated[str, AfterValidator(_path)]
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values alone: no tags, no dates, no repeated keys, and neither deep nor endless."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in known if not tag.endswith(":timestamp")]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node, index: Any) -> yaml.Node:
+        event = self.peek_event()
+        if tag := getattr(event, "tag", None):
+            raise _error(f"the tag {shown(tag)} asks for more than plain values", event.start_mark)
+        self.depth += 1
+        if self.depth > DEPTH:
+            raise _error(f"it is nested deeper than {DEPTH} levels", event.start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def get_single_node(self) -> yaml.Node | None:
+        node, seen = super().get_single_node(), 0
+        pending = [node] if node else []
+        while pending:
+            one, seen = pending.pop(), seen + 1
+            if seen > NODES:
+                raise _error(
+                    f"it holds more than {NODES} values, with its aliases written out", node.start_mark
+                )
+            inner = [] if isinstance(one, yaml.ScalarNode) else one.value
+            pending += (
+                [part for pair in inner for part in pair] if isinstance(one, yaml.MappingNode) else inner
+            )
+        return node
+
+    def integer(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > 40:
+            raise _error(
+                f"a number of {len(node.value)} digits was given; give a smaller one", node.start_mark
+            )
+        return self.construct_yaml_int(node)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = set()
+        for key_node, _ in node.value:
+            key = (
+                key_node.value
+                if key_node.tag.endswith(":merge")
+                else self.construct_object(key_node, deep=True)
+            )
+            if not isinstance(key, str) or len(key) > 100 or UNPRINTABLE.search(key) or "\n" in key:
+                raise _error(
+                    f"the key {shown(key)} is no text of at most 100 letters; put it in quotes, or shorten "
+                    "it",
+                    key_node.start_mark,
+                )
+            if key in keys:
+                raise _error(f"the key '{key}' is there twice", key_node.start_mark)
+            keys.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: loader.integer(node))
+
+
+def _error(problem: str, mark: yaml.Mark) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Strings, numbers, booleans, nulls, lists and mappings with text keys. Raises Fault, which names
+    `source` and the place, for anything else, for repeated keys, and for what would exhaust memory or can't
+    be written again."""
+    if len(text) > YAML_BYTES:
+        raise Fault(
+            f"{source} has {len(text):,d} characters, expected at most {YAML_BYTES:,d}; give a smaller one"
+        )
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise Fault(
+            f"{source} is not valid YAML at line {mark.line + 1}, column {mark.column + 1}: "
+            f"{error.problem or error.context}; correct it there"
+        ) from None
+    except (yaml.YAMLError, ValueError) as error:  # characters that YAML forbids; numbers that Python refuses
+        raise Fault(f"{source} is not valid YAML: {' '.join(str(error).split())}; correct it") from None
+    if faults := list(_unusable(value)):
+        raise Fault(*(f"{source}: {fault}" for fault in faults))
+    return value
+
+
+def _unusable(value: Any, key: str = "") -> Iterator[str]:
+    at = f"{key}: " if key else ""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _unusable(inner, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _unusable(inner, key)
+    elif isinstance(value, str) and UNPRINTABLE.search(value):
+        yield f"{at}{shown(value)} holds a control character or half of a surrogate pair; write plain text"
+    elif isinstance(value, int) and value.bit_length() > 64:
+        yield f"{at}a number of more than 64 bits was given; give a smaller one"
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{at}{value} was given, expected a finite number; give one"
+
+
+def read_text(file: Path, expected: str) -> str:
+    """The UTF-8 text of a file, without its byte order mark. Raises Fault where it can't be read."""
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise Fault(f"{file} can't be read ({error.strerror}); give {expected}") from None
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise Fault(
+            f"{file}: byte {error.start} is not UTF-8 ({error.reason}); save the file as UTF-8"
+        ) from None
+
+
+def read_yaml(file: Path, expected: str) -> dict:
+    """A YAML file that holds a mapping. Raises Fault with what is wrong with it."""
+    value = parse_yaml(read_text(file, expected), str(file))
+    if not isinstance(value, dict):
+        found = "nothing" if value is None else f"a {type(value).__name__}"
+        raise Fault(f"{file} holds {found}, expected a mapping of sections; give {expected}")
+    return value
+
+
+def read_json(file: Path, expected: str) -> Any:
+    """The value in a JSON file. Raises Fault where it is no JSON, repeats a key within an object or nests too
+    deeply.
+    """
+    return parse_json(read_text(file, expected), str(file), expected)
+
+
+def read_mapping(file: Path, expected: str) -> dict:
+    """The object in a JSON file. Raises Fault where there is none."""
+    value = read_json(file, expected)
+    if not isinstance(value, dict):
+        raise Fault(f"{file} holds a {type(value).__name__}, not an object; expected {expected}; correct it")
+    return value
+
+
+def parse_json(text: str, source: str, expected: str) -> Any:
+    """The value of a JSON text; what is wrong is told as `read_json` does."""
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_int=_integer)
+    except json.JSONDecodeError as error:
+        raise Fault(
+            f"{source}: invalid JSON at line {error.lineno}, column {error.colno} ({error.msg}); expected "
+            f"{expected}; correct it there"
+        ) from None
+    except ValueError as error:
+        raise Fault(f"{source}: {error}; expected {expected}; correct it") from None
+    except RecursionError:
+        raise Fault(f"{source} is nested too deeply to be read; expected {expected}; correct it") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(
+            f"the key {next(shown(n) for n in names if names.count(n) > 1)} is there twice in one object"
+        )
+    return value
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 20:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)

@@ -1,0 +1,80 @@
+"""What files of settings have in common: strict sections, types of numbers, and what pydantic found wrong, in
+sentences.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from codyra_llm.core.errors import nearest
+from codyra_llm.core.parsing import shown
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Tokens = Annotated[int, Field(le=1 << 24)]  # more is a slip
+
+
+class Strict(BaseModel):
+    """A section of a file of settings: unknown keys are errors, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[info.field_name].annotation
+        kinds = {
+            annotation,
+            *get_args(annotation),
+            *(k for part in get_args(annotation) for k in get_args(part)),
+        }
+        if kinds & {int, float} and bool not in kinds:
+            inner = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+            )
+            if found := [v for v in inner if isinstance(v, bool)]:
+                raise ValueError(f"{str(found[0]).lower()} is not a number; give one")
+        return value
+
+
+def sentences(error: ValidationError, schema: type[BaseModel], prefix: tuple = ()) -> list[str]:
+    """What pydantic found wrong with `schema`, one sentence each."""
+    out = []
+    for e in error.errors():
+        key, given = ".".join(str(part) for part in (*prefix, *e["loc"])), shown(e["input"])
+        if e["type"] == "extra_forbidden":
+            known = _fields(schema, e["loc"][:-1])
+            out.append(
+                f"unknown key '{key}' (value {given}).{nearest(str(e['loc'][-1]), known)} "
+                f"Known here: {', '.join(known)}"
+            )
+        elif e["type"] == "missing":
+            out.append(f"'{key}' is missing; add it")
+        elif e["type"] in ("model_type", "dict_type"):
+            out.append(f"{key}: {given} is not a section; write its keys below '{key}', each with its value")
+        elif e["type"] == "value_error":
+            message = str(e["ctx"]["error"])
+            out += [f"{key}: {line}" if key else line for line in message.splitlines()]
+        else:
+            out.append(
+                f"{key}: {given} is not valid; {e['msg'][0].lower() + e['msg'][1:]}"
+                + nearest(given.strip("'"), str(e.get("ctx", {}).get("expected", "")).split("'"))
+            )
+    return out
+
+
+def _fields(schema: type[BaseModel], loc: tuple) -> list[str]:
+    """Names of the keys at `loc`, of which parts that are no fields are keys of a mapping."""
+    for part in loc:
+        if part in schema.model_fields:
+            schema = next(_sections(schema.model_fields[part].annotation), schema)
+    return list(schema.model_fields)
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _sections(part)

@@ -1,0 +1,163 @@
+"""From records to batches: the stream of tasks, token ids with a label mask by position, and
+micro-batches.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from datasets import disable_progress_bars
+from torch import Tensor, nn
+
+from codyra_llm.core.tensors import generator
+from codyra_llm.data.encoding import Encoded
+from codyra_llm.models import packed_attention
+from codyra_llm.models.head_loss import head_loss
+
+disable_progress_bars()  # the bars of tokenising thousands of short rows say nothing
+
+
+@dataclass
+class Batch:
+    """One micro-batch of `examples`: padded on the right (so causal attention needs no mask), or packed into
+    one row in which they follow one another, of the lengths `segments`, with `positions` that restart.
+
+    ids [R, T]; positions [1, T] or None. A labelled token is a target [M]; the hidden state that predicts it
+    stands at `predictors` [M] of the flattened rows. weights [M] sum to 1 over the labelled tokens of the
+    global batch.
+    """
+
+    ids: Tensor
+    positions: Tensor | None
+    predictors: Tensor
+    targets: Tensor
+    weights: Tensor
+    examples: list[int]
+    segments: list[int] | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
+    def content(self, lengths: Sequence[int]) -> Tensor:
+        """Where the tokens of the examples, of these lengths, stand in the flattened rows, without pads and
+        without the first of each: BOS, or what attends as BOS does."""
+        width = self.ids.shape[1]
+        starts = (
+            range(0, self.ids.numel(), width) if self.segments is None else accumulate([0, *lengths[:-1]])
+        )
+        places = [torch.arange(start + 1, start + n) for start, n in zip(starts, lengths, strict=True)]
+        return torch.cat(places).to(self.ids.device)
+
+    def hidden(self, model: nn.Module, front: Tensor | None = None) -> Tensor:
+        """The last hidden states that predict the labelled tokens, [M, h]. `front` [R, P, h]: embeddings
+        before each row, which is not packed."""
+        if front is not None:
+            embedded = model.get_input_embeddings()(self.ids)
+            embedded = torch.cat([front.to(embedded.dtype), embedded], 1)
+            states = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state[
+                :, front.shape[1] :
+            ]
+            return states.flatten(0, 1).index_select(0, self.predictors)
+        packing = (
+            {}
+            if self.segments is None
+            else {
+                "position_ids": self.positions,
+                **packed_attention.arguments(self.segments, self.ids.device),
+            }
+        )
+        states = model.model(input_ids=self.ids, use_cache=False, **packing).last_hidden_state
+        return states.flatten(0, 1).index_select(0, self.predictors)
+
+    def cross_entropy(self, model: nn.Module, front: Tensor | None = None) -> Tensor:
+        """Σ weight·CE over the labelled tokens. The head runs on their positions alone: most of a TRACE
+        example is prompt, and logits over the vocabulary are the largest tensor of a step."""
+        return head_loss(model.lm_head, self.hidden(model, front), self.targets, self.weights, softcap(model))
+
+
+def softcap(model: nn.Module) -> float | None:
+    """c of logits c·tanh(z/c), where the model has one."""
+    return getattr(model.config, "final_logit_softcapping", None)
+
+
+def collate(
+    encoded: Sequence[Encoded],
+    chosen: Sequence[int],
+    weights: Sequence[float],
+    pad: int,
+    packed: bool = False,
+) -> Batch:
+    """The batch of examples `chosen`; a weight of 0 marks a filler that keeps the ranks in step."""
+    own = [encoded[i] for i in chosen]
+    lengths = [len(e) for e in own]
+    shape = (1, sum(lengths)) if packed else (len(own), max(lengths))
+    starts = accumulate([0] + lengths) if packed else range(0, math.prod(shape), shape[1])
+    ids, predictors, targets, shares = torch.full(shape, pad), [], [], []
+    for start, e, weight in zip(starts, own, weights, strict=True):
+        tokens, first = e.prompt + e.answer, max(len(e.prompt), 1)  # nothing predicts the first token of all
+        ids.view(-1)[start : start + len(e)] = torch.tensor(tokens)
+        predictors.extend(range(start + first - 1, start + len(e) - 1))
+        targets += tokens[first:]
+        shares += [weight] * (len(e) - first)
+    return Batch(
+        ids,
+        torch.cat([torch.arange(n) for n in lengths])[None] if packed else None,
+        torch.tensor(predictors, dtype=torch.long),
+        torch.tensor(targets, dtype=torch.long),
+        torch.tensor(shares, dtype=torch.float32),
+        list(chosen),
+        lengths if packed else None,
+    )
+
+
+def example_weights(encoded: Sequence[Encoded], chosen: Sequence[int], average: str) -> list[float]:
+    """Weight per labelled token: 1 / (labelled tokens of the global batch), or 1 / (examples · own labelled
+    tokens).
+    """
+    counts = [len(encoded[i].answer) for i in chosen]
+    total = sum(counts)
+    return [1 / total if average == "token" else 1 / (len(chosen) * n) for n in counts]
+
+
+def shuffled(visited: range, *key: int) -> list[int]:
+    """The order of an epoch: a function of the key (seed, task, epoch) alone."""
+    return [visited[i] for i in torch.randperm(len(visited), generator=generator("order", *key)).tolist()]
+
+
+def micro_batches(
+    lengths: Sequence[int], world: int, tokens: int, packed: bool = False
+) -> list[list[list[int]]]:
+    """Cut a global batch (positions 0 .. n-1, by their lengths) into micro-batches: [rank][step][positions].
+
+    Sorted by length, dealt to the ranks in turn, cut where a micro-batch would pass `tokens` (padding counts;
+    packed rows have none), though it always holds at least one example. All ranks get the same number of
+    steps: a rank with fewer ends in empty ones, which the caller fills.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    ranks = [list(_cut(order[rank::world], lengths, tokens, packed)) for rank in range(world)]
+    steps = max(map(len, ranks))
+    return [steps_of_rank + [[] for _ in range(steps - len(steps_of_rank))] for steps_of_rank in ranks]
+
+
+def default_tokens(device: torch.device) -> int:
+    """Tokens of a micro-batch where the recipe names none."""
+    return 16384 if device.type == "cuda" else 4096
+
+
+def batch_tokens(lengths: Sequence[int], packed: bool) -> int:
+    """Tokens of a micro-batch of examples of these lengths, padding included."""
+    return sum(lengths) if packed else max(lengths, default=0) * len(lengths)
+
+
+def _cut(order: list[int], lengths: Sequence[int], tokens: int, packed: bool) -> Iterator[list[int]]:
+    current: list[int] = []
+    for i in order:
+        if current and batch_tokens([lengths[j] for j in (*current, i)], packed) > tokens:
+            yield current
+            current = []
+        current.append(i)
+    if current:
+        yield current

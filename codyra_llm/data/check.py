@@ -1,0 +1,155 @@
+import itertools
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from codyra_llm.config.benchmark import load_benchmark
+from codyra_llm.config.sections import FILE
+from codyra_llm.core.errors import Fault
+from codyra_llm.data.records import SPLITS, read_split
+from codyra_llm.data.sources import read
+
+
+def check_root(root: Path) -> dict:
+    """Report on every task and split under `root`, a variant folder or a folder of variants; plain JSON
+    values.
+
+    {"root", "variants": {name: {task: {"splits": {split: stats}, "overlap": {"train/eval": n, ...}}}},
+    "faults", "warnings"}. `duplicates` counts records whose prompt came earlier in the split; `overlap`
+    counts distinct prompts that two splits share.
+    """
+    report = {"root": str(root), "variants": {}, "faults": [], "warnings": []}
+    for variant in variants(root):
+        tasks = {
+            folder.name: check_task(
+                f"{variant.name}/{folder.name}", partial(read_split, variant, folder.name), report
+            )
+            for folder in task_folders(variant)
+        }
+        report["variants"][variant.resolve().name] = tasks
+    return report
+
+
+def task_folders(folder: Path) -> list[Path]:
+    """The folders in `folder` that hold at least one split, sorted by name."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        sub for sub in folder.iterdir() if any((sub / f"{split}.json").is_file() for split in SPLITS)
+    )
+
+
+def variants(root: Path) -> list[Path]:
+    """`root` itself when it holds tasks, or else the folders in it that do."""
+    found = [root] if task_folders(root) else []
+    if not found and root.is_dir():
+        found = sorted(folder for folder in root.iterdir() if task_folders(folder))
+    if not found:
+        raise Fault(
+            f"{root} holds no task folder: expected <task>/train.json, eval.json and test.json in it or in a "
+            "folder such as LLM-CL-Benchmark_500; correct the path."
+        )
+    return found
+
+
+def check_task(name: str, read: Callable[[str], list[dict]], report: dict) -> dict:
+    """Statistics of the splits that `read` gives and their overlaps; faults and warnings are added to
+    `report`.
+    """
+    splits, prompts, overlap = {}, {}, {}
+    for split in SPLITS:
+        try:
+            records = read(split)
+        except Fault as fault:
+            report["faults"] += fault.messages
+            continue
+        splits[split] = stats = statistics(records)
+        prompts[split] = {record["prompt"] for record in records}
+        for count, what in (
+            (stats["duplicates"], "repeat an earlier prompt of the split"),
+            (stats["empty_answers"], "have an empty answer and can't be scored"),
+            (stats["replacement_characters"], "hold U+FFFD, left by a lossy decoding"),
+        ):
+            if count:
+                report["warnings"].append(f"{name}/{split}: {count} of {len(records)} records {what}.")
+    for a, b in itertools.combinations(prompts, 2):
+        if shared := len(prompts[a] & prompts[b]):
+            overlap[f"{a}/{b}"] = shared
+            report["warnings"].append(
+                f"{name}: {a} and {b} share {shared} prompts "
+                f"({len(prompts[a])} and {len(prompts[b])} distinct)."
+            )
+    return {"splits": splits, "overlap": overlap}
+
+
+def statistics(records: list[dict]) -> dict:
+    """Counts and lengths (in characters) of one split."""
+    prompts, answers = ([record[field] for record in records] for field in ("prompt", "answer"))
+    return {
+        "records": len(records),
+        "duplicates": len(records) - len(set(prompts)),
+        "empty_answers": sum(not answer.strip() for answer in answers),
+        "replacement_characters": sum(
+            "\ufffd" in p or "\ufffd" in a for p, a in zip(prompts, answers, strict=True)
+        ),
+        "prompt_mean": round(sum(map(len, prompts)) / len(records), 1),
+        "prompt_max": max(map(len, prompts)),
+        "answer_mean": round(sum(map(len, answers)) / len(records), 1),
+        "answer_max": max(map(len, answers)),
+    }
+
+
+def print_check(report: dict) -> None:
+    """Show a report of `check_root`: one table per variant, then warnings and faults."""
+    console = Console()
+    for variant, tasks in report["variants"].items():
+        table = Table("task", "split", title=variant)
+        for title in (
+            "records",
+            "repeated\nprompts",
+            "empty\nanswers",
+            "prompt chars\nmean / max",
+            "answer chars\nmean / max",
+            "prompts\nshared with",
+        ):
+            table.add_column(title, justify="right")
+        for task, checked in tasks.items():
+            for split, s in checked["splits"].items():
+                shared = [
+                    f"{pair.removeprefix(split + '/')} {n}"
+                    for pair, n in checked["overlap"].items()
+                    if pair.startswith(split + "/")
+                ]
+                table.add_row(
+                    task,
+                    split,
+                    str(s["records"]),
+                    str(s["duplicates"]),
+                    str(s["empty_answers"]),
+                    f"{s['prompt_mean']:.0f} / {s['prompt_max']}",
+                    f"{s['answer_mean']:.0f} / {s['answer_max']}",
+                    ", ".join(shared),
+                )
+            table.add_section()
+        console.print(table)
+    for kind, style in (("warnings", "yellow"), ("faults", "red")):
+        for message in report[kind]:
+            console.print(
+                f"{kind[:-1]}: {message}", style=style, highlight=False, markup=False, soft_wrap=True
+            )
+    console.print(f"{len(report['faults'])} faults, {len(report['warnings'])} warnings", highlight=False)
+
+
+def check(root: Path) -> dict:
+    """The report of `examples.check_root`; of the tasks that benchmark.yaml names, where `root` has one."""
+    if not (root / FILE).is_file():
+        return check_root(root)
+    report, variant = {"root": str(root), "variants": {}, "faults": [], "warnings": []}, root.resolve().name
+    report["variants"][variant] = {
+        name: check_task(f"{variant}/{name}", partial(read, root, name, task), report)
+        for name, task in load_benchmark(str(root)).tasks.items()
+    }
+    return report

@@ -1,0 +1,74 @@
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from codyra_llm.models.tokenizer import adds_bos, render_chat
+
+if TYPE_CHECKING:
+    from codyra_llm.config.sections import DataSection
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example in token ids: BOS (where the tokenizer adds one) and prompt, then answer and EOS. Only the
+    answer and EOS are labelled, by position, so pad = EOS does no harm."""
+
+    prompt: list[int]
+    answer: list[int]
+    cut: bool  # the prompt or the answer was truncated
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+class Encoder:
+    """Text to token ids, the same for training and for generation.
+
+    The prompt is tokenised alone, as it is at generation; the answer as its continuation, without the
+    word-start mark that SentencePiece gives a text of its own. Room for BOS and EOS is kept: a truncated
+    example still ends in EOS.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: "DataSection"):
+        self.tokenizer, self.data = tokenizer, data
+        self.bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+        self.newline = self._ids("\n")
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def prompt(self, text: str) -> tuple[list[int], bool]:
+        """Ids of a prompt, at most `max_prompt_tokens` with BOS, and whether it was cut."""
+        if self.data.chat_template:
+            text = render_chat(self.tokenizer, [{"role": "user", "content": text}])
+        ids = self._ids(text)
+        ids = (
+            ids[len(self.bos) :] if self.bos and ids[:1] == self.bos else ids
+        )  # Py150's texts begin with "<s>"
+        room = self.data.max_prompt_tokens - len(self.bos)
+        if len(ids) <= room:
+            return self.bos + ids, False
+        head = room // 2 if self.data.truncation == "middle" else 0
+        return self.bos + ids[:head] + ids[len(ids) - (room - head) :], True
+
+    def answer(self, text: str) -> tuple[list[int], bool]:
+        """Ids of an answer with EOS, at most `max_answer_tokens`, and whether it was cut."""
+        ids = self._ids("\n" + text)
+        n = len(self.newline)
+        ids = ids[n:] if ids[:n] == self.newline else self._ids(text)
+        room = self.data.max_answer_tokens - 1
+        return ids[:room] + [self.tokenizer.eos_token_id], len(ids) > room
+
+    def encode(self, records: Sequence[dict]) -> list[Encoded]:
+        columns = Dataset.from_list([{"prompt": r["prompt"], "answer": r["answer"]} for r in records])
+        rows = columns.map(
+            self._row, remove_columns=columns.column_names, keep_in_memory=True, new_fingerprint="x"
+        )
+        return [Encoded(**row) for row in rows]
+
+    def _row(self, record: dict) -> dict:
+        (prompt, cut), (answer, cut_too) = self.prompt(record["prompt"]), self.answer(record["answer"])
+        return {"prompt": prompt, "answer": answer, "cut": cut or cut_too}

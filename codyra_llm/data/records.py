@@ -1,0 +1,121 @@
+"""Examples in TRACE's layout: reading a split strictly, and checking a whole folder of tasks.
+
+Layout: `<root>/<task>/{train,eval,test}.json`, each a JSON list of {"prompt": str, "answer": str}; other
+fields are ignored. The four variants of the benchmark (500, 1000, 5000, Reasoning) share it; `sources.py`
+reads others.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from codyra_llm.core.errors import Fault, nearest
+from codyra_llm.core.parsing import read_json
+
+SPLITS = ("train", "eval", "test")
+SURROGATE = re.compile("[\ud800-\udfff]")  # valid in JSON escapes, but no tokenizer can encode it
+
+LONGEST = {
+    "prompt": 1_000_000,
+    "answer": 50_000,
+}  # characters; TRACE has 164,000 and 18,000, and ROUGE is quadratic
+
+NAMED = 5  # faults of one file that are told one by one; the rest is counted
+
+
+def read_split(root: Path, task: str, split: str) -> list[dict]:
+    """The examples of one split, each {"prompt": str, "answer": str}. Raises Fault with all faults of the
+    file.
+    """
+    path = root / task / f"{split}.json"
+    if not os.path.isfile(path):
+        raise Fault(missing(root, task, path))
+    records = parse(path)
+    refuse(
+        [
+            fault
+            for i, record in enumerate(records)
+            for fault in record_faults(record, split, f"{path}: record {i}")
+        ],
+        path,
+        len(records),
+    )
+    return [{"prompt": record["prompt"], "answer": record["answer"]} for record in records]
+
+
+def refuse(faults: list[str], where: str | Path, count: int) -> None:
+    """Raise Fault with the first of the faults that `count` records have, and the number of the others."""
+    if (rest := len(faults) - NAMED) > 0:
+        faults = [*faults[:NAMED], f"{where}: {rest} more faults in {count} records; correct these too."]
+    if faults:
+        raise Fault(*faults)
+
+
+def missing(root: Path, task: str, path: Path) -> str:
+    """What to tell about a file that isn't there: the root, the task folder or only the split may be
+    wrong.
+    """
+    if not root.is_dir():
+        return (
+            f"{root} is no folder: expected the benchmark's root, such as LLM-CL-Benchmark_500; correct "
+            "the path."
+        )
+    if not path.parent.is_dir():
+        tasks = sorted(folder.name for folder in root.iterdir() if folder.is_dir())
+        return (
+            f"{path.parent} doesn't exist: expected a folder for task '{task}' under {root}, which has "
+            f"{', '.join(tasks) or 'none'}.{nearest(task, tasks)}"
+        )
+    if path.is_dir():
+        return f"{path} is a folder, expected the {path.stem} split of task '{task}' in a file; put it there."
+    return (
+        f"{path} doesn't exist: expected the {path.stem} split of task '{task}'; add it or leave the "
+        "task out."
+    )
+
+
+def parse(path: Path, expected: str = '{"prompt": ..., "answer": ...} records') -> list:
+    """The JSON list of a file; Fault with the byte or the line and column where reading it fails."""
+    records = read_json(path, "one list of records")
+    if not isinstance(records, list) or not records:
+        found = "an empty list" if records == [] else f"a {type(records).__name__}"
+        raise Fault(f"{path}: holds {found}, expected a list of {expected}; correct it.")
+    return records
+
+
+def record_faults(
+    record: object, split: str, where: str, fields: tuple[str, str] = ("prompt", "answer")
+) -> list[str]:
+    """Faults of one record, whose prompt and answer are in these `fields`. Eval and test may have empty
+    answers (Lima has no references); training may not."""
+    if not isinstance(record, dict):
+        return [
+            f"{where} is a {type(record).__name__}, expected an object with '{fields[0]}' and '{fields[1]}'; "
+            "correct it."
+        ]
+    faults = []
+    for field, most in zip(fields, LONGEST.values(), strict=False):
+        value = record.get(field)
+        if field not in record:
+            faults.append(f"{where} has no '{field}', expected a string; add it.{nearest(field, record)}")
+        elif not isinstance(value, str):
+            faults.append(
+                f"{where}: '{field}' is a {type(value).__name__}, expected a string; put it in quotes."
+            )
+        elif len(value) > most:
+            faults.append(
+                f"{where}: '{field}' has {len(value):,d} characters, expected at most {most:,d}; shorten it."
+            )
+        elif SURROGATE.search(value):
+            faults.append(
+                f"{where}: '{field}' holds half of a surrogate pair, expected Unicode text; export it again."
+            )
+        elif "\0" in value:
+            faults.append(
+                f"{where}: '{field}' holds a NUL character, left by a wrong decoding; export it again."
+            )
+        elif field == fields[1] and split == "train" and not value:
+            faults.append(
+                f"{where}: '{field}' is empty, expected text to learn; fill it in or remove the record."
+            )
+    return faults

@@ -1,0 +1,76 @@
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from codyra_llm.config.benchmark import load_benchmark
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.files import file_sha256
+from codyra_llm.data import sources
+from codyra_llm.data.records import SPLITS
+
+if TYPE_CHECKING:
+    from codyra_llm.config.sections import DataSection
+
+
+ABSENT = "no file"
+
+
+class Stream:
+    """The tasks of a recipe and their records, read once."""
+
+    def __init__(self, data: "DataSection", root: Path, render: sources.Render = sources.plain):
+        """`render`: writes the chats of tasks that have `messages`."""
+        self.data, self.root, self.tasks, self.render = data, root, data.tasks, render
+        self.benchmark = load_benchmark(data.benchmark)
+        self._records: dict[tuple[str, str], list[dict]] = {}
+
+    @cached_property
+    def epochs(self) -> list[int]:
+        given = self.data.epochs
+        return [given if isinstance(given, int) else given[task] for task in self.tasks]
+
+    def _read(self, task: str, split: str) -> list[dict]:
+        if (task, split) not in self._records:
+            spec = self.benchmark.task(task)
+            self._records[task, split] = sources.read(self.root, task, spec, split, self.render)
+        return self._records[task, split]
+
+    def records(self, index: int, split: str) -> list[dict]:
+        """Records of task `index`; the training split is limited to `max_train_examples`, the eval split is
+        without the prompts that it shares with test, since settings are chosen on it."""
+        rows = self._read(self.tasks[index], split)
+        if split == "eval":
+            known = {row["prompt"] for row in self._read(self.tasks[index], "test")}
+            rows = [row for row in rows if row["prompt"] not in known]
+            if not rows:
+                name = self.tasks[index]
+                own, test = (
+                    sources.place(self.root, name, self.benchmark.task(name), key) for key in ("eval", "test")
+                )
+                raise Fault(
+                    f"{own} has no prompt that {Path(test).name} has not; give an eval split of its own"
+                )
+        return rows[: self.data.max_train_examples] if split == "train" else rows
+
+    def extra(self, name: str) -> list[dict]:
+        """The training records of a set beside the tasks, e.g. Lima."""
+        return self._read(name, "train")
+
+    def hashes(self) -> dict[str, str]:
+        """sha256 by split of the tasks' data: of TRACE's files; of declared sources, which may be no files,
+        of the examples that were read from them."""
+        return {
+            key: value for task in self.tasks for split in SPLITS for key, value in [self._hash(task, split)]
+        }
+
+    def _hash(self, task: str, split: str) -> tuple[str, str]:
+        if not self.benchmark.task(task).declared:
+            file = self.root / task / f"{split}.json"
+            return f"{task}/{split}.json", file_sha256(file) if file.is_file() else ABSENT
+        try:
+            rows = self._read(task, split)
+        except Fault:  # of a split that is not used, or it would have been said before
+            return f"{task}/{split}", ABSENT
+        return f"{task}/{split}", hashlib.sha256(json.dumps(rows).encode()).hexdigest()

@@ -1,0 +1,61 @@
+"""Open-ended prompts, which have no reference answer: what a recipe asks for, and reading their files."""
+
+import os
+from pathlib import Path
+
+from codyra_llm.config.sections import OpenEndedSection
+from codyra_llm.core.errors import Fault, nearest
+from codyra_llm.data.records import record_faults, refuse
+from codyra_llm.data.sources import READERS, rows
+from codyra_llm.evaluate.suite import drawn
+
+RECORD = 'records {"prompt": text}'
+
+
+def find_questions(section: OpenEndedSection) -> dict[str, list[str]]:
+    """The prompts that a recipe asks for, by the file's name without suffix. Raises one Fault with all that
+    is wrong.
+    """
+    if section.prompts is None:
+        return {}
+    root = Path(os.path.expanduser(os.path.expandvars(section.prompts)))
+    if not root.exists():
+        raise Fault(
+            f"open_ended.prompts: there is no file or folder '{section.prompts}'; give a .json, .jsonl or "
+            ".csv file, a folder of such, or null"
+        )
+    paths = sorted(
+        p for p in (root.iterdir() if root.is_dir() else [root]) if p.suffix in READERS and p.is_file()
+    )
+    known = {path.stem: path for path in paths}
+    faults = [
+        f"open_ended.files: '{name}' is no file of {root}.{nearest(name, known)} Known: "
+        f"{', '.join(known) or 'none'}"
+        for name in section.files or ()
+        if name not in known
+    ]
+    if not known or len(known) < len(paths):
+        found = "two files of one name" if known else "no .json, .jsonl or .csv"
+        faults.append(
+            f"open_ended.prompts: {root} holds {found}; give files with {RECORD}, each of another name"
+        )
+    if faults:
+        raise Fault(*faults)
+    found = {name: _read(known[name]) for name in dict.fromkeys(section.files or known)}
+    return {
+        name: [prompts[i] for i in drawn(name, {name: len(prompts)}, section.limit, section.seed)[name]]
+        for name, prompts in found.items()
+    }
+
+
+def _read(path: Path) -> list[str]:
+    if not (records := rows(path, RECORD)):
+        raise Fault(f"{path} holds no record, expected {RECORD}; write at least one")
+    faults = []
+    for number, record in enumerate(records):
+        where = f"{path}: record {number}"
+        own = record_faults({**record, "answer": ""} if isinstance(record, dict) else record, "test", where)
+        empty = not own and not record["prompt"].strip()
+        faults += own + [f"{where}: 'prompt' is empty; fill it in or remove the record"] * empty
+    refuse(faults, path, len(records))
+    return [record["prompt"] for record in records]

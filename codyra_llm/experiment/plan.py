@@ -1,0 +1,199 @@
+"""What a recipe will do, without training: steps, tokens, parameters, memory, time, disk, and one example as
+it is.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from codyra_llm.config.methods.base import PROJECTIONS
+from codyra_llm.config.recipe import Recipe
+from codyra_llm.data.batches import Batch, batch_tokens, collate, default_tokens, micro_batches
+from codyra_llm.data.encoding import Encoded
+from codyra_llm.experiment.setup import Setup, prepare, size
+from codyra_llm.experiment.trackers import check as check_trackers
+from codyra_llm.lora.shared import share_inputs
+from codyra_llm.models import packed_attention
+from codyra_llm.runtime.forecast import duration
+from codyra_llm.train.estimate import activation_bytes, matmul_speed, step_flops
+from codyra_llm.train.trainer import TaskData
+
+
+@dataclass
+class Work:
+    """What the recipe trains on, as one process cuts it: its tasks, the sums over all micro-batches of their
+    tokens, of their segments' squared lengths and of labelled tokens, and the micro-batch with the most
+    tokens."""
+
+    tasks: list[TaskData] = field(default_factory=list)
+    tokens: int = 0
+    squares: int = 0
+    labelled: int = 0
+    biggest: Batch | None = None
+
+
+def plan(recipe: Recipe, console: Console) -> None:
+    """Print the plan of a recipe. Raises one Fault with all that is wrong with it."""
+    setup = prepare(recipe)
+    check_trackers(recipe.trackers)
+    model = skeleton(setup)
+    work = _work(setup, model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    console.print(
+        f"[b]{setup.recipe.model.path}[/b] ({model.config.model_type}, {total / 1e6:.1f} M parameters, "
+        f"{str(setup.dtype).removeprefix('torch.')}); method [b]{setup.method.name}[/b] trains "
+        f"{trained / 1e6:.2f} M parameters",
+        highlight=False,
+    )
+    console.print(_table(setup, work))
+    if work.tasks:
+        console.print(_shown(setup, work.tasks[0].examples[0]))
+    for line in _estimates(setup, model, work, trained, total):
+        console.print(line, highlight=False)
+
+
+def skeleton(setup: Setup) -> nn.Module:
+    """The model as it trains, without weights (meta device)."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(setup.base),
+            dtype=setup.dtype,
+            attn_implementation=setup.recipe.model.attention,
+        ).requires_grad_(False)
+    if setup.method.trains:
+        setup.method.attach(model)
+        share_inputs(model, setup.recipe.model.fused)
+        if not setup.method.merges:  # what it puts in front of, or beside, the model is small and not counted
+            model.enable_input_require_grads()
+    if setup.recipe.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def _work(setup: Setup, model: nn.Module) -> Work:
+    recipe, work, most = setup.recipe, Work(), (0, 0)
+    device = _device()
+    limit = recipe.optim.micro_batch_tokens or default_tokens(device)
+    packed = recipe.data.batching == "packed" or (
+        recipe.data.batching == "auto" and setup.method.packs and packed_attention.pays(model, device)
+    )
+    if packed:
+        packed_attention.use(model)
+    for index, task in enumerate(recipe.tasks if setup.method.trains else ()):
+        records, epochs = setup.method.train_data(setup.stream, index)
+        data = TaskData(task, index, setup.encoder.encode(records), epochs, [])
+        work.tasks.append(data)
+        for chosen in data.batches(recipe.seed, recipe.optim.batch_size):
+            for positions in micro_batches([len(data.examples[i]) for i in chosen], 1, limit, packed)[0]:
+                own = [chosen[i] for i in positions]
+                lengths = [len(data.examples[i]) for i in own]
+                tokens, labelled = (
+                    batch_tokens(lengths, packed),
+                    sum(len(data.examples[i].answer) for i in own),
+                )
+                work.tokens += tokens
+                work.squares += sum(n * n for n in lengths) if packed else max(lengths) * tokens
+                work.labelled += labelled
+                if (tokens, labelled) > most:
+                    most = (tokens, labelled)
+                    work.biggest = collate(
+                        data.examples, own, [1.0] * len(own), setup.tokenizer.pad_token_id, packed
+                    )
+    return work
+
+
+def _table(setup: Setup, work: Work) -> Table:
+    recipe, right = setup.recipe, {"justify": "right", "no_wrap": True}
+    table = Table(
+        Column("task", no_wrap=True),
+        *(
+            Column(name, **right)
+            for name in ("train", "epochs", "steps", "tokens", "labelled", "longest", "cut", "test", "new")
+        ),
+        box=SIMPLE,
+        padding=0,
+        collapse_padding=True,
+        title=f"{recipe.data.protocol} protocol, batch {recipe.optim.batch_size}, lr {recipe.optim.lr:g} "
+        f"{recipe.optim.schedule}, loss per {recipe.optim.loss_average}",
+    )
+    for index, task in enumerate(recipe.tasks):
+        training = [""] * 7
+        if work.tasks:
+            data = work.tasks[index]
+            visited = [data.examples[i] for epoch in data.epochs for i in epoch]
+            training = [
+                str(len(data.examples)),
+                str(len(data.epochs)),
+                str(data.steps(recipe.optim.batch_size)),
+                f"{sum(map(len, visited)):,}",
+                f"{sum(len(e.answer) for e in visited):,}",
+                str(max(map(len, data.examples))),
+                f"{sum(e.cut for e in data.examples) / len(data.examples):.0%}",
+            ]
+        table.add_row(task, *training, str(len(setup.test(index))), str(setup.new_tokens(index)))
+    return table
+
+
+def _shown(setup: Setup, example: Encoded) -> Text:
+    """The first training example as the model sees it, labelled tokens marked."""
+    decode = setup.tokenizer.decode
+    return Text.assemble(
+        "first example, labelled part in green:\n",
+        decode(example.prompt),
+        (decode(example.answer), "bold green"),
+        f"\n{len(example.prompt)} prompt tokens, {len(example.answer)} labelled: {example.answer[:12]}",
+    )
+
+
+def _estimates(setup: Setup, model: nn.Module, work: Work, trained: int, total: int) -> list[str]:
+    """Memory: weights, adapters with two moments in float32, and the peak of the largest micro-batch. Time:
+    the matrix products of all steps at the speed of a short probe. Disk: updates and, if asked, the final
+    model."""
+    device = _device()
+    held = {"weights": _weight_bytes(setup, model, total)}
+    lines = []
+    if work.biggest:
+        # Before the memory, whose run fills the skeleton with fake tensors.
+        operations = step_flops(model, work.tokens, work.squares, work.labelled)
+        tokens = work.biggest.ids.numel()
+        speed = matmul_speed(model, tokens, setup.dtype, device)
+        held["adapters and Adam's moments"] = trained * 12
+        held[f"forward and backward of {tokens} tokens"] = activation_bytes(model, work.biggest, device)
+        lines.append(
+            f"time to train, estimated: {duration(operations / speed)} ({operations:.2g} operations of "
+            f"matrix products, {speed:.2g} a second measured here, one process; everything else in a step, "
+            "loading and evaluation come on top)"
+        )
+    parts = ", ".join(f"{name} {part / 1e9:.2f}" for name, part in held.items())
+    disk = len(setup.recipe.tasks) * trained * 4 + (size(setup.base) if setup.recipe.checkpoint else 0)
+    return [
+        f"memory, estimated: {sum(held.values()) / 1e9:.2f} GB ({parts})",
+        *lines,
+        f"disk, at most: {disk / 1e9:.2f} GB in {setup.recipe.output}",
+    ]
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _weight_bytes(setup: Setup, model: nn.Module, total: int) -> float:
+    """Bytes of the frozen weights in training; the packed ones counted without loading any."""
+    kind, width = setup.recipe.model.quantization, setup.dtype.itemsize
+    if not (kind and setup.method.trains):
+        return total * width
+    from codyra_llm.models.quantize import KINDS  # bitsandbytes is an extra
+
+    packed = sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in PROJECTIONS
+    )
+    return (total - packed) * width + packed * KINDS[kind].bits / 8

@@ -1,0 +1,129 @@
+"""Before any weights load: all processes of a launch are about to do the same, on the same files, and
+answer.
+"""
+
+import hashlib
+import json
+import platform
+import socket
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from codyra_llm.config.recipe import Recipe
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.files import file_sha256
+from codyra_llm.core.version import __version__
+from codyra_llm.data.batches import default_tokens
+from codyra_llm.experiment.setup import Setup
+from codyra_llm.runtime import launch
+
+# may differ between machines: what lies there is compared
+PATHS = {"model.path", "data.benchmark", "data.root", "general.data", "open_ended.prompts"}
+
+REMEDIES = {
+    "recipe": "start every process with the same recipe and overrides",
+    "version": "install the same versions on every machine",
+    "data": "copy the same file to every machine",
+    "base": "give every machine the same weights",
+}
+
+SHOWN = 16  # characters of a hash
+
+
+class Row(NamedTuple):
+    """What one process says of itself; `values` by key, of which one that is left out is not compared."""
+
+    host: str
+    rank: int
+    values: dict[str, str]
+
+
+def preflight(acc: Accelerator, setup: Setup, base: str | None) -> str:
+    """Compare all processes; the line that says what this launch is (collective). `base` is the hash of the
+    weights, None on processes that leave it to another of their machine. Raises, on all processes, one Fault
+    with all that they disagree about."""
+    host = socket.gethostname()
+    rows = gather_object([Row(host, acc.process_index, values(setup, base, host))])
+    counted = acc.reduce(torch.ones(1, device=acc.device), "sum").item()
+    faults = disagreements(rows)
+    if counted != acc.num_processes:
+        faults.append(
+            f"an all-reduce over {acc.num_processes} processes counts {counted:g} of them; check the network "
+            f"between {', '.join(dict.fromkeys(row.host for row in rows))}"
+        )
+    if faults:
+        raise Fault(*faults)
+    return summary(acc, setup, len({row.host for row in rows}))
+
+
+def values(setup: Setup, base: str | None, host: str) -> dict[str, str]:
+    """By key: the resolved recipe's settings, the versions, hashes of the data and of the base. A key's first
+    word is one of REMEDIES."""
+    found = {f"recipe {key}": value for key, value in _settings(setup.recipe) if key not in PATHS}
+    found |= {"version codyra_llm": __version__, "version python": platform.python_version()}
+    found |= {f"version {name}": version(name) for name in ("torch", "transformers", "accelerate")}
+    found |= {f"data {name}": digest[:SHOWN] for name, digest in setup.stream.hashes().items()}
+    read = [_hash(file) for ability in setup.suite.values() for file in ability.files]
+    beside = json.dumps([setup.probes, list(setup.suite), read, setup.prompts])
+    found["data of general"] = hashlib.sha256(beside.encode()).hexdigest()[:SHOWN]
+    found |= {f"base {name}": _hash(setup.base / name) for name in ("config.json", "tokenizer.json")}
+    found[f"base folder on {host}"] = str(setup.base)  # whose weights one process of each machine has hashed
+    return found | ({"base weights": base[:SHOWN]} if base else {})
+
+
+def disagreements(rows: Iterable[Row]) -> list[str]:
+    """A sentence for each key that has several values: the key, each value and who has it, and what to do."""
+    holders: dict[str, dict[str, dict[str, list[int]]]] = {}  # key, value, host: ranks
+    for host, rank, found in rows:
+        for key, value in found.items():
+            holders.setdefault(key, {}).setdefault(value, {}).setdefault(host, []).append(rank)
+    return [
+        f"{key} differs between processes: "
+        + ", ".join(f"{value} on {_who(hosts)}" for value, hosts in by_value.items())
+        + f"; {REMEDIES[key.split()[0]]}"
+        for key, by_value in holders.items()
+        if len(by_value) > 1
+    ]
+
+
+def summary(acc: Accelerator, setup: Setup, machines: int) -> str:
+    """Processes, machines and engine; the effective batch."""
+    stage, optim = launch.zero_stage(acc), setup.recipe.optim
+    return (
+        f"{acc.num_processes} processes on {machines} machine{'s' * (machines > 1)} "
+        f"({f'ZeRO stage {stage}' if stage else 'DDP'}) agree; {optim.batch_size} examples per optimizer "
+        f"step over all, up to {optim.micro_batch_tokens or default_tokens(acc.device)} tokens per forward "
+        "in each"
+    )
+
+
+def _hash(file: Path) -> str:
+    return file_sha256(file)[:SHOWN] if file.is_file() else "no file"
+
+
+def _settings(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """`section.key` and value; what is nested deeper stays one value, so that recipes of one method have the
+    same keys.
+    """
+    for section, value in recipe.model_dump().items():
+        if isinstance(value, dict):
+            yield from ((f"{section}.{key}", str(inner)) for key, inner in value.items())
+        else:
+            yield section, str(value)
+
+
+def _who(hosts: dict[str, list[int]]) -> str:
+    return " and ".join(f"{host} ({_ranks(sorted(ranks))})" for host, ranks in hosts.items())
+
+
+def _ranks(ranks: list[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    closed = ranks[-1] - ranks[0] == len(ranks) - 1
+    return f"ranks {ranks[0]} to {ranks[-1]}" if closed else f"ranks {', '.join(map(str, ranks))}"

@@ -1,0 +1,279 @@
+"""From a recipe to everything that a run needs, checked before any weights load: all faults at once."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from codyra_llm.benchmarks.trace.mini.make import mini_data, mini_model
+from codyra_llm.config.recipe import Recipe, by_task
+from codyra_llm.config.registry import METHODS
+from codyra_llm.core.errors import Fault
+from codyra_llm.data import sources
+from codyra_llm.data.batches import Batch, collate, default_tokens, micro_batches
+from codyra_llm.data.encoding import Encoded, Encoder
+from codyra_llm.data.records import read_split
+from codyra_llm.data.stream import Stream
+from codyra_llm.evaluate import suite
+from codyra_llm.evaluate.questions import find_questions
+from codyra_llm.lora.merge import merge
+from codyra_llm.methods.base import Method, Task
+from codyra_llm.models import loading, packed_attention
+from codyra_llm.models.tokenizer import load_tokenizer
+from codyra_llm.models.weights import WeightReader, fingerprint
+from codyra_llm.runtime import heartbeat, signals
+from codyra_llm.store.archive import Archive
+from codyra_llm.store.folder import RunFolder
+
+PROBE_TOKENS = 32  # general-ability probes have short answers
+
+
+logging.disable_progress_bar()  # every task loads its model anew
+
+
+@dataclass
+class Setup:
+    """A resolved recipe and what it names."""
+
+    recipe: Recipe
+    method: Method
+    base: Path
+    tokenizer: PreTrainedTokenizerBase
+    encoder: Encoder
+    stream: Stream
+    probes: dict[str, list[dict]]
+    suite: dict[str, suite.Ability]  # general ability by lm-evaluation-harness
+    prompts: dict[str, list[str]]  # open-ended, by file
+
+    @property
+    def dtype(self) -> torch.dtype:
+        name = self.recipe.model.dtype
+        return getattr(
+            torch, ("bfloat16" if torch.cuda.is_available() else "float32") if name == "auto" else name
+        )
+
+    def model(self, archive: Archive, after: int, without: int | None = None) -> PreTrainedModel:
+        """The merged model as it is after task `after` (-1: the base), on the CPU. All that is evaluated,
+        exported or trained on comes from here."""
+        model = loading.load(self.base, self.dtype, self.recipe.model.attention)
+        merge(model, WeightReader(self.base), archive.terms(after, without))
+        return model
+
+    def verify(self, folder: RunFolder) -> None:
+        """Raises Fault where the updates of `folder` were made on other base weights than the recipe's path
+        now holds.
+        """
+        if (now := fingerprint(self.base)) != (was := folder.archive().base):
+            raise Fault(
+                f"{folder.path} was made on other base weights ({was[:12]}, now {now[:12]}); restore the "
+                f"model at model.path ({self.recipe.model.path})"
+            )
+
+    def stage(
+        self, folder: RunFolder, after: int, device: torch.device
+    ) -> tuple[PreTrainedModel, Callable | None]:
+        """The model that answers after task `after`, and for methods that don't merge what makes the
+        condition of a batch, `(prompts, task) -> Condition`."""
+        archive = folder.archive()
+        model = self.model(archive, after).to(device).eval()
+        if self.method.merges or after < 0:
+            return model, None
+        self.method.install(model, self.task(model, archive, after, folder.load_state(after)))
+        return model, lambda prompts, task: self.method.condition(
+            model, prompts, task if self.method.task_id else None
+        )
+
+    def task(self, model: PreTrainedModel, archive: Archive, index: int, state: dict[str, Tensor]) -> Task:
+        """What the method may use at task `index`."""
+
+        def batches(examples: list[Encoded]) -> Iterator[Batch]:
+            tokens = self.recipe.optim.micro_batch_tokens or default_tokens(model.device)
+            packed, pad = packed_attention.used(model), self.tokenizer.pad_token_id
+            for chosen in micro_batches([len(e) for e in examples], 1, tokens, packed)[0]:
+                signals.check()
+                heartbeat.at(f"passes over data of task {self.recipe.tasks[index]}")
+                yield collate(examples, chosen, [0.0] * len(chosen), pad, packed).to(model.device)
+
+        return Task(index, archive, self.stream, self.encoder.encode, batches, state)
+
+    def test(self, index: int) -> list[dict]:
+        return self.stream.records(index, self.recipe.eval.split)[: self.recipe.eval.max_examples]
+
+    def new_tokens(self, index: int) -> int:
+        return by_task(self.recipe.eval.max_new_tokens, self.recipe.tasks[index])
+
+    @property
+    def metrics(self) -> dict[str, list[str]]:
+        """By task the metric of the score matrix, and all that are reported."""
+        known, protocol = self.stream.benchmark, self.recipe.data.protocol
+        return {
+            task: [known.headline(task, protocol), *known.task(task).metrics] for task in self.recipe.tasks
+        }
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and answer that evaluation can meet."""
+        answers = [self.new_tokens(index) for index in range(len(self.recipe.tasks))]
+        answers += [self.recipe.open_ended.max_new_tokens] * bool(self.prompts)
+        return self.recipe.data.max_prompt_tokens + max(PROBE_TOKENS, *answers)
+
+
+def prepare(recipe: Recipe, open_ended: bool = True) -> Setup:
+    """Resolve the recipe and check model, data, method and disk. `open_ended`: whether its prompts are to be
+    answered, so that their files must be there. Raises one Fault with all that is wrong."""
+    recipe, faults = recipe.resolved(), []
+
+    def tried(action, *args):
+        try:
+            return action(*args)
+        except Fault as fault:
+            faults.extend(fault.messages)
+
+    if recipe.model.quantization and not find_spec("bitsandbytes"):
+        faults.append(
+            f"model.quantization: '{recipe.model.quantization}' needs bitsandbytes, which is not installed; "
+            f"install codyra-llm[bitsandbytes], or set it to null"
+        )
+    method = METHODS[recipe.method.name](recipe.method, recipe.seed)
+    whole = method.trains == "all weights"
+    if whole and recipe.model.quantization:
+        faults.append(
+            f"model.quantization: '{recipe.model.quantization}' packs weights that stay frozen, and "
+            f"{method.name} trains all; set it to null"
+        )
+    if whole and recipe.optim.keep_best:
+        faults.append(
+            f"optim.keep_best: it keeps a second copy of all that trains, and {method.name} trains "
+            f"{method.trains}; set it to false"
+        )
+    if recipe.data.batching == "packed" and not method.packs:
+        faults.append(
+            f"data.batching: method {method.name} needs every example in a row of its own, so they can't be "
+            f"packed; use buckets"
+        )
+    if recipe.eval.backend == "vllm" and not method.merges:
+        faults.append(
+            f"eval.backend: vllm runs plain models, and a {method.name} model is none; set it to torch"
+        )
+    base = tried(_base, recipe)
+    if base:
+        wrong = loading.check(base, recipe.data.chat_template)
+        config = None if wrong else AutoConfig.from_pretrained(base)
+        faults += wrong or _fits(recipe, config) + method.check(config, recipe.model.attention)
+    root = tried(data_root, recipe.data.root)
+    tokenizer = tried(load_tokenizer, base) if base and not wrong else None
+    render, wrong = _render(recipe, tokenizer)
+    faults += wrong
+    stream = Stream(recipe.data, root, render)
+    for index in range(len(recipe.tasks)) if root else ():
+        if method.trains or method.old_data:
+            tried(method.train_data, stream, index)
+        if method.trains and recipe.optim.validate_every:
+            tried(stream.records, index, "eval")
+        tried(stream.records, index, recipe.eval.split)
+    general = recipe.general
+    harness = tried(suite.find, general) if general.data not in (None, "mini") else {}
+    probes = _probes() if general.data == "mini" else {}
+    faults += [
+        f"data.tasks: '{name}' is a task of general ability too, and their scores would be taken for each "
+        "other; rename it, or leave that one out of general.tasks"
+        for name in recipe.tasks
+        if name in {*(harness or ()), *probes}
+    ]
+    questions = tried(find_questions, recipe.open_ended) if open_ended else {}
+    if base:
+        merged = recipe.checkpoint or recipe.eval.backend == "vllm"  # never both at once
+        faults += _disk(Path(recipe.output), size(base) * (merged + whole * len(recipe.tasks)))
+    if faults:
+        raise Fault(*dict.fromkeys(faults))
+    return Setup(
+        recipe, method, base, tokenizer, Encoder(tokenizer, recipe.data), stream, probes, harness, questions
+    )
+
+
+def _render(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> tuple[sources.Render, list[str]]:
+    """What writes the chats of tasks that have `messages`, and what is wrong with that."""
+    chats = ", ".join(task for task in recipe.tasks if recipe.benchmark.task(task).messages)
+    if not (chats and tokenizer):
+        return sources.plain, []
+    if not tokenizer.chat_template:
+        return sources.plain, [
+            f"model.path: {recipe.model.path} has no chat template to write the messages of {chats} with; "
+            f"choose a chat model, or give columns"
+        ]
+    return sources.by_template(tokenizer), [
+        f"data.chat_template: the chats of {chats} are written by the template already, and their prompts "
+        "would be once more; set it to false"
+    ] * recipe.data.chat_template
+
+
+def _fits(recipe: Recipe, config: PreTrainedConfig) -> list[str]:
+    rank = getattr(recipe.method, "rank", 0)
+    return (
+        [
+            f"method.rank: {rank} is more than the hidden size of the model, {config.hidden_size}, and no "
+            "update of its weights can have a higher rank; lower it"
+        ]
+        if rank > config.hidden_size
+        else []
+    )
+
+
+def size(base: Path) -> int:
+    """Bytes of the base's weights."""
+    return sum(file.stat().st_size for file in base.glob("*.safetensors"))
+
+
+def _base(recipe: Recipe) -> Path:
+    return (
+        mini_model()
+        if recipe.model.path == "mini"
+        else loading.resolve(recipe.model.path, recipe.model.revision)
+    )
+
+
+def data_root(root: str) -> Path:
+    """The folder of tasks that `root` names; mini-TRACE is made on first use."""
+    path = mini_data() if root == "mini" else Path(os.path.expanduser(os.path.expandvars(root)))
+    if not os.path.isdir(path):
+        raise Fault(
+            f"data.root: there is no folder '{root}'; give the folder that holds <task>/train.json, "
+            f"e.g. .../LLM-CL-Benchmark_500"
+        )
+    return path
+
+
+def _probes() -> dict[str, list[dict]]:
+    folder = mini_data() / "general"
+    return {
+        name: read_split(folder, name, "test")
+        for name in sorted(p.parent.name for p in folder.glob("*/test.json"))
+    }
+
+
+def _disk(output: Path, needed: int) -> list[str]:
+    """That the output, or what of its path exists, is a folder that takes files, and enough of them."""
+    place = next(p for p in (output.absolute(), *output.absolute().parents) if os.path.lexists(p))
+    try:
+        with TemporaryFile(dir=place):  # what permissions, quotas and read-only mounts say, by trying
+            free = shutil.disk_usage(place).free
+    except OSError as error:
+        return [
+            f"output: {output} can't be written, since {place} takes no file ({error.strerror}); choose "
+            "another output"
+        ]
+    needed += 64 << 20
+    if free >= needed:
+        return []
+    return [
+        f"output: {output} needs about {needed / 1e9:.1f} GB, {place} has {free / 1e9:.1f} GB free; free "
+        "some, or choose another output"
+    ]

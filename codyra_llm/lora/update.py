@@ -1,0 +1,34 @@
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+
+class Adapter(NamedTuple):
+    """The factors at one site: A [k, in], B [out, k] and w [k] (None: all ones), float32 on the CPU."""
+
+    a: Tensor
+    b: Tensor
+    w: Tensor | None
+
+    def delta(self, scale: float) -> Tensor:
+        """ΔW = s·B diag(w) A, [out, in], float32."""
+        return scale * (self.b if self.w is None else self.b * self.w) @ self.a
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one task changed. mode "add": on top of the tasks before; "replace": instead of them (one growing
+    adapter); "apart": beside the base, for a method that chooses among the tasks' adapters, or has none, at
+    inference.
+
+    `dense`: whole new parameters by name, in the dtype of the model; only in mode "replace"."""
+
+    adapters: dict[str, Adapter]
+    scale: float
+    mode: Literal["add", "replace", "apart"] = "add"
+    dense: dict[str, Tensor] = field(default_factory=dict)
+
+
+def negative(update: Update) -> Update:
+    return Update(update.adapters, -update.scale, update.mode)

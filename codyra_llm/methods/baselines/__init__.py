@@ -1,0 +1,1 @@
+"""What other methods are compared with."""

@@ -1,0 +1,101 @@
+"""In-context learning: the frozen model, shown demonstrations from the training set before each test
+prompt.
+"""
+
+import os
+import re
+from typing import TYPE_CHECKING
+
+import torch
+
+from codyra_llm.config.methods.baselines import IclConfig
+from codyra_llm.core.tensors import generator
+from codyra_llm.methods.baselines.none import NoMethod
+
+if TYPE_CHECKING:
+    from codyra_llm.data.encoding import Encoder
+
+
+LEAD = "We will give you several examples and you should follow them to accomplish the task.\n Examples:\n"
+CODE = "Continue writing the following code.\n"  # Py150's prompts have no instruction
+NOT_SHOWN = "MeetingBank"  # one transcript alone is longer than a prompt may be
+LETTER = ("C-STANCE", "FOMC")
+
+ENDS = {
+    "NumGLUE-cm": "\n",
+    "NumGLUE-ds": "\n",
+    "MeetingBank": "Meeting transcripts",
+    "ScienceQA": "Question:",
+    "Py150": "<EOL>",
+    "20Minuten": "Paragraph",
+}
+
+
+class Icl(NoMethod):
+    """Prompt = instruction + "We will give you several examples …" + k demonstrations + the test prompt
+    without its instruction; MeetingBank goes without, as published. Model and weights are those of `none`.
+
+    Source: TRACE (2310.06762), with 6 demonstrations and data.max_prompt_tokens 3584. Ours: demonstrations
+    come from the training split, and not from test prompts that stand in it too (TRACE draws them from the
+    test set itself); one draw by the seed serves all prompts of a task, answers as balanced as can be (two of
+    each for three classes, all different where there are many), those that fit into max_prompt_tokens /
+    (2·shots) tokens first, and what is longer loses its beginning. What a model writes after its answer,
+    mostly a further example, is cut where TRACE cuts it; for the tasks with letters that is after the first
+    character that is no blank (TRACE: the first token), for tasks that are not TRACE's at the blank line
+    between examples.
+    Cost: prompts up to twice as long, in evaluation; their common beginning is encoded once per batch.
+    """
+
+    name, summary, Config = "icl", "the frozen model with demonstrations in the prompt", IclConfig
+    old_data = True
+    config: IclConfig
+
+    def train_data(self, stream, index: int):
+        shown = self.config.shots and stream.tasks[index] != NOT_SHOWN
+        return stream.records(index, "train") if shown else [], []
+
+    def present(self, stream, encoder, task: int, prompts: list[str]) -> list[str]:
+        asked = set(prompts)
+        records = [r for r in self.train_data(stream, task)[0] if r["prompt"] not in asked]
+        if not records:
+            return prompts
+        own = _instruction([r["prompt"] for r in records])
+        code = "Code:\n" if stream.tasks[task] == "Py150" else ""
+        texts = [r["prompt"].removeprefix(own) + r["answer"] for r in records]
+        share = encoder.data.max_prompt_tokens // (2 * self.config.shots)
+        ends = [_end(encoder, text, share) for text in texts]
+        order = torch.randperm(len(records), generator=generator("icl", self.seed, task)).tolist()
+        order.sort(key=lambda i: ends[i] != texts[i])
+        chosen = _balanced(order, [r["answer"] for r in records])[: self.config.shots]
+        front = (CODE if code else own) + LEAD + "".join(f"{code}{ends[i]}\n\n" for i in chosen)
+        return [front + code + prompt.removeprefix(own) for prompt in prompts]
+
+    def read(self, task: str, prediction: str) -> str:
+        if not self.config.shots:
+            return prediction
+        if task in LETTER:
+            return prediction.lstrip()[:1]
+        return prediction.split(ENDS.get(task, "\n\n"))[0]
+
+
+def _instruction(prompts: list[str]) -> str:
+    """The first line, with the blank lines after it, where it begins all prompts."""
+    line = re.match(r"[^\n]*\n+", os.path.commonprefix(prompts))
+    return line[0] if line and len(set(prompts)) > 1 else ""
+
+
+def _end(encoder: "Encoder", text: str, tokens: int) -> str:
+    """The last `tokens` tokens of a text, to whole characters."""
+    spans = encoder.tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    ).offset_mapping
+    return text[spans[-tokens][0] :] if len(spans) > tokens else text
+
+
+def _balanced(order: list[int], answers: list[str]) -> list[int]:
+    """`order` with the first of every answer in front, then the second of every answer, and so on."""
+    seen: dict[str, int] = {}
+    rounds = {}
+    for i in order:
+        rounds[i] = seen[answers[i]] = seen.get(answers[i], -1) + 1
+    return sorted(order, key=rounds.get)

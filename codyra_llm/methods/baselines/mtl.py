@@ -1,0 +1,32 @@
+"""MTL: one LoRA adapter trained on all tasks at once, the upper bound of sequential training."""
+
+from codyra_llm.config.methods.baselines import MtlConfig
+from codyra_llm.methods.base import Method, Task
+from codyra_llm.methods.sequential.seqlora import SeqLora
+
+
+class Mtl(SeqLora):
+    """All tasks' examples shuffled together, each visited as often as its task has epochs; trained once, when
+    the last task has come. Multi-task learning is no method of continual learning but what TRACE (2310.06762)
+    measures them by.
+
+    Tasks before the last leave an empty update and are not evaluated, so the matrix has its last row alone:
+    OP is there, backward transfer and forgetting are not defined. In epoch e those tasks take part that have
+    more than e epochs. A task added to a finished run trains all anew.
+    Cost: the sum of all tasks' steps, at once.
+    """
+
+    name, summary, Config = "mtl", "one LoRA adapter trained on all tasks at once (upper bound)", MtlConfig
+    old_data, joint, separable = True, True, False
+    mode, carries_optimizer = "replace", False
+
+    def begin_task(self, model, task: Task) -> None:
+        Method.begin_task(self, model, task)
+
+    def train_data(self, stream, index: int):
+        if index + 1 < len(stream.tasks):
+            return stream.records(index, "train"), []
+        order = sorted(range(len(stream.tasks)), key=lambda i: -stream.epochs[i])
+        parts = [(stream.records(i, "train"), stream.epochs[i]) for i in order]
+        ends = [sum(len(part) for part, epochs in parts if epochs > epoch) for epoch in range(parts[0][1])]
+        return [record for part, _ in parts for record in part], [range(end) for end in ends]

@@ -1,0 +1,1 @@
+"""Methods that keep a module per task and choose among them."""

@@ -1,0 +1,91 @@
+"""HiDe-LoRA for a causal LM: one adapter per task that goes on from the one before, the task inferred from
+the prompt.
+"""
+
+import torch
+from torch import Tensor
+
+from codyra_llm.config.methods.experts import HideLoraConfig
+from codyra_llm.data.batches import softcap
+from codyra_llm.methods.base import Task, restore
+from codyra_llm.methods.experts.identity import Gaussians
+from codyra_llm.methods.experts.single import Single
+from codyra_llm.methods.parts.features import (
+    cosine,
+    mean_state,
+    over_prompts,
+    padded,
+    pooled_states,
+    prompt_mask,
+    row_weights,
+)
+from codyra_llm.models.head_loss import head_loss
+
+
+class HideLora(Single):
+    """A LoRA per task that starts from the one before; the task is inferred by linear discriminant analysis
+    of prompts.
+
+    Source: HiDe (its public code, HiDe-Prompt, was read), for vision transformers with a classifier. Kept of
+    it: the adapters' start, statistics of features of the base that infer the task, a contrastive term
+    against what earlier tasks left, weight 0.01, τ = 0.8. Ours, as a causal LM has no class head to align:
+    the feature (mean over the prompt's tokens of the last hidden state), one Gaussian per task with the
+    pooled covariance Σ, equal priors, and the term
+
+        L_i = -log( e^{1/τ} / (e^{1/τ} + Σ_{k<t} e^{cos(z_i, c_k)/τ}) ),
+
+    z_i the adapted model's feature of prompt i, c_k the mean that task k's own adapter left; averaged as the
+    loss is. The release takes unnormalised products and every other row of the batch as a negative, those of
+    the same task too. It shapes z and has no part in inferring the task. What TreeLoRA's table calls HideLoRA
+    is another method. Cost per step: an [examples, tasks] product. Per task: a forward pass over its prompts
+    before and one after; one over every test prompt; a Cholesky factor of size h per evaluation. State: h² +
+    2·h per task in float32.
+    """
+
+    name, summary, Config = (
+        "hidelora",
+        "one LoRA per task from the one before, chosen by prompt statistics",
+        HideLoraConfig,
+    )
+    config: HideLoraConfig
+    task_id, grows, max_zero_stage, packs = False, True, 0, False
+
+    def begin_task(self, model, task: Task) -> None:
+        super().begin_task(model, task)  # B = 0, so the features are the base's
+        self._examples = task.encode(task.records())
+        self._gaussians = Gaussians.load(task.state).with_task(
+            over_prompts(model, task, self._examples, pooled_states)
+        )
+        self._old = task.state["adapted"].to(model.device) if task.index else None  # [tasks, h]
+        if task.index:
+            restore(model, task.archive.load(task.index - 1))
+
+    def loss(self, model, batch) -> dict[str, Tensor]:
+        if self._old is None or not self.config.weight:
+            return super().loss(model, batch)
+        states = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state
+        labelled = states.flatten(0, 1).index_select(0, batch.predictors)
+        terms = contrast(mean_state(states, prompt_mask(batch)), self._old, self.config.temperature)
+        return {
+            "loss": head_loss(model.lm_head, labelled, batch.targets, batch.weights, softcap(model)),
+            "contrast": self.config.weight * row_weights(batch) @ terms,
+        }
+
+    def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        adapted = over_prompts(model, task, self._examples, pooled_states).mean(0, keepdim=True)
+        old = [] if self._old is None else [self._old]
+        return {**self._gaussians.state(), "adapted": torch.cat([*old, adapted])}  # [tasks, h]
+
+    def install(self, model, task: Task) -> None:
+        super().install(model, task)
+        self._tells = Gaussians.load(task.state).classifier(self.config.shrinkage)
+
+    def mixture(self, model, prompts, task) -> Tensor:
+        features = pooled_states(model, *padded(prompts, model.device))
+        return self.only(self._tells(features).to(model.device))
+
+
+def contrast(features: Tensor, old: Tensor, temperature: float) -> Tensor:
+    """The term L_i of each row of `features` [n, h] against `old` [tasks, h]: [n]."""
+    own = features.new_full((len(features), 1), 1 / temperature)
+    return torch.cat([own, cosine(features, old) / temperature], 1).logsumexp(1) - own.squeeze(1)

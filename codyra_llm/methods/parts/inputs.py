@@ -1,0 +1,122 @@
+"""What a task's sites read: covariances of their inputs, and the subspaces that grow with them from task to
+task.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from codyra_llm.config.methods.base import InputsConfig
+from codyra_llm.core.errors import Fault
+from codyra_llm.lora.layer import LoraLinear, sites
+from codyra_llm.lora.shared import SIBLINGS, layer_by_layer
+from codyra_llm.methods.base import Task
+from codyra_llm.methods.parts.subspace import Subspace
+
+if TYPE_CHECKING:
+    from codyra_llm.data.batches import Batch
+
+
+Covariance = tuple[
+    str, Tensor, list[LoraLinear]
+]  # first site's name, C [in, in] float64 on the CPU, all that read it
+
+
+def loaded(state: dict[str, Tensor]) -> dict[str, Subspace]:
+    """The subspaces by the input's name."""
+    return {
+        key.rpartition(".")[0]: Subspace(basis.double(), key.endswith(".free"))
+        for key, basis in state.items()
+    }
+
+
+def grown(config: InputsConfig, task: Task, found: Iterator[Covariance]) -> dict[str, Tensor]:
+    """The state that `loaded` reads: the subspaces of the tasks before with what this task's inputs add."""
+    old, state = loaded(task.state), {}
+    energy = config.energy_first + (config.energy_last - config.energy_first) * task.index / len(
+        task.stream.tasks
+    )
+    for name, covariance, _ in found:
+        space = old.get(name, Subspace.nothing(len(covariance))).grown(covariance, energy)
+        state[f"{name}.{'free' if space.complement else 'old'}"] = space.basis.float()
+    return state
+
+
+def free_rows(space: Subspace, name: str, covariance: Tensor, rank: int, task: Task) -> Tensor:
+    """The leading left singular vectors of P C as rows [rank, in]. Raises Fault where no direction is
+    free.
+    """
+    rows = space.leading(covariance, rank).T
+    if not rows.any():
+        raise Fault(
+            f"{name}: earlier tasks' inputs leave no direction free for task {task.index + 1}; lower "
+            f"method.energy_first or method.energy_last"
+        )
+    return rows
+
+
+def distinct_inputs(model: nn.Module) -> list[list[str]]:
+    """Names of the adapted sites, those together that read the same tensor."""
+    groups: dict[tuple, list[str]] = {}
+    for name in sites(model):
+        block, _, leaf = name.rpartition(".")
+        groups.setdefault((block, next((s for s in SIBLINGS if leaf in s), leaf)), []).append(name)
+    return list(groups.values())
+
+
+def input_covariances(
+    config: InputsConfig,
+    model: nn.Module,
+    task: Task,
+    seed: int,
+    before: Callable[["Batch"], None] | None = None,
+) -> Iterator[Covariance]:
+    """C of every distinct input of the adapted sites, a portion at a time; `before` is called with every
+    batch.
+    """
+    found, layers, examples = distinct_inputs(model), sites(model), task.sample(config.max_examples, seed)
+    for start in range(0, len(found), config.inputs_at_once):
+        portion = found[start : start + config.inputs_at_once]
+        sums = covariances(model, [layers[names[0]] for names in portion], task, examples, before)
+        yield from (
+            (names[0], c, [layers[name] for name in names]) for names, c in zip(portion, sums, strict=True)
+        )
+
+
+@torch.no_grad()
+def covariances(
+    model: nn.Module,
+    layers: list[nn.Module],
+    task: Task,
+    examples: list,
+    before: Callable[["Batch"], None] | None = None,
+) -> list[Tensor]:
+    """C = (1/n) Σ x xᵀ of the input of each of `layers`, over the n tokens of prompt and answer but the first
+    of every example; products in float32, sums in float64; on the CPU."""
+    sums = [
+        torch.zeros(2 * (layer.in_features,), dtype=torch.float64, device=layer.weight.device)
+        for layer in layers
+    ]
+    seen: dict[int, Tensor] = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, i=i: seen.__setitem__(i, args[0]))
+        for i, layer in enumerate(layers)
+    ]
+    count, training = 0, model.training
+    model.eval()
+    with layer_by_layer(model):
+        for batch in task.batches(examples):
+            if before:
+                before(batch)
+            batch.hidden(model)
+            read = batch.content([len(examples[i]) for i in batch.examples])
+            count += len(read)
+            for i, total in enumerate(sums):
+                x = seen.pop(i).flatten(0, -2).index_select(0, read).float()
+                total += x.T @ x
+    for hook in hooks:
+        hook.remove()
+    model.train(training)
+    return [(total / count).cpu() for total in sums]

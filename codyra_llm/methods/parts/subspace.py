@@ -1,0 +1,71 @@
+"""The part of an input space that earlier tasks use, kept as its basis or as that of its complement
+(DualGPM).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Subspace(NamedTuple):
+    """Orthonormal columns `basis` [in, k], float64 on the CPU. They span what is used, or with `complement`
+    what is free, so that k is at most in/2."""
+
+    basis: Tensor
+    complement: bool = False
+
+    @classmethod
+    def nothing(cls, size: int) -> "Subspace":
+        """All of the space is free."""
+        return cls(torch.zeros(size, 0, dtype=torch.float64))
+
+    def free(self, x: Tensor) -> Tensor:
+        """P x: the part of the columns of x [in, n] that lies in the free space."""
+        inside = self.basis @ (self.basis.T @ x)
+        return inside if self.complement else x - inside
+
+    def leading(self, covariance: Tensor, count: int) -> Tensor:
+        """The first `count` left singular vectors of P C, [in, count]; zero where the free space has no
+        more.
+        """
+        vectors, squares = self._singular(covariance)
+        kept = squares[:count] > 1e-12 * squares.sum().clamp_min(torch.finfo(squares.dtype).tiny)
+        return self.free(vectors[:, :count] * kept)
+
+    def grown(self, covariance: Tensor, energy: float) -> "Subspace":
+        """With the fewest leading left singular vectors of P C more that make it hold `energy` of ‖C‖_F²."""
+        vectors, squares = self._singular(covariance)
+        total = covariance.square().sum()
+        held = (total - squares.sum()) / total + torch.cat(
+            [squares.new_zeros(1), (squares / total).cumsum(0)]
+        )
+        count = min(int((held < energy - 1e-12).sum()), self._free_size)
+        return self._using(vectors[:, :count])
+
+    @property
+    def _free_size(self) -> int:
+        size, k = self.basis.shape
+        return k if self.complement else size - k
+
+    def _singular(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
+        """Left singular vectors of P C and squares of its singular values, falling. P C is not symmetric: its
+        left singular vectors are the eigenvectors of (P C)(P C)ᵀ, not those of P C P."""
+        projected = self.free(covariance)
+        squares, vectors = torch.linalg.eigh(projected @ projected.T)
+        return vectors.flip(1), squares.flip(0).clamp_min(0)
+
+    def _using(self, more: Tensor) -> "Subspace":
+        """The space that also uses `more` [in, n], orthonormal columns of the free space."""
+        if not more.shape[1]:
+            return self
+        if self.complement:
+            left = self.basis - more @ (more.T @ self.basis)
+            return Subspace(
+                torch.linalg.svd(left, full_matrices=False)[0][:, : self._free_size - more.shape[1]], True
+            )
+        size, k = len(self.basis), self.basis.shape[1] + more.shape[1]
+        q = torch.linalg.qr(torch.cat([self.basis, more], 1), mode="complete" if k > size / 2 else "reduced")[
+            0
+        ]
+        return Subspace(q[:, k:], True) if k > size / 2 else Subspace(q[:, :k])

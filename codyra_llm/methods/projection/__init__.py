@@ -1,0 +1,1 @@
+"""Methods that project gradients or updates away from old tasks."""

@@ -1,0 +1,30 @@
+"""A-GEM: GEM with one reference gradient for all earlier tasks."""
+
+from codyra_llm.config.methods.projection import AGemConfig
+from codyra_llm.core.tensors import flat
+from codyra_llm.methods.projection.gem import EpisodicMemory, add
+
+
+class AGem(EpisodicMemory):
+    """g̃ = g - (g·r / r·r) r where g·r < 0, r the gradient on a batch drawn from the memories of all earlier
+    tasks.
+
+    Source: Chaudhry et al. (1812.00420). Ours: the dot products are taken in float64; r without dropout. Cost
+    per step from the second task on: `batch` more examples forward and backward, two vectors of all
+    parameters.
+    """
+
+    name, summary, Config = (
+        "agem",
+        "gem with one reference gradient, from a batch of all memories together",
+        AGemConfig,
+    )
+
+    def edit_gradients(self, gradients) -> None:
+        if not self._memories:
+            return
+        reference = flat(gradients.mean(self.draw([e for examples in self._memories for e in examples])))
+        grads = gradients.step
+        along = flat(grads).double() @ reference.double()
+        if along < 0:
+            add(grads, reference * (-along / reference.double().square().sum()).to(reference))

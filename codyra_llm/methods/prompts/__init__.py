@@ -1,0 +1,1 @@
+"""Methods that train prompts and leave the weights as they are."""

@@ -1,0 +1,146 @@
+"""DualPrompt: prefixes to keys and values, general ones for all tasks and an expert of each task, found by
+its key.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from codyra_llm.config.methods.prompts import DualPromptConfig
+from codyra_llm.methods.base import Condition, Task
+from codyra_llm.methods.parts.features import cosine, row_weights
+from codyra_llm.methods.prompts.pool import (
+    PromptMethod,
+    Queries,
+    prompts_of,
+    query,
+    random_tokens,
+    uniform,
+    zeros,
+)
+from codyra_llm.models import prefix_attention
+
+
+class DualPrompt(PromptMethod):
+    """L = CE − c·mean_b cos(q_b, k_t); G, E_t and k_t train. At test an example takes the expert argmax_t
+    cos(q, k_t).
+
+    Source: DualPrompt (2204.04799), prefix tuning; layers, lengths and c as published for a vision
+    transformer of 12 layers. E_t starts as a copy of E_{t-1}. G is shared by design: it drifts with every
+    task, and nothing prevents it. Public code for language models puts G and E before the input, chooses E by
+    the task's name, or applies neither.
+
+    Ours: the query (see l2p); prefixes start as keys and values that the base makes of random tokens; and
+    keys that start at the mean of their queries, which is where c draws them. Queries of different tasks have
+    much in common, and of keys on their way from a random start the one that came furthest is the nearest to
+    all. The attention function is ours whatever `model.attention` says (sdpa, or eager where scores are
+    capped), since the prefix needs it.
+    Cost: a mask in the layers with a prefix, no token more; one forward pass over each prompt, once per task
+    and once per test prompt; per task |layers|·2·length·kv heads·head size numbers.
+    """
+
+    name, summary, Config = (
+        "dualprompt",
+        "prefixes in attention, shared and per task, chosen by key match",
+        DualPromptConfig,
+    )
+    config: DualPromptConfig
+    grows = True
+
+    def check(self, config, attention: str | None) -> list[str]:
+        c, depth, faults = self.config, config.num_hidden_layers, []
+        for key in ("general_layers", "expert_layers"):
+            if beyond := [i for i in getattr(c, key) if i >= depth]:
+                faults.append(
+                    f"method.{key}: {beyond} are not layers of the model, which has 0 to {depth - 1}; name "
+                    "others"
+                )
+        if attention == "flash_attention_2":
+            faults.append(
+                "model.attention: dualprompt has an attention function of its own, and flash_attention_2 "
+                "takes no prefix; set it to null"
+            )
+        return faults
+
+    def attach(self, model) -> None:
+        prefix_attention.use(model)
+        c, config = self.config, model.config
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        shape = (2, config.num_key_value_heads)
+        model.prompts = nn.ParameterDict(
+            {
+                "general": zeros(model, len(c.general_layers), *shape, c.general_length, head),
+                "expert": zeros(model, len(c.expert_layers), *shape, c.expert_length, head),
+                "key": zeros(model, config.hidden_size),
+            }
+        )
+
+    @torch.no_grad()
+    def begin_task(self, model, task: Task) -> None:
+        c, held, self.queries = self.config, model.prompts, Queries()
+        if task.state:
+            held["general"].copy_(task.state["general"])
+            held["expert"].copy_(task.state["experts"][-1])
+        else:
+            for name, layers in (("general", c.general_layers), ("expert", c.expert_layers)):
+                ids = random_tokens(model, held[name].shape[3], name, self.seed)
+                held[name].copy_(prefix_attention.made_by(model, ids, layers))
+        held["key"].copy_(
+            self._mean_query(model, task)
+            if c.key_init == "mean"
+            else uniform(held["key"].shape, "key", self.seed, task.index)
+        )
+
+    def loss(self, model, batch) -> dict:
+        held, prompts = model.prompts, prompts_of(batch)
+        prefix_attention.show(model, {})  # the query is the bare model's
+        near = cosine(self.queries(model, prompts), held["key"][None]).squeeze(1)
+        self._show(model, held["general"], held["expert"].expand(len(prompts), *held["expert"].shape))
+        return {
+            "loss": batch.cross_entropy(model),
+            "pull": -self.config.pull * (row_weights(batch) @ near.to(batch.weights)),
+        }
+
+    def end_task(self, model, task: Task, gradients) -> dict:
+        held, before, self.queries = model.prompts, task.state, Queries()
+        experts, keys = held["expert"][None].cpu(), held["key"][None].cpu()
+        return {
+            "general": held["general"],
+            "experts": torch.cat([before["experts"], experts]) if before else experts,
+            "matches": torch.cat([before["matches"], keys]) if before else keys,
+        }
+
+    def install(self, model, task: Task) -> None:
+        super().install(model, task)
+        prefix_attention.use(model)
+
+    def condition(self, model, prompts, task) -> Condition:
+        held = model.prompts
+        prefix_attention.show(model, {})
+        nearest = cosine(query(model, prompts), held["matches"]).argmax(1)
+        self._show(model, held["general"], held["experts"][nearest])
+        return Condition(select=partial(prefix_attention.select, model))
+
+    def _show(self, model, general: Tensor, expert: Tensor) -> None:
+        """`general` [layers, 2, H_kv, P, d] to all rows, `expert` [B, layers, 2, H_kv, P, d] row by row."""
+        general = general.expand(len(expert), *general.shape)
+        prefix_attention.show(
+            model,
+            dict(
+                zip(
+                    self.config.general_layers + self.config.expert_layers,
+                    (*general.unbind(1), *expert.unbind(1)),
+                    strict=True,
+                )
+            ),
+        )
+
+    def _mean_query(self, model, task: Task) -> Tensor:
+        """The mean direction of the training prompts' queries [h], as long as a uniform key is."""
+        found = [
+            self.queries(model, prompts_of(batch)) for batch in task.batches(task.encode(task.records()))
+        ]
+        mean = functional.normalize(torch.cat(found), dim=-1).mean(0)
+        return functional.normalize(mean, dim=0) * (len(mean) / 3) ** 0.5

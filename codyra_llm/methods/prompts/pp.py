@@ -1,0 +1,96 @@
+"""Progressive Prompts: a soft prompt per task, before which stand all earlier ones, frozen."""
+
+import torch
+from torch import Tensor, nn
+
+from codyra_llm.config.methods.prompts import PpConfig
+from codyra_llm.core.tensors import generator
+from codyra_llm.methods.base import Condition, Task
+from codyra_llm.methods.prompts.pool import PromptMethod, random_embeddings, zeros
+
+
+class Prompt(nn.Module):
+    """p + MLP(p) of the task's own prompt p [P, h], and the `earlier` ones [t, P, h]."""
+
+    def __init__(self, model: nn.Module, config: PpConfig):
+        super().__init__()
+        hidden = model.config.hidden_size
+        self.prompt = zeros(model, config.length, hidden)
+        kind, width = {"device": self.prompt.device, "dtype": self.prompt.dtype}, config.mlp_width
+        self.mlp = (
+            nn.Sequential(
+                nn.Linear(hidden, width, **kind),
+                nn.ReLU(),
+                nn.Linear(width, hidden, **kind),
+                nn.Tanh(),
+                nn.Linear(hidden, hidden, **kind),
+            )
+            if config.mlp
+            else None
+        )
+        self.register_buffer("earlier", torch.empty(0, config.length, hidden, **kind))
+
+    def forward(self) -> Tensor:
+        """All prompts, the newest first: [t + 1, P, h]."""
+        own = self.prompt if self.mlp is None else self.prompt + self.mlp(self.prompt)
+        return torch.cat([own[None], self.earlier])
+
+    @torch.no_grad()
+    def reset(self, start: Tensor, *key: int | str) -> None:
+        """Begin at p = `start`: the MLP is drawn by the key, U(-1/√in, 1/√in), its last layer is zero."""
+        self.prompt.copy_(start)
+        draw, linear = generator(*key), [m for m in self.modules() if isinstance(m, nn.Linear)]
+        for layer in linear:
+            for p in layer.parameters():
+                p.copy_(
+                    (torch.rand(p.shape, generator=draw) * 2 - 1)
+                    * layer.in_features**-0.5
+                    * (layer is not linear[-1])
+                )
+
+
+class ProgressivePrompts(PromptMethod):
+    """Before the input stand p̂_t, p̂_{t-1}, …, p̂_0, of which only p̂_t = p + MLP(p) trains; p̂_t is then
+    fixed for good.
+
+    Source: Progressive Prompts (2301.12314), on T5. MLP: Linear, ReLU, Linear, Tanh, Linear as on TRACE.
+    Trained prompts never change, but what stands before them does: after task i every test prompt is seen
+    with p̂_i … p̂_0, no id. TRACE's code trains one prompt on for all tasks, lets gradients reach earlier
+    ones, and scores without any.
+
+    Ours: the prompt starts as embeddings of random tokens, and the MLP at zero; the MLP trains at `optim.lr`.
+    Cost: `length` more tokens per task on every example; with the MLP h·(2·width + h) parameters while
+    training.
+    """
+
+    name, summary, Config = "pp", "a new soft prompt per task before all earlier ones, frozen", PpConfig
+    config: PpConfig
+    grows = True
+
+    def attach(self, model) -> None:
+        model.prompts = Prompt(model, self.config)
+
+    def begin_task(self, model, task: Task) -> None:
+        start = random_embeddings(model, self.config.length, "pp", self.seed, task.index)
+        model.prompts.reset(start, "pp mlp", self.seed, task.index)
+        if task.state:
+            model.prompts.earlier = task.state["prompts"].to(model.prompts.earlier)
+
+    def param_groups(self, model, lr: float) -> list[dict]:
+        prompt, *mlp = model.prompts.parameters()
+        own = {"params": [prompt], "lr": self.config.prompt_lr, "weight_decay": 0.0}
+        return [own, {"params": mlp, "lr": lr}] if mlp else [own]
+
+    def loss(self, model, batch) -> dict:
+        return {"loss": batch.cross_entropy(model, _for_all(model.prompts(), len(batch.ids)))}
+
+    def end_task(self, model, task: Task, gradients) -> dict:
+        return {"prompts": model.prompts().detach()}
+
+    def condition(self, model, prompts, task) -> Condition:
+        return Condition(_for_all(model.prompts["prompts"], len(prompts)))
+
+
+def _for_all(prompts: Tensor, rows: int) -> Tensor:
+    """Prompts [t, P, h] one after the other before each row: [rows, t·P, h]."""
+    return prompts.flatten(0, 1).expand(rows, -1, -1)

@@ -1,0 +1,93 @@
+"""C-LoRA: one pair of factors for all tasks with an r×r routing matrix between them, which the tasks move."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from codyra_llm.config.methods.regularised import CLoraConfig
+from codyra_llm.core.tensors import generator
+from codyra_llm.lora.layer import LoraLinear, attach, sites
+from codyra_llm.lora.update import Adapter, Update
+from codyra_llm.methods.base import Task, load_factors, trained_factors
+from codyra_llm.methods.sequential.seqlora import SeqLora
+
+
+class RoutedLinear(LoraLinear):
+    """y = x Wᵀ + b + s·x (B R A)ᵀ with R [r, r], which stands where other adapters keep their weights
+    (`lora_w`).
+    """
+
+    def __init__(self, base: nn.Linear, spec):
+        super().__init__(base, spec)
+        self.lora_w = nn.Parameter(self.lora_A.new_empty(spec.rank, spec.rank))
+
+    @property
+    def factors(self) -> tuple[Tensor, None, Tensor]:
+        """(A, None, B R)."""
+        return self.lora_A, None, self.lora_B @ self.lora_w
+
+    @property
+    def sources(self) -> tuple[Tensor, ...]:
+        return self.lora_A, self.lora_w, self.lora_B
+
+    @torch.no_grad()
+    def reset(self, *key: int | str) -> None:
+        """A and B drawn, U(-1/√in, 1/√in) and U(-1/√r, 1/√r), R = 0: so ΔW = 0."""
+        super().reset(*key)
+        self.lora_w.zero_()
+        draw = generator(*key, "B")
+        self.lora_B.copy_((torch.rand(self.lora_B.shape, generator=draw) * 2 - 1) / math.sqrt(self.spec.rank))
+
+
+class CLora(SeqLora):
+    """ΔW = s·B (R_old + R_δ) A with L + λ Σ_sites ‖R_oldᵀ R_δ‖_F²; after each task R_old ← R_old + R_δ, R_δ ←
+    0.
+
+    Source: C-LoRA (2502.17920), of which the abstract alone was read: one shared pair, R = R_old (frozen) +
+    R_δ, and an orthogonality between the two. Ours: the order B R A, the regulariser's form and λ, the start
+    (A, B drawn, R = 0), and that A and B train in the first task and are frozen (`factor_lr` 0) afterwards. R
+    = R_old + R_δ is one parameter that starts a task at R_old, which is the same, without weight decay. R_old
+    has full rank after one task, so the term holds R back in the directions R_old uses, in proportion to
+    their weight. The archive has the plain factors A and B·R. Cost per step: out·r² per site to multiply B R,
+    r³ for the term. Memory: r² more parameters per site, and R_old.
+    """
+
+    name, summary, Config = "clora", "shared LoRA factors, tasks move an r×r matrix between them", CLoraConfig
+    config: CLoraConfig
+    max_zero_stage = 2  # factors are composed from whole parameters
+
+    def attach(self, model) -> None:
+        attach(model, self.config.targets, self.spec(), RoutedLinear)
+
+    def begin_task(self, model, task: Task) -> None:
+        if task.index:
+            load_factors(model, task.state)
+        else:
+            super().begin_task(model, task)
+        self._layers = list(sites(model).values())
+        self._old = torch.stack(
+            [layer.lora_w.detach() for layer in self._layers]
+        )  # R_old [sites, r, r], at first 0
+        self._later = task.index > 0
+
+    def param_groups(self, model, lr: float) -> list[dict]:
+        share = self.config.factor_lr if self._later else 1.0
+        factors = [
+            p.requires_grad_(share > 0) for layer in self._layers for p in (layer.lora_A, layer.lora_B)
+        ]
+        routes = {"params": [layer.lora_w for layer in self._layers], "lr": lr, "weight_decay": 0.0}
+        return [routes] + [{"params": factors, "lr": share * lr}] * (share > 0)
+
+    def penalty(self, model) -> dict[str, Tensor]:
+        if not (self._later and self.config.weight):
+            return {}
+        delta = torch.stack([layer.lora_w for layer in self._layers]) - self._old
+        return {"routing": self.config.weight * (self._old.mT @ delta).square().sum()}
+
+    def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        return trained_factors(model)
+
+    def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
+        plain = {site: Adapter(x.a, x.b @ x.w, None) for site, x in adapters.items()}
+        return Update(plain, self.spec().scale, self.mode)

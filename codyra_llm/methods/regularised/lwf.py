@@ -1,0 +1,43 @@
+"""LwF: sequential LoRA that keeps to the answers of the adapter before the task, on the task's own inputs."""
+
+import torch
+from torch import Tensor
+
+from codyra_llm.config.methods.regularised import LwfConfig
+from codyra_llm.data.batches import softcap
+from codyra_llm.lora.layer import snapshot, stand_in
+from codyra_llm.methods.base import Task
+from codyra_llm.methods.sequential.seqlora import SeqLora
+from codyra_llm.models.head_loss import distillation, head_loss
+
+
+class Lwf(SeqLora):
+    """Loss + α T² Σ weights·KL(softmax(z'/T) ‖ softmax(z/T)) at the labelled positions, averaged like the
+    loss; z' are the logits of the model that the task began with.
+
+    Source: Li and Hoiem (1606.09282). α = 1, T = 2 as TRACE, whose code has the two models in each other's
+    place, leaves T² out and sums over prompts and padding. The teacher is a second set of factors on the same
+    base. Cost per step from the second task on: one forward without gradient or dropout and the head three
+    times; one more copy of the adapter.
+    """
+
+    name, summary, Config = (
+        "lwf",
+        "seqlora that distils the model before the task on the task's own inputs",
+        LwfConfig,
+    )
+    max_zero_stage = 2  # the teacher is a copy of whole parameters
+
+    def begin_task(self, model, task: Task) -> None:
+        super().begin_task(model, task)
+        self._teacher = snapshot(model) if task.index else None
+
+    def loss(self, model, batch) -> dict[str, Tensor]:
+        if not self._teacher:
+            return super().loss(model, batch)
+        with torch.no_grad(), stand_in(model, self._teacher):
+            taught = batch.hidden(model)
+        hidden, cap = batch.hidden(model), softcap(model)
+        kl = distillation(model.lm_head, hidden, taught, batch.weights, self.config.temperature, cap)
+        ce = head_loss(model.lm_head, hidden, batch.targets, batch.weights, cap)
+        return {"loss": ce, "lwf": self.config.weight * kl}

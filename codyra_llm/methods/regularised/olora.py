@@ -1,0 +1,60 @@
+"""O-LoRA: a fresh adapter per task whose input directions are pushed away from those of all earlier tasks."""
+
+import torch
+from torch import Tensor
+
+from codyra_llm.config.methods.regularised import OLoraConfig
+from codyra_llm.lora.layer import sites
+from codyra_llm.methods.base import Task
+from codyra_llm.methods.regularised.shapes import by_shape
+from codyra_llm.methods.sequential.seqlora import SeqLora
+
+
+class OLora(SeqLora):
+    """L + λ1 Σ_sites Σ_ij |A_old Aᵀ|_ij + λ2 Σ_sites (‖A‖_F + ‖B‖_F); A_old: the rows of all earlier tasks'
+    A.
+
+    Source: Wang et al. (2310.14152). On TRACE: λ1 0.5, λ2 0, rank 8, alpha 32, dropout 0.1, targets q_proj
+    and v_proj.
+    Ours: earlier adapters are merged into W instead of being run beside it, which is the same function; the
+    penalty enters once per optimizer step, whatever the number of micro-batches. With both λ at 0 it is
+    seqlora.
+    Cost: tasks·r²·in multiplications per site and step; memory: every earlier A in float32.
+    """
+
+    name, summary, Config = (
+        "olora",
+        "fresh LoRA per task, orthogonal to earlier ones by a penalty",
+        OLoraConfig,
+    )
+    config: OLoraConfig
+    max_zero_stage = 2  # the penalty reads whole parameters
+
+    def begin_task(self, model, task: Task) -> None:
+        super().begin_task(model, task)
+        past = range(task.index if self.config.lambda_orthogonal else 0)
+        before = [task.archive.load(k).adapters for k in past]
+        self._groups = []
+        for group in by_shape(sites(model)):
+            layers = list(group.values())
+            rows = [torch.cat([adapters[site].a for adapters in before]) for site in group] if before else []
+            self._groups.append((layers, torch.stack(rows).to(layers[0].lora_A) if rows else None))
+
+    def penalty(self, model) -> dict[str, Tensor]:
+        c, terms = self.config, {}
+        if any(old is not None for _, old in self._groups):
+            stacks = ((old, torch.stack([layer.lora_A for layer in layers])) for layers, old in self._groups)
+            terms["orthogonal"] = c.lambda_orthogonal * sum(
+                overlap(old, new, c.overlap) for old, new in stacks
+            )
+        if c.lambda_norm:
+            terms["norm"] = c.lambda_norm * sum(
+                layer.lora_A.norm() + layer.lora_B.norm() for layers, _ in self._groups for layer in layers
+            )
+        return terms
+
+
+def overlap(old: Tensor, new: Tensor, kind: str) -> Tensor:
+    """Σ over sites and entries of |A_old Aᵀ|, or of its square: old [n, k, in], new [n, r, in]."""
+    products = old @ new.mT
+    return products.abs().sum() if kind == "abs" else products.square().sum()

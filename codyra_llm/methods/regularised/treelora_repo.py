@@ -1,0 +1,173 @@
+"""TreeLoRA as its repository runs it: A is held along an earlier task's A, drawn by a bandit that likes it
+distant.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from codyra_llm.config.methods.regularised import TreeLoraRepoConfig
+from codyra_llm.core.tensors import generator
+from codyra_llm.lora.layer import LoraLinear, sites
+from codyra_llm.methods.base import Task
+from codyra_llm.methods.regularised.shapes import by_shape
+from codyra_llm.methods.sequential.seqlora import SeqLora
+
+
+class TreeLoraRepo(SeqLora):
+    """L - w_τ·[L]·s/[s] with s = Σ_sites ⟨A, A_k⟩ and [·] a value without gradient; w_τ = weight·τ/S in step
+    τ of the S of an epoch; A_k the signature of an earlier task k that `Draw` draws for every site and step.
+
+    Source: TreeLoRA's released code, for parity with its numbers. As run there: rank 8, alpha 32, dropout
+    0.1, targets q_proj and v_proj, epochs 2,1,3,2,1,2,2,3. It differs from the paper: signatures are A
+    itself, not gradients; the draw favours the least similar task; of the tree only the first split is read.
+    Ours: τ and S count optimizer steps, not micro-steps, with one draw for each; the draw comes from (seed,
+    task, step), the same on all ranks; sites are stacked within groups of one shape, depth being the place
+    within the group; |s| is at least 1e-3 in the division. Cost per step: one pass over the signatures,
+    [tasks, sites, r·in] float32 in memory and in the state. With weight 0, or on the first task, it is
+    seqlora.
+    """
+
+    name, Config = "treelora_repo", TreeLoraRepoConfig
+    summary = "seqlora with A held along an earlier task's, as TreeLoRA's repository runs it"
+    config: TreeLoraRepoConfig
+    grows = True
+    max_zero_stage = 2  # whole parameters are read
+
+    def begin_task(self, model, task: Task) -> None:
+        super().begin_task(model, task)
+        self._index, self._epochs = task.index, task.stream.epochs[task.index]
+        self._groups = by_shape(sites(model))
+        self._saved = [
+            torch.stack([task.state[site] for site in group], 1).to(next(iter(group.values())).lora_A)
+            if task.index
+            else None
+            for group in self._groups
+        ]  # [t, D, F]
+
+    def before_step(self, groups: list[dict], step: int, steps: int, schedule: str) -> None:
+        per_epoch = steps // self._epochs
+        if step % per_epoch == 0:
+            self._draws = [Draw(saved, per_epoch) for saved in self._saved]
+        self._ramp, self._previous = self.config.weight * (step % per_epoch) / per_epoch, []
+        for i, (group, draw) in enumerate(zip(self._groups, self._draws, strict=True)):
+            with torch.no_grad():
+                draw.add(stacked(group))
+            if self._index:
+                random = generator("treelora", self.seed, self._index, step, i)
+                self._previous.append(draw.signatures(random))
+
+    def loss(self, model, batch) -> dict[str, Tensor]:
+        terms = super().loss(model, batch)
+        if self._index and self._ramp and model.training:
+            s = sum(
+                (stacked(group) * previous).sum()
+                for group, previous in zip(self._groups, self._previous, strict=True)
+            )
+            terms["treelora"] = -self._ramp * terms["loss"].detach() * s / away_from_zero(s.detach())
+        return terms
+
+    def progress(self) -> dict[str, Tensor]:
+        return {
+            f"{i}.{key}": torch.as_tensor(getattr(draw, key))
+            for i, draw in enumerate(self._draws)
+            for key in draw.counted
+        }
+
+    def resume(self, progress: dict[str, Tensor]) -> None:
+        self._draws = [Draw(saved, int(progress[f"{i}.steps"])) for i, saved in enumerate(self._saved)]
+        for i, draw in enumerate(self._draws):
+            for key in draw.counted:
+                value = progress[f"{i}.{key}"]
+                setattr(
+                    draw,
+                    key,
+                    value.to(next(iter(self._groups[i].values())).lora_A.device)
+                    if value.dim()
+                    else value.item(),
+                )
+
+    def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        state = {}
+        for group, draw, saved in zip(self._groups, self._draws, self._saved, strict=True):
+            now = draw.current[None] if saved is None else torch.cat([saved, draw.current[None]])
+            state |= {site: now[:, d] for d, site in enumerate(group)}
+        return state
+
+
+class Draw:
+    """One epoch of the released bandit over `saved` [t, D, F] (None: no earlier task), S steps long."""
+
+    def __init__(self, saved: Tensor | None, steps: int):
+        self.saved, self.steps, self.tau = saved, steps, -1
+        self.current: Tensor | float = 0.0
+        self.counted = ["steps", "tau", "current"] + ["pulls", "similarity"] * (saved is not None)
+        if saved is not None:
+            self.pulls, self.similarity = torch.zeros(2, *saved.shape[:2], device=saved.device)
+            self.children = first_split(saved)
+
+    def add(self, v: Tensor) -> None:
+        """The next step's A [D, F]: cur += D·V/S, as the released loop has it."""
+        self.tau += 1
+        self.current = self.current + len(v) * v / self.steps
+
+    def signatures(self, random: torch.Generator) -> Tensor:
+        """Draw a task for every site, count what it costs, and return its signatures [D, F]."""
+        s = self._scores()
+        uniform = torch.rand(1 + s.shape[1], generator=random).to(s)
+        first = pick(s.sum(1, keepdim=True).softmax(0), uniform[:1]).item()
+        for tasks, median in self.children:
+            if first in tasks:
+                s[tasks] *= min(median or 1.0, 1.5)
+        s = s / (s.max() - s.min() + 1e-5)
+        chosen, site = pick(s.softmax(0), uniform[1:]), torch.arange(s.shape[1], device=s.device)
+        previous = self.saved[chosen, site]
+        self.pulls[chosen, site] += 1
+        self.similarity[chosen, site] -= (self.current - previous).abs().sum(1)
+        return previous
+
+    def _scores(self) -> Tensor:
+        """Mean ℓ1 distance plus exploration, [t, D]: large for what is dissimilar or unexplored."""
+        bonus = math.sqrt(math.log(2 * self.steps * (self.tau + 1) * (self.tau + 2)))
+        s = bonus / (2 * self.pulls + 1e-5).sqrt() - self.similarity / self.pulls.clamp_min(1)
+        return s + s.min()
+
+
+def stacked(group: dict[str, LoraLinear]) -> Tensor:
+    """[D, F]: A of every site of the group, flattened."""
+    return torch.stack([layer.lora_A.flatten() for layer in group.values()])
+
+
+def pick(p: Tensor, uniform: Tensor) -> Tensor:
+    """For each column of probabilities p [t, D] the row that its number in [0, 1) falls to, [D]."""
+    return (p.cumsum(0) <= uniform).sum(0).clamp_max(len(p) - 1)
+
+
+def away_from_zero(x: Tensor) -> Tensor:
+    """x with |x| at least 1e-3, where the released division can blow up."""
+    return torch.where(x < 0, x.clamp_max(-1e-3), x.clamp_min(1e-3))
+
+
+def first_split(saved: Tensor) -> list[tuple[list[int], float | None]]:
+    """The children of the tree's root: (tasks, median similarity, None for a leaf). Vectors are the
+    differences between successive tasks; similarity is the dot product with the node's mean at the node's
+    depth, split at the median."""
+    differences = torch.cat([saved[:1], saved.diff(dim=0)])
+
+    def similarities(tasks: list[int], depth: int) -> Tensor:
+        vectors = differences[tasks, depth]
+        return vectors @ vectors.mean(0)
+
+    tasks = list(range(len(saved)))
+    if len(tasks) < 2:
+        return []
+    at_root = similarities(tasks, 0)
+    low = (at_root <= at_root.median()).tolist()
+    parts = [[k for k in tasks if low[k]], [k for k in tasks if not low[k]]]
+    inner = [saved.shape[1] > 1 and len(part) > 1 for part in parts]
+    medians = [
+        similarities(part, 1).median().item() if split else None
+        for part, split in zip(parts, inner, strict=True)
+    ]
+    return [(part, median) for part, median in zip(parts, medians, strict=True) if part]

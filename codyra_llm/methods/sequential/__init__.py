@@ -1,0 +1,1 @@
+"""Methods that train one adapter after the other and merge it."""

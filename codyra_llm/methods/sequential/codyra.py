@@ -1,0 +1,108 @@
+"""CoDyRA: LoRA whose rank-one parts carry weights, shrunk by a soft threshold while training; survivors are
+merged.
+"""
+
+import torch
+
+from codyra_llm.config.methods.sequential import CodyraConfig, Threshold
+from codyra_llm.core.tensors import generator
+from codyra_llm.lora.layer import AdapterSpec, sites
+from codyra_llm.lora.proximal import budget_kappa, published_kappa, vanishing_rate
+from codyra_llm.lora.update import Adapter, Update
+from codyra_llm.methods.base import Method, survivors
+
+
+def shrink(threshold: Threshold, step: int, steps: int, schedule: str) -> float:
+    """κ of step `step` of `steps`; `schedule` is the learning rate's, which the budget follows."""
+    if threshold.schedule == "budget":
+        budget = 0.1 if threshold.budget is None else threshold.budget
+        return budget_kappa(step, steps, threshold.dense, budget, schedule)
+    kappa_max = 0.005 if threshold.kappa_max is None else threshold.kappa_max
+    return published_kappa(step, steps, threshold.dense, kappa_max)
+
+
+class Codyra(Method):
+    """ΔW = s·B diag(w) A per task; w ← prox_κ(w) after every AdamW step of the sparse phase; parts at w = 0
+    are dropped.
+
+    Source: CoDyRA (2412.01004), objective L + λ Σ‖w‖₁ by proximal gradient, κ ramping up after a dense phase.
+    As
+    published: scale 1, importance_init normal, align false, schedule published, operator released,
+    importance_lr null.
+
+    Ours, and the default: the constant start; the threshold budget that does not depend on the number of
+    steps; and `align`. Without it the parts share the update among them, each is as needed as the next, and
+    which of them outlive the threshold is decided by where their w began (docs/codyra.md has the figures).
+    Cost: r more parameters per site, an element-wise pass over them per step, one QR and SVD of rank r per
+    site and task; nothing after the merge.
+    """
+
+    name, summary, Config = (
+        "codyra",
+        "LoRA with learned rank weights, thresholded, pruned and merged",
+        CodyraConfig,
+    )
+    config: CodyraConfig
+
+    @property
+    def max_zero_stage(self) -> int:
+        return (
+            0 if self.config.selection == "random" else 3
+        )  # its masks have the parameters' shapes, ZeRO's shards not
+
+    def spec(self) -> AdapterSpec:
+        c = self.config
+        return AdapterSpec(c.rank, c.scale, c.dropout, c.importance_init, c.importance_value)
+
+    def param_groups(self, model, lr: float) -> list[dict]:
+        layers = sites(model).values()
+        weights = [layer.lora_w for layer in layers]
+        own = self.config.importance_lr
+        group = {
+            "params": weights,
+            "lr": lr if own is None else own,
+            "kappa": 0.0,
+            "operator": self.config.threshold.operator,
+            "weight_decay": 0.0,
+        }
+        if self.config.selection == "random":
+            group["drop"] = self._lots(weights)
+        return [{"params": [p for layer in layers for p in (layer.lora_A, layer.lora_B)], "lr": lr}, group]
+
+    def before_step(self, groups: list[dict], step: int, steps: int, schedule: str) -> None:
+        threshold = self.config.threshold
+        for group in groups:
+            if "kappa" in group:
+                group["kappa"] = (
+                    vanishing_rate(step, steps, threshold.dense)
+                    if "drop" in group
+                    else shrink(threshold, step, steps, schedule)
+                )
+
+    def rewrite(self, step: int, steps: int):
+        return aligned if self.config.align and step == int(self.config.threshold.dense * steps) else None
+
+    def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
+        return Update({site: survivors(adapter) for site, adapter in adapters.items()}, self.config.scale)
+
+    def _lots(self, weights: list) -> list:
+        """Masks over all sites together, 1 where a rank is to go; as many stay as `keep` says, to the nearest
+        rank.
+        """
+        sizes = [w.numel() for w in weights]
+        order = torch.randperm(sum(sizes), generator=generator("lots", self.seed))
+        dropped = (order >= round(self.config.keep * sum(sizes))).to(weights[0])
+        return list(dropped.split(sizes))
+
+
+def aligned(adapter: Adapter) -> Adapter:
+    """The same ΔW by its singular directions: with B diag(w) A = U diag(σ) Vᵀ, rows of A along V, columns of
+    B along U, w = σ/σ₁. A's rows get the norm 1/√3 of fresh ones, so that a step of the optimizer means to
+    them what it did."""
+    q_b, r_b = torch.linalg.qr(adapter.b * adapter.w)
+    q_a, r_a = torch.linalg.qr(adapter.a.T)
+    u, sigma, vt = torch.linalg.svd(r_b @ r_a.T)
+    if not sigma[0] > 0:
+        return adapter
+    norm = 3**-0.5
+    return Adapter(norm * vt @ q_a.T, q_b @ u * (sigma[0] / norm), sigma / sigma[0])

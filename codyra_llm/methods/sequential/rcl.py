@@ -1,0 +1,54 @@
+"""RCL: sequential LoRA on answers that give their reasoning, so that the model keeps its way of reasoning."""
+
+import os
+from pathlib import Path
+
+from codyra_llm.config.methods.sequential import REASONING_VARIANT, RclConfig
+from codyra_llm.core.errors import Fault
+from codyra_llm.data.reasoning import read_answer, reasoned_prompt
+from codyra_llm.data.records import read_split
+from codyra_llm.methods.sequential.seqlora import SeqLora
+
+
+class Rcl(SeqLora):
+    """seqlora trained on "reasoning \\nAnswer:X" in place of "X"; what is scored is X.
+
+    Source: TRACE (2310.06762), reasoning-augmented continual learning, on 376 to 513 examples per task of the
+    variant LLM-CL-Benchmark_Reasoning, whose wording is in benchmarks/trace/reasoning.py. Test prompts are
+    those of data.root, put into the words of the training prompts (checked on the prompts that both variants
+    hold). An output without the marker has given no answer and is read as an empty one; eval rows count
+    these. Tasks that are not TRACE's: their prompts must be the same in both folders, and the marker is
+    "\\nAnswer:".
+    Cost: longer answers, in training and evaluation; leave room for them in data.max_answer_tokens and
+    eval.max_new_tokens. Validation losses (optim.validate_every) are of the answers in data.root, without
+    reasoning.
+    """
+
+    name, summary, Config = "rcl", "seqlora on answers with reasoning", RclConfig
+    config: RclConfig
+
+    def train_data(self, stream, index: int):
+        own, task = self.config.folder, stream.tasks[index]
+        folder = (
+            Path(os.path.expanduser(os.path.expandvars(own))) if own else _variant(stream.root.absolute())
+        )
+        if not (folder / task / "train.json").is_file():
+            raise Fault(
+                f"method.folder: {folder} has no {task}/train.json; give the folder of TRACE's variant with "
+                f"reasoning (default: {REASONING_VARIANT} in data.root or beside it), or leave the task out"
+            )
+        records = read_split(folder, task, "train")[: stream.data.max_train_examples]
+        return records, [range(len(records))] * stream.epochs[index]
+
+    def present(self, stream, encoder, task: int, prompts: list[str]) -> list[str]:
+        return [reasoned_prompt(stream.tasks[task], prompt) for prompt in prompts]
+
+    def read(self, task: str, prediction: str) -> str:
+        return read_answer(task, prediction)
+
+
+def _variant(root: Path) -> Path:
+    """The default folder: inside `root`, as in mini-TRACE, or a sibling, as in TRACE."""
+    return (
+        root / REASONING_VARIANT if (root / REASONING_VARIANT).is_dir() else root.parent / REASONING_VARIANT
+    )

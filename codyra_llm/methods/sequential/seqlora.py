@@ -1,0 +1,35 @@
+"""Sequential LoRA: one adapter for the whole stream, trained on one task after the other and nothing else."""
+
+from codyra_llm.config.methods.sequential import SeqLoraConfig
+from codyra_llm.lora.layer import AdapterSpec
+from codyra_llm.methods.base import Method, Task, restore
+
+
+class SeqLora(Method):
+    """ΔW = (alpha/rank)·B A, A ~ U(-1/√in, 1/√in), B = 0 at the start of the stream (Hu et al., 2106.09685).
+
+    As published on TRACE: targets q_proj and v_proj, rank 8, alpha 32, dropout 0.1, `carry_optimizer` true.
+    Cost: none beside the adapter. The archive holds the whole adapter after each task (mode "replace"); with
+    `fresh` it holds each task's own update, and what is left of the difference to codyra is the rank
+    selection.
+    """
+
+    name, summary, Config = "seqlora", "one LoRA adapter trained on all tasks in turn", SeqLoraConfig
+
+    @property
+    def mode(self):
+        return "add" if self.config.fresh else "replace"
+
+    @property
+    def carries_optimizer(self):
+        return self.config.carry_optimizer
+
+    def spec(self) -> AdapterSpec:
+        c = self.config
+        return AdapterSpec(c.rank, (c.alpha or c.rank) / c.rank, c.dropout)
+
+    def begin_task(self, model, task: Task) -> None:
+        if task.index and not self.config.fresh:
+            restore(model, task.archive.load(task.index - 1))
+        else:
+            super().begin_task(model, task)

@@ -1,0 +1,1 @@
+"""Text in, score out. Nothing here imports torch or evaluate, but for hf.py."""

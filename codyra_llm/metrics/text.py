@@ -1,0 +1,215 @@
+"""TRACE's metrics, of which any benchmark chooses: each a mean over examples of a score in 0..100, as an
+`evaluate.Metric` that needs no network.
+
+Two rules exist for the same outputs: names without a suffix follow the TRACE code, `_treelora` the more
+lenient one of TreeLoRA. Where the published code crashes (an empty ScienceQA prediction; ROUGE of a text of
+full stops only, or of a long sentence) the definition's value is returned; no score that it does compute is
+changed. `VERSION` of a metric rises whenever any of its scores can change; results store `versioned(name)`.
+"""
+
+import difflib
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar
+
+from rapidfuzz.distance import Indel
+from rouge import Rouge
+
+from codyra_llm.metrics.sari import sari
+
+
+class ExampleMean:
+    """Mean of `example(prompt, prediction, answer)`, 0..100. `compute` takes `predictions` and
+    `references`.
+    """
+
+    VERSION: ClassVar[int] = 1
+    metric: ClassVar[str]
+    takes_sources: ClassVar[bool] = False  # then `compute` takes `sources` too
+
+    @staticmethod
+    def example(prompt: str, prediction: str, answer: str) -> float:
+        raise NotImplementedError
+
+
+class ExactMatch(ExampleMean):
+    """Share of predictions equal to the answer, character for character: neither stripped nor case-folded.
+
+    An empty prediction or answer counts 0, also against each other.
+    """
+
+    metric = "exact_match"
+
+    @staticmethod
+    def example(prompt: str, prediction: str, answer: str) -> float:
+        return 100.0 * (prediction == answer != "")
+
+
+class ExactMatchTreelora(ExampleMean):
+    """Share of predictions that, stripped and cut to the length of the answer, equal it: 'A. because' matches
+    'A'.
+
+    Beware of numbers: '12' matches '1'. An empty prediction or answer counts 0.
+    """
+
+    metric = "exact_match_treelora"
+
+    @staticmethod
+    def example(prompt: str, prediction: str, answer: str) -> float:
+        return 100.0 * (prediction.strip()[: len(answer)] == answer != "")
+
+
+class FirstChar(ExampleMean):
+    """ScienceQA's accuracy: exact match of the first characters. An empty prediction or answer counts 0."""
+
+    metric = "first_char"
+
+    @staticmethod
+    def example(prompt: str, prediction: str, answer: str) -> float:
+        return ExactMatch.example(prompt, prediction[:1], answer[:1])
+
+
+class FirstCharTreelora(ExampleMean):
+    """ScienceQA's accuracy with both texts stripped first, an empty one read as 'N/A', and the lenient
+    match.
+    """
+
+    metric = "first_char_treelora"
+
+    @staticmethod
+    def example(prompt: str, prediction: str, answer: str) -> float:
+        return ExactMatchTreelora.example(
+            prompt, prediction.strip()[:1] or "N/A", answer.strip()[:1] or "N/A"
+        )
+
+
+class RougeL(ExampleMean):
+    """ROUGE-L F1 of the `rouge` package: sentences end at '.', words at white space, words counted once (as
+    sets).
+
+    The union of the longest common subsequences of all pairs of sentences. The package's F1 is not symmetric
+    where a text has several sentences: the answer goes first, as in TRACE. Chinese text has no white space:
+    no measure there. A text without any sentence (empty, or full stops only) counts 0.
+    """
+
+    metric = "rouge_l"
+
+    @staticmethod
+    def example(prompt: str, prediction: str, answer: str) -> float:
+        return _rouge_l(prediction, answer)
+
+
+class RougeLTreelora(ExampleMean):
+    """ROUGE-L F1 with a newline added to both texts.
+
+    It adds an empty word to a text that ends in '.', so two texts that both do share one word more. An empty
+    text counts 0.
+    """
+
+    metric = "rouge_l_treelora"
+
+    @staticmethod
+    def example(prompt: str, prediction: str, answer: str) -> float:
+        return _rouge_l(prediction + "\n", answer + "\n") if prediction and answer else 0.0
+
+
+class ReasonRougeL(ExampleMean):
+    """ROUGE-L F1 of ScienceQA's reasons: both texts from the third character on, after the letter and a
+    newline.
+    """
+
+    metric = "reason_rouge_l"
+
+    @staticmethod
+    def example(prompt: str, prediction: str, answer: str) -> float:
+        return _rouge_l(prediction[2:], answer[2:])
+
+
+class EditSimilarity(ExampleMean):
+    """Py150's similarity of code, rounded to an integer: 1 - (insertions + deletions) / (sum of both
+    lengths).
+
+    Literals are written out first (see `literals`). It is fuzzywuzzy's ratio where python-Levenshtein is
+    installed. A text that is empty then counts 0.
+    """
+
+    metric = "edit_similarity"
+
+    @staticmethod
+    def example(prompt: str, prediction: str, answer: str) -> float:
+        a, b = literals(prediction), literals(answer)
+        return float(round(100 * Indel.normalized_similarity(a, b))) if a and b else 0.0
+
+
+class EditSimilarityDifflib(ExampleMean):
+    """Py150's similarity as fuzzywuzzy computes it without python-Levenshtein: difflib's matching blocks,
+    rounded.
+
+    Never above `edit_similarity` but for rounding, often below; which of them a published number is depends
+    on its environment.
+    """
+
+    metric = "edit_similarity_difflib"
+
+    @staticmethod
+    def example(prompt: str, prediction: str, answer: str) -> float:
+        a, b = literals(prediction), literals(answer)
+        return float(round(100 * difflib.SequenceMatcher(None, a, b).ratio())) if a and b else 0.0
+
+
+class Sari(ExampleMean):
+    """SARI (Xu et al., 2016) of a simplification; the source is the full prompt with its instruction, one
+    reference.
+
+    Mean over n = 1..4 of (F1 of kept + precision of deleted + F1 of added n-grams) / 3, in lower case and the
+    13a tokenisation, with 0/0 = 1: tensor2tensor's variant, the one of Hugging Face's metric and so of TRACE.
+    Two traits of it: the reference itself scores just below 100 where the source repeats one of its words,
+    and an empty prediction scores far above 0, for all that it deletes.
+    """
+
+    metric = "sari"
+    takes_sources = True
+
+    @staticmethod
+    def example(prompt: str, prediction: str, answer: str) -> float:
+        return sari(prompt, prediction, [answer])
+
+
+METRICS: dict[str, type[ExampleMean]] = {cls.metric: cls for cls in ExampleMean.__subclasses__()}
+
+
+def versioned(metric: str) -> str:
+    """Name with version, e.g. 'sari@1': scores under different versions are not comparable."""
+    return f"{metric}@{METRICS[metric].VERSION}"
+
+
+def literals(code: str) -> str:
+    """Py150's code with literals written out: <NUM_LIT> is 0, <STR_LIT> and <CHAR_LIT> nothing, <STR_LIT:x>
+    is x.
+    """
+    code = code.replace("<NUM_LIT>", "0").replace("<STR_LIT>", "").replace("<CHAR_LIT>", "")
+    # One literal after another in the whole text, as published: a single pass differs where literals are
+    # nested.
+    for kind, value in re.findall(r"<(STR|NUM|CHAR)_LIT:(.*?)>", code, re.DOTALL):
+        code = code.replace(f"<{kind}_LIT:{value}>", value)
+    return code
+
+
+def _rouge_l(prediction: str, answer: str) -> float:
+    if not prediction.strip(".") or not answer.strip("."):
+        return 0.0
+    with _recursion(len(prediction.split()) + len(answer.split())):
+        return 100.0 * Rouge(["rouge-l"]).get_scores(answer, prediction, avg=True)["rouge-l"]["f"]
+
+
+@contextmanager
+def _recursion(depth: int) -> Iterator[None]:
+    """Room for `depth` more calls: the package walks the table of a subsequence with one call a word."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(before + depth)
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(before)

@@ -1,0 +1,1 @@
+"""Base models: loading, weights, tokenizer, attention, quantisation, loss."""

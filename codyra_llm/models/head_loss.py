@@ -1,0 +1,186 @@
+"""The head with cross entropy or distillation on labelled positions, in chunks: no tensor of all logits is
+made.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+CHUNK = 2**25  # logits at once: 128 MiB in float32
+MIN_ROWS = 16  # below this the product with the head reads its weight too often
+
+
+class WeightedCrossEntropy(torch.autograd.Function):
+    """Σ_m weights[m]·CE(z[m], targets[m]) with logits z = cap·tanh(x Wᵀ + b / cap), or x Wᵀ + b without a
+    cap.
+
+    Shapes: hidden x [M, h]; weight W [V, h]; bias b [V] or None; targets [M]; weights [M]; result [] in
+    float32, for float64 in float64. The product runs in x's dtype, everything after it in float32. With p =
+    softmax(z) and y one-hot,
+
+        dL/dz = weights·(p - y)     dL/d(x Wᵀ + b) = dL/dz·(1 - (z/cap)²)
+
+    are at hand while a chunk's logits are, so the forward leaves dL/dx (and dL/dW, dL/db where they train)
+    and the backward only scales. Peak beside the result: two float32 chunks and one in x's dtype.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        weights: Tensor,
+        cap: float | None,
+    ) -> Tensor:
+        precise = torch.promote_types(hidden.dtype, torch.float32)
+        loss, rows = hidden.new_zeros((), dtype=precise), max(MIN_ROWS, CHUNK // len(weight))
+        dx, dw, db = _empty_gradients(ctx.needs_input_grad, hidden, weight, bias, precise)
+        for part in (slice(i, i + rows) for i in range(0, len(targets), rows)):
+            x, y, share = hidden[part], targets[part], weights[part].to(precise)
+            z = _logits(x, weight, bias, cap, precise)
+            norm = z.logsumexp(1, keepdim=True)
+            loss += share @ (norm - z.gather(1, y[:, None])).squeeze(1)
+            if any(ctx.needs_input_grad):
+                d = _logit_gradient(z, norm, y, share, cap)
+                low = d.to(x.dtype)
+            if dx is not None:
+                torch.mm(low, weight, out=dx[part])
+            if dw is not None:
+                dw += low.T @ x
+            if db is not None:
+                db += d.sum(0)
+        ctx.save_for_backward(dx, dw, db)
+        ctx.head = weight.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale: Tensor):
+        dx, dw, db = ctx.saved_tensors
+        return (
+            None if dx is None else dx * scale,
+            None if dw is None else (dw * scale).to(ctx.head),
+            None if db is None else (db * scale).to(ctx.head),
+            None,
+            None,
+            None,
+        )
+
+
+def _empty_gradients(
+    needed: tuple, hidden: Tensor, weight: Tensor, bias: Tensor | None, precise: torch.dtype
+):
+    return (
+        torch.empty_like(hidden, memory_format=torch.contiguous_format) if needed[0] else None,
+        torch.zeros_like(weight, dtype=precise) if needed[1] else None,
+        torch.zeros_like(bias, dtype=precise) if bias is not None and needed[2] else None,
+    )
+
+
+def _logit_gradient(z: Tensor, norm: Tensor, targets: Tensor, share: Tensor, cap: float | None) -> Tensor:
+    """share·(softmax(z) - onehot), through the softcap where there is one; overwrites z [n, V]."""
+    p = torch.sub(z, norm).exp_() if cap else z.sub_(norm).exp_()
+    p.mul_(share[:, None])
+    p.scatter_add_(1, targets[:, None], -share[:, None])
+    return p.mul_(z.div_(cap).square_().neg_().add_(1)) if cap else p
+
+
+class Distillation(torch.autograd.Function):
+    """T² Σ_m weights[m]·KL(q_m ‖ p_m), q = softmax(z'/T) of the teacher and p = softmax(z/T) of the student
+    (Hinton et al., 1503.02531), with z, z' the logits of `hidden` and `taught` [M, h] under one frozen head,
+    softcap included.
+
+    As `WeightedCrossEntropy`, but for dL/dz = T·weights·(p - q). Chunks are half as long, since about five
+    tensors of one live at once. No gradient goes to the teacher or the head.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: Tensor,
+        taught: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weights: Tensor,
+        temperature: float,
+        cap: float | None,
+    ) -> Tensor:
+        precise = torch.promote_types(hidden.dtype, torch.float32)
+        loss, rows = hidden.new_zeros((), dtype=precise), max(MIN_ROWS, CHUNK // (2 * len(weight)))
+        dx = (
+            torch.empty_like(hidden, memory_format=torch.contiguous_format)
+            if ctx.needs_input_grad[0]
+            else None
+        )
+        for part in (slice(i, i + rows) for i in range(0, len(hidden), rows)):
+            z, share = _logits(hidden[part], weight, bias, cap, precise), weights[part].to(precise)
+            log_q = _logits(taught[part], weight, bias, cap, precise).div_(temperature).log_softmax(1)
+            log_p = (z / temperature).log_softmax(1)
+            q = log_q.exp()
+            loss += temperature**2 * (share @ log_q.sub_(log_p).mul_(q).sum(1))
+            if dx is not None:
+                d = log_p.exp_().sub_(q).mul_(temperature * share[:, None])
+                d = d.mul_(z.div_(cap).square_().neg_().add_(1)) if cap else d
+                torch.mm(d.to(hidden.dtype), weight, out=dx[part])
+        ctx.save_for_backward(dx)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale: Tensor):
+        (dx,) = ctx.saved_tensors
+        return (None if dx is None else dx * scale, *[None] * 6)
+
+
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, cap: float | None, precise: torch.dtype
+) -> Tensor:
+    z = functional.linear(hidden, weight, bias).to(precise)
+    return z.div_(cap).tanh_().mul_(cap) if cap else z
+
+
+def head_loss(
+    head: nn.Linear, hidden: Tensor, targets: Tensor, weights: Tensor, cap: float | None = None
+) -> Tensor:
+    """`WeightedCrossEntropy` of rows `hidden` [M, h] under the language model's `head`."""
+    return _inside(head, lambda x, w, b: WeightedCrossEntropy.apply(x, w, b, targets, weights, cap), hidden)
+
+
+def distillation(
+    head: nn.Linear,
+    hidden: Tensor,
+    taught: Tensor,
+    weights: Tensor,
+    temperature: float,
+    cap: float | None = None,
+) -> Tensor:
+    """`Distillation` of a teacher's rows `taught` into `hidden`, both [M, h], under the language model's
+    `head`.
+    """
+    return _inside(
+        head, lambda x, w, b: Distillation.apply(x, taught, w, b, weights, temperature, cap), hidden
+    )
+
+
+def _inside(
+    head: nn.Linear, loss: Callable[[Tensor, Tensor, Tensor | None], Tensor], hidden: Tensor
+) -> Tensor:
+    """`loss(hidden, weight, bias)` inside the head's own call, since ZeRO-3 gathers a module's weight around
+    its call and nowhere else."""
+
+    def forward(x: Tensor) -> Tensor:
+        parts = (x, head.weight, head.bias)
+        if not torch.is_grad_enabled():
+            parts = (None if p is None else p.detach() for p in parts)
+        return loss(*parts)
+
+    head.forward = forward
+    try:
+        return head(hidden)
+    finally:
+        del head.forward

@@ -1,0 +1,204 @@
+"""Base models: from a hub id, a folder or a GGUF file to a checked local folder, and from there to a frozen
+model.
+
+Weights are read from safetensors only: pickles can run code, and lazy reading of single tensors needs
+safetensors.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from jinja2 import TemplateError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.files import file_sha256
+from codyra_llm.core.parsing import read_json, shown
+from codyra_llm.models.gguf import convert
+from codyra_llm.models.tokenizer import load_tokenizer, render_chat
+from codyra_llm.models.weights import INDEX, header_faults, weight_files
+
+FAMILIES = ("llama", "gemma", "gemma2", "gemma3_text", "mistral", "qwen2", "qwen3")
+DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md"]
+
+
+def resolve(path: str, revision: str | None = None) -> Path:
+    """Local folder with config.json and safetensors for a folder, a `.gguf` file or a hub id (`owner/name`).
+
+    A GGUF file is converted once, into $CODYRA_CACHE (default ~/.cache/codyra_llm). Raises Fault where the
+    path doesn't exist, the hub refuses or can't be reached, or the folder lacks a file.
+    """
+    local = Path(os.path.expanduser(path))
+    if local.suffix == ".gguf":
+        if not local.is_file():
+            raise Fault(f"model '{path}' doesn't exist: expected a GGUF file, a folder or a hub id.")
+        cache = Path(os.environ.get("CODYRA_CACHE", "~/.cache/codyra_llm")).expanduser()
+        return convert(local, cache / f"gguf-{file_sha256(local)[:16]}")
+    folder = local if local.is_dir() else download(path, revision)
+    if faults := missing_files(folder):
+        raise Fault(*faults)
+    return folder
+
+
+def download(name: str, revision: str | None) -> Path:
+    """Snapshot of a hub model in the hub's own cache, without pickles and without second copies of the
+    weights.
+    """
+    at = f"{name}@{revision}" if revision else name
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=DOWNLOADED, ignore_patterns=["*/*", "consolidated*"]
+            )
+        )
+    except HFValidationError:
+        reason = "is neither an existing folder nor a hub id: expected a path to a folder, or owner/name"
+    except GatedRepoError:
+        reason = f"is gated: accept its licence at https://huggingface.co/{name} and run 'hf auth login'"
+    except RevisionNotFoundError:
+        reason = "has no such revision on the hub: expected a branch, a tag or a commit; check 'revision'"
+    except LocalEntryNotFoundError:
+        reason = (
+            "is no folder here, is not in the hub's cache and the hub can't be reached: check the network "
+            "and HF_HUB_OFFLINE, or give a local folder or a GGUF file"
+        )
+    except RepositoryNotFoundError:
+        reason = "is neither an existing folder nor a model on the hub (or it is private): check its name"
+    except HfHubHTTPError as error:
+        reason = f"can't be downloaded ({str(error).splitlines()[0]}): try again later or give a local folder"
+    raise Fault(f"model '{at}' {reason}.")
+
+
+def missing_files(folder: Path) -> list[str]:
+    """Faults of a model folder whose config or safetensors are not there; shards of the index are checked by
+    name.
+    """
+    faults = []
+    if not (folder / "config.json").is_file():
+        faults.append(f"{folder} has no config.json: expected a Hugging Face model folder; give one.")
+    if not any(folder.glob("*.safetensors")):
+        pickled = any(any(folder.glob(kind)) for kind in ("*.bin", "*.pth", "*.pt"))
+        faults.append(
+            f"{folder} has only pickled weights, which can run code: expected *.safetensors; load it where "
+            "you trust it and write it anew with save_pretrained."
+            if pickled
+            else f"{folder} has no *.safetensors: expected the model's weights; download them too."
+        )
+    else:
+        faults += [
+            f"{folder} lacks {file.name}, which {INDEX} names: expected every shard; download it again."
+            for file in weight_files(folder)
+            if not file.is_file()
+        ]
+    return faults
+
+
+def check(folder: Path, chat_template: bool = False) -> list[str]:
+    """Faults of the model's config and tokenizer, found without loading weights; empty when it can be
+    trained.
+    """
+    try:
+        config = read_json(folder / "config.json", "the model's config")
+    except Fault as fault:
+        return fault.messages
+    if not isinstance(config, dict):
+        return [
+            f"{folder}/config.json holds a {type(config).__name__}: expected the model's config; download it "
+            "again."
+        ]
+    family, faults = config.get("model_type"), []
+    if family not in FAMILIES:
+        faults.append(
+            f"{folder} has model_type {shown(family)}: expected one of {', '.join(FAMILIES)}; choose such a "
+            "model."
+        )
+    if "quantization_config" in config:
+        how = config["quantization_config"]
+        method = shown(how.get("quant_method") if isinstance(how, dict) else how)
+        faults.append(
+            f"{folder} is stored quantised ({method}): expected plain weights; choose the unquantised model."
+        )
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return [
+            *faults,
+            f"{folder} has no tokenizer.json or tokenizer.model: expected the tokenizer beside the model; "
+            "copy it there.",
+        ]
+    if wrong := [] if faults else header_faults(folder):
+        return wrong
+    try:
+        tokenizer = load_tokenizer(folder)
+    except Fault as fault:
+        return [*faults, *fault.messages]
+    if tokenizer.eos_token_id is None:
+        faults.append(
+            f"{folder} has a tokenizer without EOS, so answers would never end: set eos_token in "
+            "tokenizer_config.json."
+        )
+    if tokenizer.pad_token_id is None:
+        faults.append(
+            f"{folder} has a tokenizer without pad, EOS or unknown token: set pad_token in "
+            "tokenizer_config.json."
+        )
+    if isinstance(size := config.get("vocab_size"), int) and len(tokenizer) > size:
+        faults.append(
+            f"{folder} has a tokenizer of {len(tokenizer)} tokens and a vocab_size of {size}: expected at "
+            "least as many embeddings; use the model's own tokenizer."
+        )
+    if chat_template and not tokenizer.chat_template:
+        faults.append(
+            f"{folder} has no chat template, but chat_template is on: turn it off or choose a chat model."
+        )
+    elif chat_template:
+        try:
+            render_chat(tokenizer, [{"role": "user", "content": "a"}])
+        except TemplateError as error:
+            faults.append(
+                f"{folder} has a chat template that fails ({' '.join(str(error).split())}): turn "
+                "chat_template off, or use the model's own template."
+            )
+    return faults
+
+
+def load(folder: Path, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
+    """The causal LM of `folder` with every parameter frozen; Fault where weights are missing or of the wrong
+    shape.
+    """
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (ImportError, ValueError) as error:  # a package that is missing, or Gemma 2 with sdpa
+        raise Fault(
+            f"{folder} can't be loaded with attention '{attention}' ({str(error).split('. ')[0]}): choose "
+            "eager, which every model supports, or install what is missing."
+        ) from None
+    if info["missing_keys"]:  # transformers leaves them at random values
+        names = sorted(info["missing_keys"])
+        raise Fault(
+            f"{folder} lacks {len(names)} weights, such as {', '.join(names[:3])}: expected the whole model "
+            "that config.json describes; download it again."
+        )
+    for name, weight in model.named_parameters():
+        if not torch.stack(torch.aminmax(weight.detach())).isfinite().all():
+            raise Fault(
+                f"{folder}: the weight {name} holds NaN or infinite values: expected finite ones; download "
+                "it again, or, if it was trained so, choose another model."
+            )
+    return model.requires_grad_(False)

@@ -1,0 +1,130 @@
+"""Attention over a packed row: examples follow one another, each attends to itself alone, without a T x T
+mask.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, PreTrainedModel
+
+NAME = "packed"
+FLASH = "flash_attention_2"
+WIDE = ((8, 0), (9, 0), (10, 0))  # compute capabilities whose flash backward takes heads of more than 192
+
+
+def use(model: PreTrainedModel) -> None:
+    """Let `model` attend within segments; every call must give them (`arguments`). Its flash_attention_2
+    stays, since it takes the same arguments. Not for generation: there is no mask for padding."""
+    if model.config._attn_implementation != FLASH:
+        model.set_attn_implementation(NAME)
+
+
+def used(model: PreTrainedModel) -> bool:
+    """Whether `model` takes packed rows only, since `use`."""
+    return model.config._attn_implementation == NAME
+
+
+def pays(model: PreTrainedModel, device: torch.device) -> bool:
+    """Whether packing is faster than padding: one kernel handles all segments of the row."""
+    config = model.config
+    if config._attn_implementation in (FLASH, "eager"):
+        return config._attn_implementation == FLASH
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    return _has_kernel(device, model.dtype, head, softcap, config.attention_dropout)
+
+
+def arguments(lengths: Sequence[int], device: torch.device) -> dict:
+    """What a packed row's segments are to transformers' flash attention and to `packed`, to be given to the
+    model.
+    """
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+    return {
+        "segments": list(lengths),
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+
+
+def packed(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    segments: list[int],
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others,
+) -> tuple[Tensor, None]:
+    """Causal attention of each segment to itself: query [1, H, T, d], key and value [1, H_kv, T, d] to [1, T,
+    H, d].
+
+    `sliding_window` counts the token itself; `softcap` c makes scores s into c·tanh(s/c).
+    """
+    if not _has_kernel(query.device, query.dtype, query.shape[-1], softcap, dropout):
+        groups = query.shape[1] // key.shape[1]
+        rows = (query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1))
+        parts = zip(*(row.split(segments, 2) for row in rows), strict=True)
+        out = [_segment(q, k, v, scaling, dropout, sliding_window, softcap) for q, k, v in parts]
+        return torch.cat(out, 2).transpose(1, 2), None
+    left = sliding_window - 1 if sliding_window and sliding_window < max_length_q else -1
+    rows = (row[0].transpose(0, 1) for row in (query, key, value))
+    out = varlen_attn(
+        *rows,
+        cu_seq_lens_q,
+        cu_seq_lens_q,
+        max_length_q,
+        max_length_q,
+        scale=scaling,
+        window_size=(left, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out[None], None
+
+
+def _segment(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """Causal attention [1, H, n, d] of one segment."""
+    n, mask = q.shape[2], None
+    if softcap or (window and window < n):
+        mask = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
+        mask = mask.triu(1 - window) if window else mask
+    if not softcap:
+        return functional.scaled_dot_product_attention(
+            q, k, v, mask, dropout, is_causal=mask is None, scale=scaling
+        )
+    scores = softcap * torch.tanh(q @ k.transpose(2, 3) * (scaling / softcap))
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(~mask, -torch.inf)
+    return functional.dropout(scores.softmax(-1).to(q.dtype), dropout) @ v
+
+
+def _has_kernel(
+    device: torch.device, dtype: torch.dtype, head: int, softcap: float | None, dropout: float
+) -> bool:
+    """Whether PyTorch's flash attention over segments of unequal length runs here, its backward included."""
+    if (
+        device.type != "cuda"
+        or dtype not in (torch.bfloat16, torch.float16)
+        or softcap
+        or dropout
+        or head % 8
+    ):
+        return False
+    capability = torch.cuda.get_device_capability(device)
+    return capability >= (8, 0) and (head <= 192 or head <= 256 and capability in WIDE)
+
+
+AttentionInterface.register(NAME, packed)

@@ -1,0 +1,96 @@
+"""Attention with prefixes: in some layers every token also sees a few keys and values that no token made."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "prefixed"
+
+
+def use(model: PreTrainedModel) -> None:
+    """Let `model` attend to prefixes, in training as in generation; there are none yet."""
+    model.set_attn_implementation(NAME)
+    show(model, {})
+
+
+def show(model: PreTrainedModel, prefixes: dict[int, Tensor]) -> None:
+    """From now on row b of a batch sees `prefixes[layer][b]`, keys and values [B, 2, H_kv, P, d], in these
+    layers alone.
+
+    They lie before the mask of the family (causal, sliding) and outside of the cache, so positions, windows
+    and pads stay what they were. Keys are taken as they are, as if rotated already.
+    """
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn.prefix = prefixes.get(number)
+
+
+def select(model: PreTrainedModel, rows: Tensor) -> None:
+    """Only these rows of the batch go on."""
+    show(
+        model,
+        {
+            i: layer.self_attn.prefix[rows]
+            for i, layer in enumerate(model.model.layers)
+            if layer.self_attn.prefix is not None
+        },
+    )
+
+
+@torch.no_grad()
+def made_by(model: PreTrainedModel, ids: Tensor, layers: list[int]) -> Tensor:
+    """The keys (rotated) and values that the tokens `ids` [P] leave in these layers: [layers, 2, H_kv, P,
+    d].
+    """
+    cache = DynamicCache()  # without the config, so that no sliding window drops any
+    model.model(input_ids=ids[None], past_key_values=cache, use_cache=True)
+    return torch.stack([torch.cat([cache.layers[i].keys, cache.layers[i].values]) for i in layers])
+
+
+def prefixed(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **others,
+) -> tuple[Tensor, None]:
+    """Attention of query [B, H, T, d] to the layer's prefix and to key and value [B, H_kv, S, d]: [B, T, H,
+    d].
+
+    `attention_mask` [B, 1, T, S] is true where a token may look, None for plain causality; `softcap` c makes
+    scores s into c·tanh(s/c).
+    """
+    if module.prefix is not None or softcap:
+        attention_mask = _mask(attention_mask, query.shape[2], key.shape[2], query.device)
+    if module.prefix is not None:
+        own = module.prefix.to(key.dtype)
+        key, value = torch.cat([own[:, 0], key], 2), torch.cat([own[:, 1], value], 2)
+        attention_mask = functional.pad(attention_mask, (own.shape[3], 0), value=True)
+    if not softcap:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling)
+    key, value = (repeat_kv(row, module.num_key_value_groups) for row in (key, value))
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scaling / softcap))
+    scores = scores.to(torch.promote_types(query.dtype, torch.float32))
+    scores = scores.masked_fill(
+        ~attention_mask, torch.finfo(scores.dtype).min
+    )  # -inf makes NaN of a pad's row
+    return (functional.dropout(scores.softmax(-1).to(query.dtype), dropout) @ value).transpose(1, 2), None
+
+
+def _mask(mask: Tensor | None, tokens: int, seen: int, device: torch.device) -> Tensor:
+    if mask is not None:
+        return mask
+    return torch.ones(1, 1, tokens, seen, dtype=torch.bool, device=device).tril(seen - tokens)
+
+
+AttentionInterface.register(NAME, prefixed)
+
+
+AttentionMaskInterface.register(NAME, sdpa_mask)

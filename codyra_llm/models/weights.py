@@ -1,0 +1,218 @@
+"""What a model folder says of its weights, without loading them: the index, the files' headers, the config's
+shapes.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from codyra_llm.core.errors import Fault, nearest
+from codyra_llm.core.files import CHUNK
+from codyra_llm.core.parsing import read_json, shown
+
+INDEX = "model.safetensors.index.json"
+PICKLED = (b"PK\x03\x04", b"\x80")  # how torch.save's files begin, zipped or not
+FLOATING = ("F64", "F32", "F16", "BF16")
+
+BOUNDS = {
+    "num_hidden_layers": 1000,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 20,
+    "vocab_size": 1 << 24,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 12,
+}  # far above what there is
+
+# What other packages raise at a file that holds something unexpected, each where it happens to stumble.
+FOREIGN = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    StrictDataclassError,
+    SafetensorError,
+)
+
+
+@contextmanager
+def told(what: str, instead: str) -> Iterator[None]:
+    """A Fault, `what` (the reason): `instead`, in place of what another package raises at a file of the
+    user.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (
+            not isinstance(error, FOREIGN) and type(error) is not Exception
+        ):  # tokenizers raises Exception itself
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = f"it has no {reason}" if isinstance(error, KeyError) else reason
+        raise Fault(f"{what} ({reason}): {instead}.") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of the model, sorted by name: those the index names, or else all of them. Raises
+    Fault for an index that is broken or that names anything but files of the folder."""
+    index = folder / INDEX
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    content = read_json(index, "the model's index of shards")
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(shards, dict) or not shards:
+        raise Fault(
+            f"{index} has no mapping 'weight_map': expected the file of every weight; download it again."
+        )
+    if outside := [
+        name
+        for name in shards.values()
+        if not isinstance(name, str)
+        or Path(name).name != name
+        or "\0" in name
+        or not name.endswith(".safetensors")
+    ]:
+        raise Fault(
+            f"{index} names {shown(outside[0])}: expected *.safetensors files of its own folder alone; don't "
+            "use this model unless you know who made it."
+        )
+    return sorted({folder / name for name in shards.values()})
+
+
+def stored(file: Path) -> dict[str, tuple[list[int], str]]:
+    """(shape, dtype) by name of the tensors in a safetensors file, from its header. Raises Fault for a file
+    that is none, or that ends before its last tensor."""
+    with open(file, "rb") as stream:
+        begins = stream.read(8)
+    if begins.startswith(PICKLED):
+        raise Fault(
+            f"{file} is a pickle under another name, which can run code: expected safetensors; write it anew "
+            "with save_pretrained where you trust it."
+        )
+    with (
+        told(f"{file} is no whole safetensors file", "download it again"),
+        safe_open(file, framework="pt") as opened,
+    ):
+        parts = {name: opened.get_slice(name) for name in opened.keys()}
+        return {name: (part.get_shape(), part.get_dtype()) for name, part in parts.items()}
+
+
+def describe(folder: Path) -> tuple[PreTrainedConfig, dict[str, torch.Size]]:
+    """The folder's config, and the shapes by name of the weights that it describes. Raises Fault for one that
+    describes no model."""
+    where, instead = (
+        f"{folder}/config.json describes no model",
+        "expected the model's own config; download it again",
+    )
+    raw = read_json(folder / "config.json", "the model's config")
+    for key, most in BOUNDS.items():
+        if isinstance(value := raw.get(key), int) and not 1 <= value <= most:
+            raise Fault(f"{where} ({key} is {value}, expected 1 to {most:,d}): {instead}.")
+    with told(where, instead), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    if (folder / "generation_config.json").is_file():
+        with told(f"{folder}/generation_config.json can't be read", "remove it, or download it again"):
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return config, {name: value.shape for name, value in model.state_dict().items()}
+
+
+def header_faults(folder: Path) -> list[str]:
+    """What is wrong with config and weights as far as headers tell; empty where every weight is there in its
+    shape.
+    """
+    try:
+        config, wanted = describe(folder)
+        found = {name: of for file in weight_files(folder) for name, of in stored(file).items()}
+    except Fault as fault:
+        return fault.messages
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    out = []
+    if missing := sorted(wanted.keys() - found.keys() - tied):
+        out.append(
+            f"{folder} lacks {len(missing)} weights, such as {', '.join(missing[:3])}: expected the whole "
+            "model that config.json describes; download it again."
+        )
+    for name in sorted(wanted.keys() & found.keys()):
+        shape, dtype = found[name]
+        if tuple(shape) != tuple(wanted[name]):
+            out.append(
+                f"{folder}: the weight {name} has shape {shape}, expected {list(wanted[name])} as "
+                "config.json has it; download both again."
+            )
+        elif dtype not in FLOATING:
+            out.append(
+                f"{folder}: the weight {name} is stored as {dtype}, expected one of {', '.join(FLOATING)}; "
+                "choose the unquantised model."
+            )
+    return (
+        [*out[:5], f"{folder}: {len(out) - 5} more such weights; download it again."] if len(out) > 6 else out
+    )
+
+
+def fingerprint(folder: Path) -> str:
+    """Hex sha256 over the bytes of the model's safetensors files in order of name; ties adapters to their
+    base.
+    """
+    digest = hashlib.sha256()
+    for file in weight_files(folder):
+        with open(file, "rb") as stream:
+            while chunk := stream.read(CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+class WeightReader:
+    """Reads single base weights from a model folder without loading the model; names are those of its
+    state_dict.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.handles = [safe_open(file, framework="pt") for file in weight_files(folder)]
+        self.handle_of = {name: handle for handle in self.handles for name in handle.keys()}
+        embeddings = "model.embed_tokens.weight"
+        self.alias = (
+            {} if "lm_head.weight" in self.handle_of else {"lm_head.weight": embeddings}
+        )  # tied, stored once
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor called `name`, in its stored dtype and on the CPU; Fault with the nearest name
+        otherwise.
+        """
+        stored = self.alias.get(name, name)
+        if stored not in self.handle_of:
+            raise Fault(
+                f"{self.folder} has no weight '{name}': expected one of its {len(self.handle_of)} names."
+                f"{nearest(name, self.handle_of)}"
+            )
+        return self.handle_of[stored].get_tensor(stored)
+
+
+def save_weights(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Both in transformers' layout, the weights as safetensors."""
+    if (
+        not torch.cuda.is_available()
+    ):  # transformers imports DeepSpeed here where there is one, which else warns of a CPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,227 @@
+"""The model card of an export: README.md with the hub's metadata, from the run folder alone and the same
+every time.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from codyra_llm.config.benchmark import load_benchmark
+from codyra_llm.config.recipe import Recipe
+from codyra_llm.config.registry import METHODS
+from codyra_llm.config.sections import TRACE
+from codyra_llm.evaluate.matrix import FORMULAS
+from codyra_llm.metrics.text import versioned
+from codyra_llm.report.grid import Grid, markdown, number, plain, word
+from codyra_llm.report.summary import MEASURES, scored, summarised
+from codyra_llm.store.folder import RunFolder
+
+KINDS = {
+    "merged": (
+        "transformers",
+        "finetune",
+        "A plain model: the updates of the tasks are merged into the base's weights.",
+    ),
+    "peft": (
+        "peft",
+        "adapter",
+        "A PEFT LoRA adapter: the sum of the tasks' updates on the base. Merged into it the weights "
+        "equal those that were scored to rounding.",
+    ),
+    "stage": (
+        None,
+        "finetune",
+        "The part of a run folder that answers as the model did; the base is not in it. Ask it with "
+        "`codyra-llm generate FOLDER@TASK`.",
+    ),
+}
+
+
+def render(base: Path, folder: RunFolder, after: int, without: int | None, kind: str) -> str:
+    """The card of the model after task `after` (-1: the base), exported as `kind` (of KINDS), less the update
+    `without`.
+    """
+    recipe = folder.recipe
+    # A model that lacks an update was never scored.
+    rows = (
+        [row for row in folder.scores if row["step"] == after + 1 and row["score"] is not None]
+        if without is None
+        else []
+    )
+    licence = _licence(base)
+    title = f"{recipe.method.name} after {_stage(recipe, after)}"
+    data = ModelCardData(
+        base_model=_hub_id(recipe.model.path),
+        library_name=KINDS[kind][0],
+        pipeline_tag="text-generation",
+        tags=["codyra_llm", "continual-learning", recipe.method.name],
+        model_name=title,
+        **licence,
+        eval_results=[_result(recipe, row) for row in rows] or None,
+    )
+    if data.base_model:
+        data["base_model_relation"] = KINDS[kind][1]
+    parts = [
+        f"# {plain(title)}",
+        KINDS[kind][2],
+        _origin(recipe, after, without),
+        *_tables(folder, recipe, rows, after),
+        "## What to know",
+        "\n".join(f"- {line}" for line in _caveats(recipe, rows, without, licence)),
+        "## How it was made",
+        *_making(folder, recipe),
+    ]
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"))
+
+
+def _stage(recipe: Recipe, after: int) -> str:
+    return recipe.tasks[after] if after >= 0 else "no task"
+
+
+def _hub_id(path: str) -> str | None:
+    """The path where it names a model on the hub; the hub refuses anything else as base_model."""
+    named = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path)
+    return path if named and not path.endswith(".gguf") and not os.path.exists(path) else None
+
+
+def _licence(base: Path) -> dict[str, str]:
+    """What the base's own README or config says of its licence; empty where neither does."""
+    keys = ("license", "license_name", "license_link")
+    try:
+        card = (
+            ModelCard.load(base / "README.md", ignore_metadata_errors=True).data
+            if (base / "README.md").is_file()
+            else {}
+        )
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError):  # somebody's file: without it the card says nothing of the licence
+        return {}
+    for said in (card, config):
+        if isinstance(said.get("license"), str):
+            return {key: said.get(key) for key in keys if isinstance(said.get(key), str)}
+    return {}
+
+
+def _result(recipe: Recipe, row: dict) -> EvalResult:
+    general = row["kind"] == "general"
+    traces = recipe.data.benchmark == TRACE and row["task"] in load_benchmark(TRACE).tasks
+    kind = "general-ability" if general else "trace" if traces else "own-tasks"
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=kind,
+        dataset_name=f"{kind}: {row['task']}",
+        dataset_config=row["task"],
+        dataset_split=None if general else recipe.eval.split,
+        metric_type=row["headline"],
+        metric_name=_metric(row),
+        metric_value=round(row["score"], 4),
+    )
+
+
+def _metric(row: dict) -> str:
+    return row["headline"] if row["kind"] == "general" else versioned(row["headline"])
+
+
+def _origin(recipe: Recipe, after: int, without: int | None) -> str:
+    learnt = recipe.tasks[: after + 1]
+    order = ", ".join(plain(task) for task in learnt)
+    missing = f" The update of {plain(recipe.tasks[without])} is left out." if without is not None else ""
+    summary = plain(METHODS[recipe.method.name].summary)
+    return (
+        f"Base model: {plain(recipe.model.path)}. Method: {recipe.method.name} ({summary}). Learnt one after "
+        f"the other: {order or 'nothing yet'} ({len(learnt)} of {len(recipe.tasks)} tasks).{missing}"
+    )
+
+
+def _tables(folder: RunFolder, recipe: Recipe, rows: list[dict], after: int) -> list[str]:
+    grids = [
+        Grid(
+            name,
+            "task",
+            ["metric", "score", "examples"],
+            [
+                (row["task"], [word(_metric(row)), scored(row), number(_counted(row), "d")])
+                for row in rows
+                if row["kind"] == kind
+            ],
+            note,
+        )
+        for kind, name, note in (
+            ("task", "Scores", "0 to 100, in parentheses the 95 % interval over test examples."),
+            ("general", "General ability", "0 to 100, tasks that were not trained on."),
+        )
+    ]
+    if rows and after + 1 == len(recipe.tasks):
+        found = summarised(folder)
+        grids.append(
+            Grid(
+                "Measures over the stream",
+                "measure",
+                ["value", "definition"],
+                [
+                    (name, [number(found[name], ".2f"), word(FORMULAS[name])])
+                    for name in MEASURES
+                    if found[name] is not None
+                ],
+            )
+        )
+    return [markdown([grid]).rstrip() for grid in grids if grid.rows]
+
+
+def _counted(row: dict) -> int | None:
+    return row["metrics"].get(row["headline"], {}).get("n")
+
+
+def _caveats(recipe: Recipe, rows: list[dict], without: int | None, licence: dict) -> list[str]:
+    most, split, limit = recipe.eval.max_examples, recipe.eval.split, recipe.general.limit
+    return [
+        line
+        for line in (
+            "This model was not scored as it is: one update is left out."
+            if without is not None
+            else "No scores of this stage are in the run folder."
+            if not rows
+            else f"Scored under protocol `{recipe.data.protocol}`, by greedy answers to the {split} split"
+            + (f", the first {most} examples of each task at most." if most else "."),
+            f"General ability was measured on {limit} drawn examples of each task." if limit and rows else "",
+            "Scores of the eval split are no test scores." if split == "eval" and rows else "",
+            f"One run with seed {recipe.seed}: the intervals say nothing of the spread over seeds."
+            if rows
+            else "",
+            "Not comparable with published TRACE tables unless base model, data variant, prompt lengths, "
+            "decoding and metrics are the same there; the two protocols' accuracies differ for the same "
+            "answers."
+            if rows
+            else "",
+            f"Trained on a base packed by {recipe.model.quantization}; what was scored and exported is the "
+            "unpacked sum."
+            if recipe.model.quantization
+            else "",
+            "Prompts are read with the tokenizer's chat template."
+            if recipe.data.chat_template
+            else "Prompts are plain text, without a chat template.",
+            "The licence is the base model's own; data may bring further terms."
+            if licence
+            else "The base's files say nothing of its licence, so none is named here; it applies to this "
+            "model too.",
+        )
+        if line
+    ]
+
+
+def _making(folder: RunFolder, recipe: Recipe) -> list[str]:
+    versions = ", ".join(
+        f"{name} {value}"
+        for name, value in folder.manifest.items()
+        if isinstance(value, str) and re.fullmatch(r"\d+(\.\w+)+(\+\w+)?", value)
+    )
+    text = json.dumps(recipe.model_dump(mode="json"), ensure_ascii=False, indent=1)
+    return [
+        "With the recipe below saved as recipe.json: `codyra-llm run recipe.json`. Versions: "
+        f"{plain(versions)}.",
+        f"<details><summary>Recipe, every setting</summary>\n\n```json\n{text}\n```\n\n</details>",
+    ]

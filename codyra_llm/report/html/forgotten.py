@@ -1,0 +1,55 @@
+"""Test examples that a run could answer and then could not."""
+
+from codyra_llm.store.folder import RunFolder
+
+SHOWN, PROMPT, ANSWER = 3, 700, 400  # examples per task; letters kept of each text
+
+PICTURES = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"} | {
+    127: 0x2421
+}  # control characters, seen
+
+
+def forgotten(folder: RunFolder, found: dict) -> list[dict]:
+    """Per task but the last, the examples whose score fell most from just after the task to the end of the
+    run: `{"task", "metric", "fell", "of", "shown": [{"prompt", "answer", "before", "after", "scores"}]}`."""
+    steps, tasks, out = len(found["matrix"]), found["tasks"], []
+    metrics = {row["task"]: row["headline"] for row in folder.scores}
+    for step, task in enumerate(tasks[: max(steps - 1, 0)], 1):
+        metric = metrics.get(task)  # None: then there are no predictions either
+        first, last = (folder.predictions(at, tasks[at - 1], task) for at in (step, steps))
+        pairs = [
+            (a, b)
+            for a, b in zip(first, last, strict=False)
+            if (a["prompt"], a["answer"]) == (b["prompt"], b["answer"]) and b[metric] < a[metric]
+        ]
+        pairs.sort(key=lambda pair: pair[1][metric] - pair[0][metric])  # stable: of equals the first
+        if pairs:
+            out.append(
+                {
+                    "task": task,
+                    "metric": metric,
+                    "fell": len(pairs),
+                    "of": len(first),
+                    "shown": [_shown(a, b, metric) for a, b in pairs[:SHOWN]],
+                }
+            )
+    return out
+
+
+def _shown(before: dict, after: dict, metric: str) -> dict:
+    return {
+        "prompt": readable(before["prompt"], PROMPT),
+        "answer": readable(before["answer"], ANSWER),
+        "before": readable(before["prediction"], ANSWER),
+        "after": readable(after["prediction"], ANSWER),
+        "scores": (before[metric], after[metric]),
+    }
+
+
+def readable(text: str, most: int) -> str:
+    """At most about `most` letters, of a longer text the beginning and the longer end; control characters as
+    pictures.
+    """
+    if len(text) > most:
+        text = f"{text[: most // 3]} […] {text[-(most - most // 3) :]}"
+    return text.translate(PICTURES)

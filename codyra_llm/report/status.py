@@ -1,0 +1,136 @@
+"""Where a run stands, read from its folder while it is written, or long after; without torch, so that it is
+quick.
+"""
+
+import os
+import re
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.files import read_jsonl
+from codyra_llm.core.parsing import read_mapping
+from codyra_llm.runtime.forecast import duration
+from codyra_llm.store.lock import holder
+
+BASE = "base"  # the stage before the first task
+
+
+def look(folder: Path) -> dict:
+    """State (running, stopped, died, finished), tasks and those learnt, the last row of the log, who holds
+    the folder, when it was last written (s since 1970), what the run goes on with, the scores by stage and
+    task. Raises Fault where there is no run."""
+    owner = holder(folder)
+    recipe = _recipe(folder, owner)
+    tasks, scores = recipe["data"]["tasks"], read_jsonl(folder / "scores.jsonl")
+    learnt = len(list(folder.glob("updates/*.safetensors")))
+    summary = _mapping(folder / "summary.json", "what the run wrote")
+    finished = summary.get("tasks") == tasks and not (owner and owner["alive"])
+    state = (
+        "running" if owner and owner["alive"] else "finished" if finished else "died" if owner else "stopped"
+    )
+    log = read_jsonl(folder / "log.jsonl")[-1:]
+    by_stage: dict[str, dict[str, float]] = {}
+    for row in scores:
+        by_stage.setdefault(row["after"], {})[row["task"]] = row["score"]
+    return {
+        "run": str(folder),
+        "state": state,
+        "method": recipe["method"]["name"],
+        "tasks": tasks,
+        "learnt": tasks[:learnt],
+        "last": log[0] if log else None,
+        "holder": owner,
+        "written": _written(folder),
+        "next": None if finished else _next(folder, tasks, learnt, scores),
+        "scores": by_stage,
+    }
+
+
+def show(found: dict, console: Console) -> None:
+    tasks, last, owner = found["tasks"], found["last"], found["holder"]
+    who = f", by process {owner['pid']} on {owner['host']}" if owner else ""
+    lines = [
+        f"{found['run']}: {found['state']}{who}; last written {duration(time.time() - found['written'])} ago",
+        f"method {found['method']}, {len(found['learnt'])} of {len(tasks)} tasks learnt: "
+        f"{', '.join(found['learnt']) or 'none'}",
+    ]
+    if last:
+        lines.append(
+            f"last step: task {tasks.index(last['task']) + 1}/{len(tasks)} {last['task']}, step "
+            f"{last['step']}/{last['steps']}, loss {last['loss']:.3f}, "
+            f"{last['tokens'] / max(last['seconds'], 1e-4):,.0f} tokens/s"
+        )
+    lines += [
+        f"after {stage}: {', '.join(f'{task} {score:.1f}' for task, score in row.items())}"
+        for stage, row in found["scores"].items()
+    ]
+    if found["next"]:
+        lines.append(
+            f"{'next' if found['state'] == 'running' else 'the same command goes on with'}: {found['next']}"
+        )
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _recipe(folder: Path, owner: dict | None) -> dict:
+    match found := _mapping(folder / "recipe.json", "what the run wrote"):
+        case {"data": {"tasks": [*tasks]}, "method": {"name": str()}} if all(
+            isinstance(task, str) for task in tasks
+        ):
+            return found
+    if found:
+        raise Fault(
+            f"{folder / 'recipe.json'} is not a run's (it names no method or no tasks); give the `output` of "
+            "a run"
+        )
+    if owner and owner["alive"]:
+        raise Fault(
+            f"{folder}: process {owner['pid']} on {owner['host']} is about to begin a run there; ask again "
+            "in a moment"
+        )
+    raise Fault(f"{folder} is not a run folder (it has no recipe.json); give the `output` of a run")
+
+
+def _mapping(file: Path, what: str) -> dict:
+    return read_mapping(file, what) if file.is_file() else {}
+
+
+def _written(folder: Path) -> float:
+    """When a file of the run changed last; the lease is renewed whatever happens, and says nothing."""
+    times = []
+    for place, _, names in os.walk(
+        folder
+    ):  # which passes over folders that are removed meanwhile; glob fails
+        for name in names:
+            try:
+                if name != "lease.json" and not name.startswith("."):
+                    times.append(os.stat(os.path.join(place, name)).st_mtime)
+            except FileNotFoundError:  # removed meanwhile
+                continue
+    return max(times)
+
+
+def _next(folder: Path, tasks: list[str], learnt: int, scores: list[dict]) -> str:
+    """What `codyra-llm run` would do first."""
+    stages = _mapping(folder / "manifest.json", "what the run wrote").get("stages") or {
+        task: [] for task in tasks
+    }
+    scored = {(row["after"], row["task"]) for row in scores}
+    for stage, names in stages.items():
+        if stage != BASE and (index := tasks.index(stage)) >= learnt:
+            form = re.compile(re.escape(f"{index:02d}-{stage}-") + r"(\d{8})")
+            saved = [
+                int(found[1])
+                for place, _, files in os.walk(folder / "progress")
+                if "complete.json" in files
+                if (found := form.fullmatch(os.path.basename(place)))
+            ]
+            return f"task {index + 1}/{len(tasks)} {stage}, " + (
+                f"behind step {max(saved)}" if saved else "from its start"
+            )
+        if missing := [name for name in names if (stage, name) not in scored]:
+            return f"{missing[0]} after {stage}, {len(names) - len(missing)} of {len(names)} scored there"
+    return "the final checkpoint and the reports"

@@ -1,0 +1,140 @@
+from rich.box import SIMPLE
+from rich.table import Column, Table
+
+from codyra_llm.config.recipe import Recipe
+from codyra_llm.config.registry import METHODS
+from codyra_llm.evaluate.matrix import FORMULAS
+from codyra_llm.report import judged
+from codyra_llm.report.summary import MEASURES, by_projection
+
+
+def methods_table() -> Table:
+    """The methods' declarations, for the terminal."""
+    columns = ("trains", "old data", "task id", "merges", "grows", "launches")
+    out = Table(
+        Column("method", no_wrap=True),
+        *(Column(name, no_wrap=True) for name in columns),
+        box=SIMPLE,
+        padding=0,
+        collapse_padding=True,
+        caption="old data: needs earlier tasks' examples; task id: must be told it at test; merges: a plain "
+        "model after every task; grows: keeps or runs more with every task; DDP: data parallel",
+    )
+    yes = {True: "yes", False: ""}
+    for m in (method.declared() for method in METHODS.values()):
+        stage = m["max_zero_stage"]
+        launches = (
+            "any"
+            if not m["trains"]
+            else "DDP" + ("" if not stage else ", ZeRO-1" + f"..{stage}" * (stage > 1))
+        )
+        out.add_row(
+            m["name"],
+            m["trains"],
+            yes[m["old_data"]],
+            yes[m["task_id"]],
+            yes[m["merges"]],
+            yes[m["grows"]],
+            launches,
+        )
+    return out
+
+
+def _change(found: dict) -> list[str]:
+    """One line on ΔR, or none."""
+    change = found.get("delta_r")
+    return [f"ΔR {change['value']:+.2f}, mean change over {', '.join(change['members'])}"] if change else []
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def table(found: dict) -> Table:
+    """The score matrix for the terminal, measures in its caption."""
+    out = Table(
+        Column("after", no_wrap=True),
+        *(Column(task, justify="right") for task in found["tasks"]),
+        box=SIMPLE,
+        padding=0,
+        collapse_padding=True,
+        title=f"{found['method']}: score on each task, after each task",
+    )
+    trained = zip(found["tasks"], found["matrix"], strict=False)  # without training there is no matrix
+    for task, row in [("base", found["zero_shot"] or []), *trained]:
+        if row:
+            out.add_row(task, *map(_cell, row))
+    out.caption = "   ".join(f"{name} {found[name]:.2f}" for name in MEASURES if found[name] is not None)
+    if found["general"]:
+        out.caption += "\ngeneral ability, before → after: " + ", ".join(
+            f"{name} {_cell(v.get('before'))} → {_cell(v.get('after'))}"
+            for name, v in found["general"].items()
+        )
+        out.caption += "".join(f"\n{line}" for line in _change(found))
+    return out
+
+
+def updates_table(rows: list[dict]) -> list[str]:
+    """Lines of a Markdown table of `by_projection`; blank where a row has none."""
+    if not rows:
+        return []
+    lines = [
+        "",
+        "| task | projection | ranks kept | ‖ΔW‖ | drift ‖W - W₀‖ | share that survives the cast |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in by_projection(rows):
+        ranks = "" if row["rank"] is None else f"{row['kept']} of {row['rank']}"
+        share = "" if row["surviving"] is None else format(row["surviving"], ".4f")
+        lines.append(
+            f"| {row['task']} | {row['projection']} | {ranks} | {row['norm']:.4f} | {row['drift']:.4f} | "
+            f"{share} |"
+        )
+    return lines
+
+
+def render(recipe: Recipe, found: dict, updates: list[dict]) -> str:
+    """The report in Markdown: measures with their formulas, the matrix, general ability, what each task
+    changed.
+    """
+    lines = [
+        f"# {recipe.method.name} on {len(found['tasks'])} tasks",
+        "",
+        f"Base model `{recipe.model.path}`, protocol {found['protocol']}, seed {found['seed']}. Scores are 0 "
+        "to 100.",
+        "",
+        "| measure | value | definition |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {'not measured' if found[name] is None else format(found[name], '.2f')} | "
+        f"{FORMULAS[name]} |"
+        for name in MEASURES
+    ]
+    lines += [
+        "",
+        "| after | " + " | ".join(found["tasks"]) + " |",
+        "|---" * (len(found["tasks"]) + 1) + "|",
+        "| metric | " + " | ".join(found["metrics"]) + " |",
+    ]
+    if found["zero_shot"]:
+        lines.append("| base | " + " | ".join(map(_cell, found["zero_shot"])) + " |")
+    lines += [
+        f"| {task} | " + " | ".join(map(_cell, row)) + " |"
+        for task, row in zip(found["tasks"], found["matrix"], strict=False)
+    ]
+    if found["general"]:
+        lines += ["", "| general ability | before | after |", "|---|---|---|"]
+        lines += [
+            f"| {name} | {_cell(v.get('before'))} | {_cell(v.get('after'))} |"
+            for name, v in found["general"].items()
+        ]
+        lines += [line for change in _change(found) for line in ("", f"{change}.")]
+    lines += judged.lines(found["open_ended"])
+    if costs := found["costs"]:
+        peak = "not measured" if costs["peak_bytes"] is None else f"{costs['peak_bytes'] / 2**20:.0f} MiB"
+        lines += [
+            "",
+            f"Training: {costs['trained']:,} parameters, {costs['seconds']:.0f} s, peak memory {peak}.",
+        ]
+    return "\n".join(lines + updates_table(updates)) + "\n"

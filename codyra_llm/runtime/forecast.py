@@ -1,0 +1,65 @@
+"""How long the rest of a run will take: what is still to do, at the speed of what was done."""
+
+from typing import NamedTuple
+
+
+class Piece(NamedTuple):
+    """A part of a run. `kind`: learn, load (a model to evaluate), answer, general, close; `stage`: tasks
+    learnt then.
+    """
+
+    kind: str
+    name: str
+    stage: int
+
+
+class Forecast:
+    """`due`: pieces and how much each is (tokens to learn, prompts to answer, 1 where there is nothing to
+    count).
+    """
+
+    def __init__(self) -> None:
+        self.due: dict[Piece, float] = {}
+        self.spent: dict[
+            tuple[str, str | None], tuple[float, float]
+        ] = {}  # by kind, and by kind and name: amount, seconds
+
+    def done(self, piece: Piece, amount: float, seconds: float) -> None:
+        self.due.pop(piece, None)
+        for key in ((piece.kind, piece.name), (piece.kind, None)):
+            before = self.spent.get(key, (0.0, 0.0))
+            self.spent[key] = before[0] + amount, before[1] + seconds
+
+    def seconds(self, piece: Piece, amount: float) -> float | None:
+        """For a piece: as before where the same was done (a task's prompts are answered again after every
+        task), else at the mean speed of its kind; None where nothing of the kind was done yet."""
+        for key in ((piece.kind, piece.name), (piece.kind, None)):
+            done, spent = self.spent.get(key, (0.0, 0.0))
+            if done:
+                return amount * spent / done
+        return None
+
+    def left(self, learning: float | None = None) -> tuple[float, bool]:
+        """Seconds for all that is due, and whether that counts everything; `learning`: seconds per token of
+        the task at hand, taken where no task was finished yet, without what comes before and after its
+        steps."""
+        total, whole = 0.0, True
+        for piece, amount in self.due.items():
+            found = self.seconds(piece, amount)
+            whole &= found is not None
+            if found is None and piece.kind == "learn" and learning:
+                found = amount * learning
+            total += found or 0.0
+        return total, whole
+
+
+def duration(seconds: float) -> str:
+    """Two units at most: 45 s, 12 min, 5 h 10 min, 3 d 4 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"

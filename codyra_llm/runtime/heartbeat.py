@@ -1,0 +1,245 @@
+"""Signs of life: each process tells the others where it is, and none waits for long for one that is gone or
+stands still.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+from torch.distributed import DistError, PrefixStore, Store, TCPStore
+
+from codyra_llm.runtime import signals
+
+EXIT = 76  # another process of the launch is gone
+BEAT = 2.0  # seconds between signs of life
+
+# Without one for so long a process is taken for dead; libraries may hold the interpreter for a while.
+SILENT = 120.0
+BROKEN = 10.0  # the same where a connection has broken, or the launcher has begun to end all
+
+
+@dataclass
+class Sign:
+    """What a process says of itself. `moves` counts the places it came to; `code`: how it ended."""
+
+    host: str
+    place: str = "its start"
+    moves: int = 0
+    waits: bool = False
+    beats: int = 0
+    code: int | None = None
+
+
+class Watch:
+    """The process of rank `rank` among `world`. The first judges, in a thread of its own; the others look at
+    the first.
+
+    A process is lost when it is silent for `SILENT` seconds; the launch stands still when for `hung` seconds
+    no process has come to a new place, and then those are named that don't wait for others.
+    """
+
+    def __init__(self, store: Store, rank: int, world: int, hung: float):
+        self.store, self.rank, self.hung = store, rank, hung
+        self.own = Sign(socket.gethostname())
+        self.others = range(world) if rank == 0 else range(1)
+        self.seen: dict[int, tuple[Sign, float]] = {}  # what each said last, and since when
+        self.moved = time.monotonic()
+        self.stopping = False  # on its way to the end
+        self.tell()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def at(self, place: str) -> None:
+        self.own.place, self.own.moves, self.moved = place, self.own.moves + 1, time.monotonic()
+
+    def tell(self) -> None:
+        self.own.beats += 1
+        self.store.set(str(self.rank), json.dumps(asdict(self.own)))
+
+    def look(self, ranks: range) -> None:
+        """Read what those of `ranks` say who have said anything."""
+        for rank in ranks:
+            if rank != self.rank and self.store.check([str(rank)]):
+                sign = Sign(**json.loads(self.store.get(str(rank))))
+                before = self.seen.get(rank, (None, 0.0))[0]
+                if sign != before:
+                    self.seen[rank] = sign, time.monotonic()
+                    if before is None or sign.moves != before.moves:
+                        self.moved = time.monotonic()
+
+    def gone(self, seconds: float) -> list[str]:
+        """Of those looked at: who has ended badly, or was silent for so long."""
+        found = []
+        for rank, (sign, since) in sorted(self.seen.items()):
+            if sign.code is None and time.monotonic() - since > seconds:
+                found.append(f"rank {rank} on {sign.host} is gone or stopped, last seen at {sign.place}")
+            elif sign.code not in (None, 0, signals.EXIT):
+                found.append(
+                    f"rank {rank} on {sign.host} has ended with exit code {sign.code} at {sign.place}, and "
+                    "says why"
+                )
+        return found
+
+    def _run(self) -> None:
+        while self.own.code is None:
+            time.sleep(BEAT)
+            try:
+                if self.own.code is None:
+                    self.tell()
+                    self.look(self.others)
+                    self._judge()
+            except DistError:
+                if self.own.code is None and signals.asked():  # the first has saved, and has left
+                    os._exit(signals.EXIT)
+                if self.own.code is None:
+                    end("the first process, or its machine, is gone")
+
+    def _judge(self) -> None:
+        if self.store.check(["verdict"]):
+            end(self.store.get("verdict").decode())
+        if not self.stopping and any(sign.code == signals.EXIT for sign, _ in self.seen.values()):
+            leave(signals.EXIT)
+            os._exit(signals.EXIT)
+        verdict = "; ".join(self.gone(BROKEN if signals.asked() else SILENT)) or (
+            self._standing() if self.rank == 0 else ""
+        )
+        if verdict:
+            self.store.set("verdict", verdict)
+            end(verdict)
+
+    def _standing(self) -> str:
+        if time.monotonic() - self.moved < self.hung:
+            return ""
+        signs = {self.rank: self.own, **{rank: sign for rank, (sign, _) in self.seen.items()}}
+        busy = {rank: sign for rank, sign in signs.items() if not sign.waits} or signs
+        return f"nothing has moved for {self.hung / 60:g} minutes (hang_minutes): " + ", ".join(
+            f"rank {rank} on {sign.host} stands at {sign.place}" for rank, sign in sorted(busy.items())
+        )
+
+
+_watch: Watch | None = None
+
+
+def start(rank: int, world: int, hang_minutes: float) -> None:
+    """Begin to watch, over the store that the launcher's processes have met at."""
+    global _watch
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=timedelta(seconds=BROKEN),
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    _watch = Watch(PrefixStore(f"codyra_llm/{attempt}", store), rank, world, 60 * hang_minutes)
+
+
+def launcher() -> None:
+    """This process ends when torchrun is gone, which keeps the store: until all have met nothing else tells,
+    and torch waits for as long as for a collective."""
+
+    def look() -> None:
+        while os.getppid() == signals.PARENT:
+            time.sleep(BEAT)
+        end("the launcher is gone")
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=look, daemon=True).start()
+
+
+def at(place: str) -> None:
+    """This process has come to `place`."""
+    if _watch:
+        _watch.at(place)
+
+
+def alive() -> tuple[int, int] | None:
+    """How many processes have neither ended nor been silent lately, and how many there are; None where there
+    is one alone. For the first process, which hears all."""
+    if not _watch:
+        return None
+    missed = [
+        1
+        for sign, since in list(_watch.seen.values())
+        if sign.code is not None or time.monotonic() - since >= BROKEN
+    ]
+    return len(_watch.others) - len(missed), len(_watch.others)
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Within it this process may wait for others."""
+    if not _watch:
+        yield
+        return
+    _watch.own.waits = True
+    try:
+        yield
+    finally:
+        _watch.own.waits = False
+
+
+def lost(world: int, keeper: bool = True) -> str:
+    """Who is gone, the `keeper` of the store too; asked when a connection has broken; empty as soon as all
+    others have shown a new sign of life, or when they have taken their leave."""
+    if not _watch:
+        return ""
+    try:
+        _watch.look(range(world))
+        first = {rank: sign for rank, (sign, _) in _watch.seen.items()}
+        end_of_wait = time.monotonic() + BROKEN
+        while any(_watch.seen[rank][0] == sign and sign.code is None for rank, sign in first.items()):
+            if time.monotonic() > end_of_wait:
+                break
+            time.sleep(BEAT / 4)
+            _watch.look(range(world))
+        return "; ".join(_watch.gone(BROKEN - BEAT))
+    except DistError:
+        return "the first process, or its machine, is gone" if keeper else ""
+
+
+def first_ended() -> int | None:
+    """The code with which the first process says that it ends; None where it does not, or can't be asked."""
+    if not _watch:
+        return None
+    try:
+        _watch.look(range(1))
+    except DistError:
+        return None
+    return _watch.seen[0][0].code if 0 in _watch.seen else None
+
+
+@contextmanager
+def until_stopped() -> Iterator[None]:
+    """A process that was asked to stop within it ends by itself, however long after the others: behind it
+    come a tracker's last upload and giving the folder back."""
+    try:
+        yield
+    except signals.Stopped:
+        if _watch:
+            _watch.stopping = True
+        raise
+
+
+def leave(code: int) -> None:
+    """This process ends with `code`: from here on it judges no one, and the others know."""
+    if _watch:
+        _watch.own.code = code
+        with suppress(DistError):  # whoever keeps the store has left before
+            _watch.tell()
+
+
+def end(verdict: str) -> None:
+    """End this process because another is gone, whatever it waits for."""
+    print(
+        f"error (rank {os.environ.get('RANK', 0)}): {verdict}; the same command goes on from what is saved",
+        file=sys.stderr,
+        flush=True,
+    )
+    leave(EXIT)
+    os._exit(EXIT)

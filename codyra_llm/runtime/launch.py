@@ -1,0 +1,145 @@
+"""The processes of a launch: what they are, how they agree, wait and end. Only this file and `engine.py` know
+DeepSpeed.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list, gather_object
+from transformers.integrations import unset_hf_deepspeed_config
+
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.parsing import read_mapping
+from codyra_llm.runtime import heartbeat
+
+
+def accelerator() -> Accelerator:
+    """The launch's Accelerator. On a CPU the gloo backend is named, since Accelerate would count one process
+    without.
+
+    Adapters are float32 and cast where they are used, whatever the base's dtype, so there is no autocast, and
+    DeepSpeed is told of no low precision: it would cast the adapters and their gradients.
+    """
+    cpu = not torch.cuda.is_available()
+    zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
+    many = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if zero:
+        _prepare_deepspeed(cpu)
+    if many:
+        heartbeat.launcher()
+    # The first process alone converts models and writes checkpoints, which can take longer than the usual ten
+    # minutes.
+    backend = {"backend": "gloo"} if cpu and (zero or many) else {}
+    group = InitProcessGroupKwargs(timeout=timedelta(hours=2), **backend)
+    made = Accelerator(
+        mixed_precision="no", cpu=cpu and not zero, kwargs_handlers=[group]
+    )  # cpu=True drops DeepSpeed
+    if zero:
+        config = made.state.deepspeed_plugin.deepspeed_config
+        if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
+            raise Fault(
+                "zero_optimization.offload_optimizer replaces the optimizer by DeepSpeed's own, which knows "
+                "no soft threshold; set its device to none (offload_param may stay)"
+            )
+        # Batches are cut by tokens here, so the engine sees every micro-batch as a step of its own.
+        config.update(
+            train_micro_batch_size_per_gpu=1,
+            gradient_accumulation_steps=1,
+            zero_allow_untested_optimizer=True,
+            bf16={"enabled": False},
+            fp16={"enabled": False},
+        )
+        config.pop("train_batch_size", None)
+        unset_hf_deepspeed_config()
+    return made
+
+
+def ask_deepspeed(file: Path) -> None:
+    """Have `accelerator` use DeepSpeed with this JSON file: what `accelerate launch` says through the
+    environment, for launchers that say only ranks. Raises Fault where there is no launcher, or the file asks
+    for no ZeRO stage."""
+    if "RANK" not in os.environ:
+        raise Fault(
+            f"--deepspeed_config: {file} needs a launcher; start with deepspeed, torchrun or launch.sh"
+        )
+    zero = read_mapping(file, 'a DeepSpeed config such as {"zero_optimization": {"stage": 2}}').get(
+        "zero_optimization"
+    )
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if stage not in (1, 2, 3):
+        raise Fault(
+            f"--deepspeed_config: zero_optimization.stage of {file} is {stage}, expected 1, 2 or 3; set it, "
+            "or leave the option out to run as DDP"
+        )
+    os.environ.update(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_CONFIG_FILE=str(file))
+
+
+def _prepare_deepspeed(cpu: bool) -> None:
+    if cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is first imported
+    try:
+        import deepspeed
+    except ImportError:
+        raise Fault(
+            "this launch asks for DeepSpeed, which is not installed; install codyra-llm[deepspeed], or "
+            "launch without it"
+        ) from None
+    # Without this DeepSpeed compiles a shared-memory all-reduce for minutes, and fails where there is no
+    # compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It calls collectives by names that torch is about to change, once per step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def leave(code: int = 0) -> None:
+    """End this process where it belongs to a group, at once: gloo's threads may still be letting go of the
+    last tensors, and Python aborts the process if they do while it finalises. Without a group it returns."""
+    if torch.distributed.is_initialized():
+        heartbeat.leave(code)
+        if not code:
+            torch.distributed.barrier()  # none watches any more when the first, who may keep the store, goes
+            torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def collectively(mine: bool, action: Callable, *args) -> Any:
+    """`action(*args)` on the processes where `mine` holds, None on the others, which wait for it. A Fault of
+    any process is raised on all, so that none goes on to wait for one that is gone."""
+    result, faults = None, []
+    if mine:
+        try:
+            result = action(*args)
+        except Fault as fault:
+            faults = fault.messages
+    with heartbeat.waiting():
+        faults = gather_object(faults)
+    if faults:
+        raise Fault(*dict.fromkeys(faults))
+    return result
+
+
+def wait(acc: Accelerator) -> None:
+    """Until all processes are here."""
+    with heartbeat.waiting():
+        acc.wait_for_everyone()
+
+
+def of_first(value: Any) -> Any:
+    """The first process's `value`, on all."""
+    with heartbeat.waiting():
+        return broadcast_object_list([value])[0]
+
+
+def zero_stage(acc: Accelerator) -> int:
+    """ZeRO's stage; 0 without DeepSpeed."""
+    plugin = acc.state.deepspeed_plugin
+    return plugin.zero_stage if plugin else 0

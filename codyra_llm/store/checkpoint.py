@@ -1,0 +1,146 @@
+"""Checkpoints inside a task: all that training needs to go on behind a step, whatever the number of processes
+then.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.files import file_sha256, replacing, write_json
+from codyra_llm.core.parsing import read_mapping
+from codyra_llm.runtime import heartbeat
+from codyra_llm.runtime.display import console
+
+if TYPE_CHECKING:
+    from codyra_llm.config.sections import SaveSection
+
+
+SHARD = 2 << 30  # bytes of tensors per file
+MARK = "complete.json"  # written last: what the files must be
+
+
+class Progress:
+    """`<run>/progress/<index>-<task>-<step>/`: tensors in safetensors files, and what is small in
+    `complete.json`.
+
+    The first process writes and removes, all read. `parent`: the lineage of the updates before the task,
+    since a checkpoint goes on from them alone. Of checkpoints the last `asked.keep` stay.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        index: int,
+        task: str,
+        parent: str,
+        asked: "SaveSection",
+        may_write: Callable[[], None],
+    ):
+        self.folder, self.name, self.parent, self.asked = folder, f"{index:02d}-{task}", parent, asked
+        self.may_write = may_write
+        self.saved = time.monotonic()
+
+    def due(self, last: bool) -> bool:
+        """Whether a checkpoint is due; sooner behind the last step, since what a method does then may take
+        long.
+        """
+        minutes = self.asked.minutes
+        return minutes is not None and time.monotonic() - self.saved >= 60 * (
+            min(minutes, 1) if last else minutes
+        )
+
+    def save(self, step: int, tensors: Iterable[tuple[str, Tensor]], small: dict) -> None:
+        """Write the checkpoint behind step `step`; `tensors` are taken one by one, and written in files of
+        `SHARD` bytes.
+        """
+        with replacing(self._path(step)) as temporary:
+            temporary.mkdir()
+            files = dict(
+                self._shard(temporary, number, shard) for number, shard in enumerate(_shards(tensors))
+            )
+            mark = {"step": step, "parent": self.parent, **small, "files": files}
+            write_json(temporary / MARK, {**mark, "digest": _digest(mark)})
+            self.may_write()
+        for old in self._paths()[: -self.asked.keep]:
+            shutil.rmtree(old)
+        self.saved = time.monotonic()
+
+    def newest(self) -> Path | None:
+        """The last checkpoint that is whole and belongs to this task of this run; says which are damaged."""
+        for path in reversed(self._paths()):
+            try:
+                self.check(path)
+                return path
+            except Fault as fault:
+                console.print(f"{fault}; going on from what is before it", soft_wrap=True)
+        return None
+
+    def check(self, path: Path) -> None:
+        """Raises Fault where a file of the checkpoint isn't what was written."""
+        mark = read_mapping(path / MARK, "what a checkpoint holds")
+        if mark.pop("digest", None) != _digest(mark):
+            raise Fault(f"{path / MARK} is damaged")
+        if mark.get("parent") != self.parent:
+            raise Fault(f"{path} was made on other updates than those in {self.folder.parent / 'updates'}")
+        for name, digest in mark["files"].items():
+            if not (path / name).is_file() or file_sha256(path / name) != digest:
+                raise Fault(f"{path / name} is damaged or missing")
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"{self.name}-{step:08d}"
+
+    def _paths(self) -> list[Path]:
+        """In the order of steps."""
+        found = self.folder.glob("*") if self.folder.is_dir() else []
+        return sorted(path for path in found if re.fullmatch(re.escape(self.name) + r"-\d{8}", path.name))
+
+    def _shard(self, folder: Path, number: int, tensors: dict[str, Tensor]) -> tuple[str, str]:
+        """Write one file; its name and hash."""
+        name = f"{number:03d}.safetensors"
+        heartbeat.at(f"file {number + 1} of a checkpoint of {self.name}")
+        save_file(tensors, folder / name)
+        return name, file_sha256(folder / name)
+
+
+def _digest(mark: dict) -> str:
+    return hashlib.sha256(json.dumps(mark, sort_keys=True).encode()).hexdigest()
+
+
+def small(path: Path) -> dict:
+    """What a checkpoint holds beside tensors."""
+    return json.loads((path / MARK).read_text(encoding="utf-8"))
+
+
+def tensors(path: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint whose names begin so, one by one. Raises Fault where a file can't be
+    read.
+    """
+    for name in small(path)["files"]:
+        try:
+            with safe_open(path / name, "pt") as file:
+                yield from ((key, file.get_tensor(key)) for key in file.keys() if key.startswith(prefix))
+        except SafetensorError as error:
+            raise Fault(
+                f"{path / name} can't be read ({error}); remove {path} to go on from what is before it"
+            ) from None
+
+
+def _shards(pairs: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    shard, size = {}, 0
+    for key, tensor in pairs:
+        if shard and size + tensor.nbytes > SHARD:
+            yield shard
+            shard, size = {}, 0
+        shard[key] = tensor.detach().cpu().contiguous()
+        size += tensor.nbytes
+    yield shard

@@ -1,0 +1,282 @@
+"""The run folder: everything that must survive a restart, and the names of its files."""
+
+import shutil
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from codyra_llm.config.differences import differences
+from codyra_llm.config.recipe import Recipe, parse_recipe
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.files import (
+    append_jsonl,
+    is_leftover,
+    read_jsonl,
+    remove_leftovers,
+    to_json,
+    to_jsonl,
+    write_json,
+    write_jsonl,
+    write_text,
+)
+from codyra_llm.core.parsing import read_mapping
+from codyra_llm.store.archive import Archive
+from codyra_llm.store.checkpoint import Progress
+from codyra_llm.store.checksums import NAME as SEALS
+from codyra_llm.store.checksums import Seals
+from codyra_llm.store.lock import Lease
+
+OWN = ("lease.json", SEALS, "recipe.json")  # may lie in a folder that is about to become a run's
+
+
+class RunFolder:
+    """`recipe.json`, `manifest.json`, `updates/`, `state/`, `predictions/`, `answers/`, `updates.jsonl`,
+    `costs.jsonl`, `scores.jsonl`, with their hashes in `seals.json` (updates have their own); `log.jsonl`,
+    `judged/`; `progress/`, the checkpoints inside a task; `lease.json`, who is at work; `trackers/`; and what
+    is derived: `summary.json`, `report.md`, `report.html`, `checkpoint/`.
+
+    Files that were changed, damaged or lost since they were written are a Fault where they are read."""
+
+    def __init__(self, path: Path, lease: Lease | None = None, checks: bool = True):
+        """`lease`: of the one process that may write. It alone `checks` in a launch of several, since others
+        may see the new file and the old hash for a while on a network file system."""
+        self.path, self.lease, self.seals = path, lease, Seals(path, checks)
+        self.hear: Callable[[dict], None] = lambda row: (
+            None
+        )  # what is told of rows of log.jsonl and scores.jsonl
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The recipe of an existing run. Raises Fault where there is none."""
+        file = self.path / "recipe.json"
+        if not (file.is_file() or (self.path / SEALS).is_file()):
+            raise Fault(
+                f"{self.path} is not a run folder (it has no recipe.json); give the `output` of a run"
+            )
+        return parse_recipe(self._mapping("recipe.json"), str(file))
+
+    @cached_property
+    def manifest(self) -> dict:
+        return self._mapping("manifest.json")
+
+    def clear_up(self) -> None:
+        """Remove what a killed process left half written. Raises Fault where the folder is somebody else's,
+        or has lost the hashes of its files."""
+        names = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
+        if SEALS not in names and "manifest.json" in names:
+            raise Fault(
+                f"{self.path / SEALS} is missing, which has the hashes of this run's files; restore it from "
+                "a copy, or begin anew in another output"
+            )
+        if SEALS not in names and any(name not in OWN and not is_leftover(name) for name in names):
+            raise Fault(f"output: {self.path} holds files of something else; give a new or empty folder")
+        remove_leftovers(self.path)
+
+    def may_write(self) -> None:
+        """Raises Fault where another process has taken the folder over."""
+        if self.lease:
+            self.lease.check()
+
+    def open(self, recipe: Recipe, manifest: dict) -> str:
+        """Claim the folder for a resolved recipe: new, the same again, or the same with tasks added at the
+        end. Returns what the user should know, or an empty text."""
+        told = ""
+        for name in ("recipe.json", "manifest.json"):
+            self.seals.check(self.path / name)
+        if (self.path / "manifest.json").is_file():
+            if faults := [*differences(self.recipe, recipe), *self._other_files(manifest)]:
+                raise Fault(
+                    *(
+                        f"{self.path} belongs to another recipe: {line}; give another `output`, or remove "
+                        "the folder"
+                        for line in faults
+                    )
+                )
+            told = _other_launch(self.manifest, manifest)
+        self._write("recipe.json", to_json(recipe.model_dump(mode="json")))
+        self.write_manifest(manifest)
+        self.__dict__.pop("recipe", None)
+        return told
+
+    def write_manifest(self, manifest: dict) -> None:
+        self._write("manifest.json", to_json(manifest))
+        self.__dict__.pop("manifest", None)
+
+    def _other_files(self, manifest: dict) -> list[str]:
+        """What of the base, its tokenizer, the data and the metrics is not what the run was begun with."""
+        was = self.manifest
+        lines = [
+            f"the {key} was {str(was[key])[:12]}, and is {str(manifest[key])[:12]} now"
+            for key in ("base", "tokenizer")
+            if key in was and was[key] != manifest[key]
+        ]
+        return lines + [
+            f"{name} was {value}, and is {manifest[kind].get(name, 'not there')} now"
+            for kind in ("data", "metrics")
+            for name, value in was.get(kind, {}).items()
+            if manifest[kind].get(name) != value
+        ]
+
+    def archive(self) -> Archive:
+        if "base" not in self.manifest:
+            raise Fault(
+                f"{self.path / 'manifest.json'} does not say which base the run began with; restore it from "
+                "a copy"
+            )
+        return Archive(self.path / "updates", self.manifest["base"])
+
+    def state(self, index: int) -> Path:
+        """Where the method's state after task `index` lies."""
+        return self.path / "state" / f"{index:02d}.safetensors"
+
+    def load_state(self, index: int) -> dict[str, Tensor]:
+        """What task `index` left beside its update; empty where it left nothing."""
+        self.seals.check(self.state(index))
+        return load_file(self.state(index)) if self.state(index).is_file() else {}
+
+    def save_state(self, index: int, state: dict[str, Tensor]) -> None:
+        self.may_write()
+        with self.seals.replacing(self.state(index)) as temporary:
+            save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary)
+
+    def progress(self, index: int, task: str, parent: str) -> Progress:
+        """The checkpoints inside task `index`, which begins on the updates of lineage `parent`."""
+        return Progress(self.path / "progress", index, task, parent, self.recipe.save, self.may_write)
+
+    def check_scores(self, learnt: int) -> None:
+        """Raise Fault where a task was evaluated that is not among the first `learnt`: its update was
+        lost.
+        """
+        if lost := [row["after"] for row in self.scores if row["step"] > learnt]:
+            raise Fault(
+                f"{self.path / 'updates'} has no update of {lost[0]}, after which scores.jsonl has scores; "
+                "restore it from a copy, or begin anew in another output"
+            )
+
+    def clear_progress(self) -> None:
+        """Remove the checkpoints inside a task: it is learnt."""
+        self.may_write()
+        shutil.rmtree(self.path / "progress", ignore_errors=True)
+
+    @property
+    def scores(self) -> list[dict]:
+        return self._rows("scores")
+
+    def add_scores(self, row: dict, predictions: list[dict]) -> None:
+        """Predictions first: a score without its predictions can't be checked."""
+        name = self._predictions(row["step"], row["after"], row["task"]).relative_to(self.path).as_posix()
+        self._write(name, to_jsonl(predictions))
+        self._write("scores.jsonl", to_jsonl([*self.scores, row]))
+        self.hear(row)
+
+    def predictions(self, step: int, after: str, task: str) -> list[dict]:
+        """Prompt, prediction, answer and scores of the examples of `task`, as answered after the step; [] if
+        it wasn't.
+        """
+        self.seals.check(self._predictions(step, after, task))
+        return read_jsonl(self._predictions(step, after, task))
+
+    def _predictions(self, step: int, after: str, task: str) -> Path:
+        return self.path / "predictions" / f"{step:02d}-{after}" / f"{task}.jsonl"
+
+    def answers(self, name: str) -> list[dict]:
+        """{"prompt", "base", "final", "after"} per open-ended prompt of file `name`, as far as they are
+        answered.
+        """
+        return self._rows(f"answers/{name}")
+
+    def write_answers(self, name: str, rows: list[dict]) -> None:
+        self._write(f"answers/{name}.jsonl", to_jsonl(rows))
+
+    def pairs(self, name: str) -> list[dict]:
+        """The answers to prompts that both models have answered."""
+        return [row for row in self.answers(name) if row.keys() >= {"base", "final"}]
+
+    def restart_log(self, task: str, step: int) -> None:
+        """Leave out what an attempt at `task` logged behind `step` before it was stopped."""
+        self.may_write()
+        write_jsonl(
+            self.path / "log.jsonl",
+            [row for row in self.log_rows if row["task"] != task or row["step"] <= step],
+        )
+
+    def log(self, row: dict) -> None:
+        self.may_write()
+        append_jsonl(self.path / "log.jsonl", row)
+        self.hear(row)
+
+    @property
+    def log_rows(self) -> list[dict]:
+        return read_jsonl(self.path / "log.jsonl")
+
+    @property
+    def updates(self) -> list[dict]:
+        return self._rows("updates")
+
+    def add_update_report(self, task: str, rows: list[dict]) -> None:
+        self._replace("updates", task, rows)
+
+    @property
+    def costs(self) -> list[dict]:
+        return self._rows("costs")
+
+    def add_costs(self, task: str, row: dict) -> None:
+        self._replace("costs", task, [row])
+
+    def _replace(self, name: str, task: str, rows: list[dict]) -> None:
+        """Put `rows` in place of those of an earlier attempt at `task`."""
+        kept = [row for row in self._rows(name) if row["task"] != task]
+        self._write(f"{name}.jsonl", to_jsonl(kept + [{"task": task, **row} for row in rows]))
+
+    def _rows(self, name: str) -> list[dict]:
+        self.seals.check(self.path / f"{name}.jsonl")
+        return read_jsonl(self.path / f"{name}.jsonl")
+
+    def _mapping(self, name: str) -> dict:
+        self.seals.check(self.path / name)
+        return read_mapping(self.path / name, "what the run wrote")
+
+    def _write(self, name: str, text: str) -> None:
+        self.may_write()
+        with self.seals.replacing(self.path / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    @property
+    def summary(self) -> dict:
+        """Empty before the run has come to its end."""
+        file = self.path / "summary.json"
+        return read_mapping(file, "what the run wrote") if file.is_file() else {}
+
+    def write_summary(self, summary: dict, report: str) -> None:
+        """The summary last: whoever finds it finds a finished run."""
+        self.write_report(report)
+        write_json(self.path / "summary.json", summary)
+
+    def write_report(self, report: str) -> None:
+        self.may_write()
+        write_text(self.path / "report.md", report)
+
+
+def _other_launch(was: dict, now: dict) -> str:
+    """A sentence where a run goes on under other processes or versions."""
+    elsewhere = {
+        "base",
+        "tokenizer",
+        "benchmark",
+        "data",
+        "metrics",
+        "stages",
+    }  # compared, or no matter of the launch
+    changed = [
+        f"{key} was {was[key]}, now {now[key]}"
+        for key in was.keys() & now.keys() - elsewhere
+        if was[key] != now[key]
+    ]
+    return (
+        f"going on where the run stopped, equal to rounding only: {', '.join(sorted(changed))}"
+        if changed
+        else ""
+    )

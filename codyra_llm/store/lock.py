@@ -1,0 +1,174 @@
+"""One run at a time in a folder: a file that says who works there, renewed for as long as it lives."""
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.files import unwritable
+
+BEAT = 5.0  # seconds between signs of life
+DEAD = 60.0  # without one for so long, an owner on another machine is dead
+
+
+class Lease:
+    """Holds `folder` for this process. A dead owner's lease is taken over: at once where this machine can
+    tell that the process is gone, else when it has shown no sign of life for `DEAD` seconds of this machine's
+    clock."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.file, self.token = folder, folder / "lease.json", uuid.uuid4().hex
+        self.ended, self.thread = threading.Event(), None
+
+    def take(self) -> None:
+        """Raises Fault where another process that lives holds the folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._remove_dead()
+        self._create(self._content(0))
+        self.thread = threading.Thread(target=self._renew, daemon=True)
+        self.thread.start()
+
+    def release(self) -> None:
+        if self.thread:
+            self.ended.set()
+            self.thread.join()
+            if self._found().get("token") == self.token:
+                self.file.unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Raise Fault if another process has taken the folder over, as it may when this one was suspended for
+        long.
+        """
+        if (found := self._found()).get("token") != self.token:
+            raise Fault(
+                f"{self.folder} was taken over by {_who(found)} while this process stood still; let that one "
+                "work"
+            )
+
+    def _renew(self) -> None:
+        beat = 0
+        while not self.ended.wait(BEAT):
+            beat += 1
+            own = self.file.with_name(f".lease.{os.getpid()}")
+            try:
+                if self._found().get("token") != self.token:
+                    return
+                own.write_text(self._content(beat), encoding="utf-8")
+                os.replace(own, self.file)
+            except (
+                OSError
+            ):  # a full disk, or a network that is away for a while: the next beat may get through
+                continue
+
+    def _remove_dead(self) -> None:
+        """Move the file of an owner that is dead out of the way."""
+        if (first := self._read()) is None:
+            return
+        if self._found().get("place") != _place():
+            self._await_beat(first)
+        elif _lives(self._found()):
+            raise self._held()
+        aside = self.file.with_name(f".{self.token}.{os.getpid()}")
+        try:
+            os.replace(self.file, aside)
+        except FileNotFoundError:  # another was faster
+            raise self._held() from None
+        found = aside.read_text(encoding="utf-8")
+        aside.unlink()
+        if found != first:  # another had taken it over already: give it back
+            self._create(found)
+            raise self._held()
+
+    def _await_beat(self, first: str) -> None:
+        print(
+            f"{self.folder} was held by {_who(self._found())}; waiting up to {DEAD:.0f} s for a sign of life",
+            flush=True,
+        )
+        end = time.monotonic() + DEAD
+        while time.monotonic() < end:
+            time.sleep(min(BEAT, DEAD / 4))
+            if self._read() not in (None, first):
+                raise self._held()
+
+    def _create(self, content: str) -> None:
+        """Exactly one of several processes gets to make the file, on network file systems too."""
+        try:
+            with open(self.file, "x", encoding="utf-8") as file:
+                file.write(content)
+        except FileExistsError:
+            raise self._held() from None
+        except OSError as error:
+            self.file.unlink(missing_ok=True)
+            raise unwritable(self.file, error) from None
+
+    def _held(self) -> Fault:
+        return Fault(
+            f"output: {self.folder} is being worked on by {_who(self._found())}; wait for its end, or give "
+            f"another output"
+        )
+
+    def _read(self) -> str | None:
+        """The file's text, empty for a moment after it was made; None where nobody holds the folder."""
+        try:
+            return self.file.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return None
+
+    def _found(self) -> dict:
+        """What the file says; {} where it says nothing that can be read, as after a loss of power."""
+        try:
+            return json.loads(self._read() or "{}")
+        except ValueError:
+            return {}
+
+    def _content(self, beat: int) -> str:
+        own = os.getpid()
+        return json.dumps(
+            {
+                "token": self.token,
+                "host": socket.gethostname(),
+                "pid": own,
+                "place": _place(),
+                "started": psutil.Process(own).create_time(),
+                "beat": beat,
+            }
+        )
+
+
+def holder(folder: Path) -> dict | None:
+    """Who holds `folder`: pid, host, and whether it lives (`alive`); None where nobody does. Reads only."""
+    lease = Lease(folder)
+    try:
+        found, age = lease._found(), time.time() - lease.file.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    return {
+        "pid": found.get("pid"),
+        "host": found.get("host"),
+        "alive": _lives(found) if found.get("place") == _place() else age < DEAD,
+    }
+
+
+def _who(found: dict) -> str:
+    return f"process {found.get('pid', '?')} on {found.get('host', 'an unknown machine')}"
+
+
+def _place() -> str:
+    """Where process numbers mean the same: a machine and, in containers, their numbering."""
+    numbering = Path("/proc/self/ns/pid")
+    return f"{socket.gethostname()} {uuid.getnode():x} {os.readlink(numbering) if numbering.exists() else ''}"
+
+
+def _lives(owner: dict) -> bool:
+    """Whether the process is there, and not another that got its number later."""
+    try:
+        process = psutil.Process(owner["pid"])
+        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - owner["started"]) < 10
+    except psutil.NoSuchProcess:
+        return False

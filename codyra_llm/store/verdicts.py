@@ -1,0 +1,28 @@
+"""What judges said of the answers to one file of prompts: `judged/<file>.jsonl` of a run folder, appended as
+it comes.
+"""
+
+from codyra_llm.core.files import append_jsonl, read_jsonl, write_jsonl
+from codyra_llm.store.folder import RunFolder
+
+
+class Verdicts:
+    """Rows {"judge", "question" (a digest), "A", "B", "verdict", "said"}; of several judges, where the
+    recipe's changed. The name alone tells them apart: an endpoint may move while its verdicts hold. Of a
+    question asked again the last row counts."""
+
+    def __init__(self, folder: RunFolder, name: str):
+        self.folder, self.file = folder, folder.path / "judged" / f"{name}.jsonl"
+
+    def of(self, judge: str | None) -> dict[str, str | None]:
+        """The verdicts of one judge by the digest of the question; None where its reply held none."""
+        return {row["question"]: row["verdict"] for row in read_jsonl(self.file) if row["judge"] == judge}
+
+    def begin(self) -> None:
+        """Take off a last line that a crash cut, so that more can be appended."""
+        self.folder.may_write()
+        write_jsonl(self.file, read_jsonl(self.file))
+
+    def add(self, row: dict) -> None:
+        self.folder.may_write()
+        append_jsonl(self.file, row)

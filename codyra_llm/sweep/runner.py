@@ -1,0 +1,126 @@
+"""The runs of a sweep, each in a process of its own, as many at the same time as the machine has places.
+
+A run that is finished is not run again, so the same command goes on where a sweep stopped.
+"""
+
+import fcntl
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.files import write_json
+from codyra_llm.core.parsing import shown
+from codyra_llm.runtime import signals
+from codyra_llm.sweep.spec import Run, Sweep
+
+console = Console(highlight=False)
+
+
+def execute(sweep: Sweep, jobs: int | None, launcher: str | None, done: Callable[[], None]) -> None:
+    """Run what is not finished, all tries first; `done()` after each run of the grid. Raises one Fault with
+    all runs that failed, or with what is wrong, before anything runs."""
+    if launcher and jobs:
+        raise Fault("--jobs: under --launcher runs go one after the other; leave one of the two out")
+    try:
+        shlex.split(launcher or "")
+    except ValueError as error:
+        raise Fault(
+            f"--launcher: {shown(launcher)} is no command ({error}); give one as you would to a shell"
+        ) from None
+    sweep.prepare()  # before the output is made
+    with _held(sweep.output) as lock:
+        for runs, then in ((lambda: sweep.tries, lambda: None), (sweep.runs, done)):
+            if faults := _run(runs(), _places(jobs, launcher), launcher, lock, then):
+                raise Fault(*faults)
+
+
+@contextmanager
+def _held(output: Path) -> Iterator[int]:
+    """The output for one sweep at a time. Its runs inherit the lock: what a killed sweep left running still
+    holds it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with open(output / ".lock", "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Fault(
+                f"output: another sweep, or a run that it left, is at work in {output}; wait for its end, or "
+                "look at what is finished with --report"
+            ) from None
+        yield file.fileno()
+
+
+def _run(
+    runs: list[Run], places: list[dict], launcher: str | None, lock: int, done: Callable[[], None]
+) -> list[str]:
+    """Run the unfinished ones, as many at a time as there are places; a sentence for each that failed. No run
+    outlives an interrupt, or a sweep that was asked to stop."""
+    pending, running, faults = [run for run in runs if not run.finished], [], []
+    if len(pending) < len(runs):
+        console.print(f"{len(runs) - len(pending)} of {len(runs)} runs are there already")
+    try:
+        while pending or running:
+            while pending and places:
+                run, place = pending.pop(0), places.pop(0)
+                running.append((run, place, _launch(run, place, launcher, lock)))
+            time.sleep(0.1)
+            signals.check()
+            for ended in [entry for entry in running if entry[2].poll() is not None]:
+                run, place, process = ended
+                running.remove(ended)
+                places.append(place)
+                if process.returncode:
+                    faults.append(
+                        f"{run.folder.path} failed (exit code {process.returncode}); see "
+                        f"{run.beside('log')}, then run the sweep again"
+                    )
+                console.print(
+                    f"{run.folder.path}: {'failed' if process.returncode else 'done'}", soft_wrap=True
+                )
+                done()
+    finally:
+        for _, _, process in running:
+            process.terminate()
+        for _, _, process in running:
+            process.wait()
+    return faults
+
+
+def _places(jobs: int | None, launcher: str | None) -> list[dict[str, str]]:
+    """What each of the runs at the same time has of the machine, as environment: its share of the cores, and
+    a GPU.
+    """
+    if launcher:
+        return [{}]
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    gpus = [given[i] if given != [""] else str(i) for i in range(torch.cuda.device_count())]
+    jobs = jobs or max(len(gpus), 1)
+    threads = os.environ.get("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // jobs, 1)))
+    return [
+        {"OMP_NUM_THREADS": threads} | ({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {})
+        for i in range(jobs)
+    ]
+
+
+def _launch(run: Run, place: dict[str, str], launcher: str | None, lock: int) -> subprocess.Popen:
+    """One run in a process of its own; what it prints goes to a file beside its folder."""
+    write_json(run.beside("json"), run.recipe.model_dump(mode="json"))
+    start = shlex.split(launcher) if launcher else [sys.executable]
+    with open(run.beside("log"), "a", encoding="utf-8") as log:
+        return subprocess.Popen(
+            [*start, "-m", "codyra_llm", "run", str(run.beside("json"))],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, **place},
+            pass_fds=(lock,),
+        )

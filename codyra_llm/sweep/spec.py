@@ -1,0 +1,257 @@
+"""What a sweep file asks for: every arm × every point of the grid, and the tries that choose each arm's
+settings.
+"""
+
+import copy
+import itertools
+import re
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+
+from codyra_llm.config.differences import differences
+from codyra_llm.config.overrides import assign, read_recipe, split_overrides
+from codyra_llm.config.recipe import Recipe, parse_recipe
+from codyra_llm.config.registry import METHODS
+from codyra_llm.core.errors import Fault, nearest
+from codyra_llm.core.parsing import read_yaml
+from codyra_llm.core.schema import Strict, sentences
+from codyra_llm.experiment.setup import prepare
+from codyra_llm.store.folder import RunFolder
+
+
+def _without_output(settings: dict) -> dict:
+    if "output" in settings:
+        raise ValueError(
+            "every run has a folder of its own in the sweep's; give 'output' at the top of the file, or as "
+            "output=FOLDER"
+        )
+    return settings
+
+
+MOST = 10_000  # runs of a sweep
+Settings = Annotated[dict[str, Any], AfterValidator(_without_output)]
+
+
+class TuneSection(Strict):
+    """Every arm gets the same number of tries; the grid is run with the settings of its best one."""
+
+    set: Settings = Field({}, description="set in the tries alone, over all else, e.g. a shorter stream")
+    by: Literal["op", "forgetting"] = Field(
+        "op", description="what chooses: the highest OP, or the lowest forgetting"
+    )
+    tries: dict[str, list[Settings]] = Field(description="by arm, the settings of each try")
+
+
+class SweepFile(Strict):
+    recipe: str = Field(description="a recipe file, or the name of a shipped one")
+    output: str = Field(description="folder of all runs")
+    set: Settings = Field({}, description="set over the recipe in all runs")
+    arms: dict[str, Settings] = Field(min_length=1, description="by name, what is set over that")
+    grid: Annotated[dict[str, list], AfterValidator(_without_output)] = Field(
+        {"seed": [1, 2, 3]}, description="by key, the values that every arm is run with"
+    )
+    baseline: str | None = Field(
+        None, description="the arm that the others are compared with; default: the first"
+    )
+    tune: TuneSection | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SweepFile":
+        faults = [
+            f"grid.{key}: {values} must hold at least one value, and each once"
+            for key, values in self.grid.items()
+            if not values
+            or any(v in values[:i] or str(v) in map(str, values[:i]) for i, v in enumerate(values))
+        ]
+        faults += [
+            f"arms: {name!r} becomes a folder; name it in letters, digits, '.', '_' and '-'"
+            for name in self.arms
+            if not re.fullmatch(r"\w[\w.-]*", name)
+        ]
+        if (runs := len(self.arms) * prod(map(len, self.grid.values()))) > MOST:
+            faults.append(
+                f"grid: it asks for {runs:,d} runs, at most {MOST:,d} are possible; give fewer values"
+            )
+        if self.baseline and self.baseline not in self.arms:
+            faults.append(f"baseline: '{self.baseline}' is not an arm.{nearest(self.baseline, self.arms)}")
+        tries = self.tune.tries if self.tune else {}
+        faults += [
+            f"tune.tries: '{name}' is not an arm.{nearest(name, self.arms)}"
+            for name in tries
+            if name not in self.arms
+        ]
+        if len({len(settings) for settings in tries.values()}) > 1:
+            faults.append(
+                "tune.tries: every arm must have as many tries as the others, here it is "
+                + ", ".join(f"{name} {len(settings)}" for name, settings in tries.items())
+            )
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: its arm, what distinguishes it from the arm's others, and its whole recipe."""
+
+    arm: str
+    settings: Settings
+    recipe: Recipe
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(Path(self.recipe.output))
+
+    def beside(self, kind: str) -> Path:
+        return self.folder.path.with_name(f"{self.folder.path.name}.{kind}")
+
+    @property
+    def finished(self) -> bool:
+        """Whether its whole stream is done. Raises Fault where the folder is another recipe's."""
+        if not (self.folder.path / "recipe.json").is_file():
+            return False
+        was, recipe = self.folder.recipe, self.recipe.resolved()
+        if other := differences(was, recipe):
+            raise Fault(
+                *(
+                    f"{self.folder.path} was run with other settings: {line}; give the arm another name, or "
+                    "remove the folder"
+                    for line in other
+                )
+            )
+        return (
+            was.tasks == recipe.tasks
+            and bool(self.folder.summary)
+            and self.folder.summary["tasks"] == recipe.tasks
+        )
+
+
+class Sweep:
+    """The runs that a sweep file asks for. Raises one Fault with every mistake in every run's recipe."""
+
+    def __init__(self, file: SweepFile):
+        self.file, self.output, self._raw = file, Path(file.output), read_recipe(file.recipe)
+        self.baseline = file.baseline or next(iter(file.arms))
+        tune = file.tune or TuneSection(tries={})
+        self.by = tune.by
+        self.tries = self._runs(
+            [
+                (arm, f"try={i}", settings, [settings, tune.set])
+                for arm, tries in tune.tries.items()
+                for i, settings in enumerate(tries, 1)
+            ]
+        )
+        self._check(set(tune.tries), self.runs())
+
+    def runs(self) -> list[Run]:
+        """Every arm at every point of the grid, with the settings that its tries, once finished, have
+        chosen.
+        """
+        chosen = {arm: self.chosen(arm) for arm in self.file.arms}
+        points = [
+            dict(zip(self.file.grid, values, strict=True))
+            for values in itertools.product(*self.file.grid.values())
+        ]
+        return self._runs(
+            [
+                (arm, _name(point, self.file.grid), point, [chosen[arm], point])
+                for point in points
+                for arm in self.file.arms
+            ]
+        )
+
+    def chosen(self, arm: str) -> Settings:
+        """The settings of the best try, the first of equals; empty without tries."""
+        tries = [run for run in self.tries if run.arm == arm and run.finished]
+        sign = -1 if self.by == "op" else 1
+        return min(tries, key=lambda run: sign * run.folder.summary[self.by]).settings if tries else {}
+
+    def _runs(self, wanted: list[tuple[str, str, Settings, list[Settings]]]) -> list[Run]:
+        runs, faults = [], {}  # by mistake, which most runs share, as the first run has it
+        for arm, name, settings, layers in wanted:
+            try:
+                runs.append(Run(arm, settings, self._recipe(arm, name, layers)))
+            except Fault as fault:
+                for message in fault.messages:
+                    faults.setdefault(message.removeprefix(f"{arm}/{name}: "), message)
+        if faults:
+            raise Fault(*faults.values())
+        return runs
+
+    def _recipe(self, arm: str, name: str, layers: list[Settings]) -> Recipe:
+        raw = copy.deepcopy(self._raw)
+        settings = [item for layer in (self.file.set, self.file.arms[arm], *layers) for item in layer.items()]
+        # A method starts its section afresh, so it comes first, whichever layer names it: no layer's
+        # `method.rank` is lost.
+        for key, value in sorted(settings, key=lambda item: item[0] != "method"):
+            assign(raw, key, value)
+        return parse_recipe(raw | {"output": str(self.output / arm / name)}, f"{arm}/{name}")
+
+    def _check(self, tuned: set[str], runs: list[Run]) -> None:
+        """That the tries are fair, and that they can be told apart."""
+        untried = (
+            {run.arm for run in runs if METHODS[run.recipe.method.name].trains} - tuned if tuned else set()
+        )
+        faults = []
+        if untried:
+            faults.append(
+                f"tune.tries: {', '.join(sorted(untried))} would be compared without tries; give as many as "
+                "to the others"
+            )
+        unmeasured = {
+            run.arm
+            for run in self.tries
+            for method in [METHODS[run.recipe.method.name]]
+            if method.joint or not method.trains or len(run.recipe.tasks) < 2
+        }
+        if self.by == "forgetting" and unmeasured:
+            faults.append(
+                f"tune.by: {', '.join(sorted(unmeasured))} has no forgetting to choose by (one task, or "
+                "evaluated once); choose by op"
+            )
+        if faults:
+            raise Fault(*faults)
+
+    def prepare(self) -> None:
+        """What a run would refuse, told before the first one: of each arm once for all seeds and learning
+        rates.
+        """
+        faults, checked = {}, {}
+        for run in (*self.runs(), *self.tries):
+            checked.setdefault(str((run.arm, run.recipe.model, run.recipe.data, run.recipe.eval)), run)
+        for run in checked.values():
+            try:
+                prepare(run.recipe)
+            except Fault as fault:
+                for message in fault.messages:
+                    faults.setdefault(message, f"{run.arm}: {message}")
+        if faults:
+            raise Fault(*faults.values())
+
+
+def load_sweep(path: str | Path, overrides: list[str] = ()) -> Sweep:
+    """Read a sweep file; `output=` and other `key=value` hold for all runs in which no arm, try or grid says
+    otherwise. Raises Fault with all that is wrong."""
+    given = dict(split_overrides(overrides))
+    raw = read_yaml(Path(path), "a sweep file, as `codyra-llm sweep --help` shows one")
+    raw |= {"output": given.pop("output")} if "output" in given else {}
+    try:
+        file = SweepFile.model_validate(raw)
+    except ValidationError as error:
+        raise Fault(*(f"{path}: {line}" for line in sentences(error, SweepFile))) from None
+    return Sweep(file.model_copy(update={"set": file.set | given}))
+
+
+def _name(point: Settings, grid: dict[str, list]) -> str:
+    """`seed=1,data.tasks=2`; a value that is no plain, short word by its place in the grid's list,
+    `data.tasks=#1`.
+    """
+
+    def word(key: str, value: Any) -> str:
+        return str(value) if re.fullmatch(r"[\w.+-]{1,64}", str(value)) else f"#{grid[key].index(value) + 1}"
+
+    return ",".join(f"{key}={word(key, value)}" for key, value in point.items()) or "run"

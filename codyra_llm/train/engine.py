@@ -1,0 +1,261 @@
+"""The engine of one task: one process, DDP or DeepSpeed ZeRO behind the same verbs."""
+
+import ctypes
+from collections.abc import Callable, Iterator
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from accelerate.utils.memory import clear_device_cache
+from torch import Tensor, nn
+from transformers.integrations import unset_hf_deepspeed_config
+
+from codyra_llm.core.errors import Fault
+from codyra_llm.lora.layer import sites
+from codyra_llm.lora.shared import shared_inputs
+from codyra_llm.lora.update import Adapter
+from codyra_llm.runtime import heartbeat
+from codyra_llm.runtime.launch import zero_stage
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Engine:
+    """Forward, backward and step of one task's training. `objective(batch)` returns named loss terms."""
+
+    def __init__(
+        self, acc: Accelerator, objective: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float
+    ):
+        self.acc, self.max_norm, self.model = acc, max_norm, objective.model
+        self.deepspeed = acc.state.deepspeed_plugin is not None
+        if self.deepspeed:
+            acc.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = max_norm
+        self.shared = shared_inputs(objective)
+        self.inner = optimizer  # ZeRO puts its shards in place of the parameters in this very optimizer
+        self.module, self.optimizer = objective, optimizer
+        if self.deepspeed:
+            self.module, self.optimizer = acc.prepare(objective, optimizer)
+            # Prepare has set it: transformers would load the next task's model in shards.
+            unset_hf_deepspeed_config()
+
+    @property
+    def groups(self) -> list[dict]:
+        """Where lr and kappa are set. Read anew each time: Accelerate and load_state_dict replace the
+        dictionaries.
+        """
+        return self.inner.param_groups
+
+    def accumulate(self, batch, first: bool, last: bool) -> dict[str, Tensor]:
+        """Forward and backward of one micro-batch, the `first` (which brings the parameters' own terms) or
+        `last` of its step or not. No rank waits for another but under ZeRO, which sums over ranks as it goes,
+        so that a rank out of memory is a Fault there."""
+        share = first / self.acc.num_processes
+        terms = self._forward_backward(batch, share, last) if self.deepspeed else self.module(batch, share)
+        if not self.deepspeed:
+            sum(terms.values()).backward()
+        return {name: term.detach() for name, term in terms.items()}
+
+    def _forward_backward(self, batch, penalty: float, last: bool) -> dict[str, Tensor]:
+        try:
+            terms = self.module(batch, penalty)
+            self.module.set_gradient_accumulation_boundary(last)
+            # ZeRO averages over ranks, but the batch's weights already divide by the global count.
+            self.module.backward(sum(terms.values()) * self.acc.num_processes)
+        except torch.OutOfMemoryError:
+            raise Fault(
+                f"a micro-batch of {batch.ids.numel()} tokens does not fit into the device's memory, and "
+                "under DeepSpeed no rank can try again; lower optim.micro_batch_tokens or "
+                "data.max_prompt_tokens, or turn on model.gradient_checkpointing"
+            ) from None
+        return terms
+
+    def anywhere(self, mine: bool) -> bool:
+        """Whether `mine` is true on any rank."""
+        if self.acc.num_processes == 1:
+            return mine
+        with heartbeat.waiting():
+            return self.acc.reduce(torch.tensor(float(mine), device=self.acc.device), "sum").item() > 0
+
+    def discard(self) -> None:
+        """Drop the gradients of a step that did not come to its end, and what the allocator keeps for
+        later.
+        """
+        self.inner.zero_grad(set_to_none=True)
+        self._forget()  # what a forward that stopped half-way has computed for layers not called yet
+        clear_device_cache(garbage_collection=True)
+
+    @torch.no_grad()
+    def reduce(self, terms: Tensor) -> Tensor:
+        """Sum the logged `terms` [n] over ranks, and the step's gradients with them in the same all-reduce
+        (ZeRO has summed its own)."""
+        if self.acc.num_processes == 1:
+            return terms
+        trained = [] if self.deepspeed else [p for group in self.groups for p in group["params"]]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+        with heartbeat.waiting():
+            total = self.acc.reduce(torch.cat([terms, *(g.flatten() for g in gradients)]), "sum")
+            terms, *sums = total.split([len(terms), *(g.numel() for g in gradients)])
+            terms = terms.cpu()  # which is when a GPU waits
+        for p, summed in zip(trained, sums, strict=True):
+            p.grad = summed.view_as(p).to(p.dtype)
+        return terms
+
+    def step(self) -> float:
+        """Clip, update, clear. Returns the global gradient norm before clipping."""
+        if self.deepspeed:
+            self.module.step()
+            norm = self.module.get_global_grad_norm() or 0.0
+        else:
+            norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.max_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self._forget()
+        return float(norm)
+
+    def _forget(self) -> None:
+        for shared in self.shared:
+            shared.forget()
+
+    def adapters(self) -> dict[str, Adapter]:
+        """All adapters in float32 on the CPU, gathered whole on every rank (collective under ZeRO)."""
+        return {
+            name: Adapter(
+                self._full(layer.lora_A),
+                self._full(layer.lora_B),
+                None if layer.lora_w is None else self._full(layer.lora_w),
+            )
+            for name, layer in sites(self.model).items()
+        }
+
+    def rewrite(self, function: Callable[[Adapter], Adapter]) -> None:
+        """Replace every adapter by `function` of it, on all ranks alike, and start Adam's moments from
+        zero.
+        """
+        self.put({site: function(adapter) for site, adapter in self.adapters().items()})
+        for state in self.inner.state.values():
+            state["exp_avg"].zero_()
+            state["exp_avg_sq"].zero_()
+
+    @torch.no_grad()
+    def put(self, adapters: dict[str, Adapter]) -> None:
+        """Write these factors, the first rank's, into the model's adapters (collective)."""
+        for site, layer in sites(self.model).items():
+            a, b, w = adapters[site]
+            for p, value in ((layer.lora_A, a), (layer.lora_B, b), (layer.lora_w, w)):
+                if p is not None:
+                    self._write(p, broadcast(value.contiguous().to(self.acc.device)))
+        self._forget()
+
+    def _write(self, p: nn.Parameter, value: Tensor) -> None:
+        if not self.deepspeed:
+            p.copy_(value)
+            return
+        import deepspeed
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        # The working copy is what the next forward reads; the master is what the next step starts from.
+        with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
+            p.copy_(value)
+        if zero_stage(self.acc) == 3:  # safe_set_full_fp32_param fails where the ranks don't divide the size
+            safe_set_local_fp32_param(p, p.ds_tensor)
+        else:
+            safe_set_full_fp32_param(p, value)
+
+    def values(self) -> Iterator[tuple[str, Tensor]]:
+        """What trains by `value.<name>`, whole (collective under ZeRO)."""
+        return ((f"value.{name}", self._full(p) if self.deepspeed else p) for name, p in self._trained())
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """What trains, and Adam's moments and step count of it, by `<kind>.<name>`: whole, in their own
+        precision, the same whatever the number of processes (collective under ZeRO)."""
+        yield from self.values()
+        for name, p in self._trained():
+            if self.deepspeed:
+                yield from ((f"{key}.{name}", self._moment(p, key)) for key in MOMENTS)
+                yield f"step.{name}", next(iter(self.inner.state.values()))["step"].clone()
+            else:  # a parameter that never had a gradient has no moments
+                yield from ((f"{key}.{name}", value) for key, value in self.inner.state[p].items())
+
+    @torch.no_grad()
+    def load_state(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """Put back what `state` or `values` gave, under any number of processes and stage of ZeRO
+        (collective).
+        """
+        trained = dict(self._trained())
+        for key, tensor in tensors:
+            kind, _, name = key.partition(".")
+            p = trained[name]
+            if kind == "value":
+                self._write(p, tensor.to(self.acc.device))
+            elif not self.deepspeed:
+                self.inner.state[p][kind] = tensor.to(self.acc.device if kind in MOMENTS else "cpu").clone()
+            elif kind == "step":
+                for flat in self._flat():
+                    self.inner.state[flat]["step"] = tensor.clone()
+            else:
+                self._write_moment(p, kind, tensor.to(self.acc.device))
+        self._forget()
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+
+    def _flat(self) -> list[Tensor]:
+        """ZeRO's flat shards that this process steps."""
+        zero = self.module.optimizer
+        return (
+            zero.fp32_partitioned_groups_flat
+            if zero_stage(self.acc) == 3
+            else zero.single_partition_of_fp32_groups
+        )
+
+    def _moment(self, p: nn.Parameter, key: str) -> Tensor:
+        """A moment of p, whole, from the processes that have parts of it (collective)."""
+        if zero_stage(self.acc) == 3:
+            return p._z3_optimizer.get_full_hp_param(p, key)
+        whole = torch.zeros(p.numel(), device=p.device)
+        for own, part in self._parts(p, key):
+            whole[own] = part
+        return self.acc.reduce(whole, "sum").view_as(p)
+
+    def _write_moment(self, p: nn.Parameter, key: str, value: Tensor) -> None:
+        """This process's part of a moment, into the state that ZeRO's first step would make."""
+        for flat in self._flat():
+            if key not in self.inner.state[flat]:
+                self.inner.state[flat][key] = torch.zeros_like(flat)
+        if zero_stage(self.acc) == 3:
+            size = p.ds_tensor.numel()
+            padded = nn.functional.pad(value.flatten(), (0, size * self.acc.num_processes - value.numel()))
+            p._z3_optimizer.set_local_hp_param(padded[size * self.acc.process_index :][:size], p, key)
+        else:
+            for own, part in self._parts(p, key):
+                part.copy_(value.flatten()[own])
+
+    def _parts(self, p: nn.Parameter, key: str) -> Iterator[tuple[slice, Tensor]]:
+        """Under ZeRO 1 and 2: which elements of p this process steps, if any, and where their moment lies."""
+        if (held := p._hp_mapping) is not None:
+            own, place = held.lp_fragment_address, held.hp_fragment_address
+            state = self.inner.state[self._flat()[held.param_group_index]]
+            yield slice(own.start, own.start + own.numel), state[key].narrow(0, place.start, place.numel)
+
+    def _full(self, p: nn.Parameter) -> Tensor:
+        full = None
+        if self.deepspeed:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            full = safe_get_full_fp32_param(p)
+        return (p if full is None else full).detach().float().cpu().clone()
+
+    def free(self) -> None:
+        """Tear the engine down; a later task builds its own. DeepSpeed 0.19 holds every stage-3 engine, and
+        its model, for the life of the process (in `FWD_MODULE_STACK` and the cache of `__params_to_release`),
+        so their tensors go here."""
+        zero, inner = self.module.optimizer if zero_stage(self.acc) == 3 else None, self.inner
+        self.module = self.optimizer = self.inner = None
+        self.acc.free_memory()
+        if zero is not None:
+            for p in self.model.parameters():
+                p.data, p.grad, p.ds_tensor = p.data.new_empty(0), None, None
+            for held in (zero.__dict__, inner.state, inner.param_groups):
+                held.clear()
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps what lay between small pieces
+            libc.malloc_trim(0)

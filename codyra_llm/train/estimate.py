@@ -1,0 +1,105 @@
+"""What a training step will take, without weights: memory from a run on fake tensors, time from counted
+operations.
+"""
+
+import time
+from statistics import median
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from codyra_llm.data.batches import Batch
+from codyra_llm.lora.shared import shared_inputs
+from codyra_llm.runtime.memory import Meter
+
+UNMASKED = "sdpa_unmasked"
+
+
+AttentionInterface.register(UNMASKED, sdpa_attention_forward)
+
+
+MEASURED_LAYERS = (
+    2,
+    4,
+)  # even numbers: the layers of some families take turns between two kinds of attention
+
+
+def activation_bytes(model: nn.Module, batch: Batch, device: torch.device) -> int:
+    """Peak bytes of forward and backward of one micro-batch beside weights: activations, gradients, shadows
+    of adapters.
+
+    `model` is a skeleton on the meta device as it trains (adapters, checkpointing, train mode) and is turned
+    into fake tensors of `device`: every operation gives tensors of the right shape, dtype and lifetime, and
+    none has memory. Of a deep model 2 and 4 layers run, and the rest follows on a straight line, since every
+    layer leaves the same.
+    """
+    layers, window = model.model.layers, getattr(model.config, "sliding_window", None)
+    if model.config._attn_implementation == "sdpa" and (not window or batch.ids.shape[1] <= window):
+        # transformers makes no mask here, but can't tell that from fake tensors: without the name it would
+        # make one.
+        model.set_attn_implementation(UNMASKED)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device=device)
+        batch = batch.to(device)
+        try:
+            if len(layers) <= MEASURED_LAYERS[1]:
+                return _peak(model, batch)
+            peaks = []
+            for count in MEASURED_LAYERS:
+                model.model.layers = layers[:count]
+                peaks.append(_peak(model, batch))
+        finally:
+            model.model.layers = layers
+    few, more = MEASURED_LAYERS
+    return peaks[1] + (len(layers) - more) * (peaks[1] - peaks[0]) // (more - few)
+
+
+def _peak(model: nn.Module, batch: Batch) -> int:
+    model.zero_grad()
+    for shared in shared_inputs(model):
+        shared.forget()
+    with Meter() as meter:
+        batch.cross_entropy(model).backward()
+    return meter.peak
+
+
+def step_flops(model: nn.Module, tokens: int, squares: int, labelled: int) -> int:
+    """Floating-point operations of matrix products, forward and backward, of micro-batches with `tokens` in
+    all (padding included), `squares` the sum of their segments' squared lengths, and `labelled` tokens.
+
+    Per token and frozen weight 2 forward and 2 for the input's gradient, per adapter's weight 6; attention in
+    full squares, without what a causal kernel or a sliding window skips; the head at the labelled positions.
+    Gradient checkpointing runs the layers' forward twice.
+    """
+    c, again = model.config, any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    frozen = sum(m.weight.numel() for m in model.model.layers.modules() if isinstance(m, nn.Linear))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad and p.ndim == 2)
+    heads = c.num_attention_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
+    products = 2 * squares * heads * c.num_hidden_layers  # of QKᵀ, and of the weights with V
+    backward = 4 if c._attn_implementation == "eager" else 5  # fused kernels compute QKᵀ again
+    return (
+        tokens * ((4 + 2 * again) * frozen + (6 + 2 * again) * trained)
+        + (2 + backward + 2 * again) * products
+        + 4 * labelled * c.hidden_size * c.vocab_size
+    )
+
+
+def matmul_speed(
+    model: nn.Module, tokens: int, dtype: torch.dtype, device: torch.device, seconds: float = 0.3
+) -> float:
+    """Floating-point operations per second of the device in the model's own shapes, up and down through the
+    MLP.
+    """
+    c = model.config
+    tokens = min(tokens, 1024 if device.type == "cpu" else tokens)
+    x = torch.randn(tokens, c.hidden_size, device=device).to(dtype)
+    up = torch.randn(c.intermediate_size, c.hidden_size, device=device).to(dtype)
+    times: list[float] = []
+    while sum(times) < seconds or len(times) < 3:
+        began = time.perf_counter()
+        (x @ up.T @ up)[0, 0].item()  # waits for a GPU
+        times.append(time.perf_counter() - began)
+    return 4 * tokens * up.numel() / median(times)

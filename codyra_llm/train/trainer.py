@@ -1,0 +1,331 @@
+"""The only training loop: one task, from encoded examples to the adapters that it leaves."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from codyra_llm.config.sections import OptimSection
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.tensors import generator
+from codyra_llm.data.batches import (
+    Batch,
+    batch_tokens,
+    collate,
+    default_tokens,
+    example_weights,
+    micro_batches,
+    shuffled,
+)
+from codyra_llm.data.encoding import Encoded
+from codyra_llm.lora.proximal import ProximalAdamW, lr_factor
+from codyra_llm.lora.update import Adapter
+from codyra_llm.methods.base import Method
+from codyra_llm.models import packed_attention
+from codyra_llm.runtime import heartbeat, signals
+from codyra_llm.runtime.launch import wait
+from codyra_llm.store import checkpoint
+from codyra_llm.store.checkpoint import Progress
+from codyra_llm.train.engine import Engine
+from codyra_llm.train.gradients import Gradients
+
+
+class Objective(nn.Module):
+    """The method's loss as a module, so that ZeRO's hooks run around it."""
+
+    def __init__(self, model: nn.Module, method: Method):
+        super().__init__()
+        self.model, self.method = model, method
+
+    def forward(self, batch: Batch, penalty: float = 0.0) -> dict[str, Tensor]:
+        """The method's terms; with this share of those of the parameters alone."""
+        terms = self.method.loss(self.model, batch)
+        return (
+            {**terms, **{k: penalty * v for k, v in self.method.penalty(self.model).items()}}
+            if penalty
+            else terms
+        )
+
+
+@dataclass
+class TaskData:
+    """What one task trains on: examples, and for each epoch which of them; and the eval split, where it is
+    used.
+    """
+
+    name: str
+    index: int
+    examples: list[Encoded]
+    epochs: list[range]
+    validation: list[Encoded]
+
+    def batches(self, seed: int, size: int) -> Iterator[list[int]]:
+        """Global batches; a function of (seed, task, epoch) alone."""
+        for epoch, visited in enumerate(self.epochs):
+            order = shuffled(visited, seed, self.index, epoch)
+            yield from (order[i : i + size] for i in range(0, len(order), size))
+
+    def steps(self, size: int) -> int:
+        return sum(math.ceil(len(visited) / size) for visited in self.epochs)
+
+
+class Trainer:
+    """Trains the adapters of `model` on one task, its micro-batches padded or packed as `batching` says."""
+
+    def __init__(
+        self,
+        acc: Accelerator,
+        method: Method,
+        model: nn.Module,
+        optim: OptimSection,
+        pad: int,
+        batching: str = "auto",
+    ):
+        self.acc, self.method, self.optim, self.pad = acc, method, optim, pad
+        self.tokens = optim.micro_batch_tokens or default_tokens(acc.device)
+        self.began, self.earlier = (
+            time.perf_counter(),
+            0.0,
+        )  # seconds that this task took before it was stopped
+        self.best, self.kept = math.inf, None  # of the validation losses, and what trains when it was met
+        self.packed = batching == "packed" or (
+            batching == "auto" and method.packs and packed_attention.pays(model, acc.device)
+        )
+        if self.packed:
+            packed_attention.use(model)
+        groups = method.param_groups(model, optim.lr)
+        self.trained = sum(p.numel() for group in groups for p in group["params"])
+        self.optimizer = ProximalAdamW(groups, betas=optim.betas, weight_decay=optim.weight_decay)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.engine = Engine(acc, Objective(model, method), self.optimizer, optim.max_grad_norm)
+        self.gradients = Gradients(
+            self.engine,
+            self._micro,
+            lambda one: collate([one], [0], [1 / len(one.answer)], pad, self.packed).to(acc.device),
+        )
+
+    def fit(
+        self,
+        task: TaskData,
+        seed: int,
+        log: Callable[[dict], None],
+        saves: Progress | None = None,
+        start: int = 0,
+    ) -> dict[str, Adapter]:
+        """Train on `task` from step `start` on; returns the adapters of its last step, or of its best where
+        `keep_best` is set.
+
+        `log` gets one row per optimizer step; `saves`, checkpoints where they are due. Raises Fault when a
+        loss is not finite, before anything is updated by it, and Stopped behind a checkpoint when any process
+        was asked to stop.
+        """
+        steps = task.steps(self.optim.batch_size)
+        self.engine.module.train()
+        for step, chosen in islice(enumerate(task.batches(seed, self.optim.batch_size)), start, None):
+            began = time.perf_counter()
+            heartbeat.at(f"task {task.name}, step {step + 1}")
+            for group, rate in zip(self.engine.groups, self.rates, strict=True):
+                group["lr"] = rate * lr_factor(self.optim.schedule, step, steps)
+            self.method.before_step(self.engine.groups, step, steps, self.optim.schedule)
+            if rewritten := self.method.rewrite(step, steps):
+                self.engine.rewrite(rewritten)
+            row, asked, due = self._step(task, chosen, step, seed, saves)
+            if step == 0:
+                self._check_that_all_move()
+            if (every := self.optim.validate_every) and ((step + 1) % every == 0 or step + 1 == steps):
+                row["eval_loss"] = self.validate(task.validation)
+                if self.optim.keep_best and row["eval_loss"] < self.best:
+                    self.best = row["eval_loss"]
+                    self.kept = {key: value.detach().cpu().clone() for key, value in self.engine.values()}
+            kappa = max((group.get("kappa", 0.0) for group in self.engine.groups), default=0.0)
+            log(
+                {
+                    "task": task.name,
+                    "step": step + 1,
+                    "steps": steps,
+                    **row,
+                    "lr": self.engine.groups[0]["lr"],
+                    "kappa": kappa,
+                    "tokens": sum(len(task.examples[i]) for i in chosen),
+                    "micro_batch_tokens": self.tokens,
+                    "seconds": round(time.perf_counter() - began, 4),
+                }
+            )
+            if saves and (due or asked):
+                self.save(saves, step + 1)
+            if asked:
+                signals.ask("another process was")
+                raise signals.Stopped(f"task {task.name}, step {step + 1} of {steps}")
+        if self.kept:
+            self.engine.load_state(self.kept.items())
+        return self.engine.adapters()
+
+    def save(self, saves: Progress, step: int) -> None:
+        """A checkpoint behind `step` (collective); the first process writes it."""
+        tensors = self._progress()
+        if self.acc.is_main_process:
+            best = None if self.best == math.inf else self.best
+            saves.save(
+                step,
+                tensors,
+                {
+                    "tokens": self.tokens,
+                    "best": best,
+                    "seconds": self.earlier + time.perf_counter() - self.began,
+                },
+            )
+        elif self.engine.deepspeed:
+            for _ in tensors:  # gathered from all
+                pass
+        wait(self.acc)  # a process that ended now would have the launcher end the one that writes
+
+    def resume(self, path: Path) -> int:
+        """Put back what `save` wrote; the step to go on from."""
+        small = checkpoint.small(path)
+        self.earlier = small["seconds"]
+        self.tokens, self.best = (
+            min(self.tokens, small["tokens"]),
+            math.inf if small["best"] is None else small["best"],
+        )
+        self.engine.load_state(
+            (key.removeprefix("engine."), tensor) for key, tensor in checkpoint.tensors(path, "engine.")
+        )
+        self.method.resume(
+            {key.removeprefix("method."): tensor for key, tensor in checkpoint.tensors(path, "method.")}
+        )
+        self.kept = {
+            key.removeprefix("best."): tensor for key, tensor in checkpoint.tensors(path, "best.")
+        } or None
+        return small["step"]
+
+    def _progress(self) -> Iterator[tuple[str, Tensor]]:
+        yield from ((f"engine.{key}", tensor) for key, tensor in self.engine.state())
+        yield from ((f"method.{key}", tensor) for key, tensor in self.method.progress().items())
+        yield from ((f"best.{key}", tensor) for key, tensor in (self.kept or {}).items())
+
+    def state(self) -> dict[str, Tensor]:
+        """Adam's moments and step counts by position of the parameter, for methods that carry them between
+        tasks.
+        """
+        held = self.optimizer.state_dict()["state"]
+        return {
+            f"{i}.{key}": value.cpu().clone() for i, values in held.items() for key, value in values.items()
+        }
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        own = self.optimizer.state_dict()
+        for name, tensor in tensors.items():
+            i, _, key = name.partition(".")
+            own["state"].setdefault(int(i), {})[key] = tensor
+        self.optimizer.load_state_dict(own)
+
+    def _step(
+        self, task: TaskData, chosen: list[int], step: int, seed: int, saves: Progress | None
+    ) -> tuple[dict[str, float], bool, bool]:
+        """One optimizer step: its log row; whether any process was asked to stop, and whether a checkpoint is
+        due.
+        """
+        while True:  # until the micro-batches of all ranks fit into their memories
+            torch.manual_seed(
+                generator("dropout", seed, task.index, step, self.acc.process_index).initial_seed()
+            )
+            batches, losses = self._attempt(task.examples, chosen)
+            if not self.engine.anywhere(losses is None):
+                break
+            self.engine.discard()
+            self._shrink([len(task.examples[i]) for i in chosen], f"task {task.name}, step {step + 1}")
+        # What all must agree on travels with the losses. A NaN on any rank is a NaN on all.
+        own = torch.stack([sum(term.get(name, 0.0) for term in losses) for name in losses[0]])
+        due = (
+            saves is not None
+            and self.acc.is_main_process
+            and saves.due(step + 1 == task.steps(self.optim.batch_size))
+        )
+        *totals, asked, due = self.engine.reduce(
+            torch.cat([own, own.new_tensor([signals.asked(), due])])
+        ).tolist()
+        if not all(map(math.isfinite, totals)):
+            own = [
+                batch.examples
+                for batch, terms in zip(batches, losses, strict=True)
+                if not torch.stack(list(terms.values())).isfinite().all()
+            ]
+            raise Fault(
+                f"task {task.name}, step {step + 1}: the loss is {sum(totals)}; the micro-batches of "
+                f"training examples {gather_object(own)} caused it (counted from 0 in train.json); look at "
+                "them, or lower optim.lr"
+            )
+        self.method.edit_gradients(self.gradients)
+        norm = self.engine.step()
+        self.method.after_step(self.gradients)
+        return {**dict(zip(losses[0], totals, strict=True)), "grad_norm": norm}, bool(asked), bool(due)
+
+    def _attempt(self, examples: list[Encoded], chosen: list[int]) -> tuple[list[Batch], list[dict] | None]:
+        """Forward and backward of this rank's share: the micro-batches and their losses, None where memory
+        ran out.
+        """
+        try:
+            batches = list(self._micro(examples, chosen))
+            return batches, [
+                self.engine.accumulate(batch, first=batch is batches[0], last=batch is batches[-1])
+                for batch in batches
+            ]
+        except torch.OutOfMemoryError:
+            return [], None  # outside of this block, where the failed forward's tensors are not held any more
+
+    def _shrink(self, lengths: list[int], where: str) -> None:
+        """Halve the tokens of a micro-batch, down to the longest example alone. Same numbers, so same
+        outcome, on all ranks."""
+        cut = micro_batches(lengths, self.acc.num_processes, self.tokens, self.packed)
+        largest = max(
+            batch_tokens([lengths[i] for i in positions], self.packed) for rank in cut for positions in rank
+        )
+        longest = max(lengths)
+        if largest <= longest:
+            raise Fault(
+                f"{where}: one training example of {longest} tokens alone does not fit into the device's "
+                f"memory, so optim.micro_batch_tokens ({self.tokens} now) can't be lowered any further; turn "
+                "on model.gradient_checkpointing or lower data.max_prompt_tokens"
+            )
+        self.tokens = max(longest, largest // 2)
+        self.acc.print(f"{where}: out of memory, going on with optim.micro_batch_tokens at {self.tokens}")
+
+    def _micro(self, examples: list[Encoded], chosen: list[int]) -> Iterator[Batch]:
+        """This rank's micro-batches of a global batch; an empty one becomes a filler of weight 0."""
+        weights = example_weights(examples, chosen, self.optim.loss_average)
+        lengths = [len(examples[i]) for i in chosen]
+        filler = min(range(len(chosen)), key=lambda i: lengths[i])
+        ranks = micro_batches(lengths, self.acc.num_processes, self.tokens, self.packed)
+        for positions in ranks[self.acc.process_index]:
+            own, shares = (
+                [chosen[i] for i in positions] or [chosen[filler]],
+                [weights[i] for i in positions] or [0.0],
+            )
+            yield collate(examples, own, shares, self.pad, self.packed).to(self.acc.device)
+
+    @torch.no_grad()
+    def validate(self, examples: list[Encoded]) -> float:
+        """Mean loss over the examples, averaged as in training."""
+        self.engine.module.eval()
+        total = sum(
+            sum(self.engine.module(batch).values())
+            for batch in self._micro(examples, list(range(len(examples))))
+        )
+        self.engine.module.train()
+        return self.acc.reduce(total, "sum").item()
+
+    def _check_that_all_move(self) -> None:
+        """B starts at zero and Adam moves whatever has a gradient, so a B that is still zero had none."""
+        still = [site for site, adapter in self.engine.adapters().items() if not adapter.b.any()]
+        if still:
+            raise Fault(
+                f"{len(still)} adapters got no gradient in the first step, {still[0]} among them; this "
+                "happens with a learning rate of 0 or where gradient checkpointing cuts the graph"
+            )
