@@ -11,13 +11,13 @@ import sys
 import time
 from pathlib import Path
 
-import codyra_llm.recipes
 import psutil
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
+import codyra_llm.recipes
 from codyra_llm.config.recipe import load_recipe
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import await_file
@@ -373,7 +373,7 @@ def test_a_file_that_another_node_can_not_see(tmp_path):
 def test_a_process_of_a_group_ends_at_once(code, tmp_path):
     """With what it printed, its exit code, and without the interpreter's own end; alone it goes on."""
     script = (
-        "import atexit, torch; from codyra_llm.distributed import leave; atexit.register(print, "
+        "import atexit, torch; from codyra_llm.runtime.launch import leave; atexit.register(print, "
         f"'finalised')\nleave({code}); print('alone')\ntorch.distributed.init_process_group('gloo', "
         f"store=torch.distributed.HashStore(), rank=0, world_size=1)\nleave({code}); print('left')"
     )
