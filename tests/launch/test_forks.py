@@ -1,4 +1,6 @@
-"""`run` in processes that a launcher forks from one that has imported everything equals `run` in one process."""
+"""`run` in processes that a launcher forks from one that has imported everything equals `run` in one
+process.
+"""
 
 import os
 import subprocess
