@@ -4,6 +4,7 @@ say together.
 
 import csv
 import html
+import io
 import json
 import math
 import re
@@ -22,6 +23,7 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import read_jsonl, write_json, write_jsonl
 from codyra_llm.evaluate.matrix import FORMULAS
 from codyra_llm.experiment import run
+from codyra_llm.report import grid
 from codyra_llm.report.html import charts, page
 from codyra_llm.report.html.forgotten import readable
 from codyra_llm.store.folder import RunFolder
@@ -378,6 +380,18 @@ def test_orders_are_groups_of_their_own_and_one_seed_twice_is_a_fault(tmp_path):
     ]
     with pytest.raises(Fault, match="same recipe and seed 1234; give one of them"):
         page.write([first, make(tmp_path / "c")], tmp_path / "x.html")
+
+
+def test_no_cell_of_a_csv_is_a_formula():
+    evil = "=1+1"
+    table = grid.Grid(evil, "", [evil, "-"], [(evil, [grid.word(evil), grid.Cell(-1.5, "-1.5")])])
+    out = io.StringIO()
+    grid.write_csv([table], out)
+    quoted = "'" + evil
+    assert list(csv.reader(out.getvalue().splitlines()))[1:] == [
+        [quoted, quoted, quoted, quoted, "", ""],
+        [quoted, quoted, "'-", "-1.5", "", ""],
+    ]
 
 
 def test_csv_and_markdown_parse_back(one, tmp_path):

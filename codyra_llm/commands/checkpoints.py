@@ -9,6 +9,7 @@ import typer
 
 from codyra_llm.commands.common import LocalRank, Overrides, console
 from codyra_llm.core.errors import Fault, nearest
+from codyra_llm.core.terminal import write
 from codyra_llm.runtime import signals
 
 
@@ -114,7 +115,7 @@ def generate(
     """
     from codyra_llm.checkpoints.generate import answer
 
-    print(answer(model, sys.stdin.read() if prompt is None else prompt, max_new_tokens))
+    write(answer(model, sys.stdin.read() if prompt is None else prompt, max_new_tokens))
 
 
 def export(

@@ -1,3 +1,5 @@
+"""What answers prompts: the model in this process, or vLLM on a merged copy."""
+
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial

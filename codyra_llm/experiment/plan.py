@@ -47,16 +47,19 @@ def plan(recipe: Recipe, console: Console) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     console.print(
-        f"[b]{setup.recipe.model.path}[/b] ({model.config.model_type}, {total / 1e6:.1f} M parameters, "
-        f"{str(setup.dtype).removeprefix('torch.')}); method [b]{setup.method.name}[/b] trains "
-        f"{trained / 1e6:.2f} M parameters",
-        highlight=False,
+        Text.assemble(
+            (setup.recipe.model.path, "bold"),
+            f" ({model.config.model_type}, {total / 1e6:.1f} M parameters, "
+            f"{str(setup.dtype).removeprefix('torch.')}); method ",
+            (setup.method.name, "bold"),
+            f" trains {trained / 1e6:.2f} M parameters",
+        )
     )
     console.print(_table(setup, work))
     if work.tasks:
         console.print(_shown(setup, work.tasks[0].examples[0]))
     for line in _estimates(setup, model, work, trained, total):
-        console.print(line, highlight=False)
+        console.print(line)
 
 
 def skeleton(setup: Setup) -> nn.Module:

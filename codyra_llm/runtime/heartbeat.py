@@ -16,6 +16,7 @@ from datetime import timedelta
 from torch.distributed import DistError, PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
+from codyra_llm.core.terminal import one_line
 from codyra_llm.runtime import signals
 
 EXIT = 76  # another process of the launch is gone
@@ -242,7 +243,7 @@ def end(verdict: str) -> None:
     """End this process because another is gone, whatever it waits for."""
     rank = _watch.rank if _watch else os.environ.get("RANK", 0)
     print(
-        f"error (rank {rank}): {verdict}; the same command goes on from what is saved",
+        f"error (rank {rank}): {one_line(verdict)}; the same command goes on from what is saved",
         file=sys.stderr,
         flush=True,
     )
