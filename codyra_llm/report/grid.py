@@ -59,8 +59,8 @@ def word(value: str) -> Cell:
 
 
 def write_csv(grids: Iterable[Grid], file: TextIO) -> None:
-    """One line per cell that holds something, in full precision: HEADER. A text that a spreadsheet would run as a
-    formula has an apostrophe before it."""
+    """One line per cell that holds something, in full precision: HEADER. A text that a spreadsheet would run
+    as a formula has an apostrophe before it."""
     out = csv.writer(file, lineterminator="\n")
     out.writerow(HEADER)
     for grid in grids:
