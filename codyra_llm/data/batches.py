@@ -94,7 +94,7 @@ def collate(
     own = [encoded[i] for i in chosen]
     lengths = [len(e) for e in own]
     shape = (1, sum(lengths)) if packed else (len(own), max(lengths))
-    starts = accumulate([0] + lengths) if packed else range(0, math.prod(shape), shape[1])
+    starts = accumulate([0, *lengths[:-1]]) if packed else range(0, math.prod(shape), shape[1])
     ids, predictors, targets, shares = torch.full(shape, pad), [], [], []
     for start, e, weight in zip(starts, own, weights, strict=True):
         tokens, first = e.prompt + e.answer, max(len(e.prompt), 1)  # nothing predicts the first token of all
