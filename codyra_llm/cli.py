@@ -88,6 +88,7 @@ def _run(args: list[str] | None) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point. A Fault becomes its sentences on standard error and exit code 2, never a traceback."""
+    signals.note_parent()
     try:
         _run(args)
     except Fault as fault:

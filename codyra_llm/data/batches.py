@@ -8,15 +8,12 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
-from datasets import disable_progress_bars
 from torch import Tensor, nn
 
 from codyra_llm.core.tensors import generator
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.models import packed_attention
 from codyra_llm.models.head_loss import head_loss
-
-disable_progress_bars()  # the bars of tokenising thousands of short rows say nothing
 
 
 @dataclass

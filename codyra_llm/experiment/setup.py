@@ -11,7 +11,6 @@ from tempfile import TemporaryFile
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from codyra_llm.benchmarks.trace.mini.make import mini_data, mini_model
 from codyra_llm.config.recipe import Recipe, by_task
@@ -34,9 +33,6 @@ from codyra_llm.store.archive import Archive
 from codyra_llm.store.folder import RunFolder
 
 PROBE_TOKENS = 32  # general-ability probes have short answers
-
-
-logging.disable_progress_bar()  # every task loads its model anew
 
 
 @dataclass

@@ -24,6 +24,7 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import file_sha256, replacing, write_json
 from codyra_llm.core.parsing import read_json
 from codyra_llm.models.weights import save_weights, told
+from codyra_llm.runtime.quiet import without_weight_bars
 
 # Architectures whose GGUF transformers reads faithfully, and the pre-tokenisers it rebuilds for byte-level
 # BPE.
@@ -113,13 +114,14 @@ def plain_model(gguf: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model with dense weights; without `dequantize` transformers attaches a quantiser and can't save
     it.
     """
-    model, info = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        dtype=dtype,
-        quantization_config=GgufConfig(dequantize=True),
-        output_loading_info=True,
-    )
+    with without_weight_bars():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            dtype=dtype,
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
+        )
     missing = [str(key) for key in (*info["missing_keys"], *info["mismatched_keys"])]
     if missing:  # transformers would leave them at random values
         raise Fault(

@@ -27,6 +27,7 @@ from codyra_llm.core.parsing import read_json, shown
 from codyra_llm.models.gguf import convert
 from codyra_llm.models.tokenizer import load_tokenizer, render_chat
 from codyra_llm.models.weights import INDEX, header_faults, weight_files
+from codyra_llm.runtime.quiet import without_weight_bars
 
 FAMILIES = ("llama", "gemma", "gemma2", "gemma3_text", "mistral", "qwen2", "qwen3")
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md"]
@@ -175,15 +176,16 @@ def load(folder: Path, dtype: torch.dtype, attention: str | None = None) -> PreT
     shape.
     """
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with without_weight_bars():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=False,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except (ImportError, ValueError) as error:  # a package that is missing, or Gemma 2 with sdpa
         raise Fault(
             f"{folder} can't be loaded with attention '{attention}' ({str(error).split('. ')[0]}): choose "

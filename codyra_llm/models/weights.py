@@ -23,6 +23,7 @@ from transformers import (
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.files import CHUNK
 from codyra_llm.core.parsing import read_json, shown
+from codyra_llm.runtime.quiet import without_weight_bars
 
 INDEX = "model.safetensors.index.json"
 PICKLED = (b"PK\x03\x04", b"\x80")  # how torch.save's files begin, zipped or not
@@ -214,5 +215,6 @@ def save_weights(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
         not torch.cuda.is_available()
     ):  # transformers imports DeepSpeed here where there is one, which else warns of a CPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    model.save_pretrained(folder)
+    with without_weight_bars():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

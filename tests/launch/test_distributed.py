@@ -239,7 +239,7 @@ def test_a_file_that_another_node_can_not_see(tmp_path):
 def test_a_process_of_a_group_ends_at_once(code, tmp_path):
     """With what it printed, its exit code, and without the interpreter's own end; alone it goes on."""
     script = (
-        "import atexit, torch; from codyra_llm.distributed import leave; atexit.register(print, "
+        "import atexit, torch; from codyra_llm.runtime.launch import leave; atexit.register(print, "
         f"'finalised')\nleave({code}); print('alone')\ntorch.distributed.init_process_group('gloo', "
         f"store=torch.distributed.HashStore(), rank=0, world_size=1)\nleave({code}); print('left')"
     )

@@ -6,7 +6,6 @@ import pytest
 import torch
 from helpers import tiny_recipe
 from safetensors.torch import load_file
-from transformers import AttentionInterface
 
 from codyra_llm.core.files import read_jsonl
 from codyra_llm.experiment import run
@@ -17,11 +16,13 @@ from codyra_llm.models import packed_attention
 def test_a_packed_run_is_the_padded_run(name, request, toy_stream, tmp_path, monkeypatch):
     """Training, validation, the archived update and the answers. 150 tokens hold four examples or fewer."""
     model, logs, tensors, scores, calls = request.getfixturevalue(name), [], [], [], []
-    monkeypatch.setitem(
-        AttentionInterface._global_mapping,
-        packed_attention.NAME,
-        lambda *args, **kwargs: calls.append(kwargs["segments"]) or packed_attention.packed(*args, **kwargs),
-    )
+    packed = packed_attention.packed
+
+    def counting(*args, **kwargs):
+        calls.append(kwargs["segments"])
+        return packed(*args, **kwargs)
+
+    monkeypatch.setattr(packed_attention, "packed", counting)
     for kind in ("buckets", "packed"):
         assert not calls
         folder = run.run(

@@ -1,6 +1,7 @@
 """Label masks by position, truncation that keeps EOS, weights, orders, micro-batches."""
 
 import json
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -137,7 +138,7 @@ def test_padded_and_packed_batches_hold_the_same_labels(sizes):
     expected = [
         ((before, token), weights[i])
         for i, e in enumerate(examples)
-        for before, token in zip([None, *(e.prompt + e.answer)], e.prompt + e.answer, strict=True)
+        for before, token in pairwise([None, *e.prompt, *e.answer])
         if token in e.answer and before is not None
     ]
     for batch in (padded, packed):

@@ -100,6 +100,18 @@ def test_rouge_l_takes_the_answer_first_as_published():
     assert one("rouge_l", "c a", "a c . a") == pytest.approx(50, abs=1e-5)
 
 
+def test_rouge_l_of_texts_for_which_the_package_takes_minutes():
+    answer = [f"w{number}" for number in range(6000)]
+    prediction = answer[::2]
+    expected = 100 * 2 * 0.5 / (1 + 0.5)
+    assert one("rouge_l", " ".join(prediction), " ".join(answer)) == pytest.approx(expected, abs=1e-5)
+    assert one("rouge_l", ". ".join(prediction), ". ".join(answer)) == pytest.approx(expected, abs=1e-5)
+
+
+def test_literals_that_are_never_closed_stay():
+    assert literals("<STR_LIT:a>" + "<STR_LIT:" * 50_000) == "a" + "<STR_LIT:" * 50_000
+
+
 def test_rouge_l_where_the_package_crashes():
     with pytest.raises(ValueError):
         Rouge(["rouge-l"]).get_scores("...", "a b")
