@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_distributed import assert_same_run, free_port, sections
+from helpers import TESTS
+from launches import assert_same_run, free_port, sections
 
 from codyra_llm.config.recipe import load_recipe
 from codyra_llm.experiment.run import run
@@ -39,7 +40,7 @@ def test_a_recipe_runs_in_forked_processes(launcher, one_process, tiny_llama, to
     ]
     clean = {k: v for k, v in os.environ.items() if not k.startswith(OF_LAUNCHERS)}
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("start.py"), launcher, str(free_port()), *files],
+        [sys.executable, TESTS / "run_forked.py", launcher, str(free_port()), *files],
         capture_output=True,
         text=True,
         timeout=300,
