@@ -1,11 +1,15 @@
 """What holds for every method, and its declarations against what it does."""
 
+import gc
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import codyra_llm.recipes
@@ -79,7 +83,7 @@ def finished(tiny_llama, toy_stream, tmp_path_factory):
 
     def run(name: str) -> tuple[RunFolder, set]:
         if name not in made:
-            with pytest.MonkeyPatch.context() as patch:
+            with pytest.MonkeyPatch.context() as patch, collecting_no_cycles():
                 read = watched(patch)
                 made[name] = runs.run(parse_recipe(raw(tiny_llama, toy_stream, out / name, name))), read
         return made[name]
@@ -88,9 +92,18 @@ def finished(tiny_llama, toy_stream, tmp_path_factory):
 
 
 def watched(patch: pytest.MonkeyPatch) -> set[tuple[int, int, str]]:
-    """(task that is learnt, task whose records are read, split), from now on."""
-    read, now = set(), []
-    records, learn = Stream.records, runs.learn
+    """(task that is learnt, task whose records are read, split), from now on. Nothing of a model may be alive
+    when `learn` returns or when another model is loaded, by counting references alone."""
+    read, now, models = set(), [], []
+    records, learn, load = Stream.records, runs.learn, loading.load
+
+    def loading_anew(*args, **kwargs):
+        gone(models, "at the next load")
+        model = load(*args, **kwargs)
+        models.append(weakref.ref(model))
+        models.extend(weakref.ref(module) for module in model.modules())
+        models.extend(weakref.ref(p) for p in model.parameters())
+        return model
 
     def spying(stream, index, split):
         read.update((current, index, split) for current in now)
@@ -100,10 +113,27 @@ def watched(patch: pytest.MonkeyPatch) -> set[tuple[int, int, str]]:
         now.append(index)
         learn(setup, folder, acc, peak, index)
         now.pop()
+        gone(models, f"after task {index} was learnt")
 
+    patch.setattr(loading, "load", loading_anew)
     patch.setattr(Stream, "records", spying)
     patch.setattr(runs, "learn", learning)
     return read
+
+
+@contextmanager
+def collecting_no_cycles() -> Iterator[None]:
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def gone(models: list[weakref.ref], when: str) -> None:
+    alive = [ref() for ref in models if ref() is not None]
+    assert not alive, f"{len(alive)} parts of a model are still alive {when}, a {type(alive[0]).__name__}"
+    models.clear()
 
 
 def tensors(folder: RunFolder) -> dict[str, torch.Tensor]:
