@@ -234,8 +234,8 @@ def _archive(
     before = archive.terms(index - 1)
     after = {"add": [*before, update], "replace": [update], "apart": [update]}[update.mode]
     rank = getattr(setup.recipe.method, "rank", None)
-    rows = []
-    for row in update_report(WeightReader(setup.base), before, after, rank, setup.dtype):
+    rows, reader = [], WeightReader(setup.base)
+    for row in update_report(reader, before, after, rank, setup.dtype, launch.device()):
         signals.check()
         heartbeat.at(f"task {setup.recipe.tasks[index]}, the update of {row['site']}")
         rows.append(row)

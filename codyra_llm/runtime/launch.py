@@ -62,6 +62,11 @@ def accelerator() -> Accelerator:
     return made
 
 
+def device() -> torch.device:
+    """What this process computes on: its GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def leave_out_cudnn_attention() -> None:
     """Let this process attend by PyTorch's own kernels alone. cuDNN's, which PyTorch prefers on recent GPUs,
     builds a plan for every new shape, and in generation every step has a new length: on an H100 (torch 2.11)
