@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from adapters import recipe
-from contract import raw, watched
+from contract import collecting_no_cycles, raw, watched
 from sweeps import Ended
 from tiny import SIZES, save_tiny
 from transformers import (
@@ -166,7 +166,7 @@ def finished(tiny_llama, toy_stream, tmp_path_factory):
 
     def run(name: str) -> tuple[RunFolder, set]:
         if name not in made:
-            with pytest.MonkeyPatch.context() as patch:
+            with pytest.MonkeyPatch.context() as patch, collecting_no_cycles():
                 read = watched(patch)
                 made[name] = runs.run(parse_recipe(raw(tiny_llama, toy_stream, out / name, name))), read
         return made[name]

@@ -1,12 +1,17 @@
 """What holds for every method, and its declarations against what it does."""
 
+import gc
 import json
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from codyra_llm.config.registry import METHODS
 from codyra_llm.data.stream import Stream
 from codyra_llm.experiment import run as runs
+from codyra_llm.models import loading
 from codyra_llm.store.folder import RunFolder
 
 TASKS = ["ONE", "TWO", "THREE"]
@@ -51,9 +56,18 @@ def raw(model, stream, out, name) -> dict:
 
 
 def watched(patch: pytest.MonkeyPatch) -> set[tuple[int, int, str]]:
-    """(task that is learnt, task whose records are read, split), from now on."""
-    read, now = set(), []
-    records, learn = Stream.records, runs.learn
+    """(task that is learnt, task whose records are read, split), from now on. Nothing of a model may be alive
+    when `learn` returns or when another model is loaded, by counting references alone."""
+    read, now, models = set(), [], []
+    records, learn, load = Stream.records, runs.learn, loading.load
+
+    def loading_anew(*args, **kwargs):
+        gone(models, "at the next load")
+        model = load(*args, **kwargs)
+        models.append(weakref.ref(model))
+        models.extend(weakref.ref(module) for module in model.modules())
+        models.extend(weakref.ref(p) for p in model.parameters())
+        return model
 
     def spying(stream, index, split):
         read.update((current, index, split) for current in now)
@@ -63,10 +77,27 @@ def watched(patch: pytest.MonkeyPatch) -> set[tuple[int, int, str]]:
         now.append(index)
         learn(setup, folder, acc, peak, index)
         now.pop()
+        gone(models, f"after task {index} was learnt")
 
+    patch.setattr(loading, "load", loading_anew)
     patch.setattr(Stream, "records", spying)
     patch.setattr(runs, "learn", learning)
     return read
+
+
+@contextmanager
+def collecting_no_cycles() -> Iterator[None]:
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def gone(models: list[weakref.ref], when: str) -> None:
+    alive = [ref() for ref in models if ref() is not None]
+    assert not alive, f"{len(alive)} parts of a model are still alive {when}, a {type(alive[0]).__name__}"
+    models.clear()
 
 
 def rows(folder: RunFolder) -> list[dict]:

@@ -8,6 +8,7 @@ from rich.console import Console
 from codyra_llm.bench import evaluation, head, layers, measure, step
 from codyra_llm.bench.measure import TOLERANCE, Options
 from codyra_llm.core.errors import Fault, nearest
+from codyra_llm.runtime.launch import leave_out_cudnn_attention
 
 LEVELS = {
     "linear": layers.linear,
@@ -24,6 +25,7 @@ def measured(level: str, options: Options) -> dict:
     """What a level found, as plain JSON values; Fault where an arm is off."""
     if level not in LEVELS:
         raise Fault(f"'{level}' is not a level; choose from {', '.join(LEVELS)}.{nearest(level, LEVELS)}")
+    leave_out_cudnn_attention()  # of all arms: none is to pay for plans that a second round does not need
     return LEVELS[level](options)
 
 

@@ -68,13 +68,14 @@ class Contestant:
 
 
 def compare(
-    contestants: dict[str, Contestant], options: Options, rounds: int, largest: int = 0
+    contestants: dict[str, Contestant], options: Options, rounds: int, largest: int = 0, different: int = 1
 ) -> dict[str, dict]:
     """One row per arm; raises Fault where an arm is off, before anything is timed. `largest`: the round to
-    meter.
+    meter. `different`: how many rounds differ in their work; all of them are warmed up.
     """
     errors = gate(contestants, options.dtype)
-    times = interleaved({name: c.run for name, c in contestants.items()}, rounds, options.device)
+    runs = {name: contestant.run for name, contestant in contestants.items()}
+    times = interleaved(runs, rounds, options.device, different)
     reference = next((name for name in ("peft", "full") if name in times), next(iter(times)))
     rows = {}
     for name, c in contestants.items():
@@ -118,16 +119,19 @@ def _distance(found: Tensor, expected: Tensor) -> float:
 
 
 def interleaved(
-    actions: dict[str, Callable[[int], object]], rounds: int, device: torch.device
+    actions: dict[str, Callable[[int], object]], rounds: int, device: torch.device, different: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of every arm in every round, after one of warm-up. All arms run in every round, another one
-    first each time, so that a drift of the machine hits all of them."""
+    """Seconds of every arm in every round, after a warm-up over the rounds of `different` work, since a shape
+    that is met for the first time costs more. All arms run in every round, another one first each time, so
+    that a drift of the machine hits all of them."""
+    for number in range(different):
+        for action in actions.values():
+            _seconds(partial(action, number), device)
     names, times = list(actions), {name: [] for name in actions}
-    for number in range(-1, rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            elapsed = _seconds(partial(actions[name], max(number, 0)), device)
-            if number >= 0:
-                times[name].append(elapsed)
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            times[name].append(_seconds(partial(actions[name], number), device))
     return times
 
 

@@ -66,7 +66,7 @@ def measure(options: Options) -> dict:
             expected[kind],
             _stepper(arm, losses, batches, options.device),
         )
-    rows = compare(contestants, options, (options.rounds or 1) * len(batches), largest)
+    rows = compare(contestants, options, (options.rounds or 1) * len(batches), largest, len(batches))
     for row in rows.values():
         row["tokens_per_second"] = sum(sizes) * (options.rounds or 1) / row["seconds"]
     shape = [

@@ -11,6 +11,7 @@ from codyra_llm.evaluate.generate import generate_ids
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.models import loading
 from codyra_llm.models.tokenizer import load_tokenizer
+from codyra_llm.runtime import launch
 from codyra_llm.store.folder import RunFolder
 
 
@@ -20,8 +21,9 @@ def answer(source: str, prompt: str, new: int) -> str:
     A stage of a run reads the prompt as the run does (its lengths, its chat template); a method that must be
     told the prompt's task is told TASK.
     """
+    launch.leave_out_cudnn_attention()
     run, at, task = source.rpartition("@")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = launch.device()
     if at and (Path(run) / "recipe.json").is_file():
         folder = RunFolder(Path(run))
         setup = prepare(folder.recipe, open_ended=False)

@@ -20,6 +20,7 @@ from codyra_llm.experiment.setup import Setup, prepare, size
 from codyra_llm.experiment.trackers import check as check_trackers
 from codyra_llm.lora.shared import share_inputs
 from codyra_llm.models import packed_attention
+from codyra_llm.runtime import launch
 from codyra_llm.runtime.forecast import duration
 from codyra_llm.train.estimate import activation_bytes, matmul_speed, step_flops
 from codyra_llm.train.trainer import TaskData
@@ -82,7 +83,7 @@ def skeleton(setup: Setup) -> nn.Module:
 
 def _work(setup: Setup, model: nn.Module) -> Work:
     recipe, work, most = setup.recipe, Work(), (0, 0)
-    device = _device()
+    device = launch.device()
     limit = recipe.optim.micro_batch_tokens or default_tokens(device)
     packed = recipe.data.batching == "packed" or (
         recipe.data.batching == "auto" and setup.method.packs and packed_attention.pays(model, device)
@@ -159,7 +160,7 @@ def _estimates(setup: Setup, model: nn.Module, work: Work, trained: int, total: 
     """Memory: weights, adapters with two moments in float32, and the peak of the largest micro-batch. Time:
     the matrix products of all steps at the speed of a short probe. Disk: updates and, if asked, the final
     model."""
-    device = _device()
+    device = launch.device()
     held = {"weights": _weight_bytes(setup, model, total)}
     lines = []
     if work.biggest:
@@ -181,10 +182,6 @@ def _estimates(setup: Setup, model: nn.Module, work: Work, trained: int, total: 
         *lines,
         f"disk, at most: {disk / 1e9:.2f} GB in {setup.recipe.output}",
     ]
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _weight_bytes(setup: Setup, model: nn.Module, total: int) -> float:

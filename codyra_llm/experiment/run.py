@@ -6,6 +6,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -124,36 +125,40 @@ def learn(setup: Setup, folder: RunFolder, acc: Accelerator, peak: ProcessPeak, 
     archive, name = folder.archive(), setup.recipe.tasks[index]
     display.begin(Piece("learn", name, index + 1), name, setup.recipe.tasks)
     peak.restart()
-    model, began = _start(setup, acc, archive, index), time.perf_counter()
-    trainer, adapters, state = _train(setup, folder, acc, archive, model, index)
-    seconds, peaks = trainer.earlier + time.perf_counter() - began, gather_object([peak.read()])
+    learnt = _train(setup, folder, acc, archive, index)  # nothing of its model is alive from here on
+    peaks = gather_object([peak.read()])
     if acc.is_main_process:
         folder.add_costs(
             name,
             {
-                "trained": trainer.trained,
-                "seconds": round(seconds, 3),
+                "trained": learnt.trained,
+                "seconds": round(learnt.seconds, 3),
                 "peak_bytes": None if None in peaks else max(peaks),
             },
         )
-        rows = _archive(setup, folder, archive, index, setup.method.consolidate(adapters, index), state)
+        rows = _archive(setup, folder, archive, index, learnt.update, learnt.state)
         ranks = [(r["kept"], r["rank"]) for r in rows if r["rank"] is not None]
         counted = f", {sum(k for k, _ in ranks)} of {sum(r for _, r in ranks)} ranks kept" if ranks else ""
-        console.print(f"{name}: learnt in {seconds:.0f} s{counted}")
+        console.print(f"{name}: learnt in {learnt.seconds:.0f} s{counted}")
         folder.clear_progress()
-    trainer.engine.free()
     wait(acc)
-    for file in [folder.state(index)] * bool(state) + [archive.path(index, name)]:
+    for file in [folder.state(index)] * bool(learnt.state) + [archive.path(index, name)]:
         collectively(True, await_file, file)
 
 
-def _train(
-    setup: Setup, folder: RunFolder, acc: Accelerator, archive: Archive, model: torch.nn.Module, index: int
-) -> tuple[Trainer, dict[str, Adapter], dict[str, torch.Tensor]]:
-    """The method's whole course on task `index`: the trainer, the adapters that it left, the method's
-    state.
-    """
+class Learnt(NamedTuple):
+    """What training on one task left."""
+
+    update: Update
+    state: dict[str, torch.Tensor]  # the method's
+    trained: int  # parameters
+    seconds: float
+
+
+def _train(setup: Setup, folder: RunFolder, acc: Accelerator, archive: Archive, index: int) -> Learnt:
+    """The method's whole course on task `index`, on a model that is made for it and gone when it returns."""
     recipe, method, before = setup.recipe, setup.method, folder.load_state(index - 1)
+    model, began = _start(setup, acc, archive, index), time.perf_counter()
     task = setup.task(model, archive, index, {k: v for k, v in before.items() if not k.startswith(OPTIMIZER)})
     method.attach(model)
     share_inputs(model, recipe.model.fused, across=launch.zero_stage(acc) < 3)
@@ -171,7 +176,9 @@ def _train(
     state = method.end_task(model, task, trainer.gradients)
     if method.carries_optimizer:
         state |= {OPTIMIZER + k: v for k, v in trainer.state().items()}
-    return trainer, adapters, state
+    update = method.consolidate(adapters, index)
+    trainer.free()
+    return Learnt(update, state, trainer.trained, trainer.earlier + time.perf_counter() - began)
 
 
 def _start(setup: Setup, acc: Accelerator, archive: Archive, index: int) -> torch.nn.Module:
@@ -228,8 +235,8 @@ def _archive(
     before = archive.terms(index - 1)
     after = {"add": [*before, update], "replace": [update], "apart": [update]}[update.mode]
     rank = getattr(setup.recipe.method, "rank", None)
-    rows = []
-    for row in update_report(WeightReader(setup.base), before, after, rank, setup.dtype):
+    rows, reader = [], WeightReader(setup.base)
+    for row in update_report(reader, before, after, rank, setup.dtype, launch.device()):
         signals.check()
         heartbeat.at(f"task {setup.recipe.tasks[index]}, the update of {row['site']}")
         rows.append(row)

@@ -28,7 +28,7 @@ from codyra_llm.methods.base import Method, Task
 from codyra_llm.models import loading, packed_attention
 from codyra_llm.models.tokenizer import load_tokenizer
 from codyra_llm.models.weights import WeightReader, fingerprint
-from codyra_llm.runtime import heartbeat, signals
+from codyra_llm.runtime import heartbeat, launch, signals
 from codyra_llm.store.archive import Archive
 from codyra_llm.store.folder import RunFolder
 
@@ -58,9 +58,10 @@ class Setup:
 
     def model(self, archive: Archive, after: int, without: int | None = None) -> PreTrainedModel:
         """The merged model as it is after task `after` (-1: the base), on the CPU. All that is evaluated,
-        exported or trained on comes from here."""
+        exported or trained on comes from here, so what is exported is what was evaluated, to the last bit on
+        the same kind of device: updates are summed on the GPU where there is one."""
         model = loading.load(self.base, self.dtype, self.recipe.model.attention)
-        merge(model, WeightReader(self.base), archive.terms(after, without))
+        merge(model, WeightReader(self.base), archive.terms(after, without), launch.device())
         return model
 
     def verify(self, folder: RunFolder) -> None:

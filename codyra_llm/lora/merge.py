@@ -10,38 +10,46 @@ from codyra_llm.models.weights import WeightReader
 
 
 def merged_weight(base: Tensor, terms: list[Update], site: str) -> Tensor:
-    """W₀ + Σ ΔW_k of one site in float32, [out, in]."""
+    """W₀ + Σ ΔW_k of one site in float32, [out, in], computed where W₀ is."""
     weight = base.float()
     for update in terms:
         if site in update.adapters:
-            weight = weight + update.adapters[site].delta(update.scale)
+            weight = weight + update.adapters[site].to(base.device).delta(update.scale)
     return weight
 
 
 @torch.no_grad()
-def merge(model: nn.Module, reader: WeightReader, terms: list[Update]) -> None:
-    """Write base + `terms` into the model, in the model's own dtype; W₀ is read from the base's files. Tied
-    parameters have one name and stay tied."""
+def merge(model: nn.Module, reader: WeightReader, terms: list[Update], device: torch.device) -> None:
+    """Write base + `terms` into the model, in the model's own dtype; W₀ is read from the base's files. Sites
+    are summed one after the other on `device`, wherever the model is. Tied parameters have one name and stay
+    tied."""
     for update in terms:
         for name, whole in update.dense.items():
             model.get_parameter(name).copy_(whole)
     for site in {site for update in terms for site in update.adapters}:
         weight = f"{site}.weight"
-        model.get_parameter(weight).copy_(merged_weight(reader.get(weight), terms, site))
+        base = reader.get(weight).to(device)
+        model.get_parameter(weight).copy_(merged_weight(base, terms, site))
 
 
+@torch.no_grad()
 def report(
-    reader: WeightReader, before: list[Update], after: list[Update], rank: int | None, dtype: torch.dtype
+    reader: WeightReader,
+    before: list[Update],
+    after: list[Update],
+    rank: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Iterator[dict]:
     """One row per site for the last update of `after`: rank kept of `rank`, ‖ΔW‖_F, drift ‖W_t - W₀‖_F, and
-    the share of ΔW = W_t - W_{t-1} that survives the cast to `dtype`.
+    the share of ΔW = W_t - W_{t-1} that survives the cast to `dtype`. A site at a time on `device`.
 
     The share is ⟨cast(W_t) - cast(W_{t-1}), ΔW⟩ / ‖ΔW‖²: 1 where the stored weights moved as the update asks,
     0 where all of it was lost below the grid of `dtype`; null for an update of zero. Parameters that the
     update holds whole get a row each, with ranks and share null.
     """
     for site, adapter in after[-1].adapters.items():
-        base = reader.get(f"{site}.weight").float()
+        base = reader.get(f"{site}.weight").to(device).float()
         old, new = merged_weight(base, before, site), merged_weight(base, after, site)
         delta, moved = new - old, new.to(dtype).float() - old.to(dtype).float()
         norm = delta.norm().item()
@@ -56,8 +64,8 @@ def report(
         }
     held = before[-1].dense if before else {}
     for name, whole in after[-1].dense.items():
-        base, new = reader.get(name).float(), whole.float()
-        old = held[name].float() if name in held else base.to(dtype).float()
+        base, new = reader.get(name).to(device).float(), whole.to(device).float()
+        old = held[name].to(device).float() if name in held else base.to(dtype).float()
         yield {
             "site": name.removesuffix(".weight"),
             "rank": None,

@@ -8,20 +8,38 @@ import torch
 from torch import Tensor
 
 
-def soft_threshold(x: Tensor, kappa: float) -> Tensor:
-    """sign(x)·max(|x| - κ, 0): the proximal operator of κ‖x‖₁, element by element."""
-    return x.sign() * (x.abs() - kappa).clamp_(min=0)
+def soft_threshold(values: list[Tensor], kappa: float) -> list[Tensor]:
+    """sign(x)·max(|x| - κ, 0) for x in `values`: the proximal operator of κ‖x‖₁, element by element. All
+    tensors in a few operations: there are hundreds, and each is small."""
+    shrunk = torch._foreach_abs(values)
+    torch._foreach_sub_(shrunk, kappa)
+    torch._foreach_clamp_min_(shrunk, 0)
+    torch._foreach_mul_(shrunk, torch._foreach_sign(values))
+    return shrunk
 
 
-def released_threshold(x: Tensor, kappa: float) -> Tensor:
+def released_threshold(values: list[Tensor], kappa: float) -> list[Tensor]:
     """The rule of CoDyRA's released code: shrink by κ, then zero what is now below κ, a dead zone of 2κ
     instead of κ.
     """
-    shrunk = soft_threshold(x, kappa)
-    return shrunk * (shrunk.abs() >= kappa)
+    shrunk = soft_threshold(values, kappa)
+    kept = torch._foreach_abs(shrunk)
+    torch._foreach_sub_(kept, kappa)
+    torch._foreach_sign_(kept)  # -1 where it is to be zero, else 0 or 1
+    torch._foreach_add_(kept, 1)
+    torch._foreach_clamp_max_(kept, 1)
+    torch._foreach_mul_(shrunk, kept)
+    return shrunk
 
 
 OPERATORS = {"soft": soft_threshold, "released": released_threshold}
+
+
+def _shrink_dropped(values: list[Tensor], drop: list[Tensor], kappa: float) -> list[Tensor]:
+    """x·(1 - κ·d) for x in `values` and their masks d."""
+    factors = torch._foreach_mul(drop, -kappa)
+    torch._foreach_add_(factors, 1)
+    return torch._foreach_mul(values, factors)
 
 
 class ProximalAdamW(torch.optim.AdamW):
@@ -37,9 +55,11 @@ class ProximalAdamW(torch.optim.AdamW):
     def step(self, closure=None):
         loss = super().step(closure)
         for group in self.param_groups:
-            kappa, drop = group.get("kappa", 0.0), group.get("drop")
-            for i, p in enumerate(group["params"] if kappa else ()):
-                p.copy_(p * (1 - kappa * drop[i]) if drop else OPERATORS[group["operator"]](p, kappa))
+            kappa, drop, values = group.get("kappa", 0.0), group.get("drop"), group["params"]
+            if kappa and drop:
+                torch._foreach_copy_(values, _shrink_dropped(values, drop, kappa))
+            elif kappa:
+                torch._foreach_copy_(values, OPERATORS[group["operator"]](values, kappa))
         return loss
 
 

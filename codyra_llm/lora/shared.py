@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +34,19 @@ class SharedInput:
     """Computes all its layers when the first of them is called, and hands the others theirs when they are
     called on the same tensor: the model's own attention and MLP code stays as it is.
 
-    Dropout draws one mask for all of them. `fused` False: the same maths by plain autograd.
+    Dropout draws one mask for all of them. `fused` False: the same maths by plain autograd. The layers own
+    it; it refers to them weakly, so that a model is gone, and its memory free, when nobody holds it any more.
     """
 
     def __init__(self, layers: list[AdaptedLayer]):
-        self.layers, self.fused = layers, True
+        self._layers, self.fused = [ref(layer) for layer in layers], True
         self.forget()
         for layer in layers:
             layer.shared = self
+
+    @property
+    def layers(self) -> list[AdaptedLayer]:
+        return [layer() for layer in self._layers]
 
     def forget(self) -> None:
         """Drop what is cached. Needed after the masters were written in a way that autograd's version
@@ -51,7 +57,7 @@ class SharedInput:
 
     def output(self, layer: AdaptedLayer, x: Tensor) -> Tensor:
         """This layer's output for x [..., in]."""
-        if len(self.layers) == 1:
+        if len(self._layers) == 1:
             return self.compute(x)[0]
         kept = self._input is not None and self._input[0] is x and self._input[1] == x._version
         if not kept or id(layer) not in self._outputs:
@@ -66,19 +72,18 @@ class SharedInput:
 
     def compute(self, x: Tensor) -> list[Tensor]:
         """The outputs of all layers, in order."""
-        dtype = self.layers[0].dtype
+        layers = self.layers
+        dtype, spec = layers[0].dtype, layers[0].spec
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
-        spec = self.layers[0].spec
         with torch.autocast(
             x.device.type, enabled=False
         ):  # dtypes are explicit here, and autocast knows no addmm_
-            dropped = (
-                functional.dropout(flat, spec.dropout) if spec.dropout and self.layers[0].training else None
-            )
+            drops = spec.dropout and layers[0].training
+            dropped = functional.dropout(flat, spec.dropout) if drops else None
             if self.fused:
                 out = SharedLinears.apply(flat, dropped, self.group(dtype), *self.masters())
             else:
-                out = [_eager(layer, flat, flat if dropped is None else dropped) for layer in self.layers]
+                out = [_eager(layer, flat, flat if dropped is None else dropped) for layer in layers]
         return [y.view(*x.shape[:-1], y.shape[-1]) for y in out]
 
     def masters(self) -> list[Tensor | None]:
@@ -88,22 +93,17 @@ class SharedInput:
         """What the functions read, with shadows of the masters as they are now: made once per optimizer
         step.
         """
-        sources = [source for layer in self.layers for source in layer.sources if source is not None]
+        layers = self.layers
+        scale = layers[0].spec.scale
+        sources = [source for layer in layers for source in layer.sources if source is not None]
         made_from = (dtype, sources[0].device, [(id(s), s._version) for s in sources])
         kept = self._shadows.get(id(sources[0]))
         if kept is None or kept[0] != made_from:
-            kept = (
-                made_from,
-                shadow([layer.factors for layer in self.layers], self.layers[0].spec.scale, dtype),
-            )
+            kept = made_from, shadow([layer.factors for layer in layers], scale, dtype)
             self._shadows[id(sources[0])] = kept
-        biases = (None if layer.bias is None else layer.bias.to(dtype) for layer in self.layers)
-        return Group(
-            tuple(partial(layer.frozen, dtype) for layer in self.layers),
-            tuple(biases),
-            self.layers[0].spec.scale,
-            kept[1],
-        )
+        weights = tuple(partial(layer.frozen, dtype) for layer in layers)
+        biases = tuple(None if layer.bias is None else layer.bias.to(dtype) for layer in layers)
+        return Group(weights, biases, scale, kept[1])
 
 
 def _eager(layer: AdaptedLayer, x: Tensor, source: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def share_inputs(model: nn.Module, fused: bool = True, across: bool = True) -> N
             if layers:
                 SharedInput(layers)
         if fused and across and _is_adapted_mlp(block):
-            block.forward = partial(_mlp, block)
+            block.forward = partial(_mlp, ref(block))  # weakly, as above
     for shared in shared_inputs(model):
         shared.fused = fused
 
@@ -155,8 +155,9 @@ def _is_adapted_mlp(block: nn.Module) -> bool:
     )
 
 
-def _mlp(block: nn.Module, x: Tensor) -> Tensor:
+def _mlp(mlp: "ref[nn.Module]", x: Tensor) -> Tensor:
     """down(act(gate(x)) ⊙ up(x)), the forward of every supported family's MLP."""
+    block = mlp()
     pair, down = block.gate_proj.shared, block.down_proj.shared
     dtype = block.gate_proj.dtype
     with torch.autocast(x.device.type, enabled=False):

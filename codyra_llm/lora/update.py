@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -16,6 +17,9 @@ class Adapter(NamedTuple):
     def delta(self, scale: float) -> Tensor:
         """ΔW = s·B diag(w) A, [out, in], float32."""
         return scale * (self.b if self.w is None else self.b * self.w) @ self.a
+
+    def to(self, device: torch.device) -> "Adapter":
+        return Adapter(*(None if factor is None else factor.to(device) for factor in self))
 
 
 @dataclass(frozen=True)

@@ -185,8 +185,14 @@ class Method:
         """
         return {}
 
+    def forget(self) -> None:
+        """Drop what this task's hooks kept on the method under names with an underscore, after `consolidate`:
+        some of it refers to the model, which would stay in memory while the next one is loaded."""
+        for name in [name for name in vars(self) if name.startswith("_")]:
+            delattr(self, name)
+
     def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
-        """The update that task `index` leaves. No engine lives any more."""
+        """The update that task `index` leaves."""
         return Update(adapters, self.spec().scale, self.mode)
 
     def install(self, model: nn.Module, task: Task) -> None:

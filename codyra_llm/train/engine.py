@@ -246,9 +246,9 @@ class Engine:
         return (p if full is None else full).detach().float().cpu().clone()
 
     def free(self) -> None:
-        """Tear the engine down; a later task builds its own. DeepSpeed 0.19 holds every stage-3 engine, and
-        its model, for the life of the process (in `FWD_MODULE_STACK` and the cache of `__params_to_release`),
-        so their tensors go here."""
+        """Tear the engine down and let go of its model; a later task builds its own. DeepSpeed 0.19 holds
+        every stage-3 engine, and its model, for the life of the process (in `FWD_MODULE_STACK` and the cache
+        of `__params_to_release`), so their tensors go here."""
         zero, inner = self.module.optimizer if zero_stage(self.acc) == 3 else None, self.inner
         self.module = self.optimizer = self.inner = None
         self.acc.free_memory()
@@ -257,5 +257,6 @@ class Engine:
                 p.data, p.grad, p.ds_tensor = p.data.new_empty(0), None, None
             for held in (zero.__dict__, inner.state, inner.param_groups):
                 held.clear()
+        self.model, self.shared = None, []
         if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps what lay between small pieces
             libc.malloc_trim(0)

@@ -29,7 +29,11 @@ class Gradients:
         micro: Callable[[list[Encoded], list[int]], Iterator[Batch]],
         alone: Callable[[Encoded], Batch],
     ):
-        self.engine, self.micro, self.alone, self.model = engine, micro, alone, engine.model
+        self.engine, self.micro, self.alone = engine, micro, alone
+
+    @property
+    def model(self) -> nn.Module:
+        return self.engine.model
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -168,6 +168,12 @@ class Trainer:
             self.engine.load_state(self.kept.items())
         return self.engine.adapters()
 
+    def free(self) -> None:
+        """Let go of the model and of all that was made for it; the trainer trains no more."""
+        self.engine.free()
+        self.method.forget()
+        self.optimizer = self.gradients = self.kept = None
+
     def save(self, saves: Progress, step: int) -> None:
         """A checkpoint behind `step` (collective); the first process writes it."""
         tensors = self._progress()

@@ -332,7 +332,7 @@ def test_ilora_distance_is_that_of_two_merged_models(packed, tiny_llama, toy_str
     hidden = []
     for update in (quick, slow):
         plain = setup.model(archive, -1).eval()
-        merge(plain, WeightReader(setup.base), [update])
+        merge(plain, WeightReader(setup.base), [update], torch.device("cpu"))
         hidden.append(lambda ids, m=plain: m.model(input_ids=ids[None]).last_hidden_state[0])
     expected = 0
     for i, weight in zip(chosen, share, strict=True):

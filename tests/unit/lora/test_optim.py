@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from codyra_llm.lora.proximal import (
     ProximalAdamW,
@@ -25,7 +26,7 @@ def test_soft_threshold_is_the_proximal_operator(x, kappa):
     def cost(p):
         return 0.5 * (p - x) ** 2 + kappa * abs(p)
 
-    found = soft_threshold(torch.tensor(x, dtype=torch.float64), kappa).item()
+    found = soft_threshold([torch.tensor(x, dtype=torch.float64)], kappa)[0].item()
     candidates = [0.0] + [minimize_scalar(cost, bounds=b, method="bounded").x for b in ((-3, 0), (0, 3))]
     assert cost(found) <= min(map(cost, candidates)) + 1e-9
 
@@ -36,8 +37,9 @@ def test_released_rule_is_the_three_sequential_lines():
     expected[expected > kappa] -= kappa
     expected[expected < -kappa] += kappa
     expected[expected.abs() < kappa] = 0
-    torch.testing.assert_close(released_threshold(w, kappa), expected, rtol=0, atol=0)
-    assert (released_threshold(w, kappa) == 0).sum() > (soft_threshold(w, kappa) == 0).sum()
+    (found,), (soft,) = released_threshold([w], kappa), soft_threshold([w], kappa)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert (found == 0).sum() > (soft == 0).sum()
 
 
 def test_step_is_adamw_then_prox():
@@ -54,6 +56,50 @@ def test_step_is_adamw_then_prox():
             theirs.copy_(theirs.sign() * torch.clamp(theirs.abs() - 0.05, min=0))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-15)
     assert (ours == 0).any() and not (ours == 0).all()
+
+
+def _one_at_a_time(kind, x, kappa, drop):
+    """The three rules as formulas of one tensor."""
+    if kind == "drop":
+        return x * (1 - kappa * drop)
+    shrunk = x.sign() * (x.abs() - kappa).clamp(min=0)
+    return shrunk if kind == "soft" else shrunk * (shrunk.abs() >= kappa)
+
+
+@pytest.mark.parametrize("kind", ["soft", "released", "drop"])
+def test_all_parameters_at_once_are_each_alone_to_the_last_bit(kind):
+    """Values on both sides of κ and of 2κ, and exactly there."""
+    torch.manual_seed(0)
+    kappa = 0.0137
+    edges = torch.tensor([0.0, kappa, -kappa, 2 * kappa, -2 * kappa])
+    starts = [torch.cat([edges, 0.03 * torch.randn(n)]) for n in (3, 40, 7)]
+    params = [start.clone().requires_grad_() for start in starts]
+    drop = [(torch.rand_like(start) < 0.5).float() for start in starts]
+    group = {"params": params, "kappa": kappa, "operator": kind if kind != "drop" else "soft"}
+    optimizer = ProximalAdamW([group | ({"drop": drop} if kind == "drop" else {})], lr=0.0)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    versions = [p._version for p in params]
+    optimizer.step()
+    for p, start, mask in zip(params, starts, drop, strict=True):
+        assert torch.equal(p.detach(), _one_at_a_time(kind, start, kappa, mask))
+    assert all(p._version > version for p, version in zip(params, versions, strict=True))
+
+
+def test_the_proximal_step_is_a_few_operations_however_many_parameters_there_are():
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    counts = []
+    for count in (2, 30):
+        group = {"params": [torch.randn(5).requires_grad_() for _ in range(count)], "operator": "released"}
+        with_kappa, seen = ProximalAdamW([group | {"kappa": 0.1}]), []
+        with Count():
+            with_kappa.step()  # no gradients, so that Adam has nothing to do
+        counts.append(len(seen))
+    assert counts[0] == counts[1] < 20
 
 
 def test_no_kappa_is_adamw_bit_by_bit():
@@ -108,7 +154,7 @@ def test_published_schedule_prunes_by_the_number_of_steps(steps, total, survivor
     assert sum(kappas) == pytest.approx(total, rel=0.03, abs=1e-9)
     w = torch.randn(20000, generator=torch.Generator().manual_seed(0))
     for kappa in kappas:
-        w = released_threshold(w, kappa)
+        (w,) = released_threshold([w], kappa)
     assert (w != 0).float().mean().item() == pytest.approx(survivors, abs=0.02)
 
 

@@ -85,7 +85,7 @@ def test_sora_threshold_is_the_three_lines():
     expected[expected > kappa] -= kappa
     expected[expected < -kappa] += kappa
     expected[expected.abs() < kappa] = 0
-    torch.testing.assert_close(released_threshold(grid, kappa), expected)
+    torch.testing.assert_close(released_threshold([grid], kappa)[0], expected)
     assert (expected[grid.abs() < 2 * kappa] == 0).all()
 
 
