@@ -31,21 +31,6 @@ from codyra_llm.runtime import launch, signals
 from codyra_llm.store.folder import RunFolder
 
 
-@contextmanager
-def collecting_no_cycles() -> Iterator[None]:
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def gone(models: list[weakref.ref], when: str) -> None:
-    alive = [ref() for ref in models if ref() is not None]
-    assert not alive, f"{len(alive)} parts of a model are still alive {when}, a {type(alive[0]).__name__}"
-    models.clear()
-
-
 def tensors(folder: RunFolder) -> dict[str, torch.Tensor]:
     return {
         f"{part} {file.name} {key}": value

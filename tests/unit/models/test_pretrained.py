@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import file_sha256
@@ -134,7 +134,7 @@ def test_convert_gives_back_the_model(name, request, tmp_path):
     assert loading.check(out) == []
     ids = torch.randint(4, 300, (2, 40))  # longer than the sliding window
     torch.testing.assert_close(logits(out, ids), logits(folder, ids), rtol=1e-4, atol=1e-5)
-    config, source = (json.loads((f / "config.json").read_text()) for f in (out, folder))
+    config, source = (AutoConfig.from_pretrained(f).to_dict() for f in (out, folder))
     for key in (
         "rms_norm_eps",
         "tie_word_embeddings",
