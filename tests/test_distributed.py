@@ -11,13 +11,13 @@ import sys
 import time
 from pathlib import Path
 
-import codyra_llm.recipes
 import psutil
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
+import codyra_llm.recipes
 from codyra_llm.config.recipe import load_recipe
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import await_file

@@ -9,10 +9,10 @@ import tomllib
 from importlib.metadata import entry_points
 from pathlib import Path
 
-import codyra_llm.recipes
 import pytest
 import yaml
 
+import codyra_llm.recipes
 from codyra_llm.cli import main
 
 SHIPPED = Path(codyra_llm.recipes.__path__[0])

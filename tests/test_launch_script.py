@@ -12,8 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-import codyra_llm.recipes
 import pytest
+
+import codyra_llm.recipes
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = Path(codyra_llm.recipes.__path__[0]) / "quickstart.yaml"

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import codyra_llm.recipes
 import pytest
 import torch
 import yaml
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from trajectories import compare, trajectory
 from transformers import AutoModelForCausalLM
 
+import codyra_llm.recipes
 from codyra_llm.cli import main
 from codyra_llm.config.recipe import parse_recipe
 from codyra_llm.config.registry import METHODS

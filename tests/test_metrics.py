@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from codyra_llm.benchmarks import trace
 from hypothesis import given
 from hypothesis import strategies as st
 from rouge import Rouge
 
+from codyra_llm.benchmarks import trace
 from codyra_llm.config.benchmark import load_benchmark
 from codyra_llm.metrics.sari import sari
 from codyra_llm.metrics.text import METRICS, literals, versioned

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from codyra_llm.benchmarks.trace.mini import make, pretrain, skills
-from codyra_llm.benchmarks.trace.mini.make import make_mini, mini_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from codyra_llm.benchmarks.trace.mini import make, pretrain, skills
+from codyra_llm.benchmarks.trace.mini.make import make_mini, mini_data
 from codyra_llm.config.methods.sequential import REASONING_VARIANT
 from codyra_llm.config.registry import METHODS
 from codyra_llm.core.errors import Fault

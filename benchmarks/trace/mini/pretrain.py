@@ -5,9 +5,6 @@ import re
 import sys
 from pathlib import Path
 
-from codyra_llm.benchmarks.trace.mini.lexicon import WORDS_ZH
-from codyra_llm.benchmarks.trace.mini.skills import skill_records
-from codyra_llm.benchmarks.trace.mini.tasks import TASKS, Pair
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     LlamaConfig,
@@ -19,6 +16,9 @@ from transformers import (
     set_seed,
 )
 
+from codyra_llm.benchmarks.trace.mini.lexicon import WORDS_ZH
+from codyra_llm.benchmarks.trace.mini.skills import skill_records
+from codyra_llm.benchmarks.trace.mini.tasks import TASKS, Pair
 from codyra_llm.core.files import replacing
 from codyra_llm.models.weights import save_weights
 

@@ -43,7 +43,7 @@ def solved(rows: Tensor, new: SecondMoment, old: SecondMoment, weight: float, ep
 def woodbury(rows: Tensor, sides: Tensor, weights: Tensor, diagonal: float) -> Tensor:
     """rows (d·I + V diag(w) Vᵀ)⁻¹ = (rows - rows V diag(w) (d·I + Vᵀ V diag(w))⁻¹ Vᵀ)/d.
 
-    V [in, k] is `sides`; w [1, k] may have zeros and, as long as the sum is positive definite, negative entries.
+    V [in, k] is `sides`; w [1, k] may have zeros and, while the sum is positive definite, negative entries.
     """
     inner = sides.T @ sides * weights
     inner.diagonal().add_(diagonal)
