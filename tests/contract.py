@@ -27,6 +27,7 @@ SETTINGS = {
     "ilora": {"ratio": 0.3},
     "icl": {"shots": 2},
     "inflora": {"inputs_at_once": 3},
+    "codyra_drift": {"samples": 40, "sample_tokens": 6, "sketch": 8},  # one of its inputs is wider than 4·8
     "treelora": {"weight": 0.5},
     "treelora_repo": {"weight": 5.0},
     "pp": {"length": 4},

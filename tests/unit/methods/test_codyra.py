@@ -47,11 +47,10 @@ def planted(seed, steps=150, size=48, noise=0.1, **config):
         method.before_step(optimizer.param_groups, step, steps, "cosine")
         if function := method.rewrite(step, steps):
             with torch.no_grad():
-                for p, value in zip(
-                    (layer.lora_A, layer.lora_B, layer.lora_w),
-                    function(Adapter(layer.lora_A.detach(), layer.lora_B.detach(), layer.lora_w.detach())),
-                    strict=True,
-                ):
+                factors = layer.lora_A, layer.lora_B, layer.lora_w
+                before = Adapter(*(factor.detach() for factor in factors))
+                after = function({"q_proj": before})["q_proj"]
+                for p, value in zip(factors, after, strict=True):
                     p.copy_(value)
             optimizer.state.clear()
         x = normal(32, size)
