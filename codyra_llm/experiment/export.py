@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from codyra_llm.config.benchmark import digest
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import replacing, write_json, write_text
+from codyra_llm.core.tensors import save_tensors
 from codyra_llm.experiment.setup import Setup
 from codyra_llm.lora.merge import stored_weight
 from codyra_llm.lora.one_adapter import OneAdapter, one_adapter
@@ -117,7 +117,7 @@ def write_peft(
     with replacing(out) as temporary:
         temporary.mkdir()
         config.save_pretrained(temporary)
-        save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
+        save_tensors(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
         saved.copy_files(setup.base, temporary, (*saved.TOKENIZER, *saved.TERMS))
         cut = {"rank": one.rank, "error": one.error, "sites": one.relative()} if one.errors else None
         _write_lineage(setup, archive, after, without, temporary, {"truncation": cut} if cut else {})

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.files import replacing
+from codyra_llm.core.tensors import save_tensors
 from codyra_llm.lora.update import Adapter, Update, negative
 
 DENSE = "dense."  # in a file: a whole parameter of that name
@@ -78,7 +78,7 @@ class Archive:
         meta["lineage"] = _chain(meta, tensors)
         path = self.path(len(self.files), task)
         with replacing(path) as temporary:
-            save_file(tensors, temporary, meta)
+            save_tensors(tensors, temporary, meta)
         self.files.append(path)
         self.lineage.append(meta["lineage"])
         return path

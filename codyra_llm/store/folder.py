@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from codyra_llm.config.differences import differences
@@ -23,6 +23,7 @@ from codyra_llm.core.files import (
     write_text,
 )
 from codyra_llm.core.parsing import read_mapping
+from codyra_llm.core.tensors import save_tensors
 from codyra_llm.store.archive import Archive
 from codyra_llm.store.checkpoint import Progress
 from codyra_llm.store.checksums import NAME as SEALS
@@ -140,7 +141,7 @@ class RunFolder:
     def save_state(self, index: int, state: dict[str, Tensor]) -> None:
         self.may_write()
         with self.seals.replacing(self.state(index)) as temporary:
-            save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary)
+            save_tensors({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary)
 
     def progress(self, index: int, task: str, parent: str) -> Progress:
         """The checkpoints inside task `index`, which begins on the updates of lineage `parent`."""
