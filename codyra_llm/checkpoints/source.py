@@ -1,6 +1,5 @@
 """What `codyra-llm evaluate` is given: a checkpoint taken apart, and the recipe that it is scored by."""
 
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from codyra_llm.config.recipe import Recipe, parse_recipe
 from codyra_llm.config.registry import METHODS
 from codyra_llm.config.sections import TRACE
 from codyra_llm.core.errors import Fault
-from codyra_llm.core.parsing import read_mapping, shown
+from codyra_llm.core.parsing import expanded, read_mapping, shown
 from codyra_llm.experiment.export import LINEAGE
 from codyra_llm.store.folder import RunFolder
 
@@ -179,7 +178,7 @@ def _refuse_own_code(checkpoint: str, source: Source, wanted: Wanted) -> None:
     if given or data in (None, "mini", "hub"):
         return
     folder = source.run.path if source.run else source.adapter or Path(source.model).expanduser()
-    if Path(os.path.expanduser(os.path.expandvars(data))).resolve().is_relative_to(folder.resolve()):
+    if Path(expanded(data)).resolve().is_relative_to(folder.resolve()):
         raise Fault(
             f"general.data: the recipe that {checkpoint} carries names '{data}', a folder of the checkpoint "
             "itself, whose task files can run code; look at them and give it with --general, or give "

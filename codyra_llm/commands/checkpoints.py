@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from codyra_llm.commands.common import LocalRank, Overrides, console
+from codyra_llm.commands.common import LocalRank, Overrides, PathArg, console, path
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.terminal import write
 from codyra_llm.runtime import signals
@@ -23,7 +23,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def score(
     task: str,
-    file: Path,
+    file: PathArg,
     benchmark: Annotated[str, typer.Option(help="whose task: trace, or a folder")] = "trace",
 ) -> None:
     """Score predictions made anywhere: FILE is a JSON list of {"prompt", "prediction", "answer"}. Prints
@@ -73,7 +73,9 @@ def evaluate(
             "is measured on it too, for ΔR; open-ended prompts need it"
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="default: evaluations/<checkpoint>")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=path, metavar="PATH", help="default: evaluations/<checkpoint>")
+    ] = None,
     local_rank: LocalRank = None,
 ) -> None:
     """Score any checkpoint, without training. What a run made is scored as the run did, and equals its own
@@ -127,8 +129,8 @@ def generate(
 
 
 def export(
-    folder: Annotated[Path, typer.Argument(metavar="RUN")],
-    out: Path,
+    folder: Annotated[Path, typer.Argument(parser=path, metavar="RUN")],
+    out: PathArg,
     after: Annotated[str | None, typer.Option(help="task after which; default: the last")] = None,
     without: Annotated[str | None, typer.Option(help="leave this task's update out")] = None,
     format: Annotated[

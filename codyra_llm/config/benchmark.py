@@ -2,7 +2,6 @@
 protocols they are learnt, and how they are scored. TRACE (benchmarks/trace) is one, a stream of one's own
 another."""
 
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +13,7 @@ from codyra_llm import benchmarks
 from codyra_llm.config.sections import FILE, TRACE
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.files import file_sha256
-from codyra_llm.core.parsing import PathText, read_yaml, shown
+from codyra_llm.core.parsing import PathText, expanded, read_yaml, shown
 from codyra_llm.core.schema import Fraction, Positive, Strict, Tokens, sentences
 from codyra_llm.metrics.text import METRICS
 
@@ -224,11 +223,7 @@ class Benchmark(Strict):
 
 def benchmark_folder(name: str) -> Path:
     """The folder of a benchmark: that of the shipped one, or the path that `name` is."""
-    return (
-        Path(benchmarks.__path__[0], name)
-        if name == TRACE
-        else Path(os.path.expanduser(os.path.expandvars(name)))
-    )
+    return Path(benchmarks.__path__[0], name) if name == TRACE else Path(expanded(name))
 
 
 def load_benchmark(name: str) -> Benchmark:

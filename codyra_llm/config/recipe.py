@@ -23,7 +23,7 @@ from codyra_llm.config.sections import (
     SaveSection,
 )
 from codyra_llm.core.errors import Fault, nearest
-from codyra_llm.core.parsing import PathText, shown
+from codyra_llm.core.parsing import WrittenPath, shown
 from codyra_llm.core.schema import Positive, Strict, sentences
 
 
@@ -41,7 +41,7 @@ class Recipe(Strict):
     seed: int = Field(
         1234, ge=0, lt=1 << 32, description="of the order of examples, adapters' start, dropout and draws"
     )
-    output: PathText = Field(description="run folder")
+    output: WrittenPath = Field(description="run folder")
     hang_minutes: Positive = Field(
         30.0, description="a launch of several processes in which nothing moves for so long ends"
     )

@@ -4,6 +4,7 @@ are not.
 
 import json
 import math
+import os
 import re
 import reprlib
 from collections.abc import Iterator
@@ -41,6 +42,22 @@ def _path(value: str) -> str:
 
 
 PathText = Annotated[str, AfterValidator(_path)]
+
+
+def expanded(path: str) -> str:
+    """`path` with $VARIABLES and a leading ~ written out, as a shell would."""
+    return os.path.expanduser(os.path.expandvars(path))
+
+
+def writable(path: str) -> str:
+    """`expanded`, for what is made: never a folder named ~. Raises ValueError for the home of nobody."""
+    found = expanded(path)
+    if found.startswith("~"):
+        raise ValueError(f"{shown(path)} names the home of a user that is not known here; write the path out")
+    return found
+
+
+WrittenPath = Annotated[PathText, AfterValidator(writable)]
 
 
 class _Loader(yaml.SafeLoader):

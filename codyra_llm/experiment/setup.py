@@ -16,6 +16,7 @@ from codyra_llm.benchmarks.trace.mini.make import mini_data, mini_model
 from codyra_llm.config.recipe import Recipe, by_task
 from codyra_llm.config.registry import METHODS
 from codyra_llm.core.errors import Fault
+from codyra_llm.core.parsing import expanded
 from codyra_llm.data import sources
 from codyra_llm.data.batches import Batch, collate, default_tokens, micro_batches
 from codyra_llm.data.encoding import Encoded, Encoder
@@ -237,7 +238,7 @@ def _base(recipe: Recipe) -> Path:
 
 def data_root(root: str) -> Path:
     """The folder of tasks that `root` names; mini-TRACE is made on first use."""
-    path = mini_data() if root == "mini" else Path(os.path.expanduser(os.path.expandvars(root)))
+    path = mini_data() if root == "mini" else Path(expanded(root))
     if not os.path.isdir(path):
         raise Fault(
             f"data.root: there is no folder '{root}'; give the folder that holds <task>/train.json, "

@@ -17,7 +17,7 @@ from codyra_llm.config.overrides import assign, read_recipe, split_overrides
 from codyra_llm.config.recipe import Recipe, parse_recipe
 from codyra_llm.config.registry import METHODS
 from codyra_llm.core.errors import Fault, nearest
-from codyra_llm.core.parsing import read_yaml
+from codyra_llm.core.parsing import WrittenPath, read_yaml
 from codyra_llm.core.schema import Strict, sentences
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.store.folder import RunFolder
@@ -48,7 +48,7 @@ class TuneSection(Strict):
 
 class SweepFile(Strict):
     recipe: str = Field(description="a recipe file, or the name of a shipped one")
-    output: str = Field(description="folder of all runs")
+    output: WrittenPath = Field(description="folder of all runs")
     set: Settings = Field({}, description="set over the recipe in all runs")
     arms: dict[str, Settings] = Field(min_length=1, description="by name, what is set over that")
     grid: Annotated[dict[str, list], AfterValidator(_without_output)] = Field(
