@@ -1,5 +1,6 @@
-"""Run recipes in two processes that are forked from this one, as a notebook's cell would: `start.py LAUNCHER PORT
-RECIPE ...`. Everything is imported here, before there are two."""
+"""Run recipes in two processes that are forked from this one, as a notebook's cell would: `start.py LAUNCHER
+PORT RECIPE ...`. Everything is imported here, before there are two.
+"""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""`run` in processes that a launcher forks from one that has imported everything equals `run` in one process."""
+"""`run` equals itself in processes that a launcher forks from one that has imported everything."""
 
 import os
 import subprocess

@@ -12,8 +12,8 @@ from test_layers import ROOT, TOP, modules
 # What may be called where a module is imported: what only makes or completes an object of that module.
 OWN = {"codyra_llm.cli", "codyra_llm.core.parsing", "codyra_llm.__main__"}
 
-# Modules are imported twice in one process. The first time brings in all other libraries, which do as they like;
-# then everything shared gets a value that it does not have by itself, and whatever a second time changes is ours.
+# Modules are imported twice in one process. The first time brings in all other libraries, which do as they
+# like. Then what is shared gets values that it does not have by itself; what a second time changes is ours.
 PROGRAM = """
 import csv, importlib, json, logging, os, signal, sys, threading, warnings
 names = json.loads(sys.argv[1])
