@@ -13,7 +13,7 @@ console = Terminal()
 
 
 def path(text: str) -> Path:
-    """A path argument. Shells write a ~ out at the beginning of a word only, not in quotes or after `--out=`."""
+    """A path argument. Shells write ~ out at the beginning of a word only, not in quotes or after --out=."""
     try:
         return Path(writable(text))
     except ValueError as error:
