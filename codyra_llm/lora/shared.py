@@ -22,6 +22,7 @@ class AdaptedLayer(Protocol):
     training: bool
     factors: tuple
     sources: tuple
+    stand_in: tuple | None
     dtype: torch.dtype
 
     def frozen(self, dtype: torch.dtype) -> Tensor: ...
@@ -40,6 +41,7 @@ class SharedInput:
 
     def __init__(self, layers: list[AdaptedLayer]):
         self._layers, self.fused = [ref(layer) for layer in layers], True
+        self.defers = False  # whether a backward leaves its products here in place of gradients
         self.forget()
         for layer in layers:
             layer.shared = self
@@ -54,6 +56,7 @@ class SharedInput:
         self._input = None
         self._shadows: dict[int, tuple[tuple, Shadow]] = {}  # of the masters and of what stands in for them
         self._outputs: dict[int, Tensor] = {}
+        self.left: tuple[Tensor, list[Tensor]] | None = None
 
     def output(self, layer: AdaptedLayer, x: Tensor) -> Tensor:
         """This layer's output for x [..., in]."""
@@ -95,15 +98,37 @@ class SharedInput:
         """
         layers = self.layers
         scale = layers[0].spec.scale
-        sources = [source for layer in layers for source in layer.sources if source is not None]
-        made_from = (dtype, sources[0].device, [(id(s), s._version) for s in sources])
-        kept = self._shadows.get(id(sources[0]))
+        key, made_from = self._made_from(dtype)
+        kept = self._shadows.get(key)
         if kept is None or kept[0] != made_from:
             kept = made_from, shadow([layer.factors for layer in layers], scale, dtype)
-            self._shadows[id(sources[0])] = kept
+            self._shadows[key] = kept
         weights = tuple(partial(layer.frozen, dtype) for layer in layers)
         biases = tuple(None if layer.bias is None else layer.bias.to(dtype) for layer in layers)
-        return Group(weights, biases, scale, kept[1])
+        leave = self.leave if self.defers and self._trains_itself() else None
+        return Group(weights, biases, scale, kept[1], leave)
+
+    def keep(self, dtype: torch.dtype, made: Shadow) -> None:
+        """Take shadows that were made, of the masters as they are, together with those of other groups."""
+        key, made_from = self._made_from(dtype)
+        self._shadows[key] = made_from, made
+
+    def leave(self, q: Tensor, ps: list[Tensor]) -> None:
+        """Sum up what backwards leave."""
+        if self.left is None:
+            self.left = q, ps
+        else:
+            torch._foreach_add_([self.left[0], *self.left[1]], [q, *ps])
+
+    def _made_from(self, dtype: torch.dtype) -> tuple[int, tuple]:
+        """Which tensors, in which state, shadows would be made from now; and the key to keep them by."""
+        sources = [source for layer in self.layers for source in layer.sources if source is not None]
+        return id(sources[0]), (dtype, sources[0].device, [(id(s), s._version) for s in sources])
+
+    def _trains_itself(self) -> bool:
+        """Whether the factors are parameters, not made from parameters and not standing in for any."""
+        standing_in = any(layer.stand_in for layer in self.layers)
+        return not standing_in and all(factor is None or factor.is_leaf for factor in self.masters())
 
 
 def _eager(layer: AdaptedLayer, x: Tensor, source: Tensor) -> Tensor:
