@@ -8,7 +8,7 @@ import typer
 
 from codyra_llm.commands import checkpoints, files, runs
 from codyra_llm.core.errors import Fault
-from codyra_llm.core.parsing import UNPRINTABLE
+from codyra_llm.core.terminal import one_line
 from codyra_llm.runtime import signals
 
 app = typer.Typer(
@@ -88,6 +88,7 @@ def _run(args: list[str] | None) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point. A Fault becomes its sentences on standard error and exit code 2, never a traceback."""
+    signals.note_parent()
     try:
         _run(args)
     except Fault as fault:
@@ -95,12 +96,16 @@ def main(args: list[str] | None = None) -> None:
         if (rank := int(os.environ.get("RANK", "0"))) and _spoken_for():
             _end(2)
         for message in fault.messages:
-            said = UNPRINTABLE.sub("\ufffd", message.replace("\n", " "))  # names and values may hold anything
-            print(f"error{f' (rank {rank})' if rank else ''}: {said}", file=sys.stderr, flush=True)
+            who = f"error (rank {rank})" if rank else "error"
+            print(f"{who}: {one_line(message)}", file=sys.stderr, flush=True)
         _end(2)
     except signals.Stopped as stopped:
         _look_for_lost(keeper=False)
-        print(f"stopped ({stopped}), all is saved; the same command goes on", file=sys.stderr, flush=True)
+        print(
+            f"stopped ({one_line(str(stopped))}), all is saved; the same command goes on",
+            file=sys.stderr,
+            flush=True,
+        )
         _end(signals.EXIT)
     except Exception:
         _look_for_lost()

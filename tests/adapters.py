@@ -50,3 +50,16 @@ def drawn(model, seed):
         for layer in sites(model).values():
             layer.lora_A.normal_(generator=draw)
             layer.lora_B.normal_(generator=draw)
+
+
+SECTIONS = {
+    "l2p": {"name": "l2p", "pool": 4, "length": 3, "chosen": 2},
+    "dualprompt": {
+        "name": "dualprompt",
+        "general_layers": [0],
+        "general_length": 2,
+        "expert_layers": [1],
+        "expert_length": 4,
+    },
+    "pp": {"name": "pp", "length": 4, "mlp_width": 16},
+}

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 from typer.main import get_command
 
 from codyra_llm.cli import app
@@ -18,8 +19,6 @@ from codyra_llm.config.recipe import load_recipe
 from codyra_llm.config.registry import METHODS
 from codyra_llm.models.pypi import SOURCES
 from codyra_llm.sweep.spec import load_sweep
-
-ROOT = Path(__file__).parents[1]
 
 
 def check(words):
@@ -156,3 +155,26 @@ MODULES = {
     "deepspeed.launcher.runner": check_deepspeed,
     "accelerate.commands.launch": lambda rest: check_accelerate(["launch", *rest]),
 }
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
+
+
+PROGRAMS = (
+    "codyra-llm",
+    "bench",
+    "./launch.sh",
+    "accelerate",
+    "torchrun",
+    "deepspeed",
+    "sbatch",
+    "python",
+    "pip",
+)
+
+
+def named(command):
+    return f"{command[0]}: {' '.join(command[1])}"

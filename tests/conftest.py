@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny models with a real tokenizer, made here, so that no test needs the network."""
+"""Shared fixtures: tiny models with a real tokenizer and tiny data, made here: no test needs the network."""
 
 import json
 import os
@@ -8,7 +8,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported anywhere
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+import yaml
+from adapters import recipe
+from contract import collecting_no_cycles, raw, watched
+from sweeps import Ended
+from tiny import SIZES, save_tiny
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -16,64 +20,16 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
 )
 
+from codyra_llm.config.recipe import parse_recipe
+from codyra_llm.experiment import run as runs
+from codyra_llm.store.folder import RunFolder
+from codyra_llm.sweep import runner
+
+# Helpers that assert say what differed, as test files do.
+pytest.register_assert_rewrite("commands", "fused", "helpers", "launches", "made_runs", "own_benchmark")
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it gives
-
-CORPUS = [
-    "Solve the following math problem.\nQuestion:\nSam has 3 pens and buys 4 more. How many pens?\nAnswer:7",
-    "What is the monetary policy stance for the following text? Choose one from A, B and C.\nText:\nStance:B",
-    "Write a summary of the following meeting transcripts. "
-    "判断以下文本对指定对象的态度 Vereinfachung für Kinder",
-]
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 320 tokens; <pad>, <bos>, <eos>, <unk> are 0-3; puts <bos> in front as LLaMA and
-    Gemma do.
-    """
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<bos>", "<eos>", "<unk>"]
-    core.train_from_iterator(
-        CORPUS,
-        trainers.BpeTrainer(
-            vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-        ),
-    )
-    core.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
-    )
-
-
-def save_tiny(folder, model_class, config):
-    tokenizer = tiny_tokenizer()
-    config.vocab_size = len(tokenizer)
-    torch.manual_seed(0)
-    model = model_class(config)
-    with torch.no_grad():  # fresh norms are all equal, which would hide a norm that is read wrongly
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def pytest_addoption(parser):
@@ -145,18 +101,74 @@ def real_model():
 @pytest.fixture(scope="module")
 def run(tiny_llama, toy_stream, tmp_path_factory):
     """For tests of LoRA methods: function from a method's section to its finished run, each made once."""
-    from adapters import recipe
-
-    from codyra_llm.experiment.run import run as run_recipe
-
     made = {}
 
     def finished(method):
         key = json.dumps(method, sort_keys=True)
         if key not in made:
-            made[key] = run_recipe(
+            made[key] = runs.run(
                 recipe(tiny_llama, toy_stream, tmp_path_factory.mktemp("runs") / "run", method)
             )
         return made[key]
 
     return finished
+
+
+@pytest.fixture
+def sweep_file(tiny_llama, toy_stream, tmp_path):
+    """Function that writes a sweep file over a small recipe; keywords replace its sections."""
+    recipe = {
+        "model": {"path": str(tiny_llama)},
+        "data": {"root": str(toy_stream), "tasks": ["ONE", "TWO"], "epochs": 1},
+        "method": {"name": "seqlora", "rank": 2},
+        "optim": {"lr": 1e-2, "batch_size": 8},
+        "eval": {"max_new_tokens": 3, "max_examples": 4},
+        "output": "replaced",
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+
+    def write(**sections) -> Path:
+        raw = {
+            "recipe": str(tmp_path / "recipe.yaml"),
+            "output": str(tmp_path / "out"),
+            "set": {"checkpoint": False},
+            "arms": {"seqlora": {}, "ewc": {"method.weight": 1e3, "method": "ewc"}},
+            "grid": {"seed": [1, 2]},
+            **sections,
+        }
+        (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+        return tmp_path / "sweep.yaml"
+
+    return write
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Runs go in this process; the list of those that were started."""
+    started = []
+
+    def launch(run, place, launcher, lock):
+        started.append(f"{run.arm}/{run.folder.path.name}")
+        runs.run(run.recipe)
+        return Ended(0)
+
+    monkeypatch.setattr(runner, "_launch", launch)
+    return started
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_llama, toy_stream, tmp_path_factory):
+    """Function from a method's name to its finished run, made once, and what it read of which split while it
+    learnt.
+    """
+    made: dict[str, tuple[RunFolder, set]] = {}
+    out = tmp_path_factory.mktemp("runs")
+
+    def run(name: str) -> tuple[RunFolder, set]:
+        if name not in made:
+            with pytest.MonkeyPatch.context() as patch, collecting_no_cycles():
+                read = watched(patch)
+                made[name] = runs.run(parse_recipe(raw(tiny_llama, toy_stream, out / name, name))), read
+        return made[name]
+
+    return run

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
+from codyra_llm.config.recipe import parse_recipe
+
 
 @contextmanager
 def judge(prefers, fails=lambda number: None, delay=0.0):
@@ -66,3 +68,27 @@ def judge(prefers, fails=lambda number: None, delay=0.0):
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+KEY = "sk-never-to-be-written-0123456789"
+
+
+def likes_good(first, second):
+    letter = "C" if ("GOOD" in first) == ("GOOD" in second) else "A" if "GOOD" in first else "B"
+    return f"Neither [[A]] nor [[B]] at first sight, but on reflection\n[[{letter}]]"
+
+
+def judge_recipe(url=None, **settings):
+    section = {
+        "prompts": "p",
+        "judge": {"base_url": url, "model": "the-judge", "retries": 2, "timeout": 5, **settings},
+    }
+    return parse_recipe(
+        {
+            "model": {"path": "m"},
+            "data": {"root": "d"},
+            "method": "seqlora",
+            "output": "o",
+            "open_ended": section,
+        }
+    )

@@ -9,7 +9,6 @@ import re
 from pathlib import Path
 
 from codyra_llm.benchmarks.trace.mini.lexicon import ANIMALS, NAMES, NOUNS, OPPOSITES
-
 from codyra_llm.config.sections import TRACE
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import replacing, to_jsonl, write_text

@@ -195,7 +195,7 @@ def report(result: dict, console: Console) -> None:
     """What a table was measured on, and what its arms are."""
     measured_on = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
     for line in (f"measured on: {measured_on}", *result["notes"]):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def _cells(row: dict) -> dict[str, str]:

@@ -70,6 +70,7 @@ def evaluate(checkpoint: str, wanted: Wanted) -> RunFolder:
             _measure(checkpoint, wanted, acc, setup, source, index, base, out)
     finally:
         lease.release()
+    heartbeat.leave(0)
     return out
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,15 @@ import typer
 
 from codyra_llm.commands.common import LocalRank, Overrides, console
 from codyra_llm.core.errors import Fault, nearest
+from codyra_llm.core.terminal import write
 from codyra_llm.runtime import signals
+
+FORMATS = {  # the options that each format knows
+    "merged": ("dtype", "without"),
+    "peft": ("rank", "without"),
+    "stage": (),
+}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def score(
@@ -114,7 +123,7 @@ def generate(
     """
     from codyra_llm.checkpoints.generate import answer
 
-    print(answer(model, sys.stdin.read() if prompt is None else prompt, max_new_tokens))
+    write(answer(model, sys.stdin.read() if prompt is None else prompt, max_new_tokens))
 
 
 def export(
@@ -129,25 +138,29 @@ def export(
             "of the run folder that answers, for methods that don't merge"
         ),
     ] = "merged",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="merged: float32, bfloat16 or float16; default: what the base is stored in"),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="peft: cut the sum of the updates to this rank, the error is told"),
+    ] = None,
     push: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="upload it to this hub repository")
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="for everybody to see; default: private")] = False,
 ) -> None:
     """Write the model as it was after any task of a run, rebuilt from the base and the archived updates."""
+    import torch
+
     from codyra_llm.checkpoints import push as hub
-    from codyra_llm.experiment.export import write_merged, write_peft, write_stage
+    from codyra_llm.experiment.export import rank_notes, write_merged, write_peft, write_stage
     from codyra_llm.experiment.setup import prepare
     from codyra_llm.report import card
     from codyra_llm.store.folder import RunFolder
 
-    writers = {"merged": write_merged, "peft": write_peft, "stage": None}
-    if format not in writers:
-        raise Fault(
-            f"--format: '{format}' is not a format; choose merged, peft or stage.{nearest(format, writers)}"
-        )
-    if out.exists():
-        raise Fault(f"{out} exists already; give a new name")
+    _check_export(out, format, {"dtype": dtype, "rank": rank, "without": without})
     if push:
         hub.check(push, public)
     opened = RunFolder(folder)
@@ -156,15 +169,15 @@ def export(
     archive = opened.archive()
     last = archive.index(after) if after else len(archive.files) - 1
     if format == "stage":
-        if without:
-            raise Fault(
-                "--without: a stage holds all tasks up to --after; leave --without out, or use --format "
-                "merged"
-            )
         write_stage(opened, last, out, card.render(setup.base, opened, last, None, format))
     else:
         left = archive.index(without) if without else None
-        writers[format](setup, archive, last, left, out, card.render(setup.base, opened, last, left, format))
+        written = partial(card.render, setup.base, opened, last, left, format)
+        if format == "peft":
+            one = write_peft(setup, archive, last, left, out, written, rank)
+            console.print("\n".join(rank_notes(one)), highlight=False)
+        else:
+            write_merged(setup, archive, last, left, out, written(), dtype and getattr(torch, dtype))
     console.print(
         f"{format} model after {after or archive.tasks[last]}"
         + (f" without {without}" if without else "")
@@ -172,6 +185,26 @@ def export(
     )
     if push:
         console.print(f"pushed: {hub.push(out, push, public)}")
+
+
+def _check_export(out: Path, format: str, given: dict[str, object]) -> None:
+    """Raises Fault for a format or a dtype that is none, for an option of another format, and where `out` is
+    there already."""
+    if format not in FORMATS:
+        raise Fault(
+            f"--format: '{format}' is not a format; choose {', '.join(FORMATS)}.{nearest(format, FORMATS)}"
+        )
+    faults = [
+        f"--{name}: an export as {format} has no such choice; leave it out, or choose another --format"
+        for name, value in given.items()
+        if value is not None and name not in FORMATS[format]
+    ]
+    if (dtype := given["dtype"]) not in (None, *DTYPES):
+        faults.append(f"--dtype: '{dtype}' is not a dtype of exports; choose one of {', '.join(DTYPES)}")
+    if out.exists():
+        faults.append(f"{out} exists already; give a new name")
+    if faults:
+        raise Fault(*faults)
 
 
 def bench(

@@ -8,6 +8,7 @@ import typer
 
 from codyra_llm.commands.common import console
 from codyra_llm.core.errors import Fault
+from codyra_llm.core.terminal import write
 
 
 def data_check(root: Path, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
@@ -16,7 +17,10 @@ def data_check(root: Path, as_json: Annotated[bool, typer.Option("--json")] = Fa
     from codyra_llm.data.check import check, print_check
 
     found = check(root)
-    print(json.dumps(found, ensure_ascii=False, indent=1)) if as_json else print_check(found)
+    if as_json:
+        write(json.dumps(found, ensure_ascii=False, indent=1))
+    else:
+        print_check(found)
     if found["faults"]:
         raise typer.Exit(1)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from codyra_llm.commands.common import DeepSpeedConfig, LocalRank, Overrides, RecipeArg, console
 from codyra_llm.core.errors import Fault
@@ -164,5 +165,5 @@ def methods(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
         print(json.dumps([method.declared() for method in METHODS.values()], indent=1))
     else:
         for method in METHODS.values():
-            console.print(f"[b]{method.name}[/b]: {method.summary}", highlight=False)
+            console.print(Text.assemble((method.name, "bold"), f": {method.summary}"))
         console.print(table())

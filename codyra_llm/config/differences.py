@@ -1,3 +1,5 @@
+"""In which settings two recipes differ."""
+
 from typing import Any
 
 from codyra_llm.config.recipe import Recipe

@@ -1,3 +1,5 @@
+"""Recipe files by path or name, and `key=value` settings over them."""
+
 import os
 from pathlib import Path
 from typing import Any

@@ -89,5 +89,6 @@ METHODS = Registry(
         "duallora": Entry("experts.duallora:DualLora", "experts:DualLoraConfig"),
         "clora": Entry("regularised.clora:CLora", "regularised:CLoraConfig"),
         "codyra": Entry("sequential.codyra:Codyra", "sequential:CodyraConfig"),
+        "codyra_drift": Entry("sequential.codyra_drift:CodyraDrift", "sequential:CodyraDriftConfig"),
     }
 )

@@ -1,3 +1,5 @@
+"""The sections of a recipe but for the method's."""
+
 import re
 from ipaddress import ip_address
 from typing import Any, Literal

@@ -21,13 +21,15 @@ CHUNK = 1 << 24  # bytes per read when hashing and copying
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` to write a file or folder to; it becomes `path` when the block ends
-    well, and is on the disk then. Raises Fault where the disk is full or refuses."""
+    well, and is on the disk then, with the mode that the umask asks for (safetensors writes 0600 whatever it
+    is). Raises Fault where the disk is full or refuses."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(temporary)  # of a process that had this number before
         yield temporary
         for file in [p for p in temporary.rglob("*") if p.is_file()] if temporary.is_dir() else [temporary]:
+            file.chmod(0o666 & ~umask())
             sync(file)
         if path.is_dir():
             shutil.rmtree(path)
@@ -37,6 +39,14 @@ def replacing(path: Path) -> Iterator[Path]:
         raise unwritable(path, error) from None
     finally:
         _remove(temporary)
+
+
+def umask() -> int:
+    """The process's umask, which can only be read by setting it: to the strictest one for that moment, so
+    that a file which another thread makes meanwhile is too private rather than too open."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def unwritable(path: Path, error: Exception) -> Fault:

@@ -8,15 +8,12 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
-from datasets import disable_progress_bars
 from torch import Tensor, nn
 
 from codyra_llm.core.tensors import generator
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.models import packed_attention
 from codyra_llm.models.head_loss import head_loss
-
-disable_progress_bars()  # the bars of tokenising thousands of short rows say nothing
 
 
 @dataclass
@@ -94,7 +91,7 @@ def collate(
     own = [encoded[i] for i in chosen]
     lengths = [len(e) for e in own]
     shape = (1, sum(lengths)) if packed else (len(own), max(lengths))
-    starts = accumulate([0] + lengths) if packed else range(0, math.prod(shape), shape[1])
+    starts = accumulate([0, *lengths[:-1]]) if packed else range(0, math.prod(shape), shape[1])
     ids, predictors, targets, shares = torch.full(shape, pad), [], [], []
     for start, e, weight in zip(starts, own, weights, strict=True):
         tokens, first = e.prompt + e.answer, max(len(e.prompt), 1)  # nothing predicts the first token of all

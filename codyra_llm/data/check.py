@@ -1,14 +1,16 @@
+"""A report on a folder of tasks: sizes, duplicates, overlaps between splits, faults."""
+
 import itertools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from codyra_llm.config.benchmark import load_benchmark
 from codyra_llm.config.sections import FILE
 from codyra_llm.core.errors import Fault
+from codyra_llm.core.terminal import Terminal
 from codyra_llm.data.records import SPLITS, read_split
 from codyra_llm.data.sources import read
 
@@ -104,7 +106,7 @@ def statistics(records: list[dict]) -> dict:
 
 def print_check(report: dict) -> None:
     """Show a report of `check_root`: one table per variant, then warnings and faults."""
-    console = Console()
+    console = Terminal()
     for variant, tasks in report["variants"].items():
         table = Table("task", "split", title=variant)
         for title in (
@@ -137,10 +139,8 @@ def print_check(report: dict) -> None:
         console.print(table)
     for kind, style in (("warnings", "yellow"), ("faults", "red")):
         for message in report[kind]:
-            console.print(
-                f"{kind[:-1]}: {message}", style=style, highlight=False, markup=False, soft_wrap=True
-            )
-    console.print(f"{len(report['faults'])} faults, {len(report['warnings'])} warnings", highlight=False)
+            console.print(f"{kind[:-1]}: {message}", style=style, soft_wrap=True)
+    console.print(f"{len(report['faults'])} faults, {len(report['warnings'])} warnings")
 
 
 def check(root: Path) -> dict:

@@ -1,8 +1,9 @@
+"""From texts to token ids, the same for training and for generation."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from codyra_llm.models.tokenizer import adds_bos, render_chat
@@ -63,12 +64,10 @@ class Encoder:
         return ids[:room] + [self.tokenizer.eos_token_id], len(ids) > room
 
     def encode(self, records: Sequence[dict]) -> list[Encoded]:
-        columns = Dataset.from_list([{"prompt": r["prompt"], "answer": r["answer"]} for r in records])
-        rows = columns.map(
-            self._row, remove_columns=columns.column_names, keep_in_memory=True, new_fingerprint="x"
-        )
-        return [Encoded(**row) for row in rows]
+        """The examples {"prompt", "answer"} as token ids, in order."""
+        return [self._example(record["prompt"], record["answer"]) for record in records]
 
-    def _row(self, record: dict) -> dict:
-        (prompt, cut), (answer, cut_too) = self.prompt(record["prompt"]), self.answer(record["answer"])
-        return {"prompt": prompt, "answer": answer, "cut": cut or cut_too}
+    def _example(self, prompt: str, answer: str) -> Encoded:
+        ids, cut = self.prompt(prompt)
+        answer_ids, answer_cut = self.answer(answer)
+        return Encoded(ids, answer_ids, cut or answer_cut)

@@ -4,7 +4,8 @@ set of `datasets`; columns, or a chat. docs/own_data.md describes it for users."
 import csv
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,12 +19,10 @@ from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.parsing import parse_json, read_text
 from codyra_llm.data.records import LONGEST, SPLITS, parse, read_split, record_faults, refuse
 from codyra_llm.models.tokenizer import render_chat
+from codyra_llm.runtime.quiet import without_data_bars
 
 SHARES = {"test": 0.2, "eval": 0.1}  # of the distinct prompts in train, for a split that is not given
 HUB = {"train": "train", "eval": "validation", "test": "test"}
-
-
-csv.field_size_limit(max(LONGEST.values()) + 1)
 
 
 Chat = list[dict[str, str]]
@@ -149,7 +148,8 @@ def _jsonl(path: Path, expected: str) -> list:
 def _csv(path: Path, expected: str) -> list[dict]:
     """Rows by the names in the first line; every value is text."""
     try:
-        header, *rows = csv.reader(io.StringIO(read_text(path, expected), newline=""), strict=True)
+        with _long_fields():
+            header, *rows = csv.reader(io.StringIO(read_text(path, expected), newline=""), strict=True)
     except csv.Error as error:
         raise Fault(
             f"{path} is no CSV ({error}); put texts with commas, quotes or line breaks into quotes"
@@ -173,6 +173,16 @@ def _csv(path: Path, expected: str) -> list[dict]:
     return [dict(zip(header, row, strict=True)) for row in rows]
 
 
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Within it `csv` reads the longest text that a record may have, and one more character."""
+    before = csv.field_size_limit(max(LONGEST.values()) + 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
 READERS = {".json": parse, ".jsonl": _jsonl, ".csv": _csv}
 
 
@@ -187,7 +197,8 @@ def _dataset(path: str, source: DatasetSource, name: str):
     from datasets.exceptions import DatasetsError
 
     try:
-        return load_dataset(path, source.name, revision=source.revision)
+        with without_data_bars():
+            return load_dataset(path, source.name, revision=source.revision)
     except (
         OSError,
         ValueError,

@@ -1,3 +1,5 @@
+"""The tasks of a recipe in order, and their records by split."""
+
 import hashlib
 import json
 from functools import cached_property

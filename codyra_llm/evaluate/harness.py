@@ -6,7 +6,6 @@ where a continuation is predicted and nowhere else, answers that are done leave 
 don't merge get their condition.
 """
 
-import logging
 import math
 import random
 import time
@@ -34,7 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from codyra_llm.core.errors import Fault
 from codyra_llm.evaluate.generate import CPU, GPU, batches, generate_ids, prefixed
-from codyra_llm.evaluate.suite import Ability, drawn
+from codyra_llm.evaluate.suite import Ability, drawn, quiet
 from codyra_llm.methods.base import Condition
 from codyra_llm.models.tokenizer import DATE
 from codyra_llm.runtime import display, heartbeat, signals
@@ -47,9 +46,6 @@ MOST_LOGITS = 2**26  # of one forward pass
 STOP_TOKENS = 16  # the last tokens of an answer in which a stop sequence is looked for
 HEADLINES = {"tydiqa_goldp": "f1"}  # TRACE's; of other tasks the harness's first metric
 NORMAL = 1.96  # standard errors in half of a 95 % interval
-
-
-logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant here: a model in memory
 
 
 Conditions = Callable[[list[list[int]]], Condition]
@@ -70,9 +66,13 @@ class Live(HFLM):
         tokens: int | None = None,
         conditions: Conditions | None = None,
     ):
-        super().__init__(
-            pretrained=model, tokenizer=tokenizer, backend="causal", chat_template_args={"date_string": DATE}
-        )
+        with quiet():
+            super().__init__(
+                pretrained=model,
+                tokenizer=tokenizer,
+                backend="causal",
+                chat_template_args={"date_string": DATE},
+            )
         budget, self.step = GPU if acc.device.type == "cuda" else CPU
         self.acc, self.tokens, self.conditions = acc, tokens or budget, conditions
 
@@ -217,6 +217,7 @@ class Measured:
     results: dict
 
 
+@quiet()
 def measure(lm: Live, ability: Ability, section: "GeneralSection", chat: bool) -> Measured:
     """Measure one task or group; every rank makes the same of all answers."""
     name, tasks = ability.name, ability.tasks
@@ -336,6 +337,7 @@ def _predictions(results: dict, headline: str) -> list[dict]:
     return out
 
 
+@quiet()
 def write(folder: Path, model: str, lm: Live, section: "GeneralSection", measured: Measured) -> None:
     """The harness's own result files: <folder>/<model>/results_<date>.json and
     samples_<task>_<date>.jsonl.

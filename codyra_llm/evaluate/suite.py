@@ -2,6 +2,8 @@
 files.
 """
 
+import csv
+import logging
 import os
 import random
 from collections.abc import Iterator
@@ -13,13 +15,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
-from lm_eval.api.task import ConfigurableTask
-
 from codyra_llm.benchmarks.trace import general as shipped
 from codyra_llm.core.errors import Fault, nearest
+from codyra_llm.runtime.quiet import log_level, without_data_bars
 
 if TYPE_CHECKING:
+    from datasets import Dataset, Features
+    from lm_eval.api.task import ConfigurableTask
+
     from codyra_llm.config.sections import GeneralSection
 
 
@@ -63,7 +66,10 @@ class Ability:
         from lm_eval.api.task import ConfigurableTask
 
         try:
-            return {name: ConfigurableTask(config=deepcopy(config)) for name, config in self.configs.items()}
+            with quiet():
+                return {
+                    name: ConfigurableTask(config=deepcopy(config)) for name, config in self.configs.items()
+                }
         except (OSError, DatasetsError) as error:
             raise Fault(
                 f"general.tasks: the data of '{self.name}' can't be read ({str(error).splitlines()[0]}); "
@@ -178,10 +184,8 @@ def _local(config: dict[str, Any], root: Path) -> dict[str, Any]:
     return {"dataset_name": None, "dataset_kwargs": kwargs}
 
 
-def _texts(file: str) -> Any:
+def _texts(file: str) -> "Features":
     """All columns as texts: '0.50' is not the choice 0.5."""
-    import csv
-
     from datasets import Features, Value
 
     with open(file, encoding="utf-8", newline="") as lines:
@@ -215,6 +219,15 @@ def has_punkt() -> bool:
     except LookupError:
         return False
     return True
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within it the harness does not warn of what is meant here, such as a model in memory, and shows no
+    bars.
+    """
+    with log_level("lm_eval", logging.ERROR), without_data_bars():
+        yield
 
 
 @contextmanager

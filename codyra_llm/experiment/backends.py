@@ -1,3 +1,5 @@
+"""What answers prompts: the model in this process, or vLLM on a merged copy."""
+
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -47,7 +49,7 @@ def vllm_answering(acc: Accelerator, setup: Setup, folder: RunFolder, after: int
 
     with TemporaryDirectory(prefix=".vllm-", dir=setup.recipe.output) as parent:
         merged = str(Path(parent) / "model")
-        write_merged(setup, folder.archive(), after, None, Path(merged))
+        write_merged(setup, folder.archive(), after, None, Path(merged), dtype=setup.dtype)
         # VLLM claims a share of the whole GPU's memory and refuses where less is free.
         torch.cuda.empty_cache()
         engine = LLM(

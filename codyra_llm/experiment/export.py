@@ -2,18 +2,24 @@
 original base.
 """
 
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from transformers import AutoConfig
 
 from codyra_llm.config.benchmark import digest
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import replacing, write_json, write_text
 from codyra_llm.experiment.setup import Setup
+from codyra_llm.lora.merge import stored_weight
+from codyra_llm.lora.one_adapter import OneAdapter, one_adapter
 from codyra_llm.lora.update import Update
-from codyra_llm.models.weights import save_weights
+from codyra_llm.models import saved
+from codyra_llm.models.weights import WeightReader
 from codyra_llm.store.archive import Archive
 from codyra_llm.store.folder import RunFolder
 
@@ -23,27 +29,58 @@ LINEAGE = (
 
 
 def write_merged(
-    setup: Setup, archive: Archive, after: int, without: int | None, out: Path, card: str = ""
+    setup: Setup,
+    archive: Archive,
+    after: int,
+    without: int | None,
+    out: Path,
+    card: str = "",
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """A plain Hugging Face folder (safetensors, config, tokenizer): the very weights that were evaluated.
-    `card`: its README.md.
+    """A plain Hugging Face folder: the base's own files, and its weights with the updates, summed in float32
+    and cast once to `dtype`, by default the one that the base stores each in. `card`: its README.md.
 
-    Raises Fault for a method that is no plain model.
+    The weights are those that were evaluated wherever `dtype` is that of the evaluation (model.dtype). Raises
+    Fault for a method that is no plain model.
     """
     refuse_unmerged(setup, without)
-    model = setup.model(archive, after, without)
-    model.config.use_cache = True
     with replacing(out) as temporary:
-        save_weights(model, setup.tokenizer, temporary)
+        write_weights(setup, archive.terms(after, without), temporary, dtype)
         _write_lineage(setup, archive, after, without, temporary)
         _write_card(card, temporary)
 
 
+def write_weights(setup: Setup, terms: list[Update], folder: Path, dtype: torch.dtype | None = None) -> None:
+    """The base with `terms` in `folder`. Raises Fault where the base stores no weight that they change."""
+    known = set(WeightReader(setup.base).handle_of)
+    changed = {f"{site}.weight" for update in terms for site in update.adapters}
+    changed |= {name for update in terms for name in update.dense}
+    if missing := sorted(changed - known):
+        raise Fault(
+            f"{setup.base} stores no weight {missing[0]}, which the run has trained; restore the model that "
+            "the run began with"
+        )
+    tied = AutoConfig.from_pretrained(setup.base).tie_word_embeddings
+    parameters = {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
+
+    def changed_weight(name: str, base: torch.Tensor) -> torch.Tensor:
+        return stored_weight(parameters.get(name, name), base, terms)
+
+    saved.copy_model(setup.base, folder, changed_weight, dtype)
+
+
 def write_peft(
-    setup: Setup, archive: Archive, after: int, without: int | None, out: Path, card: str = ""
-) -> None:
-    """One PEFT LoRA adapter that holds the sum of the updates on the original base: ΔW =
-    [s₁B₁w₁|s₂B₂w₂|…]·[A₁;A₂;…].
+    setup: Setup,
+    archive: Archive,
+    after: int,
+    without: int | None,
+    out: Path,
+    card: Callable[[list[str]], str] | None = None,
+    rank: int | None = None,
+) -> OneAdapter:
+    """One PEFT LoRA adapter that holds the sum of the updates on the original base, in float32, of one rank
+    and with alpha = rank at every site, so that readers of any kind scale it by 1. `rank`: cut it to this
+    rank (vLLM takes 16 unless told otherwise). `card` makes its README.md of what is to know of the rank.
 
     Raises Fault where peft is missing or all ranks were pruned.
     """
@@ -57,39 +94,78 @@ def write_peft(
         from peft import LoraConfig
     except ImportError:
         raise Fault("format peft needs the package peft; install codyra-llm[peft]") from None
-    factors = _concatenated(archive.terms(after, without))
-    if not factors:
+    one = one_adapter(archive.terms(after, without), rank)
+    if one is None:
         raise Fault(
             f"there is nothing to export: no rank of {', '.join(archive.tasks[: after + 1]) or 'the base'} "
             "is left; export with --format merged"
         )
-    ranks = {site: len(a) for site, (a, _) in factors.items()}
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=setup.recipe.model.path,
+        base_model_name_or_path=_base_path(setup),
         inference_mode=True,
-        r=max(ranks.values()),
-        lora_alpha=max(ranks.values()),
+        r=one.rank,
+        lora_alpha=one.rank,
         lora_dropout=0.0,
-        target_modules=list(ranks),
-        rank_pattern=ranks,
-        alpha_pattern=ranks,
+        target_modules=_targets(setup, set(one.factors)),
     )
     tensors = {
         f"base_model.model.{site}.lora_{key}.weight": factor.contiguous()
-        for site, pair in factors.items()
+        for site, pair in one.factors.items()
         for key, factor in zip("AB", pair, strict=True)
     }
     with replacing(out) as temporary:
         temporary.mkdir()
         config.save_pretrained(temporary)
         save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
-        setup.tokenizer.save_pretrained(temporary)
-        _write_lineage(setup, archive, after, without, temporary)
-        _write_card(card, temporary)
+        saved.copy_files(setup.base, temporary, (*saved.TOKENIZER, *saved.TERMS))
+        cut = {"rank": one.rank, "error": one.error, "sites": one.relative()} if one.errors else None
+        _write_lineage(setup, archive, after, without, temporary, {"truncation": cut} if cut else {})
+        _write_card(card(rank_notes(one)) if card else "", temporary)
+    return one
 
 
-def _write_lineage(setup: Setup, archive: Archive, after: int, without: int | None, folder: Path) -> None:
+def _base_path(setup: Setup) -> str:
+    """What PEFT finds the base by: the recipe's path, or the folder that stands for `mini` or a GGUF file."""
+    named = setup.recipe.model.path
+    inside = os.path.isdir(os.path.expanduser(named)) or not os.path.exists(named) and named != "mini"
+    return named if inside else str(setup.base)
+
+
+def _targets(setup: Setup, sites: set[str]) -> list[str]:
+    """The projections' names where all layers have them, as most readers expect; or else the sites' own."""
+    names = {site.rpartition(".")[2] for site in sites}
+    modules = {name.removesuffix(".weight") for name in WeightReader(setup.base).handle_of}
+    every = {module for module in modules if module.rpartition(".")[2] in names}
+    return sorted(names) if every == sites else sorted(sites)
+
+
+def rank_notes(one: OneAdapter) -> list[str]:
+    """What a card says of an adapter's rank."""
+    if not one.errors:
+        summed = (
+            f"The adapter's rank {one.rank} is the sum over {one.parts} tasks of the ranks that each has at "
+            "a site, at the site where it is largest; the others are filled up with zeros."
+            if one.parts > 1
+            else f"The adapter's rank is {one.rank}; sites of a smaller one are filled up with zeros."
+        )
+        return [f"{summed} `--rank R` of the export cuts it, for servers that take less."]
+    worst, error = next(iter(one.relative().items()), ("any site", 0.0))
+    return [
+        f"The sum of the tasks' updates, of rank up to {one.whole}, is cut to rank {one.rank} by its "
+        f"singular values: ‖ΔW - BA‖ / ‖ΔW‖ is {one.error:.3g} over all sites and at most {error:.3g} at one "
+        f"of them ({worst}); each site's is in {LINEAGE}. The scores above are those of the whole sum."
+    ]
+
+
+def _write_lineage(
+    setup: Setup,
+    archive: Archive,
+    after: int,
+    without: int | None,
+    folder: Path,
+    more: dict | None = None,
+) -> None:
     write_json(
         folder / LINEAGE,
         {
@@ -98,6 +174,7 @@ def _write_lineage(setup: Setup, archive: Archive, after: int, without: int | No
             "benchmark": digest(setup.recipe.data.benchmark),
             "after": archive.tasks[after] if after >= 0 else None,
             "without": None if without is None else archive.tasks[without],
+            **(more or {}),
         },
     )
 
@@ -134,16 +211,3 @@ def write_stage(folder: RunFolder, after: int, out: Path, card: str = "") -> Non
             if folder.state(index).is_file():
                 shutil.copy(folder.state(index), temporary / "state")
         _write_card(card, temporary)
-
-
-def _concatenated(terms: list[Update]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """(A, s·B·diag(w)) of all updates by site, in float32; sites without a rank are left out."""
-    parts: dict[str, list] = {}
-    for update in terms:
-        for site, (a, b, w) in update.adapters.items():
-            if len(a):
-                parts.setdefault(site, []).append((a, update.scale * (b if w is None else b * w)))
-    return {
-        site: (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], 1))
-        for site, pairs in parts.items()
-    }

@@ -16,10 +16,10 @@ from codyra_llm.config.methods.base import PROJECTIONS
 from codyra_llm.config.recipe import Recipe
 from codyra_llm.data.batches import Batch, batch_tokens, collate, default_tokens, micro_batches
 from codyra_llm.data.encoding import Encoded
-from codyra_llm.experiment.setup import Setup, prepare, size
+from codyra_llm.experiment.setup import Setup, prepare
 from codyra_llm.experiment.trackers import check as check_trackers
 from codyra_llm.lora.shared import share_inputs
-from codyra_llm.models import packed_attention
+from codyra_llm.models import packed_attention, saved
 from codyra_llm.runtime import launch
 from codyra_llm.runtime.forecast import duration
 from codyra_llm.train.estimate import activation_bytes, matmul_speed, step_flops
@@ -48,16 +48,19 @@ def plan(recipe: Recipe, console: Console) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     console.print(
-        f"[b]{setup.recipe.model.path}[/b] ({model.config.model_type}, {total / 1e6:.1f} M parameters, "
-        f"{str(setup.dtype).removeprefix('torch.')}); method [b]{setup.method.name}[/b] trains "
-        f"{trained / 1e6:.2f} M parameters",
-        highlight=False,
+        Text.assemble(
+            (setup.recipe.model.path, "bold"),
+            f" ({model.config.model_type}, {total / 1e6:.1f} M parameters, "
+            f"{str(setup.dtype).removeprefix('torch.')}); method ",
+            (setup.method.name, "bold"),
+            f" trains {trained / 1e6:.2f} M parameters",
+        )
     )
     console.print(_table(setup, work))
     if work.tasks:
         console.print(_shown(setup, work.tasks[0].examples[0]))
     for line in _estimates(setup, model, work, trained, total):
-        console.print(line, highlight=False)
+        console.print(line)
 
 
 def skeleton(setup: Setup) -> nn.Module:
@@ -173,12 +176,20 @@ def _estimates(setup: Setup, model: nn.Module, work: Work, trained: int, total: 
             "loading and evaluation come on top)"
         )
     parts = ", ".join(f"{name} {part / 1e9:.2f}" for name, part in held.items())
-    disk = len(setup.recipe.tasks) * trained * 4 + (size(setup.base) if setup.recipe.checkpoint else 0)
     return [
         f"memory, estimated: {sum(held.values()) / 1e9:.2f} GB ({parts})",
         *lines,
-        f"disk, at most: {disk / 1e9:.2f} GB in {setup.recipe.output}",
+        f"disk, at most: {disk_bytes(setup, trained) / 1e9:.2f} GB in {setup.recipe.output}",
     ]
+
+
+def disk_bytes(setup: Setup, trained: int) -> int:
+    """What the finished run holds, at most: each task's update, whose parameters are float32, or the model's
+    dtype where all weights are trained, and the merged model where it is asked for."""
+    width = setup.dtype.itemsize if setup.method.trains == "all weights" else 4
+    updates = len(setup.recipe.tasks) * trained * width
+    whole = setup.recipe.checkpoint and setup.method.trains and setup.method.merges
+    return updates + (saved.size(setup.base) if whole else 0)
 
 
 def _weight_bytes(setup: Setup, model: nn.Module, total: int) -> float:

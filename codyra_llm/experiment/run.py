@@ -74,9 +74,10 @@ def run(recipe: Recipe) -> RunFolder:
             heartbeat.until_stopped(),
         ):
             _run(setup, acc, folder)
-        return folder
     finally:
         lease.release()
+    heartbeat.leave(0)  # whatever the caller does next, no process is looked for any more
+    return folder
 
 
 def _run(setup: Setup, acc: Accelerator, folder: RunFolder) -> None:

@@ -11,7 +11,6 @@ from tempfile import TemporaryFile
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from codyra_llm.benchmarks.trace.mini.make import mini_data, mini_model
 from codyra_llm.config.recipe import Recipe, by_task
@@ -26,7 +25,7 @@ from codyra_llm.evaluate import suite
 from codyra_llm.evaluate.questions import find_questions
 from codyra_llm.lora.merge import merge
 from codyra_llm.methods.base import Method, Task
-from codyra_llm.models import loading, packed_attention
+from codyra_llm.models import loading, packed_attention, saved
 from codyra_llm.models.tokenizer import load_tokenizer
 from codyra_llm.models.weights import WeightReader, fingerprint
 from codyra_llm.runtime import heartbeat, launch, signals
@@ -34,9 +33,6 @@ from codyra_llm.store.archive import Archive
 from codyra_llm.store.folder import RunFolder
 
 PROBE_TOKENS = 32  # general-ability probes have short answers
-
-
-logging.disable_progress_bar()  # every task loads its model anew
 
 
 @dataclass
@@ -55,10 +51,7 @@ class Setup:
 
     @property
     def dtype(self) -> torch.dtype:
-        name = self.recipe.model.dtype
-        return getattr(
-            torch, ("bfloat16" if torch.cuda.is_available() else "float32") if name == "auto" else name
-        )
+        return compute_dtype(self.recipe)
 
     def model(self, archive: Archive, after: int, without: int | None = None) -> PreTrainedModel:
         """The merged model as it is after task `after` (-1: the base), on the CPU. All that is evaluated,
@@ -127,6 +120,13 @@ class Setup:
         return self.recipe.data.max_prompt_tokens + max(PROBE_TOKENS, *answers)
 
 
+def compute_dtype(recipe: Recipe) -> torch.dtype:
+    """What the model trains and is evaluated in."""
+    name = recipe.model.dtype
+    auto = "bfloat16" if torch.cuda.is_available() else "float32"
+    return getattr(torch, auto if name == "auto" else name)
+
+
 def prepare(recipe: Recipe, open_ended: bool = True) -> Setup:
     """Resolve the recipe and check model, data, method and disk. `open_ended`: whether its prompts are to be
     answered, so that their files must be there. Raises one Fault with all that is wrong."""
@@ -191,8 +191,7 @@ def prepare(recipe: Recipe, open_ended: bool = True) -> Setup:
     ]
     questions = tried(find_questions, recipe.open_ended) if open_ended else {}
     if base:
-        merged = recipe.checkpoint or recipe.eval.backend == "vllm"  # never both at once
-        faults += _disk(Path(recipe.output), size(base) * (merged + whole * len(recipe.tasks)))
+        faults += _disk(Path(recipe.output), _written(recipe, base, whole))
     if faults:
         raise Fault(*dict.fromkeys(faults))
     return Setup(
@@ -228,11 +227,6 @@ def _fits(recipe: Recipe, config: PreTrainedConfig) -> list[str]:
     )
 
 
-def size(base: Path) -> int:
-    """Bytes of the base's weights."""
-    return sum(file.stat().st_size for file in base.glob("*.safetensors"))
-
-
 def _base(recipe: Recipe) -> Path:
     return (
         mini_model()
@@ -258,6 +252,15 @@ def _probes() -> dict[str, list[dict]]:
         name: read_split(folder, name, "test")
         for name in sorted(p.parent.name for p in folder.glob("*/test.json"))
     }
+
+
+def _written(recipe: Recipe, base: Path, whole: bool) -> int:
+    """Bytes of whole models that the run writes: the checkpoint and vLLM's copy, which are never there at
+    once, and each task's weights where it trains all of them."""
+    dtype = compute_dtype(recipe)
+    checkpoint = saved.size(base) if recipe.checkpoint else 0
+    served = saved.size(base, dtype) if recipe.eval.backend == "vllm" else 0
+    return max(checkpoint, served) + whole * len(recipe.tasks) * saved.size(base, dtype)
 
 
 def _disk(output: Path, needed: int) -> list[str]:

@@ -125,7 +125,6 @@ def _tried(tracker: GeneralTracker, action: Callable, *args, **options) -> bool:
             f"warning: {tracker.name} failed ({_reason(error)}), and gets no more of this process; the run "
             "goes on",
             soft_wrap=True,
-            markup=False,
         )
         return False
 

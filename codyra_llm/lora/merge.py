@@ -18,6 +18,16 @@ def merged_weight(base: Tensor, terms: list[Update], site: str) -> Tensor:
     return weight
 
 
+def stored_weight(name: str, base: Tensor, terms: list[Update]) -> Tensor:
+    """The parameter that the base stores under `name`, after `terms`: summed in float32 where adapters change
+    it, whole where an update holds it whole, and itself where nothing does."""
+    site = name.removesuffix(".weight")
+    if any(site in update.adapters for update in terms):
+        return merged_weight(base, terms, site)
+    held = [update.dense[name] for update in terms if name in update.dense]
+    return held[-1] if held else base
+
+
 @torch.no_grad()
 def merge(model: nn.Module, reader: WeightReader, terms: list[Update], device: torch.device) -> None:
     """Write base + `terms` into the model, in the model's own dtype; W₀ is read from the base's files. Sites

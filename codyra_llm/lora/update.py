@@ -1,3 +1,5 @@
+"""What one task leaves: low-rank factors per projection."""
+
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 

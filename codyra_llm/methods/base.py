@@ -165,8 +165,8 @@ class Method:
     def after_step(self, gradients: "Gradients") -> None:
         """Change the parameters behind the optimizer's step. Not under ZeRO."""
 
-    def rewrite(self, step: int, steps: int) -> Callable[[Adapter], Adapter] | None:
-        """A function that puts new factors in place of every adapter's before step `step`, or None: leave
+    def rewrite(self, step: int, steps: int) -> Callable[[dict[str, Adapter]], dict[str, Adapter]] | None:
+        """A function from all adapters by site to what takes their place before step `step`, or None: leave
         them.
         """
 
@@ -242,5 +242,7 @@ def load_factors(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 def survivors(adapter: Adapter) -> Adapter:
     """The same ΔW without the ranks whose weight is zero."""
+    if adapter.w is None:
+        return adapter
     kept = adapter.w != 0
     return Adapter(adapter.a[kept], adapter.b[:, kept], adapter.w[kept])

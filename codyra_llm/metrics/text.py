@@ -9,14 +9,11 @@ changed. `VERSION` of a metric rises whenever any of its scores can change; resu
 
 import difflib
 import re
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import ClassVar
 
 from rapidfuzz.distance import Indel
-from rouge import Rouge
 
+from codyra_llm.metrics.rouge import rouge_l
 from codyra_llm.metrics.sari import sari
 
 
@@ -192,7 +189,8 @@ def literals(code: str) -> str:
     code = code.replace("<NUM_LIT>", "0").replace("<STR_LIT>", "").replace("<CHAR_LIT>", "")
     # One literal after another in the whole text, as published: a single pass differs where literals are
     # nested.
-    for kind, value in re.findall(r"<(STR|NUM|CHAR)_LIT:(.*?)>", code, re.DOTALL):
+    closed = code[: code.rfind(">") + 1]  # what is never closed would be searched to the end from every start
+    for kind, value in re.findall(r"<(STR|NUM|CHAR)_LIT:(.*?)>", closed, re.DOTALL):
         code = code.replace(f"<{kind}_LIT:{value}>", value)
     return code
 
@@ -200,16 +198,4 @@ def literals(code: str) -> str:
 def _rouge_l(prediction: str, answer: str) -> float:
     if not prediction.strip(".") or not answer.strip("."):
         return 0.0
-    with _recursion(len(prediction.split()) + len(answer.split())):
-        return 100.0 * Rouge(["rouge-l"]).get_scores(answer, prediction, avg=True)["rouge-l"]["f"]
-
-
-@contextmanager
-def _recursion(depth: int) -> Iterator[None]:
-    """Room for `depth` more calls: the package walks the table of a subsequence with one call a word."""
-    before = sys.getrecursionlimit()
-    sys.setrecursionlimit(before + depth)
-    try:
-        yield
-    finally:
-        sys.setrecursionlimit(before)
+    return 100.0 * rouge_l(answer, prediction)

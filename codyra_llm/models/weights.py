@@ -3,7 +3,6 @@ shapes.
 """
 
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,14 +15,13 @@ from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.files import CHUNK
 from codyra_llm.core.parsing import read_json, shown
 
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = (b"PK\x03\x04", b"\x80")  # how torch.save's files begin, zipped or not
 FLOATING = ("F64", "F32", "F16", "BF16")
@@ -72,11 +70,14 @@ def told(what: str, instead: str) -> Iterator[None]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of the model, sorted by name: those the index names, or else all of them. Raises
-    Fault for an index that is broken or that names anything but files of the folder."""
+    """The safetensors files that transformers loads, sorted by name: `model.safetensors` where there is one,
+    or else those that the index names; none where there is neither. Raises Fault for an index that is broken
+    or that names anything but files of the folder."""
     index = folder / INDEX
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
     if not index.is_file():
-        return sorted(folder.glob("*.safetensors"))
+        return []
     content = read_json(index, "the model's index of shards")
     shards = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(shards, dict) or not shards:
@@ -96,6 +97,15 @@ def weight_files(folder: Path) -> list[Path]:
             "use this model unless you know who made it."
         )
     return sorted({folder / name for name in shards.values()})
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Names of the folder's weights that are not read, such as shards of an older save next to a newer
+    model.safetensors; sorted."""
+    read = {file.name for file in weight_files(folder)}
+    other = {file.name for file in folder.glob("*.safetensors")} - read
+    stale = {INDEX} if (folder / INDEX).is_file() and read == {SINGLE} else set()
+    return sorted(other | stale)
 
 
 def stored(file: Path) -> dict[str, tuple[list[int], str]]:
@@ -206,13 +216,3 @@ class WeightReader:
                 f"{nearest(name, self.handle_of)}"
             )
         return self.handle_of[stored].get_tensor(stored)
-
-
-def save_weights(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Both in transformers' layout, the weights as safetensors."""
-    if (
-        not torch.cuda.is_available()
-    ):  # transformers imports DeepSpeed here where there is one, which else warns of a CPU
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

@@ -5,6 +5,7 @@ every time.
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -41,9 +42,11 @@ KINDS = {
 }
 
 
-def render(base: Path, folder: RunFolder, after: int, without: int | None, kind: str) -> str:
+def render(
+    base: Path, folder: RunFolder, after: int, without: int | None, kind: str, notes: Sequence[str] = ()
+) -> str:
     """The card of the model after task `after` (-1: the base), exported as `kind` (of KINDS), less the update
-    `without`.
+    `without`. `notes`: what is to know of this export in addition.
     """
     recipe = folder.recipe
     # A model that lacks an update was never scored.
@@ -71,7 +74,7 @@ def render(base: Path, folder: RunFolder, after: int, without: int | None, kind:
         _origin(recipe, after, without),
         *_tables(folder, recipe, rows, after),
         "## What to know",
-        "\n".join(f"- {line}" for line in _caveats(recipe, rows, without, licence)),
+        "\n".join(f"- {line}" for line in (*_caveats(recipe, rows, without, licence), *map(plain, notes))),
         "## How it was made",
         *_making(folder, recipe),
     ]

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TextIO
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell begins that a spreadsheet takes for a formula
 HEADER = ("table", "row", "column", "value", "low", "high")
 
 
@@ -58,16 +59,22 @@ def word(value: str) -> Cell:
 
 
 def write_csv(grids: Iterable[Grid], file: TextIO) -> None:
-    """One line per cell that holds something, in full precision: HEADER."""
+    """One line per cell that holds something, in full precision: HEADER. A text that a spreadsheet would run
+    as a formula has an apostrophe before it."""
     out = csv.writer(file, lineterminator="\n")
     out.writerow(HEADER)
     for grid in grids:
         for label, cells in grid.rows:
             out.writerows(
-                [grid.name, label, column, cell.value, cell.low, cell.high]
+                [_inert(value) for value in (grid.name, label, column, cell.value, cell.low, cell.high)]
                 for column, cell in zip(grid.columns, cells, strict=True)
                 if cell is not None
             )
+
+
+def _inert(value: object) -> object:
+    """A name such as "=HYPERLINK(...)" as a text that spreadsheets show and don't run."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 def markdown(grids: Iterable[Grid]) -> str:

@@ -1,3 +1,5 @@
+"""Runs that differ in seed and output alone, grouped, with names that say in what groups differ."""
+
 from dataclasses import dataclass
 from statistics import stdev
 

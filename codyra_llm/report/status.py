@@ -72,7 +72,7 @@ def show(found: dict, console: Console) -> None:
             f"{'next' if found['state'] == 'running' else 'the same command goes on with'}: {found['next']}"
         )
     for line in lines:
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+        console.print(line, soft_wrap=True)
 
 
 def _recipe(folder: Path, owner: dict | None) -> dict:

@@ -1,3 +1,5 @@
+"""Tables for the terminal and for summary.md."""
+
 from rich.box import SIMPLE
 from rich.table import Column, Table
 

@@ -11,19 +11,17 @@ from dataclasses import dataclass, field
 from threading import RLock
 
 from rich.cells import cell_len
-from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from codyra_llm.core.terminal import Terminal
 from codyra_llm.runtime import heartbeat
 from codyra_llm.runtime.forecast import Forecast, Piece, duration
 
 EVERY = 30.0  # seconds between lines of a log
 REFRESH = 2  # per second, of the line on a terminal
 
-console = Console(
-    highlight=False, markup=False
-)  # one for all that is said meanwhile: what others write would run into the line
+console = Terminal()  # one for all that is said meanwhile: what others write would run into the line
 
 WORDS = {
     "learn": ("", ""),
@@ -91,7 +89,7 @@ class Line:
         edge = bool(row) and (done - phase.start[1] == 1 or done == total)
         if not console.is_interactive and (edge or now - self.told >= EVERY):
             self.told = now
-            console.print(self.words(), soft_wrap=True, markup=False)
+            console.print(self.words(), soft_wrap=True)
 
     def words(self, width: int | None = None) -> str:
         """The line: in long words where they fit into `width` columns, else in short ones, the least

@@ -13,8 +13,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
-from torch.distributed import DistError, PrefixStore, Store, TCPStore
+from torch.distributed import DistError, PrefixStore, Store
+from torch.distributed.distributed_c10d import _get_default_store
 
+from codyra_llm.core.terminal import one_line
 from codyra_llm.runtime import signals
 
 EXIT = 76  # another process of the launch is gone
@@ -124,31 +126,33 @@ class Watch:
 
 
 _watch: Watch | None = None
+_started = 0  # how many times this process, and so every other of its launch, has begun to watch
+_needs_launcher = False
 
 
 def start(rank: int, world: int, hang_minutes: float) -> None:
-    """Begin to watch, over the store that the launcher's processes have met at."""
-    global _watch
-    store = TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        timeout=timedelta(seconds=BROKEN),
-    )
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    _watch = Watch(PrefixStore(f"codyra_llm/{attempt}", store), rank, world, 60 * hang_minutes)
+    """Begin to watch, over the store of the process group, whatever made that: a launcher's server, or a
+    file. A watch that this process began before must have taken its `leave`."""
+    global _watch, _started
+    _started += 1
+    # Through a connection of its own: who waits for a key holds the other one, for as long as a collective.
+    store = _get_default_store().clone()
+    store.set_timeout(timedelta(seconds=BROKEN))
+    _watch = Watch(PrefixStore(f"codyra_llm/{_started}", store), rank, world, 60 * hang_minutes)
 
 
 def launcher() -> None:
-    """This process ends when torchrun is gone, which keeps the store: until all have met nothing else tells,
-    and torch waits for as long as for a collective."""
+    """From here on this process ends when torchrun is gone, which keeps the store: until all have met nothing
+    else tells, and torch waits for as long as for a collective."""
+    global _needs_launcher
 
     def look() -> None:
-        while os.getppid() == signals.PARENT:
+        while not signals.orphaned():
             time.sleep(BEAT)
         end("the launcher is gone")
 
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if "TORCHELASTIC_RUN_ID" in os.environ and not _needs_launcher:
+        _needs_launcher = True
         threading.Thread(target=look, daemon=True).start()
 
 
@@ -227,7 +231,8 @@ def until_stopped() -> Iterator[None]:
 
 
 def leave(code: int) -> None:
-    """This process ends with `code`: from here on it judges no one, and the others know."""
+    """This process ends with `code`, or has done its part: from here on it judges no one, and the others
+    know."""
     if _watch:
         _watch.own.code = code
         with suppress(DistError):  # whoever keeps the store has left before
@@ -236,8 +241,9 @@ def leave(code: int) -> None:
 
 def end(verdict: str) -> None:
     """End this process because another is gone, whatever it waits for."""
+    rank = _watch.rank if _watch else os.environ.get("RANK", 0)
     print(
-        f"error (rank {os.environ.get('RANK', 0)}): {verdict}; the same command goes on from what is saved",
+        f"error (rank {rank}): {one_line(verdict)}; the same command goes on from what is saved",
         file=sys.stderr,
         flush=True,
     )

@@ -12,6 +12,7 @@ import psutil
 
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import unwritable
+from codyra_llm.core.terminal import one_line
 
 BEAT = 5.0  # seconds between signs of life
 DEAD = 60.0  # without one for so long, an owner on another machine is dead
@@ -86,10 +87,8 @@ class Lease:
             raise self._held()
 
     def _await_beat(self, first: str) -> None:
-        print(
-            f"{self.folder} was held by {_who(self._found())}; waiting up to {DEAD:.0f} s for a sign of life",
-            flush=True,
-        )
+        held = f"{self.folder} was held by {_who(self._found())}"
+        print(f"{one_line(held)}; waiting up to {DEAD:.0f} s for a sign of life", flush=True)
         end = time.monotonic() + DEAD
         while time.monotonic() < end:
             time.sleep(min(BEAT, DEAD / 4))

@@ -14,15 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import write_json
 from codyra_llm.core.parsing import shown
+from codyra_llm.core.terminal import Terminal
 from codyra_llm.runtime import signals
 from codyra_llm.sweep.spec import Run, Sweep
 
-console = Console(highlight=False)
+console = Terminal()
 
 
 def execute(sweep: Sweep, jobs: int | None, launcher: str | None, done: Callable[[], None]) -> None:

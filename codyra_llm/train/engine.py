@@ -138,11 +138,11 @@ class Engine:
             for name, layer in sites(self.model).items()
         }
 
-    def rewrite(self, function: Callable[[Adapter], Adapter]) -> None:
-        """Replace every adapter by `function` of it, on all ranks alike, and start Adam's moments from
-        zero.
+    def rewrite(self, function: Callable[[dict[str, Adapter]], dict[str, Adapter]]) -> None:
+        """Replace the adapters by `function` of all of them, on all ranks alike, and start Adam's moments
+        from zero.
         """
-        self.put({site: function(adapter) for site, adapter in self.adapters().items()})
+        self.put(function(self.adapters()))
         for state in self.inner.state.values():
             state["exp_avg"].zero_()
             state["exp_avg_sq"].zero_()

@@ -18,13 +18,8 @@ from codyra_llm.runtime.memory import Meter
 UNMASKED = "sdpa_unmasked"
 
 
-AttentionInterface.register(UNMASKED, sdpa_attention_forward)
-
-
-MEASURED_LAYERS = (
-    2,
-    4,
-)  # even numbers: the layers of some families take turns between two kinds of attention
+# Even numbers: the layers of some families take turns between two kinds of attention.
+MEASURED_LAYERS = (2, 4)
 
 
 def activation_bytes(model: nn.Module, batch: Batch, device: torch.device) -> int:
@@ -40,6 +35,7 @@ def activation_bytes(model: nn.Module, batch: Batch, device: torch.device) -> in
     if model.config._attn_implementation == "sdpa" and (not window or batch.ids.shape[1] <= window):
         # transformers makes no mask here, but can't tell that from fake tensors: without the name it would
         # make one.
+        AttentionInterface.register(UNMASKED, sdpa_attention_forward)
         model.set_attn_implementation(UNMASKED)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device=device)

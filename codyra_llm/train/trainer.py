@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from codyra_llm.config.sections import OptimSection
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.tensors import generator
+from codyra_llm.core.terminal import one_line
 from codyra_llm.data.batches import (
     Batch,
     batch_tokens,
@@ -301,7 +302,9 @@ class Trainer:
                 "on model.gradient_checkpointing or lower data.max_prompt_tokens"
             )
         self.tokens = max(longest, largest // 2)
-        self.acc.print(f"{where}: out of memory, going on with optim.micro_batch_tokens at {self.tokens}")
+        self.acc.print(
+            f"{one_line(where)}: out of memory, going on with optim.micro_batch_tokens at {self.tokens}"
+        )
 
     def _micro(self, examples: list[Encoded], chosen: list[int]) -> Iterator[Batch]:
         """This rank's micro-batches of a global batch; an empty one becomes a filler of weight 0."""

@@ -6,13 +6,9 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
+from modules import modules
 
-ROOT = Path(__file__).parents[2]
-TOP = {
-    "codyra_llm": ROOT / "codyra_llm",
-    "codyra_llm.benchmarks": ROOT / "benchmarks",
-    "codyra_llm.recipes": ROOT / "recipes",
-}
 # From the ground up. A package may import from itself and from what stands before it.
 LAYERS = [
     "codyra_llm.benchmarks",
@@ -51,16 +47,6 @@ LAYERS = [
 ]
 MOST_MODULES = 12  # of a package
 pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="not a checkout")
-
-
-def modules() -> dict[str, Path]:
-    """By dotted name, the files of the package as it is installed."""
-    found = {}
-    for name, folder in TOP.items():
-        for path in folder.rglob("*.py"):
-            parts = [name, *path.relative_to(folder).with_suffix("").parts]
-            found[".".join(parts).removesuffix(".__init__")] = path
-    return found
 
 
 def package(module: str, path: Path) -> str:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from codyra_llm.benchmarks.trace.mini.skills import PROBES, held_out
-from codyra_llm.benchmarks.trace.mini.tasks import TASKS, Pair
 from filelock import FileLock
 
+from codyra_llm.benchmarks.trace.mini.skills import PROBES, held_out
+from codyra_llm.benchmarks.trace.mini.tasks import TASKS, Pair
 from codyra_llm.config.methods.sequential import REASONING_VARIANT
 from codyra_llm.core.files import replacing, write_json
 from codyra_llm.data.reasoning import reasoned_answer, reasoned_prompt

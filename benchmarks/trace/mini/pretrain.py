@@ -5,9 +5,6 @@ import re
 import sys
 from pathlib import Path
 
-from codyra_llm.benchmarks.trace.mini.lexicon import WORDS_ZH
-from codyra_llm.benchmarks.trace.mini.skills import skill_records
-from codyra_llm.benchmarks.trace.mini.tasks import TASKS, Pair
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     LlamaConfig,
@@ -19,8 +16,11 @@ from transformers import (
     set_seed,
 )
 
+from codyra_llm.benchmarks.trace.mini.lexicon import WORDS_ZH
+from codyra_llm.benchmarks.trace.mini.skills import skill_records
+from codyra_llm.benchmarks.trace.mini.tasks import TASKS, Pair
 from codyra_llm.core.files import replacing
-from codyra_llm.models.weights import save_weights
+from codyra_llm.models.saved import write_model
 
 ROWS = 6  # rows of 128 tokens in a step, about 33 examples
 
@@ -159,7 +159,7 @@ def pretrain_mini(out: Path, seed: int = 0, steps: int = 1500) -> None:
             data_collator=default_data_collator,
         ).train()
         model.config.use_cache = True
-        save_weights(model, tokenizer, scratch)
+        write_model(model, tokenizer, scratch)
 
 
 if __name__ == "__main__":

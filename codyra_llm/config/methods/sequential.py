@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from codyra_llm.config.methods.base import LoraConfig
+from codyra_llm.config.methods.base import Count, LoraConfig
 from codyra_llm.core.schema import Fraction, NotNegative, Positive, Strict
 
 REASONING_VARIANT = "LLM-CL-Benchmark_Reasoning"  # a folder of TRACE
@@ -61,17 +61,74 @@ class CodyraConfig(LoraConfig):
         "w = σ/σ₁, so that the threshold meets parts in the order of their size",
     )
     threshold: Threshold = Field(Threshold(), description="how hard the weights w are shrunk, and when")
-    selection: Literal["threshold", "random"] = Field(
-        "threshold", description="random: the control that drops ranks by lot, along a straight line to zero"
+    selection: Literal["threshold", "random", "scale"] = Field(
+        "threshold",
+        description="random: the control that drops ranks by lot, along a straight line to zero; scale: the "
+        "control that drops none and shrinks every update at its merge",
     )
-    keep: Fraction | None = Field(None, description="random only: share of all ranks kept")
+    keep: Fraction | None = Field(
+        None, description="random: share of all ranks kept; scale: factor on every update"
+    )
 
     @model_validator(mode="after")
-    def _keep_goes_with_random(self) -> "CodyraConfig":
-        if (self.keep is None) == (self.selection == "random"):
+    def _keep_goes_with_controls(self) -> "CodyraConfig":
+        if (self.keep is None) == (self.selection in ("random", "scale")):
             raise ValueError(
-                "'keep' goes with selection 'random' and with nothing else; "
-                + ("remove it" if self.keep is not None else "give the share of ranks to keep")
+                "'keep' goes with selection 'random' or 'scale' and with nothing else; "
+                + ("remove it" if self.keep is not None else "give the share to keep")
+            )
+        return self
+
+
+class OldInputsConfig(LoraConfig):
+    """What is kept of old inputs, and from which sequences."""
+
+    samples: int = Field(
+        1024,
+        ge=0,
+        le=1 << 16,
+        description="sequences that the base writes by itself before the first task; their inputs count as "
+        "one old task's; 0: none",
+    )
+    sample_tokens: Count = Field(48, ge=1, description="tokens of each of them")
+    max_examples: int = Field(
+        256, ge=1, description="training examples of a finished task, drawn, whose inputs are read"
+    )
+    sketch: Count = Field(
+        256,
+        ge=1,
+        description="columns kept of the second moment of an input that is wider than four times as many; "
+        "narrower ones are kept whole",
+    )
+
+
+class CodyraDriftConfig(OldInputsConfig, CodyraConfig):
+    name: Literal["codyra_drift"] = "codyra_drift"
+    drift_weight: NotNegative = Field(
+        10.0, description="μ of the relative drift of old outputs, once per optimizer step; 0: no penalty"
+    )
+    merge_weight: NotNegative = Field(
+        1.0,
+        description="μ_m of old against new inputs in the merge in closed form; 0: the update as trained",
+    )
+    ridge: Positive = Field(
+        1e-4, description="ε of that merge, and of the parts, as a share of the inputs' mean energy"
+    )
+    selection: Literal["none", "ratio", "threshold", "random", "scale"] = Field(
+        "none",
+        description="ratio: drop the parts with the least gain on new inputs per drift of old outputs; "
+        "threshold, random, scale: codyra's rule and its controls, for comparison",
+    )
+    keep_drift: Fraction | None = Field(
+        None, description="ratio only: τ, share of the predicted drift of old outputs that may stay"
+    )
+
+    @model_validator(mode="after")
+    def _budget_goes_with_ratio(self) -> "CodyraDriftConfig":
+        if (self.keep_drift is None) == (self.selection == "ratio"):
+            raise ValueError(
+                "'keep_drift' goes with selection 'ratio' and with nothing else; "
+                + ("remove it" if self.keep_drift is not None else "give the share of drift that may stay")
             )
         return self
 

@@ -99,6 +99,25 @@ def covariances(
         torch.zeros(2 * (layer.in_features,), dtype=torch.float64, device=layer.weight.device)
         for layer in layers
     ]
+
+    def add(i: int, x: Tensor) -> None:
+        sums[i].add_(x.T @ x)
+
+    count = read_inputs(model, layers, task, examples, add, before)
+    return [(total / count).cpu() for total in sums]
+
+
+@torch.no_grad()
+def read_inputs(
+    model: nn.Module,
+    layers: list[nn.Module],
+    task: Task,
+    examples: list,
+    take: Callable[[int, Tensor], None],
+    before: Callable[["Batch"], None] | None = None,
+) -> int:
+    """Call `take(i, x)` with the input x [n, in] in float32 of layer i for every batch of examples,
+    without the first token of each; returns the number of tokens."""
     seen: dict[int, Tensor] = {}
     hooks = [
         layer.register_forward_pre_hook(lambda _, args, i=i: seen.__setitem__(i, args[0]))
@@ -113,10 +132,9 @@ def covariances(
             batch.hidden(model)
             read = batch.content([len(examples[i]) for i in batch.examples])
             count += len(read)
-            for i, total in enumerate(sums):
-                x = seen.pop(i).flatten(0, -2).index_select(0, read).float()
-                total += x.T @ x
+            for i in range(len(layers)):
+                take(i, seen.pop(i).flatten(0, -2).index_select(0, read).float())
     for hook in hooks:
         hook.remove()
     model.train(training)
-    return [(total / count).cpu() for total in sums]
+    return count

@@ -71,7 +71,7 @@ class Codyra(Method):
 
     def before_step(self, groups: list[dict], step: int, steps: int, schedule: str) -> None:
         threshold = self.config.threshold
-        for group in groups:
+        for group in groups if self._shrinks else ():
             if "kappa" in group:
                 group["kappa"] = (
                     vanishing_rate(step, steps, threshold.dense)
@@ -80,10 +80,18 @@ class Codyra(Method):
                 )
 
     def rewrite(self, step: int, steps: int):
-        return aligned if self.config.align and step == int(self.config.threshold.dense * steps) else None
+        first = step == int(self.config.threshold.dense * steps)
+        return all_aligned if self._shrinks and self.config.align and first else None
 
     def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
-        return Update({site: survivors(adapter) for site, adapter in adapters.items()}, self.config.scale)
+        kept = {site: survivors(adapter) for site, adapter in adapters.items()}
+        factor = self.config.keep if self.config.selection == "scale" else 1.0
+        return Update(kept, self.config.scale * factor)
+
+    @property
+    def _shrinks(self) -> bool:
+        """Whether the weights w are driven to zero at all."""
+        return self.config.selection != "scale"
 
     def _lots(self, weights: list) -> list:
         """Masks over all sites together, 1 where a rank is to go; as many stay as `keep` says, to the nearest
@@ -93,6 +101,10 @@ class Codyra(Method):
         order = torch.randperm(sum(sizes), generator=generator("lots", self.seed))
         dropped = (order >= round(self.config.keep * sum(sizes))).to(weights[0])
         return list(dropped.split(sizes))
+
+
+def all_aligned(adapters: dict[str, Adapter]) -> dict[str, Adapter]:
+    return {site: aligned(adapter) for site, adapter in adapters.items()}
 
 
 def aligned(adapter: Adapter) -> Adapter:

@@ -1,0 +1,76 @@
+"""The drift of old outputs as a penalty: what an update changes where old inputs are, as a share of what the
+layer says there.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from codyra_llm.lora.layer import LoraLinear, sites
+from codyra_llm.methods.parts.inputs import distinct_inputs
+from codyra_llm.methods.parts.moments import SecondMoment, stacked
+
+
+@dataclass
+class _Group:
+    """Inputs that are read by layers of the same shapes: moments [n, in, k], for every input its layers, and
+    the factor s²/tr(W Σ Wᵀ) of each [n, layers]."""
+
+    moments: SecondMoment
+    layers: list[list[LoraLinear]]
+    shares: Tensor
+
+
+class DriftPenalty:
+    """Σ_sites s² tr(B_w A Σ Aᵀ B_wᵀ) / tr(W Σ Wᵀ), B_w = B diag(w): E|ΔW x|² over old inputs, as a share of
+    E|W x|², summed over sites.
+
+    From r x r products: ⟨B_wᵀ B_w, A Σ Aᵀ⟩, at 2·r·k·in + r²·(k + out) multiplications per site where Σ has k
+    columns, all inputs of one shape in one batched product. Memory: the moments in float32 on the device.
+    """
+
+    def __init__(self, model: nn.Module, old: dict[str, SecondMoment]):
+        found, groups = sites(model), {}
+        for names in distinct_inputs(model):
+            if names[0] in old:
+                layers = [found[name] for name in names]
+                moment = old[names[0]].to(layers[0].lora_A)
+                shapes = tuple((layer.lora_A.shape, layer.lora_B.shape) for layer in layers)
+                groups.setdefault((moment.factor.shape, shapes), []).append((moment, layers))
+        self.groups = [_group(inputs) for inputs in groups.values()]
+
+    def __call__(self) -> Tensor:
+        """The penalty at the adapters' present factors, a scalar with gradient."""
+        return sum(_drift(group) for group in self.groups)
+
+
+def share(layer: LoraLinear, moment: SecondMoment) -> Tensor:
+    """s²/tr(W Σ Wᵀ): what turns E|B A x|² into a share of what the layer says; 0 where it says nothing."""
+    energy = moment.energy(layer.frozen(moment.factor.dtype))
+    return torch.where(energy > 0, layer.spec.scale**2 / energy, 0.0)
+
+
+@torch.no_grad()
+def _group(inputs: list[tuple[SecondMoment, list[LoraLinear]]]) -> _Group:
+    shares = [torch.stack([share(layer, moment) for layer in layers]) for moment, layers in inputs]
+    return _Group(
+        stacked([moment for moment, _ in inputs]), [layers for _, layers in inputs], torch.stack(shares)
+    )
+
+
+def _drift(group: _Group) -> Tensor:
+    rows = torch.stack([torch.cat([layer.lora_A for layer in layers]) for layers in group.layers])
+    read = group.moments.between(rows)  # [n, Σ r, Σ r], of which the blocks of one layer each count
+    total, start = 0.0, 0
+    for j, layer in enumerate(group.layers[0]):
+        columns = torch.stack([_weighted(layers[j]) for layers in group.layers])
+        own = slice(start, start + layer.lora_A.shape[0])
+        drift = (columns.mT @ columns * read[:, own, own]).sum((1, 2))
+        total = total + (group.shares[:, j] * drift).sum()
+        start = own.stop
+    return total
+
+
+def _weighted(layer: LoraLinear) -> Tensor:
+    return layer.lora_B if layer.lora_w is None else layer.lora_B * layer.lora_w

@@ -1,0 +1,97 @@
+"""Second moments Σ = E[x xᵀ] of inputs: whole for small inputs, for large ones a linear sketch, in which sums
+over ranks and over tasks stay sums.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from codyra_llm.core.tensors import generator
+
+EXACT_UP_TO = 4  # times the sketch's width: a smaller input is kept whole
+
+
+class SecondMoment(NamedTuple):
+    """Σ [in, in] as `factor` itself (`weights` None), or as F diag(weights) Fᵀ + rest·I.
+
+    factor [..., in, k], weights [..., 1, k], rest [..., 1, 1]; leading dimensions are a batch of moments.
+    """
+
+    factor: Tensor
+    weights: Tensor | None = None
+    rest: Tensor | None = None
+
+    def times(self, rows: Tensor) -> Tensor:
+        """rows Σ, [..., r, in]."""
+        read = rows @ self.factor
+        if self.weights is None:
+            return read
+        return (read * self.weights) @ self.factor.mT + self.rest * rows
+
+    def between(self, rows: Tensor) -> Tensor:
+        """rows Σ rowsᵀ, [..., r, r]."""
+        read = rows @ self.factor
+        if self.weights is None:
+            return read @ rows.mT
+        return (read * self.weights) @ read.mT + self.rest * (rows @ rows.mT)
+
+    def energy(self, matrix: Tensor) -> Tensor:
+        """E|M x|² = tr(M Σ Mᵀ) of M [out, in], a scalar."""
+        read = matrix @ self.factor
+        if self.weights is None:
+            return (read * matrix).sum()
+        return (read.square() * self.weights).sum() + self.rest.sum() * matrix.square().sum()
+
+    def to(self, kind: Tensor) -> "SecondMoment":
+        """On the device and in the dtype of `kind`."""
+        return SecondMoment(*(None if part is None else part.to(kind) for part in self))
+
+    @property
+    def mean(self) -> float:
+        """tr(Σ)/in, the mean energy of a direction."""
+        if self.weights is None:
+            return self.factor.diagonal().mean().item()
+        size = self.factor.shape[-2]
+        squares = self.factor.square().sum(-2, keepdim=True)
+        return ((squares * self.weights).sum() / size + self.rest.sum()).item()
+
+
+def stacked(moments: list[SecondMoment]) -> SecondMoment:
+    """Moments of one shape as a batch."""
+    if moments[0].weights is None:
+        return SecondMoment(torch.stack([moment.factor for moment in moments]))
+    return SecondMoment(*(torch.stack(parts) for parts in zip(*moments, strict=True)))
+
+
+def sketching(size: int, width: int) -> Tensor | None:
+    """Ω [in, width], orthonormal columns drawn by the size alone, float64; None where Σ itself is kept."""
+    if size <= EXACT_UP_TO * width:
+        return None
+    drawn = torch.randn(size, width, dtype=torch.float64, generator=generator("sketch", size, width))
+    return torch.linalg.qr(drawn)[0]
+
+
+def recovered(product: Tensor, trace: Tensor, omega: Tensor | None) -> SecondMoment:
+    """Σ from Y = Σ Ω [in, k] and its trace, float64; from Σ itself where `omega` is None.
+
+    Nyström's approximation Y (Ωᵀ Y)⁻¹ Yᵀ, never above Σ, with the shift that Tropp, Yurtsever, Udell and
+    Cevher (1706.05736, algorithm 3) give it for rounding; what it leaves of the trace is spread evenly over
+    the directions that it does not span.
+    """
+    if omega is None:
+        return SecondMoment(product)
+    size, width = product.shape
+    shift = math.sqrt(size) * torch.finfo(product.dtype).eps * product.norm()
+    if not shift > 0:
+        return SecondMoment(omega, omega.new_zeros(1, width), omega.new_zeros(1, 1))
+    shifted = product + shift * omega
+    core = omega.T @ shifted
+    lower = torch.linalg.cholesky((core + core.T) / 2)
+    root = torch.linalg.solve_triangular(lower, shifted.T, upper=False).T
+    vectors, singular, _ = torch.linalg.svd(root, full_matrices=False)
+    values = (singular.square() - shift).clamp_min(0)
+    rest = ((trace - values.sum()) / (size - width)).clamp_min(0)
+    # `rest` also stands on the directions of F, where the values already say all.
+    return SecondMoment(vectors, (values - rest)[None], rest.reshape(1, 1))

@@ -1,0 +1,115 @@
+"""What earlier tasks' inputs were, as second moments per distinct input: no example is kept, and what is kept
+does not grow with the tasks.
+"""
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor, nn
+
+from codyra_llm.config.methods.sequential import OldInputsConfig
+from codyra_llm.data.encoding import Encoded
+from codyra_llm.lora.layer import sites
+from codyra_llm.methods.base import Task
+from codyra_llm.methods.parts.inputs import distinct_inputs, read_inputs
+from codyra_llm.methods.parts.moments import SecondMoment, recovered, sketching
+from codyra_llm.methods.parts.samples import self_sampled
+from codyra_llm.runtime import heartbeat
+
+# By an input's first site: Σ Ω (or Σ) and tr Σ, float64 on the CPU.
+Moments = dict[str, tuple[Tensor, Tensor]]
+
+
+class OldInputs:
+    """The sum of the sources' second moments, a source being a finished task, or what the base writes by
+    itself; with every source of the same weight.
+
+    Kept per distinct input (q, k and v read one; gate and up one): Σ in float32 where the input is at most
+    4·`sketch` wide, else Σ Ω, Ω drawn by the size alone. Both are linear in Σ, so sources and ranks add up.
+    """
+
+    def __init__(self, config: OldInputsConfig, state: dict[str, Tensor]):
+        self.config = config
+        self.sources = int(state["sources"]) if state else 0
+        self.sums: Moments = {}
+        for key, value in state.items():
+            name, _, part = key.rpartition(".")
+            if part == "product":
+                self.sums[name] = value.double(), state[f"{name}.trace"].double()
+
+    def add(self, moments: Moments) -> None:
+        """One more source."""
+        for name, (product, trace) in moments.items():
+            old_product, old_trace = self.sums.get(name, (0.0, 0.0))
+            self.sums[name] = old_product + product, old_trace + trace
+        self.sources += 1
+
+    def moment(self, name: str) -> SecondMoment:
+        """Σ_old of an input, the mean over the sources."""
+        product, trace = self.sums[name]
+        return self.recovered(product / self.sources, trace / self.sources)
+
+    def recovered(self, product: Tensor, trace: Tensor) -> SecondMoment:
+        return recovered(product, trace, sketching(len(product), self.config.sketch))
+
+    def state(self) -> dict[str, Tensor]:
+        """What `__init__` reads."""
+        state = {"sources": torch.tensor(self.sources)}
+        for name, (product, trace) in self.sums.items():
+            state[f"{name}.product"], state[f"{name}.trace"] = product.float(), trace
+        return state
+
+
+def own_share(examples: list[Encoded]) -> list[Encoded]:
+    """This process's part of the examples."""
+    process = PartialState()
+    return examples[process.process_index :: process.num_processes]
+
+
+def sampled_moments(config: OldInputsConfig, model: nn.Module, task: Task, seed: int) -> Moments:
+    """Of the inputs of sequences that the model writes by itself."""
+    process = PartialState()
+    examples = self_sampled(
+        model, config.samples, config.sample_tokens, seed, process.process_index, process.num_processes
+    )
+    return moments(config, model, task, examples)
+
+
+def task_moments(config: OldInputsConfig, model: nn.Module, task: Task, seed: int) -> Moments:
+    """Of the inputs of up to `max_examples` training examples of the task, with the adapters as they are."""
+    return moments(config, model, task, own_share(task.sample(config.max_examples, seed)))
+
+
+@torch.no_grad()
+def moments(config: OldInputsConfig, model: nn.Module, task: Task, examples: list[Encoded]) -> Moments:
+    """Means over all tokens of all ranks' examples, without the first of each (it attends as BOS does, with
+    outliers that would be all of Σ). One pass over the examples; products in float32, sums in float64."""
+    names = [group[0] for group in distinct_inputs(model)]
+    layers = [sites(model)[name] for name in names]
+    omegas = [sketching(layer.in_features, config.sketch) for layer in layers]
+    reading = [None if omega is None else omega.to(layers[0].lora_A) for omega in omegas]
+    device = layers[0].weight.device
+    sums = [
+        torch.zeros(
+            layer.in_features,
+            layer.in_features if omega is None else omega.shape[1],
+            dtype=torch.float64,
+            device=device,
+        )
+        for layer, omega in zip(layers, omegas, strict=True)
+    ]
+    traces = torch.zeros(len(layers) + 1, dtype=torch.float64, device=device)  # and the count of tokens
+
+    def take(i: int, x: Tensor) -> None:
+        sums[i].add_(x.T @ (x if reading[i] is None else x @ reading[i]))
+        traces[i] += x.square().sum()
+
+    traces[-1] += read_inputs(model, layers, task, examples, take)
+    with heartbeat.waiting():
+        traces = reduce(traces, "sum")
+        sums = [reduce(total, "sum") for total in sums]
+    count = traces[-1]
+    return {
+        name: ((total / count).cpu(), (trace / count).cpu())
+        for name, total, trace in zip(names, sums, traces[:-1], strict=True)
+    }

@@ -1,0 +1,128 @@
+"""codyra_drift, ours: a fresh LoRA per task that is held, while it trains and when it merges, to what old
+inputs do not see.
+"""
+
+import torch
+from torch import Tensor
+
+from codyra_llm.config.methods.sequential import CodyraDriftConfig
+from codyra_llm.lora.layer import AdapterSpec, sites
+from codyra_llm.lora.proximal import vanishing_rate
+from codyra_llm.lora.update import Adapter, Update
+from codyra_llm.methods.base import Method, Task
+from codyra_llm.methods.parts.drift import DriftPenalty, share
+from codyra_llm.methods.parts.inputs import distinct_inputs
+from codyra_llm.methods.parts.old_inputs import OldInputs, sampled_moments, task_moments
+from codyra_llm.methods.parts.pricing import dropped, joint
+from codyra_llm.methods.parts.sparing import spared
+from codyra_llm.methods.sequential.codyra import Codyra
+
+
+class CodyraDrift(Codyra):
+    """L + μ Σ_sites E_old|ΔW x|² / E_old|W x|² per step; at the end A* = A Σ_new (Σ_new + μ_m Σ_old + εI)⁻¹.
+
+    Ours; no paper is reproduced. Σ_old: the mean of the second moments of finished tasks' inputs and of
+    sequences that the base wrote by itself before the first task (`OldInputs`): no examples, no task ids, one
+    model, nothing that grows. Near it: OWM, GPM and InfLoRA project where this weighs; RegMean (2212.09849)
+    merges so; Ritter et al.'s Kronecker-factored Laplace (1805.07810) has the output side in the penalty too.
+    `selection` ratio: when the dense phase ends, every ΔW is rewritten by parts that have a cost and a gain
+    each (`pricing.joint`), and those of all layers with the least gain per cost go until the predicted drift
+    is within `keep_drift`. It is off: what the penalty and the merge do did not need it (docs/codyra.md).
+
+    Cost per step: r·in·k per site, k the columns of Σ (`DriftPenalty`). Per task: a forward pass over
+    `max_examples` (with ratio two), a solve of size `in` where in ≤ 4·`sketch`, else of 2·`sketch`, per
+    distinct input. Before the first task: `samples` sequences. Memory and state: `in` · min(in, `sketch`)
+    float32 per distinct input.
+    """
+
+    name, Config = "codyra_drift", CodyraDriftConfig
+    summary = "fresh LoRA per task that spares old inputs, in training and in the merge (ours)"
+    config: CodyraDriftConfig
+
+    @property
+    def max_zero_stage(self) -> int:
+        """Passes over data and the penalty need whole parameters; masks need them in one piece."""
+        return 0 if self.config.selection in ("ratio", "random") else 2
+
+    def spec(self) -> AdapterSpec:
+        c = self.config
+        return AdapterSpec(c.rank, c.scale, c.dropout) if c.selection in ("none", "scale") else super().spec()
+
+    def begin_task(self, model, task: Task) -> None:
+        super().begin_task(model, task)  # ΔW = 0: inputs are those of the model as it stands
+        self._model, self._masks = model, None
+        self._inputs = {names[0]: names for names in distinct_inputs(model)}
+        self._kept = OldInputs(self.config, task.state)
+        if not task.index and self.config.samples:
+            self._kept.add(sampled_moments(self.config, model, task, self.seed))
+        self._old = {name: self._kept.moment(name) for name in self._kept.sums}
+        penalised = self.config.drift_weight and self._old
+        self._drift = DriftPenalty(model, self._old) if penalised else None
+        self._new = self._moments(model, task) if self.config.selection == "ratio" and self._old else {}
+
+    def param_groups(self, model, lr: float) -> list[dict]:
+        plain = self.spec().importance is None
+        return Method.param_groups(self, model, lr) if plain else super().param_groups(model, lr)
+
+    def penalty(self, model) -> dict[str, Tensor]:
+        return {"drift": self.config.drift_weight * self._drift()} if self._drift else {}
+
+    def before_step(self, groups: list[dict], step: int, steps: int, schedule: str) -> None:
+        if self.config.selection != "ratio":
+            super().before_step(groups, step, steps, schedule)
+        elif self._masks:
+            for group in groups:
+                if "kappa" in group:
+                    group["drop"] = [mask.to(group["params"][0]) for mask in self._masks.values()]
+                    group["kappa"] = vanishing_rate(step, steps, self.config.threshold.dense)
+
+    def rewrite(self, step: int, steps: int):
+        if self.config.selection != "ratio":
+            return super().rewrite(step, steps)
+        return self._priced if self._old and step == int(self.config.threshold.dense * steps) else None
+
+    def progress(self) -> dict[str, Tensor]:
+        return dict(self._masks or {})
+
+    def resume(self, progress: dict[str, Tensor]) -> None:
+        self._masks = {site: progress[site] for site in sites(self._model)} if progress else None
+
+    def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        moments = task_moments(self.config, model, task, self.seed)
+        self._new = {name: self._kept.recovered(*moment) for name, moment in moments.items()}
+        self._kept.add(moments)
+        return self._kept.state()
+
+    def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
+        update = super().consolidate(adapters, index)
+        if not (self.config.merge_weight and self._old):
+            return update
+        merged = {}
+        for name, names in self._inputs.items():
+            own = [update.adapters[site] for site in names]
+            new, old = self._new[name], self._old[name]
+            found = spared(own, new, old, self.config.merge_weight, self.config.ridge)
+            merged |= dict(zip(names, found, strict=True))
+        in_order = {site: merged[site] for site in update.adapters}
+        return Update(in_order, update.scale, update.mode)
+
+    @property
+    def _shrinks(self) -> bool:
+        return self.config.selection in ("threshold", "random")
+
+    def _moments(self, model, task: Task) -> dict:
+        moments = task_moments(self.config, model, task, self.seed)
+        return {name: self._kept.recovered(*moment) for name, moment in moments.items()}
+
+    @torch.no_grad()
+    def _priced(self, adapters: dict[str, Adapter]) -> dict[str, Adapter]:
+        """The adapters by their priced parts; what is to go is kept in the masks."""
+        layers, priced = sites(self._model), {}
+        for name, names in self._inputs.items():
+            old = self._old[name]
+            on_device = old.to(layers[name].lora_A)
+            for site in names:
+                relative = share(layers[site], on_device).item()
+                priced[site] = joint(adapters[site], self._new[name], old, relative, self.config.ridge)
+        self._masks = dropped({site: priced[site] for site in adapters}, self.config.keep_drift)
+        return {site: priced[site][0] for site in adapters}

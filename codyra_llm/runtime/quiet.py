@@ -1,0 +1,48 @@
+"""Other libraries' progress bars and logs, off while they would say nothing, and afterwards as they were."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def without_weight_bars() -> Iterator[None]:
+    """Within it transformers shows no bar: every task loads its model anew."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+    from transformers.utils import logging as bars
+
+    shown, hub_hidden = bars.is_progress_bar_enabled(), are_progress_bars_disabled()
+    bars.disable_progress_bar()  # the hub's too
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+        if hub_hidden:
+            disable_progress_bars()
+
+
+@contextmanager
+def without_data_bars() -> Iterator[None]:
+    """Within it `datasets` shows no bar."""
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    hidden = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not hidden:
+            enable_progress_bars()
+
+
+@contextmanager
+def log_level(name: str, level: int) -> Iterator[None]:
+    """Within it the logger of this name tells nothing below `level`."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,15 @@
+"""Fixtures of the tests that start processes."""
+
+import pytest
+import yaml
+from launches import METHODS, PROGRAM, sections
+
+
+@pytest.fixture(scope="session")
+def recipe_files(tiny_llama, toy_stream, tmp_path_factory):
+    """Recipe files by method, each a program as well."""
+    folder = tmp_path_factory.mktemp("recipes")
+    for method in METHODS:
+        text = PROGRAM.format(yaml.safe_dump(sections(tiny_llama, toy_stream, method)))
+        (folder / f"{method}.yaml").write_text(text, encoding="utf-8")
+    return folder

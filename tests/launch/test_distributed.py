@@ -1,0 +1,339 @@
+"""Two processes on this machine equal one: DDP under torchrun, DeepSpeed under accelerate launch; faults end
+both.
+"""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from helpers import TESTS
+from launches import (
+    METHODS,
+    SHIPPED,
+    accelerate,
+    assert_same_run,
+    free_port,
+    launched,
+    refused,
+    torchrun,
+)
+from safetensors.torch import load_file
+
+from codyra_llm.config.recipe import load_recipe
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.files import await_file
+from codyra_llm.data.batches import micro_batches
+from codyra_llm.experiment import run as runs
+from codyra_llm.experiment.setup import prepare
+from codyra_llm.lora.proximal import ProximalAdamW
+from codyra_llm.runtime import launch
+from codyra_llm.runtime.launch import accelerator
+from codyra_llm.train.engine import Engine
+
+
+@pytest.fixture(scope="module")
+def one_process(recipe_files, tmp_path_factory):
+    """The runs that two processes must equal."""
+    out = tmp_path_factory.mktemp("one")
+    return {
+        method: runs.run(load_recipe(recipe_files / f"{method}.yaml", [f"output={out / method}"])).path
+        for method in METHODS
+    }
+
+
+def test_the_oracle_prunes_and_moves(one_process, recipe_files):
+    """What the other tests compare with is no idle run: some ranks are gone, some are left, B has moved, and
+    two processes do not get the same number of micro-batches."""
+    setup = prepare(load_recipe(recipe_files / "codyra.yaml", []))
+    lengths = [len(e) for e in setup.encoder.encode(setup.stream.records(1, "train"))][:7]
+    shares = micro_batches(lengths, 2, setup.recipe.optim.micro_batch_tokens)
+    assert sum(not chosen for chosen in shares[1]) == 1 and all(shares[0])
+    for name in ("00-ONE", "01-THREE"):
+        tensors = load_file(one_process["codyra"] / "updates" / f"{name}.safetensors")
+        kept = [len(t) for key, t in tensors.items() if key.endswith(".a")]
+        assert 0 < sum(kept) < 5 * len(kept)
+        assert all(t.abs().max() > 1e-3 for key, t in tensors.items() if key.endswith(".b") and t.numel())
+
+
+def test_what_the_loop_sets_is_what_the_optimizer_reads():
+    """Accelerate replaces the optimizer's group dictionaries when it prepares it, and so does
+    load_state_dict.
+    """
+    model = torch.nn.Module()
+    model.model = torch.nn.Linear(2, 2, bias=False)
+    group = {"params": [model.model.weight], "lr": 1.0, "kappa": 0.0, "operator": "soft"}
+    optimizer = ProximalAdamW([group], weight_decay=0.0)
+    engine = Engine(accelerator(), model, optimizer, 1.0)
+    optimizer.load_state_dict(optimizer.state_dict())
+    with torch.no_grad():
+        model.model.weight.copy_(torch.tensor([[1.0, -0.2], [0.05, 0.5]]))
+    engine.groups[0].update(lr=0.0, kappa=0.1)
+    model.model.weight.grad = torch.ones(2, 2)
+    engine.step()
+    torch.testing.assert_close(model.model.weight.detach(), torch.tensor([[0.9, -0.1], [0.0, 0.4]]))
+    engine.free()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("method", ["codyra", "gem"])
+def test_ddp(method, one_process, recipe_files, tmp_path):
+    done = torchrun(recipe_files / f"{method}.yaml", f"output={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert (
+        "2 processes on 1 machine (DDP) agree; 7 examples per optimizer step over all, up to 60 tokens"
+        in done.stdout
+    )
+    assert_same_run(one_process[method], tmp_path / "run", 0)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [("zero1", "seqlora"), ("zero2", "codyra"), ("zero2", "ewc"), ("zero3_offload", "codyra")],
+)
+def test_zero(config, method, one_process, recipe_files, tmp_path):
+    done = accelerate(
+        SHIPPED / "accelerate" / f"{config}.yaml",
+        recipe_files / f"{method}.yaml",
+        f"output={tmp_path / 'run'}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "built successfully" not in done.stdout  # nothing was compiled
+    assert_same_run(one_process[method], tmp_path / "run", int(config[4]))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [0, 2])
+def test_deepspeeds_own_launcher(stage, one_process, recipe_files, tmp_path):
+    """It says ranks and nothing else, so that a recipe runs as DDP where no DeepSpeed file is named. With one
+    host it starts the processes here, whatever its name; only its checks would use ssh."""
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    asked = ["--deepspeed_config", tmp_path / "zero.json"] if stage else []
+    done = launched(
+        "deepspeed.launcher.runner",
+        "--hostfile",
+        tmp_path / "hosts",
+        "--no_ssh_check",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        free_port(),
+        recipe_files / "codyra.yaml",
+        *asked,
+        f"output={tmp_path / 'run'}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same_run(one_process["codyra"], tmp_path / "run", stage)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{}", "zero_optimization.stage of .* is None, expected 1, 2 or 3"),
+        ("[1]", "holds a list"),
+        ("{", "invalid JSON"),
+        ('{"zero_optimization": {"stage": 0}}', "is 0, expected 1, 2 or 3"),
+        (None, "can't be read"),
+        ('{"zero_optimization": {"stage": 2}}', "needs a launcher"),
+    ],
+)
+def test_a_deepspeed_file_that_asks_for_nothing_is_refused(text, told, tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    if told != "needs a launcher":
+        monkeypatch.setenv("RANK", "0")
+    if text:
+        (tmp_path / "zero.json").write_text(text)
+    with pytest.raises(Fault, match=told):
+        launch.ask_deepspeed(tmp_path / "zero.json")
+    assert "ACCELERATE_DEEPSPEED_CONFIG_FILE" not in os.environ
+
+
+@pytest.mark.distributed
+def test_zero_3_with_every_parameter_in_shards(one_process, recipe_files, tmp_path):
+    """The shipped config would keep parameters as small as these whole; a DeepSpeed file of the user's says
+    otherwise, and its request for bfloat16 is not followed. Checkpointing gathers the shards a second time.
+    No task leaves its model in memory, which DeepSpeed would."""
+    config = yaml.safe_load((SHIPPED / "accelerate" / "zero3.yaml").read_text())
+    (tmp_path / "deepspeed.json").write_text(
+        json.dumps(
+            {
+                "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+                "bf16": {"enabled": True},
+                "train_batch_size": "auto",
+                "train_micro_batch_size_per_gpu": "auto",
+                "gradient_accumulation_steps": "auto",
+            }
+        )
+    )
+    config["deepspeed_config"] = {
+        "deepspeed_config_file": str(tmp_path / "deepspeed.json"),
+        "zero3_init_flag": False,
+    }
+    (tmp_path / "zero3.yaml").write_text(yaml.safe_dump(config))
+    done = accelerate(
+        tmp_path / "zero3.yaml",
+        TESTS / "run_weighed.py",
+        "run",
+        recipe_files / "codyra.yaml",
+        f"output={tmp_path / 'run'}",
+        "model.gradient_checkpointing=true",
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same_run(one_process["codyra"], tmp_path / "run", 3)
+    left = {
+        (int(task), int(size))
+        for task, size in re.findall(r"behind task (\d): (\d+) bytes of tensors", done.stdout)
+    }
+    assert {task for task, _ in left} == {0, 1} and max(
+        size for _, size in left
+    ) < 1000  # 130,000 a task, else
+
+
+@pytest.mark.distributed
+def test_a_fault_of_the_first_process_ends_both(recipe_files, tmp_path):
+    """Only the first process opens the run folder; the second must not wait for it."""
+    (tmp_path / "thesis.tex").write_text("x")
+    began = time.monotonic()
+    refused(torchrun(recipe_files / "codyra.yaml", f"output={tmp_path}"), "holds files of something else")
+    assert time.monotonic() - began < 60
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.distributed
+def test_a_loss_that_is_not_finite_ends_both(recipe_files, tmp_path):
+    done = torchrun(recipe_files / "seqlora.yaml", f"output={tmp_path / 'run'}", "optim.lr=1e30")
+    refused(done, "task ONE, step 2: the loss is nan")
+    assert not (tmp_path / "run" / "updates").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["method.selection=random", "method.keep=0.5"], ["method=seqlora", "method.carry_optimizer=true"]],
+)
+def test_what_zero_can_not_do_is_refused(settings, recipe_files, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "zero_stage", lambda acc: 2)
+    monkeypatch.setattr("codyra_llm.models.loading.load", lambda *a, **k: pytest.fail("weights were loaded"))
+    with pytest.raises(Fault, match="DeepSpeed"):
+        runs.run(load_recipe(recipe_files / "codyra.yaml", [f"output={tmp_path / 'run'}", *settings]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_that_another_node_can_not_see(tmp_path):
+    with pytest.raises(Fault, match="all nodes share"):
+        await_file(tmp_path / "nowhere" / "x", seconds=0)
+    (tmp_path / "x").touch()
+    await_file(tmp_path / "x", seconds=0)
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_process_of_a_group_ends_at_once(code, tmp_path):
+    """With what it printed, its exit code, and without the interpreter's own end; alone it goes on."""
+    script = (
+        "import atexit, torch; from codyra_llm.runtime.launch import leave; atexit.register(print, "
+        f"'finalised')\nleave({code}); print('alone')\ntorch.distributed.init_process_group('gloo', "
+        f"store=torch.distributed.HashStore(), rank=0, world_size=1)\nleave({code}); print('left')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (code, "alone\n"), done.stderr
+
+
+def interrupted(launcher: str, *arguments: str | Path) -> subprocess.CompletedProcess:
+    """`run_stopped.py` under DDP, in one process, or under a shipped accelerate config."""
+    program = TESTS / "run_stopped.py"
+    if launcher == "one":
+        return subprocess.run(
+            [sys.executable, program, *map(str, arguments)], capture_output=True, text=True, timeout=240
+        )
+    if launcher == "ddp":
+        return launched("torch.distributed.run", "--standalone", "--nproc-per-node", "2", program, *arguments)
+    return launched(
+        "accelerate.commands.launch",
+        "--config_file",
+        SHIPPED / "accelerate" / f"{launcher}.yaml",
+        "--main_process_port",
+        str(free_port()),
+        program,
+        *arguments,
+    )
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("first", "then"), [("one", "zero2"), ("zero3", "ddp"), ("zero1", "zero3")])
+def test_a_run_goes_on_under_another_launch(first, then, one_process, recipe_files, tmp_path):
+    """Only the first process is asked to stop; all agree on the step. What it left is of no number of
+    processes.
+    """
+    command = ["run", recipe_files / "codyra.yaml", f"output={tmp_path / 'run'}"]
+    stopped = interrupted(first, "THREE", 2, *command)
+    assert stopped.returncode != 0 and "stopped (task THREE, step 3 of " in stopped.stderr, stopped.stderr
+    assert [path.name for path in (tmp_path / "run" / "progress").iterdir()] == ["01-THREE-00000003"]
+    done = (
+        torchrun(*command[1:])
+        if then == "ddp"
+        else accelerate(SHIPPED / "accelerate" / f"{then}.yaml", *command[1:])
+    )
+    assert done.returncode == 0, done.stderr
+    assert "THREE: going on behind step 3" in done.stdout and "equal to rounding only" in done.stdout
+    assert_same_run(
+        one_process["codyra"], tmp_path / "run", int(then.removeprefix("zero")) if then != "ddp" else 0
+    )
+
+
+def begun(process: psutil.Process) -> bool:
+    """Whether it has begun to import torch, behind the first lines of the command line."""
+    return any("libtorch" in file.path for file in process.memory_maps())
+
+
+@pytest.mark.distributed
+def test_no_process_outlives_a_launcher_that_is_killed_before_they_met(recipe_files, tmp_path):
+    """The launcher keeps the store that they would meet at."""
+    with open(tmp_path / "log", "w") as log:
+        launcher = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                "2",
+                "-m",
+                "codyra_llm",
+                "run",
+                recipe_files / "codyra.yaml",
+                f"output={tmp_path / 'run'}",
+            ],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    while len(started := psutil.Process(launcher.pid).children()) < 2 or not all(map(begun, started)):
+        time.sleep(0.1)
+    launcher.kill()
+    launcher.wait()
+    assert not psutil.wait_procs(started, 120)[1]
+    assert (tmp_path / "log").read_text().count("the launcher is gone; the same command goes on") == 2
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("launcher", ["ddp", "zero2"])
+def test_a_process_that_is_killed_ends_the_other_with_its_name(launcher, one_process, recipe_files, tmp_path):
+    command = ["run", recipe_files / "codyra.yaml", f"output={tmp_path / 'run'}", "save.minutes=1e-9"]
+    began = time.monotonic()
+    done = interrupted(launcher, "kill", "THREE", 3, *command)
+    assert time.monotonic() - began < 120 and done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("error (rank 0): rank 1 on ")]
+    assert len(told) == 1 and socket.gethostname() in told[0] and "last seen at task " in told[0], done.stderr
+    again = torchrun(*command[1:])
+    assert again.returncode == 0 and "THREE: going on behind step 2" in again.stdout, again.stderr
+    assert_same_run(one_process["codyra"], tmp_path / "run", 0)

@@ -1,0 +1,486 @@
+"""launch.sh by what it finds. Most tests read --dry-run; python, nvidia-smi, srun and scontrol are stubs in
+PATH.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+from launches import write_stand_in
+
+import codyra_llm.recipes
+
+QUICKSTART = Path(codyra_llm.recipes.__path__[0]) / "quickstart.yaml"
+DECIDING = (
+    "NNODES",
+    "NODE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "PROCESSES",
+    "ACCELERATE_CONFIG",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "PYTHON",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+)
+STUBS = {
+    "python3": '[ "$1" != -c ] || exit 0\nprintf "<%s>" "$@"; echo',
+    "nproc": "echo 32",
+    "nvidia-smi": 'for i in $(seq "${GPUS:-0}"); do echo "GPU $i: of a test"; done',
+    "scontrol": '[ "$*" = "show hostnames n[7-8]" ] && printf "n7\\nn8\\n"',
+}
+TORCHRUN = ["env", "python3", "-m", "torch.distributed.run"]
+RUN = ["-m", "codyra_llm", "run", "x.yaml"]
+STATIC = [
+    "--nproc-per-node",
+    "8",
+    "--nnodes",
+    "2",
+    "--node-rank",
+    "1",
+    "--master-addr",
+    "n7",
+    "--master-port",
+]
+TWO = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "n7", "GPUS": "8"}
+BATCH = {
+    "SLURM_JOB_ID": "4321",
+    "SLURM_NNODES": "2",
+    "SLURM_JOB_NODELIST": "n[7-8]",
+    "SLURM_NODEID": "0",
+    "GPUS": "8",
+    "SLURMD_NODENAME": "n7",
+}
+ALONE = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "GPUS": "4"}
+STEP = {
+    **BATCH,
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_NODEID": "1",
+    "SLURMD_NODENAME": "n8",
+}
+
+
+pytestmark = pytest.mark.skipif(not (ROOT / "launch.sh").is_file(), reason="not a checkout")
+
+
+def write_stubs(folder: Path, stubs: dict[str, str]) -> Path:
+    folder.mkdir()
+    for name, text in stubs.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Function `(*arguments, **environment)` that starts launch.sh, or the copy given, where only that
+    environment decides.
+    """
+    stubs = write_stubs(tmp_path / "bin", STUBS)
+    (tmp_path / "z.yaml").touch()
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in DECIDING and not k.startswith(("SLURM", "ACCELERATE_"))
+    }
+
+    def start(
+        *arguments, script=ROOT / "launch.sh", timeout=60, **environment
+    ) -> subprocess.CompletedProcess:
+        env = {**clean, "PATH": f"{stubs}:{clean['PATH']}", **environment}
+        return subprocess.run(
+            [script, *map(str, arguments)],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=tmp_path,
+        )
+
+    return start
+
+
+def shown(done: subprocess.CompletedProcess) -> list[str]:
+    """The words of what --dry-run printed, without the variables that are set."""
+    assert done.returncode == 0, done.stderr
+    return [word for word in shlex.split(done.stdout) if not re.match("(OMP|PET|TORCH)_[A-Z_]*=", word)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "expected"),
+    [
+        ([], {}, ["python3", *RUN]),
+        ([], {"GPUS": "1"}, ["python3", *RUN]),
+        ([], {"GPUS": "8"}, [*TORCHRUN, "--nproc-per-node", "8", "--standalone", *RUN]),
+        (
+            [],
+            {"GPUS": "8", "CUDA_VISIBLE_DEVICES": "2,5"},
+            [*TORCHRUN, "--nproc-per-node", "2", "--standalone", *RUN],
+        ),
+        ([], {"GPUS": "8", "CUDA_VISIBLE_DEVICES": ""}, ["python3", *RUN]),
+        ([], {"PROCESSES": "2"}, [*TORCHRUN, "--nproc-per-node", "2", "--standalone", *RUN]),
+        ([], TWO, [*TORCHRUN, *STATIC, "29500", *RUN]),
+        (
+            ["--nodes", "2", "--rank", "1", "--master", "n7:77"],
+            {"GPUS": "8"},
+            [*TORCHRUN, *STATIC, "77", *RUN],
+        ),
+        (
+            ["--rank", "1", "--master", "n7"],
+            {**TWO, "NODE_RANK": "0", "MASTER_ADDR": "x"},
+            [*TORCHRUN, *STATIC, "29500", *RUN],
+        ),
+        (
+            [],
+            {"GPUS": "8", "ACCELERATE_CONFIG": "z.yaml"},
+            [
+                "env",
+                "python3",
+                "-m",
+                "accelerate.commands.launch",
+                "--config_file",
+                "z.yaml",
+                "--num_processes",
+                "8",
+                "--num_machines",
+                "1",
+                "--machine_rank",
+                "0",
+                "--main_process_port",
+                "0",
+                *RUN,
+            ],
+        ),
+        (
+            [],
+            {**TWO, "ACCELERATE_CONFIG": "z.yaml"},
+            [
+                "env",
+                "python3",
+                "-m",
+                "accelerate.commands.launch",
+                "--config_file",
+                "z.yaml",
+                "--num_processes",
+                "16",
+                "--num_machines",
+                "2",
+                "--machine_rank",
+                "1",
+                "--main_process_ip",
+                "n7",
+                "--main_process_port",
+                "29500",
+                "--deepspeed_multinode_launcher",
+                "standard",
+                *RUN,
+            ],
+        ),
+        (
+            [],
+            {**BATCH, "SLURM_CPUS_PER_TASK": "12"},
+            [
+                "srun",
+                "--nodes=2",
+                "--ntasks=2",
+                "--ntasks-per-node=1",
+                "--cpus-per-task=12",
+                str(ROOT / "launch.sh"),
+                "x.yaml",
+            ],
+        ),
+        (
+            [],
+            {**BATCH, "SLURM_STEP_NUM_NODES": "1"},
+            ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", str(ROOT / "launch.sh"), "x.yaml"],
+        ),  # in the step of an interactive salloc
+        ([], STEP, [*TORCHRUN, *STATIC, "29821", *RUN]),
+        (
+            [],
+            {**STEP, **TWO, "MASTER_PORT": "5"},
+            [*TORCHRUN, *STATIC, "5", *RUN],
+        ),  # who says NNODES needs no SLURM
+        ([], {**ALONE, "SLURMD_NODENAME": "n7"}, [*TORCHRUN, "--nproc-per-node", "4", "--standalone", *RUN]),
+        (
+            [],
+            ALONE,
+            ["srun", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", str(ROOT / "launch.sh"), "x.yaml"],
+        ),  # salloc's shell
+    ],
+)
+def test_what_is_found_decides(arguments, environment, expected, launch):
+    assert shown(launch("--dry-run", *arguments, "x.yaml", **environment)) == expected
+
+
+@pytest.mark.parametrize(
+    ("lines", "local"), [("# two\n\nn7 slots=8\nn8 slots=8\n", False), ("#n6 slots=8\nn7 slots=8\n", True)]
+)
+def test_a_hostfile(lines, local, launch, tmp_path):
+    """DeepSpeed's own place for it counts last, after --hostfile, NNODES and SLURM."""
+    (tmp_path / "hosts").write_text(lines)
+    alone = ["--no_ssh_check", "--master_addr", "127.0.0.1"] * local
+    expected = ["python3", "-m", "deepspeed.launcher.runner", "--hostfile", str(tmp_path / "hosts")]
+    code = ["--module", "--no_local_rank", "codyra_llm", "run", "x.yaml"]
+    asked = ["--dry-run", "--hostfile", tmp_path / "hosts", "x.yaml"]
+    assert shown(launch(*asked)) == [*expected, *alone, *code]
+    assert shown(launch(*asked, **STEP)) == [*expected, *alone, *code]
+    assert shown(launch(*asked, PROCESSES="4", MASTER_PORT="5")) == [
+        *expected,
+        "--num_gpus",
+        "4",
+        "--master_port",
+        "5",
+        *alone,
+        *code,
+    ]
+    text = (ROOT / "launch.sh").read_text(encoding="utf-8")
+    assert "/job/hostfile" in text
+    copy = tmp_path / "launch.sh"
+    copy.write_text(text.replace("/job/hostfile", str(tmp_path / "hosts")), encoding="utf-8")
+    copy.chmod(0o755)
+    assert shown(launch("--dry-run", "x.yaml", script=copy)) == [*expected, *alone, *code]
+    assert shown(launch("--dry-run", "x.yaml", script=copy, **TWO)) == [*TORCHRUN, *STATIC, "29500", *RUN]
+    assert shown(launch("--dry-run", "x.yaml", script=copy, **STEP)) == [*TORCHRUN, *STATIC, "29821", *RUN]
+
+
+def test_threads_are_shared_out(launch):
+    for environment, threads in (
+        ({"GPUS": "8"}, 4),
+        ({"PROCESSES": "64"}, 1),
+        ({"GPUS": "8", "OMP_NUM_THREADS": "3"}, 3),
+    ):
+        assert f"OMP_NUM_THREADS={threads} " in launch("--dry-run", "x.yaml", **environment).stdout
+
+
+@pytest.mark.parametrize("environment", [{}, {"GPUS": "2"}], ids=["one process", "torchrun"])
+def test_what_is_printed_can_be_pasted(environment, launch, tmp_path):
+    awkward = ["my recipe.yaml", "data.tasks=[ONE, TWO]", "output=it's $HOME/`x`;*", "general.data="]
+    printed, ran = launch("--dry-run", *awkward, **environment), launch(*awkward, **environment)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    pasted = subprocess.run(
+        ["bash", "-c", printed.stdout], env={"PATH": path}, capture_output=True, text=True, cwd="/"
+    )
+    assert pasted.stdout == ran.stdout and ran.stdout.endswith(
+        "".join(f"<{word}>" for word in awkward) + "\n"
+    )
+
+
+def test_the_tests_and_other_commands(launch):
+    assert shown(launch("--dry-run", "plan", "x.yaml", GPUS="8")) == [
+        "python3",
+        "-m",
+        "codyra_llm",
+        "plan",
+        "x.yaml",
+    ]
+    assert shown(launch("--dry-run", "test", "-k", "a b")) == [
+        "cd",
+        str(ROOT),
+        "&&",
+        "env",
+        "HF_HUB_OFFLINE=1",
+        "python3",
+        "-m",
+        "pytest",
+        "--numprocesses",
+        "logical",
+        "--maxprocesses",
+        "8",
+        "--dist",
+        "worksteal",
+        "-k",
+        "a b",
+    ]
+    assert launch().stdout == launch("--help").stdout == launch("-h").stdout
+    assert "usage: ./launch.sh" in launch().stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "told"),
+    [
+        (["--node", "2", "x.yaml"], {}, "unknown flag '--node'"),
+        (["--dry-run"], {}, "there is no recipe"),
+        (["--nodes"], {}, "--nodes needs a value"),
+        (["x.yaml"], {"ACCELERATE_CONFIG": "nowhere.yaml"}, "there is no file 'nowhere.yaml'"),
+        (["--nodes", "two", "x.yaml"], {}, "'two' is no whole number from 1 on"),
+        (["x.yaml"], {"NNODES": "0"}, "'0' is no whole number from 1 on"),
+        (["x.yaml"], {"PROCESSES": "0"}, "PROCESSES: '0'"),
+        (["--nodes", "2", "--rank", "1", "x.yaml"], {}, "give --master HOST[:PORT]"),
+        (
+            ["--nodes", "2", "--master", "n7", "x.yaml"],
+            {},
+            "--rank (NODE_RANK; 0 on the first of 2 machines): ''",
+        ),
+        (
+            ["--nodes", "2", "--master", "n7:", "--rank", "2", "x.yaml"],
+            {},
+            "2 is not below the number of machines, 2",
+        ),
+        (
+            ["--nodes", "2", "--master", "n7:x", "--rank", "0", "x.yaml"],
+            {},
+            "--master: 'x' is no whole number",
+        ),
+        (["--rank", "1", "x.yaml"], {}, "--rank without --nodes has no meaning"),
+        (["--nodes", "2", "plan", "x.yaml"], {}, "'plan' is none"),
+        (["--hostfile", "nowhere", "x.yaml"], {}, "there is no file 'nowhere'"),
+        (["--hostfile", "bin/nproc", "--nodes", "2", "x.yaml"], {}, "exclude each other"),
+        (["--hostfile", "bin/nproc", "x.yaml"], {"NNODES": "2"}, "exclude each other"),
+        (["--hostfile", "bin/nproc", "--rank", "1", "x.yaml"], {}, "leave them out"),
+        (
+            ["--hostfile", "bin/nproc", "x.yaml"],
+            {"ACCELERATE_CONFIG": "z.yaml"},
+            "--deepspeed_config FILE.json",
+        ),
+        (["x.yaml"], {**STEP, "SLURM_STEP_NUM_TASKS": "16"}, "16 tasks on 2 nodes"),
+    ],
+)
+def test_what_can_not_be_meant_is_refused(arguments, environment, told, launch):
+    done = launch(*arguments, **environment)
+    assert done.returncode == 2 and done.stdout == "" and told in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_a_dry_run_installs_nothing(launch, tmp_path):
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for name in ("launch.sh", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, folder)
+    (tmp_path / "bin" / "python3").write_text(
+        "#!/bin/sh\nexit 1\n"
+    )  # knows no codyra_llm, and can't make a .venv
+    done = launch("--dry-run", "x.yaml", script=folder / "launch.sh")
+    assert (
+        shown(done) == [str(folder / ".venv" / "bin" / "python"), *RUN]
+        and ".venv is made first" in done.stderr
+    )
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "constraints.txt",
+        "launch.sh",
+        "pyproject.toml",
+    ]
+
+
+@pytest.mark.distributed
+def test_a_slurm_allocation(tiny_llama, toy_stream, launch, tmp_path):
+    """Two nodes that are both this machine: srun starts launch.sh on each, and they find each other."""
+    node = 'SLURM_STEP_NUM_NODES=2 SLURM_STEP_NUM_TASKS=2 SLURM_NODEID=$n "$@" &'
+    srun = (
+        f'shift 3\nfor n in 0 1; do {node} pids+=" $!"; done\nfor pid in $pids; do wait $pid || exit 1; done'
+    )
+    stubs = write_stubs(tmp_path / "slurm", {"srun": srun, "scontrol": "echo localhost"})
+    done = launch(
+        QUICKSTART,
+        f"model.path={tiny_llama}",
+        f"data.root={toy_stream}",
+        "data.tasks=[ONE]",
+        "data.epochs=1",
+        "method.rank=2",
+        "eval.max_new_tokens=2",
+        "eval.max_examples=2",
+        "general.data=null",
+        "checkpoint=false",
+        f"output={tmp_path / 'run'}",
+        PATH=f"{stubs}:{os.environ['PATH']}",
+        PYTHON=sys.executable,
+        timeout=240,
+        OMP_NUM_THREADS="1",
+        **BATCH | {"SLURM_JOB_ID": str(os.getpid())},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 processes on 1 machine (DDP) agree" in done.stdout
+    assert (tmp_path / "run" / "summary.json").is_file()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("environment", "name", "code"),
+    [
+        ({}, "SIGUSR1", 75),
+        ({"PROCESSES": "2"}, "SIGUSR1", 1),
+        ({"PROCESSES": "2"}, "SIGTERM", 1),
+        (
+            {"PROCESSES": "2", "ACCELERATE_CONFIG": str(QUICKSTART.parent / "accelerate" / "zero2.yaml")},
+            "SIGUSR1",
+            1,
+        ),
+    ],
+)
+def test_a_warning_reaches_every_process(environment, name, code, tmp_path):
+    """Each process gets the signal of launch.sh's, and time to save; the launchers' codes are those of the
+    documentation.
+    """
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in DECIDING and not k.startswith(("SLURM", "ACCELERATE_"))
+    }
+    running = subprocess.Popen(
+        [ROOT / "launch.sh", "x.yaml"],
+        env={**clean, **write_stand_in(tmp_path), **environment},
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+    )
+    ranks, seen, until = (
+        range(int(environment.get("PROCESSES", 1))),
+        tmp_path / "seen",
+        time.monotonic() + 120,
+    )
+    while seen.read_text().count("ready") < len(ranks) and time.monotonic() < until:
+        time.sleep(0.1)
+    running.send_signal(getattr(signal, name))
+    told = running.communicate(timeout=60)[1]
+    assert running.returncode == code, told
+    lines = [line.split(maxsplit=1)[1] for line in seen.read_text().splitlines()]
+    assert sorted(lines) == sorted(f"{rank} {text}" for rank in ranks for text in ("ready", name, "saved"))
+
+
+def commands() -> list[str]:
+    """What docs/many_gpus.md tells to type, of launch.sh and of sbatch."""
+    text = (ROOT / "docs" / "many_gpus.md").read_text(encoding="utf-8") if (ROOT / "docs").is_dir() else ""
+    return [c for c in text.split("`") if "./launch.sh " in c and "recipes/" in c or c.startswith("sbatch ")]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_the_documented_commands(command, launch, tmp_path):
+    """Each finds a launcher and names files that are there; a batch job's is run as sbatch would."""
+    for word in command.split():
+        path = word.partition("=")[2] or word
+        assert "/" not in path or (ROOT / path).is_file(), path
+    (tmp_path / "hosts").write_text("n7 slots=8\nn8 slots=8\n")
+    (tmp_path / "sbatch").write_text(
+        command.replace("sbatch ", f"cd {ROOT} && bash ", 1)
+        if command.startswith("sbatch")
+        else command.replace("./launch.sh", f"{ROOT}/launch.sh --dry-run")
+    )
+    python = write_stubs(tmp_path / "shell", {"srun": 'printf "srun "; printf "%s " "$@"; echo'})
+    environment = BATCH if command.startswith("sbatch") else {"GPUS": "8"}
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    done = launch(
+        tmp_path / "sbatch",
+        script="bash",
+        PATH=f"{python}:{tmp_path / 'bin'}:{os.environ['PATH']}",
+        **environment,
+    )
+    found = shown(done)
+    assert found[-1] == "recipes/quickstart.yaml"
+    assert ("srun" in found) == command.startswith("sbatch") and ("--hostfile" in found) == (
+        "hostfile" in command
+    )
+    assert ("accelerate.commands.launch" in found) == ("ACCELERATE_CONFIG" in command)
+    assert ("--nnodes" in found) == ("NNODES" in command or "--nodes" in command)
+
+
+def test_there_are_documented_commands():
+    assert len(commands()) == 7

@@ -1,0 +1,74 @@
+"""Processes that are about to do different things say so before any weights load, all of them, and none
+hangs.
+"""
+
+import hashlib
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import TESTS
+
+
+@pytest.fixture
+def sections(tiny_llama, toy_stream, tmp_path) -> dict:
+    return {
+        "model": {"path": str(tiny_llama)},
+        "data": {"root": str(toy_stream), "tasks": ["ONE", "TWO"], "epochs": 1},
+        "method": "seqlora",
+        "optim": {"lr": 1e-2, "batch_size": 7, "micro_batch_tokens": 60},
+        "output": str(tmp_path / "run"),
+    }
+
+
+@pytest.fixture
+def other_data(toy_stream, tmp_path) -> Path:
+    """The same stream in another folder, one training file with one letter changed."""
+    root = shutil.copytree(toy_stream, tmp_path / "other")
+    file = root / "TWO" / "train.json"
+    file.write_text(file.read_text(encoding="utf-8").replace("next", "nexT", 1), encoding="utf-8")
+    return root
+
+
+@pytest.mark.distributed
+def test_a_second_process_that_differs_ends_both(sections, other_data, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(json.dumps(sections), encoding="utf-8")
+    (tmp_path / "faults").mkdir()
+    program = TESTS / "run_apart.py"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            program,
+            tmp_path / "recipe.yaml",
+            tmp_path / "faults",
+            f"data.root={other_data}",
+            "seed=5",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    told = [(tmp_path / "faults" / rank).read_text(encoding="utf-8") for rank in "01"]
+    assert told[0] == told[1]
+    host, lines = socket.gethostname(), told[0].splitlines()
+    assert len(lines) == 2
+    assert f"recipe seed differs between processes: 1234 on {host} (rank 0), 5 on {host} (rank 1)" in lines[0]
+    digests = [
+        hashlib.sha256((root / "TWO" / "train.json").read_bytes()).hexdigest()[:16]
+        for root in (Path(sections["data"]["root"]), other_data)
+    ]
+    assert (
+        f"data TWO/train.json differs between processes: {digests[0]} on {host} (rank 0), {digests[1]}"
+        in lines[1]
+    )
+    assert not (tmp_path / "run").exists()

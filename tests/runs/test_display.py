@@ -1,0 +1,63 @@
+"""The line that tells how far a run is: what it says at any width, where it may be drawn, and what it says is
+left.
+"""
+
+import re
+from io import StringIO
+
+import pytest
+from helpers import tiny_recipe
+
+from codyra_llm.experiment import run
+from codyra_llm.experiment.agenda import ahead, steps, tokens
+from codyra_llm.experiment.setup import prepare
+from codyra_llm.runtime import display
+from codyra_llm.store import folder as runs
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"eval__zero_shot": True, "eval__tasks": "all"},
+        {"method": "mtl"},
+        {"method": "none"},
+        {"method": "none", "general__data": "mini"},
+    ],
+)
+def test_a_run_does_what_was_expected_of_it(changes, tiny_llama, toy_stream, tmp_path, monkeypatch):
+    """The pieces, the steps and the tokens that are foreseen are those that come."""
+    asked = tiny_recipe(tiny_llama, toy_stream, tmp_path / "run", checkpoint=False, **changes)
+    begun, begin = [], display.Line.begin
+    monkeypatch.setattr(
+        display.Line, "begin", lambda line, piece, place: (begun.append(piece), begin(line, piece, place))
+    )
+    folder = run.run(asked)
+    fresh = prepare(asked)
+    assert (
+        set(begun[:-1]) == set(ahead(fresh, runs.RunFolder(tmp_path / "none"), 0))
+        and begun[-1].kind == "close"
+    )
+    assert len(begun) == len(set(begun)) and not ahead(fresh, folder, 2)
+    trained = {task: [row for row in folder.log_rows if row["task"] == task] for task in fresh.recipe.tasks}
+    assert steps(fresh) == [len(rows) for rows in trained.values()]
+    counted = [sum(row["tokens"] for row in rows) for rows in trained.values()]
+    assert [tokens(fresh, index) * bool(rows) for index, rows in enumerate(trained.values())] == counted
+
+
+def test_a_run_on_a_terminal_ends_as_any_other(tiny_llama, toy_stream, tmp_path, monkeypatch):
+    asked = tiny_recipe(tiny_llama, toy_stream, tmp_path / "run", checkpoint=False)
+    folder = run.run(asked)
+    screened = StringIO()
+    for name, value in {
+        "_file": screened,
+        "_force_terminal": True,
+        "is_interactive": True,
+        "_width": 60,
+    }.items():
+        monkeypatch.setattr(display.console, name, value)
+    other = run.run(asked.model_copy(update={"output": str(tmp_path / "terminal")}))
+    assert (other.path / "scores.jsonl").read_bytes() == (folder.path / "scores.jsonl").read_bytes()
+    assert other.archive().lineage == folder.archive().lineage  # hashes of the weights
+    told = [line for line in screened.getvalue().splitlines() if "after " in line and "(exact_match" in line]
+    assert len(told) == len(folder.scores) and all(re.search(r"(2K|25h|^)after ", line) for line in told)

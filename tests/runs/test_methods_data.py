@@ -1,0 +1,475 @@
+"""icl, rcl, mtl, ilora and seqft: what they show, read, visit, average and store."""
+
+import io
+import json
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+from helpers import logits, tiny_recipe, weights, write_task
+from rich.console import Console
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from codyra_llm.commands.checkpoints import export
+from codyra_llm.config.methods.sequential import REASONING_VARIANT
+from codyra_llm.config.registry import METHODS
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.files import read_jsonl
+from codyra_llm.data.batches import collate
+from codyra_llm.experiment import run as runs
+from codyra_llm.experiment import scoring
+from codyra_llm.experiment.export import write_peft
+from codyra_llm.experiment.plan import plan
+from codyra_llm.experiment.setup import prepare
+from codyra_llm.lora.layer import sites
+from codyra_llm.lora.merge import merge
+from codyra_llm.lora.shared import share_inputs
+from codyra_llm.lora.update import Adapter, Update
+from codyra_llm.models import packed_attention
+from codyra_llm.models.weights import WeightReader
+from codyra_llm.store.archive import Archive
+from codyra_llm.train.trainer import TaskData
+
+THREE = {"data__tasks": ["ONE", "TWO", "THREE"], "eval__max_examples": 2, "checkpoint": False}
+
+
+@pytest.fixture(scope="module")
+def reasoned(toy_stream, tmp_path_factory):
+    """A copy of the toy stream with its variant with reasoning beside it."""
+    root = tmp_path_factory.mktemp("trace")
+    shutil.copytree(toy_stream, root / "plain")
+    for task in ("ONE", "TWO", "THREE"):
+        rows = json.loads((toy_stream / task / "train.json").read_text())
+        write_task(
+            root / REASONING_VARIANT / task,
+            [{**r, "answer": f"So it is.\nAnswer:{r['answer']}"} for r in rows],
+        )
+    return root / "plain"
+
+
+def config(name):
+    return {
+        "icl": {},
+        "seqft": {"optim__lr": 1e-3},
+        "mtl": {"method__rank": 4},
+        "rcl": {"method__rank": 4},
+        "ilora": {"method__rank": 4, "method__ratio": 0.5, "method__dropout": 0.1, "method__decay": 0.5},
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["icl", "rcl", "mtl", "ilora", "seqft"])
+def test_killed_after_the_second_task_and_restarted_equals_straight_through(
+    name, tiny_llama, reasoned, tmp_path, monkeypatch
+):
+    changes = {"method": name, **config(name), **THREE}
+    straight = runs.run(tiny_recipe(tiny_llama, reasoned, tmp_path / "straight", **changes))
+    evaluate = scoring.evaluate
+
+    def dies(*args):  # the last is the task's index
+        if args[-1] == {"icl": -1}.get(name, 2):
+            raise KeyboardInterrupt
+        evaluate(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runs, "evaluate", dies)
+        if name != "icl":  # before it has learnt the last task, too
+            learn = runs.learn
+            patch.setattr(runs, "learn", lambda *args: (dies if args[-1] == 2 else learn)(*args))
+        runs.run(tiny_recipe(tiny_llama, reasoned, tmp_path / "killed", **changes))
+    killed = runs.run(tiny_recipe(tiny_llama, reasoned, tmp_path / "killed", **changes))
+    found, expected = weights(killed), weights(straight)
+    assert (
+        list(found)
+        == list(expected)
+        == ([] if name == "icl" else [f"0{i}-{t}.safetensors" for i, t in enumerate(("ONE", "TWO", "THREE"))])
+    )
+    assert all(
+        torch.equal(found[f][k], tensor) for f, tensors in expected.items() for k, tensor in tensors.items()
+    )
+    assert [r["score"] for r in straight.scores] == [r["score"] for r in killed.scores]
+
+
+# icl
+
+
+def test_icl_without_demonstrations_is_none(tiny_llama, toy_stream, tmp_path):
+    none, icl, shown = (
+        runs.run(tiny_recipe(tiny_llama, toy_stream, tmp_path / out, **changes, **THREE))
+        for out, changes in (
+            ("none", {"method": "none"}),
+            ("icl", {"method": "icl", "method__shots": 0}),
+            ("shown", {"method": "icl"}),
+        )
+    )
+    files = sorted(p.relative_to(none.path) for p in none.path.rglob("*.jsonl") if "predictions" in str(p))
+    assert len(files) == 3
+    assert all((none.path / f).read_bytes() == (icl.path / f).read_bytes() for f in files)
+    assert any((none.path / f).read_bytes() != (shown.path / f).read_bytes() for f in files)
+    assert json.loads((shown.path / "summary.json").read_text())["op"] is not None
+
+
+# rcl
+
+
+def test_rcl_trains_on_reasoning_and_names_what_lacks(tiny_llama, reasoned, toy_stream, tmp_path):
+    setup = prepare(tiny_recipe(tiny_llama, reasoned, tmp_path / "run", method="rcl"))
+    records, epochs = setup.method.train_data(setup.stream, 0)
+    assert records[1] == {"prompt": "Say B:", "answer": "So it is.\nAnswer:B"} and epochs == [range(20)] * 2
+    with pytest.raises(Fault, match=rf"method.folder: .*{REASONING_VARIANT} has no ONE/train.json"):
+        prepare(tiny_recipe(tiny_llama, toy_stream, tmp_path / "run", method="rcl"))
+    elsewhere = str(reasoned.parent / REASONING_VARIANT)
+    again = prepare(
+        tiny_recipe(tiny_llama, toy_stream, tmp_path / "run", method="rcl", method__folder=elsewhere)
+    )
+    assert again.method.train_data(again.stream, 0)[0] == records
+
+
+def test_rcl_prefers_the_variant_in_the_root_to_the_one_beside_it(tiny_llama, reasoned, tmp_path):
+    root = shutil.copytree(reasoned.parent, tmp_path / "trace") / "plain"
+    inside = [{"prompt": "Say B:", "answer": "Inside.\nAnswer:B"}]
+    for task in ("ONE", "TWO", "THREE"):
+        write_task(root / REASONING_VARIANT / task, inside)
+    setup = prepare(tiny_recipe(tiny_llama, root, tmp_path / "run", method="rcl"))
+    assert setup.method.train_data(setup.stream, 0)[0] == inside
+
+
+# mtl
+
+
+def test_mtl_sees_every_example_as_often_as_its_epochs_say(tiny_llama, toy_stream, tmp_path):
+    setup = prepare(
+        tiny_recipe(
+            tiny_llama,
+            toy_stream,
+            tmp_path / "run",
+            method="mtl",
+            data__tasks=["ONE", "TWO", "THREE"],
+            data__epochs={"ONE": 1, "TWO": 4, "THREE": 2},
+        )
+    )
+    records, epochs = setup.method.train_data(setup.stream, 2)
+    data = TaskData("THREE", 2, records, epochs, [])
+    visits = Counter(i for batch in data.batches(0, 8) for i in batch)
+    of = {"S": 1, "W": 2, "0123456789": 4}
+    expected = [next(n for key, n in of.items() if record["prompt"][0] in key) for record in records]
+    assert len(records) == 60 and [visits[i] for i in range(60)] == expected
+    assert data.steps(8) == 8 + 5 + 3 + 3
+    assert [setup.method.train_data(setup.stream, i)[1] for i in (0, 1)] == [[], []]
+
+
+def test_mtl_has_one_row_and_nothing_to_leave_out(tiny_llama, toy_stream, tmp_path):
+    out = runs.run(
+        tiny_recipe(tiny_llama, toy_stream, tmp_path / "run", method="mtl", **THREE, eval__zero_shot=True)
+    )
+    summary = json.loads((out.path / "summary.json").read_text())
+    assert summary["matrix"][:2] == [[None] * 3] * 2 and summary["op"] == pytest.approx(
+        sum(summary["matrix"][2]) / 3
+    )
+    assert all(summary[key] is None for key in ("bwt", "bwt_treelora", "forgetting", "fwt"))
+    assert {row["task"] for row in read_jsonl(out.path / "log.jsonl")} == {"THREE"}
+    assert [len(tensors) for tensors in weights(out).values()] == [0, 0, 28]
+    with pytest.raises(Fault, match="mtl keeps no part of a task's own"):
+        export(out.path, tmp_path / "less", without="ONE")
+
+
+def test_mtl_trains_anew_when_a_task_is_added(tiny_llama, toy_stream, tmp_path):
+    two, three = {**THREE, "data__tasks": ["ONE", "TWO"]}, {**THREE, "data__tasks": ["ONE", "TWO", "THREE"]}
+    runs.run(tiny_recipe(tiny_llama, toy_stream, tmp_path / "grown", method="mtl", **two))
+    grown, fresh = (
+        runs.run(tiny_recipe(tiny_llama, toy_stream, tmp_path / name, method="mtl", **three))
+        for name in ("grown", "fresh")
+    )
+    assert [(r["step"], r["task"]) for r in grown.scores] == [
+        (2, "ONE"),
+        (2, "TWO"),
+        (3, "ONE"),
+        (3, "TWO"),
+        (3, "THREE"),
+    ]
+    last = "02-THREE.safetensors"
+    assert all(torch.equal(tensor, weights(grown)[last][key]) for key, tensor in weights(fresh)[last].items())
+
+
+def test_mtl_on_one_task_is_seqlora(tiny_llama, toy_stream, tmp_path):
+    one, other = (
+        runs.run(
+            tiny_recipe(
+                tiny_llama, toy_stream, tmp_path / name, method=name, data__tasks=["ONE"], checkpoint=False
+            )
+        )
+        for name in ("mtl", "seqlora")
+    )
+    assert all(
+        torch.equal(v, weights(other)["00-ONE.safetensors"][k])
+        for k, v in weights(one)["00-ONE.safetensors"].items()
+    )
+
+
+# ilora
+
+
+def test_ilora_without_memory_of_its_own_is_mixed_replay(tiny_llama, toy_stream, tmp_path):
+    """γ = 0 and λ = 0: the same losses and gradients in every step, the same weights after every task."""
+    same = {"method__rank": 4, "method__ratio": 0.5, "method__dropout": 0.1}
+    ilora = runs.run(
+        tiny_recipe(
+            tiny_llama,
+            toy_stream,
+            tmp_path / "ilora",
+            method="ilora",
+            method__decay=0,
+            method__weight=0,
+            **same,
+            **THREE,
+        )
+    )
+    replay = runs.run(
+        tiny_recipe(
+            tiny_llama,
+            toy_stream,
+            tmp_path / "replay",
+            method="replay",
+            method__lima=False,
+            method__when="mixed",
+            **same,
+            **THREE,
+        )
+    )
+    steps = [
+        [(r["task"], r["loss"], r["grad_norm"]) for r in read_jsonl(f.path / "log.jsonl")]
+        for f in (ilora, replay)
+    ]
+    assert steps[0] == steps[1] and len(steps[0]) == 6 + 2 * 4 + 2 * 5
+    for name, tensors in weights(replay).items():
+        assert all(torch.equal(weights(ilora)[name][key], tensor) for key, tensor in tensors.items()), name
+
+
+def test_ilora_archives_the_average_and_goes_on_with_the_fast_adapter(
+    tiny_llama, toy_stream, tmp_path, monkeypatch
+):
+    fast, at = [], "model.layers.1.mlp.up_proj"
+    method = METHODS["ilora"]
+    begin, after = method.begin_task, method.after_step
+
+    def begun(self, model, task):
+        begin(self, model, task)
+        fast.append([sites(model)[at].lora_B.detach().double().clone()])
+
+    def stepped(self, gradients):
+        after(self, gradients)
+        fast[-1].append(sites(gradients.model)[at].lora_B.detach().double().clone())
+
+    monkeypatch.setattr(method, "begin_task", begun)
+    monkeypatch.setattr(method, "after_step", stepped)
+    run = runs.run(
+        tiny_recipe(
+            tiny_llama,
+            toy_stream,
+            tmp_path / "run",
+            method="ilora",
+            method__decay=0.8,
+            method__ratio=0.5,
+            **{**THREE, "data__tasks": ["ONE", "TWO"]},
+        )
+    )
+    slow = fast[0][0]
+    for task, (name, tensors) in zip(fast, weights(run).items(), strict=True):
+        steps = len(task) - 1
+        slow = 0.8**steps * slow + sum(0.2 * 0.8 ** (steps - k) * task[k] for k in range(1, steps + 1))
+        torch.testing.assert_close(tensors[f"{at}.b"].double(), slow, rtol=1e-5, atol=1e-7)
+        assert not torch.allclose(slow, task[-1], atol=1e-3), name
+    assert torch.equal(fast[1][0], fast[0][-1])
+    rows = [r for r in read_jsonl(run.path / "log.jsonl") if r["task"] == "TWO"]
+    assert all("consistency" in r for r in rows) and rows[-1]["consistency"] > 0
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_ilora_distance_is_that_of_two_merged_models(packed, tiny_llama, toy_stream, tmp_path):
+    setup = prepare(
+        tiny_recipe(
+            tiny_llama,
+            toy_stream,
+            tmp_path / "run",
+            method="ilora",
+            method__rank=3,
+            method__weight=2.0,
+            data__batching="packed" if packed else "buckets",
+        )
+    )
+    method, archive, draw = (
+        setup.method,
+        Archive(tmp_path / "updates", "base"),
+        torch.Generator().manual_seed(0),
+    )
+    model = setup.model(archive, -1)
+    method.attach(model)
+    slow, quick = (
+        Update(
+            {
+                site: Adapter(
+                    0.3 * torch.randn(m.lora_A.shape, generator=draw),
+                    0.1 * torch.randn(m.lora_B.shape, generator=draw),
+                    None,
+                )
+                for site, m in sites(model).items()
+            },
+            1.0,
+            "replace",
+        )
+        for _ in range(2)
+    )
+    archive.append("ONE", slow)
+    share_inputs(model)
+    state = {f"{site}.{key}": t for site, a in quick.adapters.items() for key, t in (("a", a.a), ("b", a.b))}
+    method.begin_task(model, setup.task(model, archive, 1, state))
+    encoded = setup.encoder.encode(method.train_data(setup.stream, 1)[0])
+    chosen, share = [3, 21, 0, 20], [0.1, 0.2, 0.3, 0.4]
+    if packed:
+        packed_attention.use(model)
+    found = method.loss(model.train(), collate(encoded, chosen, share, 0, packed))["consistency"]
+    hidden = []
+    for update in (quick, slow):
+        plain = setup.model(archive, -1).eval()
+        merge(plain, WeightReader(setup.base), [update], torch.device("cpu"))
+        hidden.append(lambda ids, m=plain: m.model(input_ids=ids[None]).last_hidden_state[0])
+    expected = 0
+    for i, weight in zip(chosen, share, strict=True):
+        if i >= 20:  # the examples of task TWO come first
+            e = encoded[i]
+            states = [h(torch.tensor(e.prompt + e.answer))[len(e.prompt) - 1 : -1] for h in hidden]
+            expected += 2.0 * weight * (states[0] - states[1]).square().mean(1).sum()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    found.backward()
+    assert all(m.lora_B.grad.abs().sum() > 0 for m in sites(model).values())
+    assert "consistency" not in method.loss(model.eval(), collate(encoded, chosen, share, 0, packed))
+
+
+# seqft
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny_llama, tiny_gemma3, toy_stream, tmp_path_factory):
+    """Finished seqft runs (untied float32, tied bfloat16) with their models as training left them."""
+    method, made = METHODS["seqft"], {}
+    end = method.end_task
+    for kind, base, dtype in (("untied", tiny_llama, "float32"), ("tied", tiny_gemma3, "bfloat16")):
+        left = []
+
+        def ended(self, model, task, gradients, left=left):
+            left.append({name: p.detach().clone() for name, p in model.named_parameters()})
+            return end(self, model, task, gradients)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(method, "end_task", ended)
+            made[kind] = (
+                runs.run(
+                    tiny_recipe(
+                        base,
+                        toy_stream,
+                        tmp_path_factory.mktemp("runs") / kind,
+                        method="seqft",
+                        optim__lr=1e-3,
+                        model__dtype=dtype,
+                    )
+                ),
+                left,
+            )
+    return made
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied"])
+def test_seqft_exports_what_it_trained(kind, tuned):
+    run, left = tuned[kind]
+    dtype = torch.bfloat16 if kind == "tied" else torch.float32
+    stored = AutoModelForCausalLM.from_pretrained(run.path / "checkpoint", dtype=dtype)
+    base = AutoModelForCausalLM.from_pretrained(run.recipe.model.path, dtype=dtype)
+    for name, p in left[1].items():
+        assert p.dtype is torch.float32 and torch.equal(stored.get_parameter(name), p.to(dtype)), name
+        assert not torch.equal(stored.get_parameter(name), base.get_parameter(name)) or "norm" in name, name
+    assert (
+        (stored.lm_head.weight is stored.model.embed_tokens.weight)
+        == (kind == "tied")
+        == ("lm_head.weight" not in left[1])
+    )
+    setup, archive = prepare(run.recipe), run.archive()
+    assert torch.equal(logits(setup.model(archive, 1)), logits(stored))
+    assert not torch.equal(logits(setup.model(archive, 0)), logits(stored))
+
+
+def test_seqft_reports_every_parameter_and_refuses_what_needs_parts(tuned, tiny_llama, toy_stream, tmp_path):
+    run, left = tuned["untied"]
+    rows = run.updates
+    assert len(rows) == 2 * len(left[0])
+    for row in rows:
+        name = f"{row['site']}.weight"
+        base = (
+            AutoModelForCausalLM.from_pretrained(tiny_llama).get_parameter(name)
+            if row["task"] == "ONE"
+            else left[0][name]
+        )
+        new = left[row["task"] == "TWO"][name]
+        assert (
+            row["update_norm"] == pytest.approx((new - base).norm().item(), rel=1e-4) and row["rank"] is None
+        )
+    assert "| TWO | embed_tokens |  | " in (run.path / "report.md").read_text()
+    with pytest.raises(Fault, match="seqft keeps no part of a task's own"):
+        export(run.path, tmp_path / "less", without="ONE")
+    with pytest.raises(Fault, match="format peft holds adapters"):
+        write_peft(prepare(run.recipe), run.archive(), 1, None, tmp_path / "peft")
+    with pytest.raises(Fault) as caught:
+        prepare(
+            tiny_recipe(
+                tiny_llama,
+                toy_stream,
+                tmp_path / "run",
+                method="seqft",
+                model__quantization="int8",
+                optim__validate_every=2,
+                optim__keep_best=True,
+            )
+        )
+    assert "model.quantization" in str(caught.value) and "optim.keep_best" in str(caught.value)
+
+
+def test_seqft_is_adam_on_all_weights(tiny_llama, toy_stream, tmp_path):
+    """Two steps on all of each task, one task after the other, against transformers' own loss and torch's own
+    Adam.
+    """
+    run = runs.run(
+        tiny_recipe(
+            tiny_llama,
+            toy_stream,
+            tmp_path / "run",
+            method="seqft",
+            optim__lr=1e-3,
+            optim__batch_size=20,
+            checkpoint=False,
+        )
+    )
+    setup, model = prepare(run.recipe), AutoModelForCausalLM.from_pretrained(tiny_llama)
+    for index in (0, 1):
+        adam = torch.optim.Adam(model.parameters(), 1e-3, betas=(0.9, 0.95))
+        encoded = setup.encoder.encode(setup.stream.records(index, "train"))
+        for _ in range(2):
+            total = 0
+            for e in encoded:
+                z = model(input_ids=torch.tensor([e.prompt + e.answer])).logits[0, len(e.prompt) - 1 : -1]
+                total = total + functional.cross_entropy(z, torch.tensor(e.answer), reduction="sum")
+            (total / sum(len(e.answer) for e in encoded)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            adam.step()
+            adam.zero_grad()
+        for name, tensor in run.archive().load(index).dense.items():
+            error = (tensor - model.get_parameter(name).detach()).abs()
+            assert error.mean() < 2e-5 and error.max() < 2e-3, (
+                name
+            )  # Adam turns rounding of near-zero gradients into steps
+
+
+def test_plans(tiny_llama, reasoned, tmp_path):
+    for name in ("icl", "rcl", "mtl", "ilora", "seqft"):
+        console = Console(width=200, record=True, file=io.StringIO())
+        plan(tiny_recipe(tiny_llama, reasoned, tmp_path / "run", method=name), console)
+        assert f"method {name} trains" in console.export_text()

@@ -1,0 +1,40 @@
+"""Sweeps: which runs a file asks for, that each is run once, how settings are chosen, and the intervals of
+the comparison.
+"""
+
+import pytest
+from sweeps import go
+
+from codyra_llm.core.errors import Fault
+from codyra_llm.sweep import comparison
+
+
+def test_a_finished_run_is_not_run_again(sweep_file, launches):
+    go(sweep_file())
+    assert launches == ["seqlora/seed=1", "ewc/seed=1", "seqlora/seed=2", "ewc/seed=2"]
+    go(sweep_file(grid={"seed": [1, 2, 3]}))
+    assert launches[4:] == ["seqlora/seed=3", "ewc/seed=3"]
+    go(
+        sweep_file(set={"checkpoint": False, "data.tasks": ["ONE", "TWO", "THREE"]}, arms={"seqlora": {}})
+    )  # a longer stream
+    assert launches[6:] == ["seqlora/seed=1", "seqlora/seed=2"]
+    with pytest.raises(Fault, match="seed=1 was run with other settings: data.epochs was .*name"):
+        go(sweep_file(), "data.epochs=2")
+
+
+def test_the_best_try_is_what_is_run(sweep_file, launches):
+    rates = [{"optim.lr": 1e-9}, {"optim.lr": 3e-2}]
+    asked = go(
+        sweep_file(
+            arms={"seqlora": {}},
+            set={"checkpoint": False, "data.epochs": 20, "data.tasks": ["ONE"]},
+            tune={"set": {"seed": 0, "eval.split": "eval"}, "tries": {"seqlora": rates}},
+        )
+    )
+    scores = [run.folder.summary["op"] for run in asked.tries]
+    assert scores[0] < scores[1]
+    assert all(run.recipe.eval.split == "eval" and run.recipe.seed == 0 for run in asked.tries)
+    assert [(r.recipe.optim.lr, r.recipe.eval.split) for r in asked.runs()] == [(3e-2, "test")] * 2
+    assert launches == ["seqlora/try=1", "seqlora/try=2", "seqlora/seed=1", "seqlora/seed=2"]
+    text = comparison.render(comparison.compare(asked), "x")
+    assert f"| seqlora | optim.lr=0.03 | {scores[1]:.1f} | yes |" in text

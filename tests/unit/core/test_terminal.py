@@ -1,0 +1,53 @@
+"""Names and texts of others on a terminal: shown as they are, obeyed by nobody."""
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import codyra_llm
+from codyra_llm.core.terminal import Terminal, one_line, printable, write
+
+EVIL = "[/b][red]\x1b[2J\u202etxt\x9b"
+HARMLESS = "[/b][red]\ufffd[2J\ufffdtxt\ufffd"
+
+
+def shown(renderable) -> str:
+    out = io.StringIO()
+    Terminal(file=out, width=120, force_terminal=True, color_system=None).print(renderable)
+    return out.getvalue()
+
+
+def test_what_a_terminal_would_obey_is_replaced():
+    assert printable(EVIL) == HARMLESS
+    assert printable("\x00\x07\x7f\ud800\u2066") == "\ufffd" * 5
+    assert printable("tab\tline\nübung 判断 e\u0301") == "tab\tline\nübung 判断 e\u0301"
+    assert one_line("two\r\nlines") == "two lines"
+
+
+@pytest.mark.parametrize("kind", ["text", "styled", "table"])
+def test_no_string_is_markup_wherever_it_stands(kind):
+    table = Table(EVIL, title=EVIL)
+    table.add_row(EVIL)
+    found = shown({"text": EVIL, "styled": Text.assemble((EVIL, "bold")), "table": table}[kind])
+    assert HARMLESS in found
+    assert not set("\u202e\x9b") & set(found) and "\x1b[2J" not in found
+
+
+def test_an_answer_is_written_as_it_is_but_to_a_terminal(monkeypatch, capsys):
+    write(EVIL)
+    assert capsys.readouterr().out == EVIL + "\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    write(EVIL)
+    assert capsys.readouterr().out == HARMLESS + "\n"
+
+
+def test_every_console_of_the_package_is_one():
+    """`Console` is named in annotations only."""
+    for path in Path(codyra_llm.__path__[0]).rglob("*.py"):
+        if path.name != "terminal.py":
+            assert "= Console(" not in path.read_text(encoding="utf-8"), path
+    assert issubclass(Terminal, Console)

@@ -1,0 +1,193 @@
+"""Label masks by position, truncation that keeps EOS, weights, orders, micro-batches."""
+
+import json
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, normalizers, processors
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+from codyra_llm.config.sections import DataSection
+from codyra_llm.core.errors import Fault
+from codyra_llm.data.batches import collate, micro_batches, shuffled
+from codyra_llm.data.encoding import Encoded, Encoder
+from codyra_llm.data.stream import Stream
+from codyra_llm.models.tokenizer import adds_bos, load_tokenizer
+
+TEXTS = [
+    ("The answer is", "B"),
+    ("判断：\n态度：", "A"),
+    ("Solve.\nQuestion:\n2+2\nAnswer:", "4.0"),
+    ("<EOL> import os <EOL>", "x = <STR_LIT> <EOL>"),
+    ("Choices:\nA. a\nB. b\n\nAnswer:", "B\nBecause it is.\n"),
+]
+
+
+def section(prompt=200, answer=64, **more):
+    return DataSection(root="-", tasks=["T"], max_prompt_tokens=prompt, max_answer_tokens=answer, **more)
+
+
+@pytest.fixture(params=["llama", "gemma3"])
+def tokenizer(request, tiny_llama, tiny_gemma3):
+    return load_tokenizer({"llama": tiny_llama, "gemma3": tiny_gemma3}[request.param])
+
+
+def assert_masks(tokenizer, data):
+    encoder = Encoder(tokenizer, data)
+    for prompt, answer in TEXTS:
+        (e,) = encoder.encode([{"prompt": prompt, "answer": answer}])
+        ids = e.prompt + e.answer
+        assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
+        if adds_bos(tokenizer):
+            assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+        assert tokenizer.decode(e.answer, skip_special_tokens=True) == answer
+        assert e.prompt == encoder.prompt(prompt)[0], "training and generation must see the same prompt"
+        batch = collate(
+            [e, Encoded(e.prompt * 2, e.answer, False)], [0, 1], [1.0, 1.0], tokenizer.pad_token_id
+        )
+        first = batch.predictors < batch.ids.shape[1]
+        assert batch.predictors[first].tolist() == list(range(len(e.prompt) - 1, len(e) - 1))
+        assert batch.targets[first].tolist() == e.answer == batch.ids[0, batch.predictors[first] + 1].tolist()
+
+
+def test_masks(tokenizer):
+    assert_masks(tokenizer, section())
+
+
+def sentencepiece_like():
+    """LLaMA-2's kind: every text gets a word-start mark in front, unknown bytes fall back, decoding strips
+    one space.
+    """
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *"▁AnswerBthcCx=import:.", "▁B"]
+    core = Tokenizer(
+        BPE(
+            {t: i for i, t in enumerate(dict.fromkeys(tokens))},
+            [("▁", "B")],
+            byte_fallback=True,
+            unk_token="<unk>",
+            fuse_unk=True,
+        )
+    )
+    core.add_special_tokens(["<unk>", "<s>", "</s>"])
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
+    )
+
+
+def test_masks_where_every_text_gets_a_word_start():
+    tokenizer = sentencepiece_like()
+    assert tokenizer.convert_ids_to_tokens(tokenizer("B", add_special_tokens=False)["input_ids"])[
+        0
+    ].startswith("▁")
+    assert_masks(tokenizer, section(300, 80))
+    answer, _ = Encoder(tokenizer, section(300, 80)).answer("B")
+    assert tokenizer.convert_ids_to_tokens(answer) == ["B", "</s>"], (
+        "as it stands after 'Answer:', without the mark"
+    )
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
+def test_masks_with_real_tokenizers(name, real_model):
+    tokenizer = load_tokenizer(real_model(name))
+    assert_masks(tokenizer, section())
+
+
+def test_a_bos_in_the_text_is_not_doubled(tokenizer):
+    """Py150's prompts begin with the text of LLaMA's BOS."""
+    ids, _ = Encoder(tokenizer, section()).prompt(f"{tokenizer.bos_token} import os")
+    assert ids.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("side", ["left", "middle"])
+def test_truncation_keeps_bos_eos_and_the_end(tokenizer, side):
+    encoder = Encoder(tokenizer, section(20, 8, truncation=side))
+    text = " ".join(map(str, range(100)))
+    (e,) = encoder.encode([{"prompt": text, "answer": text}])
+    whole = encoder._ids(text)
+    assert (len(e.prompt), len(e.answer), e.cut) == (20, 8, True)
+    assert e.prompt[0] == tokenizer.bos_token_id and e.answer[-1] == tokenizer.eos_token_id
+    head = 9 if side == "middle" else 0
+    assert e.prompt[1:] == whole[:head] + whole[len(whole) - (19 - head) :]
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5)), min_size=1, max_size=6))
+def test_padded_and_packed_batches_hold_the_same_labels(sizes):
+    examples = [
+        Encoded(list(range(100 * i, 100 * i + n)), list(range(100 * i + 50, 100 * i + 50 + m)), False)
+        for i, (n, m) in enumerate(sizes)
+    ]
+    chosen, weights = range(len(sizes)), [1 / (i + 2) for i in range(len(sizes))]
+    padded, packed = (collate(examples, chosen, weights, -1, packed) for packed in (False, True))
+    assert packed.ids.tolist() == [[token for e in examples for token in e.prompt + e.answer]]
+    assert packed.positions.tolist() == [[i for e in examples for i in range(len(e))]]
+    assert (
+        packed.segments == [len(e) for e in examples] and padded.segments is None and padded.positions is None
+    )
+    assert [[t for t in row if t >= 0] for row in padded.ids.tolist()] == [
+        e.prompt + e.answer for e in examples
+    ]
+    expected = [
+        ((before, token), weights[i])
+        for i, e in enumerate(examples)
+        for before, token in pairwise([None, *e.prompt, *e.answer])
+        if token in e.answer and before is not None
+    ]
+    for batch in (padded, packed):
+        before = batch.ids.flatten()[batch.predictors].tolist()
+        assert list(zip(before, batch.targets.tolist(), strict=True)) == [pair for pair, _ in expected]
+        assert batch.weights.tolist() == pytest.approx([weight for _, weight in expected])
+
+
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=40),
+    st.integers(1, 4),
+    st.integers(16, 200),
+    st.booleans(),
+)
+def test_micro_batches_cover_each_example_once_and_keep_ranks_in_step(lengths, world, tokens, packed):
+    ranks = micro_batches(lengths, world, tokens, packed)
+    assert len(ranks) == world and len({len(steps) for steps in ranks}) == 1
+    assert sorted(i for steps in ranks for batch in steps for i in batch) == list(range(len(lengths)))
+    for batch in (b for steps in ranks for b in steps if len(b) > 1):
+        own = [lengths[i] for i in batch]
+        assert (sum(own) if packed else max(own) * len(own)) <= tokens
+    assert any(steps[-1] for steps in ranks), "no step is empty on all ranks"
+
+
+def test_order_is_a_function_of_seed_task_and_epoch():
+    assert shuffled(range(50), 1, 2, 3) == shuffled(range(50), 1, 2, 3)
+    orders = {tuple(shuffled(range(50), *key)) for key in ((1, 2, 3), (0, 2, 3), (1, 0, 3), (1, 2, 0))}
+    assert len(orders) == 4 and all(sorted(order) == list(range(50)) for order in orders)
+    assert sorted(shuffled(range(5, 9), 0, 0, 0)) == [5, 6, 7, 8]
+
+
+def test_stream_limits_the_training_split_alone(toy_stream):
+    stream = Stream(DataSection(root="-", tasks=["ONE"], max_train_examples=3, epochs=1), toy_stream)
+    assert len(stream.records(0, "train")) == 3 and len(stream.records(0, "test")) > 3
+
+
+def test_settings_are_not_chosen_on_prompts_of_the_test_split(tmp_path):
+    def write(split, prompts):
+        (tmp_path / "X").mkdir(exist_ok=True)
+        rows = [{"prompt": p, "answer": "a"} for p in prompts]
+        (tmp_path / "X" / f"{split}.json").write_text(json.dumps(rows), encoding="utf-8")
+
+    def prompts(split):
+        stream = Stream(DataSection(root="-", tasks=["X"], epochs=1), tmp_path)
+        return [row["prompt"] for row in stream.records(0, split)]
+
+    write("eval", ["p", "q", "r"])
+    write("test", ["q", "s"])
+    assert prompts("eval") == ["p", "r"] and prompts("test") == ["q", "s"]
+    write("test", ["p", "q", "r"])
+    with pytest.raises(Fault, match="eval.json has no prompt that test.json has not"):
+        prompts("eval")

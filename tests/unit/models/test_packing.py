@@ -1,0 +1,152 @@
+"""Packed rows equal padded ones, to the gradient; examples of a pack do not see one another; no T x T mask is
+built.
+"""
+
+import pytest
+import torch
+from losses import Largest
+from packed import LENGTHS, batch, examples, loaded, loss_and_gradients
+from transformers import AttentionInterface
+
+from codyra_llm.data.batches import collate
+from codyra_llm.models import packed_attention
+
+
+def assert_same(got, expected, rtol=1e-5, atol=1e-8):
+    torch.testing.assert_close(got[0], expected[0], rtol=rtol, atol=atol)
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(got[1][name], gradient, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_equals_padded(folder, checkpointing):
+    """All parameters' gradients, embeddings and a tied head included. Gemma 2's eager softmax is float32 in
+    float64.
+    """
+    model = loaded(folder)
+    expected = loss_and_gradients(model, batch(examples(), packed=False))
+    packed_attention.use(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same(loss_and_gradients(model, batch(examples(), packed=True)), expected, 2e-5, 1e-7)
+
+
+def test_the_window_matters(tiny_gemma3):
+    """Else the test above would pass without one."""
+    model = loaded(tiny_gemma3)
+    expected = batch(examples(), False).cross_entropy(model)
+    packed_attention.use(model)
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = None
+    assert abs(batch(examples(), True).cross_entropy(model) / expected - 1) > 1e-4
+
+
+def test_an_example_does_not_see_its_neighbours(folder):
+    """The loss of the others is the same, bit by bit, whatever stands between them, and no gradient reaches
+    it.
+    """
+    model, own = loaded(folder), examples()
+    packed_attention.use(model)
+    weights = [1.0, 1.0, 0.0, 1.0, 1.0]
+    changed = [*own[:2], examples(LENGTHS, 1)[2], *own[3:]]
+    losses = [collate(e, range(5), weights, 0, True).cross_entropy(model) for e in (own, changed)]
+    assert torch.equal(*losses)
+    embedded = {}
+    model.model.embed_tokens.register_forward_hook(
+        lambda _, __, out: embedded.update(x=out) or out.retain_grad()
+    )
+    collate(own, range(5), weights, 0, True).cross_entropy(model).backward()
+    start, rows = sum(map(sum, LENGTHS[:2])), embedded["x"].grad[0].abs().sum(1)
+    assert (
+        not rows[start : start + sum(LENGTHS[2])].any()
+        and rows.count_nonzero() == len(rows) - sum(LENGTHS[2]) - 4
+    )
+    own[1].answer[0] += 1
+    assert collate(own, range(5), weights, 0, True).cross_entropy(model) != losses[0]
+
+
+def test_no_mask_over_the_whole_row(folder):
+    model = loaded(folder, torch.float32)
+    packed_attention.use(model)
+    many = batch(examples([(20, 4)] * 40), True)
+    with Largest() as largest:
+        many.cross_entropy(model).backward()
+    assert largest.elements < many.ids.numel() ** 2 / 4
+
+
+def varlen_by_its_documentation(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa
+):
+    """What torch.nn.attention.varlen documents, with one mask over everything: query [T, H, d], key [T, H_kv,
+    d].
+    """
+    assert cu_seq_q.dtype == torch.int32 and max_q == cu_seq_q.diff().max()
+    assert enable_gqa == (key.shape[1] < query.shape[1])
+    at = torch.arange(len(query))
+    owner = torch.bucketize(at, cu_seq_q[1:], right=True)
+    distance = at[:, None] - at
+    left, right = window_size
+    seen = (owner[:, None] == owner) & (distance >= -right) & ((distance <= left) if left >= 0 else True)
+    key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], 1) for t in (key, value))
+    scores = torch.einsum("thd,shd->hts", query, key) * scale
+    return torch.einsum("hts,shd->thd", scores.masked_fill(~seen, -torch.inf).softmax(-1), value)
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gemma3"])
+def test_the_kernels_arguments(name, request, monkeypatch):
+    model = loaded(request.getfixturevalue(name))
+    packed_attention.use(model)
+    expected = loss_and_gradients(model, batch(examples(), True))
+    monkeypatch.setattr(packed_attention, "_has_kernel", lambda *_: True)
+    monkeypatch.setattr(packed_attention, "varlen_attn", varlen_by_its_documentation)
+    assert_same(loss_and_gradients(model, batch(examples(), True)), expected)
+
+
+def test_flash_attention_gets_transformers_own_arguments(tiny_llama, monkeypatch):
+    model, seen = loaded(tiny_llama), []
+    expected = batch(examples(), False).cross_entropy(model)
+
+    def flash(*args, **kwargs):
+        seen.append(
+            {
+                name: kwargs[name]
+                for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+            }
+        )
+        return packed_attention.packed(*args, **kwargs)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, packed_attention.FLASH, flash)
+    model.config._attn_implementation_internal = packed_attention.FLASH
+    assert packed_attention.pays(model, torch.device("cuda"))
+    packed_attention.use(model)
+    torch.testing.assert_close(batch(examples(), True).cross_entropy(model), expected)
+    ends = [sum(map(sum, LENGTHS[:i])) for i in range(6)]
+    assert len(seen) == 2
+    assert all(call["cu_seq_lens_q"].tolist() == call["cu_seq_lens_k"].tolist() == ends for call in seen)
+    assert all(call["max_length_q"] == call["max_length_k"] == 41 for call in seen)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "capability", "head", "expected"),
+    [
+        ("tiny_llama", torch.bfloat16, (9, 0), None, True),
+        ("tiny_gemma3", torch.bfloat16, (8, 9), None, True),
+        ("tiny_llama", torch.float32, (9, 0), None, False),
+        ("tiny_llama", torch.bfloat16, (7, 5), None, False),
+        ("tiny_gemma2", torch.bfloat16, (9, 0), None, False),
+        ("tiny_gemma3", torch.bfloat16, (9, 0), 256, True),
+        ("tiny_gemma3", torch.bfloat16, (8, 9), 256, False),
+    ],
+)
+def test_auto_packs_where_one_kernel_does_it(name, dtype, capability, head, expected, request, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    model = loaded(request.getfixturevalue(name), dtype)
+    if head:
+        model.config.head_dim = head
+    assert packed_attention.pays(model, torch.device("cuda")) == expected
+    assert not packed_attention.pays(model, torch.device("cpu"))
+
+
+@pytest.fixture(params=["llama", "gemma2", "gemma3"])
+def folder(request):
+    return request.getfixturevalue(f"tiny_{request.param}")

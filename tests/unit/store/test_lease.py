@@ -1,0 +1,93 @@
+"""One run at a time in a folder, and a dead owner keeps nobody out."""
+
+import json
+import os
+import threading
+import time
+
+import pytest
+
+from codyra_llm.core.errors import Fault
+from codyra_llm.store import lock
+from codyra_llm.store.lock import Lease
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.1)
+    monkeypatch.setattr(lock, "DEAD", 0.4)
+
+
+def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path):
+    first = Lease(tmp_path / "run")
+    first.take()
+    with pytest.raises(Fault, match=f"worked on by process {os.getpid()} on .*give another output"):
+        Lease(tmp_path / "run").take()
+    first.release()
+    second = Lease(tmp_path / "run")
+    second.take()
+    first.release()  # again, and it takes nothing from the second
+    assert json.loads((tmp_path / "run" / "lease.json").read_text())["token"] == second.token
+    second.release()
+    assert not any((tmp_path / "run").iterdir())
+
+
+def elsewhere(folder, beat: int) -> None:
+    """The lease of a process on another machine, with whose numbers nothing can be looked up here."""
+    own = {"token": "x", "host": "far", "pid": os.getpid(), "place": "far 0", "started": 0.0, "beat": beat}
+    (folder / "lease.json").write_text(json.dumps(own))
+
+
+def test_another_machines_silence_is_waited_for(tmp_path, capsys):
+    elsewhere(tmp_path, 1)
+    mine = Lease(tmp_path)
+    mine.take()
+    assert "was held by process" in capsys.readouterr().out
+    mine.release()
+
+
+def test_another_machines_sign_of_life_is_seen(tmp_path):
+    elsewhere(tmp_path, 1)
+    threading.Timer(0.2, elsewhere, (tmp_path, 2)).start()
+    with pytest.raises(Fault, match="worked on by process .* on far"):
+        Lease(tmp_path).take()
+
+
+def test_a_file_that_was_only_begun_is_a_dead_owners(tmp_path):
+    (tmp_path / "lease.json").write_text("")
+    mine = Lease(tmp_path)
+    mine.take()
+    assert json.loads((tmp_path / "lease.json").read_text())["token"] == mine.token
+    mine.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_two_that_find_a_dead_owner_one_gets_it(tmp_path):
+    """At the same moment, many times: never both, and nothing is left over."""
+    for round_ in range(5):
+        elsewhere(tmp_path, round_)
+        got, refused = [], []
+
+        def attempt(got=got, refused=refused):
+            mine = Lease(tmp_path)
+            try:
+                mine.take()
+                got.append(mine)
+            except Fault as error:
+                refused.append(error)
+
+        threads = [threading.Thread(target=attempt) for _ in range(2)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+        assert len(got) == 1 and len(refused) == 1
+        got[0].release()
+
+
+def test_who_was_taken_over_stops(tmp_path):
+    suspended = Lease(tmp_path)
+    suspended.take()
+    suspended.check()
+    elsewhere(tmp_path, 1)  # by one that saw no sign of life of it
+    time.sleep(0.5)
+    with pytest.raises(Fault, match="taken over by process .* on far"):
+        suspended.check()

@@ -1,0 +1,285 @@
+"""Sweeps: which runs a file asks for, that each is run once, how settings are chosen, and the intervals of
+the comparison.
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+from scipy.stats import norm, ttest_1samp
+from sweeps import Ended, go
+
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.files import write_json, write_jsonl
+from codyra_llm.evaluate.matrix import summary as summarise
+from codyra_llm.evaluate.statistics import MEASURES
+from codyra_llm.sweep import comparison, runner
+from codyra_llm.sweep.spec import load_sweep
+
+
+def test_every_arm_at_every_point(sweep_file):
+    asked = load_sweep(
+        sweep_file(grid={"seed": [1, 2], "data.tasks": [["ONE", "TWO"], ["TWO", "ONE"]], "optim.lr": [1e-3]}),
+        ["data.epochs=2"],
+    )
+    found = {run.folder.path.relative_to(asked.output): run.recipe for run in asked.runs()}
+    assert len(found) == 8
+    one = found[Path("ewc/seed=2,data.tasks=#2,optim.lr=0.001")]
+    assert (one.method.name, one.method.weight, one.seed, one.tasks) == ("ewc", 1e3, 2, ["TWO", "ONE"])
+    assert (
+        one.optim.lr == 1e-3
+        and one.data.epochs == 2
+        and one.checkpoint is False
+        and one.optim.batch_size == 8
+    )
+
+
+def test_a_method_comes_first_whichever_layer_names_it(sweep_file):
+    ranks = {"small": {"method.rank": 3}, "large": {"method.rank": 5}}
+    found = load_sweep(
+        sweep_file(arms=ranks, grid={"method": ["seqlora", "ewc"]}, set={"method.rank": 9}),
+        ["method.dropout=0.1"],
+    )
+    assert [(r.recipe.method.name, r.recipe.method.rank, r.recipe.method.dropout) for r in found.runs()] == [
+        ("seqlora", 3, 0.1),
+        ("seqlora", 5, 0.1),
+        ("ewc", 3, 0.1),
+        ("ewc", 5, 0.1),
+    ]
+    with pytest.raises(Fault, match="unknown key 'method.rank'"):  # told, not dropped
+        load_sweep(sweep_file(arms={"none": {"method": "none"}}, set={"method.rank": 9}))
+
+
+@pytest.mark.parametrize(
+    "sections, said",
+    [
+        ({"grid": {"seed": [1, "1"]}}, "each once"),  # one folder
+        ({"grid": {"output": ["x", "y"]}}, "folder of its own"),
+        ({"arms": {"x": {"output": "y"}}}, "arms.x: .*folder of its own"),
+        ({"arms": {"x": {"method": {"name": [1]}}}}, r"\[1\] is not a method"),
+        ({3: 4}, "the key 3 is no text"),
+        (
+            {
+                "tune": {
+                    "by": "forgetting",
+                    "set": {"data.tasks": ["ONE"]},
+                    "tries": {"seqlora": [{}], "ewc": [{}]},
+                }
+            },
+            "ewc, seqlora has no forgetting",
+        ),
+    ],
+)
+def test_mistakes_are_sentences(sweep_file, sections, said):
+    path = sweep_file()
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | sections), encoding="utf-8")
+    with pytest.raises(Fault, match=said):
+        load_sweep(path)
+    with pytest.raises(Fault, match="not valid YAML"):
+        load_sweep(path, ["optim.betas=[0.9"])
+
+
+def test_all_faults_of_the_file_at_once(sweep_file):
+    with pytest.raises(Fault) as fault:
+        load_sweep(
+            sweep_file(
+                arms={"a/b": {}, "good": {}},
+                grid={"seed": []},
+                baseline="goof",
+                tune={"tries": {"good": [{}], "a/b": [{}, {}], "other": [{}]}},
+            )
+        )
+    text = str(fault.value)
+    assert len(fault.value.messages) == 5
+    assert all(
+        part in text
+        for part in (
+            "'a/b' becomes a folder",
+            "grid.seed",
+            "Did you mean 'good'?",
+            "'other' is not an arm",
+            "good 1, a/b 2",
+        )
+    )
+
+
+def test_what_any_run_would_refuse_is_told_before_the_first(sweep_file, launches):
+    broken = sweep_file(arms={"x": {"optim.lr": -1}, "y": {"method": "ewk"}})
+    with pytest.raises(Fault) as fault:
+        load_sweep(broken)
+    assert [m.partition(":")[0] for m in fault.value.messages] == [
+        "x/seed=1",
+        "y/seed=1",
+    ]  # not for every seed again
+    with pytest.raises(Fault, match="replay: .*Lima"):
+        go(sweep_file(arms={"seqlora": {}, "replay": {"method": "replay"}}))
+    assert not launches
+    with pytest.raises(Fault, match="tune.tries: ewc would be compared without tries"):
+        load_sweep(sweep_file(tune={"tries": {"seqlora": [{}]}}))
+    with pytest.raises(Fault, match="can't be read"):
+        load_sweep("nowhere.yaml")
+
+
+def test_a_run_that_fails_stops_no_other(sweep_file, monkeypatch):
+    started = []
+    monkeypatch.setattr(
+        runner, "_launch", lambda run, *_: started.append(run.arm) or Ended(run.arm == "seqlora")
+    )
+    with pytest.raises(Fault) as fault:
+        go(sweep_file())
+    assert started == ["seqlora", "ewc"] * 2 and len(fault.value.messages) == 2
+    assert "seed=1.log" in fault.value.messages[0]
+
+
+def test_one_run_per_gpu_or_a_share_of_the_cores(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(runner.os, "cpu_count", lambda: 8)
+    assert runner._places(None, None) == [{"OMP_NUM_THREADS": "8"}]
+    assert runner._places(4, None) == [{"OMP_NUM_THREADS": "2"}] * 4
+    monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: 2)
+    for visible, gpus in (("", ["0", "1"]), ("3,5", ["3", "5"])):  # those of the machine that were given
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert [place["CUDA_VISIBLE_DEVICES"] for place in runner._places(None, None)] == gpus
+    assert runner._places(None, "accelerate launch") == [{}]
+
+
+@pytest.mark.parametrize(
+    ("jobs", "launcher", "told"),
+    [(2, "accelerate launch", "leave one of the two out"), (None, "accelerate 'launch", "is no command")],
+)
+def test_a_launcher_is_checked_before_anything_runs(jobs, launcher, told, sweep_file):
+    asked = load_sweep(sweep_file())
+    with pytest.raises(Fault, match=told):
+        runner.execute(asked, jobs, launcher, lambda: None)
+    assert not asked.output.exists()
+
+
+def faked(sweep, scores: dict[tuple[str, int], dict[tuple[int, str], list[float]]]) -> None:
+    """Write run folders of two tasks with these scores by (step, task), each exact match of an example."""
+    for run in sweep.runs():
+        cells = scores[run.arm, run.settings["seed"]]
+        run.folder.open(run.recipe.resolved(), {"base": "x"})
+        means = {cell: float(np.mean(values)) for cell, values in cells.items()}
+        found = summarise(["ONE", "TWO"], [[means.get((s, t)) for t in ("ONE", "TWO")] for s in (1, 2)], None)
+        cost = {"trained": 10, "seconds": 2.0 if run.arm == "ewc" else 1.0, "peak_bytes": None}
+        write_json(run.folder.path / "summary.json", {**found, "general": {}, "costs": cost})
+        for (step, task), values in cells.items():
+            after = ("ONE", "TWO")[step - 1]
+            row = {"after": after, "step": step, "task": task, "kind": "task", "headline": "exact_match"}
+            run.folder.add_scores(row, [{"exact_match": v} for v in values])
+
+
+def test_intervals_over_seeds_and_paired_differences(sweep_file):
+    rng = np.random.default_rng(0)
+    asked = load_sweep(sweep_file(grid={"seed": [1, 2, 3, 4]}))
+    scores = {
+        (arm, seed): {
+            cell: list(rng.integers(0, 2, 5) * 100.0) for cell in ((1, "ONE"), (2, "ONE"), (2, "TWO"))
+        }
+        for arm in ("seqlora", "ewc")
+        for seed in (1, 2, 3, 4)
+    }
+    faked(asked, scores)
+    base, ewc = comparison.compare(asked)["rows"]
+    ops = {
+        arm: [np.mean([np.mean(scores[arm, s][2, t]) for t in ("ONE", "TWO")]) for s in (1, 2, 3, 4)]
+        for arm in ("seqlora", "ewc")
+    }
+    for found, values in (
+        (ewc["op"], ops["ewc"]),
+        (ewc["difference"]["op"], np.subtract(ops["ewc"], ops["seqlora"])),
+    ):
+        bounds = ttest_1samp(values, 0).confidence_interval(0.95)
+        assert (found["mean"], found["low"], found["high"]) == pytest.approx((np.mean(values), *bounds))
+        assert found["over"] == "seeds"
+    assert base["difference"] is None and ewc["relative"] == {"trained": 1, "seconds": 2, "peak_bytes": None}
+    assert ewc["seeds"] == 4 and ewc["learnt"]["mean"] == pytest.approx(
+        np.mean(
+            [[np.mean(scores["ewc", s][1, "ONE"]), np.mean(scores["ewc", s][2, "TWO"])] for s in (1, 2, 3, 4)]
+        )
+    )
+
+
+def test_intervals_over_test_examples(sweep_file):
+    """Of one seed: near the normal approximation, and nought for a difference between equal predictions."""
+    asked = load_sweep(sweep_file(grid={"seed": [1]}))
+    rng = np.random.default_rng(1)
+    cells = {cell: list(rng.integers(0, 2, 400) * 100.0) for cell in ((1, "ONE"), (2, "ONE"), (2, "TWO"))}
+    faked(asked, {("seqlora", 1): cells, ("ewc", 1): cells})
+    _, ewc = comparison.compare(asked)["rows"]
+    error = np.sqrt(sum(np.var(cells[2, t]) / 400 for t in ("ONE", "TWO"))) / 2
+    half = (ewc["op"]["high"] - ewc["op"]["low"]) / 2
+    assert half == pytest.approx(norm.ppf(0.975) * error, rel=0.1) and ewc["op"]["over"] == "test examples"
+    # The same examples are drawn in both rows of ONE, so BWT's interval is that of the paired difference.
+    change = np.subtract(cells[2, "ONE"], cells[1, "ONE"])
+    assert (ewc["bwt"]["high"] - ewc["bwt"]["low"]) / 2 == pytest.approx(
+        norm.ppf(0.975) * change.std() / 20, rel=0.1
+    )
+    assert ewc["difference"]["op"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "over": "test examples"}
+
+
+def test_arms_with_other_seeds_are_compared_over_those_they_share(sweep_file):
+    asked = load_sweep(sweep_file(grid={"seed": [1, 2, 3]}))
+    cells = {(1, "ONE"): [0.0, 100.0], (2, "ONE"): [0.0, 100.0], (2, "TWO"): [0.0, 100.0]}
+    faked(asked, {(arm, seed): cells for arm in ("seqlora", "ewc") for seed in (1, 2, 3)})
+    for run in asked.runs():
+        summary = run.folder.summary
+        if run.arm == "ewc" and run.settings["seed"] > 1:
+            (run.folder.path / "summary.json").unlink()
+        else:
+            summary["costs"]["seconds"] *= run.settings["seed"]
+            write_json(run.folder.path / "summary.json", summary)
+    base, ewc = comparison.compare(asked)["rows"]
+    assert (base["seeds"], ewc["seeds"]) == (3, 1) and base["relative"]["seconds"] == 1
+    assert (
+        ewc["relative"]["seconds"] == 2
+    )  # 2 s against the 1 s of the same seed, not against the mean of 1, 2 and 3 s
+    assert ewc["difference"]["op"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "over": "test examples"}
+
+
+def test_tasks_are_drawn_independently():
+    first, again, other = (comparison._draws(name, 50) for name in ("task12", "task12", "task21"))
+    assert (first == again).all() and (first == other).mean() < 0.05
+
+
+def test_the_table_fits_a_terminal():
+    """Every number whole in 80 columns, however long the name of the arm."""
+    value = {"mean": -43.21, "low": -46.0, "high": -40.0, "over": "seeds"}
+    row = {
+        "arm": "hidelora_treelora_repo",
+        "settings": "",
+        "seeds": 3,
+        **dict.fromkeys(MEASURES, value),
+        "difference": dict.fromkeys(MEASURES, value),
+        "costs": None,
+        "relative": {"seconds": 12.3, "peak_bytes": 1.25},
+    }
+    console = Console(width=80, file=io.StringIO())
+    console.print(comparison.table({"rows": [row], "baseline": "seqlora"}))
+    assert " -43.2 ± 3.0 -43.2 ± 3.0 -43.2 ± 3.0 -43.2 ± 3.0 12.30   1.25" in console.file.getvalue()
+    console.print(comparison.table({"rows": [], "baseline": "seqlora"}))
+
+
+def test_a_measure_that_was_not_taken_is_left_blank(sweep_file):
+    asked = load_sweep(sweep_file())
+    faked(
+        asked,
+        {
+            (arm, seed): {(2, "ONE"): [100.0], (2, "TWO"): [0.0]}
+            for arm in ("seqlora", "ewc")
+            for seed in (1, 2)
+        },
+    )
+    found = comparison.compare(asked)
+    assert found["rows"][0]["bwt"] is None and found["rows"][0]["op"]["mean"] == 50
+    assert "| seqlora | 50.0 ± 0.0 |  |  |" in comparison.render(found, "x")
+
+
+def test_read_jsonl_keeps_line_separators(tmp_path):
+    from codyra_llm.core.files import read_jsonl
+
+    write_jsonl(tmp_path / "x.jsonl", [{"a": "one\u2028two\x85three"}, {"a": "\n"}])
+    assert [row["a"] for row in read_jsonl(tmp_path / "x.jsonl")] == ["one\u2028two\x85three", "\n"]
