@@ -1,5 +1,6 @@
 """Adapted layers that read the same input computed together, and the gated MLP as one function."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -46,9 +47,17 @@ class SharedInput:
         for layer in layers:
             layer.shared = self
 
+    def __deepcopy__(self, memo: dict) -> "SharedInput":
+        """Of the copies of the layers, which are under way when this is asked for."""
+        copied = memo[id(self)] = SharedInput([])
+        copied._layers = [ref(copy.deepcopy(layer, memo)) for layer in self.layers]
+        copied.fused = self.fused
+        return copied
+
     @property
     def layers(self) -> list[AdaptedLayer]:
-        return [layer() for layer in self._layers]
+        found = [layer() for layer in self._layers]
+        return [layer for layer in found if layer is not None]
 
     def forget(self) -> None:
         """Drop what is cached. Needed after the masters were written in a way that autograd's version
@@ -60,13 +69,14 @@ class SharedInput:
 
     def output(self, layer: AdaptedLayer, x: Tensor) -> Tensor:
         """This layer's output for x [..., in]."""
-        if len(self._layers) == 1:
+        layers = self.layers
+        if len(layers) == 1:
             return self.compute(x)[0]
         kept = self._input is not None and self._input[0] is x and self._input[1] == x._version
         if not kept or id(layer) not in self._outputs:
             self._input, self._outputs = (
                 (x, x._version),
-                dict(zip(map(id, self.layers), self.compute(x), strict=True)),
+                dict(zip(map(id, layers), self.compute(x), strict=True)),
             )
         y = self._outputs.pop(id(layer))
         if not self._outputs:
@@ -151,7 +161,7 @@ def share_inputs(model: nn.Module, fused: bool = True, across: bool = True) -> N
             if layers:
                 SharedInput(layers)
         if fused and across and _is_adapted_mlp(block):
-            block.forward = partial(_mlp, ref(block))  # weakly, as above
+            block.forward = _MlpForward(block)
     for shared in shared_inputs(model):
         shared.fused = fused
 
@@ -180,21 +190,29 @@ def _is_adapted_mlp(block: nn.Module) -> bool:
     )
 
 
-def _mlp(mlp: "ref[nn.Module]", x: Tensor) -> Tensor:
-    """down(act(gate(x)) ⊙ up(x)), the forward of every supported family's MLP."""
-    block = mlp()
-    pair, down = block.gate_proj.shared, block.down_proj.shared
-    dtype = block.gate_proj.dtype
-    with torch.autocast(x.device.type, enabled=False):
-        y = GatedMlp.apply(
-            x.reshape(-1, x.shape[-1]).to(dtype),
-            pair.group(dtype),
-            down.group(dtype),
-            block.act_fn,
-            *pair.masters(),
-            *down.masters(),
-        )
-    return y.view(*x.shape[:-1], y.shape[-1])
+class _MlpForward:
+    """down(act(gate(x)) ⊙ up(x)), the forward of every supported family's MLP, which refers to it weakly."""
+
+    def __init__(self, block: nn.Module):
+        self.block = ref(block)
+
+    def __deepcopy__(self, memo: dict) -> "_MlpForward":
+        return _MlpForward(copy.deepcopy(self.block(), memo))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        block = self.block()
+        pair, down = block.gate_proj.shared, block.down_proj.shared
+        dtype = block.gate_proj.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            y = GatedMlp.apply(
+                x.reshape(-1, x.shape[-1]).to(dtype),
+                pair.group(dtype),
+                down.group(dtype),
+                block.act_fn,
+                *pair.masters(),
+                *down.masters(),
+            )
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def shared_inputs(model: nn.Module) -> list[SharedInput]:
