@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from codyra_llm.config.methods.base import PROJECTIONS
 from codyra_llm.core.errors import Fault
 from codyra_llm.lora.layer import AdapterSpec, LoraLinear, attach, sites
-from codyra_llm.lora.shared import share_inputs
+from codyra_llm.lora.shared import SharedInput, share_inputs, shared_inputs
 
 SCALE = 2.0  # s, as PEFT users have it with lora_alpha = 2r
 LOW = (torch.bfloat16, torch.float16)
@@ -41,6 +41,11 @@ class Arm:
     masters: dict[str, tuple[nn.Parameter, nn.Parameter | None, nn.Parameter]] = field(default_factory=dict)
     folded: dict[str, Tensor] = field(default_factory=dict)  # site -> s·w
     autocast: torch.dtype | None = None
+
+    @property
+    def shared(self) -> list[SharedInput]:
+        """Ours: the groups of adapted layers; else none."""
+        return shared_inputs(self.model)
 
     def context(self, device: torch.device) -> AbstractContextManager:
         return torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()

@@ -16,7 +16,8 @@ from codyra_llm.benchmarks.trace.mini.make import mini_model
 from codyra_llm.config.sections import DataSection
 from codyra_llm.data.encoding import Encoder
 from codyra_llm.data.records import read_split
-from codyra_llm.evaluate.generate import CPU, GPU, batches, generate_ids
+from codyra_llm.evaluate.budget import MOST, STEP, batches
+from codyra_llm.evaluate.generate import generate_ids
 from codyra_llm.experiment.setup import data_root
 from codyra_llm.models import loading
 from codyra_llm.models.tokenizer import load_tokenizer
@@ -58,9 +59,8 @@ def one_by_one(model: PreTrainedModel, prompts: list[list[int]], new: int, eos: 
 
 def batched(model: PreTrainedModel, prompts: list[list[int]], new: int, eos: int) -> list[list[int]]:
     """Greedy continuations as evaluation makes them on one rank."""
-    tokens, step = GPU if model.device.type == "cuda" else CPU
-    found: dict[int, list[int]] = {}
-    for chosen in batches([len(p) for p in prompts], new, tokens, step):
+    kind, found = model.device.type, {}
+    for chosen in batches([len(p) for p in prompts], new, MOST[kind], STEP[kind]):
         found.update(zip(chosen, generate_ids(model, [prompts[i] for i in chosen], new, eos), strict=True))
     return [found[i] for i in range(len(prompts))]
 

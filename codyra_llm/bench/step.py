@@ -17,6 +17,7 @@ from codyra_llm.data.check import task_folders
 from codyra_llm.data.encoding import Encoded, Encoder
 from codyra_llm.data.records import read_split
 from codyra_llm.experiment.setup import data_root
+from codyra_llm.lora.together import deferred, finish_gradients, make_shadows
 from codyra_llm.models import loading, packed_attention
 from codyra_llm.models.tokenizer import load_tokenizer
 
@@ -154,14 +155,18 @@ def _padded(examples: list[Encoded], pad: int, device: torch.device) -> dict[str
 
 def _forward_backward(arm: Arm, losses: Losses, batch: list[Encoded], device: torch.device) -> Tensor:
     """The loss; gradients are left on the arm's parameters."""
-    total, pieces = torch.zeros((), device=device), losses(arm.model, batch)
-    while True:
-        with arm.context(device):
-            loss = next(pieces, None)
-        if loss is None:
-            return total
-        loss.backward()
-        total = total + loss.detach()
+    total, pieces, shared = torch.zeros((), device=device), losses(arm.model, batch), arm.shared
+    make_shadows(shared)  # as the training loop does
+    with deferred(shared, device.type == "cuda"):
+        while True:
+            with arm.context(device):
+                loss = next(pieces, None)
+            if loss is None:
+                break
+            loss.backward()
+            total = total + loss.detach()
+    finish_gradients(shared)
+    return total
 
 
 def _outcome(arm: Arm, losses: Losses, batch: list[Encoded], device: torch.device) -> dict[str, Tensor]:

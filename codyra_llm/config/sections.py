@@ -231,7 +231,7 @@ class EvalSection(Strict):
         None,
         ge=16,
         description="tokens (prompt and answer) that torch decodes at once; "
-        "default 4096 on a CPU, 131072 on a GPU",
+        "default 4096 on a CPU, on a GPU what half of its free memory takes, at most 131072",
     )
 
 

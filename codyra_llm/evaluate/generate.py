@@ -3,7 +3,7 @@ sharded.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -13,34 +13,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from codyra_llm.data.encoding import Encoder
+from codyra_llm.evaluate.budget import batches, budget, within_memory
 from codyra_llm.methods.base import Condition
 from codyra_llm.runtime import display, heartbeat, signals
 
 LEAST_SHARED = 16  # tokens; a shorter prefix does not pay a forward pass of its own
-
-CPU, GPU = (
-    (4096, 16),
-    (131072, 1024),
-)  # tokens and `step` of `batches`; the CPU's are measured, the GPU's estimated
-
-
-def batches(lengths: Sequence[int], new: int, tokens: int, step: int) -> Iterator[list[int]]:
-    """Positions in batches of like length, longest first, each at most `tokens` tokens with its `new` ones.
-
-    `step` says how many prompt tokens cost as much as one decoding step: where the pads of a batch would cost
-    more than the `new` steps of another batch, it ends.
-    """
-    current: list[int] = []
-    pads = 0
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        longest = lengths[current[0]] if current else lengths[i]
-        pads += longest - lengths[i]
-        if current and ((longest + new) * (len(current) + 1) > tokens or pads > step * new):
-            yield current
-            current, pads = [], 0
-        current.append(i)
-    if current:
-        yield current
 
 
 def shared_prefix(prompts: Sequence[list[int]], new: int, windows: Sequence[int]) -> int:
@@ -148,21 +125,25 @@ def answers(
     `conditions` makes what a batch of prompts needs beside the model. Each distinct prompt is answered
     once: TRACE's test sets repeat some, and greedy answers are the same.
     """
-    budget, step = GPU if acc.device.type == "cuda" else CPU
+    held = budget(acc, model, tokens)
     distinct = list(dict.fromkeys(texts))
     prompts = [encoder.prompt(text)[0] for text in distinct]
+    lengths, eos = [len(p) for p in prompts], encoder.tokenizer.eos_token_id
     own: list[tuple[int, str]] = []
     answered = 0
     display.count(0, len(prompts))
-    for number, chosen in enumerate(batches([len(p) for p in prompts], new, tokens or budget, step)):
+
+    def answer(chosen: list[int]) -> list[list[int]]:
+        batch = [prompts[i] for i in chosen]
+        return generate_ids(model, batch, new, eos, conditions and conditions(batch))
+
+    for number, chosen in enumerate(list(batches(lengths, new, held.tokens, held.step))):
         if number % acc.num_processes == acc.process_index:
             signals.check()
             heartbeat.at(f"batch {number + 1} of answers")
-            batch = [prompts[i] for i in chosen]
-            ids = generate_ids(
-                model, batch, new, encoder.tokenizer.eos_token_id, conditions and conditions(batch)
-            )
-            own += zip(chosen, encoder.tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True)
+            for part, ids in within_memory(chosen, lengths, new, held, answer):
+                texts_of_part = encoder.tokenizer.batch_decode(ids, skip_special_tokens=True)
+                own += zip(part, texts_of_part, strict=True)
         answered += len(chosen)
         display.count(answered, len(prompts))
     with heartbeat.waiting():

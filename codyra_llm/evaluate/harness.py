@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
@@ -32,7 +33,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from codyra_llm.core.errors import Fault
-from codyra_llm.evaluate.generate import CPU, GPU, batches, generate_ids, prefixed
+from codyra_llm.evaluate.budget import batches, budget, within_memory
+from codyra_llm.evaluate.generate import generate_ids, prefixed
 from codyra_llm.evaluate.suite import Ability, drawn, quiet
 from codyra_llm.methods.base import Condition
 from codyra_llm.models.tokenizer import DATE
@@ -73,8 +75,7 @@ class Live(HFLM):
                 backend="causal",
                 chat_template_args={"date_string": DATE},
             )
-        budget, self.step = GPU if acc.device.type == "cuda" else CPU
-        self.acc, self.tokens, self.conditions = acc, tokens or budget, conditions
+        self.acc, self.conditions, self.held = acc, conditions, budget(acc, model, tokens)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)
@@ -98,10 +99,13 @@ class Live(HFLM):
         longest = max(len(requests[i][2]) for i in range(len(requests)))
         most = max(1, MOST_LOGITS // (longest * self.model.config.vocab_size))
         found = []
-        for chosen in self._own(list(map(len, rows)), 1, 1 if self.conditions else most):
-            logits = self._last_logits(
-                [list(rows[r]) for r in chosen], requests[sharing[rows[chosen[0]]][0]][1], longest
-            )
+        lengths = list(map(len, rows))
+
+        def last_logits(chosen: list[int]) -> Tensor:
+            context = requests[sharing[rows[chosen[0]]][0]][1]
+            return self._last_logits([list(rows[r]) for r in chosen], context, longest)
+
+        for chosen, logits in self._own(lengths, 1, last_logits, 1 if self.conditions else most):
             for r, own in zip(chosen, logits, strict=True):
                 logs = own.float().log_softmax(-1)
                 for i in sharing[rows[r]]:
@@ -159,21 +163,24 @@ class Live(HFLM):
             prompts = [
                 self.tok_encode(requests[i].args[0], left_truncate_len=self.max_length - new) for i in members
             ]
-            for chosen in self._own(list(map(len, prompts)), new):
-                batch = [prompts[n] for n in chosen]
-                answers = generate_ids(
-                    self.model,
-                    batch,
-                    new,
-                    eos,
-                    self.conditions and self.conditions(batch),
-                    self._stops(until),
-                )
+            answer = partial(self._generated, prompts, new, eos, self._stops(until))
+            for chosen, answers in self._own(list(map(len, prompts)), new, answer):
                 found += [
                     (members[n], postprocess_generated_text(self.tok_decode(ids), list(until), None))
                     for n, ids in zip(chosen, answers, strict=True)
                 ]
         return self._gathered(found, len(requests))
+
+    def _generated(
+        self,
+        prompts: list[list[int]],
+        new: int,
+        eos: int,
+        stop: Callable[[list[int]], bool],
+        chosen: list[int],
+    ) -> list[list[int]]:
+        batch = [prompts[n] for n in chosen]
+        return generate_ids(self.model, batch, new, eos, self.conditions and self.conditions(batch), stop)
 
     def _stops(self, until: Sequence[str]) -> Callable[[list[int]], bool]:
         """Whether an answer is done: by a further EOS of the model (a chat model's end of turn) or a stop
@@ -186,16 +193,19 @@ class Live(HFLM):
             or any(text in self.tok_decode(ids[-STOP_TOKENS:], skip_special_tokens=False) for text in until)
         )
 
-    def _own(self, lengths: list[int], new: int, most: int | None = None) -> Iterator[list[int]]:
-        """This rank's batches, each of at most `most` rows."""
+    def _own(
+        self, lengths: list[int], new: int, answer: Callable[[list[int]], Any], most: int | None = None
+    ) -> Iterator[tuple[list[int], Any]]:
+        """This rank's batches, each of at most `most` rows, with what `answer` says of them."""
         number = answered = 0
         display.count(0, len(lengths))
-        for chosen in batches(lengths, new, self.tokens, self.step):
+        for chosen in list(batches(lengths, new, self.held.tokens, self.held.step)):
             for start in range(0, len(chosen), most or len(chosen)):
                 if number % self.acc.num_processes == self.acc.process_index:
                     signals.check()
                     heartbeat.at(f"batch {number + 1} of general ability")
-                    yield chosen[start : start + (most or len(chosen))]
+                    part = chosen[start : start + (most or len(chosen))]
+                    yield from within_memory(part, lengths, new, self.held, answer)
                 number += 1
             answered += len(chosen)
             display.count(answered, len(lengths))

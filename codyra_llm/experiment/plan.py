@@ -16,6 +16,7 @@ from codyra_llm.config.methods.base import PROJECTIONS
 from codyra_llm.config.recipe import Recipe
 from codyra_llm.data.batches import Batch, batch_tokens, collate, default_tokens, micro_batches
 from codyra_llm.data.encoding import Encoded
+from codyra_llm.evaluate.budget import MOST, affordable, free_bytes, token_bytes
 from codyra_llm.experiment.setup import Setup, prepare
 from codyra_llm.experiment.trackers import check as check_trackers
 from codyra_llm.lora.shared import share_inputs
@@ -179,6 +180,7 @@ def _estimates(setup: Setup, model: nn.Module, work: Work, trained: int, total: 
     return [
         f"memory, estimated: {sum(held.values()) / 1e9:.2f} GB ({parts})",
         *lines,
+        _answering(setup, model, total),
         f"disk, at most: {disk_bytes(setup, trained) / 1e9:.2f} GB in {setup.recipe.output}",
     ]
 
@@ -190,6 +192,17 @@ def disk_bytes(setup: Setup, trained: int) -> int:
     updates = len(setup.recipe.tasks) * trained * width
     whole = setup.recipe.checkpoint and setup.method.trains and setup.method.merges
     return updates + (saved.size(setup.base) if whole else 0)
+
+
+def _answering(setup: Setup, model: nn.Module, total: int) -> str:
+    """How many tokens are decoded at once beside the weights."""
+    device, asked = launch.device(), setup.recipe.eval.batch_tokens
+    each = token_bytes(model.config, setup.dtype)
+    if device.type == "cuda":
+        most = affordable(model.config, setup.dtype, free_bytes(device) - total * setup.dtype.itemsize)
+    else:
+        most = MOST["cpu"]
+    return f"answers: {asked or most:,} tokens at once, {each / 1e3:.0f} kB each, halved if memory runs out"
 
 
 def _weight_bytes(setup: Setup, model: nn.Module, total: int) -> float:

@@ -1,7 +1,8 @@
 """Forward and backward of rank-selective LoRA written by hand on ATen matrix products (no Triton): linear
 layers that share an input, and the gated MLP as a whole."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -22,12 +23,15 @@ class Shadow(NamedTuple):
 
 class Group(NamedTuple):
     """Frozen layers that read one input, and what their adapters need beside the masters. `weights` are
-    called when they are needed, in forward and in backward, so that a quantised W lives only that long."""
+    called when they are needed, in forward and in backward, so that a quantised W lives only that long. Where
+    `leave` is given, backward hands it the products that the factors' gradients are made from, and leaves the
+    making to the caller."""
 
     weights: tuple[Callable[[], Tensor], ...]  # () -> W_k [out_k, in]
     biases: tuple[Tensor | None, ...]
     scale: float
     shadow: Shadow
+    leave: Callable[[Tensor, list[Tensor]], None] | None = None  # takes Q [R, in] and all P_k [out_k, r_k]
 
 
 Factors = Sequence[tuple[Tensor, Tensor | None, Tensor]]  # (A_k, w_k, B_k), the masters
@@ -139,8 +143,33 @@ def _forward(group: Group, x: Tensor, source: Tensor) -> tuple[tuple[Tensor, ...
     outputs = []
     for h, wb, weight, bias in zip(parts, group.shadow.wb, group.weights, group.biases, strict=True):
         y = h @ wb.T if bias is None else torch.addmm(bias, h, wb.T)
-        outputs.append(y.addmm_(x, weight().T))
+        frozen = weight().T
+        with exact_sums(y.dtype):
+            outputs.append(y.addmm_(x, frozen))
     return tuple(outputs), hidden
+
+
+REDUCED = {
+    torch.bfloat16: "allow_bf16_reduced_precision_reduction",
+    torch.float16: "allow_fp16_reduced_precision_reduction",
+}
+
+
+@contextmanager
+def exact_sums(dtype: torch.dtype) -> Iterator[None]:
+    """Within it a GPU adds a 16-bit product to a 16-bit matrix before it rounds, not after. PyTorch lets cuBLAS
+    round both first, and on an H100 an update of 1e-4 of W is then lost from y as if it had been added last.
+    Around the wide products alone: narrow ones become slower by it."""
+    name, matmul = REDUCED.get(dtype), torch.backends.cuda.matmul
+    if name is None:
+        yield
+        return
+    before = getattr(matmul, name), getattr(matmul, f"{name}_split_k", True)
+    setattr(matmul, name, False)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
 
 
 class _Grads(NamedTuple):
@@ -151,13 +180,16 @@ class _Grads(NamedTuple):
 def _factor_grads(
     group: Group, dys: Sequence[Tensor], source: Tensor, hidden: Tensor, factors: Factors
 ) -> _Grads:
-    g = torch.cat([dy @ b for dy, b in zip(dys, group.shadow.b, strict=True)], 1)
+    parts = [dy @ b for dy, b in zip(dys, group.shadow.b, strict=True)]
+    g = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     ranks = [b.shape[1] for b in group.shadow.b]
+    products = _master(g.T, source)
+    ps = [_master(dy.T, h) for dy, h in zip(dys, hidden.split(ranks, 1), strict=True)]
+    if group.leave:
+        group.leave(products, ps)
+        return _Grads([None] * (3 * len(dys)), g)
     out: list[Tensor | None] = []
-    for dy, h, q, (_, w, b) in zip(
-        dys, hidden.split(ranks, 1), _master(g.T, source).split(ranks), factors, strict=True
-    ):
-        p = _master(dy.T, h)
+    for p, q, (_, w, b) in zip(ps, products.split(ranks), factors, strict=True):
         dw = None if w is None else group.scale * (b * p).sum(0)
         out += [scaled(q, w, group.scale, 0), dw, scaled(p, w, group.scale, 1)]
     return _Grads(out, g)

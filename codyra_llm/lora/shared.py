@@ -1,5 +1,6 @@
 """Adapted layers that read the same input computed together, and the gated MLP as one function."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,6 +23,7 @@ class AdaptedLayer(Protocol):
     training: bool
     factors: tuple
     sources: tuple
+    stand_in: tuple | None
     dtype: torch.dtype
 
     def frozen(self, dtype: torch.dtype) -> Tensor: ...
@@ -40,13 +42,22 @@ class SharedInput:
 
     def __init__(self, layers: list[AdaptedLayer]):
         self._layers, self.fused = [ref(layer) for layer in layers], True
+        self.defers = False  # whether a backward leaves its products here in place of gradients
         self.forget()
         for layer in layers:
             layer.shared = self
 
+    def __deepcopy__(self, memo: dict) -> "SharedInput":
+        """Of the copies of the layers, which are under way when this is asked for."""
+        copied = memo[id(self)] = SharedInput([])
+        copied._layers = [ref(copy.deepcopy(layer, memo)) for layer in self.layers]
+        copied.fused = self.fused
+        return copied
+
     @property
     def layers(self) -> list[AdaptedLayer]:
-        return [layer() for layer in self._layers]
+        found = [layer() for layer in self._layers]
+        return [layer for layer in found if layer is not None]
 
     def forget(self) -> None:
         """Drop what is cached. Needed after the masters were written in a way that autograd's version
@@ -54,16 +65,18 @@ class SharedInput:
         self._input = None
         self._shadows: dict[int, tuple[tuple, Shadow]] = {}  # of the masters and of what stands in for them
         self._outputs: dict[int, Tensor] = {}
+        self.left: tuple[Tensor, list[Tensor]] | None = None
 
     def output(self, layer: AdaptedLayer, x: Tensor) -> Tensor:
         """This layer's output for x [..., in]."""
-        if len(self._layers) == 1:
+        layers = self.layers
+        if len(layers) == 1:
             return self.compute(x)[0]
         kept = self._input is not None and self._input[0] is x and self._input[1] == x._version
         if not kept or id(layer) not in self._outputs:
             self._input, self._outputs = (
                 (x, x._version),
-                dict(zip(map(id, self.layers), self.compute(x), strict=True)),
+                dict(zip(map(id, layers), self.compute(x), strict=True)),
             )
         y = self._outputs.pop(id(layer))
         if not self._outputs:
@@ -95,15 +108,37 @@ class SharedInput:
         """
         layers = self.layers
         scale = layers[0].spec.scale
-        sources = [source for layer in layers for source in layer.sources if source is not None]
-        made_from = (dtype, sources[0].device, [(id(s), s._version) for s in sources])
-        kept = self._shadows.get(id(sources[0]))
+        key, made_from = self._made_from(dtype)
+        kept = self._shadows.get(key)
         if kept is None or kept[0] != made_from:
             kept = made_from, shadow([layer.factors for layer in layers], scale, dtype)
-            self._shadows[id(sources[0])] = kept
+            self._shadows[key] = kept
         weights = tuple(partial(layer.frozen, dtype) for layer in layers)
         biases = tuple(None if layer.bias is None else layer.bias.to(dtype) for layer in layers)
-        return Group(weights, biases, scale, kept[1])
+        leave = self.leave if self.defers and self._trains_itself() else None
+        return Group(weights, biases, scale, kept[1], leave)
+
+    def keep(self, dtype: torch.dtype, made: Shadow) -> None:
+        """Take shadows that were made, of the masters as they are, together with those of other groups."""
+        key, made_from = self._made_from(dtype)
+        self._shadows[key] = made_from, made
+
+    def leave(self, q: Tensor, ps: list[Tensor]) -> None:
+        """Sum up what backwards leave."""
+        if self.left is None:
+            self.left = q, ps
+        else:
+            torch._foreach_add_([self.left[0], *self.left[1]], [q, *ps])
+
+    def _made_from(self, dtype: torch.dtype) -> tuple[int, tuple]:
+        """Which tensors, in which state, shadows would be made from now; and the key to keep them by."""
+        sources = [source for layer in self.layers for source in layer.sources if source is not None]
+        return id(sources[0]), (dtype, sources[0].device, [(id(s), s._version) for s in sources])
+
+    def _trains_itself(self) -> bool:
+        """Whether the factors are parameters, not made from parameters and not standing in for any."""
+        standing_in = any(layer.stand_in for layer in self.layers)
+        return not standing_in and all(factor is None or factor.is_leaf for factor in self.masters())
 
 
 def _eager(layer: AdaptedLayer, x: Tensor, source: Tensor) -> Tensor:
@@ -126,7 +161,7 @@ def share_inputs(model: nn.Module, fused: bool = True, across: bool = True) -> N
             if layers:
                 SharedInput(layers)
         if fused and across and _is_adapted_mlp(block):
-            block.forward = partial(_mlp, ref(block))  # weakly, as above
+            block.forward = _MlpForward(block)
     for shared in shared_inputs(model):
         shared.fused = fused
 
@@ -155,21 +190,29 @@ def _is_adapted_mlp(block: nn.Module) -> bool:
     )
 
 
-def _mlp(mlp: "ref[nn.Module]", x: Tensor) -> Tensor:
-    """down(act(gate(x)) ⊙ up(x)), the forward of every supported family's MLP."""
-    block = mlp()
-    pair, down = block.gate_proj.shared, block.down_proj.shared
-    dtype = block.gate_proj.dtype
-    with torch.autocast(x.device.type, enabled=False):
-        y = GatedMlp.apply(
-            x.reshape(-1, x.shape[-1]).to(dtype),
-            pair.group(dtype),
-            down.group(dtype),
-            block.act_fn,
-            *pair.masters(),
-            *down.masters(),
-        )
-    return y.view(*x.shape[:-1], y.shape[-1])
+class _MlpForward:
+    """down(act(gate(x)) ⊙ up(x)), the forward of every supported family's MLP, which refers to it weakly."""
+
+    def __init__(self, block: nn.Module):
+        self.block = ref(block)
+
+    def __deepcopy__(self, memo: dict) -> "_MlpForward":
+        return _MlpForward(copy.deepcopy(self.block(), memo))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        block = self.block()
+        pair, down = block.gate_proj.shared, block.down_proj.shared
+        dtype = block.gate_proj.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            y = GatedMlp.apply(
+                x.reshape(-1, x.shape[-1]).to(dtype),
+                pair.group(dtype),
+                down.group(dtype),
+                block.act_fn,
+                *pair.masters(),
+                *down.masters(),
+            )
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def shared_inputs(model: nn.Module) -> list[SharedInput]:

@@ -13,6 +13,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from codyra_llm.core.errors import Fault
 from codyra_llm.lora.layer import sites
 from codyra_llm.lora.shared import shared_inputs
+from codyra_llm.lora.together import deferred, finish_gradients, make_shadows
 from codyra_llm.lora.update import Adapter
 from codyra_llm.runtime import heartbeat
 from codyra_llm.runtime.launch import zero_stage
@@ -31,6 +32,10 @@ class Engine:
         if self.deepspeed:
             acc.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = max_norm
         self.shared = shared_inputs(objective)
+        self.whole = self.shared if zero_stage(acc) < 3 else []  # those whose factors lie here whole
+        # On a CPU it would change the order of sums, and save nothing: only a GPU has launches to save. ZeRO
+        # takes gradients when autograd writes them.
+        self.defers = acc.device.type == "cuda" and not self.deepspeed
         self.inner = optimizer  # ZeRO puts its shards in place of the parameters in this very optimizer
         self.module, self.optimizer = objective, optimizer
         if self.deepspeed:
@@ -50,9 +55,14 @@ class Engine:
         `last` of its step or not. No rank waits for another but under ZeRO, which sums over ranks as it goes,
         so that a rank out of memory is a Fault there."""
         share = first / self.acc.num_processes
-        terms = self._forward_backward(batch, share, last) if self.deepspeed else self.module(batch, share)
-        if not self.deepspeed:
-            sum(terms.values()).backward()
+        if first:
+            make_shadows(self.whole)
+        if self.deepspeed:
+            terms = self._forward_backward(batch, share, last)
+        else:
+            with deferred(self.shared, self.defers):
+                terms = self.module(batch, share)
+                sum(terms.values()).backward()
         return {name: term.detach() for name, term in terms.items()}
 
     def _forward_backward(self, batch, penalty: float, last: bool) -> dict[str, Tensor]:
@@ -88,6 +98,7 @@ class Engine:
     def reduce(self, terms: Tensor) -> Tensor:
         """Sum the logged `terms` [n] over ranks, and the step's gradients with them in the same all-reduce
         (ZeRO has summed its own)."""
+        finish_gradients(self.shared)
         if self.acc.num_processes == 1:
             return terms
         trained = [] if self.deepspeed else [p for group in self.groups for p in group["params"]]
@@ -257,6 +268,6 @@ class Engine:
                 p.data, p.grad, p.ds_tensor = p.data.new_empty(0), None, None
             for held in (zero.__dict__, inner.state, inner.param_groups):
                 held.clear()
-        self.model, self.shared = None, []
+        self.model, self.shared, self.whole = None, [], []
         if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps what lay between small pieces
             libc.malloc_trim(0)

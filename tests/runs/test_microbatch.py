@@ -112,6 +112,7 @@ def test_deepspeed_says_what_to_lower():
 
     engine = Engine.__new__(Engine)
     engine.deepspeed, engine.module, engine.acc = True, fails, SimpleNamespace(num_processes=2)
+    engine.whole = []
     with pytest.raises(Fault, match=r"72 tokens .*DeepSpeed.*optim.micro_batch_tokens"):
         engine.accumulate(SimpleNamespace(ids=torch.zeros(3, 24)), first=True, last=True)
 

@@ -13,7 +13,8 @@ from codyra_llm.bench.measure import Options
 from codyra_llm.config.sections import DataSection
 from codyra_llm.data.encoding import Encoder
 from codyra_llm.evaluate import generate
-from codyra_llm.evaluate.generate import batches, generate_ids, shared_prefix
+from codyra_llm.evaluate.budget import batches
+from codyra_llm.evaluate.generate import generate_ids, shared_prefix
 from codyra_llm.experiment.backends import torch_answering
 from codyra_llm.models import loading
 from codyra_llm.models.tokenizer import load_tokenizer

@@ -93,6 +93,22 @@ def test_backward_twice_gives_the_same_and_shares_of_one_input_do_not_mix():
         assert torch.equal(a, b)
 
 
+def test_a_copy_computes_with_its_own_weights():
+    """Layers and their groups refer to each other, some weakly; a copy's are its own."""
+    model = adapted(CONFIGS["llama"], True)
+    copied = copy.deepcopy(model)
+    assert torch.equal(model(IDS).logits, copied(IDS).logits)
+    with torch.no_grad():
+        for p in copied.model.layers.parameters():
+            p.zero_()
+    changed = copied(IDS).logits
+    assert not torch.equal(model(IDS).logits, changed)
+    del model
+    assert torch.equal(copied(IDS).logits, changed)
+    alone = copy.deepcopy(copied.model.layers[0].self_attn.q_proj)
+    assert torch.equal(alone(torch.ones(1, 32, dtype=torch.float64)), torch.zeros(1, 32, dtype=torch.float64))
+
+
 def test_shadows_follow_the_masters():
     model = adapted(CONFIGS["llama"], True, dtype=torch.float32)
     before = model(IDS).logits

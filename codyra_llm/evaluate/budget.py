@@ -1,0 +1,113 @@
+"""How many tokens are decoded at once: prompts in batches of like length, as many as the memory takes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from codyra_llm.core.errors import Fault
+
+MOST = {"cpu": 4096, "cuda": 131072}  # tokens of a batch
+# Prompt tokens that cost as much as one decoding step. Measured on the CPU; on an H100 800 to 3000.
+STEP = {"cpu": 16, "cuda": 1024}
+
+T = TypeVar("T")
+
+
+@dataclass
+class Budget:
+    """Tokens of a batch, prompts and answers; and how many prompt tokens cost as much as a decoding step."""
+
+    tokens: int
+    step: int
+
+    def halve(self, needed: int, rows: int) -> None:
+        """After a batch of so many tokens and rows ran out of memory. Raises Fault for a single row."""
+        if rows == 1:
+            raise Fault(
+                f"one prompt with its answer, {needed} tokens, does not fit into the device's memory; lower "
+                "data.max_prompt_tokens or the number of new tokens"
+            )
+        self.tokens = needed // 2
+        clear_device_cache(garbage_collection=True)
+
+
+def budget(acc: Accelerator, model: PreTrainedModel, asked: int | None) -> Budget:
+    """What is `asked` for, or what the device takes; the same on every rank, which cut the same batches."""
+    kind = acc.device.type
+    if asked or kind != "cuda":
+        return Budget(asked or MOST["cpu"], STEP.get(kind, STEP["cpu"]))
+    tokens = affordable(model.config, model.dtype, free_bytes(acc.device))
+    if acc.num_processes > 1:
+        tokens = min(gather_object([tokens]))
+    return Budget(tokens, STEP["cuda"])
+
+
+def affordable(config: PreTrainedConfig, dtype: torch.dtype, free: int) -> int:
+    """Tokens of a batch on a GPU with so many bytes free: half of them, and at most `MOST`. The other half is
+    for the rows that are copied when others leave."""
+    return max(1, min(MOST["cuda"], free // 2 // token_bytes(config, dtype)))
+
+
+def token_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes that a token takes in generation: keys and values of all layers, and while a prompt is read the
+    activations of one layer: some four of the hidden size, norms in float32 among them, and three of the
+    MLP's."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head
+    activations = 8 * config.hidden_size + 3 * config.intermediate_size
+    return (cache + activations) * dtype.itemsize
+
+
+def free_bytes(device: torch.device) -> int:
+    """What can still be allocated: what the driver has, and what the allocator keeps for later."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def batches(lengths: Sequence[int], new: int, tokens: int, step: int) -> Iterator[list[int]]:
+    """Positions in batches of like length, longest first, each at most `tokens` tokens with its `new` ones.
+
+    `step` says how many prompt tokens cost as much as one decoding step: where the pads of a batch would cost
+    more than the `new` steps of another batch, it ends.
+    """
+    current: list[int] = []
+    pads = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        longest = lengths[current[0]] if current else lengths[i]
+        pads += longest - lengths[i]
+        if current and ((longest + new) * (len(current) + 1) > tokens or pads > step * new):
+            yield current
+            current, pads = [], 0
+        current.append(i)
+    if current:
+        yield current
+
+
+def within_memory(
+    chosen: Sequence[int], lengths: Sequence[int], new: int, held: Budget, answer: Callable[[list[int]], T]
+) -> Iterator[tuple[list[int], T]]:
+    """`answer` of the batch `chosen` (positions in `lengths`), whole or, where memory runs out, in parts: the
+    budget is halved, and what has no answer yet is asked again."""
+    waiting = [list(chosen)]
+    while waiting:
+        batch = waiting.pop()
+        needed = (max(lengths[i] for i in batch) + new) * len(batch)
+        if needed > held.tokens and len(batch) > 1:
+            cut = batches([lengths[i] for i in batch], new, held.tokens, held.step)
+            waiting += [[batch[n] for n in part] for part in cut][::-1]
+            continue
+        try:
+            found = answer(batch)
+        except torch.OutOfMemoryError:
+            found = None
+        if found is None:  # outside of the block above, where the failed batch's tensors are held no more
+            held.halve(needed, len(batch))
+            waiting.append(batch)
+        else:
+            yield batch, found

@@ -1,0 +1,129 @@
+"""What an optimizer step does with the factors of all sites, in a few operations for each shape in place of a
+few for each site: on a GPU hundreds of small kernels take longer to launch than to run."""
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from codyra_llm.lora.function import Factors, Shadow
+from codyra_llm.lora.shared import SharedInput
+
+T = TypeVar("T")
+
+
+def make_shadows(shared: Sequence[SharedInput]) -> None:
+    """Make the shadows that the next forward reads, where parameters are whole; bit for bit what every group
+    would make for itself when it is called."""
+    alike = _grouped(shared, lambda group: (group.layers[0].dtype, group.layers[0].spec.scale))
+    for (dtype, scale), groups in alike.items():
+        factors = [[layer.factors for layer in group.layers] for group in groups]
+        for group, made in zip(groups, shadows(factors, scale, dtype), strict=True):
+            group.keep(dtype, made)
+
+
+@torch.no_grad()
+def shadows(groups: Sequence[Factors], scale: float, dtype: torch.dtype) -> list[Shadow]:
+    """`function.shadow` of every group. Those with one input size lie in one tensor, each as adjacent rows."""
+    a, wa = {}, {}
+    numbered = range(len(groups))
+    for _, same in _grouped(numbered, lambda i: _kind(groups[i][0][0], 1)).items():
+        factors = [triple for i in same for triple in groups[i]]
+        rows, ranks = torch.cat([f[0] for f in factors]), [sum(len(f[0]) for f in groups[i]) for i in same]
+        weighted = rows * _weights(factors, scale)[:, None]
+        a |= dict(zip(same, rows.to(dtype).split(ranks), strict=True))
+        wa |= dict(zip(same, weighted.to(dtype).split(ranks), strict=True))
+    b, wb = {}, {}
+    flat = [(i, k) for i in numbered for k in range(len(groups[i]))]
+    for _, same in _grouped(flat, lambda at: _kind(groups[at[0]][at[1]][2], 0, 1)).items():
+        factors = [groups[i][k] for i, k in same]
+        stack = torch.stack([f[2] for f in factors])
+        weighted = stack * _weights(factors, scale).view(len(stack), 1, -1)
+        b |= dict(zip(same, stack.to(dtype), strict=True))
+        wb |= dict(zip(same, weighted.to(dtype), strict=True))
+    return [
+        Shadow(a[i], wa[i], *(tuple(part[i, k] for k in range(len(groups[i]))) for part in (b, wb)))
+        for i in numbered
+    ]
+
+
+@contextmanager
+def deferred(shared: Sequence[SharedInput], wanted: bool = True) -> Iterator[None]:
+    """Within it, where `wanted`, a backward leaves the products of gradients and inputs with the groups, which
+    sum them over micro-batches, and the factors get no gradient yet: `finish_gradients` makes those."""
+    for group in shared:
+        group.defers = wanted
+    try:
+        yield
+    finally:
+        for group in shared:
+            group.defers = False
+
+
+class _Site(NamedTuple):
+    """One layer's factors, the products that its backward left, and its scale."""
+
+    factors: tuple[Tensor, Tensor | None, Tensor]
+    q: Tensor  # [r, in]
+    p: Tensor  # [out, r]
+    scale: float
+
+
+@torch.no_grad()
+def finish_gradients(shared: Sequence[SharedInput]) -> None:
+    """Add what `deferred` backwards left to the factors' gradients: dA = s·diag(w) Q, dw = s·colsum(B ∘ P), dB
+    = s·P diag(w). All three are linear in P and Q, so it does not matter that these were summed first."""
+    sites = [site for group in shared for site in _left(group)]
+    for same in _grouped(sites, lambda site: (_kind(site.q, 1), site.scale)).values():
+        weights = _weights([site.factors for site in same], same[0].scale)
+        grads = torch.cat([site.q for site in same]).mul_(weights[:, None])
+        parts = grads.split([len(site.q) for site in same])
+        _add((site.factors[0], grad) for site, grad in zip(same, parts, strict=True))
+    for same in _grouped(sites, lambda site: (_kind(site.p, 0, 1), site.scale)).values():
+        p = torch.stack([site.p for site in same])
+        if same[0].factors[1] is not None:
+            b = torch.stack([site.factors[2] for site in same])
+            dw = same[0].scale * (b * p).sum(1)
+            _add((site.factors[1], grad) for site, grad in zip(same, dw, strict=True))
+        p.mul_(_weights([site.factors for site in same], same[0].scale).view(len(p), 1, -1))
+        _add((site.factors[2], grad) for site, grad in zip(same, p, strict=True))
+
+
+def _left(group: SharedInput) -> list[_Site]:
+    """What the group's backwards left, one layer after the other; it is taken out."""
+    if group.left is None:
+        return []
+    (q, ps), group.left = group.left, None
+    layers = group.layers
+    parts = q.split([p.shape[1] for p in ps])
+    return [
+        _Site(layer.factors, part, p, layer.spec.scale)
+        for layer, part, p in zip(layers, parts, ps, strict=True)
+    ]
+
+
+def _add(grads: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for p, grad in grads:
+        if p.requires_grad:
+            p.grad = grad if p.grad is None else p.grad.add_(grad)
+
+
+def _weights(factors: Factors, scale: float) -> Tensor:
+    """s·w of all sites, one after the other; w None (at every site or at none): all ones."""
+    if factors[0][1] is None:
+        return factors[0][0].new_full((sum(len(a) for a, _, _ in factors),), scale)
+    return scale * torch.cat([w for _, w, _ in factors])
+
+
+def _kind(x: Tensor, *dims: int) -> tuple:
+    return x.dtype, x.device, *(x.shape[dim] for dim in dims)
+
+
+def _grouped(items: Iterable[T], key) -> dict[Hashable, list[T]]:
+    found = defaultdict(list)
+    for item in items:
+        found[key(item)].append(item)
+    return found

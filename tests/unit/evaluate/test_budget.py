@@ -1,0 +1,96 @@
+"""How many tokens are decoded at once, and what happens when they are too many."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import GemmaConfig, LlamaConfig
+
+from codyra_llm.config.sections import DataSection
+from codyra_llm.core.errors import Fault
+from codyra_llm.data.encoding import Encoder
+from codyra_llm.evaluate import budget, generate
+from codyra_llm.models import loading
+from codyra_llm.models.tokenizer import load_tokenizer
+
+LLAMA_2_7B = LlamaConfig(
+    hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+)
+LLAMA_3_8B = LlamaConfig(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+)
+GEMMA_2B = GemmaConfig(
+    hidden_size=2048,
+    intermediate_size=16384,
+    num_hidden_layers=18,
+    num_attention_heads=8,
+    num_key_value_heads=1,
+    head_dim=256,
+)
+TEXTS = ["What is the stance", "Answer: 7", "How many pens?", "Write a summary", "Say something else", "No"]
+
+
+@pytest.mark.parametrize(
+    "config, cache", [(LLAMA_2_7B, 524288), (LLAMA_3_8B, 131072), (GEMMA_2B, 2 * 18 * 256 * 2)]
+)
+def test_bytes_of_a_token(config, cache):
+    activations = (8 * config.hidden_size + 3 * config.intermediate_size) * 2
+    assert budget.token_bytes(config, torch.bfloat16) == cache + activations
+
+
+def test_half_of_the_free_memory_is_used_and_never_more_than_pays():
+    free = 60 << 30
+    tokens = budget.affordable(LLAMA_2_7B, torch.bfloat16, free)
+    assert tokens < 131072 and tokens * 524288 < free / 2
+    assert budget.affordable(LLAMA_3_8B, torch.bfloat16, 200 << 30) == 131072
+    assert budget.affordable(LLAMA_3_8B, torch.bfloat16, -5) == 1
+
+
+def test_all_ranks_cut_by_the_least_memory(monkeypatch):
+    model = SimpleNamespace(config=LLAMA_2_7B, dtype=torch.bfloat16)
+    acc = SimpleNamespace(device=torch.device("cuda"), num_processes=2)
+    monkeypatch.setattr(budget, "free_bytes", lambda device: 60 << 30)
+    monkeypatch.setattr(budget, "gather_object", lambda own: [*own, 777])
+    assert budget.budget(acc, model, None).tokens == 777
+    assert budget.budget(acc, model, 4000).tokens == 4000
+
+
+@pytest.fixture
+def asked(tiny_llama, monkeypatch):
+    """Function that answers TEXTS where more than so many tokens at once run out of memory: the answers, and
+    the rows of every batch that was tried."""
+    model, tokenizer = loading.load(tiny_llama, torch.float32).eval(), load_tokenizer(tiny_llama)
+    encoder = Encoder(tokenizer, DataSection(root="-", max_prompt_tokens=64, max_answer_tokens=8))
+    plain, acc = generate.generate_ids, Accelerator(cpu=True)
+
+    def ask(most: int) -> tuple[list[str], list[int]]:
+        tried = []
+
+        def limited(model, prompts, new, *others):
+            tried.append(len(prompts))
+            if (max(map(len, prompts)) + new) * len(prompts) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return plain(model, prompts, new, *others)
+
+        monkeypatch.setattr(generate, "generate_ids", limited)
+        return generate.answers(acc, model, encoder, TEXTS, 6), tried
+
+    return ask
+
+
+def test_memory_that_runs_out_halves_the_batch_and_every_prompt_is_answered(asked):
+    whole, tried = asked(10**9)
+    assert tried == [len(TEXTS)] and any(whole)
+    found, tried = asked(70)
+    assert found == whole
+    assert tried[0] == len(TEXTS) and len(tried) > 2 and max(tried[-2:]) < len(TEXTS)
+
+
+def test_one_prompt_that_does_not_fit_is_a_fault(asked):
+    with pytest.raises(Fault, match=r"one prompt with its answer, \d+ tokens.*max_prompt_tokens"):
+        asked(3)
