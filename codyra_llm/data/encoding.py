@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from codyra_llm.models.ends import without_end
 from codyra_llm.models.tokenizer import adds_bos, render_chat
 
 if TYPE_CHECKING:
@@ -32,8 +33,15 @@ class Encoder:
     example still ends in EOS.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: "DataSection"):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        data: "DataSection",
+        ends: frozenset[int] | None = None,
+    ):
+        """`ends`: the tokens that end an answer of the model (models/ends.py); by default EOS alone."""
         self.tokenizer, self.data = tokenizer, data
+        self.ends = frozenset([tokenizer.eos_token_id]) if ends is None else ends
         self.bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         self.newline = self._ids("\n")
 
@@ -61,6 +69,11 @@ class Encoder:
         ids = ids[n:] if ids[:n] == self.newline else self._ids(text)
         room = self.data.max_answer_tokens - 1
         return ids[:room] + [self.tokenizer.eos_token_id], len(ids) > room
+
+    def texts(self, answers: Sequence[list[int]]) -> list[str]:
+        """The texts of generated answers, without what ended them and without special tokens."""
+        own = [without_end(ids, self.ends) for ids in answers]
+        return self.tokenizer.batch_decode(own, skip_special_tokens=True)
 
     def encode(self, records: Sequence[dict]) -> list[Encoded]:
         columns = Dataset.from_list([{"prompt": r["prompt"], "answer": r["answer"]} for r in records])

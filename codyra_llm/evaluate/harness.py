@@ -10,7 +10,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import redirect_stderr
 from copy import deepcopy
 from dataclasses import dataclass
@@ -36,6 +36,7 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.evaluate.generate import CPU, GPU, batches, generate_ids, prefixed
 from codyra_llm.evaluate.suite import Ability, drawn
 from codyra_llm.methods.base import Condition
+from codyra_llm.models.ends import without_end
 from codyra_llm.models.tokenizer import DATE
 from codyra_llm.runtime import display, heartbeat, signals
 
@@ -59,7 +60,8 @@ class Live(HFLM):
     """A model in memory as the harness's interface; every rank gets all requests, answers its share and all
     answers.
 
-    tokens: of one forward pass, prompt and answer, or None for the device's default.
+    tokens: of one forward pass, prompt and answer, or None for the device's default. ends: the tokens that
+    end an answer, by default EOS alone.
     """
 
     def __init__(
@@ -69,12 +71,14 @@ class Live(HFLM):
         tokenizer: PreTrainedTokenizerBase,
         tokens: int | None = None,
         conditions: Conditions | None = None,
+        ends: Collection[int] | None = None,
     ):
         super().__init__(
             pretrained=model, tokenizer=tokenizer, backend="causal", chat_template_args={"date_string": DATE}
         )
         budget, self.step = GPU if acc.device.type == "cuda" else CPU
         self.acc, self.tokens, self.conditions = acc, tokens or budget, conditions
+        self.ends = {tokenizer.eos_token_id} if ends is None else ends
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)
@@ -165,26 +169,24 @@ class Live(HFLM):
                     self.model,
                     batch,
                     new,
-                    eos,
+                    self.ends,
                     self.conditions and self.conditions(batch),
                     self._stops(until),
                 )
                 found += [
-                    (members[n], postprocess_generated_text(self.tok_decode(ids), list(until), None))
-                    for n, ids in zip(chosen, answers, strict=True)
+                    (members[n], self._text(ids, until)) for n, ids in zip(chosen, answers, strict=True)
                 ]
         return self._gathered(found, len(requests))
 
     def _stops(self, until: Sequence[str]) -> Callable[[list[int]], bool]:
-        """Whether an answer is done: by a further EOS of the model (a chat model's end of turn) or a stop
-        sequence.
-        """
-        ends = self.model.generation_config.eos_token_id
-        ends = set(ends) if isinstance(ends, list) else {ends}
-        return lambda ids: (
-            ids[-1] in ends
-            or any(text in self.tok_decode(ids[-STOP_TOKENS:], skip_special_tokens=False) for text in until)
+        """Whether an answer has come to a stop sequence."""
+        return lambda ids: any(
+            text in self.tok_decode(ids[-STOP_TOKENS:], skip_special_tokens=False) for text in until
         )
+
+    def _text(self, ids: list[int], until: Sequence[str]) -> str:
+        """An answer up to its first stop sequence."""
+        return postprocess_generated_text(self.tok_decode(without_end(ids, self.ends)), list(until), None)
 
     def _own(self, lengths: list[int], new: int, most: int | None = None) -> Iterator[list[int]]:
         """This rank's batches, each of at most `most` rows."""

@@ -112,8 +112,9 @@ def stored(file: Path) -> dict[str, tuple[list[int], str]]:
     """(shape, dtype) by name of the tensors in a safetensors file, from its header. Raises Fault for a file
     that is none, or that ends before its last tensor."""
     with open(file, "rb") as stream:
-        begins = stream.read(8)
-    if begins.startswith(PICKLED):
+        begins = stream.read(9)
+    # A header of 640 bytes begins as a pickle does, but only safetensors have a JSON object after its length.
+    if begins.startswith(PICKLED) and begins[8:] != b"{":
         raise Fault(
             f"{file} is a pickle under another name, which can run code: expected safetensors; write it anew "
             "with save_pretrained where you trust it."
