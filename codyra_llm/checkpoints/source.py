@@ -53,8 +53,8 @@ def taken_apart(checkpoint: str, wanted: Wanted) -> Source:
 
 
 def checkpoint_source(checkpoint: str, base: str | None) -> Source:
-    """What `checkpoint` (folder, hub id, .gguf, PEFT folder, RUN, RUN@TASK) is; an adapter is on `base`, or on
-    the one that it names. Raises Fault for a run that has no such task, and for an adapter that can't be
+    """What `checkpoint` (folder, hub id, .gguf, PEFT folder, RUN, RUN@TASK) is; an adapter is on `base`, or
+    on the one that it names. Raises Fault for a run that has no such task, and for an adapter that can't be
     used."""
     path, _, task = checkpoint.rpartition("@")
     if path and Path(path).is_dir():

@@ -62,11 +62,23 @@ class Encoder:
         head = room // 2 if self.data.truncation == "middle" else 0
         return self.bos + ids[:head] + ids[len(ids) - (room - head) :], True
 
-    def answer(self, text: str) -> tuple[list[int], bool]:
-        """Ids of an answer with EOS, at most `max_answer_tokens`, and whether it was cut."""
+    def _continuation(self, text: str) -> list[int]:
+        """Ids of a text that goes on from another one, without the mark of a word's start."""
         ids = self._ids("\n" + text)
         n = len(self.newline)
-        ids = ids[n:] if ids[:n] == self.newline else self._ids(text)
+        return ids[n:] if ids[:n] == self.newline else self._ids(text)
+
+    def perfect(self, text: str) -> str:
+        """What an answer reads as that a model has learnt by heart: its tokens up to the first that ends an
+        answer, decoded as answers are. Not `text` where it holds special tokens, or where decoding drops the
+        space in front (SentencePiece)."""
+        ids = self._continuation(text)
+        end = next((place for place, token in enumerate(ids) if token in self.ends), len(ids))
+        return self.texts([ids[:end]])[0]
+
+    def answer(self, text: str) -> tuple[list[int], bool]:
+        """Ids of an answer with EOS, at most `max_answer_tokens`, and whether it was cut."""
+        ids = self._continuation(text)
         room = self.data.max_answer_tokens - 1
         return ids[:room] + [self.tokenizer.eos_token_id], len(ids) > room
 

@@ -24,6 +24,7 @@ from codyra_llm.data.records import read_split
 from codyra_llm.data.stream import Stream
 from codyra_llm.evaluate import suite
 from codyra_llm.evaluate.questions import find_questions
+from codyra_llm.experiment.inspection import prompt_faults, splits
 from codyra_llm.formats.adapter_files import vocabulary
 from codyra_llm.lora.merge import merge
 from codyra_llm.methods.base import Method, Task
@@ -170,7 +171,7 @@ def prepare(recipe: Recipe, open_ended: bool = True, adapter: Path | None = None
         faults.append(
             f"eval.backend: vllm runs plain models, and a {method.name} model is none; set it to torch"
         )
-    base = tried(_base, recipe)
+    base, config = tried(_base, recipe), None
     if base:
         reads = tokenizer_folder(adapter, base)
         wrong = loading.check(
@@ -200,10 +201,13 @@ def prepare(recipe: Recipe, open_ended: bool = True, adapter: Path | None = None
     ]
     questions = tried(find_questions, recipe.open_ended) if open_ended else {}
     if base:
-        faults += _disk(Path(recipe.output), _written(recipe, base, whole))
+        faults += _disk(Path(recipe.output), _written(recipe, base, whole) if config else 0)
+    encoder = Encoder(tokenizer, recipe.data, answer_ends(base, tokenizer)) if tokenizer else None
+    if encoder and root:
+        read = list(splits(recipe, stream, bool(method.trains)))
+        faults += prompt_faults(recipe, read, encoder, config)
     if faults:
         raise Fault(*dict.fromkeys(faults))
-    encoder = Encoder(tokenizer, recipe.data, answer_ends(base, tokenizer))
     return Setup(recipe, method, base, tokenizer, encoder, stream, probes, harness, questions)
 
 

@@ -42,7 +42,7 @@ def make(base, out, more=0, **settings):
         tokenizer.add_special_tokens({"additional_special_tokens": names})
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **settings))
-    for name, parameter in adapted.named_parameters():
+    for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)
     adapted.save_pretrained(out)
