@@ -114,18 +114,22 @@ def generate(
         str,
         typer.Argument(
             metavar="CHECKPOINT|RUN@TASK",
-            help="a model folder, hub id or .gguf, or a run and the task after which ('base': before all)",
+            help="a model folder, hub id or .gguf, a PEFT folder, or a run and the task after which ('base': "
+            "before all; default: the last)",
         ),
     ],
     prompt: Annotated[str | None, typer.Argument(help="default: read from standard input")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=1 << 20)] = 64,
+    base: Annotated[
+        str | None, typer.Option(help="of a PEFT adapter, where the one that it names is elsewhere")
+    ] = None,
 ) -> None:
     """Answer a prompt with a checkpoint, or with any stage of a run. Example: codyra-llm generate runs/x@FOMC
     "2+2="
     """
     from codyra_llm.checkpoints.generate import answer
 
-    write(answer(model, sys.stdin.read() if prompt is None else prompt, max_new_tokens))
+    write(answer(model, sys.stdin.read() if prompt is None else prompt, max_new_tokens, base))
 
 
 def export(

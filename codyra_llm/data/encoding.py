@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
+from codyra_llm.models.ends import without_end
 from codyra_llm.models.tokenizer import adds_bos, render_chat
 
 if TYPE_CHECKING:
@@ -33,8 +34,15 @@ class Encoder:
     example still ends in EOS.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: "DataSection"):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        data: "DataSection",
+        ends: frozenset[int] | None = None,
+    ):
+        """`ends`: the tokens that end an answer of the model (models/ends.py); by default EOS alone."""
         self.tokenizer, self.data = tokenizer, data
+        self.ends = frozenset([tokenizer.eos_token_id]) if ends is None else ends
         self.bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         self.newline = self._ids("\n")
 
@@ -83,7 +91,24 @@ class Encoder:
 
     def _answer(self, text: str, continued: list[int]) -> tuple[list[int], bool]:
         """`continued`: the ids of the answer after a newline."""
-        n = len(self.newline)
-        ids = continued[n:] if continued[:n] == self.newline else self._ids(text)
+        ids = self._continuation(text, continued)
         room = self.data.max_answer_tokens - 1
         return ids[:room] + [self.tokenizer.eos_token_id], len(ids) > room
+
+    def _continuation(self, text: str, continued: list[int]) -> list[int]:
+        """Ids of a text that goes on from another one, without the mark of a word's start."""
+        n = len(self.newline)
+        return continued[n:] if continued[:n] == self.newline else self._ids(text)
+
+    def perfect(self, text: str) -> str:
+        """What an answer reads as that a model has learnt by heart: its tokens up to the first that ends an
+        answer, decoded as answers are. Not `text` where it holds special tokens, or where decoding drops the
+        space in front (SentencePiece)."""
+        ids = self._continuation(text, self._ids("\n" + text))
+        end = next((place for place, token in enumerate(ids) if token in self.ends), len(ids))
+        return self.texts([ids[:end]])[0]
+
+    def texts(self, answers: Sequence[list[int]]) -> list[str]:
+        """The texts of generated answers, without what ended them and without special tokens."""
+        own = [without_end(ids, self.ends) for ids in answers]
+        return self.tokenizer.batch_decode(own, skip_special_tokens=True)

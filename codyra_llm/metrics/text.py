@@ -67,16 +67,20 @@ class ExactMatch(ExampleMean):
 
 
 class ExactMatchTreelora(ExampleMean):
-    """Share of predictions that, stripped and cut to the length of the answer, equal it: 'A. because' matches
-    'A'.
+    """Share of predictions that, stripped and cut to the length of the stripped answer, equal it:
+    'A. because' matches 'A'.
 
-    Beware of numbers: '12' matches '1'. An empty prediction or answer counts 0.
+    Beware of numbers: '12' matches '1'. An empty prediction or answer counts 0. The published code strips the
+    prediction alone, so that an answer with a space in front is never matched; of other answers the scores
+    are the same.
     """
 
+    VERSION = 2  # the answer is stripped too
     metric = "exact_match_treelora"
 
     @staticmethod
     def example(prompt: str, prediction: str, answer: str) -> float:
+        answer = answer.strip()
         return 100.0 * (prediction.strip()[: len(answer)] == answer != "")
 
 
