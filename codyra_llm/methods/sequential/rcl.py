@@ -14,7 +14,7 @@ class Rcl(SeqLora):
     """seqlora trained on "reasoning \\nAnswer:X" in place of "X"; what is scored is X.
 
     Source: TRACE (2310.06762), reasoning-augmented continual learning, on 376 to 513 examples per task of the
-    variant LLM-CL-Benchmark_Reasoning, whose wording is in benchmarks/trace/reasoning.py. Test prompts are
+    variant LLM-CL-Benchmark_Reasoning, whose wording is in codyra_llm/data/reasoning.py. Test prompts are
     those of data.root, put into the words of the training prompts (checked on the prompts that both variants
     hold). An output without the marker has given no answer and is read as an empty one; eval rows count
     these. Tasks that are not TRACE's: their prompts must be the same in both folders, and the marker is
