@@ -284,7 +284,7 @@ def test_without_prompts_and_on_other_nodes_no_key_is_asked_for(
         ),
     )
     method = SimpleNamespace(name="seqlora", max_zero_stage=3, carries_optimizer=False)
-    monkeypatch.setattr(runs.distributed, "zero_stage", lambda acc: 0)
+    monkeypatch.setattr(runs.launch, "zero_stage", lambda acc: 0)
     given = SimpleNamespace(recipe=recipe("http://127.0.0.1:9/v1"), prompts={"p": []}, method=method)
     runs._refuse_launch(given, SimpleNamespace(is_main_process=False))
     with pytest.raises(Fault, match="holds no key"):

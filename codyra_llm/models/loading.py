@@ -24,7 +24,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import file_sha256
 from codyra_llm.core.parsing import read_json, shown
-from codyra_llm.models.gguf import convert
 from codyra_llm.models.tokenizer import load_tokenizer, render_chat
 from codyra_llm.models.weights import INDEX, header_faults, weight_files
 from codyra_llm.runtime.quiet import without_weight_bars
@@ -43,6 +42,8 @@ def resolve(path: str, revision: str | None = None) -> Path:
     if local.suffix == ".gguf":
         if not local.is_file():
             raise Fault(f"model '{path}' doesn't exist: expected a GGUF file, a folder or a hub id.")
+        from codyra_llm.models.gguf import convert  # of use to these files alone
+
         cache = Path(os.environ.get("CODYRA_CACHE", "~/.cache/codyra_llm")).expanduser()
         return convert(local, cache / f"gguf-{file_sha256(local)[:16]}")
     folder = local if local.is_dir() else download(path, revision)
