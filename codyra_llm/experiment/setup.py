@@ -25,7 +25,7 @@ from codyra_llm.evaluate import suite
 from codyra_llm.evaluate.questions import find_questions
 from codyra_llm.lora.merge import merge
 from codyra_llm.methods.base import Method, Task
-from codyra_llm.models import loading, packed_attention, saved
+from codyra_llm.models import fused_norm, loading, packed_attention, saved
 from codyra_llm.models.tokenizer import load_tokenizer
 from codyra_llm.models.weights import WeightReader, fingerprint
 from codyra_llm.runtime import heartbeat, launch, signals
@@ -78,6 +78,7 @@ class Setup:
         condition of a batch, `(prompts, task) -> Condition`."""
         archive = folder.archive()
         model = self.model(archive, after).to(device).eval()
+        fused_norm.use(model)
         if self.method.merges or after < 0:
             return model, None
         self.method.install(model, self.task(model, archive, after, folder.load_state(after)))

@@ -157,9 +157,9 @@ REDUCED = {
 
 @contextmanager
 def exact_sums(dtype: torch.dtype) -> Iterator[None]:
-    """Within it a GPU adds a 16-bit product to a 16-bit matrix before it rounds, not after. PyTorch lets cuBLAS
-    round both first, and on an H100 an update of 1e-4 of W is then lost from y as if it had been added last.
-    Around the wide products alone: narrow ones become slower by it."""
+    """Within it a GPU adds a 16-bit product to a 16-bit matrix before it rounds, not after. PyTorch lets
+    cuBLAS round both first, and on an H100 an update of 1e-4 of W is then lost from y as if it had been added
+    last. Around the wide products alone: narrow ones become slower by it."""
     name, matmul = REDUCED.get(dtype), torch.backends.cuda.matmul
     if name is None:
         yield
