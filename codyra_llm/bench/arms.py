@@ -14,6 +14,7 @@ from codyra_llm.config.methods.base import PROJECTIONS
 from codyra_llm.core.errors import Fault
 from codyra_llm.lora.layer import AdapterSpec, LoraLinear, attach, sites
 from codyra_llm.lora.shared import SharedInput, share_inputs, shared_inputs
+from codyra_llm.models import fused_norm
 
 SCALE = 2.0  # s, as PEFT users have it with lora_alpha = 2r
 LOW = (torch.bfloat16, torch.float16)
@@ -23,7 +24,7 @@ NOTES = {
     "peft": "PEFT's LoRA as it comes: float32 adapters, autocast where the base has 16 bits; it has no w",
     "peft-strong": "PEFT's LoRA with adapters in the base's dtype, no autocast, no dropout; it has no w",
     "eager": "LoRA with w by plain autograd",
-    "ours": "LoRA with w by the hand-written functions",
+    "ours": "LoRA with w by the hand-written functions; on a GPU with fused norms, as in training",
 }
 
 Numbers = dict[
@@ -110,6 +111,8 @@ def weighted(base: nn.Module, numbers: Numbers, fused: bool) -> Arm:
         model, targets(model), AdapterSpec(len(next(iter(numbers.values()))[1]), SCALE, importance="constant")
     )
     share_inputs(model, fused)
+    if fused and next(base.parameters()).is_cuda:
+        fused_norm.replace(model)  # as training does on a GPU
     layers: dict[str, LoraLinear] = sites(model)
     with torch.no_grad():
         for site, layer in layers.items():

@@ -19,7 +19,8 @@ from codyra_llm.models.head_loss import head_loss
 @dataclass
 class Batch:
     """One micro-batch of `examples`: padded on the right (so causal attention needs no mask), or packed into
-    one row in which they follow one another, of the lengths `segments`, with `positions` that restart.
+    one row in which they follow one another, of the lengths `segments`, with `positions` that restart, up to
+    `ends`.
 
     ids [R, T]; positions [1, T] or None. A labelled token is a target [M]; the hidden state that predicts it
     stands at `predictors` [M] of the flattened rows. weights [M] sum to 1 over the labelled tokens of the
@@ -33,10 +34,15 @@ class Batch:
     weights: Tensor
     examples: list[int]
     segments: list[int] | None = None
+    ends: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
+        """On the device; to a GPU in one copy that the host does not wait for."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        if device.type == "cuda" and self.ids.device.type == "cpu":
+            moved = in_one_copy(list(tensors.values()), device)
+            return replace(self, **dict(zip(tensors, moved, strict=True)))
+        return replace(self, **{name: value.to(device) for name, value in tensors.items()})
 
     def content(self, lengths: Sequence[int]) -> Tensor:
         """Where the tokens of the examples, of these lengths, stand in the flattened rows, without pads and
@@ -63,7 +69,7 @@ class Batch:
             if self.segments is None
             else {
                 "position_ids": self.positions,
-                **packed_attention.arguments(self.segments, self.ids.device),
+                **packed_attention.arguments(self.segments, self.ends),
             }
         )
         states = model.model(input_ids=self.ids, use_cache=False, **packing).last_hidden_state
@@ -73,6 +79,19 @@ class Batch:
         """Σ weight·CE over the labelled tokens. The head runs on their positions alone: most of a TRACE
         example is prompt, and logits over the vocabulary are the largest tensor of a step."""
         return head_loss(model.lm_head, self.hidden(model, front), self.targets, self.weights, softcap(model))
+
+
+def in_one_copy(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """The tensors on a GPU, from one buffer in pinned memory."""
+    starts = list(accumulate((-(-t.nbytes // 8) * 8 for t in tensors), initial=0))  # aligned for any dtype
+    buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    for tensor, start in zip(tensors, starts[:-1], strict=True):
+        buffer[start : start + tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
+    there = buffer.to(device, non_blocking=True)
+    return [
+        there[start : start + t.nbytes].view(t.dtype).view(t.shape)
+        for t, start in zip(tensors, starts[:-1], strict=True)
+    ]
 
 
 def softcap(model: nn.Module) -> float | None:
@@ -107,6 +126,7 @@ def collate(
         torch.tensor(shares, dtype=torch.float32),
         list(chosen),
         lengths if packed else None,
+        packed_attention.segment_ends(lengths) if packed else None,
     )
 
 

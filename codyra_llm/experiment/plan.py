@@ -21,7 +21,7 @@ from codyra_llm.experiment.inspection import hints, splits
 from codyra_llm.experiment.setup import Setup, prepare
 from codyra_llm.experiment.trackers import check as check_trackers
 from codyra_llm.lora.shared import share_inputs
-from codyra_llm.models import packed_attention, saved
+from codyra_llm.models import fused_norm, packed_attention, saved
 from codyra_llm.runtime import launch
 from codyra_llm.runtime.forecast import duration
 from codyra_llm.train.estimate import activation_bytes, matmul_speed, step_flops
@@ -76,6 +76,8 @@ def skeleton(setup: Setup) -> nn.Module:
             dtype=setup.dtype,
             attn_implementation=setup.recipe.model.attention,
         ).requires_grad_(False)
+    if launch.device().type == "cuda":
+        fused_norm.replace(model)
     if setup.method.trains:
         setup.method.attach(model)
         share_inputs(model, setup.recipe.model.fused)

@@ -27,6 +27,7 @@ from codyra_llm.experiment.setup import Setup, prepare
 from codyra_llm.lora.merge import report as update_report
 from codyra_llm.lora.shared import share_inputs
 from codyra_llm.lora.update import Adapter, Update
+from codyra_llm.models import fused_norm
 from codyra_llm.models.tokenizer import tokenizer_hash
 from codyra_llm.models.weights import WeightReader, fingerprint
 from codyra_llm.report import card
@@ -160,6 +161,7 @@ def _train(setup: Setup, folder: RunFolder, acc: Accelerator, archive: Archive, 
     recipe, method, before = setup.recipe, setup.method, folder.load_state(index - 1)
     model, began = _start(setup, acc, archive, index), time.perf_counter()
     task = setup.task(model, archive, index, {k: v for k, v in before.items() if not k.startswith(OPTIMIZER)})
+    fused_norm.use(model)
     method.attach(model)
     share_inputs(model, recipe.model.fused, across=launch.zero_stage(acc) < 3)
     method.begin_task(model, task)

@@ -28,7 +28,7 @@ from codyra_llm.experiment.inspection import prompt_faults, splits
 from codyra_llm.formats.adapter_files import vocabulary
 from codyra_llm.lora.merge import merge
 from codyra_llm.methods.base import Method, Task
-from codyra_llm.models import loading, packed_attention, saved
+from codyra_llm.models import fused_norm, loading, packed_attention, saved
 from codyra_llm.models.ends import answer_ends
 from codyra_llm.models.tokenizer import chat_faults, load_tokenizer, tokenizer_folder
 from codyra_llm.models.weights import WeightReader, fingerprint
@@ -82,6 +82,7 @@ class Setup:
         condition of a batch, `(prompts, task) -> Condition`."""
         archive = folder.archive()
         model = self.model(archive, after).to(device).eval()
+        fused_norm.use(model)
         if self.method.merges or after < 0:
             return model, None
         self.method.install(model, self.task(model, archive, after, folder.load_state(after)))

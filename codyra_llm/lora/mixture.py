@@ -38,6 +38,8 @@ class MixtureLinear(LoraLinear):
             "old_b", torch.cat([b[:, :0], *old_b], 1).to(self.dtype), persistent=False
         )  # s·B [out, R]
         self.parts = [len(x.a) for x in adapters] + self.own_parts
+        repeats = torch.tensor(self.parts, device=a.device)  # here, since a forward would wait for the copy
+        self.register_buffer("repeats", repeats, persistent=False)
 
     @property
     def own_parts(self) -> list[int]:
@@ -59,8 +61,7 @@ class MixtureLinear(LoraLinear):
         a = torch.cat([self.old_a, self.lora_A.to(x.dtype)])
         b = torch.cat([self.old_b, (self.spec.scale * self.lora_B).to(x.dtype)], 1)
         hidden = functional.dropout(x, self.spec.dropout, self.training) @ a.T
-        repeats = torch.tensor(self.parts, device=x.device)
-        m = self.weights(hidden).to(x.dtype).repeat_interleave(repeats, 1, output_size=len(a))
+        m = self.weights(hidden).to(x.dtype).repeat_interleave(self.repeats, 1, output_size=len(a))
         added = (hidden * m[:, None]) @ b.T
         y = torch.addmm(added.flatten(0, 1), x.flatten(0, 1), weight.T).view_as(added)  # small product first
         return y if self.bias is None else y + self.bias

@@ -27,9 +27,7 @@ def make_shadows(shared: Sequence[SharedInput]) -> None:
 
 @torch.no_grad()
 def shadows(groups: Sequence[Factors], scale: float, dtype: torch.dtype) -> list[Shadow]:
-    """`function.shadow` of every group. Those with one input size lie in one tensor, each as adjacent
-    rows.
-    """
+    """`function.shadow` of every group. Those of one input size lie in one tensor, each as adjacent rows."""
     a, wa = {}, {}
     numbered = range(len(groups))
     for _, same in _grouped(numbered, lambda i: _kind(groups[i][0][0], 1)).items():

@@ -39,11 +39,10 @@ def pays(model: PreTrainedModel, device: torch.device) -> bool:
     return _has_kernel(device, model.dtype, head, softcap, config.attention_dropout)
 
 
-def arguments(lengths: Sequence[int], device: torch.device) -> dict:
+def arguments(lengths: Sequence[int], ends: Tensor) -> dict:
     """What a packed row's segments are to transformers' flash attention and to `packed`, to be given to the
-    model.
+    model; `ends` (of `segment_ends`) on its device.
     """
-    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
     return {
         "segments": list(lengths),
         "cu_seq_lens_q": ends,
@@ -51,6 +50,11 @@ def arguments(lengths: Sequence[int], device: torch.device) -> dict:
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
     }
+
+
+def segment_ends(lengths: Sequence[int]) -> Tensor:
+    """Where each segment of these lengths begins and the last one ends, int32 [segments + 1]."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
 def packed(

@@ -36,6 +36,7 @@ class Engine:
         # On a CPU it would change the order of sums, and save nothing: only a GPU has launches to save. ZeRO
         # takes gradients when autograd writes them.
         self.defers = acc.device.type == "cuda" and not self.deepspeed
+        self.norm: Tensor | None = None  # of the step's gradients, where it is known before `step`
         self.inner = optimizer  # ZeRO puts its shards in place of the parameters in this very optimizer
         self.module, self.optimizer = objective, optimizer
         if self.deepspeed:
@@ -95,33 +96,53 @@ class Engine:
         clear_device_cache(garbage_collection=True)
 
     @torch.no_grad()
-    def reduce(self, terms: Tensor) -> Tensor:
-        """Sum the logged `terms` [n] over ranks, and the step's gradients with them in the same all-reduce
-        (ZeRO has summed its own)."""
+    def reduce(
+        self, terms: Tensor, said: list[float], with_norm: bool
+    ) -> tuple[list[float], list[float], float | None]:
+        """Sum over ranks the logged `terms` [n], what each rank has to say to all (`said`), and in the same
+        all-reduce the step's gradients (ZeRO has summed its own). Returns the first two, read, and with them
+        the gradients' norm where it is wanted (`with_norm`; not under ZeRO): the one wait of a step."""
         finish_gradients(self.shared)
-        if self.acc.num_processes == 1:
-            return terms
+        many = self.acc.num_processes > 1
+        read = self._summed(terms, said) if many else terms
+        if with_norm and not self.deepspeed:
+            self.norm = self._norm()
+            read = torch.cat([read, self.norm[None].to(read)])
+        with heartbeat.waiting():
+            values = read.tolist()
+        norm = values.pop() if self.norm is not None else None
+        return values[: len(terms)], values[len(terms) :] if many else said, norm
+
+    def _summed(self, terms: Tensor, said: list[float]) -> Tensor:
+        """`terms` and `said`, one after the other, summed over ranks, and the gradients with them."""
         trained = [] if self.deepspeed else [p for group in self.groups for p in group["params"]]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+        flags = torch.tensor(said, dtype=terms.dtype, pin_memory=terms.is_cuda)
+        flags = flags.to(terms.device, non_blocking=True)
         with heartbeat.waiting():
-            total = self.acc.reduce(torch.cat([terms, *(g.flatten() for g in gradients)]), "sum")
-            terms, *sums = total.split([len(terms), *(g.numel() for g in gradients)])
-            terms = terms.cpu()  # which is when a GPU waits
+            total = self.acc.reduce(torch.cat([terms, flags, *(g.flatten() for g in gradients)]), "sum")
+            read, *sums = total.split([len(terms) + len(said), *(g.numel() for g in gradients)])
         for p, summed in zip(trained, sums, strict=True):
             p.grad = summed.view_as(p).to(p.dtype)
-        return terms
+        return read
 
-    def step(self) -> float:
-        """Clip, update, clear. Returns the global gradient norm before clipping."""
+    def _norm(self) -> Tensor:
+        return nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+
+    def step(self) -> float | None:
+        """Clip, update, clear. Returns the global gradient norm before clipping, None where `reduce` did."""
+        known = self.norm is not None
         if self.deepspeed:
             self.module.step()
             norm = self.module.get_global_grad_norm() or 0.0
         else:
-            norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.max_norm)
+            norm = self.norm if known else self._norm()
+            nn.utils.clip_grads_with_norm_(self.module.parameters(), self.max_norm, norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+        self.norm = None
         self._forget()
-        return float(norm)
+        return None if known else float(norm)
 
     def _forget(self) -> None:
         for shared in self.shared:

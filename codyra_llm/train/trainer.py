@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 
 import torch
@@ -104,6 +104,8 @@ class Trainer:
         groups = method.param_groups(model, optim.lr)
         self.trained = sum(p.numel() for group in groups for p in group["params"])
         self.optimizer = ProximalAdamW(groups, betas=optim.betas, weight_decay=optim.weight_decay)
+        self.edits = type(method).edit_gradients is not Method.edit_gradients
+        self._ahead = None, None, []  # examples, tokens and micro-batches of the next step
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.engine = Engine(acc, Objective(model, method), self.optimizer, optim.max_grad_norm)
         self.gradients = Gradients(
@@ -129,7 +131,8 @@ class Trainer:
         """
         steps = task.steps(self.optim.batch_size)
         self.engine.module.train()
-        for step, chosen in islice(enumerate(task.batches(seed, self.optim.batch_size)), start, None):
+        batches = pairwise(chain(task.batches(seed, self.optim.batch_size), [None]))
+        for step, (chosen, following) in islice(enumerate(batches), start, None):
             began = time.perf_counter()
             heartbeat.at(f"task {task.name}, step {step + 1}")
             for group, rate in zip(self.engine.groups, self.rates, strict=True):
@@ -137,7 +140,7 @@ class Trainer:
             self.method.before_step(self.engine.groups, step, steps, self.optim.schedule)
             if rewritten := self.method.rewrite(step, steps):
                 self.engine.rewrite(rewritten)
-            row, asked, due = self._step(task, chosen, step, seed, saves)
+            row, asked, due = self._step(task, chosen, step, seed, saves, following)
             if step == 0:
                 self._check_that_all_move()
             if (every := self.optim.validate_every) and ((step + 1) % every == 0 or step + 1 == steps):
@@ -234,10 +237,16 @@ class Trainer:
         self.optimizer.load_state_dict(own)
 
     def _step(
-        self, task: TaskData, chosen: list[int], step: int, seed: int, saves: Progress | None
+        self,
+        task: TaskData,
+        chosen: list[int],
+        step: int,
+        seed: int,
+        saves: Progress | None,
+        following: list[int] | None = None,
     ) -> tuple[dict[str, float], bool, bool]:
         """One optimizer step: its log row; whether any process was asked to stop, and whether a checkpoint is
-        due.
+        due. `following`: the examples of the next step.
         """
         while True:  # until the micro-batches of all ranks fit into their memories
             torch.manual_seed(
@@ -248,16 +257,16 @@ class Trainer:
                 break
             self.engine.discard()
             self._shrink([len(task.examples[i]) for i in chosen], f"task {task.name}, step {step + 1}")
-        # What all must agree on travels with the losses. A NaN on any rank is a NaN on all.
+        if following:  # collated while the device still runs this step
+            self._ahead = following, self.tokens, list(self._collated(task.examples, following))
         own = torch.stack([sum(term.get(name, 0.0) for term in losses) for name in losses[0]])
         due = (
             saves is not None
             and self.acc.is_main_process
             and saves.due(step + 1 == task.steps(self.optim.batch_size))
         )
-        *totals, asked, due = self.engine.reduce(
-            torch.cat([own, own.new_tensor([signals.asked(), due])])
-        ).tolist()
+        # What all must agree on travels with the losses. A NaN on any rank is a NaN on all.
+        totals, (asked, due), norm = self.engine.reduce(own, [signals.asked(), due], not self.edits)
         if not all(map(math.isfinite, totals)):
             own = [
                 batch.examples
@@ -270,7 +279,8 @@ class Trainer:
                 "them, or lower optim.lr"
             )
         self.method.edit_gradients(self.gradients)
-        norm = self.engine.step()
+        late = self.engine.step()
+        norm = late if norm is None else norm
         self.method.after_step(self.gradients)
         return {**dict(zip(losses[0], totals, strict=True)), "grad_norm": norm}, bool(asked), bool(due)
 
@@ -279,9 +289,11 @@ class Trainer:
         ran out.
         """
         try:
-            batches = list(self._micro(examples, chosen))
+            batches = self._next(examples, chosen)
             return batches, [
-                self.engine.accumulate(batch, first=batch is batches[0], last=batch is batches[-1])
+                self.engine.accumulate(
+                    batch.to(self.acc.device), first=batch is batches[0], last=batch is batches[-1]
+                )
                 for batch in batches
             ]
         except torch.OutOfMemoryError:
@@ -307,6 +319,17 @@ class Trainer:
         )
 
     def _micro(self, examples: list[Encoded], chosen: list[int]) -> Iterator[Batch]:
+        """This rank's micro-batches of a global batch, on the device."""
+        for batch in self._collated(examples, chosen):
+            yield batch.to(self.acc.device)
+
+    def _next(self, examples: list[Encoded], chosen: list[int]) -> list[Batch]:
+        """This rank's micro-batches on the host: those made ahead, if they are the ones."""
+        key, (*ahead, batches) = [chosen, self.tokens], self._ahead
+        self._ahead = None, None, []
+        return batches if ahead == key else list(self._collated(examples, chosen))
+
+    def _collated(self, examples: list[Encoded], chosen: list[int]) -> Iterator[Batch]:
         """This rank's micro-batches of a global batch; an empty one becomes a filler of weight 0."""
         weights = example_weights(examples, chosen, self.optim.loss_average)
         lengths = [len(examples[i]) for i in chosen]
@@ -317,7 +340,7 @@ class Trainer:
                 [chosen[i] for i in positions] or [chosen[filler]],
                 [weights[i] for i in positions] or [0.0],
             )
-            yield collate(examples, own, shares, self.pad, self.packed).to(self.acc.device)
+            yield collate(examples, own, shares, self.pad, self.packed)
 
     @torch.no_grad()
     def validate(self, examples: list[Encoded]) -> float:

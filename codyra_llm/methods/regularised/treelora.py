@@ -110,4 +110,4 @@ def distance(a: Tensor, b: Tensor) -> Tensor:
 def blend(g: Tensor, other: Tensor, share: float) -> Tensor:
     """(1 - β) g + β g_k ‖g‖/‖g_k‖; g where g_k is zero."""
     norm = other.norm()
-    return torch.lerp(g, other * (g.norm() / norm), share) if norm > 0 else g
+    return torch.where(norm > 0, torch.lerp(g, other * (g.norm() / norm), share), g)

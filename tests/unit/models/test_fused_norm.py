@@ -1,0 +1,47 @@
+"""The fused norm against the formula in float64, and where it is put."""
+
+import pytest
+import torch
+from fused import CONFIGS, IDS
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from codyra_llm.models import fused_norm
+from codyra_llm.models.fused_norm import KINDS, FusedRMSNorm
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_it_is_the_formula(kind, dtype, most):
+    """Output and gradient, and no further from float64 than what it replaces."""
+    torch.manual_seed(0)
+    norm = kind(48).requires_grad_(False).to(dtype)
+    norm.weight.copy_(torch.randn(48))
+    x, dy = (3 * torch.randn(2, 7, 48)).to(dtype).requires_grad_(), torch.randn(2, 7, 48).to(dtype)
+    exact_x = x.detach().double().requires_grad_()
+    rms = (exact_x.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+    exact = norm.weight.double() * exact_x / rms
+    expected = (exact, *torch.autograd.grad(exact, exact_x, dy.double()))
+
+    def off() -> list[float]:
+        y = norm(x)
+        found = (y, *torch.autograd.grad(y, x, dy))
+        pairs = zip(found, expected, strict=True)
+        return [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
+
+    before = off()
+    fused_norm.replace(norm)
+    assert isinstance(norm, FusedRMSNorm)
+    assert all(mine < most and mine < 1.5 * theirs + 1e-7 for mine, theirs in zip(off(), before, strict=True))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_model_stays_what_it_is(family):
+    model = AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
+    logits, names = model(IDS).logits, list(model.state_dict())
+    fused_norm.use(model)
+    assert not any(isinstance(module, FusedRMSNorm) for module in model.modules())  # on a CPU
+    fused_norm.replace(model)
+    assert any(isinstance(module, FusedRMSNorm) for module in model.modules()) != family.startswith("gemma")
+    torch.testing.assert_close(model(IDS).logits, logits, rtol=1e-4, atol=1e-5)
+    assert list(model.state_dict()) == names and isinstance(model, nn.Module)
