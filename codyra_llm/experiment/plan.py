@@ -55,6 +55,10 @@ def plan(recipe: Recipe, console: Console) -> None:
     console.print(_table(setup, work))
     if work.tasks:
         console.print(_shown(setup, work.tasks[0].examples[0]))
+    size, schedule = setup.recipe.optim.batch_size, setup.recipe.optim.schedule
+    steps = [task.steps(size) for task in work.tasks]
+    for line in setup.method.foresee(model, steps, schedule) if steps else ():
+        console.print(line, highlight=False)
     for line in _estimates(setup, model, work, trained, total):
         console.print(line, highlight=False)
 
