@@ -64,6 +64,10 @@ def plan(recipe: Recipe, console: Console) -> None:
     read = list(splits(setup.recipe, setup.stream, bool(setup.method.trains)))
     for hint in hints(setup.recipe, read, setup.encoder, model.config, setup.base):
         console.print(f"note: {hint}", style="yellow", soft_wrap=True)
+    size, schedule = setup.recipe.optim.batch_size, setup.recipe.optim.schedule
+    steps = [task.steps(size) for task in work.tasks]
+    for line in setup.method.foresee(model, steps, schedule) if steps else ():
+        console.print(line)
     for line in _estimates(setup, model, work, trained, total):
         console.print(line)
 

@@ -29,6 +29,9 @@ class HideLoraConfig(ExpertConfig):
     name: Literal["hidelora"] = "hidelora"
     weight: NotNegative = Field(0.01, description="weight of the contrastive term")
     temperature: Positive = Field(0.8, description="τ, divisor of the cosines in it")
+    momentum: Fraction = Field(
+        0.1, description="m of A ← (1-m)·A + m·(mean of the earlier tasks' A), and of B, when a task ends"
+    )
     shrinkage: Fraction = Field(
         0.1, gt=0, description="γ in (1 - γ)·Σ + γ·tr(Σ)/h·I, the covariance that is used"
     )

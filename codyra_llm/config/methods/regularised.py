@@ -56,7 +56,9 @@ class OLoraConfig(SeqLoraConfig):
         True, description="every task has an adapter of its own; false, with lambda_orthogonal 0, is seqlora"
     )
     lambda_orthogonal: NotNegative = Field(
-        0.5, description="λ1, weight of the overlap with earlier tasks' A, per optimizer step"
+        2048.0,
+        description="λ1, weight of the mean overlap of a pair of directions, one of the task and one of an "
+        "earlier task's, per optimizer step; released: 0.5 of the sum over 64 sites of 8 x 8 pairs, so 2048",
     )
     lambda_norm: NotNegative = Field(
         0.0, description="λ2, weight of Σ ‖A‖_F + ‖B‖_F of the task's own adapter"

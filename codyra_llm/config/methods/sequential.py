@@ -17,17 +17,34 @@ class SeqLoraConfig(LoraConfig):
     carry_optimizer: bool = Field(
         False, description="keep Adam's moments from task to task, as the published runs did"
     )
+    merge_scale: Positive = Field(
+        1.0, description="factor on a task's update when it is merged; needs `fresh`"
+    )
+
+    @model_validator(mode="after")
+    def _scaled_where_merged(self) -> "SeqLoraConfig":
+        if self.merge_scale != 1 and not self.fresh:
+            raise ValueError(
+                f"'merge_scale' is {self.merge_scale:g}, but with 'fresh' false one adapter goes on from "
+                "task to task and none is merged; set 'fresh' to true, or remove it"
+            )
+        return self
 
 
 class Threshold(Strict):
     """How hard the weights w are shrunk, and when."""
 
-    schedule: Literal["budget", "published"] = Field(
+    schedule: Literal["budget", "published-ramp", "published"] = Field(
         "budget",
-        description="budget: the shrinks of all steps sum to "
-        "`budget`; published: κ climbs to `kappa_max` in 50 stages",
+        description="budget: the shrinks of all steps sum to `budget` and follow the learning rate; "
+        "published-ramp: they climb to the end, as published, and sum to `budget`; published: κ climbs to "
+        "`kappa_max` in 50 stages, so it prunes nothing in fewer than 50 sparse steps",
     )
-    budget: NotNegative | None = Field(None, description="S = Σκ over the sparse phase; default 0.1")
+    budget: NotNegative | None = Field(
+        None,
+        description="S = Σκ over the sparse phase; default 0.6, with published-ramp 0.65, the total of the "
+        "released setting",
+    )
     kappa_max: NotNegative | None = Field(
         None, description="published schedule only: the last κ; default 0.005"
     )
@@ -39,7 +56,7 @@ class Threshold(Strict):
 
     @model_validator(mode="after")
     def _used(self) -> "Threshold":
-        unused = "kappa_max" if self.schedule == "budget" else "budget"
+        unused = "budget" if self.schedule == "published" else "kappa_max"
         if getattr(self, unused) is not None:
             raise ValueError(f"'{unused}' has no effect with schedule '{self.schedule}'; remove it")
         return self
@@ -61,21 +78,20 @@ class CodyraConfig(LoraConfig):
         "w = σ/σ₁, so that the threshold meets parts in the order of their size",
     )
     threshold: Threshold = Field(Threshold(), description="how hard the weights w are shrunk, and when")
-    selection: Literal["threshold", "random", "scale"] = Field(
+    selection: Literal["threshold", "random", "none"] = Field(
         "threshold",
-        description="random: the control that drops ranks by lot, along a straight line to zero; scale: the "
-        "control that drops none and shrinks every update at its merge",
+        description="random: the control that drops ranks by lot, along a straight line to zero; none: plain "
+        "LoRA, with `merge_scale` the control that shrinks every update instead",
     )
-    keep: Fraction | None = Field(
-        None, description="random: share of all ranks kept; scale: factor on every update"
-    )
+    keep: Fraction | None = Field(None, description="random only: share of all ranks kept")
+    merge_scale: Positive = Field(1.0, description="factor on a task's update when it is merged")
 
     @model_validator(mode="after")
-    def _keep_goes_with_controls(self) -> "CodyraConfig":
-        if (self.keep is None) == (self.selection in ("random", "scale")):
+    def _keep_goes_with_random(self) -> "CodyraConfig":
+        if (self.keep is None) == (self.selection == "random"):
             raise ValueError(
-                "'keep' goes with selection 'random' or 'scale' and with nothing else; "
-                + ("remove it" if self.keep is not None else "give the share to keep")
+                "'keep' goes with selection 'random' and with nothing else; "
+                + ("remove it" if self.keep is not None else "give the share of ranks to keep")
             )
         return self
 
@@ -114,10 +130,10 @@ class CodyraDriftConfig(OldInputsConfig, CodyraConfig):
     ridge: Positive = Field(
         1e-4, description="ε of that merge, and of the parts, as a share of the inputs' mean energy"
     )
-    selection: Literal["none", "ratio", "threshold", "random", "scale"] = Field(
+    selection: Literal["none", "ratio", "threshold", "random"] = Field(
         "none",
         description="ratio: drop the parts with the least gain on new inputs per drift of old outputs; "
-        "threshold, random, scale: codyra's rule and its controls, for comparison",
+        "threshold, random: codyra's rule and its control by lot, for comparison",
     )
     keep_drift: Fraction | None = Field(
         None, description="ratio only: τ, share of the predicted drift of old outputs that may stay"
@@ -135,6 +151,21 @@ class CodyraDriftConfig(OldInputsConfig, CodyraConfig):
 
 class IloraConfig(LoraConfig):
     name: Literal["ilora"] = "ilora"
+    alpha: Positive | None = Field(None, description="scale s = alpha / rank; null: alpha = rank, so s = 1")
+    memory: int = Field(500, ge=1, description="training examples of all earlier tasks, drawn by a reservoir")
+    batch: Count = Field(
+        16, ge=1, description="how many of them each step replays; as many as the step's own in the release"
+    )
+    decay: Fraction = Field(
+        0.25, description="α of slow ← α·slow + (1-α)·fast after every step; 0: slow is fast"
+    )
+    weight: NotNegative = Field(
+        1.0, description="of the distance of the fast adapter's hidden states above the slow one's"
+    )
+
+
+class IloraMixedConfig(LoraConfig):
+    name: Literal["ilora_mixed"] = "ilora_mixed"
     alpha: Positive | None = Field(None, description="scale s = alpha / rank; null: alpha = rank, so s = 1")
     ratio: Fraction = Field(
         0.1, description="share of each earlier task's training set that is replayed (its first part)"
@@ -161,9 +192,9 @@ class ReplayConfig(SeqLoraConfig):
     )
     lima: bool = Field(True, description="replay the Lima set beside it; it must lie in the data folder")
     when: Literal["after", "mixed"] = Field(
-        "after",
-        description="after: one more epoch over the memory when the "
-        "task's own are done, as published; mixed: memory in every epoch",
+        "mixed",
+        description="mixed: memory in every epoch; after: one more epoch over the memory when the task's own "
+        "are done, as published, with a schedule of the learning rate of its own",
     )
 
 
