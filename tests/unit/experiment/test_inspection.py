@@ -7,9 +7,9 @@ from io import StringIO
 import pytest
 import sentencepiece
 from adapters import recipe
-from conftest import SIZES
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from tiny import SIZES
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from codyra_llm.core.errors import Fault
