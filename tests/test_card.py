@@ -3,7 +3,6 @@ stays text.
 """
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -96,7 +95,7 @@ def test_the_licence_is_what_the_base_says(readme, config, licence, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     if readme is not None:
         (tmp_path / "README.md").write_bytes(readme if isinstance(readme, bytes) else readme.encode())
-    text = card.render(SimpleNamespace(base=tmp_path), make(tmp_path / "run"), 2, None, "merged")
+    text = card.render(tmp_path, make(tmp_path / "run"), 2, None, "merged")
     (tmp_path / "README.md").write_text(text, encoding="utf-8")
     found = ModelCard.load(tmp_path / "README.md")
     assert {key: value for key, value in found.data.to_dict().items() if key.startswith("license")} == licence
@@ -106,8 +105,7 @@ def test_the_licence_is_what_the_base_says(readme, config, licence, tmp_path):
 def test_foreign_text_stays_text_and_a_hub_id_is_the_base(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     folder = make(tmp_path / "run")
-    setup = SimpleNamespace(base=tmp_path)
-    texts = [card.render(setup, folder, 2, None, kind) for kind in ("merged", "merged", "peft")]
+    texts = [card.render(tmp_path, folder, 2, None, kind) for kind in ("merged", "merged", "peft")]
     assert texts[0] == texts[1]
     front, body = texts[0].split("---\n", 2)[1:]
     data = yaml.safe_load(front)
@@ -123,6 +121,6 @@ def test_foreign_text_stays_text_and_a_hub_id_is_the_base(tmp_path):
 
 def test_a_local_base_is_not_called_a_hub_model(run):
     found = read(run.path / "checkpoint")
-    assert found.data.base_model is None and card.render(prepare(run.recipe), run, 1, None, "merged") == str(
-        (run.path / "checkpoint" / "README.md").read_text(encoding="utf-8")
-    )
+    assert found.data.base_model is None and card.render(
+        prepare(run.recipe).base, run, 1, None, "merged"
+    ) == str((run.path / "checkpoint" / "README.md").read_text(encoding="utf-8"))

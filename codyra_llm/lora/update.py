@@ -1,7 +1,10 @@
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
+
+Mode = Literal["add", "replace", "apart"]
+MODES: dict[str, Mode] = {mode: mode for mode in get_args(Mode)}  # from text
 
 
 class Adapter(NamedTuple):
@@ -26,7 +29,7 @@ class Update:
 
     adapters: dict[str, Adapter]
     scale: float
-    mode: Literal["add", "replace", "apart"] = "add"
+    mode: Mode = "add"
     dense: dict[str, Tensor] = field(default_factory=dict)
 
 

@@ -10,30 +10,39 @@ from codyra_llm.core.schema import Fraction, NotNegative, Positive, Strict
 REASONING_VARIANT = "LLM-CL-Benchmark_Reasoning"  # a folder of TRACE
 
 
-class SeqLoraConfig(LoraConfig):
-    name: Literal["seqlora"] = "seqlora"
-    alpha: Positive | None = Field(None, description="scale s = alpha / rank; null: alpha = rank, so s = 1")
-    fresh: bool = Field(False, description="merge and start a fresh adapter after every task, as codyra does")
+class SequentialConfig(LoraConfig, frozen=True):
+    """One adapter that is trained on all tasks in turn, or merged after each."""
+
+    alpha: Positive | None = Field(
+        default=None, description="scale s = alpha / rank; null: alpha = rank, so s = 1"
+    )
+    fresh: bool = Field(
+        default=False, description="merge and start a fresh adapter after every task, as codyra does"
+    )
     carry_optimizer: bool = Field(
-        False, description="keep Adam's moments from task to task, as the published runs did"
+        default=False, description="keep Adam's moments from task to task, as the published runs did"
     )
 
 
-class Threshold(Strict):
+class SeqLoraConfig(SequentialConfig, frozen=True):
+    name: Literal["seqlora"] = "seqlora"
+
+
+class Threshold(Strict, frozen=True):
     """How hard the weights w are shrunk, and when."""
 
     schedule: Literal["budget", "published"] = Field(
-        "budget",
+        default="budget",
         description="budget: the shrinks of all steps sum to "
         "`budget`; published: κ climbs to `kappa_max` in 50 stages",
     )
-    budget: NotNegative | None = Field(None, description="S = Σκ over the sparse phase; default 0.1")
+    budget: NotNegative | None = Field(default=None, description="S = Σκ over the sparse phase; default 0.1")
     kappa_max: NotNegative | None = Field(
-        None, description="published schedule only: the last κ; default 0.005"
+        default=None, description="published schedule only: the last κ; default 0.005"
     )
-    dense: Fraction = Field(0.5, lt=1, description="share of the steps before any shrinking")
+    dense: Fraction = Field(default=0.5, lt=1, description="share of the steps before any shrinking")
     operator: Literal["soft", "released"] = Field(
-        "soft",
+        default="soft",
         description="soft: sign(w)·max(|w|-κ, 0); released: the public code's rule, with a dead zone of 2κ",
     )
 
@@ -45,26 +54,29 @@ class Threshold(Strict):
         return self
 
 
-class CodyraConfig(LoraConfig):
+class CodyraConfig(LoraConfig, frozen=True):
     name: Literal["codyra"] = "codyra"
-    scale: Positive = Field(1.0, description="s in ΔW = s·B diag(w) A; the published code has 1")
+    scale: Positive = Field(default=1.0, description="s in ΔW = s·B diag(w) A; the published code has 1")
     importance_init: Literal["constant", "normal"] = Field(
-        "constant", description="w at the start of a task: one value, or N(0, value²) as published"
+        default="constant", description="w at the start of a task: one value, or N(0, value²) as published"
     )
-    importance_value: Positive = Field(1.0, description="the constant, or the standard deviation")
+    importance_value: Positive = Field(default=1.0, description="the constant, or the standard deviation")
     importance_lr: NotNegative | None = Field(
-        None, description="learning rate of w; default: the optimizer's"
+        default=None, description="learning rate of w; default: the optimizer's"
     )
     align: bool = Field(
-        True,
+        default=True,
         description="when the dense phase ends, rewrite each ΔW by its singular directions, with "
         "w = σ/σ₁, so that the threshold meets parts in the order of their size",
     )
-    threshold: Threshold = Field(Threshold(), description="how hard the weights w are shrunk, and when")
-    selection: Literal["threshold", "random"] = Field(
-        "threshold", description="random: the control that drops ranks by lot, along a straight line to zero"
+    threshold: Threshold = Field(
+        default=Threshold(), description="how hard the weights w are shrunk, and when"
     )
-    keep: Fraction | None = Field(None, description="random only: share of all ranks kept")
+    selection: Literal["threshold", "random"] = Field(
+        default="threshold",
+        description="random: the control that drops ranks by lot, along a straight line to zero",
+    )
+    keep: Fraction | None = Field(default=None, description="random only: share of all ranks kept")
 
     @model_validator(mode="after")
     def _keep_goes_with_random(self) -> "CodyraConfig":
@@ -76,55 +88,61 @@ class CodyraConfig(LoraConfig):
         return self
 
 
-class IloraConfig(LoraConfig):
+class IloraConfig(LoraConfig, frozen=True):
     name: Literal["ilora"] = "ilora"
-    alpha: Positive | None = Field(None, description="scale s = alpha / rank; null: alpha = rank, so s = 1")
+    alpha: Positive | None = Field(
+        default=None, description="scale s = alpha / rank; null: alpha = rank, so s = 1"
+    )
     ratio: Fraction = Field(
-        0.1, description="share of each earlier task's training set that is replayed (its first part)"
+        default=0.1, description="share of each earlier task's training set that is replayed (its first part)"
     )
     decay: Fraction = Field(
-        0.95, description="λ of slow ← λ·slow + (1-λ)·fast after every step; 0: slow is fast"
+        default=0.95, description="λ of slow ← λ·slow + (1-λ)·fast after every step; 0: slow is fast"
     )
-    weight: NotNegative = Field(1.0, description="γ of the distance between the two adapters' hidden states")
+    weight: NotNegative = Field(
+        default=1.0, description="γ of the distance between the two adapters' hidden states"
+    )
 
 
-class RclConfig(SeqLoraConfig):
+class RclConfig(SequentialConfig, frozen=True):
     name: Literal["rcl"] = "rcl"
     folder: str | None = Field(
-        None,
+        default=None,
         description="TRACE's variant with reasoning; default: "
         f"{REASONING_VARIANT} in data.root, or beside it where there is none",
     )
 
 
-class ReplayConfig(SeqLoraConfig):
+class ReplayConfig(SequentialConfig, frozen=True):
     name: Literal["replay"] = "replay"
     ratio: Fraction = Field(
-        0.1, description="share of each earlier task's training set that is kept (its first part)"
+        default=0.1, description="share of each earlier task's training set that is kept (its first part)"
     )
-    lima: bool = Field(True, description="replay the Lima set beside it; it must lie in the data folder")
+    lima: bool = Field(
+        default=True, description="replay the Lima set beside it; it must lie in the data folder"
+    )
     when: Literal["after", "mixed"] = Field(
-        "after",
+        default="after",
         description="after: one more epoch over the memory when the "
         "task's own are done, as published; mixed: memory in every epoch",
     )
 
 
-class SoraConfig(SeqLoraConfig):
+class SoraConfig(SequentialConfig, frozen=True):
     name: Literal["sora"] = "sora"
     fresh: Literal[False] = Field(
-        False,
+        default=False,
         description="must stay false: one gated adapter for all tasks; codyra is the "
         "method that merges and restarts",
     )
     kappa: NotNegative = Field(
-        5e-4, description="threshold κ after every step, not multiplied by the learning rate"
+        default=5e-4, description="threshold κ after every step, not multiplied by the learning rate"
     )
     gate_init: Literal["normal", "constant"] = Field(
-        "normal", description="gates at the start of the stream: N(0, 1) as published, or 1"
+        default="normal", description="gates at the start of the stream: N(0, 1) as published, or 1"
     )
     gate_lr: NotNegative | None = Field(
-        None,
+        default=None,
         description="learning rate of the gates; null: the optimizer's; 0: no "
         "gradient, the threshold alone moves them",
     )
