@@ -63,7 +63,9 @@ def render(
         pipeline_tag="text-generation",
         tags=["codyra_llm", "continual-learning", recipe.method.name],
         model_name=title,
-        **licence,
+        license=licence.get("license"),
+        license_name=licence.get("license_name"),
+        license_link=licence.get("license_link"),
         eval_results=[_result(recipe, row) for row in rows] or None,
     )
     if data.base_model:
@@ -105,7 +107,7 @@ def _licence(base: Path) -> dict[str, str]:
         return {}
     for said in (card, config):
         if isinstance(said.get("license"), str):
-            return {key: said.get(key) for key in keys if isinstance(said.get(key), str)}
+            return {key: text for key in keys if isinstance(text := said.get(key), str)}
     return {}
 
 
