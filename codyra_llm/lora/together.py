@@ -52,8 +52,8 @@ def shadows(groups: Sequence[Factors], scale: float, dtype: torch.dtype) -> list
 
 @contextmanager
 def deferred(shared: Sequence[SharedInput], wanted: bool = True) -> Iterator[None]:
-    """Within it, where `wanted`, a backward leaves the products of gradients and inputs with the groups, which
-    sum them over micro-batches, and the factors get no gradient yet: `finish_gradients` makes those."""
+    """Within it, where `wanted`, a backward leaves the products of gradients and inputs with the groups,
+    which sum them over micro-batches, and the factors get no gradient yet: `finish_gradients` makes those."""
     for group in shared:
         group.defers = wanted
     try:
@@ -74,8 +74,8 @@ class _Site(NamedTuple):
 
 @torch.no_grad()
 def finish_gradients(shared: Sequence[SharedInput]) -> None:
-    """Add what `deferred` backwards left to the factors' gradients: dA = s·diag(w) Q, dw = s·colsum(B ∘ P), dB
-    = s·P diag(w). All three are linear in P and Q, so it does not matter that these were summed first."""
+    """Add what `deferred` backwards left to the factors' gradients: dA = s·diag(w) Q, dw = s·colsum(B ∘ P),
+    dB = s·P diag(w). All three are linear in P and Q, so it does not matter that these were summed first."""
     sites = [site for group in shared for site in _left(group)]
     for same in _grouped(sites, lambda site: (_kind(site.q, 1), site.scale)).values():
         weights = _weights([site.factors for site in same], same[0].scale)
