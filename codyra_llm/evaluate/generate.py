@@ -13,10 +13,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from codyra_llm.data.encoding import Encoder
+from codyra_llm.evaluate import static_steps
 from codyra_llm.evaluate.budget import batches, budget, within_memory
 from codyra_llm.methods.base import Condition
 from codyra_llm.runtime import display, heartbeat, signals
 
+UNRECORDED = 4  # first steps of every batch: after them many answers, such as a letter, are at their end
 LEAST_SHARED = 16  # tokens; a shorter prefix does not pay a forward pass of its own
 
 
@@ -69,9 +71,9 @@ def generate_ids(
     given = (
         {"inputs_embeds": prefixed(model, ids, prompts, condition.prefix)} if front else {"input_ids": ids}
     )
-    rows, out, done = list(range(len(prompts))), [[] for _ in prompts], set()
-    for _ in range(new):
-        padded = any(len(prompts[row]) < width for row in rows)
+    batch = _Batch(len(prompts), ends, stop)
+    for number in range(new):
+        padded = any(len(prompts[row]) < width for row in batch.rows)
         logits = model(
             **given,
             attention_mask=mask if padded else None,
@@ -81,23 +83,72 @@ def generate_ids(
             logits_to_keep=1,
         ).logits
         ids = logits[:, -1].argmax(-1, keepdim=True)
-        for row, token in zip(rows, ids[:, 0].tolist(), strict=True):
-            if row not in done:
-                out[row].append(token)
-                if token in ends or (stop and stop(out[row])):
-                    done.add(row)
-        going = [i for i, row in enumerate(rows) if row not in done]
+        going = batch.add(ids[:, 0].tolist())
         if not going:
             break
         mask, positions = torch.cat([mask, torch.ones_like(ids)], 1), positions[:, -1:] + 1
-        if 4 * len(going) <= 3 * len(rows):
-            rows, chosen = [rows[i] for i in going], tensor(going)
+        if 4 * len(going) <= 3 * len(batch.rows):
+            chosen = tensor(going)
+            batch.keep(going)
             ids, mask, positions = ids[chosen], mask[chosen], positions[chosen]
             cache.batch_select_indices(chosen)
             if condition:
                 condition.select(chosen)
         given = {"input_ids": ids}
-    return out
+        left = new - number - 1
+        if number + 1 >= UNRECORDED and condition is None and static_steps.pays(model, windows, left):
+            _finish(model, cache, mask, ids, positions, batch, left)
+            break
+    return batch.out
+
+
+class _Batch:
+    """Which prompts the rows of a batch answer, and the answers so far."""
+
+    def __init__(self, count: int, ends: Collection[int], stop: Callable[[list[int]], bool] | None):
+        self.rows, self.out, self.done = list(range(count)), [[] for _ in range(count)], set()
+        self.ends, self.stop = ends, stop
+
+    def add(self, tokens: list[int]) -> list[int]:
+        """One more token for every row; the places of the rows that go on."""
+        for row, token in zip(self.rows, tokens, strict=True):
+            if row not in self.done:
+                self.out[row].append(token)
+                if token in self.ends or (self.stop and self.stop(self.out[row])):
+                    self.done.add(row)
+        return [i for i, row in enumerate(self.rows) if row not in self.done]
+
+    def keep(self, going: list[int]) -> None:
+        self.rows = [self.rows[i] for i in going]
+
+
+def _finish(
+    model: PreTrainedModel,
+    cache: DynamicCache,
+    mask: Tensor,
+    ids: Tensor,
+    positions: Tensor,
+    batch: _Batch,
+    left: int,
+) -> None:
+    """The remaining steps of a batch, recorded. Rows that are done leave when they are half of it, since a
+    smaller batch is recorded anew."""
+    layers = [(layer.keys, layer.values) for layer in cache.layers]
+    kept = model.config._attn_implementation
+    model.set_attn_implementation(static_steps.NAME)
+    try:
+        steps = static_steps.StaticSteps(model, layers, mask, ids, positions, left)
+        cache.layers.clear()  # it is copied
+        del layers
+        for _ in range(left):
+            going = batch.add(steps.next()[:, 0].tolist())
+            if not going:
+                break
+            if 2 * len(going) <= len(batch.rows):
+                steps = steps.select(torch.tensor(going, device=model.device))
+                batch.keep(going)
+    finally:
+        model.set_attn_implementation(kept)
 
 
 def prefixed(model: PreTrainedModel, ids: Tensor, prompts: Sequence[list[int]], prefix: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ it is.
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from rich.box import SIMPLE
@@ -20,25 +21,43 @@ from codyra_llm.evaluate.budget import MOST, affordable, free_bytes, token_bytes
 from codyra_llm.experiment.inspection import hints, splits
 from codyra_llm.experiment.setup import Setup, prepare
 from codyra_llm.experiment.trackers import check as check_trackers
+from codyra_llm.lora.layer import sites
 from codyra_llm.lora.shared import share_inputs
 from codyra_llm.models import fused_norm, packed_attention, saved
 from codyra_llm.runtime import launch
 from codyra_llm.runtime.forecast import duration
-from codyra_llm.train.estimate import activation_bytes, matmul_speed, step_flops
+from codyra_llm.train.estimate import (
+    MEASURED_LAYERS,
+    Timed,
+    activation_bytes,
+    matmul_speed,
+    step_flops,
+    step_seconds,
+    total_seconds,
+)
 from codyra_llm.train.trainer import TaskData
 
 
 @dataclass
 class Work:
-    """What the recipe trains on, as one process cuts it: its tasks, the sums over all micro-batches of their
-    tokens, of their segments' squared lengths and of labelled tokens, and the micro-batch with the most
-    tokens."""
+    """What the recipe trains on, as one process cuts it: its tasks, all micro-batches, and of these the one
+    with the most tokens and one of median size."""
 
     tasks: list[TaskData] = field(default_factory=list)
-    tokens: int = 0
-    squares: int = 0
-    labelled: int = 0
+    pieces: list["Piece"] = field(default_factory=list)
     biggest: Batch | None = None
+    typical: Batch | None = None
+
+
+class Piece(NamedTuple):
+    """A micro-batch: its tokens, padding included, its labelled tokens, the sum of its segments' squared
+    lengths, and which examples of which task it holds."""
+
+    tokens: int
+    labelled: int
+    squares: int
+    task: int
+    examples: list[int]
 
 
 def plan(recipe: Recipe, console: Console) -> None:
@@ -72,13 +91,17 @@ def plan(recipe: Recipe, console: Console) -> None:
         console.print(line)
 
 
-def skeleton(setup: Setup) -> nn.Module:
-    """The model as it trains, without weights (meta device)."""
-    with torch.device("meta"):
+def skeleton(setup: Setup, layers: int | None = None, device: torch.device | str = "meta") -> nn.Module:
+    """The model as it trains, without weights (meta device); on another device with random ones, and with its
+    first `layers` alone."""
+    config = AutoConfig.from_pretrained(setup.base)
+    if layers is not None:
+        config.num_hidden_layers = layers
+        if kinds := getattr(config, "layer_types", None):
+            config.layer_types = kinds[:layers]
+    with torch.device(device):
         model = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(setup.base),
-            dtype=setup.dtype,
-            attn_implementation=setup.recipe.model.attention,
+            config, dtype=setup.dtype, attn_implementation=setup.recipe.model.attention
         ).requires_grad_(False)
     if launch.device().type == "cuda":
         fused_norm.replace(model)
@@ -93,7 +116,7 @@ def skeleton(setup: Setup) -> nn.Module:
 
 
 def _work(setup: Setup, model: nn.Module) -> Work:
-    recipe, work, most = setup.recipe, Work(), (0, 0)
+    recipe, work = setup.recipe, Work()
     device = launch.device()
     limit = recipe.optim.micro_batch_tokens or default_tokens(device)
     packed = recipe.data.batching == "packed" or (
@@ -109,19 +132,20 @@ def _work(setup: Setup, model: nn.Module) -> Work:
             for positions in micro_batches([len(data.examples[i]) for i in chosen], 1, limit, packed)[0]:
                 own = [chosen[i] for i in positions]
                 lengths = [len(data.examples[i]) for i in own]
-                tokens, labelled = (
-                    batch_tokens(lengths, packed),
-                    sum(len(data.examples[i].answer) for i in own),
-                )
-                work.tokens += tokens
-                work.squares += sum(n * n for n in lengths) if packed else max(lengths) * tokens
-                work.labelled += labelled
-                if (tokens, labelled) > most:
-                    most = (tokens, labelled)
-                    work.biggest = collate(
-                        data.examples, own, [1.0] * len(own), setup.tokenizer.pad_token_id, packed
-                    )
+                tokens = batch_tokens(lengths, packed)
+                labelled = sum(len(data.examples[i].answer) for i in own)
+                squares = sum(n * n for n in lengths) if packed else max(lengths) * tokens
+                work.pieces.append(Piece(tokens, labelled, squares, index, own))
+    if work.pieces:
+        work.pieces.sort()
+        middle = work.pieces[len(work.pieces) // 2]
+        work.biggest, work.typical = (_batch(setup, work, p, packed) for p in (work.pieces[-1], middle))
     return work
+
+
+def _batch(setup: Setup, work: Work, piece: Piece, packed: bool) -> Batch:
+    examples, weights = work.tasks[piece.task].examples, [1.0] * len(piece.examples)
+    return collate(examples, piece.examples, weights, setup.tokenizer.pad_token_id, packed)
 
 
 def _table(setup: Setup, work: Work) -> Table:
@@ -169,23 +193,16 @@ def _shown(setup: Setup, example: Encoded) -> Text:
 
 def _estimates(setup: Setup, model: nn.Module, work: Work, trained: int, total: int) -> list[str]:
     """Memory: weights, adapters with two moments in float32, and the peak of the largest micro-batch. Time:
-    the matrix products of all steps at the speed of a short probe. Disk: updates and, if asked, the final
-    model."""
+    of a few layers that run here. Disk: updates and, if asked, the final model."""
     device = launch.device()
     held = {"weights": _weight_bytes(setup, model, total)}
     lines = []
     if work.biggest:
         # Before the memory, whose run fills the skeleton with fake tensors.
-        operations = step_flops(model, work.tokens, work.squares, work.labelled)
+        lines.append(_time(setup, model, work, device))
         tokens = work.biggest.ids.numel()
-        speed = matmul_speed(model, tokens, setup.dtype, device)
         held["adapters and Adam's moments"] = trained * 12
         held[f"forward and backward of {tokens} tokens"] = activation_bytes(model, work.biggest, device)
-        lines.append(
-            f"time to train, estimated: {duration(operations / speed)} ({operations:.2g} operations of "
-            f"matrix products, {speed:.2g} a second measured here, one process; everything else in a step, "
-            "loading and evaluation come on top)"
-        )
     parts = ", ".join(f"{name} {part / 1e9:.2f}" for name, part in held.items())
     return [
         f"memory, estimated: {sum(held.values()) / 1e9:.2f} GB ({parts})",
@@ -202,6 +219,41 @@ def disk_bytes(setup: Setup, trained: int) -> int:
     updates = len(setup.recipe.tasks) * trained * width
     whole = setup.recipe.checkpoint and setup.method.trains and setup.method.merges
     return updates + (saved.size(setup.base) if whole else 0)
+
+
+LONGEST = 20  # seconds that a micro-batch may take in a few layers; beyond, its operations are counted
+
+
+def _time(setup: Setup, model: nn.Module, work: Work, device: torch.device) -> str:
+    """How long training takes, and how that is known."""
+    sums = [sum(numbers) for numbers in zip(*(piece[:3] for piece in work.pieces), strict=True)]
+    tokens, labelled, squares = sums
+    operations = step_flops(model, tokens, squares, labelled)
+    middle = work.pieces[len(work.pieces) // 2]
+    of_two = [step_flops(model, p.tokens, p.squares, p.labelled) for p in (work.pieces[-1], middle)]
+    layers = model.config.num_hidden_layers
+    speed = matmul_speed(model, work.pieces[-1].tokens, setup.dtype, device)
+    if of_two[0] / speed * MEASURED_LAYERS[1] / layers > LONGEST:
+        told = f"{operations:.2g} operations of matrix products, {speed:.2g} a second measured here"
+        return f"time to train, at least: {duration(operations / speed)} ({told}, one process)"
+
+    def make(count: int) -> nn.Module:
+        made = skeleton(setup, count, device)
+        for name, layer in sites(made).items():
+            layer.reset(0, name)
+        if packed_attention.used(model):
+            packed_attention.use(made)
+        return made
+
+    batches = (work.biggest, work.typical)
+    seconds = [step_seconds(make, batch, layers) for batch in batches]
+    timed = [Timed(n, each) for n, each in zip(of_two, seconds, strict=True)]
+    total = total_seconds(*timed, len(work.pieces), operations)
+    return (
+        f"time to train, estimated: {duration(total)} ({len(work.pieces):,} micro-batches; the largest "
+        f"takes {timed[0].seconds:.2g} s, one of median size {timed[1].seconds:.2g} s, measured on a few "
+        "layers here; one process; optimizer, loading and evaluation come on top)"
+    )
 
 
 def _answering(setup: Setup, model: nn.Module, total: int) -> str:

@@ -1,8 +1,10 @@
-"""What a training step will take, without weights: memory from a run on fake tensors, time from counted
-operations.
+"""What a training step will take, without weights: memory from a run on fake tensors, time from a few layers
+that run, or where they would take too long from counted operations.
 """
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import median
 
 import torch
@@ -13,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from codyra_llm.data.batches import Batch
 from codyra_llm.lora.shared import shared_inputs
+from codyra_llm.lora.together import deferred, finish_gradients, make_shadows
 from codyra_llm.runtime.memory import Meter
 
 UNMASKED = "sdpa_unmasked"
@@ -81,6 +84,57 @@ def step_flops(model: nn.Module, tokens: int, squares: int, labelled: int) -> in
         + (2 + backward + 2 * again) * products
         + 4 * labelled * c.hidden_size * c.vocab_size
     )
+
+
+@dataclass
+class Timed:
+    """A micro-batch: the operations of its matrix products, and the seconds that it takes."""
+
+    operations: float
+    seconds: float
+
+
+def total_seconds(big: Timed, typical: Timed, count: int, operations: float) -> float:
+    """Seconds of `count` micro-batches of so many `operations` in all: each takes a while whatever its size,
+    and then so much for each operation, as two that were timed say."""
+    apart = big.operations - typical.operations
+    each = (big.seconds - typical.seconds) / apart if apart > 0 else 0.0
+    start = big.seconds - each * big.operations
+    if each <= 0 or start < 0:  # alike, or noise: in proportion
+        return operations * big.seconds / big.operations
+    return count * start + operations * each
+
+
+def step_seconds(make: Callable[[int], nn.Module], batch: Batch, layers: int) -> float:
+    """Seconds of forward and backward of one micro-batch in a model of so many `layers`, measured on models
+    of fewer. `make(count)` gives one with `count` layers, random weights and adapters, on its device."""
+    if layers <= MEASURED_LAYERS[1]:
+        return _seconds(make(layers), batch)
+    few, more = MEASURED_LAYERS
+    times = [_seconds(make(count), batch) for count in MEASURED_LAYERS]
+    return times[1] + (layers - more) * max(0.0, times[1] - times[0]) / (more - few)
+
+
+def _seconds(model: nn.Module, batch: Batch, rounds: int = 3) -> float:
+    """Median over some rounds, after one that allocates."""
+    shared, times = shared_inputs(model), []
+    device = next(model.parameters()).device
+    batch = batch.to(device)
+    for _ in range(rounds + 1):
+        model.zero_grad()
+        for group in shared:
+            group.forget()
+        began = time.perf_counter()
+        make_shadows(shared)
+        with deferred(shared, device.type == "cuda"):
+            loss = batch.cross_entropy(model)
+            loss.backward()
+        finish_gradients(shared)
+        loss.item()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return median(times[1:])
 
 
 def matmul_speed(

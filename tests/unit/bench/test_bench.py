@@ -17,7 +17,15 @@ from codyra_llm.data.encoding import Encoded
 from codyra_llm.lora.layer import AdapterSpec, attach, sites
 from codyra_llm.lora.shared import share_inputs
 from codyra_llm.runtime.memory import Meter, ProcessPeak, peak_bytes, saved_bytes
-from codyra_llm.train.estimate import activation_bytes, matmul_speed, step_flops
+from codyra_llm.train import estimate
+from codyra_llm.train.estimate import (
+    Timed,
+    activation_bytes,
+    matmul_speed,
+    step_flops,
+    step_seconds,
+    total_seconds,
+)
 
 CPU = torch.device("cpu")
 ALL = ["frozen", "peft", "peft-strong", "eager", "ours"]
@@ -263,6 +271,33 @@ def test_counted_operations_are_those_that_run(family, checkpointing, request):
 def test_the_probe_gives_the_speed_of_a_product():
     model = SimpleNamespace(config=SimpleNamespace(hidden_size=64, intermediate_size=128))
     assert 1e7 < matmul_speed(model, 32, torch.float32, CPU, 0.01) < 1e14
+
+
+def test_two_timed_micro_batches_say_how_long_all_take():
+    """Each takes 0.02 s, and 1e-9 s for an operation; two of one size, or noise, are taken in proportion."""
+
+    def timed(operations, start=0.02):
+        return Timed(operations, start + 1e-9 * operations)
+
+    assert total_seconds(timed(8e8), timed(1e8), 50, 1e10) == pytest.approx(50 * 0.02 + 10)
+    assert total_seconds(timed(8e8), timed(8e8), 10, 8e9) == pytest.approx(10 * 0.82)
+    assert total_seconds(Timed(8e8, 0.5), Timed(1e8, 0.6), 10, 8e9) == pytest.approx(5)
+    assert total_seconds(timed(8e8, -0.1), timed(1e8, -0.05), 10, 8e9) == pytest.approx(7)
+
+
+def test_seconds_of_many_layers_follow_from_a_few(tiny_llama, monkeypatch):
+    asked = []
+
+    def make(count):
+        asked.append(count)
+        return count
+
+    monkeypatch.setattr(estimate, "_seconds", lambda count, batch: 0.3 + 0.1 * count)
+    assert step_seconds(make, None, 32) == pytest.approx(3.5) and asked == [2, 4]
+    assert step_seconds(make, None, 3) == pytest.approx(0.6) and asked == [2, 4, 3]
+    monkeypatch.undo()
+    model = training_model(tiny_llama, "cpu")
+    assert 0 < step_seconds(lambda count: model, batch(3, 50, 10), 2) < 60
 
 
 def test_options_take_the_device_there_is():

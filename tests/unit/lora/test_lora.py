@@ -123,9 +123,7 @@ def test_small_updates_survive_on_a_gpu():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sums_are_exact_around_the_wide_product_alone(dtype, monkeypatch):
-    """Off while `addmm_` runs, as it was before and after, even where it raises; float32 knows no such
-    flag.
-    """
+    """Off while `addmm_` runs, as it was before and after, even where it raises; float32 has no such flag."""
     matmul, name = torch.backends.cuda.matmul, REDUCED[dtype]
     seen, plain = [], torch.Tensor.addmm_
 

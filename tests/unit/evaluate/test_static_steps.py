@@ -1,0 +1,115 @@
+"""Decoding with tensors that keep their places: the same tokens as the growing cache gives. On a CPU nothing
+is recorded."""
+
+import pytest
+import torch
+from fused import CONFIGS
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from codyra_llm.evaluate import generate, static_steps
+from codyra_llm.evaluate.generate import generate_ids
+
+NEW = 24
+
+
+def prompts(lengths, prefix=()):
+    drawn = torch.Generator().manual_seed(2)
+    return [[*prefix, *torch.randint(4, 60, (n,), generator=drawn).tolist()] for n in lengths]
+
+
+@pytest.fixture(params=static_steps.FAMILIES)
+def model(request):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[request.param]).eval()
+    model.lm_head.weight.data = torch.randn_like(
+        model.lm_head.weight
+    )  # untied: tokens do not repeat themselves
+    return model
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Static steps wherever their family allows, and the rows of each that is made."""
+    plain, rows = static_steps.StaticSteps.next, []
+
+    def spying(self):
+        rows.append(len(self.token))
+        return plain(self)
+
+    monkeypatch.setattr(static_steps.StaticSteps, "next", spying)
+    return rows
+
+
+def always(model, windows, left):
+    return left > 0
+
+
+@pytest.mark.parametrize("prefix", [(), range(4, 40)])
+def test_the_same_tokens_as_without(model, counted, prefix, monkeypatch):
+    """Prompts of many lengths, with and without a shared prefix, that end at different steps."""
+    batch = prompts([1, 2, 3, 5, 7, 9, 12, 12], prefix)
+    free = generate_ids(model, batch, NEW, -1)
+    assert not counted
+    often = max(
+        {t for row in free for t in row}, key=lambda t: len({row.index(t) for row in free if t in row})
+    )
+    expected = generate_ids(model, batch, NEW, often)
+    monkeypatch.setattr(static_steps, "pays", always)
+    assert generate_ids(model, batch, NEW, -1) == free
+    assert counted == [8] * (NEW - generate.UNRECORDED)
+    counted.clear()
+    assert generate_ids(model, batch, NEW, often) == expected
+    assert counted == sorted(counted, reverse=True)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_rows_that_are_done_leave(model, counted, monkeypatch):
+    monkeypatch.setattr(static_steps, "pays", always)
+    batch = prompts([3, 5, 7, 9])
+    free = generate_ids(model, batch, NEW, -1)
+
+    def stop(ids):
+        """All but the first prompt's answer end at their eighth token."""
+        return len(ids) == 8 and ids != free[0][:8]
+
+    counted.clear()
+    assert generate_ids(model, batch, NEW, -1, None, stop) == [free[0], *(row[:8] for row in free[1:])]
+    assert counted == [4] * 4 + [1] * (NEW - 8)
+
+
+def test_where_it_is_used(monkeypatch):
+    llama = AutoModelForCausalLM.from_config(CONFIGS["llama"])
+    assert not static_steps.pays(llama, [], 100)  # on a CPU
+    monkeypatch.setattr(type(llama), "device", torch.device("cuda"))
+    assert static_steps.pays(llama, [], 100)
+    assert not static_steps.pays(llama, [], 3) and not static_steps.pays(llama, [16], 100)
+    llama.set_attn_implementation("eager")
+    assert not static_steps.pays(llama, [], 100)
+
+
+@pytest.mark.parametrize("heads, shared", [(4, 4), (8, 2), (8, 1)])
+def test_grouped_attention_is_attention(heads, shared):
+    torch.manual_seed(0)
+    query = torch.randn(3, heads, 1, 16, dtype=torch.float64)
+    key, value = torch.randn(2, 3, shared, 9, 16, dtype=torch.float64)
+    mask = torch.rand(3, 1, 1, 9) < 0.7
+    mask[..., 0] = True
+    found, _ = static_steps.grouped(None, query, key, value, mask, scaling=0.3)
+    repeated = (t.repeat_interleave(heads // shared, 1) for t in (key, value))
+    expected = functional.scaled_dot_product_attention(query, *repeated, mask, scale=0.3)
+    torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.gpu
+def test_recorded_steps_give_the_same_tokens():
+    """float32, so that no near-tie is decided otherwise."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval()
+    batch = prompts([1, 2, 3, 5, 7, 9, 12, 12])
+    expected = generate_ids(model, batch, NEW, -1)
+    model.to("cuda")
+    assert static_steps.pays(model, [], NEW - generate.UNRECORDED)
+    assert generate_ids(model, batch, NEW, -1) == expected
