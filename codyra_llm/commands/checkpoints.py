@@ -16,8 +16,10 @@ from codyra_llm.runtime import signals
 FORMATS = {  # the options that each format knows
     "merged": ("dtype", "without"),
     "peft": ("rank", "without"),
+    "gguf": ("type", "without"),
     "stage": (),
 }
+GGUF_TYPES = ("f16", "bf16", "q8_0", "f32")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -140,14 +142,15 @@ def export(
     format: Annotated[
         str,
         typer.Option(
-            help="merged: a plain model; peft: an adapter on the base; stage: the part "
-            "of the run folder that answers, for methods that don't merge"
+            help="merged: a plain model; peft: an adapter on the base; gguf: a file for llama.cpp; "
+            "stage: the part of the run folder that answers, for methods that don't merge"
         ),
     ] = "merged",
     dtype: Annotated[
         str | None,
         typer.Option(help="merged: float32, bfloat16 or float16; default: what the base is stored in"),
     ] = None,
+    type: Annotated[str | None, typer.Option(help="gguf: f16, bf16, q8_0 or f32; default: f16")] = None,
     rank: Annotated[
         int | None,
         typer.Option(min=1, help="peft: cut the sum of the updates to this rank, the error is told"),
@@ -161,12 +164,18 @@ def export(
     import torch
 
     from codyra_llm.checkpoints import push as hub
-    from codyra_llm.experiment.export import rank_notes, write_merged, write_peft, write_stage
+    from codyra_llm.experiment.export import (
+        rank_notes,
+        write_gguf_folder,
+        write_merged,
+        write_peft,
+        write_stage,
+    )
     from codyra_llm.experiment.setup import prepare
     from codyra_llm.report import card
     from codyra_llm.store.folder import RunFolder
 
-    _check_export(out, format, {"dtype": dtype, "rank": rank, "without": without})
+    _check_export(out, format, {"dtype": dtype, "type": type, "rank": rank, "without": without})
     if push:
         hub.check(push, public)
     opened = RunFolder(folder)
@@ -182,6 +191,8 @@ def export(
         if format == "peft":
             one = write_peft(setup, archive, last, left, out, written, rank)
             console.print("\n".join(rank_notes(one)), highlight=False)
+        elif format == "gguf":
+            write_gguf_folder(setup, archive, last, left, out, written(), type or "f16")
         else:
             write_merged(setup, archive, last, left, out, written(), dtype and getattr(torch, dtype))
     console.print(
@@ -207,6 +218,8 @@ def _check_export(out: Path, format: str, given: dict[str, object]) -> None:
     ]
     if (dtype := given["dtype"]) not in (None, *DTYPES):
         faults.append(f"--dtype: '{dtype}' is not a dtype of exports; choose one of {', '.join(DTYPES)}")
+    if (kind := given["type"]) not in (None, *GGUF_TYPES):
+        faults.append(f"--type: '{kind}' is no type of GGUF exports; choose one of {', '.join(GGUF_TYPES)}")
     if out.exists():
         faults.append(f"{out} exists already; give a new name")
     if faults:

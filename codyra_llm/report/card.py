@@ -33,6 +33,11 @@ KINDS = {
         "A PEFT LoRA adapter: the sum of the tasks' updates on the base. Merged into it the weights "
         "equal those that were scored to rounding.",
     ),
+    "gguf": (
+        None,
+        "quantized",
+        "A GGUF file for llama.cpp and Ollama: the updates of the tasks are merged into the base's weights.",
+    ),
     "stage": (
         None,
         "finetune",
