@@ -1,9 +1,9 @@
-"""Models, exports of them, and what a reader must find in each: `exports.py FOLDER [MODELS]`, by this project's
-own environment. MODELS holds the folders of `codyra-llm model get`: smollm2-135m and gemma3-270m.
+"""Models, exports of them, and what a reader must find in each: `exports.py FOLDER [MODELS]`, by this
+project's own environment. MODELS holds the folders of `codyra-llm model get`: smollm2-135m and gemma3-270m.
 
-FOLDER/<model>/ gets the base, the exports and expected.json with expected.npz: prompts, their tokens, and for each
-export the logits of the base with its updates in float32 and the greedy answers. They are computed from base
-and updates, never from what was exported.
+FOLDER/<model>/ gets the base, the exports and expected.json with expected.npz: prompts, their tokens, and for
+each export the logits of the base with its updates in float32 and the greedy answers. They are computed from
+base and updates, never from what was exported.
 """
 
 import json
@@ -105,7 +105,9 @@ def updates(base: Path, folder: Path, size: float) -> Archive:
 
 
 def reference(setup: Setup, terms: list[Update], dtype: torch.dtype | None) -> PreTrainedModel:
-    """Base with updates in float32, each weight rounded to `dtype` (None: the stored one) as its export is."""
+    """Base with updates in float32, each weight rounded to `dtype` (None: the stored one) as its export
+    is.
+    """
     model, reader = loading.load(setup.base, torch.float32), WeightReader(setup.base)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
