@@ -1,4 +1,4 @@
-"""Decoding with tensors that keep their places: the same tokens as the growing cache gives. On a CPU nothing is
+"""Decoding with tensors that keep their places: the same tokens as the growing cache gives; on a CPU, nothing is
 recorded."""
 
 import pytest
