@@ -8,7 +8,7 @@ import typer
 
 from codyra_llm.commands import checkpoints, files, runs
 from codyra_llm.core.errors import Fault
-from codyra_llm.core.terminal import one_line
+from codyra_llm.core.terminal import one_line, unbroken_output
 from codyra_llm.runtime import signals
 
 app = typer.Typer(
@@ -66,7 +66,8 @@ def _run(args: list[str] | None) -> None:
     becomes a Fault.
     """
     try:
-        app(args=args, prog_name="codyra-llm")
+        with unbroken_output():
+            app(args=args, prog_name="codyra-llm")
     except OSError as error:
         if error.filename is None or error.errno is None:
             raise

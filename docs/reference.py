@@ -187,8 +187,8 @@ def each_method() -> str:
 
 def method_section(method: type[Method]) -> str:
     """Summary, docstring, settings."""
-    file = f"{method.__module__.rpartition('.')[2]}.py"
-    text = f"## {method.name}\n\n*{method.summary}* ([{file}](../codyra_llm/methods/{file}))\n\n"
+    path = f"{method.__module__.replace('.', '/')}.py"
+    text = f"## {method.name}\n\n*{method.summary}* ([{path.rpartition('/')[2]}](../{path}))\n\n"
     lines = "\n".join(map(_markdown, inspect.getdoc(method).splitlines()))
     text += LABEL.sub(r"\n\n**\1**", lines) + "\n"
     own = [(f"`{key.name}`", key.default, key.meaning) for key in own_keys(method)]

@@ -24,7 +24,8 @@ SETTINGS = {
     "gem": {"memory": 4, "batch": 4},
     "agem": {"memory": 4, "batch": 4},
     "ogd": {"examples": 3},
-    "ilora": {"ratio": 0.3},
+    "ilora": {"memory": 8, "batch": 4},
+    "ilora_mixed": {"ratio": 0.3},
     "icl": {"shots": 2},
     "inflora": {"inputs_at_once": 3},
     "codyra_drift": {"samples": 40, "sample_tokens": 6, "sketch": 8},  # one of its inputs is wider than 4·8

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import codyra_llm.recipes
 
+OF_LAUNCHERS = ("ACCELERATE_", "DS_", "TORCHELASTIC_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_")
 SHIPPED = Path(codyra_llm.recipes.__path__[0])
 
 
@@ -54,12 +55,7 @@ def launched(*command: str | Path, timeout: float = 240) -> subprocess.Completed
     """A launcher's module and arguments, started as a user would, without what this process has set for
     itself.
     """
-    clean = {
-        k: v
-        for k, v in os.environ.items()
-        if not k.startswith(("ACCELERATE_", "DS_"))
-        and k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    }
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(OF_LAUNCHERS)}
     return subprocess.run(
         [sys.executable, "-m", *map(str, command)],
         capture_output=True,

@@ -11,31 +11,43 @@ from codyra_llm.cli import main
 from codyra_llm.runtime import heartbeat, signals
 from codyra_llm.store.folder import RunFolder
 
-log, at = RunFolder.log, heartbeat.at
-dies = sys.argv[1] == "kill"
-task, step, *command = sys.argv[1 + dies :]
+
+def ask_at(task: str, step: int) -> None:
+    """From here on this process is asked to stop behind that step."""
+    log = RunFolder.log
+
+    def asking(folder: RunFolder, row: dict) -> None:
+        log(folder, row)
+        if (row["task"], row["step"]) == (task, step):
+            signals.ask("a test")
+
+    RunFolder.log = asking
 
 
-def asking(folder: RunFolder, row: dict) -> None:
-    log(folder, row)
-    if not dies and (row["task"], row["step"]) == (task, int(step)):
-        signals.ask("a test")
+def die_at(task: str, step: int) -> None:
+    """From here on this process, if it is the last of its launch, is killed at that step."""
+    at = heartbeat.at
+    last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+
+    def dying(place: str) -> None:
+        at(place)
+        if last and place == f"task {task}, step {step}":
+            told = heartbeat._watch.own.beats
+            # The sign on its way at this moment may be of the place before.
+            while heartbeat._watch.own.beats < told + 2:
+                time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    heartbeat.at = dying
 
 
-def dying(place: str) -> None:
-    at(place)
-    if (
-        dies
-        and place == f"task {task}, step {step}"
-        and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
-    ):
-        told = heartbeat._watch.own.beats
-        while (
-            heartbeat._watch.own.beats < told + 2
-        ):  # the sign on its way at this moment may be of the place before
-            time.sleep(0.1)
-        os.kill(os.getpid(), signal.SIGKILL)
+def run(words: list[str]) -> None:
+    """What this file does as a program."""
+    dies = words[0] == "kill"
+    task, step, *command = words[1:] if dies else words
+    (die_at if dies else ask_at)(task, int(step))
+    main(command)
 
 
-RunFolder.log, heartbeat.at = asking, dying
-main(command)
+if __name__ == "__main__":
+    run(sys.argv[1:])

@@ -25,6 +25,7 @@ from codyra_llm.experiment import open_ended
 from codyra_llm.experiment.preflight import preflight
 from codyra_llm.experiment.scoring import measure
 from codyra_llm.experiment.setup import Setup, prepare
+from codyra_llm.formats.adapter import build
 from codyra_llm.models import loading
 from codyra_llm.models.weights import fingerprint
 from codyra_llm.report import judged
@@ -120,7 +121,7 @@ def _prepare(checkpoint: str, wanted: Wanted) -> tuple[Setup, Source, int, Setup
     """
     source = taken_apart(checkpoint, wanted)
     recipe = recipe_of(checkpoint, source, wanted)
-    setup = prepare(recipe, open_ended=bool(wanted.base))
+    setup = prepare(recipe, bool(wanted.base), source.adapter)
     if unknown := [task for task in wanted.tasks or () if task not in setup.recipe.tasks]:
         raise Fault(
             *(
@@ -148,10 +149,7 @@ def _built(setup: Setup, adapter: Path | None) -> PreTrainedModel:
     attention = setup.recipe.model.attention
     if adapter is None:
         return loading.load(setup.base, setup.dtype, attention)
-    from peft import PeftModel
-
-    model = PeftModel.from_pretrained(loading.load(setup.base, torch.float32, attention), str(adapter))
-    return model.merge_and_unload().to(setup.dtype).requires_grad_(False)
+    return build(setup.base, adapter, setup.dtype, attention)
 
 
 def _positions(recipe: Recipe, index: int, names: list[str] | None) -> list[int]:

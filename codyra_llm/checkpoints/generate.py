@@ -1,57 +1,85 @@
 """Answer one prompt with a checkpoint or with any stage of a run."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from codyra_llm.checkpoints.source import Source, checkpoint_source
 from codyra_llm.config.sections import DataSection
 from codyra_llm.core.errors import Fault
 from codyra_llm.data.encoding import Encoder
 from codyra_llm.evaluate.generate import generate_ids
 from codyra_llm.experiment.setup import prepare
+from codyra_llm.formats.adapter import build
+from codyra_llm.formats.adapter_files import vocabulary
 from codyra_llm.models import loading
-from codyra_llm.models.tokenizer import load_tokenizer
+from codyra_llm.models.ends import answer_ends
+from codyra_llm.models.tokenizer import load_tokenizer, tokenizer_folder
 from codyra_llm.runtime import launch
 from codyra_llm.store.folder import RunFolder
 
 
-def answer(source: str, prompt: str, new: int) -> str:
-    """The greedy answer to `prompt` of a model (folder, hub id, .gguf) or of RUN@TASK, at most `new` tokens.
+@dataclass
+class Answering:
+    """A model that answers, how it reads a prompt, and for methods that must be told it the prompt's task."""
+
+    model: torch.nn.Module
+    encoder: Encoder
+    conditions: object = None
+    number: int | None = None
+
+
+def answer(checkpoint: str, prompt: str, new: int, base: str | None = None) -> str:
+    """The greedy answer to `prompt` of a model (folder, hub id, .gguf), of a PEFT adapter on its base (`base`
+    or the one that it names), or of RUN@TASK, at most `new` tokens.
 
     A stage of a run reads the prompt as the run does (its lengths, its chat template); a method that must be
-    told the prompt's task is told TASK.
+    told the prompt's task is told TASK. Raises Fault for a checkpoint that can't be used, and for a prompt of
+    no token.
     """
-    launch.leave_out_cudnn_attention()
-    run, at, task = source.rpartition("@")
-    device = launch.device()
-    if at and (Path(run) / "recipe.json").is_file():
-        folder = RunFolder(Path(run))
-        setup = prepare(folder.recipe, open_ended=False)
-        setup.verify(folder)
-        archive = folder.archive()
-        index = archive.index(task)
-        number = setup.recipe.tasks.index(task) if index >= 0 else None
-        model, conditions = setup.stage(folder, index, device)
-        encoder = setup.encoder
-    elif at and Path(run).is_dir():
+    run, at, _ = checkpoint.rpartition("@")
+    if at and Path(run).is_dir() and not (Path(run) / "recipe.json").is_file():
         raise Fault(f"{run} is not a run folder (it has no recipe.json); give RUN@TASK or a model folder")
-    else:
-        base = loading.resolve(source, None)
-        if faults := loading.check(base):
-            raise Fault(*faults)
-        model, tokenizer = loading.load(base, torch.float32), load_tokenizer(base)
-        limit = (positions := getattr(model.config, "max_position_embeddings", 4096)) - new
-        if limit < 8:
-            raise Fault(
-                f"--max-new-tokens: {new} leaves no room for a prompt in the model's {positions} positions; "
-                "lower it"
-            )
-        encoder = Encoder(
-            tokenizer, DataSection(root="-", max_prompt_tokens=limit, max_answer_tokens=new + 2)
-        )
-        model, conditions, number = model.to(device).eval(), None, None
-    ids = [encoder.prompt(prompt)[0]]
-    ids = generate_ids(
-        model, ids, new, encoder.tokenizer.eos_token_id, conditions and conditions(ids, number)
+    source = checkpoint_source(checkpoint, base)
+    launch.leave_out_cudnn_attention()
+    device = launch.device()
+    asked = _stage(source.run, source.after, device) if source.run else _plain(source, new, device)
+    ids = asked.encoder.prompt(prompt)[0]
+    if not ids:
+        raise Fault("the prompt is empty, and the model's tokenizer begins no text of its own; give a prompt")
+    condition = asked.conditions and asked.conditions([ids], asked.number)
+    found = generate_ids(asked.model, [ids], new, asked.encoder.ends, condition)
+    return asked.encoder.texts(found)[0]
+
+
+def _stage(folder: RunFolder, task: str, device: torch.device) -> Answering:
+    setup = prepare(folder.recipe, open_ended=False)
+    setup.verify(folder)
+    index = folder.archive().index(task)
+    number = setup.recipe.tasks.index(task) if index >= 0 else None
+    model, conditions = setup.stage(folder, index, device)
+    return Answering(model, setup.encoder, conditions, number)
+
+
+def _plain(source: Source, new: int, device: torch.device) -> Answering:
+    base = loading.resolve(source.model)
+    reads = tokenizer_folder(source.adapter, base)
+    rows = vocabulary(source.adapter) if source.adapter else None
+    if faults := loading.check(base, False, reads, rows):
+        raise Fault(*faults)
+    model = (
+        build(base, source.adapter, torch.float32, None)
+        if source.adapter
+        else loading.load(base, torch.float32)
     )
-    return encoder.tokenizer.decode(ids[0], skip_special_tokens=True)
+    limit = (positions := getattr(model.config, "max_position_embeddings", 4096)) - new
+    if limit < 8:
+        raise Fault(
+            f"--max-new-tokens: {new} leaves no room for a prompt in the model's {positions} positions; "
+            "lower it"
+        )
+    tokenizer = load_tokenizer(reads)
+    section = DataSection(root="-", max_prompt_tokens=limit, max_answer_tokens=new + 2)
+    encoder = Encoder(tokenizer, section, answer_ends(base, tokenizer))
+    return Answering(model.to(device).eval(), encoder)

@@ -1,6 +1,5 @@
 """What `codyra-llm evaluate` is given: a checkpoint taken apart, and the recipe that it is scored by."""
 
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -10,8 +9,10 @@ from codyra_llm.config.recipe import Recipe, parse_recipe
 from codyra_llm.config.registry import METHODS
 from codyra_llm.config.sections import TRACE
 from codyra_llm.core.errors import Fault
-from codyra_llm.core.parsing import read_mapping, shown
+from codyra_llm.core.parsing import expanded, read_mapping, shown
 from codyra_llm.experiment.export import LINEAGE
+from codyra_llm.formats.adapter import base_of
+from codyra_llm.formats.adapter_files import is_adapter
 from codyra_llm.store.folder import RunFolder
 
 
@@ -47,10 +48,13 @@ def taken_apart(checkpoint: str, wanted: Wanted) -> Source:
     """Where `checkpoint` comes from and what it is, without loading it. Raises Fault where it can't be scored
     as asked.
     """
-    return _on_benchmark(_source(checkpoint, wanted.base), checkpoint, wanted.benchmark)
+    return _on_benchmark(checkpoint_source(checkpoint, wanted.base), checkpoint, wanted.benchmark)
 
 
-def _source(checkpoint: str, base: str | None) -> Source:
+def checkpoint_source(checkpoint: str, base: str | None) -> Source:
+    """What `checkpoint` (folder, hub id, .gguf, PEFT folder, RUN, RUN@TASK) is; an adapter is on `base`, or
+    on the one that it names. Raises Fault for a run that has no such task, and for an adapter that can't be
+    used."""
     path, _, task = checkpoint.rpartition("@")
     if path and Path(path).is_dir():
         return _stage(RunFolder(Path(path)), task)
@@ -58,7 +62,9 @@ def _source(checkpoint: str, base: str | None) -> Source:
     if (folder / "recipe.json").is_file():
         return _stage(RunFolder(folder))
     found = Source(*_carried(folder / LINEAGE), model=checkpoint)
-    return _on_base(found, folder, base) if (folder / "adapter_config.json").is_file() else found
+    if is_adapter(folder):
+        return replace(found, model=base_of(folder, base), adapter=folder)
+    return found
 
 
 def _stage(run: RunFolder, after: str | None = None) -> Source:
@@ -106,27 +112,6 @@ def _on_benchmark(source: Source, checkpoint: str, wanted: str | None) -> Source
         f"another benchmark, {own}"
     )
     return replace(source, raw={}, after=None, told=told)
-
-
-def _on_base(source: Source, folder: Path, base: str | None) -> Source:
-    """A PEFT folder as the base that it names, or that is given, and itself."""
-    try:
-        import peft  # noqa: F401
-    except ImportError:
-        raise Fault(
-            f"{folder} is a PEFT adapter, and the package peft is not installed; install codyra-llm[peft]"
-        ) from None
-    config = read_mapping(folder / "adapter_config.json", "the adapter's config")
-    if (kind := config.get("peft_type")) != "LORA":
-        raise Fault(
-            f"{folder} is an adapter of peft_type {kind}, expected LORA, which can be merged into its base; "
-            "merge it where it was made, and give the merged folder"
-        )
-    if not (model := base or config.get("base_model_name_or_path")):
-        raise Fault(
-            f"{folder}/adapter_config.json names no base_model_name_or_path; give the base with --base"
-        )
-    return replace(source, model=model, adapter=folder)
 
 
 def recipe_of(checkpoint: str, source: Source, wanted: Wanted) -> Recipe:
@@ -179,7 +164,7 @@ def _refuse_own_code(checkpoint: str, source: Source, wanted: Wanted) -> None:
     if given or data in (None, "mini", "hub"):
         return
     folder = source.run.path if source.run else source.adapter or Path(source.model).expanduser()
-    if Path(os.path.expanduser(os.path.expandvars(data))).resolve().is_relative_to(folder.resolve()):
+    if Path(expanded(data)).resolve().is_relative_to(folder.resolve()):
         raise Fault(
             f"general.data: the recipe that {checkpoint} carries names '{data}', a folder of the checkpoint "
             "itself, whose task files can run code; look at them and give it with --general, or give "

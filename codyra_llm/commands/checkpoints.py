@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from codyra_llm.commands.common import LocalRank, Overrides, console
+from codyra_llm.commands.common import LocalRank, Overrides, PathArg, console, path
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.terminal import write
 from codyra_llm.runtime import signals
@@ -16,14 +16,16 @@ from codyra_llm.runtime import signals
 FORMATS = {  # the options that each format knows
     "merged": ("dtype", "without"),
     "peft": ("rank", "without"),
+    "gguf": ("type", "without"),
     "stage": (),
 }
+GGUF_TYPES = ("f16", "bf16", "q8_0", "f32")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def score(
     task: str,
-    file: Path,
+    file: PathArg,
     benchmark: Annotated[str, typer.Option(help="whose task: trace, or a folder")] = "trace",
 ) -> None:
     """Score predictions made anywhere: FILE is a JSON list of {"prompt", "prediction", "answer"}. Prints
@@ -73,7 +75,9 @@ def evaluate(
             "is measured on it too, for ΔR; open-ended prompts need it"
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="default: evaluations/<checkpoint>")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=path, metavar="PATH", help="default: evaluations/<checkpoint>")
+    ] = None,
     local_rank: LocalRank = None,
 ) -> None:
     """Score any checkpoint, without training. What a run made is scored as the run did, and equals its own
@@ -112,36 +116,41 @@ def generate(
         str,
         typer.Argument(
             metavar="CHECKPOINT|RUN@TASK",
-            help="a model folder, hub id or .gguf, or a run and the task after which ('base': before all)",
+            help="a model folder, hub id or .gguf, a PEFT folder, or a run and the task after which ('base': "
+            "before all; default: the last)",
         ),
     ],
     prompt: Annotated[str | None, typer.Argument(help="default: read from standard input")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=1 << 20)] = 64,
+    base: Annotated[
+        str | None, typer.Option(help="of a PEFT adapter, where the one that it names is elsewhere")
+    ] = None,
 ) -> None:
     """Answer a prompt with a checkpoint, or with any stage of a run. Example: codyra-llm generate runs/x@FOMC
     "2+2="
     """
     from codyra_llm.checkpoints.generate import answer
 
-    write(answer(model, sys.stdin.read() if prompt is None else prompt, max_new_tokens))
+    write(answer(model, sys.stdin.read() if prompt is None else prompt, max_new_tokens, base))
 
 
 def export(
-    folder: Annotated[Path, typer.Argument(metavar="RUN")],
-    out: Path,
+    folder: Annotated[Path, typer.Argument(parser=path, metavar="RUN")],
+    out: PathArg,
     after: Annotated[str | None, typer.Option(help="task after which; default: the last")] = None,
     without: Annotated[str | None, typer.Option(help="leave this task's update out")] = None,
     format: Annotated[
         str,
         typer.Option(
-            help="merged: a plain model; peft: an adapter on the base; stage: the part "
-            "of the run folder that answers, for methods that don't merge"
+            help="merged: a plain model; peft: an adapter on the base; gguf: a file for llama.cpp; "
+            "stage: the part of the run folder that answers, for methods that don't merge"
         ),
     ] = "merged",
     dtype: Annotated[
         str | None,
         typer.Option(help="merged: float32, bfloat16 or float16; default: what the base is stored in"),
     ] = None,
+    type: Annotated[str | None, typer.Option(help="gguf: f16, bf16, q8_0 or f32; default: f16")] = None,
     rank: Annotated[
         int | None,
         typer.Option(min=1, help="peft: cut the sum of the updates to this rank, the error is told"),
@@ -155,12 +164,18 @@ def export(
     import torch
 
     from codyra_llm.checkpoints import push as hub
-    from codyra_llm.experiment.export import rank_notes, write_merged, write_peft, write_stage
+    from codyra_llm.experiment.export import (
+        rank_notes,
+        write_gguf_folder,
+        write_merged,
+        write_peft,
+        write_stage,
+    )
     from codyra_llm.experiment.setup import prepare
     from codyra_llm.report import card
     from codyra_llm.store.folder import RunFolder
 
-    _check_export(out, format, {"dtype": dtype, "rank": rank, "without": without})
+    _check_export(out, format, {"dtype": dtype, "type": type, "rank": rank, "without": without})
     if push:
         hub.check(push, public)
     opened = RunFolder(folder)
@@ -176,6 +191,8 @@ def export(
         if format == "peft":
             one = write_peft(setup, archive, last, left, out, written, rank)
             console.print("\n".join(rank_notes(one)), highlight=False)
+        elif format == "gguf":
+            write_gguf_folder(setup, archive, last, left, out, written(), type or "f16")
         else:
             write_merged(setup, archive, last, left, out, written(), dtype and getattr(torch, dtype))
     console.print(
@@ -201,6 +218,8 @@ def _check_export(out: Path, format: str, given: dict[str, object]) -> None:
     ]
     if (dtype := given["dtype"]) not in (None, *DTYPES):
         faults.append(f"--dtype: '{dtype}' is not a dtype of exports; choose one of {', '.join(DTYPES)}")
+    if (kind := given["type"]) not in (None, *GGUF_TYPES):
+        faults.append(f"--type: '{kind}' is no type of GGUF exports; choose one of {', '.join(GGUF_TYPES)}")
     if out.exists():
         faults.append(f"{out} exists already; give a new name")
     if faults:

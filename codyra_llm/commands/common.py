@@ -5,9 +5,22 @@ from typing import Annotated
 
 import typer
 
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.parsing import writable
 from codyra_llm.core.terminal import Terminal
 
 console = Terminal()
+
+
+def path(text: str) -> Path:
+    """A path argument. Shells write ~ out at the beginning of a word only, not in quotes or after --out=."""
+    try:
+        return Path(writable(text))
+    except ValueError as error:
+        raise Fault(str(error)) from None
+
+
+PathArg = Annotated[Path, typer.Argument(parser=path, metavar="PATH")]
 
 RecipeArg = Annotated[
     str, typer.Argument(metavar="RECIPE", help="a recipe file, or the name of a shipped one")

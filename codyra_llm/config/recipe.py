@@ -3,6 +3,7 @@ once.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ from codyra_llm.config.sections import (
     SaveSection,
 )
 from codyra_llm.core.errors import Fault, nearest
-from codyra_llm.core.parsing import PathText, shown
+from codyra_llm.core.parsing import WrittenPath, shown
 from codyra_llm.core.schema import Positive, Strict, sentences
 
 
-class Recipe(Strict):
+class Recipe(Strict, frozen=True):
     """One run. Fields left at null are filled from the protocol by `resolved`."""
 
     model: ModelSection
@@ -39,18 +40,21 @@ class Recipe(Strict):
     open_ended: OpenEndedSection = OpenEndedSection()
     save: SaveSection = SaveSection()
     seed: int = Field(
-        1234, ge=0, lt=1 << 32, description="of the order of examples, adapters' start, dropout and draws"
+        default=1234,
+        ge=0,
+        lt=1 << 32,
+        description="of the order of examples, adapters' start, dropout and draws",
     )
-    output: PathText = Field(description="run folder")
+    output: WrittenPath = Field(description="run folder")
     hang_minutes: Positive = Field(
-        30.0, description="a launch of several processes in which nothing moves for so long ends"
+        default=30.0, description="a launch of several processes in which nothing moves for so long ends"
     )
     trackers: list[str] = Field(
-        [],
+        default=[],
         description="that Accelerate knows, which get losses and scores as they are written: "
         "tensorboard, wandb, trackio, mlflow, aim, ...; Accelerate says which",
     )
-    checkpoint: bool = Field(True, description="write the final merged model to <output>/checkpoint")
+    checkpoint: bool = Field(default=True, description="write the final merged model to <output>/checkpoint")
 
     @property
     def benchmark(self) -> Benchmark:
@@ -67,7 +71,10 @@ class Recipe(Strict):
 
     @property
     def epochs(self) -> list[int]:
-        return [by_task(self.data.epochs, task) for task in self.tasks]
+        """By task, in order; of a recipe that is resolved."""
+        epochs = self.data.epochs
+        assert epochs is not None, "resolved() fills in the protocol's"
+        return [by_task(epochs, task) for task in self.tasks]
 
     @model_validator(mode="after")
     def _names_are_consistent(self) -> "Recipe":
@@ -160,7 +167,7 @@ def _filled(section: BaseModel, protocol: Any, /, **known: Any) -> BaseModel:
     return section.model_copy(update={**missing, **known})
 
 
-def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, apply `a.b=value` overrides, validate. Raises one Fault with every mistake."""
     return parse_recipe(override(read_recipe(path), overrides), str(path))
 
@@ -182,10 +189,11 @@ def parse_recipe(raw: dict, source: str = "recipe") -> Recipe:
             config = METHODS.settings(method["name"]).model_validate(method)
         except ValidationError as error:
             faults += sentences(error, METHODS.settings(method["name"]), ("method",))
+    recipe = None
     try:
         recipe = Recipe.model_validate({**raw, "method": config})
     except ValidationError as error:
         faults += sentences(error, Recipe)
-    if faults:
+    if recipe is None or faults:
         raise Fault(*(f"{source}: {fault}" for fault in faults))
     return recipe

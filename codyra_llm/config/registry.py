@@ -66,6 +66,7 @@ METHODS = Registry(
         "single": Entry("experts.single:Single", "experts:SingleConfig"),
         "replay": Entry("sequential.replay:Replay", "sequential:ReplayConfig"),
         "ilora": Entry("sequential.ilora:Ilora", "sequential:IloraConfig"),
+        "ilora_mixed": Entry("sequential.ilora_mixed:IloraMixed", "sequential:IloraMixedConfig"),
         "rcl": Entry("sequential.rcl:Rcl", "sequential:RclConfig"),
         "ewc": Entry("regularised.ewc:Ewc", "regularised:EwcConfig"),
         "gem": Entry("projection.gem:Gem", "projection:GemConfig"),

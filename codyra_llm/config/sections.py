@@ -13,26 +13,29 @@ from codyra_llm.core.schema import Fraction, NotNegative, Positive, Strict, Toke
 TRACE, FILE = "trace", "benchmark.yaml"
 
 
-class JudgeSection(Strict):
+class JudgeSection(Strict, frozen=True):
     """Who compares the answers of base and final model. The key itself is never part of a recipe."""
 
     base_url: str | None = Field(
-        None, description="of an OpenAI-compatible endpoint, e.g. http://localhost:8000/v1; null: no judging"
+        default=None,
+        description="of an OpenAI-compatible endpoint, e.g. http://localhost:8000/v1; null: no judging",
     )
-    model: str | None = Field(None, description="the judge, as the endpoint names it")
+    model: str | None = Field(default=None, description="the judge, as the endpoint names it")
     key_variable: str | None = Field(
-        "OPENAI_API_KEY",
+        default="OPENAI_API_KEY",
         description="environment variable that holds the key; null: the endpoint asks for none",
     )
-    temperature: NotNegative | None = Field(0.0, description="null: not sent, for models that take none")
+    temperature: NotNegative | None = Field(
+        default=0.0, description="null: not sent, for models that take none"
+    )
     max_tokens: int | None = Field(
-        1024, ge=16, le=1 << 20, description="of a verdict and its reasons; null: not sent"
+        default=1024, ge=16, le=1 << 20, description="of a verdict and its reasons; null: not sent"
     )
-    timeout: Positive = Field(120.0, description="seconds for one request")
+    timeout: Positive = Field(default=120.0, description="seconds for one request")
     retries: int = Field(
-        5, ge=0, le=100, description="of a request that failed with 408, 409, 429, 5xx or no answer"
+        default=5, ge=0, le=100, description="of a request that failed with 408, 409, 429, 5xx or no answer"
     )
-    parallel: int = Field(4, ge=1, le=256, description="requests at the same time")
+    parallel: int = Field(default=4, ge=1, le=256, description="requests at the same time")
 
     @model_validator(mode="before")
     @classmethod
@@ -62,9 +65,10 @@ class JudgeSection(Strict):
     @field_validator("base_url")
     @classmethod
     def _is_an_address(cls, url: str | None) -> str | None:
+        scheme = ""
         try:
             parts = urlsplit(url or "http://none")
-            host = parts.hostname or ""
+            scheme, host = parts.scheme, parts.hostname or ""
             if number := ":" in host or re.fullmatch(r"[\d.]+", host):
                 ip_address(host)
             wrong = (
@@ -75,7 +79,7 @@ class JudgeSection(Strict):
             )
         except ValueError:  # no number as port, no IP address, a bracket without its other
             wrong = True
-        if wrong or parts.scheme not in ("http", "https"):
+        if wrong or scheme not in ("http", "https"):
             raise ValueError(
                 "this is no address of an endpoint; give one like http://localhost:8000/v1, without a user, "
                 "a password or a query"
@@ -89,84 +93,88 @@ class JudgeSection(Strict):
         return self
 
 
-class OpenEndedSection(Strict):
+class OpenEndedSection(Strict, frozen=True):
     """Prompts that the base and the final model answer side by side."""
 
     prompts: PathText | None = Field(
-        None,
+        default=None,
         description="a file (.json, .jsonl, .csv with a field or column 'prompt'), or a "
         "folder of such; null: none",
     )
     files: list[str] | None = Field(
-        None, min_length=1, description="names of files of the folder, without suffix; default: all"
+        default=None, min_length=1, description="names of files of the folder, without suffix; default: all"
     )
-    max_new_tokens: int = Field(512, ge=1, le=1 << 20, description="of an answer")
-    limit: int | None = Field(None, ge=1, description="prompts of each file, drawn by the seed")
-    seed: int = Field(0, ge=0, lt=1 << 32, description="of that draw")
+    max_new_tokens: int = Field(default=512, ge=1, le=1 << 20, description="of an answer")
+    limit: int | None = Field(default=None, ge=1, description="prompts of each file, drawn by the seed")
+    seed: int = Field(default=0, ge=0, lt=1 << 32, description="of that draw")
     judge: JudgeSection = JudgeSection()
 
 
-class ModelSection(Strict):
+class ModelSection(Strict, frozen=True):
     """The base model, and how it is computed."""
 
     path: PathText = Field(
         description="hub id, folder, .gguf file, or 'mini' (a small LLaMA that is made on first use)"
     )
-    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub id")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 on a GPU, else float32"
+        default="auto", description="auto: bfloat16 on a GPU, else float32"
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
-        None, description="default: sdpa where the family has it, else eager (gemma2)"
+        default=None, description="default: sdpa where the family has it, else eager (gemma2)"
     )
     quantization: Literal["nf4", "int8"] | None = Field(
-        None,
+        default=None,
         description="train on a base whose projections lie in 4 or "
         "8 bits (bitsandbytes); evaluation and export don't",
     )
     gradient_checkpointing: bool = Field(
-        False, description="compute each block again in backward, which saves memory and takes time"
+        default=False, description="compute each block again in backward, which saves memory and takes time"
     )
     fused: bool = Field(
-        True, description="the hand-written LoRA functions; false: the same maths in plain autograd"
+        default=True, description="the hand-written LoRA functions; false: the same maths in plain autograd"
     )
 
 
-class DataSection(Strict):
+class DataSection(Strict, frozen=True):
     """The tasks, their order and how much of each is read."""
 
     benchmark: PathText = Field(
-        "trace", description="trace, or a folder with a benchmark.yaml (docs/own_data.md)"
+        default="trace", description="trace, or a folder with a benchmark.yaml (docs/own_data.md)"
     )
     root: PathText | None = Field(
-        None,
+        default=None,
         description="folder that holds <task>/{train,eval,test}.json, or 'mini' (made on first "
         "use); default: the benchmark's, where that is a folder of one's own",
     )
     protocol: str | None = Field(
-        None,
+        default=None,
         description="whose lengths, epochs, batch size, schedule, loss average and accuracy rule "
         "fill what is not given; of trace: trace or treelora; default: the first",
     )
     tasks: list[str] | int = Field(
-        1, description="names in order, or the number of one of the benchmark's orders"
+        default=1, description="names in order, or the number of one of the benchmark's orders"
     )
     epochs: int | dict[str, int] | None = Field(
-        None,
+        default=None,
         description="1 to 1000, for all tasks, or by task; default: each "
         "task's own (docs/trace_protocol.md), 1 for tasks that are not the benchmark's",
     )
-    max_prompt_tokens: Tokens | None = Field(None, ge=8, description="BOS included; what is longer is cut")
-    max_answer_tokens: Tokens | None = Field(None, ge=2, description="of a training answer, EOS included")
+    max_prompt_tokens: Tokens | None = Field(
+        default=None, ge=8, description="BOS included; what is longer is cut"
+    )
+    max_answer_tokens: Tokens | None = Field(
+        default=None, ge=2, description="of a training answer, EOS included"
+    )
     truncation: Literal["left", "middle"] = Field(
-        "left", description="which part of a long prompt goes; left: TRACE"
+        default="left", description="which part of a long prompt goes; left: TRACE"
     )
     chat_template: bool = Field(
-        False, description="put every prompt into the tokenizer's chat template; TRACE does not"
+        default=False, description="put every prompt into the tokenizer's chat template; TRACE does not"
     )
-    max_train_examples: int | None = Field(None, ge=1, description="first N of each task")
+    max_train_examples: int | None = Field(default=None, ge=1, description="first N of each task")
     batching: Literal["auto", "buckets", "packed"] = Field(
-        "auto",
+        default="auto",
         description="buckets: rows of similar length, "
         "padded; packed: one row without padding; auto: packed where a GPU "
         "has a kernel for it. Does not change the result",
@@ -179,33 +187,36 @@ class DataSection(Strict):
         return self
 
 
-class OptimSection(Strict):
+class OptimSection(Strict, frozen=True):
     """AdamW on each task; its moments start anew there unless the method carries them over."""
 
-    lr: Positive | None = Field(None, description="learning rate")
+    lr: Positive | None = Field(default=None, description="learning rate")
     schedule: Literal["constant", "cosine"] | None = Field(
-        None, description="of the learning rate within a task; cosine ends at 0; no warm-up"
+        default=None, description="of the learning rate within a task; cosine ends at 0; no warm-up"
     )
-    batch_size: Tokens | None = Field(None, ge=1, description="examples per optimizer step, over all ranks")
+    batch_size: Tokens | None = Field(
+        default=None, ge=1, description="examples per optimizer step, over all ranks"
+    )
     loss_average: Literal["token", "sample"] | None = Field(
-        None, description="over all labelled tokens of the global batch, or the mean of each example's mean"
+        default=None,
+        description="over all labelled tokens of the global batch, or the mean of each example's mean",
     )
-    betas: tuple[Fraction, Fraction] | None = Field(None, description="AdamW's")
-    weight_decay: NotNegative = Field(0.0, description="AdamW's, times the learning rate")
+    betas: tuple[Fraction, Fraction] | None = Field(default=None, description="AdamW's")
+    weight_decay: NotNegative = Field(default=0.0, description="AdamW's, times the learning rate")
     max_grad_norm: Positive = Field(
-        1.0, description="the gradient of all that trains is scaled down to this norm"
+        default=1.0, description="the gradient of all that trains is scaled down to this norm"
     )
     micro_batch_tokens: Tokens | None = Field(
-        None,
+        default=None,
         ge=16,
         description="tokens per forward and rank, padding "
         "included; default 4096 on a CPU, 16384 on a GPU; halved where memory runs "
         "out. Does not change the result",
     )
     validate_every: int | None = Field(
-        None, ge=1, description="steps between losses on the eval split; default never"
+        default=None, ge=1, description="steps between losses on the eval split; default never"
     )
-    keep_best: bool = Field(False, description="end each task at the step with the lowest eval loss")
+    keep_best: bool = Field(default=False, description="end each task at the step with the lowest eval loss")
 
     @model_validator(mode="after")
     def _best_needs_validation(self) -> "OptimSection":
@@ -214,53 +225,56 @@ class OptimSection(Strict):
         return self
 
 
-class EvalSection(Strict):
+class EvalSection(Strict, frozen=True):
     """The answers that are scored after each task; greedy."""
 
-    tasks: Literal["seen", "all"] = Field("seen", description="all: unseen tasks too")
-    zero_shot: bool = Field(False, description="also evaluate before the first task")
-    split: Literal["test", "eval"] = Field("test", description="which examples; eval: for choosing settings")
-    max_new_tokens: int | dict[str, int] | None = Field(
-        None, description="1 to 2^20, for all tasks, or by task"
+    tasks: Literal["seen", "all"] = Field(default="seen", description="all: unseen tasks too")
+    zero_shot: bool = Field(default=False, description="also evaluate before the first task")
+    split: Literal["test", "eval"] = Field(
+        default="test", description="which examples; eval: for choosing settings"
     )
-    max_examples: int | None = Field(None, ge=1, description="first N of each task")
+    max_new_tokens: int | dict[str, int] | None = Field(
+        default=None, description="1 to 2^20, for all tasks, or by task"
+    )
+    max_examples: int | None = Field(default=None, ge=1, description="first N of each task")
     backend: Literal["torch", "vllm"] = Field(
-        "torch", description="vllm: an optional package, on one GPU of the first process"
+        default="torch", description="vllm: an optional package, on one GPU of the first process"
     )
     batch_tokens: Tokens | None = Field(
-        None,
+        default=None,
         ge=16,
         description="tokens (prompt and answer) that torch decodes at once; "
         "default 4096 on a CPU, on a GPU what half of its free memory takes, at most 131072",
     )
 
 
-class GeneralSection(Strict):
+class GeneralSection(Strict, frozen=True):
     """What the model can do beside the tasks."""
 
     data: PathText | None = Field(
-        None,
+        default=None,
         description="mini: mini-TRACE's probes; hub: lm-evaluation-harness's own tasks; a "
         "folder: task YAMLs on local files, as docs/evaluation.md says; null: no "
         "measurement",
     )
     tasks: list[str] | None = Field(
-        None,
+        default=None,
         min_length=1,
         description="names; default: all of the hub's suite, or all whose files are in the folder",
     )
     limit: int | None = Field(
-        None, ge=1, description="examples of each task, drawn by the seed, for a quick look"
+        default=None, ge=1, description="examples of each task, drawn by the seed, for a quick look"
     )
     seed: int = Field(
-        0,
+        default=0,
         ge=0,
         lt=1 << 32,
         description="which examples `limit` draws; apart from the run's, so that all "
         "runs answer the same ones",
     )
     when: Literal["ends", "each"] = Field(
-        "ends", description="ends: before the first task and after the last; each: after every task too"
+        default="ends",
+        description="ends: before the first task and after the last; each: after every task too",
     )
 
     @model_validator(mode="after")
@@ -272,10 +286,10 @@ class GeneralSection(Strict):
         return self
 
 
-class SaveSection(Strict):
+class SaveSection(Strict, frozen=True):
     """Checkpoints inside a task, which a run that was stopped goes on from."""
 
     minutes: Positive | None = Field(
-        10.0, description="between checkpoints inside a task; null: only when asked to stop"
+        default=10.0, description="between checkpoints inside a task; null: only when asked to stop"
     )
-    keep: int = Field(1, ge=1, description="checkpoints inside a task that stay")
+    keep: int = Field(default=1, ge=1, description="checkpoints inside a task that stay")

@@ -4,6 +4,7 @@ are not.
 
 import json
 import math
+import os
 import re
 import reprlib
 from collections.abc import Iterator
@@ -43,6 +44,22 @@ def _path(value: str) -> str:
 PathText = Annotated[str, AfterValidator(_path)]
 
 
+def expanded(path: str) -> str:
+    """`path` with $VARIABLES and a leading ~ written out, as a shell would."""
+    return os.path.expanduser(os.path.expandvars(path))
+
+
+def writable(path: str) -> str:
+    """`expanded`, for what is made: never a folder named ~. Raises ValueError for the home of nobody."""
+    found = expanded(path)
+    if found.startswith("~"):
+        raise ValueError(f"{shown(path)} names the home of a user that is not known here; write the path out")
+    return found
+
+
+WrittenPath = Annotated[PathText, AfterValidator(writable)]
+
+
 class _Loader(yaml.SafeLoader):
     """Plain values alone: no tags, no dates, no repeated keys, and neither deep nor endless."""
 
@@ -52,7 +69,7 @@ class _Loader(yaml.SafeLoader):
     }
     depth = 0
 
-    def compose_node(self, parent: yaml.Node, index: Any) -> yaml.Node:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if tag := getattr(event, "tag", None):
             raise _error(f"the tag {shown(tag)} asks for more than plain values", event.start_mark)
@@ -65,7 +82,9 @@ class _Loader(yaml.SafeLoader):
 
     def get_single_node(self) -> yaml.Node | None:
         node, seen = super().get_single_node(), 0
-        pending = [node] if node else []
+        if node is None:
+            return None
+        pending: list[yaml.Node] = [node]
         while pending:
             one, seen = pending.pop(), seen + 1
             if seen > NODES:
@@ -78,12 +97,12 @@ class _Loader(yaml.SafeLoader):
             )
         return node
 
-    def integer(self, node: yaml.ScalarNode) -> int:
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         if len(node.value) > 40:
             raise _error(
                 f"a number of {len(node.value)} digits was given; give a smaller one", node.start_mark
             )
-        return self.construct_yaml_int(node)
+        return super().construct_yaml_int(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = set()
@@ -105,7 +124,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: loader.integer(node))
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def _error(problem: str, mark: yaml.Mark) -> yaml.MarkedYAMLError:
@@ -124,9 +143,9 @@ def parse_yaml(text: str, source: str) -> Any:
         value = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise Fault(
-            f"{source} is not valid YAML at line {mark.line + 1}, column {mark.column + 1}: "
-            f"{error.problem or error.context}; correct it there"
+            f"{source} is not valid YAML{place}: {error.problem or error.context}; correct it there"
         ) from None
     except (yaml.YAMLError, ValueError) as error:  # characters that YAML forbids; numbers that Python refuses
         raise Fault(f"{source} is not valid YAML: {' '.join(str(error).split())}; correct it") from None

@@ -16,14 +16,15 @@ NotNegative = Annotated[float, Field(ge=0)]
 Tokens = Annotated[int, Field(le=1 << 24)]  # more is a slip
 
 
-class Strict(BaseModel):
+class Strict(BaseModel, frozen=True):
     """A section of a file of settings: unknown keys are errors, values are frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name  # this is called for fields alone
         annotation = cls.model_fields[info.field_name].annotation
         kinds = {
             annotation,
@@ -55,7 +56,7 @@ def sentences(error: ValidationError, schema: type[BaseModel], prefix: tuple = (
         elif e["type"] in ("model_type", "dict_type"):
             out.append(f"{key}: {given} is not a section; write its keys below '{key}', each with its value")
         elif e["type"] == "value_error":
-            message = str(e["ctx"]["error"])
+            message = str(e.get("ctx", {})["error"])
             out += [f"{key}: {line}" if key else line for line in message.splitlines()]
         else:
             out.append(

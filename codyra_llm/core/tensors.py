@@ -1,9 +1,14 @@
-"""Random numbers that are a function of a key alone: the same on every rank, device, process and restart."""
+"""Tensors: as one vector, as a file of the same bytes wherever it is written, and random numbers by key."""
 
 import hashlib
+import json
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
+
+LENGTH = 8  # bytes of a safetensors file that say how long its header is
 
 
 def flat(tensors: list[Tensor]) -> Tensor:
@@ -17,6 +22,29 @@ def unflatten(vector: Tensor, like: list[Tensor]) -> list[Tensor]:
 
 
 def generator(*key: int | str) -> torch.Generator:
-    """A CPU generator seeded by sha256 of the key."""
+    """A CPU generator seeded by sha256 of the key: the same on every rank, device, process and restart."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file. Equal tensors and metadata give equal bytes, so files can be compared by
+    checksum: `save_file` orders the tensors, but writes the metadata in an order that changes from call to
+    call."""
+    save_file(tensors, path, metadata)
+    if metadata:
+        _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(LENGTH), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(ordered) > length:
+            raise ValueError(
+                f"{path}: its header grew from {length} to {len(ordered)} bytes when it was sorted"
+            )
+        file.seek(LENGTH)
+        file.write(ordered.ljust(length))

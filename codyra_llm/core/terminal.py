@@ -1,12 +1,16 @@
 """What is shown on a terminal: text of others stays text, whatever it holds."""
 
+import os
 import re
 import sys
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+
+from codyra_llm.core.errors import Fault
 
 # Control characters but tab and line feed (escape sequences begin with one), halves of surrogate pairs, and
 # what changes the direction of writing: with any of these a name could look like another, or rewrite the
@@ -27,7 +31,65 @@ def one_line(text: str) -> str:
 
 def write(text: str) -> None:
     """Print `text` as it is, but for what a terminal would obey where standard output is one."""
-    print(printable(text) if sys.stdout.isatty() else text)
+    print(printable(text) if sys.stdout and sys.stdout.isatty() else text)
+
+
+class Unbroken:
+    """A text stream whose reader may go away, or whose disk may fill: what is written then goes nowhere."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self.lost: OSError | None = None  # why nothing is written any more
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._lose(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        self.lost = error
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        with suppress(OSError, ValueError):  # ValueError: a stream without a descriptor
+            os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+
+@contextmanager
+def unbroken_output() -> Iterator[None]:
+    """Within it nothing fails because standard output can't be written. Raises Fault at the end where that
+    was for another reason than a reader who has seen enough (`| head`)."""
+    if sys.stdout is None:  # closed before the start
+        yield
+        return
+    sys.stdout = stream = Unbroken(sys.stdout)
+    ended = None
+    try:
+        yield
+    except SystemExit as exit_:
+        if exit_.code:
+            raise
+        ended = exit_  # how a command line ends that went well
+    finally:
+        stream.flush()
+        sys.stdout = stream._stream
+    if stream.lost and not isinstance(stream.lost, BrokenPipeError):
+        raise Fault(
+            f"standard output could not be written ({stream.lost.strerror}); everything else was done: free "
+            "some space or write it elsewhere, and give the command again for its output"
+        )
+    if ended:
+        raise ended
 
 
 class Terminal(Console):

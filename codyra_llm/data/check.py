@@ -72,6 +72,15 @@ def check_task(name: str, read: Callable[[str], list[dict]], report: dict) -> di
         prompts[split] = {record["prompt"] for record in records}
         for count, what in (
             (stats["duplicates"], "repeat an earlier prompt of the split"),
+            (
+                stats["empty_prompts"],
+                "have an empty prompt, which only a tokenizer that adds BOS can answer to",
+            ),
+            (
+                stats["padded_answers"],
+                "have an answer that begins or ends with white space, which decoding may drop, so that it "
+                "never matches where a metric compares exactly",
+            ),
             (stats["empty_answers"], "have an empty answer and can't be scored"),
             (stats["replacement_characters"], "hold U+FFFD, left by a lossy decoding"),
         ):
@@ -93,6 +102,8 @@ def statistics(records: list[dict]) -> dict:
     return {
         "records": len(records),
         "duplicates": len(records) - len(set(prompts)),
+        "empty_prompts": sum(not prompt.strip() for prompt in prompts),
+        "padded_answers": sum(answer.strip() not in ("", answer) for answer in answers),
         "empty_answers": sum(not answer.strip() for answer in answers),
         "replacement_characters": sum(
             "\ufffd" in p or "\ufffd" in a for p, a in zip(prompts, answers, strict=True)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
+from codyra_llm.models.ends import without_end
 from codyra_llm.models.tokenizer import adds_bos, render_chat
 
 if TYPE_CHECKING:
@@ -33,41 +34,81 @@ class Encoder:
     example still ends in EOS.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: "DataSection"):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        data: "DataSection",
+        ends: frozenset[int] | None = None,
+    ):
+        """`ends`: the tokens that end an answer of the model (models/ends.py); by default EOS alone."""
         self.tokenizer, self.data = tokenizer, data
+        self.ends = frozenset([tokenizer.eos_token_id]) if ends is None else ends
         self.bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         self.newline = self._ids("\n")
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return self._all_ids([text])[0]
+
+    def _all_ids(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text. All in one call, since a call costs more than a short text."""
+        if not texts:
+            return []
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _written(self, prompt: str) -> str:
+        """The prompt as the model reads it."""
+        if not self.data.chat_template:
+            return prompt
+        return render_chat(self.tokenizer, [{"role": "user", "content": prompt}])
 
     def prompt(self, text: str) -> tuple[list[int], bool]:
         """Ids of a prompt, at most `max_prompt_tokens` with BOS, and whether it was cut."""
-        if self.data.chat_template:
-            text = render_chat(self.tokenizer, [{"role": "user", "content": text}])
-        ids = self._ids(text)
-        ids = (
-            ids[len(self.bos) :] if self.bos and ids[:1] == self.bos else ids
-        )  # Py150's texts begin with "<s>"
+        return self._prompt(self._ids(self._written(text)))
+
+    def answer(self, text: str) -> tuple[list[int], bool]:
+        """Ids of an answer with EOS, at most `max_answer_tokens`, and whether it was cut."""
+        return self._answer(text, self._ids("\n" + text))
+
+    def encode(self, records: Sequence[dict]) -> list[Encoded]:
+        """The examples {"prompt", "answer"} as token ids, in order."""
+        prompts = self._all_ids([self._written(record["prompt"]) for record in records])
+        continued = self._all_ids(["\n" + record["answer"] for record in records])
+        found = []
+        for record, prompt_ids, continued_ids in zip(records, prompts, continued, strict=True):
+            prompt, prompt_cut = self._prompt(prompt_ids)
+            answer, answer_cut = self._answer(record["answer"], continued_ids)
+            found.append(Encoded(prompt, answer, prompt_cut or answer_cut))
+        return found
+
+    def _prompt(self, ids: list[int]) -> tuple[list[int], bool]:
+        if self.bos and ids[:1] == self.bos:  # Py150's texts begin with "<s>"
+            ids = ids[len(self.bos) :]
         room = self.data.max_prompt_tokens - len(self.bos)
         if len(ids) <= room:
             return self.bos + ids, False
         head = room // 2 if self.data.truncation == "middle" else 0
         return self.bos + ids[:head] + ids[len(ids) - (room - head) :], True
 
-    def answer(self, text: str) -> tuple[list[int], bool]:
-        """Ids of an answer with EOS, at most `max_answer_tokens`, and whether it was cut."""
-        ids = self._ids("\n" + text)
-        n = len(self.newline)
-        ids = ids[n:] if ids[:n] == self.newline else self._ids(text)
+    def _answer(self, text: str, continued: list[int]) -> tuple[list[int], bool]:
+        """`continued`: the ids of the answer after a newline."""
+        ids = self._continuation(text, continued)
         room = self.data.max_answer_tokens - 1
         return ids[:room] + [self.tokenizer.eos_token_id], len(ids) > room
 
-    def encode(self, records: Sequence[dict]) -> list[Encoded]:
-        """The examples {"prompt", "answer"} as token ids, in order."""
-        return [self._example(record["prompt"], record["answer"]) for record in records]
+    def _continuation(self, text: str, continued: list[int]) -> list[int]:
+        """Ids of a text that goes on from another one, without the mark of a word's start."""
+        n = len(self.newline)
+        return continued[n:] if continued[:n] == self.newline else self._ids(text)
 
-    def _example(self, prompt: str, answer: str) -> Encoded:
-        ids, cut = self.prompt(prompt)
-        answer_ids, answer_cut = self.answer(answer)
-        return Encoded(ids, answer_ids, cut or answer_cut)
+    def perfect(self, text: str) -> str:
+        """What an answer reads as that a model has learnt by heart: its tokens up to the first that ends an
+        answer, decoded as answers are. Not `text` where it holds special tokens, or where decoding drops the
+        space in front (SentencePiece)."""
+        ids = self._continuation(text, self._ids("\n" + text))
+        end = next((place for place, token in enumerate(ids) if token in self.ends), len(ids))
+        return self.texts([ids[:end]])[0]
+
+    def texts(self, answers: Sequence[list[int]]) -> list[str]:
+        """The texts of generated answers, without what ended them and without special tokens."""
+        own = [without_end(ids, self.ends) for ids in answers]
+        return self.tokenizer.batch_decode(own, skip_special_tokens=True)

@@ -3,7 +3,7 @@ sharded.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import torch
@@ -40,17 +40,18 @@ def generate_ids(
     model: PreTrainedModel,
     prompts: Sequence[list[int]],
     new: int,
-    eos: int,
+    ends: int | Collection[int],
     condition: Condition | None = None,
     stop: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """Greedy continuations of one batch of prompts, each of at most `new` tokens, up to and with EOS or where
-    `stop` of the tokens so far says so.
+    """Greedy continuations of one batch of prompts, each of at most `new` tokens, up to and with one of
+    `ends` (EOS, and what else ends a turn of the model) or where `stop` of the tokens so far says so.
 
     A row of the cache holds [shared prefix | pads | own tokens], or [pads | a method's prefix | own tokens];
     pads are masked and positions count tokens alone. Rows that are done leave when they are a quarter of the
     batch, since leaving copies the cache of those that stay.
     """
+    ends = {ends} if isinstance(ends, int) else ends
     cache = DynamicCache(config=model.config)
     width = max(map(len, prompts))
     windows = [layer.sliding_window for layer in cache.layers if layer.is_sliding]
@@ -70,7 +71,7 @@ def generate_ids(
     given = (
         {"inputs_embeds": prefixed(model, ids, prompts, condition.prefix)} if front else {"input_ids": ids}
     )
-    batch = _Batch(len(prompts), eos, stop)
+    batch = _Batch(len(prompts), ends, stop)
     for number in range(new):
         padded = any(len(prompts[row]) < width for row in batch.rows)
         logits = model(
@@ -104,16 +105,16 @@ def generate_ids(
 class _Batch:
     """Which prompts the rows of a batch answer, and the answers so far."""
 
-    def __init__(self, count: int, eos: int, stop: Callable[[list[int]], bool] | None):
+    def __init__(self, count: int, ends: Collection[int], stop: Callable[[list[int]], bool] | None):
         self.rows, self.out, self.done = list(range(count)), [[] for _ in range(count)], set()
-        self.eos, self.stop = eos, stop
+        self.ends, self.stop = ends, stop
 
     def add(self, tokens: list[int]) -> list[int]:
         """One more token for every row; the places of the rows that go on."""
         for row, token in zip(self.rows, tokens, strict=True):
             if row not in self.done:
                 self.out[row].append(token)
-                if token == self.eos or (self.stop and self.stop(self.out[row])):
+                if token in self.ends or (self.stop and self.stop(self.out[row])):
                     self.done.add(row)
         return [i for i, row in enumerate(self.rows) if row not in self.done]
 
@@ -179,22 +180,21 @@ def answers(
     held = budget(acc, model, tokens)
     distinct = list(dict.fromkeys(texts))
     prompts = [encoder.prompt(text)[0] for text in distinct]
-    lengths, eos = [len(p) for p in prompts], encoder.tokenizer.eos_token_id
+    lengths = [len(p) for p in prompts]
     own: list[tuple[int, str]] = []
     answered = 0
     display.count(0, len(prompts))
 
     def answer(chosen: list[int]) -> list[list[int]]:
         batch = [prompts[i] for i in chosen]
-        return generate_ids(model, batch, new, eos, conditions and conditions(batch))
+        return generate_ids(model, batch, new, encoder.ends, conditions and conditions(batch))
 
     for number, chosen in enumerate(list(batches(lengths, new, held.tokens, held.step))):
         if number % acc.num_processes == acc.process_index:
             signals.check()
             heartbeat.at(f"batch {number + 1} of answers")
             for part, ids in within_memory(chosen, lengths, new, held, answer):
-                texts_of_part = encoder.tokenizer.batch_decode(ids, skip_special_tokens=True)
-                own += zip(part, texts_of_part, strict=True)
+                own += zip(part, encoder.texts(ids), strict=True)
         answered += len(chosen)
         display.count(answered, len(prompts))
     with heartbeat.waiting():

@@ -9,7 +9,7 @@ don't merge get their condition.
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import redirect_stderr
 from copy import deepcopy
 from dataclasses import dataclass
@@ -37,6 +37,7 @@ from codyra_llm.evaluate.budget import batches, budget, within_memory
 from codyra_llm.evaluate.generate import generate_ids, prefixed
 from codyra_llm.evaluate.suite import Ability, drawn, quiet
 from codyra_llm.methods.base import Condition
+from codyra_llm.models.ends import without_end
 from codyra_llm.models.tokenizer import DATE
 from codyra_llm.runtime import display, heartbeat, signals
 
@@ -57,7 +58,8 @@ class Live(HFLM):
     """A model in memory as the harness's interface; every rank gets all requests, answers its share and all
     answers.
 
-    tokens: of one forward pass, prompt and answer, or None for the device's default.
+    tokens: of one forward pass, prompt and answer, or None for the device's default. ends: the tokens that
+    end an answer, by default EOS alone.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Live(HFLM):
         tokenizer: PreTrainedTokenizerBase,
         tokens: int | None = None,
         conditions: Conditions | None = None,
+        ends: Collection[int] | None = None,
     ):
         with quiet():
             super().__init__(
@@ -76,6 +79,7 @@ class Live(HFLM):
                 chat_template_args={"date_string": DATE},
             )
         self.acc, self.conditions, self.held = acc, conditions, budget(acc, model, tokens)
+        self.ends = {tokenizer.eos_token_id} if ends is None else ends
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)
@@ -163,11 +167,10 @@ class Live(HFLM):
             prompts = [
                 self.tok_encode(requests[i].args[0], left_truncate_len=self.max_length - new) for i in members
             ]
-            answer = partial(self._generated, prompts, new, eos, self._stops(until))
+            answer = partial(self._generated, prompts, new, self._stops(until))
             for chosen, answers in self._own(list(map(len, prompts)), new, answer):
                 found += [
-                    (members[n], postprocess_generated_text(self.tok_decode(ids), list(until), None))
-                    for n, ids in zip(chosen, answers, strict=True)
+                    (members[n], self._text(ids, until)) for n, ids in zip(chosen, answers, strict=True)
                 ]
         return self._gathered(found, len(requests))
 
@@ -175,23 +178,22 @@ class Live(HFLM):
         self,
         prompts: list[list[int]],
         new: int,
-        eos: int,
         stop: Callable[[list[int]], bool],
         chosen: list[int],
     ) -> list[list[int]]:
         batch = [prompts[n] for n in chosen]
-        return generate_ids(self.model, batch, new, eos, self.conditions and self.conditions(batch), stop)
+        condition = self.conditions and self.conditions(batch)
+        return generate_ids(self.model, batch, new, self.ends, condition, stop)
 
     def _stops(self, until: Sequence[str]) -> Callable[[list[int]], bool]:
-        """Whether an answer is done: by a further EOS of the model (a chat model's end of turn) or a stop
-        sequence.
-        """
-        ends = self.model.generation_config.eos_token_id
-        ends = set(ends) if isinstance(ends, list) else {ends}
-        return lambda ids: (
-            ids[-1] in ends
-            or any(text in self.tok_decode(ids[-STOP_TOKENS:], skip_special_tokens=False) for text in until)
+        """Whether an answer has come to a stop sequence."""
+        return lambda ids: any(
+            text in self.tok_decode(ids[-STOP_TOKENS:], skip_special_tokens=False) for text in until
         )
+
+    def _text(self, ids: list[int], until: Sequence[str]) -> str:
+        """An answer up to its first stop sequence."""
+        return postprocess_generated_text(self.tok_decode(without_end(ids, self.ends)), list(until), None)
 
     def _own(
         self, lengths: list[int], new: int, answer: Callable[[list[int]], Any], most: int | None = None

@@ -13,8 +13,6 @@ from importlib.util import find_spec
 from threading import Event
 from typing import Any
 
-from scipy.stats import binomtest
-
 from codyra_llm.config.sections import JudgeSection
 from codyra_llm.core.errors import Fault
 from codyra_llm.runtime import signals
@@ -96,6 +94,8 @@ def tally(found: Iterable[str | None]) -> dict[str, Any]:
     """`{"judged": n, "win": {"share", "low", "high", "n"}, "tie": ..., "lose": ...}`: shares in percent with
     Wilson's 95 % score interval, (p̂ + z²/2n ± z·sqrt(p̂(1-p̂)/n + z²/4n²)) / (1 + z²/n). Outcomes of None
     are left out."""
+    from scipy.stats import binomtest  # slow to import
+
     counted = [one for one in found if one is not None]
     out: dict[str, Any] = {"judged": len(counted)}
     for outcome in OUTCOMES if counted else ():

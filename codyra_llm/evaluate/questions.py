@@ -1,10 +1,10 @@
 """Open-ended prompts, which have no reference answer: what a recipe asks for, and reading their files."""
 
-import os
 from pathlib import Path
 
 from codyra_llm.config.sections import OpenEndedSection
 from codyra_llm.core.errors import Fault, nearest
+from codyra_llm.core.parsing import expanded
 from codyra_llm.data.records import record_faults, refuse
 from codyra_llm.data.sources import READERS, rows
 from codyra_llm.evaluate.suite import drawn
@@ -18,7 +18,7 @@ def find_questions(section: OpenEndedSection) -> dict[str, list[str]]:
     """
     if section.prompts is None:
         return {}
-    root = Path(os.path.expanduser(os.path.expandvars(section.prompts)))
+    root = Path(expanded(section.prompts))
     if not root.exists():
         raise Fault(
             f"open_ended.prompts: there is no file or folder '{section.prompts}'; give a .json, .jsonl or "

@@ -4,7 +4,6 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
-from scipy.stats import sem, t
 
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.parsing import read_json
@@ -41,6 +40,8 @@ def interval(values: list[float | None], drawn: np.ndarray | None) -> dict | Non
     if not values or None in values:
         return None
     if len(values) > 1:
+        from scipy.stats import sem, t  # slow to import
+
         half = float(t.ppf(0.975, len(values) - 1) * sem(values))
         return {
             "mean": fmean(values),

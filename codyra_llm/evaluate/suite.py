@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from codyra_llm.benchmarks.trace import general as shipped
 from codyra_llm.core.errors import Fault, nearest
+from codyra_llm.core.parsing import expanded
 from codyra_llm.runtime.quiet import log_level, without_data_bars
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def find(section: "GeneralSection") -> dict[str, Ability]:
     if section.data == "hub":
         known, root = HUB, None
     else:
-        root = Path(os.path.expanduser(os.path.expandvars(section.data)))
+        root = Path(expanded(section.data))
         if not root.is_dir():
             raise Fault(
                 f"general.data: there is no folder '{section.data}'; give a folder of general-ability files, "

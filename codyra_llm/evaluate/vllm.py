@@ -23,18 +23,21 @@ def vllm_answers(
 ) -> list[str]:
     """The engine's answers to prompts, at most `new` tokens each, the same list on every rank.
 
-    Ids go in and out, so prompts are cut and answers decoded as with torch. The tokenizer's EOS alone ends an
-    answer: `ignore_eos` leaves out the further ones that a model's generation_config may name.
+    Ids go in and out, so prompts are cut and answers decoded as with torch, and the same tokens end an
+    answer: `ignore_eos` has the engine look for no others.
     """
     found: list[Any] = [None]
     if engine:
         from vllm import SamplingParams
 
-        eos = encoder.tokenizer.eos_token_id
         greedy = SamplingParams(
-            temperature=0, max_tokens=new, stop_token_ids=[eos], ignore_eos=True, detokenize=False
+            temperature=0,
+            max_tokens=new,
+            stop_token_ids=sorted(encoder.ends),
+            ignore_eos=True,
+            detokenize=False,
         )
         prompts = [{"prompt_token_ids": encoder.prompt(text)[0]} for text in texts]
         ids = [list(made.outputs[0].token_ids) for made in engine.generate(prompts, greedy, use_tqdm=False)]
-        found = [encoder.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        found = [encoder.texts(ids)]
     return broadcast_object_list(found)[0]

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 
 from codyra_llm.evaluate.generate import answers
 from codyra_llm.evaluate.vllm import vllm_answers
-from codyra_llm.experiment.export import write_merged
 from codyra_llm.experiment.setup import Setup
+from codyra_llm.models.saved import write_model
 from codyra_llm.store.folder import RunFolder
 
 
@@ -49,7 +49,7 @@ def vllm_answering(acc: Accelerator, setup: Setup, folder: RunFolder, after: int
 
     with TemporaryDirectory(prefix=".vllm-", dir=setup.recipe.output) as parent:
         merged = str(Path(parent) / "model")
-        write_merged(setup, folder.archive(), after, None, Path(merged), dtype=setup.dtype)
+        write_model(setup.model(folder.archive(), after), setup.tokenizer, Path(merged))
         # VLLM claims a share of the whole GPU's memory and refuses where less is free.
         torch.cuda.empty_cache()
         engine = LLM(

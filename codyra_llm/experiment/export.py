@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from codyra_llm.config.benchmark import digest
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import replacing, write_json, write_text
+from codyra_llm.core.tensors import save_tensors
 from codyra_llm.experiment.setup import Setup
+from codyra_llm.formats import gguf_file
 from codyra_llm.lora.merge import stored_weight
 from codyra_llm.lora.one_adapter import OneAdapter, one_adapter
 from codyra_llm.lora.update import Update
@@ -45,13 +46,48 @@ def write_merged(
     """
     refuse_unmerged(setup, without)
     with replacing(out) as temporary:
-        write_weights(setup, archive.terms(after, without), temporary, dtype)
+        saved.copy_model(setup.base, temporary, _changes(setup, archive.terms(after, without)), dtype)
         _write_lineage(setup, archive, after, without, temporary)
         _write_card(card, temporary)
 
 
-def write_weights(setup: Setup, terms: list[Update], folder: Path, dtype: torch.dtype | None = None) -> None:
-    """The base with `terms` in `folder`. Raises Fault where the base stores no weight that they change."""
+def write_gguf_folder(
+    setup: Setup,
+    archive: Archive,
+    after: int,
+    without: int | None,
+    out: Path,
+    card: str = "",
+    kind: str = "f16",
+) -> Path:
+    """A folder with the merged model as a GGUF file, a Modelfile for Ollama, lineage and card. The updates
+    are summed in float32 and cast once to `kind` (of gguf_file.TYPES). Returns the file's path in `out`.
+
+    Raises Fault for a method that is no plain model, and for one that llama.cpp would compute otherwise.
+    """
+    refuse_unmerged(setup, without)
+    name = f"{out.name}-{kind}.gguf"
+    with replacing(out) as temporary:
+        temporary.mkdir()
+        changes = _changes(setup, archive.terms(after, without))
+        gguf_file.write_gguf(setup.base, temporary / name, changes, kind, out.name)
+        saved.copy_files(setup.base, temporary, saved.TERMS)
+        write_text(temporary / "Modelfile", modelfile(name, setup.recipe.data.chat_template))
+        _write_lineage(setup, archive, after, without, temporary)
+        _write_card(card, temporary)
+    return out / name
+
+
+def modelfile(name: str, chat: bool) -> str:
+    """Ollama's recipe for the file: prompts as the model was trained on them. Without a template of its own
+    there Ollama would write every prompt by the chat template that the base brought along."""
+    plain = "" if chat else 'TEMPLATE """{{ .Prompt }}"""\n'
+    return f"FROM ./{name}\n{plain}PARAMETER temperature 0\n"
+
+
+def _changes(setup: Setup, terms: list[Update]) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """What gives each weight that the base stores after `terms`. Raises Fault where the base stores no weight
+    that they change."""
     known = set(WeightReader(setup.base).handle_of)
     changed = {f"{site}.weight" for update in terms for site in update.adapters}
     changed |= {name for update in terms for name in update.dense}
@@ -66,7 +102,7 @@ def write_weights(setup: Setup, terms: list[Update], folder: Path, dtype: torch.
     def changed_weight(name: str, base: torch.Tensor) -> torch.Tensor:
         return stored_weight(parameters.get(name, name), base, terms)
 
-    saved.copy_model(setup.base, folder, changed_weight, dtype)
+    return changed_weight
 
 
 def write_peft(
@@ -117,7 +153,7 @@ def write_peft(
     with replacing(out) as temporary:
         temporary.mkdir()
         config.save_pretrained(temporary)
-        save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
+        save_tensors(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
         saved.copy_files(setup.base, temporary, (*saved.TOKENIZER, *saved.TERMS))
         cut = {"rank": one.rank, "error": one.error, "sites": one.relative()} if one.errors else None
         _write_lineage(setup, archive, after, without, temporary, {"truncation": cut} if cut else {})

@@ -18,6 +18,7 @@ from codyra_llm.config.recipe import Recipe
 from codyra_llm.data.batches import Batch, batch_tokens, collate, default_tokens, micro_batches
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.evaluate.budget import MOST, affordable, free_bytes, token_bytes
+from codyra_llm.experiment.inspection import hints, splits
 from codyra_llm.experiment.setup import Setup, prepare
 from codyra_llm.experiment.trackers import check as check_trackers
 from codyra_llm.lora.layer import sites
@@ -79,6 +80,13 @@ def plan(recipe: Recipe, console: Console) -> None:
     console.print(_table(setup, work))
     if work.tasks:
         console.print(_shown(setup, work.tasks[0].examples[0]))
+    read = list(splits(setup.recipe, setup.stream, bool(setup.method.trains)))
+    for hint in hints(setup.recipe, read, setup.encoder, model.config, setup.base):
+        console.print(f"note: {hint}", style="yellow", soft_wrap=True)
+    size, schedule = setup.recipe.optim.batch_size, setup.recipe.optim.schedule
+    steps = [task.steps(size) for task in work.tasks]
+    for line in setup.method.foresee(model, steps, schedule) if steps else ():
+        console.print(line)
     for line in _estimates(setup, model, work, trained, total):
         console.print(line)
 

@@ -281,6 +281,7 @@ def _task_data(setup: Setup, index: int) -> TaskData:
         setup.encoder.encode(records),
         epochs,
         setup.encoder.encode(checked) if checked else [],
+        setup.method.epochs_apart(setup.stream, index),
     )
 
 

@@ -114,6 +114,7 @@ def _measure_general(
         setup.tokenizer,
         setup.recipe.eval.batch_tokens,
         conditions and partial(conditions, task=None),
+        setup.encoder.ends,
     )
     for name in names:
         signals.check()

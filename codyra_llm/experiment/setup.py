@@ -16,6 +16,7 @@ from codyra_llm.benchmarks.trace.mini.make import mini_data, mini_model
 from codyra_llm.config.recipe import Recipe, by_task
 from codyra_llm.config.registry import METHODS
 from codyra_llm.core.errors import Fault
+from codyra_llm.core.parsing import expanded
 from codyra_llm.data import sources
 from codyra_llm.data.batches import Batch, collate, default_tokens, micro_batches
 from codyra_llm.data.encoding import Encoded, Encoder
@@ -23,10 +24,13 @@ from codyra_llm.data.records import read_split
 from codyra_llm.data.stream import Stream
 from codyra_llm.evaluate import suite
 from codyra_llm.evaluate.questions import find_questions
+from codyra_llm.experiment.inspection import prompt_faults, splits
+from codyra_llm.formats.adapter_files import vocabulary
 from codyra_llm.lora.merge import merge
 from codyra_llm.methods.base import Method, Task
 from codyra_llm.models import fused_norm, loading, packed_attention, saved
-from codyra_llm.models.tokenizer import load_tokenizer
+from codyra_llm.models.ends import answer_ends
+from codyra_llm.models.tokenizer import chat_faults, load_tokenizer, tokenizer_folder
 from codyra_llm.models.weights import WeightReader, fingerprint
 from codyra_llm.runtime import heartbeat, launch, signals
 from codyra_llm.store.archive import Archive
@@ -128,9 +132,10 @@ def compute_dtype(recipe: Recipe) -> torch.dtype:
     return getattr(torch, auto if name == "auto" else name)
 
 
-def prepare(recipe: Recipe, open_ended: bool = True) -> Setup:
+def prepare(recipe: Recipe, open_ended: bool = True, adapter: Path | None = None) -> Setup:
     """Resolve the recipe and check model, data, method and disk. `open_ended`: whether its prompts are to be
-    answered, so that their files must be there. Raises one Fault with all that is wrong."""
+    answered, so that their files must be there. `adapter`: a folder whose tokenizer and chat template go
+    before the base's, where it has them. Raises one Fault with all that is wrong."""
     recipe, faults = recipe.resolved(), []
 
     def tried(action, *args):
@@ -165,13 +170,16 @@ def prepare(recipe: Recipe, open_ended: bool = True) -> Setup:
         faults.append(
             f"eval.backend: vllm runs plain models, and a {method.name} model is none; set it to torch"
         )
-    base = tried(_base, recipe)
+    base, config = tried(_base, recipe), None
     if base:
-        wrong = loading.check(base, recipe.data.chat_template)
+        reads = tokenizer_folder(adapter, base)
+        wrong = loading.check(
+            base, recipe.data.chat_template, reads, vocabulary(adapter) if adapter else None
+        )
         config = None if wrong else AutoConfig.from_pretrained(base)
         faults += wrong or _fits(recipe, config) + method.check(config, recipe.model.attention)
     root = tried(data_root, recipe.data.root)
-    tokenizer = tried(load_tokenizer, base) if base and not wrong else None
+    tokenizer = tried(load_tokenizer, reads) if base and not wrong else None
     render, wrong = _render(recipe, tokenizer)
     faults += wrong
     stream = Stream(recipe.data, root, render)
@@ -192,12 +200,14 @@ def prepare(recipe: Recipe, open_ended: bool = True) -> Setup:
     ]
     questions = tried(find_questions, recipe.open_ended) if open_ended else {}
     if base:
-        faults += _disk(Path(recipe.output), _written(recipe, base, whole))
+        faults += _disk(Path(recipe.output), _written(recipe, base, whole) if config else 0)
+    encoder = Encoder(tokenizer, recipe.data, answer_ends(base, tokenizer)) if tokenizer else None
+    if encoder and root:
+        read = list(splits(recipe, stream, bool(method.trains)))
+        faults += prompt_faults(recipe, read, encoder, config)
     if faults:
         raise Fault(*dict.fromkeys(faults))
-    return Setup(
-        recipe, method, base, tokenizer, Encoder(tokenizer, recipe.data), stream, probes, harness, questions
-    )
+    return Setup(recipe, method, base, tokenizer, encoder, stream, probes, harness, questions)
 
 
 def _render(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> tuple[sources.Render, list[str]]:
@@ -210,6 +220,8 @@ def _render(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> tuple[
             f"model.path: {recipe.model.path} has no chat template to write the messages of {chats} with; "
             f"choose a chat model, or give columns"
         ]
+    if faults := chat_faults(Path(recipe.model.path), tokenizer):
+        return sources.plain, faults
     return sources.by_template(tokenizer), [
         f"data.chat_template: the chats of {chats} are written by the template already, and their prompts "
         "would be once more; set it to false"
@@ -238,7 +250,7 @@ def _base(recipe: Recipe) -> Path:
 
 def data_root(root: str) -> Path:
     """The folder of tasks that `root` names; mini-TRACE is made on first use."""
-    path = mini_data() if root == "mini" else Path(os.path.expanduser(os.path.expandvars(root)))
+    path = mini_data() if root == "mini" else Path(expanded(root))
     if not os.path.isdir(path):
         raise Fault(
             f"data.root: there is no folder '{root}'; give the folder that holds <task>/train.json, "

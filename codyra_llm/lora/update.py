@@ -1,10 +1,13 @@
 """What one task leaves: low-rank factors per projection."""
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+
+Mode = Literal["add", "replace", "apart"]
+MODES: dict[str, Mode] = {mode: mode for mode in get_args(Mode)}  # from text
 
 
 class Adapter(NamedTuple):
@@ -32,7 +35,7 @@ class Update:
 
     adapters: dict[str, Adapter]
     scale: float
-    mode: Literal["add", "replace", "apart"] = "add"
+    mode: Mode = "add"
     dense: dict[str, Tensor] = field(default_factory=dict)
 
 

@@ -93,6 +93,7 @@ class Method:
     mode: ClassVar[Literal["add", "replace", "apart"]] = "add"
     packs: ClassVar[bool] = True  # its loss takes packed batches
     carries_optimizer: ClassVar[bool] = False
+    merge_factor: ClassVar[float] = 1.0  # on an update when it is merged
 
     def __init__(self, config: MethodConfig, seed: int):
         self.config, self.seed = config, seed
@@ -120,6 +121,11 @@ class Method:
         """What of these settings does not go with a base model of this config, one sentence each."""
         return []
 
+    def foresee(self, model: nn.Module, steps: list[int], schedule: str) -> list[str]:
+        """What a user should know of these settings before a run: sentences. `model` has its adapters but no
+        weights (meta device), `steps` are each task's, `schedule` is the learning rate's."""
+        return []
+
     def spec(self) -> AdapterSpec:
         """The adapter at every site."""
         raise TypeError(f"{self.name} has no adapter")
@@ -143,6 +149,11 @@ class Method:
         """The records of task `index` (and of memory), and for each epoch which of them it visits."""
         records = stream.records(index, "train")
         return records, [range(len(records))] * stream.epochs[index]
+
+    def epochs_apart(self, stream: "Stream", index: int) -> int:
+        """How many of the last epochs of `train_data` run through the learning rate's schedule by
+        themselves."""
+        return 0
 
     def loss(self, model: nn.Module, batch: "Batch") -> dict[str, Tensor]:
         """Named terms; the loop sums them and logs each. `batch.weights` already carries the global
@@ -193,7 +204,7 @@ class Method:
 
     def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
         """The update that task `index` leaves."""
-        return Update(adapters, self.spec().scale, self.mode)
+        return Update(adapters, self.spec().scale * self.merge_factor, self.mode)
 
     def install(self, model: nn.Module, task: Task) -> None:
         """Put what inference after `task` needs into the base model; `task.archive` and `task.state` hold

@@ -1,37 +1,47 @@
-"""The metrics as `evaluate.Metric`, for whoever composes them with others."""
+"""A metric of `metrics.text` as an `evaluate.Metric`, for whoever composes it with others."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import datasets
 import evaluate
 
+from codyra_llm.metrics.text import ExampleMean
+
 
 class HfMetric(evaluate.Metric):
-    def __init__(self, **settings):
-        # In memory: parallel ranks of one host would else compete for one cache file.
-        super().__init__(**{"keep_in_memory": settings.get("num_process", 1) == 1, **settings})
+    """`HfMetric(METRICS["sari"])` computes what `METRICS["sari"].compute` does; it needs no network.
+
+    `compute`, `add` and `add_batch` take the texts `predictions` and `references`, and where the metric looks
+    at prompts `sources` too. `settings` are those of `evaluate.Metric`. One process keeps its texts in
+    memory: processes of one host would else compete for one cache file.
+    """
+
+    def __init__(self, metric: type[ExampleMean], **settings: Any):
+        self.metric = metric
+        alone = settings.get("num_process", 1) == 1
+        super().__init__(**{"keep_in_memory": alone, **settings})
+
+    @property
+    def name(self) -> str:
+        return self.metric.metric
 
     def _build_data_dir(self) -> str:
-        return (
-            "" if self.keep_in_memory else super()._build_data_dir()
-        )  # the parent makes a folder that stays empty
+        # The parent makes a folder even where nothing will ever lie in it.
+        return "" if self.keep_in_memory else super()._build_data_dir()
 
     def _info(self) -> evaluate.MetricInfo:
-        text = datasets.Value("string")
-        columns = {"predictions": text, "references": text} | (
-            {"sources": text} if self.takes_sources else {}
-        )
+        columns = ["predictions", "references"]
+        if self.metric.takes_sources:
+            columns.append("sources")
         return evaluate.MetricInfo(
-            description=type(self).__doc__,
+            description=self.metric.__doc__,
             citation="",
-            features=datasets.Features(columns),
-            inputs_description=f"{', '.join(columns)}: lists of strings. Returns {{'{self.metric}': mean, "
-            f"0..100}}.",
+            features=datasets.Features({column: datasets.Value("string") for column in columns}),
+            inputs_description=f"{', '.join(columns)}: lists of texts. Returns {{'{self.name}': 0..100}}.",
         )
 
     def _compute(
         self, predictions: Sequence[str], references: Sequence[str], sources: Sequence[str] | None = None
-    ):
-        sources = [""] * len(predictions) if sources is None else sources
-        scores = [self.example(*row) for row in zip(sources, predictions, references, strict=True)]
-        return {self.metric: sum(scores) / len(scores) if scores else float("nan")}
+    ) -> dict[str, float]:
+        return self.metric.compute(predictions=predictions, references=references, sources=sources)

@@ -3,11 +3,8 @@ TRACE.
 """
 
 from collections import Counter
-from collections.abc import Sequence
-
-from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
-
-_tokenize_13a = Tokenizer13a()
+from collections.abc import Callable, Sequence
+from functools import cache
 
 
 def sari(source: str, prediction: str, references: Sequence[str]) -> float:
@@ -16,8 +13,15 @@ def sari(source: str, prediction: str, references: Sequence[str]) -> float:
     return 100.0 * sum(_sari_ngrams(*(_ngrams(w, n) for w in words)) for n in range(1, 5)) / 4
 
 
+@cache
+def _tokenizer() -> Callable[[str], str]:
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a  # slow to import, and of use to SARI alone
+
+    return Tokenizer13a()
+
+
 def _words(text: str) -> list[str]:
-    return _tokenize_13a(text.lower()).split(" ")  # an empty text is one empty word, as published
+    return _tokenizer()(text.lower()).split(" ")  # an empty text is one empty word, as published
 
 
 def _ngrams(words: list[str], n: int) -> Counter:

@@ -1,5 +1,6 @@
-"""TRACE's metrics, of which any benchmark chooses: each a mean over examples of a score in 0..100, as an
-`evaluate.Metric` that needs no network.
+"""TRACE's metrics, of which any benchmark chooses: each a mean over examples of a score in 0..100.
+
+They compute with plain lists; `metrics.hf` turns one into an `evaluate.Metric`.
 
 Two rules exist for the same outputs: names without a suffix follow the TRACE code, `_treelora` the more
 lenient one of TreeLoRA. Where the published code crashes (an empty ScienceQA prediction; ROUGE of a text of
@@ -8,7 +9,10 @@ changed. `VERSION` of a metric rises whenever any of its scores can change; resu
 """
 
 import difflib
+import math
 import re
+from collections.abc import Sequence
+from statistics import fmean
 from typing import ClassVar
 
 from rapidfuzz.distance import Indel
@@ -18,17 +22,35 @@ from codyra_llm.metrics.sari import sari
 
 
 class ExampleMean:
-    """Mean of `example(prompt, prediction, answer)`, 0..100. `compute` takes `predictions` and
-    `references`.
-    """
+    """Mean of `example(prompt, prediction, answer)`, 0..100."""
 
     VERSION: ClassVar[int] = 1
     metric: ClassVar[str]
-    takes_sources: ClassVar[bool] = False  # then `compute` takes `sources` too
+    takes_sources: ClassVar[bool] = False  # whether the score depends on the prompt
 
     @staticmethod
     def example(prompt: str, prediction: str, answer: str) -> float:
         raise NotImplementedError
+
+    @classmethod
+    def compute(
+        cls,
+        *,
+        predictions: Sequence[str],
+        references: Sequence[str],
+        sources: Sequence[str] | None = None,
+    ) -> dict[str, float]:
+        """`{metric: mean}` over n predictions, n answers and, where `takes_sources`, n prompts; NaN of none.
+
+        Raises ValueError where the lists differ in length, or prompts that the metric looks at are missing.
+        """
+        if sources is None:
+            if cls.takes_sources:
+                raise ValueError(f"{cls.metric} compares with the prompts; give them as sources")
+            sources = [""] * len(predictions)
+        rows = zip(sources, predictions, references, strict=True)
+        scores = [cls.example(*row) for row in rows]
+        return {cls.metric: fmean(scores) if scores else math.nan}
 
 
 class ExactMatch(ExampleMean):
@@ -45,16 +67,20 @@ class ExactMatch(ExampleMean):
 
 
 class ExactMatchTreelora(ExampleMean):
-    """Share of predictions that, stripped and cut to the length of the answer, equal it: 'A. because' matches
-    'A'.
+    """Share of predictions that, stripped and cut to the length of the stripped answer, equal it:
+    'A. because' matches 'A'.
 
-    Beware of numbers: '12' matches '1'. An empty prediction or answer counts 0.
+    Beware of numbers: '12' matches '1'. An empty prediction or answer counts 0. The published code strips the
+    prediction alone, so that an answer with a space in front is never matched; of other answers the scores
+    are the same.
     """
 
+    VERSION = 2  # the answer is stripped too
     metric = "exact_match_treelora"
 
     @staticmethod
     def example(prompt: str, prediction: str, answer: str) -> float:
+        answer = answer.strip()
         return 100.0 * (prediction.strip()[: len(answer)] == answer != "")
 
 

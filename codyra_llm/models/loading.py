@@ -18,14 +18,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import file_sha256
 from codyra_llm.core.parsing import read_json, shown
-from codyra_llm.models.gguf import convert
-from codyra_llm.models.tokenizer import load_tokenizer, render_chat
+from codyra_llm.models.tokenizer import tokenizer_faults
 from codyra_llm.models.weights import INDEX, SINGLE, header_faults, weight_files
 from codyra_llm.runtime.quiet import without_weight_bars
 
@@ -43,6 +41,8 @@ def resolve(path: str, revision: str | None = None) -> Path:
     if local.suffix == ".gguf":
         if not local.is_file():
             raise Fault(f"model '{path}' doesn't exist: expected a GGUF file, a folder or a hub id.")
+        from codyra_llm.models.gguf import convert  # of use to these files alone
+
         cache = Path(os.environ.get("CODYRA_CACHE", "~/.cache/codyra_llm")).expanduser()
         return convert(local, cache / f"gguf-{file_sha256(local)[:16]}")
     folder = local if local.is_dir() else download(path, revision)
@@ -84,6 +84,20 @@ def missing_files(folder: Path) -> list[str]:
     """Faults of a model folder whose config or safetensors are not there; shards of the index are checked by
     name.
     """
+    if (folder / "recipe.json").is_file():
+        return [
+            f"{folder} is a run's folder or a stage of one, not a model: write one with `codyra-llm export "
+            f"{folder} OUT`, or ask and score it as {folder}@TASK."
+        ]
+    if (folder / "adapter_config.json").is_file():
+        return [
+            f"{folder} holds a whole model and an adapter, and transformers would load one into the other: "
+            "expected the one or the other; move adapter_config.json and adapter_model.safetensors into a "
+            "folder of their own."
+            if weight_files(folder)
+            else f"{folder} is a PEFT adapter, not a model: give its base, or a folder that the adapter is "
+            "merged into, by PEFT's merge_and_unload and save_pretrained."
+        ]
     faults = []
     if not (folder / "config.json").is_file():
         faults.append(f"{folder} has no config.json: expected a Hugging Face model folder; give one.")
@@ -110,9 +124,12 @@ def missing_files(folder: Path) -> list[str]:
     return faults
 
 
-def check(folder: Path, chat_template: bool = False) -> list[str]:
-    """Faults of the model's config and tokenizer, found without loading weights; empty when it can be
-    trained.
+def check(
+    folder: Path, chat_template: bool = False, reads: Path | None = None, rows: int | None = None
+) -> list[str]:
+    """Faults of the model's config, weights and tokenizer, found without loading weights; empty when it can
+    be trained. `reads`: the folder of the tokenizer, if not the model's own; `rows`: the embeddings that the
+    model will have, if not its config's.
     """
     try:
         config = read_json(folder / "config.json", "the model's config")
@@ -123,6 +140,20 @@ def check(folder: Path, chat_template: bool = False) -> list[str]:
             f"{folder}/config.json holds a {type(config).__name__}: expected the model's config; download it "
             "again."
         ]
+    reads, faults = reads or folder, config_faults(folder, config)
+    if not any((reads / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return [
+            *faults,
+            f"{reads} has no tokenizer.json or tokenizer.model: expected the tokenizer beside the model; "
+            "copy it there.",
+        ]
+    if wrong := [] if faults else header_faults(folder):
+        return wrong
+    return faults + tokenizer_faults(reads, rows or config.get("vocab_size"), chat_template)
+
+
+def config_faults(folder: Path, config: dict) -> list[str]:
+    """What in a config says that the model can't be trained."""
     family, faults = config.get("model_type"), []
     if family not in FAMILIES:
         faults.append(
@@ -135,45 +166,6 @@ def check(folder: Path, chat_template: bool = False) -> list[str]:
         faults.append(
             f"{folder} is stored quantised ({method}): expected plain weights; choose the unquantised model."
         )
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        return [
-            *faults,
-            f"{folder} has no tokenizer.json or tokenizer.model: expected the tokenizer beside the model; "
-            "copy it there.",
-        ]
-    if wrong := [] if faults else header_faults(folder):
-        return wrong
-    try:
-        tokenizer = load_tokenizer(folder)
-    except Fault as fault:
-        return [*faults, *fault.messages]
-    if tokenizer.eos_token_id is None:
-        faults.append(
-            f"{folder} has a tokenizer without EOS, so answers would never end: set eos_token in "
-            "tokenizer_config.json."
-        )
-    if tokenizer.pad_token_id is None:
-        faults.append(
-            f"{folder} has a tokenizer without pad, EOS or unknown token: set pad_token in "
-            "tokenizer_config.json."
-        )
-    if isinstance(size := config.get("vocab_size"), int) and len(tokenizer) > size:
-        faults.append(
-            f"{folder} has a tokenizer of {len(tokenizer)} tokens and a vocab_size of {size}: expected at "
-            "least as many embeddings; use the model's own tokenizer."
-        )
-    if chat_template and not tokenizer.chat_template:
-        faults.append(
-            f"{folder} has no chat template, but chat_template is on: turn it off or choose a chat model."
-        )
-    elif chat_template:
-        try:
-            render_chat(tokenizer, [{"role": "user", "content": "a"}])
-        except TemplateError as error:
-            faults.append(
-                f"{folder} has a chat template that fails ({' '.join(str(error).split())}): turn "
-                "chat_template off, or use the model's own template."
-            )
     return faults
 
 

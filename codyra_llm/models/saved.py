@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from codyra_llm.core.parsing import read_json
+from codyra_llm.core.tensors import save_tensors
 from codyra_llm.models.weights import FLOATING, INDEX, SINGLE, weight_files
 from codyra_llm.runtime.quiet import without_weight_bars
 
@@ -78,7 +78,7 @@ def copy_model(
             tensors = {
                 name: _written(name, opened.get_tensor(name), changed, dtype) for name in opened.keys()
             }
-        save_file(tensors, folder / file.name, metadata)
+        save_tensors(tensors, folder / file.name, metadata)
     if [file.name for file in files] != [SINGLE]:
         _write_index(base, folder, files)
     if dtype:

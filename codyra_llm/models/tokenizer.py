@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import file_sha256
 from codyra_llm.models.weights import told
 
@@ -40,14 +42,69 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
-    """A chat as the model's template writes it, up to where the answer begins. Raises jinja2's TemplateError
-    where the template refuses it, or writes today's date whatever `date_string` says."""
+def tokenizer_folder(adapter: Path | None, base: Path) -> Path:
+    """Where tokenizer and chat template are read: an adapter's own folder if it has them, or the base's."""
+    own = adapter and any((adapter / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    return adapter if adapter and own else base
+
+
+def tokenizer_faults(folder: Path, rows: int | None, chat_template: bool) -> list[str]:
+    """What is wrong with the tokenizer in `folder` for a model of `rows` embeddings (None: not known), and,
+    where it is to write chats, with its template."""
+    try:
+        tokenizer = load_tokenizer(folder)
+    except Fault as fault:
+        return fault.messages
+    faults = []
+    if tokenizer.eos_token_id is None:
+        faults.append(
+            f"{folder} has a tokenizer without EOS, so answers would never end: set eos_token in "
+            "tokenizer_config.json."
+        )
+    if tokenizer.pad_token_id is None:
+        faults.append(
+            f"{folder} has a tokenizer without pad, EOS or unknown token: set pad_token in "
+            "tokenizer_config.json."
+        )
+    if isinstance(rows, int) and len(tokenizer) > rows:
+        faults.append(
+            f"{folder} has a tokenizer of {len(tokenizer)} tokens and a vocab_size of {rows}: expected at "
+            "least as many embeddings; use the model's own tokenizer."
+        )
+    return faults + (chat_faults(folder, tokenizer) if chat_template else [])
+
+
+def chat_faults(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Why the tokenizer can't write chats; empty where it can."""
+    templates = tokenizer.chat_template
+    if not templates:
+        return [
+            f"{folder} has no chat template, but chat_template is on: turn it off or choose a chat model."
+        ]
+    if isinstance(templates, dict) and "default" not in templates:
+        return [
+            f"{folder} has chat templates {', '.join(sorted(templates))} and none of them is the default: "
+            f"copy the one that is meant to {folder}/chat_template.jinja, or turn chat_template off."
+        ]
+    try:
+        render_chat(tokenizer, [{"role": "user", "content": "a"}])
+    except TemplateError as error:
+        return [
+            f"{folder} has a chat template that fails ({' '.join(str(error).split())}): turn "
+            "chat_template off, or use the model's own template."
+        ]
+    return []
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask: bool = True) -> str:
+    """A chat as the model's template writes it, with `ask` up to where the answer begins. Raises jinja2's
+    TemplateError where the template refuses it, or writes today's date whatever `date_string` says, and
+    ValueError where there is no template, or several and none of them is the default."""
     return tokenizer.apply_chat_template(
         messages,
         chat_template=UNDATED + tokenizer.get_chat_template(),
         tokenize=False,
-        add_generation_prompt=True,
+        add_generation_prompt=ask,
         date_string=DATE,
     )
 

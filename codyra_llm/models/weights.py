@@ -112,8 +112,9 @@ def stored(file: Path) -> dict[str, tuple[list[int], str]]:
     """(shape, dtype) by name of the tensors in a safetensors file, from its header. Raises Fault for a file
     that is none, or that ends before its last tensor."""
     with open(file, "rb") as stream:
-        begins = stream.read(8)
-    if begins.startswith(PICKLED):
+        begins = stream.read(9)
+    # A header of 640 bytes begins as a pickle does, but only safetensors have a JSON object after its length.
+    if begins.startswith(PICKLED) and begins[8:] != b"{":
         raise Fault(
             f"{file} is a pickle under another name, which can run code: expected safetensors; write it anew "
             "with save_pretrained where you trust it."
@@ -156,7 +157,7 @@ def header_faults(folder: Path) -> list[str]:
     except Fault as fault:
         return fault.messages
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    out = []
+    out = _two_heads(folder) if tied & found.keys() else []
     if missing := sorted(wanted.keys() - found.keys() - tied):
         out.append(
             f"{folder} lacks {len(missing)} weights, such as {', '.join(missing[:3])}: expected the whole "
@@ -177,6 +178,29 @@ def header_faults(folder: Path) -> list[str]:
     return (
         [*out[:5], f"{folder}: {len(out) - 5} more such weights; download it again."] if len(out) > 6 else out
     )
+
+
+def _two_heads(folder: Path, rows: int = 1 << 12) -> list[str]:
+    """Whether a folder whose config ties the head to the embeddings stores another head."""
+    parts = {}
+    for file in weight_files(folder):
+        opened = safe_open(file, framework="pt")
+        names = {"model.embed_tokens.weight", "lm_head.weight"} & set(opened.keys())
+        parts |= {name: opened.get_slice(name) for name in names}
+    if len(parts) < 2:
+        return []
+    one, other = parts.values()
+    same = one.get_shape() == other.get_shape() and all(
+        torch.equal(one[start : start + rows], other[start : start + rows])
+        for start in range(0, one.get_shape()[0], rows)
+    )
+    if same:
+        return []
+    return [
+        f"{folder} stores a head that is not the embeddings, and its config ties the two: some readers "
+        "take the one, some the other; set tie_word_embeddings to false in config.json where the head is "
+        "meant, or remove lm_head.weight."
+    ]
 
 
 def fingerprint(folder: Path) -> str:

@@ -33,6 +33,11 @@ KINDS = {
         "A PEFT LoRA adapter: the sum of the tasks' updates on the base. Merged into it the weights "
         "equal those that were scored to rounding.",
     ),
+    "gguf": (
+        None,
+        "quantized",
+        "A GGUF file for llama.cpp and Ollama: the updates of the tasks are merged into the base's weights.",
+    ),
     "stage": (
         None,
         "finetune",
@@ -63,7 +68,9 @@ def render(
         pipeline_tag="text-generation",
         tags=["codyra_llm", "continual-learning", recipe.method.name],
         model_name=title,
-        **licence,
+        license=licence.get("license"),
+        license_name=licence.get("license_name"),
+        license_link=licence.get("license_link"),
         eval_results=[_result(recipe, row) for row in rows] or None,
     )
     if data.base_model:
@@ -105,7 +112,7 @@ def _licence(base: Path) -> dict[str, str]:
         return {}
     for said in (card, config):
         if isinstance(said.get("license"), str):
-            return {key: said.get(key) for key in keys if isinstance(said.get(key), str)}
+            return {key: text for key in keys if isinstance(text := said.get(key), str)}
     return {}
 
 

@@ -34,9 +34,8 @@ class Grid:
     note: str = ""
 
     def holds_words(self, column: int) -> bool:
-        return any(
-            cells[column] is not None and isinstance(cells[column].value, str) for _, cells in self.rows
-        )
+        found = (cells[column] for _, cells in self.rows)
+        return any(cell is not None and isinstance(cell.value, str) for cell in found)
 
     def filled(self) -> "Grid":
         """Without the columns that hold nothing."""

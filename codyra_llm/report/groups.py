@@ -74,7 +74,7 @@ def _distinguishing(recipe: Recipe) -> dict:
 
 
 def _setting(key: str, value: object, recipe: Recipe) -> str:
-    if key == "data.tasks":
+    if key == "data.tasks" and isinstance(value, list):
         try:
             orders = recipe.benchmark.orders
         except Fault:  # its folder is gone, and the names will do
@@ -89,12 +89,13 @@ def over(values: list[float | None], form: str = ".1f", heat: float | None = Non
     found = interval(values, None)
     if found is None:
         return None
+    known = [value for value in values if value is not None]  # all, where there is an interval
     half = "" if found["low"] is None else f" ± {found['high'] - found['mean']:.1f}"
     return Cell(
         found["mean"],
         f"{found['mean']:{form}}{half}",
         found["low"],
         found["high"],
-        small=f"sd {stdev(values):.1f}" if half else "",
+        small=f"sd {stdev(known):.1f}" if half else "",
         heat=heat,
     )

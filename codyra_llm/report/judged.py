@@ -54,7 +54,9 @@ def grid(found: dict | None) -> Grid | None:
 
 
 def _share(row: dict | None) -> Cell | None:
-    return row and number(
+    if row is None:
+        return None
+    return number(
         row["share"],
         low=row["low"],
         high=row["high"],

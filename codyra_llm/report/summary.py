@@ -48,12 +48,13 @@ def summarise_run(recipe: Recipe, trains: bool, rows: list[dict], costs: list[di
     cells = {(row["step"], row["task"]): row["score"] for row in rows if row["kind"] == "task"}
     by_step = [[cells.get((step, task)) for task in tasks] for step in range(len(tasks) + 1)]
     zero_shot = by_step[0] if any(value is not None for value in by_step[0]) else None
+    known = [value for value in by_step[0] if value is not None]
     measured = [step for step in range(1, len(by_step)) if any(value is not None for value in by_step[step])]
     found = summary(tasks, by_step[1 : max(measured, default=0) + 1], zero_shot)
     if (
         not trains and zero_shot
     ):  # a model that never changes has one row, and forgets nothing that could be measured
-        found["op"] = fmean(zero_shot)
+        found["op"] = fmean(known) if len(known) == len(tasks) else None
     metrics = {row["task"]: versioned(row["headline"]) for row in rows if row["kind"] == "task"}
     general = {row["task"]: {} for row in rows if row["kind"] == "general"}
     for row in rows:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.files import replacing
-from codyra_llm.lora.update import Adapter, Update, negative
+from codyra_llm.core.tensors import save_tensors
+from codyra_llm.lora.update import MODES, Adapter, Update, negative
 
 DENSE = "dense."  # in a file: a whole parameter of that name
 
@@ -78,7 +78,7 @@ class Archive:
         meta["lineage"] = _chain(meta, tensors)
         path = self.path(len(self.files), task)
         with replacing(path) as temporary:
-            save_file(tensors, temporary, meta)
+            save_tensors(tensors, temporary, meta)
         self.files.append(path)
         self.lineage.append(meta["lineage"])
         return path
@@ -97,15 +97,13 @@ class Archive:
                 site: Adapter(tensors[f"{site}.a"], tensors[f"{site}.b"], tensors.get(f"{site}.w"))
                 for site in json.loads(meta["sites"])
             }
-            scale, known = float(meta["scale"]), meta["mode"] in ("add", "replace", "apart")
+            scale, mode = float(meta["scale"]), MODES[meta["mode"]]
         except (KeyError, TypeError, ValueError):
-            known = False
-        if not known:
             raise Fault(
                 f"{self.files[index]}: its header does not fit its tensors; restore the file from a copy"
-            )
+            ) from None
         dense = {key.removeprefix(DENSE): value for key, value in tensors.items() if key.startswith(DENSE)}
-        return Update(adapters, scale, meta["mode"], dense)
+        return Update(adapters, scale, mode, dense)
 
     def terms(self, after: int, without: int | None = None) -> list[Update]:
         """The updates whose sum is the model after task `after` (-1: the base), leaving task `without` out;
@@ -146,5 +144,5 @@ def _chain(meta: dict[str, str], tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps([meta[key] for key in ("parent", "mode", "scale", "sites")]).encode())
     for key in sorted(tensors):
         digest.update(key.encode())
-        digest.update(tensors[key].contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensors[key].contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import file_sha256, replacing, write_json
 from codyra_llm.core.parsing import read_mapping
+from codyra_llm.core.tensors import save_tensors
 from codyra_llm.runtime import heartbeat
 from codyra_llm.runtime.display import console
 
@@ -108,7 +108,7 @@ class Progress:
         """Write one file; its name and hash."""
         name = f"{number:03d}.safetensors"
         heartbeat.at(f"file {number + 1} of a checkpoint of {self.name}")
-        save_file(tensors, folder / name)
+        save_tensors(tensors, folder / name)
         return name, file_sha256(folder / name)
 
 

@@ -4,9 +4,7 @@ import shutil
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from codyra_llm.config.differences import differences
 from codyra_llm.config.recipe import Recipe, parse_recipe
@@ -23,11 +21,16 @@ from codyra_llm.core.files import (
     write_text,
 )
 from codyra_llm.core.parsing import read_mapping
-from codyra_llm.store.archive import Archive
-from codyra_llm.store.checkpoint import Progress
 from codyra_llm.store.checksums import NAME as SEALS
 from codyra_llm.store.checksums import Seals
 from codyra_llm.store.lock import Lease
+
+# Reports and `status` read a run without tensors, and torch is slow to import.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from codyra_llm.store.archive import Archive
+    from codyra_llm.store.checkpoint import Progress
 
 OWN = ("lease.json", SEALS, "recipe.json")  # may lie in a folder that is about to become a run's
 
@@ -120,7 +123,9 @@ class RunFolder:
             if manifest[kind].get(name) != value
         ]
 
-    def archive(self) -> Archive:
+    def archive(self) -> "Archive":
+        from codyra_llm.store.archive import Archive
+
         if "base" not in self.manifest:
             raise Fault(
                 f"{self.path / 'manifest.json'} does not say which base the run began with; restore it from "
@@ -132,18 +137,24 @@ class RunFolder:
         """Where the method's state after task `index` lies."""
         return self.path / "state" / f"{index:02d}.safetensors"
 
-    def load_state(self, index: int) -> dict[str, Tensor]:
-        """What task `index` left beside its update; empty where it left nothing."""
+    def load_state(self, index: int) -> dict[str, "Tensor"]:
+        """What task `index` left in addition to its update; empty where it left nothing."""
+        from safetensors.torch import load_file
+
         self.seals.check(self.state(index))
         return load_file(self.state(index)) if self.state(index).is_file() else {}
 
-    def save_state(self, index: int, state: dict[str, Tensor]) -> None:
+    def save_state(self, index: int, state: dict[str, "Tensor"]) -> None:
+        from codyra_llm.core.tensors import save_tensors
+
         self.may_write()
         with self.seals.replacing(self.state(index)) as temporary:
-            save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary)
+            save_tensors({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary)
 
-    def progress(self, index: int, task: str, parent: str) -> Progress:
+    def progress(self, index: int, task: str, parent: str) -> "Progress":
         """The checkpoints inside task `index`, which begins on the updates of lineage `parent`."""
+        from codyra_llm.store.checkpoint import Progress
+
         return Progress(self.path / "progress", index, task, parent, self.recipe.save, self.may_write)
 
     def check_scores(self, learnt: int) -> None:

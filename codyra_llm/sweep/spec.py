@@ -17,7 +17,7 @@ from codyra_llm.config.overrides import assign, read_recipe, split_overrides
 from codyra_llm.config.recipe import Recipe, parse_recipe
 from codyra_llm.config.registry import METHODS
 from codyra_llm.core.errors import Fault, nearest
-from codyra_llm.core.parsing import read_yaml
+from codyra_llm.core.parsing import WrittenPath, read_yaml
 from codyra_llm.core.schema import Strict, sentences
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.store.folder import RunFolder
@@ -36,26 +36,28 @@ MOST = 10_000  # runs of a sweep
 Settings = Annotated[dict[str, Any], AfterValidator(_without_output)]
 
 
-class TuneSection(Strict):
+class TuneSection(Strict, frozen=True):
     """Every arm gets the same number of tries; the grid is run with the settings of its best one."""
 
-    set: Settings = Field({}, description="set in the tries alone, over all else, e.g. a shorter stream")
+    set: Settings = Field(
+        default={}, description="set in the tries alone, over all else, e.g. a shorter stream"
+    )
     by: Literal["op", "forgetting"] = Field(
-        "op", description="what chooses: the highest OP, or the lowest forgetting"
+        default="op", description="what chooses: the highest OP, or the lowest forgetting"
     )
     tries: dict[str, list[Settings]] = Field(description="by arm, the settings of each try")
 
 
-class SweepFile(Strict):
+class SweepFile(Strict, frozen=True):
     recipe: str = Field(description="a recipe file, or the name of a shipped one")
-    output: str = Field(description="folder of all runs")
-    set: Settings = Field({}, description="set over the recipe in all runs")
+    output: WrittenPath = Field(description="folder of all runs")
+    set: Settings = Field(default={}, description="set over the recipe in all runs")
     arms: dict[str, Settings] = Field(min_length=1, description="by name, what is set over that")
     grid: Annotated[dict[str, list], AfterValidator(_without_output)] = Field(
-        {"seed": [1, 2, 3]}, description="by key, the values that every arm is run with"
+        default={"seed": [1, 2, 3]}, description="by key, the values that every arm is run with"
     )
     baseline: str | None = Field(
-        None, description="the arm that the others are compared with; default: the first"
+        default=None, description="the arm that the others are compared with; default: the first"
     )
     tune: TuneSection | None = None
 

@@ -66,6 +66,7 @@ class TaskData:
     examples: list[Encoded]
     epochs: list[range]
     validation: list[Encoded]
+    apart: int = 0  # epochs at the end whose learning rate runs through its schedule by itself
 
     def batches(self, seed: int, size: int) -> Iterator[list[int]]:
         """Global batches; a function of (seed, task, epoch) alone."""
@@ -74,7 +75,16 @@ class TaskData:
             yield from (order[i : i + size] for i in range(0, len(order), size))
 
     def steps(self, size: int) -> int:
-        return sum(math.ceil(len(visited) / size) for visited in self.epochs)
+        return _steps(self.epochs, size)
+
+    def phase(self, step: int, size: int) -> tuple[int, int]:
+        """The place of step `step` in its run through the learning rate's schedule, and that one's steps."""
+        first = _steps(self.epochs[: len(self.epochs) - self.apart], size)
+        return (step, first) if step < first else (step - first, self.steps(size) - first)
+
+
+def _steps(epochs: list[range], size: int) -> int:
+    return sum(math.ceil(len(visited) / size) for visited in epochs)
 
 
 class Trainer:
@@ -135,8 +145,9 @@ class Trainer:
         for step, (chosen, following) in islice(enumerate(batches), start, None):
             began = time.perf_counter()
             heartbeat.at(f"task {task.name}, step {step + 1}")
+            factor = lr_factor(self.optim.schedule, *task.phase(step, self.optim.batch_size))
             for group, rate in zip(self.engine.groups, self.rates, strict=True):
-                group["lr"] = rate * lr_factor(self.optim.schedule, step, steps)
+                group["lr"] = rate * factor
             self.method.before_step(self.engine.groups, step, steps, self.optim.schedule)
             if rewritten := self.method.rewrite(step, steps):
                 self.engine.rewrite(rewritten)

@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+from forked import Forked
 from launches import METHODS, PROGRAM, sections
 
 
@@ -13,3 +14,12 @@ def recipe_files(tiny_llama, toy_stream, tmp_path_factory):
         text = PROGRAM.format(yaml.safe_dump(sections(tiny_llama, toy_stream, method)))
         (folder / f"{method}.yaml").write_text(text, encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def forked(tmp_path_factory):
+    """Functions that start processes; none of them outlives the test."""
+    made = Forked(tmp_path_factory)
+    yield made
+    for started in made.started:
+        started.kill()

@@ -1,6 +1,4 @@
-"""Two processes on this machine equal one: DDP under torchrun, DeepSpeed under accelerate launch; faults end
-both.
-"""
+"""Two processes on this machine equal one, as DDP and under ZeRO; faults end both; each launcher once."""
 
 import json
 import os
@@ -13,8 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import run_stopped
 import torch
 import yaml
+from forked import Ended, zero
 from helpers import TESTS
 from launches import (
     METHODS,
@@ -24,7 +24,6 @@ from launches import (
     free_port,
     launched,
     refused,
-    torchrun,
 )
 from safetensors.torch import load_file
 
@@ -85,8 +84,9 @@ def test_what_the_loop_sets_is_what_the_optimizer_reads():
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("method", ["codyra", "gem"])
-def test_ddp(method, one_process, recipe_files, tmp_path):
-    done = torchrun(recipe_files / f"{method}.yaml", f"output={tmp_path / 'run'}")
+def test_ddp(method, one_process, recipe_files, tmp_path, forked):
+    """Processes that are told ranks and nothing else, as by torchrun and by DeepSpeed's launcher."""
+    done = forked.command("run", recipe_files / f"{method}.yaml", f"output={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert (
         "2 processes on 1 machine (DDP) agree; 7 examples per optimizer step over all, up to 60 tokens"
@@ -100,25 +100,20 @@ def test_ddp(method, one_process, recipe_files, tmp_path):
     ("config", "method"),
     [("zero1", "seqlora"), ("zero2", "codyra"), ("zero2", "ewc"), ("zero3_offload", "codyra")],
 )
-def test_zero(config, method, one_process, recipe_files, tmp_path):
-    done = accelerate(
-        SHIPPED / "accelerate" / f"{config}.yaml",
-        recipe_files / f"{method}.yaml",
-        f"output={tmp_path / 'run'}",
-    )
+def test_zero(config, method, one_process, recipe_files, tmp_path, forked):
+    words = ["run", recipe_files / f"{method}.yaml", f"output={tmp_path / 'run'}"]
+    done = forked.command(*words, environment=zero(config))
     assert done.returncode == 0, done.stderr
     assert "built successfully" not in done.stdout  # nothing was compiled
     assert_same_run(one_process[method], tmp_path / "run", int(config[4]))
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", [0, 2])
-def test_deepspeeds_own_launcher(stage, one_process, recipe_files, tmp_path):
-    """It says ranks and nothing else, so that a recipe runs as DDP where no DeepSpeed file is named. With one
-    host it starts the processes here, whatever its name; only its checks would use ssh."""
+def test_deepspeeds_own_launcher(one_process, recipe_files, tmp_path):
+    """It says ranks and nothing else, so the recipe's command names a DeepSpeed file. With one host it starts
+    the processes here, whatever its name; only its checks would use ssh."""
     (tmp_path / "hosts").write_text("localhost slots=2\n")
-    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-    asked = ["--deepspeed_config", tmp_path / "zero.json"] if stage else []
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
     done = launched(
         "deepspeed.launcher.runner",
         "--hostfile",
@@ -129,11 +124,12 @@ def test_deepspeeds_own_launcher(stage, one_process, recipe_files, tmp_path):
         "--master_port",
         free_port(),
         recipe_files / "codyra.yaml",
-        *asked,
+        "--deepspeed_config",
+        tmp_path / "zero.json",
         f"output={tmp_path / 'run'}",
     )
     assert done.returncode == 0, done.stderr
-    assert_same_run(one_process["codyra"], tmp_path / "run", stage)
+    assert_same_run(one_process["codyra"], tmp_path / "run", 2)
 
 
 @pytest.mark.parametrize(
@@ -200,19 +196,23 @@ def test_zero_3_with_every_parameter_in_shards(one_process, recipe_files, tmp_pa
 
 
 @pytest.mark.distributed
-def test_a_fault_of_the_first_process_ends_both(recipe_files, tmp_path):
+def test_a_fault_of_the_first_process_ends_both(recipe_files, tmp_path, forked):
     """Only the first process opens the run folder; the second must not wait for it."""
     (tmp_path / "thesis.tex").write_text("x")
     began = time.monotonic()
-    refused(torchrun(recipe_files / "codyra.yaml", f"output={tmp_path}"), "holds files of something else")
+    done = forked.command("run", recipe_files / "codyra.yaml", f"output={tmp_path}")
+    refused(done, "holds files of something else")
+    assert all(done.codes)
     assert time.monotonic() - began < 60
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.distributed
-def test_a_loss_that_is_not_finite_ends_both(recipe_files, tmp_path):
-    done = torchrun(recipe_files / "seqlora.yaml", f"output={tmp_path / 'run'}", "optim.lr=1e30")
+def test_a_loss_that_is_not_finite_ends_both(recipe_files, tmp_path, forked):
+    words = [recipe_files / "seqlora.yaml", f"output={tmp_path / 'run'}", "optim.lr=1e30"]
+    done = forked.command("run", *words)
     refused(done, "task ONE, step 2: the loss is nan")
+    assert all(done.codes)
     assert not (tmp_path / "run" / "updates").exists()
 
 
@@ -247,46 +247,36 @@ def test_a_process_of_a_group_ends_at_once(code, tmp_path):
     assert (done.returncode, done.stdout) == (code, "alone\n"), done.stderr
 
 
-def interrupted(launcher: str, *arguments: str | Path) -> subprocess.CompletedProcess:
+def interrupted(forked, launcher: str, *words: str | Path) -> Ended:
     """`run_stopped.py` under DDP, in one process, or under a shipped accelerate config."""
-    program = TESTS / "run_stopped.py"
+
+    def work(rank: int) -> None:
+        run_stopped.run([str(word) for word in words])
+
     if launcher == "one":
-        return subprocess.run(
-            [sys.executable, program, *map(str, arguments)], capture_output=True, text=True, timeout=240
-        )
-    if launcher == "ddp":
-        return launched("torch.distributed.run", "--standalone", "--nproc-per-node", "2", program, *arguments)
-    return launched(
-        "accelerate.commands.launch",
-        "--config_file",
-        SHIPPED / "accelerate" / f"{launcher}.yaml",
-        "--main_process_port",
-        str(free_port()),
-        program,
-        *arguments,
-    )
+        return forked.alone(work).wait()
+    return forked.ranks(work, environment=environment(launcher))
+
+
+def environment(launcher: str) -> dict[str, str]:
+    return {} if launcher == "ddp" else zero(launcher)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("first", "then"), [("one", "zero2"), ("zero3", "ddp"), ("zero1", "zero3")])
-def test_a_run_goes_on_under_another_launch(first, then, one_process, recipe_files, tmp_path):
+def test_a_run_goes_on_under_another_launch(first, then, one_process, recipe_files, tmp_path, forked):
     """Only the first process is asked to stop; all agree on the step. What it left is of no number of
     processes.
     """
     command = ["run", recipe_files / "codyra.yaml", f"output={tmp_path / 'run'}"]
-    stopped = interrupted(first, "THREE", 2, *command)
-    assert stopped.returncode != 0 and "stopped (task THREE, step 3 of " in stopped.stderr, stopped.stderr
+    stopped = interrupted(forked, first, "THREE", "2", *command)
+    assert set(stopped.codes) == {75} and "stopped (task THREE, step 3 of " in stopped.stderr, stopped.stderr
     assert [path.name for path in (tmp_path / "run" / "progress").iterdir()] == ["01-THREE-00000003"]
-    done = (
-        torchrun(*command[1:])
-        if then == "ddp"
-        else accelerate(SHIPPED / "accelerate" / f"{then}.yaml", *command[1:])
-    )
+    done = forked.command(*command, environment=environment(then))
     assert done.returncode == 0, done.stderr
     assert "THREE: going on behind step 3" in done.stdout and "equal to rounding only" in done.stdout
-    assert_same_run(
-        one_process["codyra"], tmp_path / "run", int(then.removeprefix("zero")) if then != "ddp" else 0
-    )
+    stage = 0 if then == "ddp" else int(then[4])
+    assert_same_run(one_process["codyra"], tmp_path / "run", stage)
 
 
 def begun(process: psutil.Process) -> bool:
@@ -326,14 +316,22 @@ def test_no_process_outlives_a_launcher_that_is_killed_before_they_met(recipe_fi
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("launcher", ["ddp", "zero2"])
-def test_a_process_that_is_killed_ends_the_other_with_its_name(launcher, one_process, recipe_files, tmp_path):
+@pytest.mark.parametrize("launcher", ["torchrun", "zero2"])
+def test_a_process_that_is_killed_ends_the_other_with_its_name(
+    launcher, one_process, recipe_files, tmp_path, forked
+):
+    """By itself, and where torchrun has the same in mind."""
     command = ["run", recipe_files / "codyra.yaml", f"output={tmp_path / 'run'}", "save.minutes=1e-9"]
+    killing = ["kill", "THREE", "3", *command]
     began = time.monotonic()
-    done = interrupted(launcher, "kill", "THREE", 3, *command)
+    if launcher == "torchrun":
+        options = ["--standalone", "--nproc-per-node", "2"]
+        done = launched("torch.distributed.run", *options, TESTS / "run_stopped.py", *killing)
+    else:
+        done = interrupted(forked, launcher, *killing)
     assert time.monotonic() - began < 120 and done.returncode != 0
     told = [line for line in done.stderr.splitlines() if line.startswith("error (rank 0): rank 1 on ")]
     assert len(told) == 1 and socket.gethostname() in told[0] and "last seen at task " in told[0], done.stderr
-    again = torchrun(*command[1:])
+    again = forked.command(*command)
     assert again.returncode == 0 and "THREE: going on behind step 2" in again.stdout, again.stderr
     assert_same_run(one_process["codyra"], tmp_path / "run", 0)

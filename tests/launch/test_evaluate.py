@@ -6,7 +6,6 @@ import json
 
 import pytest
 from helpers import learnt, timeless
-from launches import free_port, launched
 
 from codyra_llm.checkpoints.evaluate import evaluate
 from codyra_llm.checkpoints.source import Wanted
@@ -25,7 +24,7 @@ def merging(tiny_llama, toy_stream, tmp_path_factory):
 
 
 @pytest.mark.distributed
-def test_two_processes_equal_one(merging, tiny_llama, toy_stream, tmp_path):
+def test_two_processes_equal_one(merging, tiny_llama, toy_stream, tmp_path, forked):
     """Tasks, open-ended prompts and the harness's requests are dealt to the ranks: the same rows as one
     process writes.
     """
@@ -48,24 +47,8 @@ def test_two_processes_equal_one(merging, tiny_llama, toy_stream, tmp_path):
     checkpoint, general, base = str(merging.path / "checkpoint"), str(tmp_path), str(tiny_llama)
     own = [f"open_ended.prompts={tmp_path / 'helpful.jsonl'}", "open_ended.max_new_tokens=4"]
     one = evaluate(checkpoint, Wanted(general=general, base=base, out=tmp_path / "one", overrides=own))
-    done = launched(
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        free_port(),
-        "-m",
-        "codyra_llm",
-        "evaluate",
-        checkpoint,
-        "--general",
-        general,
-        "--base",
-        base,
-        "--out",
-        tmp_path / "two",
-        *own,
-    )
+    words = ["evaluate", checkpoint, "--general", general, "--base", base, "--out", tmp_path / "two"]
+    done = forked.command(*words, *own)
     assert done.returncode == 0, done.stderr
     rows = read_jsonl(tmp_path / "two" / "scores.jsonl")
     assert len(rows) == 4 and timeless(rows) == timeless(one.scores) and len(one.pairs("helpful")) == 5

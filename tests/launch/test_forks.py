@@ -1,21 +1,18 @@
-"""`run` in processes that a launcher forks from one that has imported everything equals `run` in one
-process.
+"""`run` in processes that a launcher forks from one that has imported everything, as a notebook's cell would,
+equals `run` in one process.
 """
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from helpers import TESTS
+from accelerate import debug_launcher, notebook_launcher
 from launches import assert_same_run, free_port, sections
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from codyra_llm.config.recipe import load_recipe
 from codyra_llm.experiment.run import run
-
-OF_LAUNCHERS = ("ACCELERATE_", "DS_", "TORCHELASTIC_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_")
 
 
 def recipe_file(model, stream, file: Path, output: Path) -> Path:
@@ -30,22 +27,45 @@ def one_process(tiny_llama, toy_stream, tmp_path_factory) -> Path:
     return run(load_recipe(recipe_file(tiny_llama, toy_stream, folder / "recipe.yaml", folder / "run"))).path
 
 
+def work(files: list[Path]) -> int:
+    """All recipes, one after the other; returns how many tasks were scored."""
+    folders = [run(load_recipe(file)) for file in files]
+    print(f"{os.getpid()} has run {len(folders)}", flush=True)
+    return sum(len(folder.scores) for folder in folders)
+
+
+def elastic(port: int, files: list[Path]) -> None:
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        run_id="test",
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"127.0.0.1:{port}",
+        max_restarts=0,
+        start_method="fork",
+    )
+    scored = elastic_launch(config, work)(files)
+    assert len(set(scored.values())) == 1 and sorted(scored) == [0, 1], scored
+
+
+LAUNCHERS = {
+    "elastic": elastic,
+    "debug": lambda port, files: debug_launcher(work, (files,), num_processes=2),
+    "notebook": lambda port, files: notebook_launcher(work, (files,), num_processes=2, use_port=str(port)),
+}
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("launcher", ["elastic", "debug", "notebook"])
-def test_a_recipe_runs_in_forked_processes(launcher, one_process, tiny_llama, toy_stream, tmp_path):
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_recipe_runs_in_forked_processes(launcher, one_process, tiny_llama, toy_stream, tmp_path, forked):
     """Twice, so that what the first run leaves in a process must not reach the second."""
     files = [
         recipe_file(tiny_llama, toy_stream, tmp_path / f"{name}.yaml", tmp_path / name)
         for name in ("first", "second")
     ]
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(OF_LAUNCHERS)}
-    done = subprocess.run(
-        [sys.executable, TESTS / "run_forked.py", launcher, str(free_port()), *files],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**clean, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
+    port = free_port()
+    done = forked.alone(lambda rank: LAUNCHERS[launcher](port, files)).wait(300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("has run 2") == 2
     for name in ("first", "second"):

@@ -74,24 +74,25 @@ def test_a_recipe_is_a_program(recipe, small, tmp_path, monkeypatch):
     assert list(keys)[0] == "_" and list(keys)[-1] == "launch"
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        [],
-        ["-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"],
-        ["-m", "torch.distributed.run", "--nproc-per-node", "1"],
-    ],
-    ids=["python", "accelerate launch", "torchrun"],
-)
+@pytest.mark.parametrize("launcher", ["python", "accelerate launch"])
 def test_launchers(launcher, small, tmp_path):
-    port = {"accelerate.commands.launch": ["--main_process_port"], "torch.distributed.run": ["--master-port"]}
-    extra = [*port[launcher[1]], free_port()] if launcher else []
+    """A recipe as a program of one process."""
+    options = ["--num_processes", "1", "--cpu", "--main_process_port", str(free_port())]
+    words = [] if launcher == "python" else ["-m", "accelerate.commands.launch", *options]
     done = subprocess.run(
-        [sys.executable, *launcher, *extra, str(SHIPPED / "trace_llama.yaml"), *small],
+        [sys.executable, *words, str(SHIPPED / "trace_llama.yaml"), *small],
         capture_output=True,
         text=True,
         timeout=240,
     )
+    assert done.returncode == 0, done.stderr
+    assert finished(tmp_path)
+
+
+@pytest.mark.distributed
+def test_a_launch_of_one_process(small, tmp_path, forked):
+    """As torchrun's with one process: it is told a rank, and is alone."""
+    done = forked.command("run", SHIPPED / "trace_llama.yaml", *small, processes=1)
     assert done.returncode == 0, done.stderr
     assert finished(tmp_path)
 

@@ -1,18 +1,18 @@
 """What holds for every method, and its declarations against what it does."""
 
-import os
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from contract import raw, rows
-from helpers import TESTS
+from forked import zero
 
-import codyra_llm.recipes
+from codyra_llm.config.recipe import load_recipe
 from codyra_llm.config.registry import METHODS
+from codyra_llm.experiment import run as runs
+from codyra_llm.runtime import launch
 from codyra_llm.store.folder import RunFolder
 
 
@@ -24,21 +24,24 @@ def files(names: list[str], model, stream, folder: Path) -> list[Path]:
     return [folder / f"{name}.yaml" for name in names]
 
 
-def launched(command: list, recipe_files: list[Path]) -> None:
-    clean = {
-        k: v
-        for k, v in os.environ.items()
-        if not k.startswith(("ACCELERATE_", "DS_"))
-        and k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    }
-    script = TESTS / "run_many.py"
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, command), str(script), *map(str, recipe_files)],
-        timeout=900,
-        capture_output=True,
-        text=True,
-        env={**clean, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
+def run_in_two(forked, recipe_files: list[Path], environment: dict[str, str]) -> None:
+    """Run every recipe in one pair of processes, one after the other.
+
+    The second process is late whenever it looks into the run folder: what it sees there must decide nothing.
+    """
+    punctual = RunFolder.archive
+
+    def work(rank: int) -> None:
+        def late(folder: RunFolder):
+            time.sleep(0.02 * rank)
+            return punctual(folder)
+
+        RunFolder.archive = late
+        for file in recipe_files:
+            runs.run(load_recipe(file))
+        launch.leave()
+
+    done = forked.ranks(work, environment, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -67,25 +70,18 @@ def assert_same(name: str, one: RunFolder, two: RunFolder) -> None:
 
 
 @pytest.mark.distributed
-def test_two_processes_equal_one(finished, tiny_llama, toy_stream, tmp_path):
+def test_two_processes_equal_one(finished, tiny_llama, toy_stream, tmp_path, forked):
     """Data parallel, all methods in one pair of processes."""
     names = [name for name, method in METHODS.items() if method.trains]
-    launched(
-        ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-        files(names, tiny_llama, toy_stream, tmp_path / "two"),
-    )
+    run_in_two(forked, files(names, tiny_llama, toy_stream, tmp_path / "two"), {})
     for name in names:
         assert_same(name, finished(name)[0], RunFolder(tmp_path / "two" / name))
 
 
 @pytest.mark.distributed
-def test_zero_2_equals_one_process(finished, tiny_llama, toy_stream, tmp_path):
+def test_zero_2_equals_one_process(finished, tiny_llama, toy_stream, tmp_path, forked):
     """Every method that declares it, in one pair of processes."""
     names = [name for name, method in METHODS.items() if method.trains and method.zero_stages() >= 2]
-    config = Path(codyra_llm.recipes.__path__[0]) / "accelerate" / "zero2.yaml"
-    launched(
-        ["accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"],
-        files(names, tiny_llama, toy_stream, tmp_path / "two"),
-    )
+    run_in_two(forked, files(names, tiny_llama, toy_stream, tmp_path / "two"), zero("zero2"))
     for name in names:
         assert_same(name, finished(name)[0], RunFolder(tmp_path / "two" / name))

@@ -2,67 +2,54 @@
 agree.
 """
 
-import pytest
-import yaml
-from launches import PROGRAM, assert_same_run, free_port, launched, refused, sections
+from collections.abc import Callable
+from itertools import count
 
+import pytest
+import torch
+import yaml
+from forked import Ended
+from launches import assert_same_run, refused, sections
+
+from codyra_llm.cli import main
 from codyra_llm.config.recipe import load_recipe
 from codyra_llm.core.files import read_jsonl
+from codyra_llm.data.batches import Batch
 from codyra_llm.experiment import run
-
-ON_RANK_1 = """
-import os, sys
-import torch
-from codyra_llm.cli import main
-from codyra_llm.data import Batch
-
-plain, calls = Batch.cross_entropy, []
-
-def cross_entropy(self, model):
-    loss = plain(self, model)
-    if os.environ["RANK"] == "1":
-        calls.append(self.ids.numel())
-        if {condition}:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-    return loss
-
-Batch.cross_entropy = cross_entropy
-main(["run", *sys.argv[1:]])
-"""
 
 
 @pytest.fixture
-def two_ranks(tiny_llama, toy_stream, tmp_path):
-    file = tmp_path / "codyra.yaml"
-    file.write_text(
-        PROGRAM.format(yaml.safe_dump(sections(tiny_llama, toy_stream, "codyra"))), encoding="utf-8"
-    )
+def file(tiny_llama, toy_stream, tmp_path):
+    (tmp_path / "codyra.yaml").write_text(yaml.safe_dump(sections(tiny_llama, toy_stream, "codyra")))
+    return tmp_path / "codyra.yaml"
 
-    def launch(condition: str):
-        (tmp_path / "program.py").write_text(ON_RANK_1.format(condition=condition), encoding="utf-8")
-        return launched(
-            "torch.distributed.run",
-            "--nproc-per-node",
-            "2",
-            "--master-port",
-            str(free_port()),
-            tmp_path / "program.py",
-            file,
-            f"output={tmp_path / 'two'}",
-            timeout=120,
-        )
 
-    return file, launch
+def out_of_memory_on_rank_1(forked, when: Callable[[int], bool], *words) -> Ended:
+    """`run` with these words in two processes; in the second, memory runs out in the midst of each n-th loss
+    for which `when(n)` holds."""
+    plain, calls = Batch.cross_entropy, count(1)
+
+    def cross_entropy(batch: Batch, model) -> torch.Tensor:
+        loss = plain(batch, model)
+        if when(next(calls)):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return loss
+
+    def work(rank: int) -> None:
+        if rank == 1:
+            Batch.cross_entropy = cross_entropy
+        main(["run", *map(str, words)])
+
+    return forked.ranks(work)
 
 
 @pytest.mark.distributed
-def test_one_of_two_ranks_runs_out(two_ranks, tmp_path):
+def test_one_of_two_ranks_runs_out(file, tmp_path, forked):
     """The second rank, in the midst of its fifth micro-batch; the first has no trouble and does not wait for
     ever.
     """
-    file, launch = two_ranks
     one = run.run(load_recipe(file, [f"output={tmp_path / 'one'}"])).path
-    done = launch("len(calls) == 5")
+    done = out_of_memory_on_rank_1(forked, lambda call: call == 5, file, f"output={tmp_path / 'two'}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("out of memory, going on with optim.micro_batch_tokens at") == 1
     assert_same_run(one, tmp_path / "two", 0)
@@ -75,6 +62,8 @@ def test_one_of_two_ranks_runs_out(two_ranks, tmp_path):
 
 
 @pytest.mark.distributed
-def test_one_of_two_ranks_can_not_go_on(two_ranks, tmp_path):
-    refused(two_ranks[1]("True"), "tokens alone does not fit")
+def test_one_of_two_ranks_can_not_go_on(file, tmp_path, forked):
+    done = out_of_memory_on_rank_1(forked, lambda call: True, file, f"output={tmp_path / 'two'}")
+    refused(done, "tokens alone does not fit")
+    assert all(done.codes)
     assert not (tmp_path / "two" / "updates").exists()

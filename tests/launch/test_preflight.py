@@ -6,12 +6,16 @@ import hashlib
 import json
 import shutil
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import TESTS
+
+from codyra_llm.config.recipe import load_recipe
+from codyra_llm.core.errors import Fault
+from codyra_llm.experiment.run import run
+from codyra_llm.models import loading
+from codyra_llm.runtime import launch
 
 
 @pytest.fixture
@@ -35,30 +39,20 @@ def other_data(toy_stream, tmp_path) -> Path:
 
 
 @pytest.mark.distributed
-def test_a_second_process_that_differs_ends_both(sections, other_data, tmp_path):
+def test_a_second_process_that_differs_ends_both(sections, other_data, tmp_path, monkeypatch, forked):
+    monkeypatch.setattr(loading, "load", lambda *arguments: sys.exit("weights were loaded"))
     (tmp_path / "recipe.yaml").write_text(json.dumps(sections), encoding="utf-8")
-    (tmp_path / "faults").mkdir()
-    program = TESTS / "run_apart.py"
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            program,
-            tmp_path / "recipe.yaml",
-            tmp_path / "faults",
-            f"data.root={other_data}",
-            "seed=5",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+
+    def work(rank: int) -> None:
+        others = [f"data.root={other_data}", "seed=5"] if rank else []
+        with pytest.raises(Fault) as caught:
+            run(load_recipe(tmp_path / "recipe.yaml", others))
+        (tmp_path / f"fault {rank}").write_text(str(caught.value), encoding="utf-8")
+        launch.leave()
+
+    done = forked.ranks(work)
     assert done.returncode == 0, done.stderr
-    told = [(tmp_path / "faults" / rank).read_text(encoding="utf-8") for rank in "01"]
+    told = [(tmp_path / f"fault {rank}").read_text(encoding="utf-8") for rank in range(2)]
     assert told[0] == told[1]
     host, lines = socket.gethostname(), told[0].splitlines()
     assert len(lines) == 2

@@ -7,18 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from forked import Started
 from helpers import like, tiny_recipe
 
+from codyra_llm.cli import main
 from codyra_llm.config.recipe import load_recipe
 from codyra_llm.experiment import run
 from codyra_llm.runtime import signals
-
-
-def command(folder: Path) -> list:
-    return [sys.executable, "-m", "codyra_llm", "run", folder / "recipe.json"]
+from codyra_llm.store.folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -29,38 +27,56 @@ def straight(tiny_llama, toy_stream, tmp_path_factory):
     return asked, run.run(asked)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_while_it_trains(number, straight, tmp_path):
-    asked, other = straight
-    folder = like(asked, tmp_path)
-    process = subprocess.Popen(
-        command(tmp_path), stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL
-    )
+def begin(forked, tmp_path, folder: RunFolder) -> Started:
+    """The run of `like` in a process of its own, which has trained a step."""
+    started = forked.alone(lambda rank: main(["run", str(tmp_path / "recipe.json")]))
     while not folder.log_rows:
         time.sleep(0.02)
-        assert process.poll() is None
-    process.send_signal(number)
-    told = process.communicate(timeout=60)[1]
-    assert process.returncode == signals.EXIT == 75
+        assert started.running()
+    return started
+
+
+def assert_saved(told: str, asked, other: RunFolder, folder: RunFolder) -> None:
+    """The process said in one line that it stopped, and the same recipe goes on to the same end."""
     assert told.startswith("stopped (task ONE, step ") and told.count("\n") == 1
     assert not (folder.path / "lease.json").exists() and len(list((folder.path / "progress").iterdir())) == 1
-    run.run(load_recipe(tmp_path / "recipe.json"))
+    run.run(asked)
     assert (folder.path / "scores.jsonl").read_bytes() == (other.path / "scores.jsonl").read_bytes()
     assert [(r["task"], r["step"], r["loss"]) for r in folder.log_rows] == [
         (r["task"], r["step"], r["loss"]) for r in other.log_rows
     ]
 
 
-def test_the_second_of_two_runs_is_refused(straight, tmp_path):
-    asked, _ = straight
+def test_a_signal_while_it_trains(straight, tmp_path, forked):
+    asked, other = straight
     folder = like(asked, tmp_path)
-    process = subprocess.Popen(command(tmp_path), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    started = begin(forked, tmp_path, folder)
+    os.kill(started.processes[0], signal.SIGUSR1)
+    done = started.wait()
+    assert done.returncode == signals.EXIT == 75
+    assert_saved(done.stderr, load_recipe(tmp_path / "recipe.json"), other, folder)
+
+
+def test_a_signal_to_the_command(straight, tmp_path):
+    """`python -m codyra_llm run` and SIGTERM."""
+    asked, other = straight
+    folder = like(asked, tmp_path)
+    words = [sys.executable, "-m", "codyra_llm", "run", tmp_path / "recipe.json"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL)
     while not folder.log_rows:
         time.sleep(0.02)
         assert process.poll() is None
-    os.kill(process.pid, signal.SIGSTOP)  # however long this test takes
-    second = subprocess.run(command(tmp_path), capture_output=True, text=True, timeout=300)
-    process.kill()
-    process.wait()
-    assert second.returncode == 2 and f"worked on by process {process.pid} on " in second.stderr
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == signals.EXIT
+    assert_saved(told, load_recipe(tmp_path / "recipe.json"), other, folder)
+
+
+def test_the_second_of_two_runs_is_refused(straight, tmp_path, forked):
+    asked, _ = straight
+    started = begin(forked, tmp_path, like(asked, tmp_path))
+    first = started.processes[0]
+    os.kill(first, signal.SIGSTOP)  # however long this test takes
+    second = forked.alone(lambda rank: main(["run", str(tmp_path / "recipe.json")])).wait()
+    assert second.returncode == 2 and f"worked on by process {first} on " in second.stderr
     assert "Traceback" not in second.stderr

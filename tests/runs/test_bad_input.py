@@ -88,6 +88,7 @@ class Place:
         return self.recipe()
 
     def index(self, content):
+        (self.model / "model.safetensors").rename(self.model / "model-1.safetensors")
         (self.model / INDEX).write_text(json.dumps(content))
         return self.recipe()
 
@@ -244,7 +245,7 @@ row("an index that names a file outside")(lambda p: p.index({"weight_map": {"a":
 row("an index that names an absolute path")(lambda p: p.index({"weight_map": {"a": "/etc/x.safetensors"}}))
 row("an index without a map")(lambda p: p.index({"weight_map": ["model.safetensors"]}))
 row("a shard that is missing")(
-    lambda p: p.index({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}})
+    lambda p: p.index({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
 )
 row("a tokenizer.json that is torn")(
     lambda p: ((p.model / "tokenizer.json").write_text('{"version": '), p.recipe())[-1]

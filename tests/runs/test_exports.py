@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 from adapters import TASKS, recipe
-from conftest import SIZES, save_tiny
 from safetensors.torch import load_file, save_file
+from tiny import SIZES, save_tiny
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -128,7 +125,7 @@ def test_declared_old_data_is_what_it_reads(name, finished):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_declared_merge_is_a_plain_model(name, finished, tmp_path):
+def test_declared_merge_is_a_plain_model(name, finished, tmp_path, capsys):
     folder, _ = finished(name)
     setup, method = prepare(folder.recipe), METHODS[name]
     if not method.trains:
@@ -146,18 +143,7 @@ def test_declared_merge_is_a_plain_model(name, finished, tmp_path):
     write_stage(folder, 2, tmp_path / "stage")
     prompt = setup.test(0)[0]["prompt"]
     for source in (folder.path, tmp_path / "stage"):
-        assert main_prints(["generate", f"{source}@THREE", prompt, "--max-new-tokens", "3"]) is not None
-
-
-def main_prints(arguments: list[str]) -> str | None:
-    """What a command prints; None where it fails."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"from codyra_llm.cli import main; main({arguments!r})"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    return done.stdout if done.returncode == 0 else None
+        assert run_cli(capsys, "generate", f"{source}@THREE", prompt, "--max-new-tokens", "3")
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -55,11 +55,17 @@ def config(name):
         "seqft": {"optim__lr": 1e-3},
         "mtl": {"method__rank": 4},
         "rcl": {"method__rank": 4},
-        "ilora": {"method__rank": 4, "method__ratio": 0.5, "method__dropout": 0.1, "method__decay": 0.5},
+        "ilora": {"method__rank": 4, "method__memory": 9, "method__dropout": 0.1, "method__decay": 0.5},
+        "ilora_mixed": {
+            "method__rank": 4,
+            "method__ratio": 0.5,
+            "method__dropout": 0.1,
+            "method__decay": 0.5,
+        },
     }[name]
 
 
-@pytest.mark.parametrize("name", ["icl", "rcl", "mtl", "ilora", "seqft"])
+@pytest.mark.parametrize("name", ["icl", "rcl", "mtl", "ilora", "ilora_mixed", "seqft"])
 def test_killed_after_the_second_task_and_restarted_equals_straight_through(
     name, tiny_llama, reasoned, tmp_path, monkeypatch
 ):
@@ -207,10 +213,10 @@ def test_mtl_on_one_task_is_seqlora(tiny_llama, toy_stream, tmp_path):
     )
 
 
-# ilora
+# ilora_mixed
 
 
-def test_ilora_without_memory_of_its_own_is_mixed_replay(tiny_llama, toy_stream, tmp_path):
+def test_ilora_mixed_without_memory_of_its_own_is_mixed_replay(tiny_llama, toy_stream, tmp_path):
     """γ = 0 and λ = 0: the same losses and gradients in every step, the same weights after every task."""
     same = {"method__rank": 4, "method__ratio": 0.5, "method__dropout": 0.1}
     ilora = runs.run(
@@ -218,7 +224,7 @@ def test_ilora_without_memory_of_its_own_is_mixed_replay(tiny_llama, toy_stream,
             tiny_llama,
             toy_stream,
             tmp_path / "ilora",
-            method="ilora",
+            method="ilora_mixed",
             method__decay=0,
             method__weight=0,
             **same,
@@ -246,11 +252,11 @@ def test_ilora_without_memory_of_its_own_is_mixed_replay(tiny_llama, toy_stream,
         assert all(torch.equal(weights(ilora)[name][key], tensor) for key, tensor in tensors.items()), name
 
 
-def test_ilora_archives_the_average_and_goes_on_with_the_fast_adapter(
+def test_ilora_mixed_archives_the_average_and_goes_on_with_the_fast_adapter(
     tiny_llama, toy_stream, tmp_path, monkeypatch
 ):
     fast, at = [], "model.layers.1.mlp.up_proj"
-    method = METHODS["ilora"]
+    method = METHODS["ilora_mixed"]
     begin, after = method.begin_task, method.after_step
 
     def begun(self, model, task):
@@ -268,7 +274,7 @@ def test_ilora_archives_the_average_and_goes_on_with_the_fast_adapter(
             tiny_llama,
             toy_stream,
             tmp_path / "run",
-            method="ilora",
+            method="ilora_mixed",
             method__decay=0.8,
             method__ratio=0.5,
             **{**THREE, "data__tasks": ["ONE", "TWO"]},
@@ -286,13 +292,13 @@ def test_ilora_archives_the_average_and_goes_on_with_the_fast_adapter(
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_ilora_distance_is_that_of_two_merged_models(packed, tiny_llama, toy_stream, tmp_path):
+def test_ilora_mixed_distance_is_that_of_two_merged_models(packed, tiny_llama, toy_stream, tmp_path):
     setup = prepare(
         tiny_recipe(
             tiny_llama,
             toy_stream,
             tmp_path / "run",
-            method="ilora",
+            method="ilora_mixed",
             method__rank=3,
             method__weight=2.0,
             data__batching="packed" if packed else "buckets",
@@ -469,7 +475,7 @@ def test_seqft_is_adam_on_all_weights(tiny_llama, toy_stream, tmp_path):
 
 
 def test_plans(tiny_llama, reasoned, tmp_path):
-    for name in ("icl", "rcl", "mtl", "ilora", "seqft"):
+    for name in ("icl", "rcl", "mtl", "ilora", "ilora_mixed", "seqft"):
         console = Console(width=200, record=True, file=io.StringIO())
         plan(tiny_recipe(tiny_llama, reasoned, tmp_path / "run", method=name), console)
         assert f"method {name} trains" in console.export_text()

@@ -21,6 +21,7 @@ LAYERS = [
     "codyra_llm.config",
     "codyra_llm.runtime",
     "codyra_llm.models",
+    "codyra_llm.formats",
     "codyra_llm.data",
     "codyra_llm.lora",
     "codyra_llm.store",

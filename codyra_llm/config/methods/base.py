@@ -12,18 +12,20 @@ Count = Annotated[
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-class MethodConfig(Strict):
+class MethodConfig(Strict, frozen=True):
     """What every method has: its name."""
 
     name: str
 
 
-class LoraConfig(MethodConfig):
+class LoraConfig(MethodConfig, frozen=True):
     """The adapter of a LoRA method."""
 
-    rank: Count = Field(16, ge=1, description="rank r of every adapter")
-    targets: list[str] = Field(list(PROJECTIONS), min_length=1, description="projections that get an adapter")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    rank: Count = Field(default=16, ge=1, description="rank r of every adapter")
+    targets: list[str] = Field(
+        default=list(PROJECTIONS), min_length=1, description="projections that get an adapter"
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the adapter's input")
 
     @field_validator("targets")
     @classmethod
@@ -35,22 +37,23 @@ class LoraConfig(MethodConfig):
         return value
 
 
-class InputsConfig(LoraConfig):
+class InputsConfig(LoraConfig, frozen=True):
     """How the basis of old inputs grows, and what it is made from."""
 
     energy_first: Fraction = Field(
-        0.95,
-        description="ε at the first task: share of ‖C‖_F², C the inputs' covariance, "
-        "that the basis of old inputs must hold (`lamb` in InfLoRA's released code)",
+        default=0.995,
+        description="ε at the first task: share of ‖C‖_F², C the inputs' covariance, that the basis of old "
+        "inputs must hold (`lamb` in InfLoRA's released code); its authors have 0.995 for language models "
+        "and 0.95 for vision",
     )
     energy_last: Fraction = Field(
-        1.0, description="ε of a task after the last one; linear in between (`lame`)"
+        default=1.0, description="ε of a task after the last one; linear in between (`lame`)"
     )
     max_examples: int = Field(
-        512, ge=1, description="training examples of a task, drawn, whose inputs are read"
+        default=512, ge=1, description="training examples of a task, drawn, whose inputs are read"
     )
     inputs_at_once: Count = Field(
-        16,
+        default=16,
         ge=1,
         description="distinct inputs whose covariances are in memory together; each "
         "such portion is a pass over the examples",

@@ -8,22 +8,26 @@ from codyra_llm.config.methods.base import Count, LoraConfig, MethodConfig
 from codyra_llm.core.schema import Positive
 
 
-class NoneConfig(MethodConfig):
+class NoneConfig(MethodConfig, frozen=True):
     name: Literal["none"] = "none"
 
 
-class IclConfig(NoneConfig):
+class IclConfig(MethodConfig, frozen=True):
     name: Literal["icl"] = "icl"
-    shots: Count = Field(6, ge=0, description="demonstrations before each test prompt; 0: the same as none")
+    shots: Count = Field(
+        default=6, ge=0, description="demonstrations before each test prompt; 0: the same as none"
+    )
 
 
-class MtlConfig(LoraConfig):
+class MtlConfig(LoraConfig, frozen=True):
     name: Literal["mtl"] = "mtl"
-    alpha: Positive | None = Field(None, description="scale s = alpha / rank; null: alpha = rank, so s = 1")
+    alpha: Positive | None = Field(
+        default=None, description="scale s = alpha / rank; null: alpha = rank, so s = 1"
+    )
 
 
-class SeqFtConfig(MethodConfig):
+class SeqFtConfig(MethodConfig, frozen=True):
     name: Literal["seqft"] = "seqft"
     carry_optimizer: bool = Field(
-        False, description="keep Adam's moments from task to task, as the published runs did"
+        default=False, description="keep Adam's moments from task to task, as the published runs did"
     )

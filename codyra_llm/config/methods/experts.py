@@ -8,43 +8,49 @@ from codyra_llm.config.methods.base import Count, InputsConfig, LoraConfig
 from codyra_llm.core.schema import Fraction, NotNegative, Positive
 
 
-class ExpertConfig(LoraConfig):
-    rank: Count = Field(8, ge=1, description="rank r of every task's adapter")
-    alpha: Positive = Field(32.0, description="scale s = alpha / rank")
+class ExpertConfig(LoraConfig, frozen=True):
+    rank: Count = Field(default=8, ge=1, description="rank r of every task's adapter")
+    alpha: Positive = Field(default=32.0, description="scale s = alpha / rank")
 
 
-class ColorConfig(ExpertConfig):
+class ColorConfig(ExpertConfig, frozen=True):
     name: Literal["color"] = "color"
-    centroids: Count = Field(5, ge=1, description="k-means centroids per task")
+    centroids: Count = Field(default=5, ge=1, description="k-means centroids per task")
 
 
-class DualLoraConfig(InputsConfig, ExpertConfig):
+class DualLoraConfig(InputsConfig, ExpertConfig, frozen=True):
     name: Literal["duallora"] = "duallora"
     rank: Count = Field(
-        8, ge=2, description="ranks of a task's two adapters together: ⌊rank/2⌋ for O, the others for R"
+        default=8,
+        ge=2,
+        description="ranks of a task's two adapters together: ⌊rank/2⌋ for O, the others for R",
     )
 
 
-class HideLoraConfig(ExpertConfig):
+class HideLoraConfig(ExpertConfig, frozen=True):
     name: Literal["hidelora"] = "hidelora"
-    weight: NotNegative = Field(0.01, description="weight of the contrastive term")
-    temperature: Positive = Field(0.8, description="τ, divisor of the cosines in it")
+    weight: NotNegative = Field(default=0.01, description="weight of the contrastive term")
+    temperature: Positive = Field(default=0.8, description="τ, divisor of the cosines in it")
+    momentum: Fraction = Field(
+        default=0.1,
+        description="m of A ← (1-m)·A + m·(mean of the earlier tasks' A), and of B, when a task ends",
+    )
     shrinkage: Fraction = Field(
-        0.1, gt=0, description="γ in (1 - γ)·Σ + γ·tr(Σ)/h·I, the covariance that is used"
+        default=0.1, gt=0, description="γ in (1 - γ)·Σ + γ·tr(Σ)/h·I, the covariance that is used"
     )
 
 
-class SaptConfig(ExpertConfig):
+class SaptConfig(ExpertConfig, frozen=True):
     name: Literal["sapt"] = "sapt"
-    hidden: Count = Field(100, ge=1, description="inner width of the query net")
+    hidden: Count = Field(default=100, ge=1, description="inner width of the query net")
     kl_ratio: NotNegative = Field(
-        1.0, description="weight of each old task's KL(its stored attention ‖ attention now)"
+        default=1.0, description="weight of each old task's KL(its stored attention ‖ attention now)"
     )
     replay_examples: int = Field(
-        512, ge=1, description="training prompts of each old task, drawn, for that term"
+        default=512, ge=1, description="training prompts of each old task, drawn, for that term"
     )
-    replay_batch: Count = Field(16, ge=1, description="prompts of each old task per optimizer step")
+    replay_batch: Count = Field(default=16, ge=1, description="prompts of each old task per optimizer step")
 
 
-class SingleConfig(ExpertConfig):
+class SingleConfig(ExpertConfig, frozen=True):
     name: Literal["single"] = "single"

@@ -5,50 +5,52 @@ from typing import Literal
 from pydantic import Field
 
 from codyra_llm.config.methods.base import Count, InputsConfig
-from codyra_llm.config.methods.sequential import SeqLoraConfig
+from codyra_llm.config.methods.sequential import SequentialConfig
 from codyra_llm.core.schema import NotNegative, Positive
 
 
-class MemoryConfig(SeqLoraConfig):
+class MemoryConfig(SequentialConfig, frozen=True):
     """Stored examples."""
 
-    memory: int = Field(100, ge=0, description="training examples kept of each earlier task")
+    memory: int = Field(default=100, ge=0, description="training examples kept of each earlier task")
     batch: Count = Field(
-        16,
+        default=16,
         ge=1,
         description="how many of them a reference gradient is taken on, drawn anew each step; "
         "from `memory` on it is all",
     )
 
 
-class AGemConfig(MemoryConfig):
+class AGemConfig(MemoryConfig, frozen=True):
     name: Literal["agem"] = "agem"
 
 
-class GemConfig(MemoryConfig):
+class GemConfig(MemoryConfig, frozen=True):
     name: Literal["gem"] = "gem"
     margin: NotNegative = Field(
-        0.5, description="γ: lowest multiplier of every earlier gradient, once one is in conflict"
+        default=0.5, description="γ: lowest multiplier of every earlier gradient, once one is in conflict"
     )
     epsilon: Positive = Field(
-        1e-3, description="ridge of the dual, relative to the mean squared norm of the g_k"
+        default=1e-3, description="ridge of the dual, relative to the mean squared norm of the g_k"
     )
 
 
-class InfLoraConfig(InputsConfig, SeqLoraConfig):
+class InfLoraConfig(InputsConfig, SequentialConfig, frozen=True):
     name: Literal["inflora"] = "inflora"
-    fresh: Literal[True] = Field(True, description="must stay true: every task has an A of its own")
+    fresh: Literal[True] = Field(default=True, description="must stay true: every task has an A of its own")
 
 
-class OgdConfig(SeqLoraConfig):
+class OgdConfig(SequentialConfig, frozen=True):
     name: Literal["ogd"] = "ogd"
     fresh: Literal[False] = Field(
-        False, description="must stay false: directions belong to one adapter for all tasks"
+        default=False, description="must stay false: directions belong to one adapter for all tasks"
     )
     examples: int = Field(
-        20,
+        default=20,
         ge=0,
         description="training examples of each finished task whose directions are kept; "
         "each costs as much memory as the adapter in float32",
     )
-    max_gigabytes: Positive = Field(16.0, description="the most that the directions of all tasks may take")
+    max_gigabytes: Positive = Field(
+        default=16.0, description="the most that the directions of all tasks may take"
+    )

@@ -8,28 +8,30 @@ from codyra_llm.config.methods.base import Count, MethodConfig
 from codyra_llm.core.schema import NotNegative, Positive
 
 
-class PromptConfig(MethodConfig):
+class PromptConfig(MethodConfig, frozen=True):
     """The rate of the prompts; those that suit LoRA are too small for them. Published: 0.03·batch/256 for L2P
     on a vision transformer, 0.3 for Progressive Prompts on T5, 1e-5 on TRACE, where prompts hardly move. The
     default is ours."""
 
-    prompt_lr: Positive = Field(0.01, description="learning rate of prompts and keys")
+    prompt_lr: Positive = Field(default=0.01, description="learning rate of prompts and keys")
 
 
 Layer = Annotated[int, Field(ge=0)]
 
 
-class DualPromptConfig(PromptConfig):
+class DualPromptConfig(PromptConfig, frozen=True):
     name: Literal["dualprompt"] = "dualprompt"
     general_layers: list[Layer] = Field(
-        [0, 1], min_length=1, description="layers of the general prefix, from 0"
+        default=[0, 1], min_length=1, description="layers of the general prefix, from 0"
     )
-    general_length: Count = Field(5, ge=1, description="keys and values of the general prefix")
-    expert_layers: list[Layer] = Field([2, 3, 4], min_length=1, description="layers of the experts' prefixes")
-    expert_length: Count = Field(20, ge=1, description="keys and values of an expert's prefix")
-    pull: NotNegative = Field(1.0, description="c, how strongly a task's key is drawn to its queries")
+    general_length: Count = Field(default=5, ge=1, description="keys and values of the general prefix")
+    expert_layers: list[Layer] = Field(
+        default=[2, 3, 4], min_length=1, description="layers of the experts' prefixes"
+    )
+    expert_length: Count = Field(default=20, ge=1, description="keys and values of an expert's prefix")
+    pull: NotNegative = Field(default=1.0, description="c, how strongly a task's key is drawn to its queries")
     key_init: Literal["mean", "uniform"] = Field(
-        "mean",
+        default="mean",
         description="mean: a task's key starts as the mean direction of "
         "its queries; uniform: U(-1, 1), as published",
     )
@@ -44,13 +46,15 @@ class DualPromptConfig(PromptConfig):
         return self
 
 
-class L2pConfig(PromptConfig):
+class L2pConfig(PromptConfig, frozen=True):
     name: Literal["l2p"] = "l2p"
-    pool: Count = Field(10, ge=1, description="M, prompts in the pool")
-    length: Count = Field(5, ge=1, description="tokens of each prompt")
-    chosen: Count = Field(3, ge=1, description="N, prompts for an example; 3 on TRACE, 5 in the original")
+    pool: Count = Field(default=10, ge=1, description="M, prompts in the pool")
+    length: Count = Field(default=5, ge=1, description="tokens of each prompt")
+    chosen: Count = Field(
+        default=3, ge=1, description="N, prompts for an example; 3 on TRACE, 5 in the original"
+    )
     pull: NotNegative = Field(
-        0.5,
+        default=0.5,
         description="c, how strongly chosen keys are drawn to the queries; 0.5 on TRACE, 0.1 "
         "in the original's code",
     )
@@ -64,12 +68,12 @@ class L2pConfig(PromptConfig):
         return self
 
 
-class PpConfig(PromptConfig):
+class PpConfig(PromptConfig, frozen=True):
     name: Literal["pp"] = "pp"
-    length: Count = Field(20, ge=1, description="tokens of each task's prompt")
+    length: Count = Field(default=20, ge=1, description="tokens of each task's prompt")
     mlp: bool = Field(
-        True, description="train the prompt through a residual MLP, which is dropped after its task"
+        default=True, description="train the prompt through a residual MLP, which is dropped after its task"
     )
     mlp_width: Count = Field(
-        800, ge=1, description="its hidden width; 800 in the original, twice the model's on TRACE"
+        default=800, ge=1, description="its hidden width; 800 in the original, twice the model's on TRACE"
     )

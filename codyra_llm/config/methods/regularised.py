@@ -4,65 +4,70 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from codyra_llm.config.methods.sequential import SeqLoraConfig
+from codyra_llm.config.methods.sequential import SequentialConfig
 from codyra_llm.core.schema import Fraction, NotNegative, Positive
 
 
-class CLoraConfig(SeqLoraConfig):
+class CLoraConfig(SequentialConfig, frozen=True):
     name: Literal["clora"] = "clora"
-    fresh: Literal[False] = Field(False, description="must stay false: the factors are shared by all tasks")
-    carry_optimizer: Literal[False] = Field(
-        False, description="must stay false: fewer parameters train later"
+    fresh: Literal[False] = Field(
+        default=False, description="must stay false: the factors are shared by all tasks"
     )
-    weight: NotNegative = Field(1.0, description="λ of ‖R_oldᵀ R_δ‖_F², per optimizer step")
+    carry_optimizer: Literal[False] = Field(
+        default=False, description="must stay false: fewer parameters train later"
+    )
+    weight: NotNegative = Field(default=1.0, description="λ of ‖R_oldᵀ R_δ‖_F², per optimizer step")
     factor_lr: NotNegative = Field(
-        0.0,
+        default=0.0,
         description="learning rate of A and B from the second task on, as a share of "
         "the optimizer's; 0: frozen",
     )
 
 
-class EwcConfig(SeqLoraConfig):
+class EwcConfig(SequentialConfig, frozen=True):
     name: Literal["ewc"] = "ewc"
     fresh: Literal[False] = Field(
-        False, description="must stay false: F belongs to one adapter for all tasks"
+        default=False, description="must stay false: F belongs to one adapter for all tasks"
     )
     weight: NotNegative = Field(
-        400.0,
+        default=400.0,
         description="λ of the penalty λ/2 Σ F (θ - θ*)²; F is as small as squared "
         "gradients, so tune it until `ewc` in the log is not negligible",
     )
-    decay: Fraction = Field(1.0, description="γ in F ← γ F + F_new; 1 sums all tasks")
+    decay: Fraction = Field(default=1.0, description="γ in F ← γ F + F_new; 1 sums all tasks")
     examples: int = Field(
-        500, ge=1, description="training examples of a finished task that F_new is a mean over"
+        default=500, ge=1, description="training examples of a finished task that F_new is a mean over"
     )
 
 
-class HideLoraRepoConfig(SeqLoraConfig):
+class HideLoraRepoConfig(SequentialConfig, frozen=True):
     name: Literal["hidelora_treelora_repo"] = "hidelora_treelora_repo"
-    weight: NotNegative = Field(0.5, description="weight of the contrastive term, per optimizer step")
-    temperature: Positive = Field(0.8, description="divisor of the similarities")
+    weight: NotNegative = Field(default=0.5, description="weight of the contrastive term, per optimizer step")
+    temperature: Positive = Field(default=0.8, description="divisor of the similarities")
 
 
-class LwfConfig(SeqLoraConfig):
+class LwfConfig(SequentialConfig, frozen=True):
     name: Literal["lwf"] = "lwf"
-    weight: NotNegative = Field(1.0, description="α of α·T²·KL(teacher ‖ student)")
-    temperature: Positive = Field(2.0, description="T that divides both models' logits")
+    weight: NotNegative = Field(default=1.0, description="α of α·T²·KL(teacher ‖ student)")
+    temperature: Positive = Field(default=2.0, description="T that divides both models' logits")
 
 
-class OLoraConfig(SeqLoraConfig):
+class OLoraConfig(SequentialConfig, frozen=True):
     name: Literal["olora"] = "olora"
     fresh: bool = Field(
-        True, description="every task has an adapter of its own; false, with lambda_orthogonal 0, is seqlora"
+        default=True,
+        description="every task has an adapter of its own; false, with lambda_orthogonal 0, is seqlora",
     )
     lambda_orthogonal: NotNegative = Field(
-        0.5, description="λ1, weight of the overlap with earlier tasks' A, per optimizer step"
+        default=2048.0,
+        description="λ1, weight of the mean overlap of a pair of directions, one of the task and one of an "
+        "earlier task's, per optimizer step; released: 0.5 of the sum over 64 sites of 8 x 8 pairs, so 2048",
     )
     lambda_norm: NotNegative = Field(
-        0.0, description="λ2, weight of Σ ‖A‖_F + ‖B‖_F of the task's own adapter"
+        default=0.0, description="λ2, weight of Σ ‖A‖_F + ‖B‖_F of the task's own adapter"
     )
     overlap: Literal["abs", "squared"] = Field(
-        "abs", description="Σ|A_old Aᵀ| as in the released code, or Σ(A_old Aᵀ)² as in the paper"
+        default="abs", description="Σ|A_old Aᵀ| as in the released code, or Σ(A_old Aᵀ)² as in the paper"
     )
 
     @model_validator(mode="after")
@@ -75,22 +80,22 @@ class OLoraConfig(SeqLoraConfig):
         return self
 
 
-class TreeLoraConfig(SeqLoraConfig):
+class TreeLoraConfig(SequentialConfig, frozen=True):
     name: Literal["treelora"] = "treelora"
     weight: Fraction = Field(
-        0.1,
+        default=0.1,
         description="β, share of the step's gradient that the similar task's takes; not the "
         "paper's λ (0.5), which weighs another term",
     )
     exploration: NotNegative = Field(
-        0.2,
+        default=0.2,
         description="c in the lower confidence bound μ - c·√(log n / n_k); the paper "
         "has 2, with which 100 steps go to all earlier tasks nearly alike",
     )
 
 
-class TreeLoraRepoConfig(SeqLoraConfig):
+class TreeLoraRepoConfig(SequentialConfig, frozen=True):
     name: Literal["treelora_repo"] = "treelora_repo"
     weight: NotNegative = Field(
-        0.5, description="weight of the regulariser at the end of an epoch's ramp from 0"
+        default=0.5, description="weight of the regulariser at the end of an epoch's ramp from 0"
     )

@@ -10,117 +10,145 @@ from codyra_llm.core.schema import Fraction, NotNegative, Positive, Strict
 REASONING_VARIANT = "LLM-CL-Benchmark_Reasoning"  # a folder of TRACE
 
 
-class SeqLoraConfig(LoraConfig):
-    name: Literal["seqlora"] = "seqlora"
-    alpha: Positive | None = Field(None, description="scale s = alpha / rank; null: alpha = rank, so s = 1")
-    fresh: bool = Field(False, description="merge and start a fresh adapter after every task, as codyra does")
+class SequentialConfig(LoraConfig, frozen=True):
+    """One adapter that is trained on all tasks in turn, or merged after each."""
+
+    alpha: Positive | None = Field(
+        default=None, description="scale s = alpha / rank; null: alpha = rank, so s = 1"
+    )
+    fresh: bool = Field(
+        default=False, description="merge and start a fresh adapter after every task, as codyra does"
+    )
     carry_optimizer: bool = Field(
-        False, description="keep Adam's moments from task to task, as the published runs did"
+        default=False, description="keep Adam's moments from task to task, as the published runs did"
+    )
+    merge_scale: Positive = Field(
+        default=1.0, description="factor on a task's update when it is merged; needs `fresh`"
     )
 
+    @model_validator(mode="after")
+    def _scaled_where_merged(self) -> "SequentialConfig":
+        if self.merge_scale != 1 and not self.fresh:
+            raise ValueError(
+                f"'merge_scale' is {self.merge_scale:g}, but with 'fresh' false one adapter goes on from "
+                "task to task and none is merged; set 'fresh' to true, or remove it"
+            )
+        return self
 
-class Threshold(Strict):
+
+class SeqLoraConfig(SequentialConfig, frozen=True):
+    name: Literal["seqlora"] = "seqlora"
+
+
+class Threshold(Strict, frozen=True):
     """How hard the weights w are shrunk, and when."""
 
-    schedule: Literal["budget", "published"] = Field(
-        "budget",
-        description="budget: the shrinks of all steps sum to "
-        "`budget`; published: κ climbs to `kappa_max` in 50 stages",
+    schedule: Literal["budget", "published-ramp", "published"] = Field(
+        default="budget",
+        description="budget: the shrinks of all steps sum to `budget` and follow the learning rate; "
+        "published-ramp: they climb to the end, as published, and sum to `budget`; published: κ climbs to "
+        "`kappa_max` in 50 stages, so it prunes nothing in fewer than 50 sparse steps",
     )
-    budget: NotNegative | None = Field(None, description="S = Σκ over the sparse phase; default 0.1")
+    budget: NotNegative | None = Field(
+        default=None,
+        description="S = Σκ over the sparse phase; default 0.6, with published-ramp 0.65, the total of the "
+        "released setting",
+    )
     kappa_max: NotNegative | None = Field(
-        None, description="published schedule only: the last κ; default 0.005"
+        default=None, description="published schedule only: the last κ; default 0.005"
     )
-    dense: Fraction = Field(0.5, lt=1, description="share of the steps before any shrinking")
+    dense: Fraction = Field(default=0.5, lt=1, description="share of the steps before any shrinking")
     operator: Literal["soft", "released"] = Field(
-        "soft",
+        default="soft",
         description="soft: sign(w)·max(|w|-κ, 0); released: the public code's rule, with a dead zone of 2κ",
     )
 
     @model_validator(mode="after")
     def _used(self) -> "Threshold":
-        unused = "kappa_max" if self.schedule == "budget" else "budget"
+        unused = "budget" if self.schedule == "published" else "kappa_max"
         if getattr(self, unused) is not None:
             raise ValueError(f"'{unused}' has no effect with schedule '{self.schedule}'; remove it")
         return self
 
 
-class CodyraConfig(LoraConfig):
+class CodyraConfig(LoraConfig, frozen=True):
     name: Literal["codyra"] = "codyra"
-    scale: Positive = Field(1.0, description="s in ΔW = s·B diag(w) A; the published code has 1")
+    scale: Positive = Field(default=1.0, description="s in ΔW = s·B diag(w) A; the published code has 1")
     importance_init: Literal["constant", "normal"] = Field(
-        "constant", description="w at the start of a task: one value, or N(0, value²) as published"
+        default="constant", description="w at the start of a task: one value, or N(0, value²) as published"
     )
-    importance_value: Positive = Field(1.0, description="the constant, or the standard deviation")
+    importance_value: Positive = Field(default=1.0, description="the constant, or the standard deviation")
     importance_lr: NotNegative | None = Field(
-        None, description="learning rate of w; default: the optimizer's"
+        default=None, description="learning rate of w; default: the optimizer's"
     )
     align: bool = Field(
-        True,
+        default=True,
         description="when the dense phase ends, rewrite each ΔW by its singular directions, with "
         "w = σ/σ₁, so that the threshold meets parts in the order of their size",
     )
-    threshold: Threshold = Field(Threshold(), description="how hard the weights w are shrunk, and when")
-    selection: Literal["threshold", "random", "scale"] = Field(
-        "threshold",
-        description="random: the control that drops ranks by lot, along a straight line to zero; scale: the "
-        "control that drops none and shrinks every update at its merge",
+    threshold: Threshold = Field(
+        default=Threshold(), description="how hard the weights w are shrunk, and when"
     )
-    keep: Fraction | None = Field(
-        None, description="random: share of all ranks kept; scale: factor on every update"
+    selection: Literal["threshold", "random", "none"] = Field(
+        default="threshold",
+        description="random: the control that drops ranks by lot, along a straight line to zero; none: plain "
+        "LoRA, with `merge_scale` the control that shrinks every update instead",
     )
+    keep: Fraction | None = Field(default=None, description="random only: share of all ranks kept")
+    merge_scale: Positive = Field(default=1.0, description="factor on a task's update when it is merged")
 
     @model_validator(mode="after")
-    def _keep_goes_with_controls(self) -> "CodyraConfig":
-        if (self.keep is None) == (self.selection in ("random", "scale")):
+    def _keep_goes_with_random(self) -> "CodyraConfig":
+        if (self.keep is None) == (self.selection == "random"):
             raise ValueError(
-                "'keep' goes with selection 'random' or 'scale' and with nothing else; "
-                + ("remove it" if self.keep is not None else "give the share to keep")
+                "'keep' goes with selection 'random' and with nothing else; "
+                + ("remove it" if self.keep is not None else "give the share of ranks to keep")
             )
         return self
 
 
-class OldInputsConfig(LoraConfig):
+class OldInputsConfig(LoraConfig, frozen=True):
     """What is kept of old inputs, and from which sequences."""
 
     samples: int = Field(
-        1024,
+        default=1024,
         ge=0,
         le=1 << 16,
         description="sequences that the base writes by itself before the first task; their inputs count as "
         "one old task's; 0: none",
     )
-    sample_tokens: Count = Field(48, ge=1, description="tokens of each of them")
+    sample_tokens: Count = Field(default=48, ge=1, description="tokens of each of them")
     max_examples: int = Field(
-        256, ge=1, description="training examples of a finished task, drawn, whose inputs are read"
+        default=256, ge=1, description="training examples of a finished task, drawn, whose inputs are read"
     )
     sketch: Count = Field(
-        256,
+        default=256,
         ge=1,
         description="columns kept of the second moment of an input that is wider than four times as many; "
         "narrower ones are kept whole",
     )
 
 
-class CodyraDriftConfig(OldInputsConfig, CodyraConfig):
+class CodyraDriftConfig(OldInputsConfig, CodyraConfig, frozen=True):
     name: Literal["codyra_drift"] = "codyra_drift"
     drift_weight: NotNegative = Field(
-        10.0, description="μ of the relative drift of old outputs, once per optimizer step; 0: no penalty"
+        default=10.0,
+        description="μ of the relative drift of old outputs, once per optimizer step; 0: no penalty",
     )
     merge_weight: NotNegative = Field(
-        1.0,
+        default=1.0,
         description="μ_m of old against new inputs in the merge in closed form; 0: the update as trained",
     )
     ridge: Positive = Field(
-        1e-4, description="ε of that merge, and of the parts, as a share of the inputs' mean energy"
+        default=1e-4, description="ε of that merge, and of the parts, as a share of the inputs' mean energy"
     )
-    selection: Literal["none", "ratio", "threshold", "random", "scale"] = Field(
-        "none",
+    selection: Literal["none", "ratio", "threshold", "random"] = Field(
+        default="none",
         description="ratio: drop the parts with the least gain on new inputs per drift of old outputs; "
-        "threshold, random, scale: codyra's rule and its controls, for comparison",
+        "threshold, random: codyra's rule and its control by lot, for comparison",
     )
     keep_drift: Fraction | None = Field(
-        None, description="ratio only: τ, share of the predicted drift of old outputs that may stay"
+        default=None, description="ratio only: τ, share of the predicted drift of old outputs that may stay"
     )
 
     @model_validator(mode="after")
@@ -133,55 +161,82 @@ class CodyraDriftConfig(OldInputsConfig, CodyraConfig):
         return self
 
 
-class IloraConfig(LoraConfig):
+class IloraConfig(LoraConfig, frozen=True):
     name: Literal["ilora"] = "ilora"
-    alpha: Positive | None = Field(None, description="scale s = alpha / rank; null: alpha = rank, so s = 1")
-    ratio: Fraction = Field(
-        0.1, description="share of each earlier task's training set that is replayed (its first part)"
+    alpha: Positive | None = Field(
+        default=None, description="scale s = alpha / rank; null: alpha = rank, so s = 1"
+    )
+    memory: int = Field(
+        default=500, ge=1, description="training examples of all earlier tasks, drawn by a reservoir"
+    )
+    batch: Count = Field(
+        default=16,
+        ge=1,
+        description="how many of them each step replays; as many as the step's own in the release",
     )
     decay: Fraction = Field(
-        0.95, description="λ of slow ← λ·slow + (1-λ)·fast after every step; 0: slow is fast"
+        default=0.25, description="α of slow ← α·slow + (1-α)·fast after every step; 0: slow is fast"
     )
-    weight: NotNegative = Field(1.0, description="γ of the distance between the two adapters' hidden states")
+    weight: NotNegative = Field(
+        default=1.0, description="of the distance of the fast adapter's hidden states above the slow one's"
+    )
 
 
-class RclConfig(SeqLoraConfig):
+class IloraMixedConfig(LoraConfig, frozen=True):
+    name: Literal["ilora_mixed"] = "ilora_mixed"
+    alpha: Positive | None = Field(
+        default=None, description="scale s = alpha / rank; null: alpha = rank, so s = 1"
+    )
+    ratio: Fraction = Field(
+        default=0.1, description="share of each earlier task's training set that is replayed (its first part)"
+    )
+    decay: Fraction = Field(
+        default=0.95, description="λ of slow ← λ·slow + (1-λ)·fast after every step; 0: slow is fast"
+    )
+    weight: NotNegative = Field(
+        default=1.0, description="γ of the distance between the two adapters' hidden states"
+    )
+
+
+class RclConfig(SequentialConfig, frozen=True):
     name: Literal["rcl"] = "rcl"
     folder: str | None = Field(
-        None,
+        default=None,
         description="TRACE's variant with reasoning; default: "
         f"{REASONING_VARIANT} in data.root, or beside it where there is none",
     )
 
 
-class ReplayConfig(SeqLoraConfig):
+class ReplayConfig(SequentialConfig, frozen=True):
     name: Literal["replay"] = "replay"
     ratio: Fraction = Field(
-        0.1, description="share of each earlier task's training set that is kept (its first part)"
+        default=0.1, description="share of each earlier task's training set that is kept (its first part)"
     )
-    lima: bool = Field(True, description="replay the Lima set beside it; it must lie in the data folder")
+    lima: bool = Field(
+        default=True, description="replay the Lima set beside it; it must lie in the data folder"
+    )
     when: Literal["after", "mixed"] = Field(
-        "after",
-        description="after: one more epoch over the memory when the "
-        "task's own are done, as published; mixed: memory in every epoch",
+        default="mixed",
+        description="mixed: memory in every epoch; after: one more epoch over the memory when the task's own "
+        "are done, as published, with a schedule of the learning rate of its own",
     )
 
 
-class SoraConfig(SeqLoraConfig):
+class SoraConfig(SequentialConfig, frozen=True):
     name: Literal["sora"] = "sora"
     fresh: Literal[False] = Field(
-        False,
+        default=False,
         description="must stay false: one gated adapter for all tasks; codyra is the "
         "method that merges and restarts",
     )
     kappa: NotNegative = Field(
-        5e-4, description="threshold κ after every step, not multiplied by the learning rate"
+        default=5e-4, description="threshold κ after every step, not multiplied by the learning rate"
     )
     gate_init: Literal["normal", "constant"] = Field(
-        "normal", description="gates at the start of the stream: N(0, 1) as published, or 1"
+        default="normal", description="gates at the start of the stream: N(0, 1) as published, or 1"
     )
     gate_lr: NotNegative | None = Field(
-        None,
+        default=None,
         description="learning rate of the gates; null: the optimizer's; 0: no "
         "gradient, the threshold alone moves them",
     )

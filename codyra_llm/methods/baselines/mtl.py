@@ -18,7 +18,7 @@ class Mtl(SeqLora):
 
     name, summary, Config = "mtl", "one LoRA adapter trained on all tasks at once (upper bound)", MtlConfig
     old_data, joint, separable = True, True, False
-    mode, carries_optimizer = "replace", False
+    mode, carries_optimizer, merge_factor = "replace", False, 1.0
 
     def begin_task(self, model, task: Task) -> None:
         Method.begin_task(self, model, task)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from codyra_llm.config.methods.experts import HideLoraConfig
 from codyra_llm.data.batches import softcap
+from codyra_llm.lora.layer import sites
+from codyra_llm.lora.update import Adapter, Update
 from codyra_llm.methods.base import Task, restore
 from codyra_llm.methods.experts.identity import Gaussians
 from codyra_llm.methods.experts.single import Single
@@ -26,11 +28,12 @@ class HideLora(Single):
     """A LoRA per task that starts from the one before; the task is inferred by linear discriminant analysis
     of prompts.
 
-    Source: HiDe (its public code, HiDe-Prompt, was read), for vision transformers with a classifier. Kept of
-    it: the adapters' start, statistics of features of the base that infer the task, a contrastive term
-    against what earlier tasks left, weight 0.01, τ = 0.8. Ours, as a causal LM has no class head to align:
-    the feature (mean over the prompt's tokens of the last hidden state), one Gaussian per task with the
-    pooled covariance Σ, equal priors, and the term
+    Source: HiDe (its public code, HiDe-Prompt and HiDe-PET, was read), for vision transformers with a
+    classifier. Kept of it: the adapters' start and, when a task ends, their momentum (HiDe-PET's
+    lora_momentum, 0.1), statistics of features of the base that infer the task, a contrastive term against
+    what earlier tasks left, weight 0.01, τ = 0.8. Left out: the epochs in which a head is aligned. Ours, as
+    a causal LM has no class head to align: the feature (mean over the prompt's tokens of the last hidden
+    state), one Gaussian per task with the pooled covariance Σ, equal priors, and the term
 
         L_i = -log( e^{1/τ} / (e^{1/τ} + Σ_{k<t} e^{cos(z_i, c_k)/τ}) ),
 
@@ -57,6 +60,8 @@ class HideLora(Single):
             over_prompts(model, task, self._examples, pooled_states)
         )
         self._old = task.state["adapted"].to(model.device) if task.index else None  # [tasks, h]
+        past = [task.archive.load(k).adapters for k in range(task.index)]
+        self._past = {site: mean_adapter([x[site] for x in past]) for site in past[0]} if past else {}
         if task.index:
             restore(model, task.archive.load(task.index - 1))
 
@@ -71,10 +76,24 @@ class HideLora(Single):
             "contrast": self.config.weight * row_weights(batch) @ terms,
         }
 
+    @torch.no_grad()
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        for site, past in self._past.items():  # features are those of the adapter that is archived
+            layer = sites(model)[site]
+            layer.lora_A.lerp_(past.a.to(layer.lora_A), self.config.momentum)
+            layer.lora_B.lerp_(past.b.to(layer.lora_B), self.config.momentum)
         adapted = over_prompts(model, task, self._examples, pooled_states).mean(0, keepdim=True)
         old = [] if self._old is None else [self._old]
         return {**self._gaussians.state(), "adapted": torch.cat([*old, adapted])}  # [tasks, h]
+
+    def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
+        if self._past:
+            adapters = {site: self._moved(x, self._past[site]) for site, x in adapters.items()}
+        return super().consolidate(adapters, index)
+
+    def _moved(self, adapter: Adapter, past: Adapter) -> Adapter:
+        m = self.config.momentum
+        return Adapter(adapter.a.lerp(past.a, m), adapter.b.lerp(past.b, m), None)
 
     def install(self, model, task: Task) -> None:
         super().install(model, task)
@@ -83,6 +102,13 @@ class HideLora(Single):
     def mixture(self, model, prompts, task) -> Tensor:
         features = pooled_states(model, *padded(prompts, model.device))
         return self.only(self._tells(features).to(model.device))
+
+
+def mean_adapter(adapters: list[Adapter]) -> Adapter:
+    """The mean of the factors A and of the factors B."""
+    a = torch.stack([adapter.a for adapter in adapters]).mean(0)
+    b = torch.stack([adapter.b for adapter in adapters]).mean(0)
+    return Adapter(a, b, None)
 
 
 def contrast(features: Tensor, old: Tensor, temperature: float) -> Tensor:

@@ -65,6 +65,11 @@ def stacked(moments: list[SecondMoment]) -> SecondMoment:
     return SecondMoment(*(torch.stack(parts) for parts in zip(*moments, strict=True)))
 
 
+def kept_numbers(size: int, width: int) -> int:
+    """How many numbers are kept of the moment of an input of this size."""
+    return size * (width if size > EXACT_UP_TO * width else size)
+
+
 def sketching(size: int, width: int) -> Tensor | None:
     """Ω [in, width], orthonormal columns drawn by the size alone, float64; None where Σ itself is kept."""
     if size <= EXACT_UP_TO * width:

@@ -20,7 +20,8 @@ class InfLora(SeqLora):
     over the task's inputs, P the projector on what old inputs leave free (`Subspace`, which grows by DualGPM
     after each task).
 
-    Source: Liang and Li (2404.00228) and its released code; no setting for TRACE is published. As there, the
+    Source: Liang and Li (2404.00228) and its released code; no setting for TRACE is published; ε = 0.995 is
+    that of its authors' language models (GainLoRA's code, T5 on SuperNI and the long stream). As there, the
     energy is that of singular values of the covariance, squared again, so few directions make up the share:
     on SmolLM2 135M (24 examples of FOMC, then of NumGLUE-cm) 1 or 2 of 576 at 0.95, and A reads 6 to 14 % of
     the old inputs' energy, where a random A reads 1 %. At 0.9999 it is 33 to 146, and A reads 0.2 %: raise

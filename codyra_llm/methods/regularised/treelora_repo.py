@@ -152,7 +152,8 @@ def away_from_zero(x: Tensor) -> Tensor:
 def first_split(saved: Tensor) -> list[tuple[list[int], float | None]]:
     """The children of the tree's root: (tasks, median similarity, None for a leaf). Vectors are the
     differences between successive tasks; similarity is the dot product with the node's mean at the node's
-    depth, split at the median."""
+    depth. The left child has the tasks at or above the (lower) median, the right one those below it; where
+    one of them would be empty, halves in the order of the tasks."""
     differences = torch.cat([saved[:1], saved.diff(dim=0)])
 
     def similarities(tasks: list[int], depth: int) -> Tensor:
@@ -163,11 +164,13 @@ def first_split(saved: Tensor) -> list[tuple[list[int], float | None]]:
     if len(tasks) < 2:
         return []
     at_root = similarities(tasks, 0)
-    low = (at_root <= at_root.median()).tolist()
-    parts = [[k for k in tasks if low[k]], [k for k in tasks if not low[k]]]
+    high = (at_root >= at_root.median()).tolist()
+    parts = [[k for k in tasks if high[k]], [k for k in tasks if not high[k]]]
+    if not all(parts):
+        parts = [tasks[: len(tasks) // 2], tasks[len(tasks) // 2 :]]
     inner = [saved.shape[1] > 1 and len(part) > 1 for part in parts]
     medians = [
         similarities(part, 1).median().item() if split else None
         for part, split in zip(parts, inner, strict=True)
     ]
-    return [(part, median) for part, median in zip(parts, medians, strict=True) if part]
+    return list(zip(parts, medians, strict=True))

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from codyra_llm.config.methods.sequential import CodyraDriftConfig
-from codyra_llm.lora.layer import AdapterSpec, sites
+from codyra_llm.lora.layer import sites
 from codyra_llm.lora.proximal import vanishing_rate
 from codyra_llm.lora.update import Adapter, Update
-from codyra_llm.methods.base import Method, Task
+from codyra_llm.methods.base import Task
 from codyra_llm.methods.parts.drift import DriftPenalty, share
 from codyra_llm.methods.parts.inputs import distinct_inputs
+from codyra_llm.methods.parts.moments import kept_numbers
 from codyra_llm.methods.parts.old_inputs import OldInputs, sampled_moments, task_moments
 from codyra_llm.methods.parts.pricing import dropped, joint
 from codyra_llm.methods.parts.sparing import spared
@@ -44,9 +45,19 @@ class CodyraDrift(Codyra):
         """Passes over data and the penalty need whole parameters; masks need them in one piece."""
         return 0 if self.config.selection in ("ratio", "random") else 2
 
-    def spec(self) -> AdapterSpec:
-        c = self.config
-        return AdapterSpec(c.rank, c.scale, c.dropout) if c.selection in ("none", "scale") else super().spec()
+    def foresee(self, model, steps: list[int], schedule: str) -> list[str]:
+        sizes = {
+            name: kept_numbers(layer.in_features, self.config.sketch) for name, layer in sites(model).items()
+        }
+        inputs = [names[0] for names in distinct_inputs(model)]
+        kept = sum(sizes[name] for name in inputs)
+        # Forward, and backward to the rows; the products of r x r are small beside these.
+        drift = 4 * self.config.rank * sum(sizes.values()) if self.config.drift_weight else 0
+        return [
+            *super().foresee(model, steps, schedule),
+            f"second moments of {len(inputs)} inputs: {4 * kept / 1e9:.2f} GB of state and of device memory; "
+            f"the drift penalty: {drift:.2g} operations of matrix products per step",
+        ]
 
     def begin_task(self, model, task: Task) -> None:
         super().begin_task(model, task)  # ΔW = 0: inputs are those of the model as it stands
@@ -59,10 +70,6 @@ class CodyraDrift(Codyra):
         penalised = self.config.drift_weight and self._old
         self._drift = DriftPenalty(model, self._old) if penalised else None
         self._new = self._moments(model, task) if self.config.selection == "ratio" and self._old else {}
-
-    def param_groups(self, model, lr: float) -> list[dict]:
-        plain = self.spec().importance is None
-        return Method.param_groups(self, model, lr) if plain else super().param_groups(model, lr)
 
     def penalty(self, model) -> dict[str, Tensor]:
         return {"drift": self.config.drift_weight * self._drift()} if self._drift else {}
@@ -105,10 +112,6 @@ class CodyraDrift(Codyra):
             merged |= dict(zip(names, found, strict=True))
         in_order = {site: merged[site] for site in update.adapters}
         return Update(in_order, update.scale, update.mode)
-
-    @property
-    def _shrinks(self) -> bool:
-        return self.config.selection in ("threshold", "random")
 
     def _moments(self, model, task: Task) -> dict:
         moments = task_moments(self.config, model, task, self.seed)

@@ -1,10 +1,10 @@
 """RCL: sequential LoRA on answers that give their reasoning, so that the model keeps its way of reasoning."""
 
-import os
 from pathlib import Path
 
 from codyra_llm.config.methods.sequential import REASONING_VARIANT, RclConfig
 from codyra_llm.core.errors import Fault
+from codyra_llm.core.parsing import expanded
 from codyra_llm.data.reasoning import read_answer, reasoned_prompt
 from codyra_llm.data.records import read_split
 from codyra_llm.methods.sequential.seqlora import SeqLora
@@ -14,7 +14,7 @@ class Rcl(SeqLora):
     """seqlora trained on "reasoning \\nAnswer:X" in place of "X"; what is scored is X.
 
     Source: TRACE (2310.06762), reasoning-augmented continual learning, on 376 to 513 examples per task of the
-    variant LLM-CL-Benchmark_Reasoning, whose wording is in benchmarks/trace/reasoning.py. Test prompts are
+    variant LLM-CL-Benchmark_Reasoning, whose wording is in codyra_llm/data/reasoning.py. Test prompts are
     those of data.root, put into the words of the training prompts (checked on the prompts that both variants
     hold). An output without the marker has given no answer and is read as an empty one; eval rows count
     these. Tasks that are not TRACE's: their prompts must be the same in both folders, and the marker is
@@ -29,9 +29,7 @@ class Rcl(SeqLora):
 
     def train_data(self, stream, index: int):
         own, task = self.config.folder, stream.tasks[index]
-        folder = (
-            Path(os.path.expanduser(os.path.expandvars(own))) if own else _variant(stream.root.absolute())
-        )
+        folder = Path(expanded(own)) if own else _variant(stream.root.absolute())
         if not (folder / task / "train.json").is_file():
             raise Fault(
                 f"method.folder: {folder} has no {task}/train.json; give the folder of TRACE's variant with "

@@ -5,11 +5,12 @@ from codyra_llm.methods.sequential.seqlora import SeqLora
 
 
 class Replay(SeqLora):
-    """TRACE's replay: after the epochs of task t one epoch over the first 10 % of each earlier task and all
-    of Lima.
+    """The first 10 % of each earlier task, and all of Lima, in every epoch of a task; with `when` after, as
+    in TRACE, in one epoch after the task's own.
 
-    Source: TRACE (2310.06762) and its code. Ours: one adapter trains, as in seqlora; `lima` false where its
-    set is not at hand.
+    Source: TRACE (2310.06762) and its code, whose learning rate is constant. Ours: one adapter trains, as in
+    seqlora; memory mixed in; an epoch apart has a schedule of its own (at the tail of the task's cosine its
+    rate would be next to none); `lima` false where its set is not at hand.
     Cost: the memory's examples, up to 0.7 of an epoch and Lima, per task (or per epoch with `when` mixed).
     """
 
@@ -22,15 +23,20 @@ class Replay(SeqLora):
 
     def train_data(self, stream, index: int):
         records, epochs = super().train_data(stream, index)
-        memory = [r for past in range(index) for r in head(stream.records(past, "train"), self.config.ratio)]
-        if self.config.lima:
-            memory += stream.extra("Lima")
+        memory = self._memory(stream, index)
         everything = range(len(records) + len(memory))
         if not memory:
             return records, epochs
         if self.config.when == "mixed":
             return records + memory, [everything] * len(epochs)
         return records + memory, epochs + [everything[len(records) :]]
+
+    def epochs_apart(self, stream, index: int) -> int:
+        return int(self.config.when == "after" and bool(self._memory(stream, index)))
+
+    def _memory(self, stream, index: int) -> list[dict]:
+        memory = [r for past in range(index) for r in head(stream.records(past, "train"), self.config.ratio)]
+        return memory + (stream.extra("Lima") if self.config.lima else [])
 
 
 def head(records: list[dict], ratio: float) -> list[dict]:

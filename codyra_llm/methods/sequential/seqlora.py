@@ -24,6 +24,10 @@ class SeqLora(Method):
     def carries_optimizer(self):
         return self.config.carry_optimizer
 
+    @property
+    def merge_factor(self):
+        return self.config.merge_scale
+
     def spec(self) -> AdapterSpec:
         c = self.config
         return AdapterSpec(c.rank, (c.alpha or c.rank) / c.rank, c.dropout)

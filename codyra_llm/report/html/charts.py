@@ -43,7 +43,7 @@ def panel(scores: dict[int, tuple[float, float | None, float | None]], learnt: i
     """
     x, y = Scale(0, max(steps, 1), 30, 230), Scale(0, 100, 104, 8)
     known = [(step, *score) for step, score in sorted(scores.items())]
-    framed = [(s, low, high) for s, _, low, high in known if low is not None]
+    framed = [(s, low, high) for s, _, low, high in known if low is not None and high is not None]
     around = [(x(s), y(high)) for s, _, high in framed] + [(x(s), y(low)) for s, low, _ in reversed(framed)]
     parts = ([k for k in known if k[0] <= learnt], [k for k in known if k[0] >= learnt])
     every = math.ceil((steps + 1) / 10)
@@ -135,4 +135,5 @@ def _free(at: tuple[float, float], placed: list[tuple[float, float]]) -> tuple[f
         for dx, dy in ((1, -0.6), (-1, -0.6), (1, 0.8), (-1, 0.8), (0, -1.1), (0, 1.2))
     ]
     apart = (p for p in places if all(abs(p[0] - q[0]) > 12 or abs(p[1] - q[1]) > 11 for q in placed))
-    return tuple(round(v, 1) for v in next(apart, places[0]))
+    left, top = next(apart, places[0])
+    return round(left, 1), round(top, 1)

@@ -15,7 +15,9 @@ def forgotten(folder: RunFolder, found: dict) -> list[dict]:
     steps, tasks, out = len(found["matrix"]), found["tasks"], []
     metrics = {row["task"]: row["headline"] for row in folder.scores}
     for step, task in enumerate(tasks[: max(steps - 1, 0)], 1):
-        metric = metrics.get(task)  # None: then there are no predictions either
+        if task not in metrics:  # then there are no predictions either
+            continue
+        metric = metrics[task]
         first, last = (folder.predictions(at, tasks[at - 1], task) for at in (step, steps))
         pairs = [
             (a, b)

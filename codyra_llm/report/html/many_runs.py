@@ -95,12 +95,12 @@ def _leaderboard(names: list[str], groups: list[list[Run]]) -> Grid:
                 [
                     Cell(len(group), str(len(group))),
                     *(
-                        over(values, heat=_heat(values) if key in ("op", "learnt", "general") else None)
+                        over(values, heat=_mean(values) if key in ("op", "learnt", "general") else None)
                         for key in MEASURES
                         for values in [[run.measures[key] for run in group]]
                     ),
                     *(
-                        number(None if None in values else fmean(values) / unit, ",.0f")
+                        number(_mean(values, unit), ",.0f")
                         for values, unit in ((trained, 1), (seconds, 1), (peak, 2**20))
                     ),
                 ],
@@ -118,8 +118,10 @@ def _leaderboard(names: list[str], groups: list[list[Run]]) -> Grid:
     ).filled()
 
 
-def _heat(values: list[float | None]) -> float | None:
-    return None if None in values else fmean(values)
+def _mean(values: list[float | None], unit: float = 1) -> float | None:
+    """Mean in units of `unit`; None where a value is missing."""
+    known = [value for value in values if value is not None]
+    return fmean(known) / unit if len(known) == len(values) else None
 
 
 def _tasks(names: list[str], groups: list[list[Run]]) -> Grid:
@@ -138,7 +140,7 @@ def _tasks(names: list[str], groups: list[list[Run]]) -> Grid:
             for run in group
         ]
         columns = [[end.get(task) for end in ends] for task in tasks]
-        lines.append((name, [over(values, heat=_heat(values)) for values in columns]))
+        lines.append((name, [over(values, heat=_mean(values)) for values in columns]))
     return Grid("final scores", "group", tasks, lines, "Score on each task after the last one.")
 
 
@@ -148,9 +150,7 @@ def _differences(names: list[str], groups: list[list[Run]]) -> Grid | None:
     for name, group in zip(names[1:], groups[1:], strict=True):
         pairs = [(run.measures, first[run.recipe.seed]) for run in group if run.recipe.seed in first]
         if pairs:
-            values = [
-                [None if None in (a[key], b[key]) else a[key] - b[key] for a, b in pairs] for key in MEASURES
-            ]
+            values = [[_less(a[key], b[key]) for a, b in pairs] for key in MEASURES]
             lines.append((name, [Cell(len(pairs), str(len(pairs))), *map(_difference, values)]))
     return (
         Grid(
@@ -165,9 +165,15 @@ def _differences(names: list[str], groups: list[list[Run]]) -> Grid | None:
     )
 
 
+def _less(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a - b
+
+
 def _difference(values: list[float | None]) -> Cell | None:
     cell = over(values, "+.1f")
-    return cell and replace(cell, marked=cell.low is not None and (cell.low > 0 or cell.high < 0))
+    if cell is None or cell.low is None or cell.high is None:
+        return cell
+    return replace(cell, marked=cell.low > 0 or cell.high < 0)
 
 
 def _runs(names: list[str], groups: list[list[Run]]) -> Grid:
@@ -207,5 +213,12 @@ def _scatter(groups: list[list[Run]]) -> dict | None:
         ]
         for group in groups
     ]
-    means = [tuple(map(fmean, zip(*group, strict=True))) if group else None for group in points]
+    means = [_middle(group) for group in points]
     return scatter(points, means) if any(points) else None
+
+
+def _middle(points: list[tuple[float, float]]) -> tuple[float, float] | None:
+    if not points:
+        return None
+    xs, ys = zip(*points, strict=True)
+    return fmean(xs), fmean(ys)

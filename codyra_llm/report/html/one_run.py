@@ -106,7 +106,7 @@ def _panels(found: dict, rows: dict) -> list[dict]:
     steps, out = len(found["matrix"]), []
     for learnt, task in enumerate(found["tasks"][:steps], 1):
         known = {
-            step: (row["score"], *((i["low"], i["high"]) if (i := _interval(row)) else (None, None)))
+            step: _framed(row)
             for (step, name), row in rows.items()
             if name == task and step <= steps and row["score"] is not None
         }
@@ -120,6 +120,12 @@ def _panels(found: dict, rows: dict) -> list[dict]:
             }
         )
     return out if any(p["seen"] > 1 for p in out) else []
+
+
+def _framed(row: dict) -> tuple[float, float | None, float | None]:
+    """A score and the bounds of its interval, where it has one."""
+    interval = _interval(row) or {"low": None, "high": None}
+    return row["score"], interval["low"], interval["high"]
 
 
 def _general(found: dict, rows: dict) -> Grid | None:
@@ -217,7 +223,9 @@ def _rank_maps(updates: list[dict]) -> list[Grid]:
 
 
 def _mapped(row: dict | None) -> Cell | None:
-    return row and Cell(
+    if row is None:
+        return None
+    return Cell(
         row["kept"],
         str(row["kept"]),
         heat=100 * row["kept"] / row["rank"] if row["rank"] else 0,
@@ -249,7 +257,7 @@ def _changes(updates: list[dict]) -> list[Grid]:
                 task,
                 [
                     number(
-                        row and row[key],
+                        row[key] if row else None,
                         ".4f" if key == "surviving" else ".3f",
                         heat=min(100.0, 100 * (row[key] or 0) / top) if row else None,
                     )

@@ -1,6 +1,7 @@
 """Names and texts of others on a terminal: shown as they are, obeyed by nobody."""
 
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 import codyra_llm
-from codyra_llm.core.terminal import Terminal, one_line, printable, write
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.terminal import Terminal, one_line, printable, unbroken_output, write
 
 EVIL = "[/b][red]\x1b[2J\u202etxt\x9b"
 HARMLESS = "[/b][red]\ufffd[2J\ufffdtxt\ufffd"
@@ -51,3 +53,31 @@ def test_every_console_of_the_package_is_one():
         if path.name != "terminal.py":
             assert "= Console(" not in path.read_text(encoding="utf-8"), path
     assert issubclass(Terminal, Console)
+
+
+def said_into(descriptor: int, more: int) -> None:
+    """Print a line, then `more` bytes, as a command does, to a descriptor."""
+    with open(descriptor, "w", encoding="utf-8") as stream, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdout", stream)
+        with unbroken_output():
+            for _ in range(3):
+                print("x" * more, flush=True)
+                Terminal().print("a line")
+
+
+def test_a_reader_that_goes_away_ends_nothing():
+    reader, writer = os.pipe()
+    os.close(reader)
+    said_into(writer, 100)
+
+
+def test_a_full_disk_is_told_after_the_work_is_done():
+    with pytest.raises(Fault, match=r"standard output .*No space left.* give the command again"):
+        said_into(os.open("/dev/full", os.O_WRONLY), 1 << 14)
+
+
+def test_exit_codes_pass():
+    for code in (0, 3, "text"):
+        with pytest.raises(SystemExit) as ended, unbroken_output():
+            raise SystemExit(code)
+        assert ended.value.code == code

@@ -4,7 +4,8 @@ import json
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from datasets import Dataset
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
@@ -51,6 +52,26 @@ def assert_masks(tokenizer, data):
         first = batch.predictors < batch.ids.shape[1]
         assert batch.predictors[first].tolist() == list(range(len(e.prompt) - 1, len(e) - 1))
         assert batch.targets[first].tolist() == e.answer == batch.ids[0, batch.predictors[first] + 1].tolist()
+
+
+@given(st.lists(st.tuples(st.text(max_size=30), st.text(max_size=30)), max_size=5))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_examples_are_encoded_together_as_each_alone(tokenizer, pairs):
+    """And as `Dataset.map` would, text by text; some are cut."""
+    pairs = [*TEXTS, *pairs]
+    for kind in (tokenizer, sentencepiece_like()):
+        encoder = Encoder(kind, section(12, 6))
+        records = [{"prompt": prompt, "answer": answer} for prompt, answer in pairs]
+        alone = []
+        for prompt, answer in pairs:
+            (ids, cut), (answer_ids, answer_cut) = encoder.prompt(prompt), encoder.answer(answer)
+            alone.append(Encoded(ids, answer_ids, cut or answer_cut))
+        assert encoder.encode(records) == alone
+        rows = Dataset.from_list(records).map(
+            lambda row, own=encoder: {"ids": own.encode([row])[0].prompt}, new_fingerprint="x"
+        )
+        assert list(rows["ids"]) == [example.prompt for example in alone]
+    assert encoder.encode([]) == []
 
 
 def test_masks(tokenizer):

@@ -1,5 +1,5 @@
-"""Decoding with tensors that keep their places: the same tokens as the growing cache gives; on a CPU, nothing is
-recorded."""
+"""Decoding with tensors that keep their places: the same tokens as the growing cache gives. On a CPU nothing
+is recorded."""
 
 import pytest
 import torch

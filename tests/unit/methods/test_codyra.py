@@ -1,4 +1,4 @@
-"""Rank selection: a planted rank comes back, by the default and not by lot."""
+"""Rank selection: a planted rank comes back, by the threshold and not by lot."""
 
 import math
 
@@ -20,6 +20,7 @@ def planted(seed, steps=150, size=48, noise=0.1, **config):
     """Train one layer, rank 16, on a target that is the frozen one plus a matrix of rank 3; (ranks kept,
     relative error).
     """
+    config.setdefault("threshold", {"budget": 0.1})  # finds a rank; the default, 0.6, is to forget less
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape):

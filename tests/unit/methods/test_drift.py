@@ -4,7 +4,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from test_moments import dense, inputs, moment, normal
+from moments_cases import dense, inputs, moment, normal
 from torch import nn
 
 from codyra_llm.lora.layer import AdapterSpec, attach, sites

@@ -105,7 +105,8 @@ def released(saved, vs, steps, draws):
     if t > 1:
         root = dots(range(t), 0)
         cut = lower_median(root)
-        for part in ([i for i in range(t) if root[i] <= cut], [i for i in range(t) if root[i] > cut]):
+        sides = [i for i in range(t) if root[i] >= cut], [i for i in range(t) if root[i] < cut]
+        for part in sides if all(sides) else (list(range(t // 2)), list(range(t // 2, t))):
             children.append((part, lower_median(dots(part, 1)) if len(part) > 1 else None))
     for tau, (v, u) in enumerate(zip(vs, draws, strict=True)):
         for _ in range(depth):

@@ -4,11 +4,13 @@ calls.
 
 import difflib
 import json
+import math
 import os
 import sys
 from fractions import Fraction
 from pathlib import Path
 
+import evaluate
 import pytest
 import yaml
 from hypothesis import given
@@ -17,6 +19,7 @@ from rouge import Rouge
 
 from codyra_llm.benchmarks import trace
 from codyra_llm.config.benchmark import load_benchmark
+from codyra_llm.metrics.hf import HfMetric
 from codyra_llm.metrics.sari import sari
 from codyra_llm.metrics.text import METRICS, literals, versioned
 
@@ -49,6 +52,10 @@ def one(metric: str, prediction: str, answer: str, prompt: str = "") -> float:
         ("12", "1", 0, 100),
         ("1", "12", 0, 0),
         ("B because", "A", 0, 0),
+        ("the cat", " the cat", 0, 100),  # decoding drops the space
+        (" the cat", " the cat", 100, 100),
+        ("the cat sat", "the cat ", 0, 100),
+        ("the", " ", 0, 0),
     ],
 )
 def test_exact_match(prediction, answer, strict, lenient):
@@ -209,19 +216,53 @@ def test_every_metric_stays_in_range_on_any_text(prompt, prediction, answer):
         assert 0 <= one(metric, prediction, answer, prompt) <= 100
 
 
+PREDICTIONS, ANSWERS, PROMPTS = ["A. b c", "", "B\nx y"], ["A", "B", "B\nx z"], ["A q", "r", "s x"]
+
+
+def inputs(name: str, *rows: int) -> dict[str, list[str]]:
+    columns = {"predictions": PREDICTIONS, "references": ANSWERS}
+    if METRICS[name].takes_sources:
+        columns["sources"] = PROMPTS
+    return {column: [texts[row] for row in rows] for column, texts in columns.items()}
+
+
 @pytest.mark.parametrize("name", METRICS)
-def test_each_metric_computes_as_an_evaluate_metric_without_a_network_or_a_folder(
-    name, tmp_path, monkeypatch
-):
+def test_each_metric_is_the_mean_of_its_examples(name):
+    scores = [one(name, *row) for row in zip(PREDICTIONS, ANSWERS, PROMPTS, strict=True)]
+    assert METRICS[name].compute(**inputs(name, 0, 1, 2)) == {name: pytest.approx(sum(scores) / 3)}
+    assert math.isnan(METRICS[name].compute(**inputs(name))[name])
+    version = 2 if name == "exact_match_treelora" else 1
+    assert versioned(name) == f"{name}@{version}"
+    with pytest.raises(ValueError):
+        METRICS[name].compute(**{**inputs(name, 0, 1), "references": ANSWERS})
+
+
+def test_a_metric_that_looks_at_prompts_asks_for_them():
+    assert [name for name in METRICS if METRICS[name].takes_sources] == ["sari"]
+    with pytest.raises(ValueError, match="give them as sources"):
+        METRICS["sari"].compute(predictions=PREDICTIONS, references=ANSWERS)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_the_adapter_computes_the_same_without_a_network_or_a_folder(name, tmp_path, monkeypatch):
     monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", tmp_path)
-    predictions, answers, prompts = ["A. b c", "", "B\nx y"], ["A", "B", "B\nx z"], ["A q", "r", "s x"]
-    metric = METRICS[name](process_id=0, experiment_id="e")
-    sources = {"sources": prompts} if metric.takes_sources else {}
-    mean = metric.compute(predictions=predictions, references=answers, **sources)
-    rows = zip(prompts, predictions, answers, strict=True)
-    assert mean == {name: pytest.approx(sum(metric.example(*row) for row in rows) / 3)}
-    assert metric.name == name and versioned(name) == f"{name}@1"
+    metric = HfMetric(METRICS[name], process_id=0, experiment_id="e")
+    assert isinstance(metric, evaluate.Metric) and metric.name == name
+    whole, given = METRICS[name].compute(**inputs(name, 0, 1, 2)), inputs(name, 0, 1, 2)
+    assert metric.compute(**given) == whole
+    metric.add_batch(**inputs(name, 0, 1))
+    metric.add_batch(**inputs(name, 2))
+    assert metric.compute() == whole
+    assert list(metric.features) == list(given)
     assert not list(tmp_path.iterdir())
+
+
+def test_adapters_of_several_metrics_compute_together():
+    names = ["exact_match", "edit_similarity"]
+    together = evaluate.combine([HfMetric(METRICS[name]) for name in names])
+    given = inputs("exact_match", 0, 1, 2)
+    expected = METRICS["exact_match"].compute(**given) | METRICS["edit_similarity"].compute(**given)
+    assert together.compute(**given) == expected
 
 
 def test_score_reports_the_metrics_of_the_task_in_order():

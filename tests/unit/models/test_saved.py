@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from conftest import SIZES, save_tiny
 from safetensors.torch import load_file, save_file
+from tiny import SIZES, save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from codyra_llm.core.errors import Fault

@@ -1,0 +1,127 @@
+"""What base and data together make impossible, found by reading the prompts and answers as the run will."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+from codyra_llm.config.recipe import Recipe, by_task
+from codyra_llm.core.errors import Fault
+from codyra_llm.data.encoding import Encoder
+from codyra_llm.data.stream import Stream
+from codyra_llm.models.weights import leftovers
+
+SHOWN = 60  # characters of an answer
+Split = tuple[int, str, list[dict]]
+
+
+def splits(recipe: Recipe, stream: Stream, trains: bool) -> Iterator[Split]:
+    """(task's number, split, records) of what a run reads; what can't be read is told elsewhere."""
+    wanted = [*["train"] * trains, recipe.eval.split]
+    for index in range(len(recipe.tasks)):
+        for split in wanted:
+            try:
+                yield index, split, stream.records(index, split)
+            except Fault:
+                continue
+
+
+def prompt_faults(
+    recipe: Recipe, read: Sequence[Split], encoder: Encoder, config: PreTrainedConfig
+) -> list[str]:
+    """Prompts that the model can't answer: those of no token, and those that leave it no position."""
+    return _empty(recipe, read, encoder) + _too_long(recipe, read, encoder, config)
+
+
+def _empty(recipe: Recipe, read: Sequence[Split], encoder: Encoder) -> list[str]:
+    if encoder.bos:
+        return []
+    faults = []
+    for index, split, records in read:
+        blank = [i for i, record in enumerate(records) if not record["prompt"].strip()]
+        bare = [i for i in blank if not encoder.prompt(records[i]["prompt"])[0]]
+        if bare:
+            faults.append(
+                f"{recipe.tasks[index]}/{split}: record {bare[0]} has an empty prompt ({len(bare)} of "
+                f"{len(records)} records), and the tokenizer puts no token in front of a text, so there is "
+                "nothing to go on from; give it a prompt, or remove it"
+            )
+    return faults
+
+
+def _too_long(recipe: Recipe, read: Sequence[Split], encoder: Encoder, config: PreTrainedConfig) -> list[str]:
+    positions, data = getattr(config, "max_position_embeddings", None), recipe.data
+    if not positions or data.max_prompt_tokens + data.max_answer_tokens <= positions:
+        return []
+    longest: dict[str, int] = {}
+    for index, split, records in read:
+        for record in records:
+            answer = (
+                encoder.answer(record["answer"])[0] if split == "train" else [0]
+            )  # one token is asked for
+            tokens = len(encoder.prompt(record["prompt"])[0]) + len(answer)
+            where = f"{recipe.tasks[index]}/{split}"
+            longest[where] = max(tokens, longest.get(where, 0))
+    return [
+        f"data.max_prompt_tokens: {where} has a prompt of {tokens} tokens with its answer, and the "
+        f"model has {positions} positions; lower it, so that prompts are cut (now "
+        f"{data.max_prompt_tokens}, answers up to {data.max_answer_tokens})"
+        for where, tokens in longest.items()
+        if tokens > positions
+    ]
+
+
+def hints(
+    recipe: Recipe, read: Sequence[Split], encoder: Encoder, config: PreTrainedConfig, base: Path
+) -> list[str]:
+    """What `plan` tells without refusing it: weights in the base's folder that are not read, answers that the
+    tokenizer can't give back, and answers that may go past the model's last position."""
+    told = []
+    if left := leftovers(base):
+        told.append(
+            f"{base} holds weights that are not read, as transformers does not read them either: "
+            f"{', '.join(left[:3])}{', ...' if len(left) > 3 else ''}; remove them, or the ones that are "
+            "read, whichever is out of date"
+        )
+    for index, split, records in read:
+        if split != "train":
+            told += _unreachable(f"{recipe.tasks[index]}/{split}", records, encoder)
+    return told + _past_the_end(recipe, read, encoder, config)
+
+
+def _unreachable(where: str, records: Sequence[dict], encoder: Encoder) -> list[str]:
+    """Answers that even a model which has learnt them by heart does not give: decoding drops a special token
+    in them and what comes after an end, or a space in front."""
+    changed = _changed([record["answer"] for record in records], encoder.perfect)
+    if not changed:
+        return []
+    number, answer, given = changed[0]
+    return [
+        f"{where}: {len(changed)} of {len(records)} answers can't be given as they are, since the tokenizer "
+        f"reads special tokens in them or drops white space: record {number} {answer[:SHOWN]!r} becomes "
+        f"{given[:SHOWN]!r}, and never matches where a metric compares exactly; change the answers"
+    ]
+
+
+def _changed(answers: Sequence[str], perfect: Callable[[str], str]) -> list[tuple[int, str, str]]:
+    found = [(number, answer, perfect(answer)) for number, answer in enumerate(answers)]
+    return [row for row in found if row[1] != row[2]]
+
+
+def _past_the_end(
+    recipe: Recipe, read: Sequence[Split], encoder: Encoder, config: PreTrainedConfig
+) -> list[str]:
+    positions = getattr(config, "max_position_embeddings", None)
+    told = []
+    for index, split, records in read:
+        new = by_task(recipe.eval.max_new_tokens, recipe.tasks[index])
+        if split == "train" or not positions or recipe.data.max_prompt_tokens + new <= positions:
+            continue
+        longest = max((len(encoder.prompt(record["prompt"])[0]) for record in records), default=0)
+        if longest + new > positions:
+            told.append(
+                f"{recipe.tasks[index]}/{split}: prompts of up to {longest} tokens and answers of up to "
+                f"{new} go past the model's {positions} positions; lower data.max_prompt_tokens or "
+                "eval.max_new_tokens"
+            )
+    return told

@@ -1,0 +1,1 @@
+"""Models in the layouts of other tools: PEFT adapters that are read, GGUF files that are written."""

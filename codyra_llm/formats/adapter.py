@@ -1,0 +1,96 @@
+"""PEFT LoRA adapters that were made anywhere, on their base: what is wrong with one, from headers alone, and
+the model that it makes."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.parsing import read_mapping, shown
+from codyra_llm.formats.adapter_files import (
+    CONFIG,
+    PREFIX,
+    VOCABULARY,
+    WEIGHTS,
+    adapter_file_faults,
+    vocabulary,
+)
+from codyra_llm.models import loading
+from codyra_llm.models.weights import stored, weight_files
+
+
+def base_of(folder: Path, given: str | None) -> str:
+    """The base that the adapter in `folder` belongs to: the one `given`, or the one that its config names.
+    Raises Fault, before anything is loaded, for a folder that is no LoRA adapter of that base alone."""
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise Fault(
+            f"{folder} is a PEFT adapter, and the package peft is not installed; install codyra-llm[peft]"
+        ) from None
+    config = read_mapping(folder / CONFIG, "the adapter's config")
+    if (kind := config.get("peft_type")) != "LORA":
+        raise Fault(
+            f"{folder} is an adapter of peft_type {kind}, expected LORA, which can be merged into its base; "
+            "merge it where it was made, and give the merged folder"
+        )
+    if faults := adapter_file_faults(folder):
+        raise Fault(*faults)
+    named = config.get("base_model_name_or_path")
+    if not (given or named):
+        raise Fault(f"{folder}/{CONFIG} names no base_model_name_or_path; give the base with --base")
+    if given is None:
+        try:
+            loading.resolve(named)
+        except Fault as fault:
+            raise Fault(
+                f"{folder}/{CONFIG} names a base that can't be used here ({fault}); give the base with --base"
+            ) from None
+    _check_shapes(folder, loading.resolve(given or named))
+    return given or named
+
+
+def build(base: Path, adapter: Path, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
+    """The base with the adapter merged in float32 and cast once, equal to PEFT's unmerged model: with rows
+    for tokens that the adapter adds, and a head of its own where embeddings or head are adapted and the base
+    ties them."""
+    from peft import PeftModel
+
+    model = loading.load(base, torch.float32, attention)
+    rows = vocabulary(adapter)
+    if rows and rows != model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    if any(part in name for name in stored(adapter / WEIGHTS) for part in VOCABULARY):
+        _untie(model)
+    whole = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    return whole.to(dtype).requires_grad_(False)
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Give the head a parameter of its own, so that what is merged into it does not reach the embeddings."""
+    head = model.get_output_embeddings()
+    if head.weight is model.get_input_embeddings().weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False
+
+
+def _check_shapes(folder: Path, base: Path) -> None:
+    """Raises Fault where an adapter's factors don't fit the base's weights."""
+    found = {name: shape for file in weight_files(base) for name, (shape, _) in stored(file).items()}
+    faults = []
+    for name, (shape, _) in stored(folder / WEIGHTS).items():
+        module, factor, _ = name.removeprefix(PREFIX).partition(".lora_")
+        rest = name.rpartition(".lora_")[2].split(".")[0]
+        weight = found.get(f"{module}.weight")
+        if not factor or rest not in "AB" or any(part in module for part in VOCABULARY):
+            continue
+        if weight is None:
+            faults.append(f"{folder} adapts {shown(module)}, which the base {base} has not")
+        elif shape[1 if rest == "A" else 0] != weight[1 if rest == "A" else 0]:
+            faults.append(
+                f"{folder} has {shown(name)} of shape {shape}, and the weight of the base {base} has {weight}"
+            )
+    if faults:
+        raise Fault(f"{faults[0]}; give the base that it was trained on with --base")

@@ -1,0 +1,226 @@
+"""A model as a GGUF file, which llama.cpp and what builds on it (Ollama, LM Studio) read.
+
+Field names and tensor layouts are those of llama.cpp's own converter. A model that llama.cpp would compute
+otherwise than transformers, since GGUF has no field for what it needs, is refused.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+
+from codyra_llm.core.errors import Fault
+from codyra_llm.formats.gguf_tokenizer import INSTEAD, write_vocabulary
+from codyra_llm.models.ends import end_of_turn
+from codyra_llm.models.tokenizer import load_tokenizer
+from codyra_llm.models.weights import WeightReader
+
+TYPES = {
+    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+}
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+}
+ACTIVATIONS = {"llama": ("silu",), "qwen2": ("silu",), "qwen3": ("silu",)}  # Gemma's: GELU by tanh
+BLOCK = 32  # numbers that q8_0 scales together
+PERIODS = {"gemma2": 2, "gemma3": 6}  # layers to the next one of full attention, fixed in llama.cpp
+LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, whose queries llama.cpp scales otherwise
+
+
+def faults(base: Path) -> list[str]:
+    """Why the model in `base` can't be a GGUF file that llama.cpp computes as transformers does."""
+    config = AutoConfig.from_pretrained(base)
+    architecture = ARCHITECTURES.get(config.model_type)
+    if architecture is None:
+        known = ", ".join(ARCHITECTURES)
+        return [f"a GGUF export knows {known}, and the model is a {config.model_type}; {INSTEAD}"]
+    reasons = [*_activation(config, architecture), *_scaling(config), *_windows(config, architecture)]
+    return [f"{reason}, which llama.cpp computes otherwise; {INSTEAD}" for reason in reasons]
+
+
+def _activation(config: PreTrainedConfig, architecture: str) -> list[str]:
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    known = ACTIVATIONS.get(architecture, ("gelu_pytorch_tanh",))
+    return [] if activation in known else [f"the model's activation is {activation}"]
+
+
+def _rope(config: PreTrainedConfig) -> dict:
+    """The RoPE settings of the model, or of its layers of full attention."""
+    return config.rope_parameters.get("full_attention", config.rope_parameters)
+
+
+def _scaling(config: PreTrainedConfig) -> list[str]:
+    kind = _rope(config).get("rope_type", "default")
+    return [] if kind in ("default", "linear", "llama3") else [f"the model's RoPE is scaled by {kind}"]
+
+
+def _windows(config: PreTrainedConfig, architecture: str) -> list[str]:
+    """Sliding windows and the scale of queries, of which GGUF says nothing for these architectures."""
+    kinds, period = getattr(config, "layer_types", None), PERIODS.get(architecture)
+    if period is None:
+        slides = kinds is None or "sliding_attention" in kinds
+        window = getattr(config, "sliding_window", None)
+        return [f"the model attends to the last {window} tokens only"] if window and slides else []
+    reasons = []
+    full = [number for number, kind in enumerate(kinds) if kind == "full_attention"]
+    if full != list(range(period - 1, len(kinds), period)):
+        reasons.append(f"full attention is not in the last of every {period} layers")
+    width = config.hidden_size // config.num_attention_heads
+    scale = width if config.num_hidden_layers == LARGEST[architecture] else config.head_dim
+    if config.query_pre_attn_scalar != scale:
+        reasons.append(f"the model scales queries by {config.query_pre_attn_scalar}")
+    return reasons
+
+
+def write_gguf(
+    base: Path,
+    file: Path,
+    changed: Callable[[str, Tensor], Tensor],
+    kind: str,
+    name: str,
+    reads: Path | None = None,
+) -> None:
+    """Write the model in `base`, each weight as `changed(name, stored)` gives it, to `file`. Matrices are
+    stored as `kind` (of TYPES), cast once from float32; norms and biases in float32. One weight is held at a
+    time. `reads`: the tokenizer's folder, if not the base's. Raises Fault for what `faults` tells."""
+    if told := faults(base):
+        raise Fault(*told)
+    config, tokenizer = AutoConfig.from_pretrained(base), load_tokenizer(reads or base)
+    architecture = ARCHITECTURES[config.model_type]
+    writer = GGUFWriter(file, architecture)
+    writer.add_name(name)
+    writer.add_file_type(TYPES[kind][1])
+    _write_config(writer, config, architecture)
+    write_vocabulary(writer, tokenizer, config.vocab_size, end_of_turn(tokenizer))
+    arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    reader = WeightReader(base)
+
+    def data(stored: str) -> tuple[np.ndarray, GGMLQuantizationType]:
+        return _stored_as(_arranged(stored, changed(stored, reader.get(stored)).float(), config), kind)
+
+    own = {stored: _tensor_name(stored, names) for stored in reader.handle_of if _kept(stored, config)}
+    for stored, called in own.items():
+        shape = reader.handle_of[stored].get_slice(stored).get_shape()
+        stands = _type_of(shape, kind)
+        writer.add_tensor_info(called, *_info(shape, stands))
+    factors = _frequency_factors(config)
+    if factors is not None:
+        writer.add_tensor_info("rope_freqs.weight", *_info(list(factors.shape), GGMLQuantizationType.F32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for stored in own:
+        writer.write_tensor_data(data(stored)[0])
+    if factors is not None:
+        writer.write_tensor_data(factors)
+    writer.close()
+
+
+def _write_config(writer: GGUFWriter, config: PreTrainedConfig, architecture: str) -> None:
+    rope, head = _rope(config), _head_dim(config)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_rope_dimension_count(head)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if architecture in PERIODS:
+        writer.add_sliding_window(config.sliding_window)
+    for cap in ("attn", "final"):
+        if value := getattr(config, f"{cap}_logit_softcapping", None):
+            getattr(writer, f"add_{cap}_logit_softcapping")(value)
+    if "sliding_attention" in config.rope_parameters:
+        writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _kept(stored: str, config: PreTrainedConfig) -> bool:
+    """Whether a stored tensor is one of GGUF's: a tied head is the embeddings, frequencies are computed."""
+    tied = config.tie_word_embeddings and stored == "lm_head.weight"
+    return not tied and not stored.endswith("inv_freq")
+
+
+def _tensor_name(stored: str, names: gguf.TensorNameMap) -> str:
+    called = names.get_name(stored, try_suffixes=(".weight", ".bias"))
+    if called is None:
+        raise Fault(f"GGUF has no name for the weight {stored}; {INSTEAD}")
+    return called
+
+
+def _arranged(stored: str, weight: Tensor, config: PreTrainedConfig) -> Tensor:
+    """A weight as llama.cpp's graphs read it: rotated pairs next to each other (`llama`), and Gemma's norms
+    as factors, which it stores less one."""
+    architecture = ARCHITECTURES[config.model_type]
+    if architecture == "llama" and (".q_proj." in stored or ".k_proj." in stored):
+        heads = config.num_attention_heads if ".q_proj." in stored else config.num_key_value_heads
+        halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+        return halves.swapaxes(1, 2).reshape(weight.shape)
+    if architecture.startswith("gemma") and stored.endswith("norm.weight"):
+        return weight + 1
+    return weight
+
+
+def _type_of(shape: list[int], kind: str) -> GGMLQuantizationType:
+    if len(shape) < 2:
+        return GGMLQuantizationType.F32
+    if kind == "q8_0" and shape[-1] % BLOCK:
+        return GGMLQuantizationType.F16
+    return TYPES[kind][0]
+
+
+def _info(
+    shape: list[int], stands: GGMLQuantizationType
+) -> tuple[tuple[int, ...], np.dtype, int, GGMLQuantizationType | None]:
+    """Shape, dtype, bytes and type of a tensor as GGUFWriter takes them."""
+    plain = {GGMLQuantizationType.F32: np.dtype(np.float32), GGMLQuantizationType.F16: np.dtype(np.float16)}
+    if stands in plain:
+        return tuple(shape), plain[stands], int(np.prod(shape)) * plain[stands].itemsize, None
+    size, count = gguf.GGML_QUANT_SIZES[stands]
+    row = shape[-1] // size * count
+    return (*shape[:-1], row), np.dtype(np.uint8), int(np.prod(shape[:-1])) * row, stands
+
+
+def _stored_as(weight: Tensor, kind: str) -> tuple[np.ndarray, GGMLQuantizationType]:
+    stands = _type_of(list(weight.shape), kind)
+    return gguf.quantize(weight.contiguous().numpy(), stands), stands
+
+
+def _frequency_factors(config: PreTrainedConfig) -> np.ndarray | None:
+    """LLaMA 3's scaling of RoPE: what each frequency is divided by, [head_dim / 2], float32. As in
+    transformers' `_compute_llama3_parameters`: long waves are stretched by `factor`, short ones kept, and in
+    between the two are blended."""
+    rope, head = _rope(config), _head_dim(config)
+    if rope.get("rope_type") != "llama3":
+        return None
+    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+    frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, head, 2, dtype=torch.float64) / head)
+    turns = rope["original_max_position_embeddings"] * frequencies / (2 * torch.pi)
+    share = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - share) / factor + share)).float().numpy()

@@ -1,0 +1,46 @@
+"""What ends an answer: one set of tokens for every way of answering."""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from codyra_llm.core.parsing import read_json
+from codyra_llm.models.tokenizer import render_chat
+
+SAID = "An answer"  # by which the end of a turn is found in what a chat template writes
+
+
+def answer_ends(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens at which an answer of the model in `folder` ends: the tokenizer's EOS, which training ends
+    answers with; those of generation_config.json, or without one of config.json, at which transformers'
+    `generate` stops (chat models name several); and what the chat template writes after an answer."""
+    file = folder / "generation_config.json"
+    named = read_json(file if file.is_file() else folder / "config.json", "the model's own").get(
+        "eos_token_id"
+    )
+    listed = named if isinstance(named, list) else [named]
+    ends = {*listed, tokenizer.eos_token_id, end_of_turn(tokenizer)}
+    return frozenset(token for token in ends if isinstance(token, int))
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template writes right after an answer; None without a template, or one
+    that writes none there."""
+    chat = [{"role": "user", "content": "A question"}, {"role": "assistant", "content": SAID}]
+    try:
+        written = render_chat(tokenizer, chat, ask=False)
+    except (TemplateError, ValueError):  # ValueError: no template, or several and none for chats
+        return None
+    after = written.rpartition(SAID)[2].lstrip()
+    special = {
+        token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    met = [content for content in special if after.startswith(content)]
+    return special[max(met, key=len)] if met else None
+
+
+def without_end(ids: Sequence[int], ends: Collection[int]) -> list[int]:
+    """An answer's tokens without the one that ended it, which need not be one that decoding drops."""
+    return list(ids[:-1] if ids and ids[-1] in ends else ids)

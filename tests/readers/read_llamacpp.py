@@ -1,0 +1,52 @@
+"""Read a model's GGUF export by llama.cpp's engine: `read_llamacpp.py FOLDER`, a folder that exports.py wrote.
+Prints JSON: how far the log-probabilities of the likeliest next tokens are off, and whether tokens and greedy
+answers are the same. Imports nothing of this project."""
+
+import json
+import sys
+import urllib.request
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import xllamacpp
+
+TOP = 10  # next tokens whose log-probabilities are compared
+
+
+def serve(file):
+    given = xllamacpp.CommonParams()
+    given.model.path, given.n_ctx, given.n_parallel = str(file), 256, 1
+    given.warmup, given.port, given.verbosity, given.cpuparams.n_threads = False, 0, 0, 2
+    return xllamacpp.Server(given)
+
+
+def ask(server, route, body):
+    request = urllib.request.Request(
+        server.listening_address + route, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
+
+
+def main(folder):
+    expected, logits = json.loads((folder / "expected.json").read_text()), np.load(folder / "expected.npz")
+    server = serve(folder / "gguf" / "model.gguf")
+    off, same, tokens = 0.0, True, True
+    for number, (text, row) in enumerate(zip(expected["prompts"], expected["ids"], strict=True)):
+        found = ask(server, "/tokenize", {"content": text, "add_special": True})["tokens"]
+        tokens = tokens and found == row
+        wanted = {"prompt": row, "n_predict": expected["new"], "temperature": 0, "n_probs": TOP}
+        wanted |= {"return_tokens": True, "ignore_eos": True, "cache_prompt": False}
+        made = ask(server, "/completion", wanted)
+        same = same and made["tokens"] == expected["answers"]["gguf"][number]
+        last = logits[f"gguf-{number}"][-1].astype(np.float64)
+        logs = last - last.max() - np.log(np.exp(last - last.max()).sum())
+        first = made["completion_probabilities"][0]["top_logprobs"]
+        off = max([off, *(abs(item["logprob"] - logs[item["id"]]) for item in first)])
+    cell = {"export": "gguf", "reader": "llama.cpp", "logits": float(off), "answers": same, "tokens": tokens}
+    print(json.dumps({"xllamacpp": version("xllamacpp"), "cells": [cell]}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
