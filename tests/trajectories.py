@@ -1,8 +1,8 @@
 """Reference trajectories: what each method did on the tiny model, one file per method in trajectories/,
 committed.
 
-`pytest tests/test_methods_contract.py -k reference_trajectory --rewrite-trajectories` writes them anew. On
-the kind of machine that wrote them all must be equal to the last bit; elsewhere, kernels round in another
+`pytest tests/runs/test_methods_contract.py -k reference_trajectory --rewrite-trajectories` writes them anew.
+On the kind of machine that wrote them all must be equal to the last bit; elsewhere, kernels round in another
 order, to a tolerance.
 """
 

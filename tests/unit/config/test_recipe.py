@@ -68,7 +68,7 @@ def test_all_mistakes_at_once_with_the_nearest_name():
         (["method=codira"], "method.name: 'codira' is not a method. Did you mean 'codyra'?"),
         (["method.threshold.kappa_max=0.1"], "'kappa_max' has no effect with schedule 'budget'"),
         (["method.keep=0.5"], "'keep' goes with selection 'random'"),
-        (["method.selection=random"], "give the share to keep"),
+        (["method.selection=random"], "give the share of ranks to keep"),
         (["method.targets=[q_proj,x_proj]"], "unknown projections ['x_proj']"),
         (["optim.keep_best=true"], "'keep_best' needs 'validate_every'"),
         (["data.tasks=[FOMC,FOMC]"], "each once"),

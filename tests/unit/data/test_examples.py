@@ -102,6 +102,8 @@ def test_check_counts_by_hand(root, capsys):
         "records": 3,
         "duplicates": 1,
         "empty_answers": 0,
+        "empty_prompts": 0,
+        "padded_answers": 0,
         "replacement_characters": 0,
         "prompt_mean": 3.7,
         "prompt_max": 5,
