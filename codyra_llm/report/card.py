@@ -47,6 +47,25 @@ KINDS = {
 }
 
 
+LOADING = {
+    "merged": """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained(DIR), AutoTokenizer.from_pretrained(DIR)
+```""",
+    "peft": """```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(DIR), AutoTokenizer.from_pretrained(DIR)
+```""",
+    "gguf": """```text
+llama-cli -m FILE.gguf -p PROMPT --temp 0 -no-cnv
+ollama create NAME -f Modelfile
+```""",
+}
+
+
 def render(
     base: Path, folder: RunFolder, after: int, without: int | None, kind: str, notes: Sequence[str] = ()
 ) -> str:
@@ -79,6 +98,7 @@ def render(
         f"# {plain(title)}",
         KINDS[kind][2],
         _origin(recipe, after, without),
+        *_loading(kind, recipe),
         *_tables(folder, recipe, rows, after),
         "## What to know",
         "\n".join(f"- {line}" for line in (*_caveats(recipe, rows, without, licence), *map(plain, notes))),
@@ -145,6 +165,17 @@ def _origin(recipe: Recipe, after: int, without: int | None) -> str:
         f"Base model: {plain(recipe.model.path)}. Method: {recipe.method.name} ({summary}). Learnt one after "
         f"the other: {order or 'nothing yet'} ({len(learnt)} of {len(recipe.tasks)} tasks).{missing}"
     )
+
+
+def _loading(kind: str, recipe: Recipe) -> list[str]:
+    """How to load an export; DIR is where it lies."""
+    asked = (
+        "Write prompts with the tokenizer's chat template, as in training."
+        if recipe.data.chat_template
+        else "Give prompts as plain text, as in training: no chat template, and completion endpoints of "
+        "servers."
+    )
+    return ["## How to load", LOADING[kind], asked] if kind in LOADING else []
 
 
 def _tables(folder: RunFolder, recipe: Recipe, rows: list[dict], after: int) -> list[str]:

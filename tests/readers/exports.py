@@ -41,7 +41,7 @@ PROMPTS = [
     "In the year 1969, the first man walked on the",
     "Question: what is the capital of France?\nAnswer:",
     "def add(a, b):\n    return",
-    "The hikers turned back before the storm, since the path was steep; " * 3 + "so the",  # RoPE and windows
+    "The hikers turned back before the storm, since the path was steep; " * 3 + "so the",  # past windows
 ]
 NEW = 16  # tokens of an answer
 CUT = 4  # the rank of `peft --rank`
@@ -95,9 +95,8 @@ def updates(base: Path, folder: Path, size: float) -> Archive:
         adapters = {}
         for number, name in enumerate(names):
             weight, rank = reader.get(name).float(), 1 + (number + step) % 4
-            a, b = (
-                torch.randn(*s, generator=draw) for s in ((rank, weight.shape[1]), (weight.shape[0], rank))
-            )
+            a = torch.randn(rank, weight.shape[1], generator=draw)
+            b = torch.randn(weight.shape[0], rank, generator=draw)
             b *= size * weight.norm() / (b @ a).norm()
             adapters[name.removesuffix(".weight")] = Adapter(a, b, None)
         archive.append(task, Update(adapters, 1.0))
@@ -105,9 +104,13 @@ def updates(base: Path, folder: Path, size: float) -> Archive:
 
 
 def reference(setup: Setup, terms: list[Update], dtype: torch.dtype | None) -> PreTrainedModel:
+<<<<<<< HEAD
     """Base with updates in float32, each weight rounded to `dtype` (None: the stored one) as its export
     is.
     """
+=======
+    """Base with updates in float32, each weight rounded to `dtype` (None: the stored) as in its export."""
+>>>>>>> exports
     model, reader = loading.load(setup.base, torch.float32), WeightReader(setup.base)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

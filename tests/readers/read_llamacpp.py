@@ -1,6 +1,12 @@
+<<<<<<< HEAD
 """Read a model's GGUF export by llama.cpp's engine: `read_llamacpp.py FOLDER`, a folder that exports.py
 wrote. Prints JSON: how far the log-probabilities of the likeliest next tokens are off, and whether tokens and
 greedy answers are the same. Imports nothing of this project."""
+=======
+"""Read a model's GGUF export by llama.cpp's engine: `read_llamacpp.py FOLDER`, one that exports.py wrote.
+Prints JSON: how far the log-probabilities of the likeliest next tokens are off, and whether tokens and greedy
+answers are the same. Imports nothing of this project."""
+>>>>>>> exports
 
 import json
 import sys
@@ -29,22 +35,29 @@ def ask(server, route, body):
         return json.load(answer)
 
 
+def next_logs(server, row):
+    """By token the log-probabilities of the likeliest next ones; none where the likeliest is a part of a
+    character, of which the server tells no probabilities."""
+    wanted = {"prompt": row, "n_predict": 1, "temperature": 0, "n_probs": TOP, "cache_prompt": False}
+    told = ask(server, "/completion", wanted | {"ignore_eos": True}).get("completion_probabilities", [])
+    return {item["id"]: item["logprob"] for place in told for item in place["top_logprobs"]}
+
+
 def main(folder):
     expected, logits = json.loads((folder / "expected.json").read_text()), np.load(folder / "expected.npz")
     server = serve(folder / "gguf" / "model.gguf")
-    off, same, tokens = 0.0, True, True
+    off, same, tokens = [], True, True
     for number, (text, row) in enumerate(zip(expected["prompts"], expected["ids"], strict=True)):
         found = ask(server, "/tokenize", {"content": text, "add_special": True})["tokens"]
         tokens = tokens and found == row
-        wanted = {"prompt": row, "n_predict": expected["new"], "temperature": 0, "n_probs": TOP}
-        wanted |= {"return_tokens": True, "ignore_eos": True, "cache_prompt": False}
-        made = ask(server, "/completion", wanted)
+        wanted = {"prompt": row, "n_predict": expected["new"], "temperature": 0, "return_tokens": True}
+        made = ask(server, "/completion", wanted | {"ignore_eos": True, "cache_prompt": False})
         same = same and made["tokens"] == expected["answers"]["gguf"][number]
         last = logits[f"gguf-{number}"][-1].astype(np.float64)
         logs = last - last.max() - np.log(np.exp(last - last.max()).sum())
-        first = made["completion_probabilities"][0]["top_logprobs"]
-        off = max([off, *(abs(item["logprob"] - logs[item["id"]]) for item in first)])
-    cell = {"export": "gguf", "reader": "llama.cpp", "logits": float(off), "answers": same, "tokens": tokens}
+        off += [abs(log - logs[token]) for token, log in next_logs(server, row).items()]
+    cell = {"export": "gguf", "reader": "llama.cpp", "logits": float(max(off))}
+    cell |= {"answers": same, "tokens": tokens}
     print(json.dumps({"xllamacpp": version("xllamacpp"), "cells": [cell]}))
 
 

@@ -1,6 +1,6 @@
-"""Read a model's exports by whatever transformers and PEFT are installed here: `read_transformers.py FOLDER`,
-a folder that exports.py wrote. Prints JSON: by export and reader how far logits are off and whether tokens
-and greedy answers are the same. Imports nothing of this project."""
+"""Read a model's exports by whatever transformers and PEFT are installed: `read_transformers.py FOLDER`, one
+that exports.py wrote. Prints JSON: by export and reader how far logits are off and whether tokens and greedy
+answers are the same. Imports nothing of this project."""
 
 import json
 import sys

@@ -1,7 +1,10 @@
 """Exports of a run: what other tools read in them."""
 
 import json
+import re
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -194,3 +197,54 @@ def test_a_base_of_transformers_4_is_exported_with_its_own_files(toy_stream, tmp
         assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes()
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.equal(logits(read), logits(setup.model(archive, 1)))
+
+
+@pytest.mark.parametrize(
+    "format, words",
+    [
+        ("merged", "AutoModelForCausalLM.from_pretrained(DIR)"),
+        ("peft", "AutoPeftModelForCausalLM.from_pretrained(DIR)"),
+        ("gguf", "llama-cli -m FILE.gguf"),
+    ],
+)
+def test_the_card_says_how_to_load_and_to_ask(trained, tmp_path, format, words):
+    assert export(trained, tmp_path / "out", "--format", format).exit_code == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert words in card and "no chat template, and completion endpoints" in card and "## Scores" in card
+
+
+def test_the_python_of_the_serving_page_runs(trained, tmp_path, monkeypatch):
+    """Each block as it stands, in the folder where its export is `out`."""
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    for block, format in zip(blocks, ("merged", "peft"), strict=True):
+        place = tmp_path / format
+        place.mkdir()
+        monkeypatch.chdir(place)
+        assert export(trained, "out", "--format", format).exit_code == 0
+        exec(block, {})
+
+
+def test_a_gguf_export_is_a_folder_for_ollama(trained, tmp_path):
+    assert export(trained, tmp_path / "mine", "--format", "gguf", "--type", "q8_0").exit_code == 0
+    names = {file.name for file in (tmp_path / "mine").iterdir()}
+    assert names == {"mine-q8_0.gguf", "Modelfile", "README.md", LINEAGE}
+    told = (tmp_path / "mine" / "Modelfile").read_text()
+    assert told.startswith("FROM ./mine-q8_0.gguf\n") and 'TEMPLATE """{{ .Prompt }}"""' in told
+
+
+def test_the_readers_figures_are_those_of_the_page():
+    """Every cell that was read is right, but for what transformers' own GGUF reader is known to lose."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "readers"))
+    import matrix
+
+    figures = json.loads(matrix.FIGURES.read_text(encoding="utf-8"))
+    assert matrix.PAGE.read_text(encoding="utf-8") == matrix.write_page(figures)
+    wrong = [
+        (model, cell["export"], cell["by"])
+        for model, cells in figures["models"].items()
+        for cell in cells
+        if "error" in cell or not (cell["tokens"] and cell["answers"] and cell["logits"] < 0.05)
+    ]
+    assert all(export == "gguf" and by.startswith("transformers") for _, export, by in wrong), wrong
