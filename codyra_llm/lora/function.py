@@ -1,8 +1,7 @@
 """Forward and backward of rank-selective LoRA written by hand on ATen matrix products (no Triton): linear
 layers that share an input, and the gated MLP as a whole."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -143,33 +142,8 @@ def _forward(group: Group, x: Tensor, source: Tensor) -> tuple[tuple[Tensor, ...
     outputs = []
     for h, wb, weight, bias in zip(parts, group.shadow.wb, group.weights, group.biases, strict=True):
         y = h @ wb.T if bias is None else torch.addmm(bias, h, wb.T)
-        frozen = weight().T
-        with exact_sums(y.dtype):
-            outputs.append(y.addmm_(x, frozen))
+        outputs.append(y.addmm_(x, weight().T))
     return tuple(outputs), hidden
-
-
-REDUCED = {
-    torch.bfloat16: "allow_bf16_reduced_precision_reduction",
-    torch.float16: "allow_fp16_reduced_precision_reduction",
-}
-
-
-@contextmanager
-def exact_sums(dtype: torch.dtype) -> Iterator[None]:
-    """Within it a GPU adds a 16-bit product to a 16-bit matrix before it rounds, not after. PyTorch lets
-    cuBLAS round both first, and on an H100 an update of 1e-4 of W is then lost from y as if it had been added
-    last. Around the wide products alone: narrow ones become slower by it."""
-    name, matmul = REDUCED.get(dtype), torch.backends.cuda.matmul
-    if name is None:
-        yield
-        return
-    before = getattr(matmul, name), getattr(matmul, f"{name}_split_k", True)
-    setattr(matmul, name, False)
-    try:
-        yield
-    finally:
-        setattr(matmul, name, before)
 
 
 class _Grads(NamedTuple):
