@@ -104,13 +104,7 @@ def updates(base: Path, folder: Path, size: float) -> Archive:
 
 
 def reference(setup: Setup, terms: list[Update], dtype: torch.dtype | None) -> PreTrainedModel:
-<<<<<<< HEAD
-    """Base with updates in float32, each weight rounded to `dtype` (None: the stored one) as its export
-    is.
-    """
-=======
     """Base with updates in float32, each weight rounded to `dtype` (None: the stored) as in its export."""
->>>>>>> exports
     model, reader = loading.load(setup.base, torch.float32), WeightReader(setup.base)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

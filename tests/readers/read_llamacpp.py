@@ -1,12 +1,6 @@
-<<<<<<< HEAD
-"""Read a model's GGUF export by llama.cpp's engine: `read_llamacpp.py FOLDER`, a folder that exports.py
-wrote. Prints JSON: how far the log-probabilities of the likeliest next tokens are off, and whether tokens and
-greedy answers are the same. Imports nothing of this project."""
-=======
 """Read a model's GGUF export by llama.cpp's engine: `read_llamacpp.py FOLDER`, one that exports.py wrote.
 Prints JSON: how far the log-probabilities of the likeliest next tokens are off, and whether tokens and greedy
 answers are the same. Imports nothing of this project."""
->>>>>>> exports
 
 import json
 import sys
