@@ -15,7 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 FIGURES, PAGE = HERE / "figures.json", HERE.parents[1] / "docs" / "serving.md"
-BEGIN, END = "<!-- generated: readers -->\n", "<!-- end -->"
+BEGIN, END = "<!-- measured: readers -->\n", "<!-- end -->"
 SCRIPTS = {"transformers": "read_transformers.py", "llama.cpp": "read_llamacpp.py"}
 EXPORTS = ("merged", "peft", "peft-rank", "gguf")
 
