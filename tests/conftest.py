@@ -11,6 +11,7 @@ import torch
 import yaml
 from adapters import recipe
 from contract import collecting_no_cycles, raw, watched
+from hypothesis import settings
 from sweeps import Ended
 from tiny import SIZES, save_tiny
 from transformers import (
@@ -29,6 +30,8 @@ from codyra_llm.sweep import runner
 
 # Helpers that assert say what differed, as test files do.
 pytest.register_assert_rewrite("commands", "fused", "helpers", "launches", "made_runs", "own_benchmark")
+settings.register_profile("any machine", deadline=None)  # a busy one is no fault
+settings.load_profile("any machine")
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it gives
 
 

@@ -56,9 +56,11 @@ class ProximalAdamW(torch.optim.AdamW):
         loss = super().step(closure)
         for group in self.param_groups:
             kappa, drop, values = group.get("kappa", 0.0), group.get("drop"), group["params"]
-            if kappa and drop:
+            if not kappa or not values:  # ZeRO 3 steps with some shards at a time; the other groups are empty
+                continue
+            if drop:
                 torch._foreach_copy_(values, _shrink_dropped(values, drop, kappa))
-            elif kappa:
+            else:
                 torch._foreach_copy_(values, OPERATORS[group["operator"]](values, kappa))
         return loss
 

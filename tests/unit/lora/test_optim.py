@@ -102,6 +102,18 @@ def test_the_proximal_step_is_a_few_operations_however_many_parameters_there_are
     assert counts[0] == counts[1] < 20
 
 
+def test_a_group_that_is_empty_is_passed_over():
+    """ZeRO 3 empties all groups but that of the shards with which it steps."""
+    weight = torch.nn.Parameter(torch.tensor([1.0, 0.05]))
+    kinds = [{"operator": "soft"}, {"operator": "released"}, {"operator": "soft", "drop": [torch.ones(2)]}]
+    optimizer = ProximalAdamW([{"params": [weight], "kappa": 0.1, **kind} for kind in kinds[:1]], lr=0.0)
+    for kind in kinds:
+        optimizer.param_groups.append({**optimizer.param_groups[0], **kind, "params": []})
+    weight.grad = torch.zeros(2)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.tensor([0.9, 0.0]))
+
+
 def test_no_kappa_is_adamw_bit_by_bit():
     start, g = torch.randn(20), torch.randn(20)
     ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
