@@ -56,6 +56,8 @@ class ProximalAdamW(torch.optim.AdamW):
         loss = super().step(closure)
         for group in self.param_groups:
             kappa, drop, values = group.get("kappa", 0.0), group.get("drop"), group["params"]
+            if not values:  # ZeRO 3 steps one group at a time, and empties the others meanwhile
+                continue
             if kappa and drop:
                 torch._foreach_copy_(values, _shrink_dropped(values, drop, kappa))
             elif kappa:

@@ -102,6 +102,16 @@ def test_the_proximal_step_is_a_few_operations_however_many_parameters_there_are
     assert counts[0] == counts[1] < 20
 
 
+def test_a_group_may_be_empty_for_a_while():
+    """As under ZeRO 3, which steps one group at a time."""
+    p = torch.full((3,), 0.5).requires_grad_()
+    groups = [{"params": [p], "kappa": 0.1, "operator": "soft"}]
+    optimizer = ProximalAdamW(groups, lr=0.0)
+    optimizer.param_groups.append(optimizer.param_groups[0] | {"params": []})
+    optimizer.step()
+    assert torch.equal(p.detach(), torch.full((3,), 0.4))
+
+
 def test_no_kappa_is_adamw_bit_by_bit():
     start, g = torch.randn(20), torch.randn(20)
     ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
