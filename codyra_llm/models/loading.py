@@ -28,6 +28,8 @@ from codyra_llm.models.weights import INDEX, SINGLE, header_faults, weight_files
 from codyra_llm.runtime.quiet import without_weight_bars
 
 FAMILIES = ("llama", "gemma", "gemma2", "gemma3_text", "mistral", "qwen2", "qwen3")
+# What configs call the number of their experts; llama4, Mixtral, Qwen's and DeepSeek's.
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md"]
 
 
@@ -155,7 +157,18 @@ def check(
 def config_faults(folder: Path, config: dict) -> list[str]:
     """What in a config says that the model can't be trained."""
     family, faults = config.get("model_type"), []
-    if family not in FAMILIES:
+    parts = [config, *(config[key] for key in ("text_config",) if isinstance(config.get(key), dict))]
+    if any(part.get(key) for part in parts for key in EXPERTS):
+        faults.append(
+            f"{folder} ({shown(family)}) is a mixture of experts, whose blocks choose among several MLPs by "
+            "token, and only dense models are trained here: choose a dense model."
+        )
+    elif family not in FAMILIES and "vision_config" in config:
+        faults.append(
+            f"{folder} ({shown(family)}) reads images as well as text, and only text models are trained: "
+            f"choose a model of type {', '.join(FAMILIES)}, such as the family's text-only sizes."
+        )
+    elif family not in FAMILIES:
         faults.append(
             f"{folder} has model_type {shown(family)}: expected one of {', '.join(FAMILIES)}; choose such a "
             "model."

@@ -144,6 +144,24 @@ def test_a_second_file_with_names_in_common_is_not_read(tiny_llama, tmp_path):
     assert leftovers(tmp_path / "base") == ["zz.safetensors"] and leftovers(tiny_llama) == []
 
 
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        (
+            {"model_type": "llama4", "text_config": {"num_local_experts": 16}, "vision_config": {}},
+            "mixture of experts",
+        ),
+        ({"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts"),
+        ({"model_type": "qwen3_moe", "num_experts": 128}, "mixture of experts"),
+        ({"model_type": "gemma3", "vision_config": {}}, "reads images as well as text"),
+        ({"model_type": "mamba"}, "has model_type 'mamba': expected one of llama"),
+    ],
+)
+def test_models_that_are_not_trained_are_told_in_plain_words(tmp_path, config, words):
+    faults = loading.config_faults(tmp_path, config)
+    assert len(faults) == 1 and words in faults[0]
+
+
 def test_weights_that_transformers_does_not_find_are_refused(tiny_llama, tmp_path):
     saved.copy_model(tiny_llama, tmp_path / "base", keep)
     (tmp_path / "base" / "model.safetensors").rename(tmp_path / "base" / "weights.safetensors")
