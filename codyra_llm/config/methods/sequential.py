@@ -140,7 +140,9 @@ class CodyraDriftConfig(OldInputsConfig, CodyraConfig, frozen=True):
         description="μ_m of old against new inputs in the merge in closed form; 0: the update as trained",
     )
     ridge: Positive = Field(
-        default=1e-4, description="ε of that merge, and of the parts, as a share of the inputs' mean energy"
+        default=1e-3,
+        description="ε of that merge, and of the parts, as a share of the inputs' mean energy; a smaller one "
+        "magnifies rounding where the inputs have next to no energy",
     )
     selection: Literal["none", "ratio", "threshold", "random"] = Field(
         default="none",

@@ -1,0 +1,163 @@
+"""codyra_drift as a method: what its state is, restarts within a task and launches where it selects, and
+what it keeps on a stream."""
+
+import json
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from codyra_llm.config.methods.sequential import CodyraDriftConfig
+from codyra_llm.config.recipe import parse_recipe
+from codyra_llm.config.registry import METHODS
+from codyra_llm.experiment import run as runs
+from codyra_llm.experiment.setup import prepare
+from codyra_llm.lora.layer import sites
+from codyra_llm.methods.parts.old_inputs import OldInputs, moments
+from codyra_llm.methods.parts.samples import self_sampled
+from codyra_llm.runtime import signals
+from codyra_llm.store.archive import Archive
+from codyra_llm.store.folder import RunFolder
+
+SMALL = {"rank": 3, "samples": 40, "sample_tokens": 6, "sketch": 8}
+
+
+def recipe(model, stream, out, **method):
+    return parse_recipe(
+        {
+            "model": {"path": str(model)},
+            "data": {"root": str(stream), "tasks": ["ONE", "TWO"], "epochs": 2},
+            "method": {"name": "codyra_drift", **SMALL, **method},
+            "optim": {"lr": 1e-2, "batch_size": 8},
+            "eval": {"max_new_tokens": 2, "max_examples": 2},
+            "output": str(out),
+            "checkpoint": False,
+        }
+    )
+
+
+@pytest.fixture
+def setup(tiny_llama, toy_stream, tmp_path):
+    return prepare(recipe(tiny_llama, toy_stream, tmp_path / "run"))
+
+
+def test_ratio_s_budget_is_asked_for():
+    with pytest.raises(ValidationError, match="give the share of drift that may stay"):
+        CodyraDriftConfig(selection="ratio")
+    with pytest.raises(ValidationError, match="'keep_drift' goes with selection 'ratio'"):
+        CodyraDriftConfig(keep_drift=0.5)
+
+
+def test_sequences_are_drawn_by_the_model_and_split_over_ranks(setup):
+    model = _plain(setup)
+    all_of_them = self_sampled(model, 70, 5, seed=3)
+    shares = [self_sampled(model, 70, 5, 3, rank, 2) for rank in range(2)]
+    rows = sorted(e.prompt + e.answer for share in shares for e in share)
+    assert rows == sorted(e.prompt + e.answer for e in all_of_them) and len(rows) == 70
+    assert all(row[0] == model.config.bos_token_id and len(row) == 7 for row in rows)
+    assert rows != sorted(e.prompt + e.answer for e in self_sampled(model, 70, 5, seed=4))
+
+
+def test_drawn_tokens_follow_the_model_s_own_distribution(setup):
+    """A head whose logits are a constant: the tokens' shares are its softmax, whatever the cache holds."""
+    model = _plain(setup)
+    with torch.no_grad():
+        for p in model.model.norm.parameters():
+            p.zero_()  # hidden states are 0, so logits are the bias
+    model.lm_head.bias = torch.nn.Parameter(torch.full((model.config.vocab_size,), -50.0))
+    with torch.no_grad():
+        model.lm_head.bias[[5, 9]] = torch.tensor([0.0, 1.0])
+    drawn = torch.tensor([(e.prompt + e.answer)[2:] for e in self_sampled(model, 400, 10, seed=0)])
+    assert set(drawn.unique().tolist()) == {5, 9}
+    assert (drawn == 9).float().mean().item() == pytest.approx(0.731, abs=0.03)
+
+
+def _plain(setup):
+    return setup.model(Archive(setup.base / "nowhere", "base"), -1).eval()
+
+
+def test_moments_are_means_over_sources(setup, tmp_path):
+    """Against inputs read by hooks of one's own; two sources weigh alike, and the state gives them back."""
+    archive = Archive(tmp_path / "updates", "base")
+    model, plain = setup.model(archive, -1), setup.model(archive, -1).eval()
+    setup.method.attach(model)
+    for layer in sites(model).values():
+        layer.reset(0)
+    task = setup.task(model, archive, 0, {})
+    halves = task.encode(task.records()[:10]), task.encode(task.records()[10:])
+    kept = OldInputs(setup.method.config, {})
+    for half in halves:
+        kept.add(moments(setup.method.config, model, task, half))
+    kept = OldInputs(setup.method.config, kept.state())
+    site, rows = "model.layers.1.self_attn.o_proj", []
+    plain.get_submodule(site).register_forward_pre_hook(lambda _, args: rows.append(args[0][0, 1:].double()))
+    expected = 0
+    for half in halves:
+        rows.clear()
+        for example in half:
+            plain(input_ids=torch.tensor([example.prompt + example.answer]))
+        x = torch.cat(rows)
+        expected = expected + x.T @ x / len(x) / 2
+    torch.testing.assert_close(kept.moment(site).factor, expected, rtol=1e-4, atol=1e-6)
+    sketched = kept.moment("model.layers.1.mlp.down_proj")
+    assert sketched.factor.shape == (64, 8) and kept.sources == 2
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"selection": "ratio", "keep_drift": 0.5},
+        {"selection": "threshold", "threshold": {"budget": 0.3}},
+        {"selection": "random", "keep": 0.5, "align": False},
+    ],
+)
+def test_stopped_after_the_choice_and_restarted(method, tiny_llama, toy_stream, tmp_path, monkeypatch):
+    """The masks of what is to go are part of a checkpoint; what was chosen is gone in the update."""
+    straight = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "straight", **method))
+    log = RunFolder.log
+
+    def asking(folder, row):
+        log(folder, row)
+        if (row["task"], row["step"]) == ("TWO", 4):  # of 6: the choice is made before the fourth
+            signals.ask("a test")
+
+    with monkeypatch.context() as patch, pytest.raises(signals.Stopped):
+        patch.setattr(signals, "_asked", [])
+        patch.setattr(RunFolder, "log", asking)
+        runs.run(recipe(tiny_llama, toy_stream, tmp_path / "stopped", **method))
+    again = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "stopped", **method))
+    for index in range(2):
+        one, two = (folder.archive().load(index).adapters for folder in (straight, again))
+        for site, adapter in one.items():
+            assert all(torch.equal(a, b) for a, b in zip(adapter, two[site], strict=True)), site
+    kept = sum(len(adapter.a) for adapter in one.values())
+    assert 0 < kept < 3 * len(one)
+    assert [row["score"] for row in straight.scores] == [row["score"] for row in again.scores]
+
+
+def test_the_parts_alone(tiny_llama, toy_stream, tmp_path):
+    """Without samples the first task is plain LoRA; without penalty and merge, all of it is."""
+    off = {"drift_weight": 0.0, "merge_weight": 0.0, "samples": 0}
+    plain = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "plain", **off))
+    fresh = runs.run(
+        parse_recipe(
+            {
+                **json.loads((plain.path / "recipe.json").read_text()),
+                "method": {"name": "seqlora", "rank": 3, "fresh": True},
+                "output": str(tmp_path / "fresh"),
+            }
+        )
+    )
+    full = runs.run(recipe(tiny_llama, toy_stream, tmp_path / "full", samples=0))
+    for index, same in ((0, True), (1, False)):
+        a, b, c = (f.archive().load(index).adapters for f in (plain, fresh, full))
+        assert all(torch.equal(a[site].a, b[site].a) and torch.equal(a[site].b, b[site].b) for site in a)
+        assert all(torch.equal(a[site].a, c[site].a) for site in a) == same
+
+
+def test_what_it_keeps_is_foreseen(setup):
+    model = _plain(setup)
+    setup.method.attach(model)
+    (sentence,) = METHODS["codyra_drift"](setup.method.config, 0).foresee(model, [6], "constant")
+    numbers = 2 * (3 * 32 * 32 + 64 * 8)  # two layers; three inputs of 32, one of 64
+    assert sentence.startswith(f"second moments of 8 inputs: {4 * numbers / 1e9:.2f} GB of state")
