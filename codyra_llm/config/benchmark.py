@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from codyra_llm import benchmarks
+from codyra_llm import benchmarks  # pyright: ignore  # installed from the top level
 from codyra_llm.config.sections import FILE, TRACE
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.files import file_sha256

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from codyra_llm import recipes
+from codyra_llm import recipes  # pyright: ignore  # installed from the top level
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.parsing import parse_yaml, read_yaml, shown
 

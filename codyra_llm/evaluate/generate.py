@@ -135,7 +135,7 @@ def _finish(
     smaller batch is recorded anew."""
     layers = [(layer.keys, layer.values) for layer in cache.layers]
     kept = model.config._attn_implementation
-    model.set_attn_implementation(static_steps.NAME)
+    static_steps.use(model)
     try:
         steps = static_steps.StaticSteps(model, layers, mask, ids, positions, left)
         cache.layers.clear()  # it is copied

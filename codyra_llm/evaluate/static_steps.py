@@ -84,6 +84,12 @@ class StaticSteps:
         self.slot.add_(1)
 
 
+def use(model: PreTrainedModel) -> None:
+    """Let `model` attend as recorded steps do: one query per row."""
+    AttentionInterface.register(NAME, grouped)
+    model.set_attn_implementation(NAME)
+
+
 def grouped(
     module: nn.Module,
     query: Tensor,
@@ -105,6 +111,3 @@ def grouped(
     scores = (together @ key.mT).to(torch.promote_types(query.dtype, torch.float32)) * scaling
     weights = scores.masked_fill(~attention_mask, -torch.inf).softmax(-1).to(query.dtype)
     return (weights @ value).view(batch, 1, heads, size), None
-
-
-AttentionInterface.register(NAME, grouped)

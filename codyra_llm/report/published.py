@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from codyra_llm.benchmarks import trace
+from codyra_llm.benchmarks import trace  # pyright: ignore  # installed from the top level
 from codyra_llm.config.benchmark import load_benchmark
 from codyra_llm.report.grid import Cell, Grid, number, word
 from codyra_llm.report.groups import Run, grouped, labels, over

@@ -71,8 +71,9 @@ class Threshold(Strict, frozen=True):
         return self
 
 
-class CodyraConfig(LoraConfig, frozen=True):
-    name: Literal["codyra"] = "codyra"
+class RankWeightsConfig(LoraConfig, frozen=True):
+    """An adapter whose rank-one parts carry weights, and which of the parts stay."""
+
     scale: Positive = Field(default=1.0, description="s in ΔW = s·B diag(w) A; the published code has 1")
     importance_init: Literal["constant", "normal"] = Field(
         default="constant", description="w at the start of a task: one value, or N(0, value²) as published"
@@ -89,22 +90,27 @@ class CodyraConfig(LoraConfig, frozen=True):
     threshold: Threshold = Field(
         default=Threshold(), description="how hard the weights w are shrunk, and when"
     )
-    selection: Literal["threshold", "random", "none"] = Field(
-        default="threshold",
-        description="random: the control that drops ranks by lot, along a straight line to zero; none: plain "
-        "LoRA, with `merge_scale` the control that shrinks every update instead",
-    )
+    selection: str = "threshold"
     keep: Fraction | None = Field(default=None, description="random only: share of all ranks kept")
     merge_scale: Positive = Field(default=1.0, description="factor on a task's update when it is merged")
 
     @model_validator(mode="after")
-    def _keep_goes_with_random(self) -> "CodyraConfig":
+    def _keep_goes_with_random(self) -> "RankWeightsConfig":
         if (self.keep is None) == (self.selection == "random"):
             raise ValueError(
                 "'keep' goes with selection 'random' and with nothing else; "
                 + ("remove it" if self.keep is not None else "give the share of ranks to keep")
             )
         return self
+
+
+class CodyraConfig(RankWeightsConfig, frozen=True):
+    name: Literal["codyra"] = "codyra"
+    selection: Literal["threshold", "random", "none"] = Field(
+        default="threshold",
+        description="random: the control that drops ranks by lot, along a straight line to zero; none: plain "
+        "LoRA, with `merge_scale` the control that shrinks every update instead",
+    )
 
 
 class OldInputsConfig(LoraConfig, frozen=True):
@@ -129,7 +135,7 @@ class OldInputsConfig(LoraConfig, frozen=True):
     )
 
 
-class CodyraDriftConfig(OldInputsConfig, CodyraConfig, frozen=True):
+class CodyraDriftConfig(OldInputsConfig, RankWeightsConfig, frozen=True):
     name: Literal["codyra_drift"] = "codyra_drift"
     drift_weight: NotNegative = Field(
         default=10.0,

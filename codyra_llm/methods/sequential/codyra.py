@@ -4,7 +4,7 @@ merged.
 
 import torch
 
-from codyra_llm.config.methods.sequential import CodyraConfig, Threshold
+from codyra_llm.config.methods.sequential import CodyraConfig, RankWeightsConfig, Threshold
 from codyra_llm.core.tensors import generator
 from codyra_llm.lora.layer import AdapterSpec, sites
 from codyra_llm.lora.proximal import budget_kappa, published_kappa, vanishing_rate
@@ -51,7 +51,7 @@ class Codyra(Method):
         "LoRA with learned rank weights, thresholded, pruned and merged",
         CodyraConfig,
     )
-    config: CodyraConfig
+    config: RankWeightsConfig
 
     @property
     def max_zero_stage(self) -> int:
