@@ -144,32 +144,9 @@ def prepare(recipe: Recipe, open_ended: bool = True, adapter: Path | None = None
         except Fault as fault:
             faults.extend(fault.messages)
 
-    if recipe.model.quantization and not find_spec("bitsandbytes"):
-        faults.append(
-            f"model.quantization: '{recipe.model.quantization}' needs bitsandbytes, which is not installed; "
-            f"install codyra-llm[bitsandbytes], or set it to null"
-        )
     method = METHODS[recipe.method.name](recipe.method, recipe.seed)
     whole = method.trains == "all weights"
-    if whole and recipe.model.quantization:
-        faults.append(
-            f"model.quantization: '{recipe.model.quantization}' packs weights that stay frozen, and "
-            f"{method.name} trains all; set it to null"
-        )
-    if whole and recipe.optim.keep_best:
-        faults.append(
-            f"optim.keep_best: it keeps a second copy of all that trains, and {method.name} trains "
-            f"{method.trains}; set it to false"
-        )
-    if recipe.data.batching == "packed" and not method.packs:
-        faults.append(
-            f"data.batching: method {method.name} needs every example in a row of its own, so they can't be "
-            f"packed; use buckets"
-        )
-    if recipe.eval.backend == "vllm" and not method.merges:
-        faults.append(
-            f"eval.backend: vllm runs plain models, and a {method.name} model is none; set it to torch"
-        )
+    faults += _settings_that_exclude(recipe, method)
     base, config = tried(_base, recipe), None
     if base:
         reads = tokenizer_folder(adapter, base)
@@ -192,12 +169,7 @@ def prepare(recipe: Recipe, open_ended: bool = True, adapter: Path | None = None
     general = recipe.general
     harness = tried(suite.find, general) if general.data not in (None, "mini") else {}
     probes = _probes() if general.data == "mini" else {}
-    faults += [
-        f"data.tasks: '{name}' is a task of general ability too, and their scores would be taken for each "
-        "other; rename it, or leave that one out of general.tasks"
-        for name in recipe.tasks
-        if name in {*(harness or ()), *probes}
-    ]
+    faults += _shared_names(recipe, {*(harness or ()), *probes})
     questions = tried(find_questions, recipe.open_ended) if open_ended else {}
     if base:
         faults += _disk(Path(recipe.output), _written(recipe, base, whole) if config else 0)
@@ -208,6 +180,46 @@ def prepare(recipe: Recipe, open_ended: bool = True, adapter: Path | None = None
     if faults:
         raise Fault(*dict.fromkeys(faults))
     return Setup(recipe, method, base, tokenizer, encoder, stream, probes, harness, questions)
+
+
+def _settings_that_exclude(recipe: Recipe, method: Method) -> list[str]:
+    """What of the other sections does not go with the method, or with what is installed."""
+    faults = []
+    if recipe.model.quantization and not find_spec("bitsandbytes"):
+        faults.append(
+            f"model.quantization: '{recipe.model.quantization}' needs bitsandbytes, which is not installed; "
+            f"install codyra-llm[bitsandbytes], or set it to null"
+        )
+    whole = method.trains == "all weights"
+    if whole and recipe.model.quantization:
+        faults.append(
+            f"model.quantization: '{recipe.model.quantization}' packs weights that stay frozen, and "
+            f"{method.name} trains all; set it to null"
+        )
+    if whole and recipe.optim.keep_best:
+        faults.append(
+            f"optim.keep_best: it keeps a second copy of all that trains, and {method.name} trains "
+            f"{method.trains}; set it to false"
+        )
+    if recipe.data.batching == "packed" and not method.packs:
+        faults.append(
+            f"data.batching: method {method.name} needs every example in a row of its own, so they can't be "
+            f"packed; use buckets"
+        )
+    if recipe.eval.backend == "vllm" and not method.merges:
+        faults.append(
+            f"eval.backend: vllm runs plain models, and a {method.name} model is none; set it to torch"
+        )
+    return faults
+
+
+def _shared_names(recipe: Recipe, general: set[str]) -> list[str]:
+    return [
+        f"data.tasks: '{name}' is a task of general ability too, and their scores would be taken for each "
+        "other; rename it, or leave that one out of general.tasks"
+        for name in recipe.tasks
+        if name in general
+    ]
 
 
 def _render(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> tuple[sources.Render, list[str]]:
