@@ -150,6 +150,7 @@ def make(name: str, folder: Path, models: Path | None) -> None:
     }
     ids = [setup.encoder.prompt(text)[0] for text in PROMPTS]
     expected, arrays = {"prompts": PROMPTS, "ids": ids, "new": NEW, "answers": {}}, {}
+    expected["ends"] = sorted(setup.encoder.ends)
     for export, (updated, dtype) in made.items():
         model = reference(setup, updated, dtype)
         with torch.no_grad():

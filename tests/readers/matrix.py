@@ -3,7 +3,7 @@
     python tests/readers/matrix.py work transformers=python transformers=env-tf4/bin/python \\
         llama.cpp=env-llama/bin/python
 
-Writes what they found to figures.json next to this file, over what it says of the same models, and the table
+Writes what they found to figures.json next to this file, over what it says of the same cells, and the table
 of docs/serving.md from it.
 """
 
@@ -67,11 +67,12 @@ def write_page(figures: dict) -> str:
 def main(folder: Path, environments: list[str]) -> None:
     models = json.loads(FIGURES.read_text(encoding="utf-8"))["models"] if FIGURES.is_file() else {}
     for place in sorted(path for path in folder.iterdir() if (path / "expected.json").is_file()):
-        models[place.name] = []
+        known = {(cell["export"], cell["by"]): cell for cell in models.get(place.name, [])}
         for given in environments:
             kind, _, python = given.partition("=")
-            models[place.name] += read(place, kind, python)
+            known |= {(cell["export"], cell["by"]): cell for cell in read(place, kind, python)}
             print(place.name, given, "read", flush=True)
+        models[place.name] = list(known.values())
     figures = {"machine": f"{platform.machine()}, CPU", "models": models}
     FIGURES.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(write_page(figures), encoding="utf-8")

@@ -37,6 +37,11 @@ def next_logs(server, row):
     return {item["id"]: item["logprob"] for place in told for item in place["top_logprobs"]}
 
 
+def up_to_end(tokens, ends):
+    """An answer without what ended it: the engine does not go on after that."""
+    return tokens[: next((place for place, token in enumerate(tokens) if token in ends), len(tokens))]
+
+
 def main(folder):
     expected, logits = json.loads((folder / "expected.json").read_text()), np.load(folder / "expected.npz")
     server = serve(folder / "gguf" / "model.gguf")
@@ -45,8 +50,9 @@ def main(folder):
         found = ask(server, "/tokenize", {"content": text, "add_special": True})["tokens"]
         tokens = tokens and found == row
         wanted = {"prompt": row, "n_predict": expected["new"], "temperature": 0, "return_tokens": True}
-        made = ask(server, "/completion", wanted | {"ignore_eos": True, "cache_prompt": False})
-        same = same and made["tokens"] == expected["answers"]["gguf"][number]
+        made = ask(server, "/completion", wanted | {"cache_prompt": False})["tokens"]
+        answer = expected["answers"]["gguf"][number]
+        same = same and up_to_end(made, expected["ends"]) == up_to_end(answer, expected["ends"])
         last = logits[f"gguf-{number}"][-1].astype(np.float64)
         logs = last - last.max() - np.log(np.exp(last - last.max()).sum())
         off += [abs(log - logs[token]) for token, log in next_logs(server, row).items()]
