@@ -40,7 +40,7 @@ def test_generate_and_export_any_stage(capsys, folder, tmp_path):
     [
         (["generate", "{folder}@TREE", "x"], "'TREE' is not a finished task"),
         (["export", "{folder}", "out", "--after", "ON"], "Did you mean 'ONE'?"),
-        (["export", "{folder}", "out", "--format", "gguf"], "'gguf' is not a format"),
+        (["export", "{folder}", "out", "--format", "onnx"], "'onnx' is not a format"),
         (["export", "{folder}", "{folder}"], "exists already"),
         (["report", "nowhere"], "is not a run folder"),
         (["run", "quickstart", "method.rnk=3"], "unknown key 'method.rnk' (value 3). Did you mean 'rank'?"),
