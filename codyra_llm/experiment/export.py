@@ -15,7 +15,6 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import replacing, write_json, write_text
 from codyra_llm.core.tensors import save_tensors
 from codyra_llm.experiment.setup import Setup
-from codyra_llm.formats import gguf_file
 from codyra_llm.lora.merge import stored_weight
 from codyra_llm.lora.one_adapter import OneAdapter, one_adapter
 from codyra_llm.lora.update import Update
@@ -65,6 +64,8 @@ def write_gguf_folder(
 
     Raises Fault for a method that is no plain model, and for one that llama.cpp would compute otherwise.
     """
+    from codyra_llm.formats import gguf_file  # of use to this format alone
+
     refuse_unmerged(setup, without)
     name = f"{out.name}-{kind}.gguf"
     with replacing(out) as temporary:

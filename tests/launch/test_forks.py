@@ -3,6 +3,7 @@ equals `run` in one process.
 """
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,10 +50,16 @@ def elastic(port: int, files: list[Path]) -> None:
     assert len(set(scored.values())) == 1 and sorted(scored) == [0, 1], scored
 
 
+def notebook(port: int, files: list[str]) -> None:
+    # It refuses to fork where bitsandbytes was imported, as other tests of this process may have done.
+    sys.modules.pop("bitsandbytes", None)
+    notebook_launcher(work, (files,), num_processes=2, use_port=str(port))
+
+
 LAUNCHERS = {
     "elastic": elastic,
     "debug": lambda port, files: debug_launcher(work, (files,), num_processes=2),
-    "notebook": lambda port, files: notebook_launcher(work, (files,), num_processes=2, use_port=str(port)),
+    "notebook": notebook,
 }
 
 
