@@ -60,7 +60,7 @@ class Progress:
         )
 
     def save(self, step: int, tensors: Iterable[tuple[str, Tensor]], small: dict) -> None:
-        """Write the checkpoint behind step `step`; `tensors` are taken one by one, and written in files of
+        """Write the checkpoint after step `step`; `tensors` are taken one by one, and written in files of
         `SHARD` bytes.
         """
         with replacing(self._path(step)) as temporary:
@@ -71,6 +71,9 @@ class Progress:
             mark = {"step": step, "parent": self.parent, **small, "files": files}
             write_json(temporary / MARK, {**mark, "digest": _digest(mark)})
             self.may_write()
+        # Later ones are damaged: the run went on from before them, and would say so at every restart.
+        for later in [path for path in self._paths() if path > self._path(step)]:
+            shutil.rmtree(later)
         for old in self._paths()[: -self.asked.keep]:
             shutil.rmtree(old)
         self.saved = time.monotonic()
