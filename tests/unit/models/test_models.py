@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import SIZES, save_tiny
 from transformers import (
     AutoModelForCausalLM,
@@ -27,7 +28,7 @@ from codyra_llm.config.methods.base import PROJECTIONS
 from codyra_llm.core.errors import Fault
 from codyra_llm.models import loading
 from codyra_llm.models.tokenizer import adds_bos, load_tokenizer
-from codyra_llm.models.weights import WeightReader, fingerprint
+from codyra_llm.models.weights import WeightReader, fingerprint, stored
 
 OTHERS = {
     "gemma": (GemmaForCausalLM, GemmaConfig(**SIZES, head_dim=16)),
@@ -207,3 +208,18 @@ def test_load_names_an_attention_that_the_model_lacks(tiny_gemma2, attention):
     with pytest.raises(Fault, match=f"attention '{attention}'.*choose eager") as caught:
         loading.load(tiny_gemma2, torch.float32, attention)
     assert "\n" not in str(caught.value)
+
+
+def test_a_header_that_begins_as_a_pickle_does_is_no_pickle(tmp_path):
+    """Its length is the first thing in a safetensors file, and 128 or 640 begin with the byte 0x80."""
+    for padding in range(1, 600):
+        save_file({"w": torch.ones(2)}, tmp_path / "w.safetensors", {"note": "x" * padding})
+        if (tmp_path / "w.safetensors").read_bytes()[:1] == b"\x80":
+            break
+    else:
+        pytest.fail("no such header was made")
+    assert stored(tmp_path / "w.safetensors") == {"w": ([2], "F32")}
+    pickled = tmp_path / "pickled.safetensors"
+    torch.save({"w": torch.ones(2)}, pickled, _use_new_zipfile_serialization=False)
+    with pytest.raises(Fault, match="is a pickle under another name"):
+        stored(pickled)
