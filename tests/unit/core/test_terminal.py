@@ -55,20 +55,23 @@ def test_every_console_of_the_package_is_one():
     assert issubclass(Terminal, Console)
 
 
-def said_into(descriptor: int, more: int) -> None:
-    """Print a line, then `more` bytes, as a command does, to a descriptor."""
+def said_into(descriptor: int, more: int) -> int:
+    """Print `more` bytes and a line, three times, to a descriptor. How often that went through."""
+    done = 0
     with open(descriptor, "w", encoding="utf-8") as stream, pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.stdout", stream)
         with unbroken_output():
             for _ in range(3):
                 print("x" * more, flush=True)
                 Terminal().print("a line")
+                done += 1
+    return done
 
 
 def test_a_reader_that_goes_away_ends_nothing():
     reader, writer = os.pipe()
     os.close(reader)
-    said_into(writer, 100)
+    assert said_into(writer, 100) == 3
 
 
 def test_a_full_disk_is_told_after_the_work_is_done():

@@ -68,7 +68,8 @@ def test_an_empty_prompt_is_answered_where_bos_is_in_front(tiny_llama, tmp_path)
 
 def test_white_space_is_a_prompt_where_it_has_tokens(tiny_llama, tmp_path):
     model = without_bos(tiny_llama, tmp_path / "model")
-    prepare(recipe(model, stream_of(tmp_path / "data", ["x", "\n\n"]), tmp_path / "run", NONE))
+    setup = prepare(recipe(model, stream_of(tmp_path / "data", ["x", "\n\n"]), tmp_path / "run", NONE))
+    assert setup.encoder.prompt("\n\n")[0] and not setup.encoder.prompt("")[0]
 
 
 def test_data_check_tells_of_empty_prompts_and_padded_answers(tmp_path):
