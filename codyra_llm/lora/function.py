@@ -62,7 +62,7 @@ class SharedLinears(torch.autograd.Function):
 
     Shapes: x, x̃ [N, in]; W_k [out_k, in]; A_k [r_k, in]; w_k [r_k] or None (all ones); B_k [out_k, r_k]; y_k
     [N, out_k]. Called as `apply(x, x̃ or None, group, A_1, w_1, B_1, A_2, ...)`, returns (y_1, y_2, ...). The
-    adapter's product is taken first and the frozen one is added to it in place, which saves a pass over y, and
+    adapter's product is taken first and the frozen one is added to it in place, which saves a pass over y and
     on a CPU keeps a small update from being rounded away on its grid (an H100 rounds before it adds). With
     H = x̃ Aᵀ (one product for all k), G_k = dY_k B_k, P_k = dY_kᵀ H_k and Q = Gᵀ x̃ (one product):
 
