@@ -12,13 +12,12 @@ from rich.table import Column, Table
 from transformers import PreTrainedModel
 
 from codyra_llm.bench.measure import Options, machine, report
-from codyra_llm.benchmarks.trace.mini.make import mini_model
 from codyra_llm.config.sections import DataSection
 from codyra_llm.data.encoding import Encoder
 from codyra_llm.data.records import read_split
 from codyra_llm.evaluate.budget import MOST, STEP, batches
 from codyra_llm.evaluate.generate import generate_ids
-from codyra_llm.experiment.setup import data_root
+from codyra_llm.experiment.setup import base_folder, data_root
 from codyra_llm.models import loading
 from codyra_llm.models.tokenizer import load_tokenizer
 
@@ -75,7 +74,7 @@ def measure(options: Options) -> dict:
     Seconds are wall-clock, decoding alone; `flipped` counts prompts whose ids are not those of one-by-one
     decoding.
     """
-    folder = mini_model() if options.model in (None, "mini") else loading.resolve(options.model)
+    folder = base_folder(options.model or "mini")
     model, tokenizer = loading.load(folder, options.dtype).to(options.device).eval(), load_tokenizer(folder)
     longest, root = options.tokens or 256, data_root(options.data)
     encoder = Encoder(

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from codyra_llm.bench.arms import ARMS, NOTES, Arm, draw, exact
 from codyra_llm.bench.measure import Contestant, Options, compare, machine
-from codyra_llm.benchmarks.trace.mini.make import mini_model
 from codyra_llm.config.benchmark import load_benchmark
 from codyra_llm.config.sections import DataSection
 from codyra_llm.core.errors import Fault
@@ -16,7 +15,7 @@ from codyra_llm.data.batches import collate, default_tokens, example_weights, mi
 from codyra_llm.data.check import task_folders
 from codyra_llm.data.encoding import Encoded, Encoder
 from codyra_llm.data.records import read_split
-from codyra_llm.experiment.setup import data_root
+from codyra_llm.experiment.setup import base_folder, data_root
 from codyra_llm.lora.together import deferred, finish_gradients, make_shadows
 from codyra_llm.models import loading, packed_attention
 from codyra_llm.models.tokenizer import load_tokenizer
@@ -40,7 +39,7 @@ Losses = Callable[
 def measure(options: Options) -> dict:
     """Global batches of `batch` examples, the first `examples` of each task; every arm takes the same ones.
     Micro-batches of all arms are cut at the same number of tokens, padding included."""
-    folder = mini_model() if options.model in (None, "mini") else loading.resolve(options.model)
+    folder = base_folder(options.model or "mini")
     tokenizer = load_tokenizer(folder)
     batches = _global_batches(options, Encoder(tokenizer, _section(options)))
     sizes = [sum(map(len, batch)) for batch in batches]

@@ -114,7 +114,7 @@ class ModelSection(Strict, frozen=True):
     """The base model, and how it is computed."""
 
     path: PathText = Field(
-        description="hub id, folder, .gguf file, or 'mini' (a small LLaMA that is made on first use)"
+        description="hub id, folder, .gguf file, or a shipped small LLaMA: 'mini', 'mini-1' or 'mini-2'"
     )
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub id")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from codyra_llm.benchmarks.trace.mini.make import mini_data, mini_model
+from codyra_llm.benchmarks.trace.mini.make import BASES, mini_data, mini_model
 from codyra_llm.config.recipe import Recipe, by_task
 from codyra_llm.config.registry import METHODS
 from codyra_llm.core.errors import Fault
@@ -147,7 +147,7 @@ def prepare(recipe: Recipe, open_ended: bool = True, adapter: Path | None = None
     method = METHODS[recipe.method.name](recipe.method, recipe.seed)
     whole = method.trains == "all weights"
     faults += _settings_that_exclude(recipe, method)
-    base, config = tried(_base, recipe), None
+    base, config = tried(base_folder, recipe.model.path, recipe.model.revision), None
     if base:
         reads = tokenizer_folder(adapter, base)
         wrong = loading.check(
@@ -252,12 +252,11 @@ def _fits(recipe: Recipe, config: PreTrainedConfig) -> list[str]:
     )
 
 
-def _base(recipe: Recipe) -> Path:
-    return (
-        mini_model()
-        if recipe.model.path == "mini"
-        else loading.resolve(recipe.model.path, recipe.model.revision)
-    )
+def base_folder(path: str, revision: str | None = None) -> Path:
+    """The folder of the base model that `path` names: one of mini-TRACE's, a folder, a file or a hub id."""
+    if path in BASES:
+        return mini_model(path)
+    return loading.resolve(path, revision)
 
 
 def data_root(root: str) -> Path:

@@ -1,9 +1,7 @@
-"""Writes mini-TRACE and keeps it, with its small LLaMA, in the user's cache."""
+"""Writes mini-TRACE, keeps it in the user's cache, and names the small LLaMAs that are shipped."""
 
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -16,21 +14,11 @@ from codyra_llm.config.methods.sequential import REASONING_VARIANT
 from codyra_llm.core.files import replacing, write_json
 from codyra_llm.data.reasoning import reasoned_answer, reasoned_prompt
 
-# Parts of the cached folders' names: raise one when what the generator or the pretraining makes changes.
-DATA_VERSION, MODEL_VERSION = 2, 1
+# Part of the cached folder's name: raise it when what the generator makes changes.
+DATA_VERSION = 2
+# Bases that `pretrain.py` made with the seeds 0, 1 and 2; results over bases need more than one.
+BASES = ("mini", "mini-1", "mini-2")
 Made = TypeVar("Made", bound=tuple[str, ...])
-
-LAUNCH = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_",
-    "GROUP_",
-    "ROLE_",
-    "MASTER_",
-    "TORCHELASTIC_",
-    "ACCELERATE_",
-    "FSDP_",
-)
 
 
 def make_mini(out: Path, seed: int = 0, train: int = 400, eval: int = 50, test: int = 200) -> None:
@@ -89,9 +77,9 @@ def mini_data(seed: int = 0) -> Path:
     return _cached(f"mini-data-v{DATA_VERSION}-{seed}", lambda out: make_mini(out, seed))
 
 
-def mini_model(seed: int = 0) -> Path:
-    """The cached folder of `pretrain_mini(seed)`, trained on first use."""
-    return _cached(f"mini-model-v{MODEL_VERSION}-{seed}", lambda out: _pretrain_apart(out, seed))
+def mini_model(name: str = "mini") -> Path:
+    """The folder of a small LLaMA of `BASES`, as it is shipped."""
+    return Path(__file__).parent / "bases" / name
 
 
 def _cached(name: str, make: Callable[[Path], None]) -> Path:
@@ -104,22 +92,3 @@ def _cached(name: str, make: Callable[[Path], None]) -> Path:
                 with replacing(cache / name) as scratch:
                     make(scratch)
     return cache / name
-
-
-def _pretrain_apart(out: Path, seed: int) -> None:
-    """Pretrain in a process of its own: the caller's random state and the launcher's process group stay
-    untouched.
-    """
-    print(
-        "Making the small LLaMA of mini-TRACE: once, about a minute on two free cores.",
-        file=sys.stderr,
-        flush=True,
-    )
-    alone = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCH)}
-    alone |= {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(
-        [sys.executable, "-m", f"{__package__}.pretrain", str(out), str(seed)],
-        check=True,
-        env=alone,
-        stdout=subprocess.DEVNULL,
-    )

@@ -1,4 +1,7 @@
-"""The small LLaMA of mini-TRACE: byte-level BPE tokenizer and a short pretraining on general skills."""
+"""The small LLaMA of mini-TRACE: byte-level BPE tokenizer and a short pretraining on general skills.
+
+`python -m codyra_llm.benchmarks.trace.mini.pretrain OUT SEED` made the folders under `bases/`.
+"""
 
 import random
 import re
@@ -121,11 +124,18 @@ def small_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
+def round_weights(model: LlamaForCausalLM) -> None:
+    """Round every weight to the nearest number that bfloat16 holds, in place."""
+    for weight in model.parameters():
+        weight.data = weight.data.bfloat16().float()
+
+
 def pretrain_mini(out: Path, seed: int = 0, steps: int = 1500) -> None:
     """Train tokenizer and model from nothing and write the Hugging Face folder `out`.
 
-    One of the `steps` steps sees about 33 examples; 1500 take about a minute on two free cores. Sets the
-    global random seed. Replaces `out` when all is done.
+    One of the `steps` steps sees about 33 examples; 1500 take about a minute on two free cores. The weights
+    are float32 numbers that bfloat16 holds, so that they pack to half their size. Sets the global random
+    seed. Replaces `out` when all is done.
     """
     rng = random.Random(f"pretrain {seed}")
     pairs = skill_records(rng, steps * ROWS * 6)
@@ -159,6 +169,7 @@ def pretrain_mini(out: Path, seed: int = 0, steps: int = 1500) -> None:
             data_collator=default_data_collator,
         ).train()
         model.config.use_cache = True
+        round_weights(model)
         write_model(model, tokenizer, scratch)
 
 

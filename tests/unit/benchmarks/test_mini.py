@@ -2,6 +2,7 @@
 anew.
 """
 
+import gzip
 import hashlib
 import json
 import random
@@ -21,6 +22,7 @@ from codyra_llm.config.registry import METHODS
 from codyra_llm.core.errors import Fault
 from codyra_llm.data.check import check_root
 from codyra_llm.data.reasoning import reasoned_prompt
+from codyra_llm.evaluate.generate import generate_ids
 
 TASKS = ["C-STANCE", "FOMC", "MeetingBank", "Py150", "ScienceQA", "NumGLUE-cm", "NumGLUE-ds", "20Minuten"]
 RCL = METHODS["rcl"](METHODS["rcl"].Config(), 0)
@@ -246,6 +248,21 @@ def test_small_model_loads_with_finite_weights_and_generates(small):
     ids = tokenizer(["Reverse: dog cat\nAnswer:"], return_tensors="pt", return_token_type_ids=False)
     generated = model.generate(**ids, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert generated.shape[1] == ids.input_ids.shape[1] + 3
+
+
+@pytest.mark.parametrize("name", make.BASES)
+def test_a_shipped_base_is_as_the_pretraining_writes_it_and_knows_the_general_skills(root, small, name):
+    folder = make.mini_model(name)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in small.iterdir()}
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert all(torch.equal(p, p.bfloat16().float()) for p in model.parameters())
+    assert len(gzip.compress((folder / "model.safetensors").read_bytes())) < 1_000_000
+    records = read(root, "general/successor", "test")[:40]
+    prompts = [tokenizer(record["prompt"])["input_ids"] for record in records]
+    answers = generate_ids(model.eval(), prompts, 12, [tokenizer.eos_token_id])
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+    right = [text.strip() == r["answer"].strip() for text, r in zip(texts, records, strict=True)]
+    assert right.count(True) >= 36
 
 
 def test_packed_examples_do_not_see_each_other(small):
