@@ -228,6 +228,11 @@ class OptimSection(Strict, frozen=True):
 class EvalSection(Strict, frozen=True):
     """The answers that are scored after each task; greedy."""
 
+    when: Literal["each", "ends"] = Field(
+        default="each",
+        description="each: all of `tasks` after every task; ends: after every task that task alone, all of "
+        "them after the last, which leaves `forgetting` unknown and costs far less",
+    )
     tasks: Literal["seen", "all"] = Field(default="seen", description="all: unseen tasks too")
     zero_shot: bool = Field(default=False, description="also evaluate before the first task")
     split: Literal["test", "eval"] = Field(

@@ -53,7 +53,9 @@ def _minus(a: float | None, b: float | None) -> float | None:
 
 
 def _best(values: Iterable[float | None]) -> float | None:
-    return max((v for v in values if v is not None), default=None)
+    """The highest value; None where one is missing, which might have been it."""
+    values = list(values)
+    return max(values) if values and None not in values else None
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

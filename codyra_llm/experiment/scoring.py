@@ -28,10 +28,17 @@ def evaluate(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> N
 
 def asked(setup: Setup, index: int) -> tuple[range, bool]:
     """Which tasks the recipe asks for after task `index` (-1: the base), and whether for general ability."""
-    tasks, wanted = setup.recipe.tasks, setup.recipe.eval
-    zero_shot = index < 0 and (wanted.zero_shot or not setup.method.trains)
-    count = len(tasks) if zero_shot or (index >= 0 and wanted.tasks == "all") else index + 1
-    return range(count), index in (-1, len(tasks) - 1) or setup.recipe.general.when == "each"
+    at_an_end = index in (-1, len(setup.recipe.tasks) - 1)
+    return _tasks_asked(setup, index), at_an_end or setup.recipe.general.when == "each"
+
+
+def _tasks_asked(setup: Setup, index: int) -> range:
+    count, wanted = len(setup.recipe.tasks), setup.recipe.eval
+    if index < 0:
+        return range(count) if wanted.zero_shot or not setup.method.trains else range(0)
+    if wanted.when == "ends" and index < count - 1:
+        return range(index, index + 1)
+    return range(count if wanted.tasks == "all" else index + 1)
 
 
 def pieces(

@@ -208,12 +208,15 @@ class Sweep:
             run.arm
             for run in self.tries
             for method in [METHODS[run.recipe.method.name]]
-            if method.joint or not method.trains or len(run.recipe.tasks) < 2
+            if method.joint
+            or not method.trains
+            or len(run.recipe.tasks) < 2
+            or (run.recipe.eval.when == "ends" and len(run.recipe.tasks) > 2)
         }
         if self.by == "forgetting" and unmeasured:
             faults.append(
                 f"tune.by: {', '.join(sorted(unmeasured))} has no forgetting to choose by (one task, or "
-                "evaluated once); choose by op"
+                "not every task evaluated after every other); choose by op"
             )
         if faults:
             raise Fault(*faults)

@@ -122,6 +122,19 @@ def test_killed_and_restarted_equals_straight_through(method, tiny_llama, toy_st
     assert steps[0] == steps[1]
 
 
+def test_scores_at_the_ends_are_the_diagonal_and_the_last_row(tiny_llama, toy_stream, tmp_path):
+    asked = {"data__tasks": ["ONE", "TWO", "THREE"], "checkpoint": False, "eval__max_examples": 1}
+    each = run.run(tiny_recipe(tiny_llama, toy_stream, tmp_path / "each", **asked))
+    ends = run.run(tiny_recipe(tiny_llama, toy_stream, tmp_path / "ends", **asked, eval__when="ends"))
+    scored = {(row["step"], row["task"]): row["score"] for row in ends.scores}
+    assert list(scored) == [(1, "ONE"), (2, "TWO"), (3, "ONE"), (3, "TWO"), (3, "THREE")]
+    assert scored.items() <= {(row["step"], row["task"]): row["score"] for row in each.scores}.items()
+    few, all_of_them = (json.loads((f.path / "summary.json").read_text()) for f in (ends, each))
+    assert few["forgetting"] is None and all_of_them["forgetting"] is not None
+    assert all(few[name] == all_of_them[name] for name in ("op", "bwt", "bwt_treelora"))
+    assert "| ONE |" in (ends.path / "report.md").read_text()
+
+
 def test_a_finished_run_goes_on_with_a_task_added_at_the_end(finished, tiny_llama, toy_stream, tmp_path):
     shutil.copytree(finished.path, tmp_path / "run")
     before = weights(finished)
