@@ -1,5 +1,6 @@
 """Shared fixtures: tiny models with a real tokenizer and tiny data, made here: no test needs the network."""
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -37,6 +38,12 @@ torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it giv
 
 def pytest_addoption(parser):
     parser.addoption("--rewrite-trajectories", action="store_true", help="write tests/trajectories/ anew")
+
+
+def pytest_collection_finish():
+    """Every task ends with a collection, which need not walk the million objects of imported packages."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
