@@ -30,7 +30,7 @@ from codyra_llm.models import loading
 from codyra_llm.models.weights import fingerprint
 from codyra_llm.report import judged
 from codyra_llm.report.summary import delta_r
-from codyra_llm.runtime import display, heartbeat, launch
+from codyra_llm.runtime import display, heartbeat, launch, precision
 from codyra_llm.runtime.display import console
 from codyra_llm.runtime.launch import collectively, of_first
 from codyra_llm.store.folder import RunFolder
@@ -56,8 +56,9 @@ def evaluate(checkpoint: str, wanted: Wanted) -> RunFolder:
     """
     acc = launch.accelerator()
     first = acc.is_local_main_process  # what is converted on first use is made once on each node
-    prepared = collectively(first, _prepare, checkpoint, wanted)
-    setup, source, index, base = collectively(not first, _prepare, checkpoint, wanted) or prepared
+    fast = precision.agreed(acc)
+    prepared = collectively(first, _prepare, checkpoint, wanted, fast)
+    setup, source, index, base = collectively(not first, _prepare, checkpoint, wanted, fast) or prepared
     if base and setup.prompts:
         collectively(acc.is_main_process, judge.require, setup.recipe.open_ended.judge)
     if acc.num_processes > 1:
@@ -115,13 +116,15 @@ def _measure(
     collectively(acc.is_main_process, lambda: _finish(checkpoint, setup, out, known, had))
 
 
-def _prepare(checkpoint: str, wanted: Wanted) -> tuple[Setup, Source, int, Setup | None]:
+def _prepare(
+    checkpoint: str, wanted: Wanted, bfloat16: bool | None
+) -> tuple[Setup, Source, int, Setup | None]:
     """What to score, where it comes from, the position of the task after which (-1: none), and the base if it
-    is asked for.
+    is asked for. `bfloat16`: whether all processes multiply it fast.
     """
     source = taken_apart(checkpoint, wanted)
     recipe = recipe_of(checkpoint, source, wanted)
-    setup = prepare(recipe, bool(wanted.base), source.adapter)
+    setup = prepare(recipe, bool(wanted.base), source.adapter, bfloat16)
     if unknown := [task for task in wanted.tasks or () if task not in setup.recipe.tasks]:
         raise Fault(
             *(
@@ -139,7 +142,8 @@ def _prepare(checkpoint: str, wanted: Wanted) -> tuple[Setup, Source, int, Setup
     plain = prepare(
         without_tasks(
             recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": wanted.base})})
-        )
+        ),
+        bfloat16=bfloat16,
     )
     return setup, source, index, Checkpoint(**vars(plain), build=lambda: _built(plain, None))
 

@@ -118,7 +118,9 @@ class ModelSection(Strict, frozen=True):
     )
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub id")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="auto: bfloat16 on a GPU, else float32"
+        default="auto",
+        description="auto: bfloat16 on a GPU that has it, and on a CPU that multiplies it faster for a base "
+        "that is not stored in float32; else float32; a run keeps what it began in",
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
         default=None, description="default: sdpa where the family has it, else eager (gemma2)"

@@ -4,6 +4,7 @@ done again.
 
 import sys
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +35,7 @@ from codyra_llm.report import card
 from codyra_llm.report.html import page
 from codyra_llm.report.summary import summarised
 from codyra_llm.report.text import render, table
-from codyra_llm.runtime import display, heartbeat, launch, signals
+from codyra_llm.runtime import display, heartbeat, launch, precision, signals
 from codyra_llm.runtime.display import console
 from codyra_llm.runtime.forecast import Piece
 from codyra_llm.runtime.launch import collectively, of_first, wait
@@ -54,8 +55,10 @@ def run(recipe: Recipe) -> RunFolder:
     first = (
         acc.is_local_main_process
     )  # of each node, so that what is made or converted on first use is made once
-    setup = collectively(first, prepare, recipe)
-    setup = collectively(not first, prepare, recipe) or setup
+    fast = precision.agreed(acc)
+    prepared = partial(prepare, recipe, bfloat16=fast)
+    setup = collectively(first, prepared)
+    setup = collectively(not first, prepared) or setup
     collectively(True, _refuse_launch, setup, acc)
     base = fingerprint(setup.base) if first else None
     if acc.num_processes > 1:

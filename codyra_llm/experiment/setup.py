@@ -31,8 +31,8 @@ from codyra_llm.methods.base import Method, Task
 from codyra_llm.models import fused_norm, loading, packed_attention, saved
 from codyra_llm.models.ends import answer_ends
 from codyra_llm.models.tokenizer import chat_faults, load_tokenizer, tokenizer_folder
-from codyra_llm.models.weights import WeightReader, fingerprint
-from codyra_llm.runtime import heartbeat, launch, signals
+from codyra_llm.models.weights import WeightReader, fingerprint, formats
+from codyra_llm.runtime import heartbeat, launch, precision, signals
 from codyra_llm.store.archive import Archive
 from codyra_llm.store.folder import RunFolder
 
@@ -55,7 +55,8 @@ class Setup:
 
     @property
     def dtype(self) -> torch.dtype:
-        return compute_dtype(self.recipe)
+        """What the model trains and is evaluated in."""
+        return getattr(torch, self.recipe.model.dtype)
 
     def model(self, archive: Archive, after: int, without: int | None = None) -> PreTrainedModel:
         """The merged model as it is after task `after` (-1: the base), on the CPU. All that is evaluated,
@@ -125,17 +126,13 @@ class Setup:
         return self.recipe.data.max_prompt_tokens + max(PROBE_TOKENS, *answers)
 
 
-def compute_dtype(recipe: Recipe) -> torch.dtype:
-    """What the model trains and is evaluated in."""
-    name = recipe.model.dtype
-    auto = "bfloat16" if torch.cuda.is_available() else "float32"
-    return getattr(torch, auto if name == "auto" else name)
-
-
-def prepare(recipe: Recipe, open_ended: bool = True, adapter: Path | None = None) -> Setup:
+def prepare(
+    recipe: Recipe, open_ended: bool = True, adapter: Path | None = None, bfloat16: bool | None = None
+) -> Setup:
     """Resolve the recipe and check model, data, method and disk. `open_ended`: whether its prompts are to be
     answered, so that their files must be there. `adapter`: a folder whose tokenizer and chat template go
-    before the base's, where it has them. Raises one Fault with all that is wrong."""
+    before the base's, where it has them. `bfloat16`: whether all processes multiply it fast, None: look here.
+    Raises one Fault with all that is wrong."""
     recipe, faults = recipe.resolved(), []
 
     def tried(action, *args):
@@ -155,6 +152,7 @@ def prepare(recipe: Recipe, open_ended: bool = True, adapter: Path | None = None
         )
         config = None if wrong else AutoConfig.from_pretrained(base)
         faults += wrong or _fits(recipe, config) + method.check(config, recipe.model.attention)
+        recipe = tried(_with_dtype, recipe, base, bfloat16) or recipe
     root = tried(data_root, recipe.data.root)
     tokenizer = tried(load_tokenizer, reads) if base and not wrong else None
     render, wrong = _render(recipe, tokenizer)
@@ -259,6 +257,30 @@ def base_folder(path: str, revision: str | None = None) -> Path:
     return loading.resolve(path, revision)
 
 
+def _with_dtype(recipe: Recipe, base: Path, bfloat16: bool | None) -> Recipe:
+    """The recipe with `model.dtype` chosen where it is auto: what the run began in, if it did; float32 on a
+    CPU for a base in float32; else bfloat16 where it is fast."""
+    if recipe.model.dtype != "auto":
+        return recipe
+    name = _dtype_of_run(Path(recipe.output)) or _fitting_dtype(base, bfloat16)
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": name})})
+
+
+def _dtype_of_run(output: Path) -> str | None:
+    """What the run or evaluation in `output` began in, if there is one."""
+    if not (output / "manifest.json").is_file():
+        return None
+    name = str(RunFolder(output).manifest.get("dtype")).removeprefix("torch.")
+    return name if name in ("float32", "bfloat16") else None
+
+
+def _fitting_dtype(base: Path, bfloat16: bool | None) -> str:
+    if launch.device().type == "cpu" and "F32" in formats(base):
+        return "float32"
+    fast = precision.multiplies_bfloat16() if bfloat16 is None else bfloat16
+    return "bfloat16" if fast else "float32"
+
+
 def data_root(root: str) -> Path:
     """The folder of tasks that `root` names; mini-TRACE is made on first use."""
     path = mini_data() if root == "mini" else Path(expanded(root))
@@ -281,7 +303,7 @@ def _probes() -> dict[str, list[dict]]:
 def _written(recipe: Recipe, base: Path, whole: bool) -> int:
     """Bytes of whole models that the run writes: the checkpoint and vLLM's copy, which are never there at
     once, and each task's weights where it trains all of them."""
-    dtype = compute_dtype(recipe)
+    dtype = getattr(torch, recipe.model.dtype)
     checkpoint = saved.size(base) if recipe.checkpoint else 0
     served = saved.size(base, dtype) if recipe.eval.backend == "vllm" else 0
     return max(checkpoint, served) + whole * len(recipe.tasks) * saved.size(base, dtype)

@@ -127,6 +127,12 @@ def stored(file: Path) -> dict[str, tuple[list[int], str]]:
         return {name: (part.get_shape(), part.get_dtype()) for name, part in parts.items()}
 
 
+def formats(folder: Path) -> set[str]:
+    """Names by safetensors, such as BF16, of the number formats that the weights in `folder` are in."""
+    headers = [stored(file) for file in weight_files(folder)]
+    return {dtype for header in headers for _, dtype in header.values()}
+
+
 def describe(folder: Path) -> tuple[PreTrainedConfig, dict[str, torch.Size]]:
     """The folder's config, and the shapes by name of the weights that it describes. Raises Fault for one that
     describes no model."""
