@@ -33,6 +33,7 @@ from codyra_llm.models.tokenizer import tokenizer_hash
 from codyra_llm.models.weights import WeightReader, fingerprint
 from codyra_llm.report import card
 from codyra_llm.report.html import page
+from codyra_llm.report.in_short import in_short
 from codyra_llm.report.summary import summarised
 from codyra_llm.report.text import render, table
 from codyra_llm.runtime import display, heartbeat, launch, precision, signals
@@ -266,6 +267,8 @@ def _checkpoint(setup: Setup, folder: RunFolder) -> None:
         else:
             write_stage(folder, last, target, text)
         console.print(f"{'merged model' if setup.method.merges else 'stage of the run'}: {target}")
+    if lines := in_short(setup.recipe, summarised(folder)):
+        console.print(lines)
 
 
 def finish(setup: Setup, folder: RunFolder) -> None:

@@ -1,0 +1,46 @@
+"""The last lines of a run on mini-TRACE: what it learnt, forgot and kept, and plain sequential LoRA's."""
+
+from pathlib import Path
+
+import yaml
+from rich.box import SIMPLE
+from rich.table import Column, Table
+
+from codyra_llm.benchmarks import trace  # pyright: ignore  # installed from the top level
+from codyra_llm.config.recipe import Recipe
+from codyra_llm.evaluate.statistics import measures
+
+REFERENCE = Path(trace.__file__).parent / "mini" / "reference.yaml"
+MEASURED = ("learnt", "op", "forgetting")
+
+
+def in_short(recipe: Recipe, found: dict) -> Table | None:
+    """The run with this summary beside the reference measured on the same data and base; None where the run
+    is not on all of them."""
+    reference = yaml.safe_load(REFERENCE.read_text(encoding="utf-8"))
+    own = measures(found)
+    if not _comparable(recipe) or recipe.method.name == reference["method"] or None in own.values():
+        return None
+    before = [ability["before"] for ability in found["general"].values()]
+    own["general"] -= sum(before) / len(before)
+    out = Table(
+        Column("", no_wrap=True),
+        *(Column(name, justify="right") for name in ("just learnt", "at the end", "forgotten", "general")),
+        box=SIMPLE,
+        padding=0,
+        collapse_padding=True,
+        title="mean scores of the tasks, and the change of general ability",
+        caption=f"to see it: codyra-llm run quickstart {reference['command']}",
+        caption_justify="left",
+    )
+    for name, row in ((recipe.method.name, own), (reference["name"], reference)):
+        out.add_row(name, *(f"{row[measure]:.1f}" for measure in MEASURED), f"{row['general']:+.1f}")
+    return out
+
+
+def _comparable(recipe: Recipe) -> bool:
+    """Whether a run learnt and answered all that the reference did."""
+    everything = not (recipe.data.max_train_examples or recipe.eval.max_examples)
+    places = (recipe.model.path, recipe.data.root, recipe.general.data)
+    whole = len(recipe.tasks) == len(recipe.benchmark.tasks) and recipe.eval.split == "test"
+    return everything and whole and places == ("mini", "mini", "mini")

@@ -1,0 +1,54 @@
+"""The last lines of a run on mini-TRACE."""
+
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from codyra_llm.config.recipe import load_recipe
+from codyra_llm.report.in_short import in_short
+
+FOUND = {
+    "matrix": [[80.0, None], [70.0, 60.0]],
+    "op": 65.0,
+    "bwt": -10.0,
+    "bwt_treelora": 5.0,
+    "forgetting": 10.0,
+    "general": {"a": {"before": 90.0, "after": 88.0}, "b": {"before": 100.0, "after": 99.0}},
+}
+
+
+def shown(table) -> list[str]:
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(table)
+    return console.export_text().splitlines()
+
+
+def test_a_run_stands_above_the_reference_with_the_command_that_makes_it():
+    lines = shown(in_short(load_recipe("quickstart", []).resolved(), FOUND))
+    own = next(line for line in lines if "codyra_drift" in line)
+    assert own.split()[-4:] == ["70.0", "65.0", "10.0", "-1.5"]
+    reference = next(line for line in lines if "sequential LoRA" in line)
+    assert len(reference.split()) >= 6 and all(len(line) <= 80 for line in lines)
+    command = " ".join(lines).partition("codyra-llm run quickstart ")[2].split()
+    assert load_recipe("quickstart", command).method.name == "seqlora"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["method=seqlora"],
+        ["model.path=mini-1"],
+        ["data.max_train_examples=20"],
+        ["eval.max_examples=20"],
+        ["data.tasks=[FOMC,Py150]"],
+        ["eval.split=eval"],
+        ["general.data=null"],
+    ],
+)
+def test_what_is_not_comparable_has_no_such_lines(settings):
+    assert in_short(load_recipe("quickstart", settings).resolved(), FOUND) is None
+
+
+def test_a_measure_that_is_missing_leaves_the_lines_out():
+    assert in_short(load_recipe("quickstart", []).resolved(), FOUND | {"forgetting": None}) is None
