@@ -176,7 +176,7 @@ def prepare(recipe: Recipe, open_ended: bool = True, adapter: Path | None = None
     encoder = Encoder(tokenizer, recipe.data, answer_ends(base, tokenizer)) if tokenizer else None
     if encoder and root:
         read = list(splits(recipe, stream, bool(method.trains)))
-        faults += prompt_faults(recipe, read, encoder, config)
+        faults += tried(prompt_faults, recipe, read, encoder, config) or []
     if faults:
         raise Fault(*dict.fromkeys(faults))
     return Setup(recipe, method, base, tokenizer, encoder, stream, probes, harness, questions)

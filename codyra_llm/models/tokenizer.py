@@ -1,12 +1,14 @@
 """Tokenizers: loading, chat templates, BOS."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from codyra_llm.core import foreign
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import file_sha256
+from codyra_llm.core.parsing import shown
 from codyra_llm.models.weights import told
 
 DATE = "26 Jul 2024"  # what chat templates are told that today is, so that a run's prompts stay as they are
@@ -17,6 +19,17 @@ UNDATED = (
     """{{ raise_exception("it writes today's date, so prompts would change daily") }}"""
     "{% endmacro %}\n"
 )
+
+_ASKED = {"role": "user", "content": "What is monetary policy?\n\n" + "Größe, 态度, <s> {{ x }} 4.5 %. " * 200}
+_SAID = {"role": "assistant", "content": "It is\nset by a central bank."}
+# Chats that a template is tried on, and whether it must write them: some want no system's or empty message.
+PROBES = [
+    ([{"role": "user", "content": "a"}], True),
+    ([_ASKED], True),
+    ([_ASKED, _SAID, _ASKED], False),
+    ([{"role": "system", "content": "Be brief."}, _ASKED], False),
+    ([{"role": "user", "content": ""}], False),
+]
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -86,27 +99,56 @@ def chat_faults(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
             f"{folder} has chat templates {', '.join(sorted(templates))} and none of them is the default: "
             f"copy the one that is meant to {folder}/chat_template.jinja, or turn chat_template off."
         ]
-    try:
-        render_chat(tokenizer, [{"role": "user", "content": "a"}])
-    except TemplateError as error:
+    if not isinstance(template := tokenizer.get_chat_template(), str):
         return [
-            f"{folder} has a chat template that fails ({' '.join(str(error).split())}): turn "
-            "chat_template off, or use the model's own template."
+            f"{folder} has the chat template {shown(template)}: expected text; turn chat_template off, or use "
+            "the model's own template."
         ]
+    for chat, must in PROBES:
+        try:
+            render_chats(tokenizer, [chat])
+        except foreign.Failed as error:
+            if must or error.stopped:
+                return [template_fault(folder, error)]
     return []
 
 
-def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask: bool = True) -> str:
-    """A chat as the model's template writes it, with `ask` up to where the answer begins. Raises jinja2's
-    TemplateError where the template refuses it, or writes today's date whatever `date_string` says, and
-    ValueError where there is no template, or several and none of them is the default."""
-    return tokenizer.apply_chat_template(
-        messages,
-        chat_template=UNDATED + tokenizer.get_chat_template(),
-        tokenize=False,
-        add_generation_prompt=ask,
-        date_string=DATE,
+def template_fault(folder: Path | str, error: foreign.Failed, at: str = "") -> str:
+    """What to tell of a chat template that failed; `at`: the prompt at which, where it is one of the user's."""
+    where = f" at the prompt {shown(at)}" if at else ""
+    return (
+        f"{folder} has a chat template that fails{where} ({error.reason}): turn chat_template off, or use the "
+        "model's own template."
     )
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict], ask: bool = True) -> str:
+    """`render_chats` of one chat."""
+    return render_chats(tokenizer, [messages], ask)[0]
+
+
+def render_chats(
+    tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[dict]], ask: bool = True, go_on: bool = False
+) -> list[str]:
+    """Chats as the model's template writes them, with `ask` up to where the answer begins, with `go_on` up to
+    where the last message ends. Equal to the tokenizer's `apply_chat_template`, in bounded time and memory.
+
+    Raises foreign.Failed where the template refuses a chat, comes to no end, or writes today's date whatever
+    `date_string` says, and ValueError where there is no template, or several and none of them is the default.
+    """
+    shared = {
+        **tokenizer.special_tokens_map,
+        "chat_template": UNDATED + tokenizer.get_chat_template(),
+        "add_generation_prompt": ask,
+        "continue_final_message": go_on,
+        "date_string": DATE,
+    }
+    # A key that is null is left out, as apply_chat_template does: templates ask whether it is there.
+    given = [
+        [{key: value for key, value in message.items() if value is not None} for message in chat]
+        for chat in chats
+    ]
+    return foreign.write_chats(shared, given)
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
