@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from codyra_llm.core import foreign_worker
@@ -111,11 +112,9 @@ class _Worker:
         self.owner, self.waits, self.unread = os.getpid(), START, bytearray()
 
     def _send(self, request: bytes) -> None:
-        try:
+        with suppress(BrokenPipeError):  # where it has ended, and `_receive` says why
             self.process.stdin.write(len(request).to_bytes(8) + request)
             self.process.stdin.flush()
-        except BrokenPipeError:  # it has ended; `_receive` says why
-            pass
 
     def _receive(self) -> tuple[bytes, str]:
         """How the next item went, and its text or what is wrong."""
@@ -160,10 +159,8 @@ class _Worker:
         process.kill()
         process.wait()
         process.stdout.close()
-        try:
+        with suppress(BrokenPipeError):  # of what was still to be written to it
             process.stdin.close()
-        except BrokenPipeError:  # what was still to be written to it
-            pass
 
 
 _worker = _Worker()

@@ -64,9 +64,7 @@ class Encoder:
         try:
             return render_chats(self.tokenizer, [[{"role": "user", "content": prompt}] for prompt in prompts])
         except Failed as error:
-            raise Fault(
-                template_fault(self.tokenizer.name_or_path, error, prompts[error.number])
-            ) from None
+            raise Fault(template_fault(self.tokenizer.name_or_path, error, prompts[error.number])) from None
 
     def prompt(self, text: str) -> tuple[list[int], bool]:
         """Ids of a prompt, at most `max_prompt_tokens` with BOS, and whether it was cut."""

@@ -9,7 +9,7 @@ from codyra_llm.core import foreign
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import file_sha256
 from codyra_llm.core.parsing import shown
-from codyra_llm.models.weights import told
+from codyra_llm.models.weights import read_config, told
 
 DATE = "26 Jul 2024"  # what chat templates are told that today is, so that a run's prompts stay as they are
 
@@ -20,7 +20,8 @@ UNDATED = (
     "{% endmacro %}\n"
 )
 
-_ASKED = {"role": "user", "content": "What is monetary policy?\n\n" + "Größe, 态度, <s> {{ x }} 4.5 %. " * 200}
+_TEXT = "What is monetary policy?\n\n" + "Größe, 态度, <s> {{ x }} 4.5 %. " * 200
+_ASKED = {"role": "user", "content": _TEXT}
 _SAID = {"role": "assistant", "content": "It is\nset by a central bank."}
 # Chats that a template is tried on, and whether it must write them: some want no system's or empty message.
 PROBES = [
@@ -38,12 +39,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     A missing pad token falls back to EOS, then to the unknown token. Labels are made by position and padding
     is masked by position, so a pad token that is also EOS hides no EOS from the loss.
     """
+    config = read_config(folder) if (folder / "config.json").is_file() else None
     with told(
         f"{folder} has a tokenizer that can't be read",
         "expected the model's own tokenizer; download it again",
     ):
         tokenizer = AutoTokenizer.from_pretrained(
             folder,
+            config=config,
             trust_remote_code=False,
             local_files_only=True,
             padding_side="left",
@@ -101,8 +104,8 @@ def chat_faults(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         ]
     if not isinstance(template := tokenizer.get_chat_template(), str):
         return [
-            f"{folder} has the chat template {shown(template)}: expected text; turn chat_template off, or use "
-            "the model's own template."
+            f"{folder} has the chat template {shown(template)}: expected text; turn chat_template off, or "
+            "use the model's own template."
         ]
     for chat, must in PROBES:
         try:
@@ -114,11 +117,11 @@ def chat_faults(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def template_fault(folder: Path | str, error: foreign.Failed, at: str = "") -> str:
-    """What to tell of a chat template that failed; `at`: the prompt at which, where it is one of the user's."""
+    """What to tell of a chat template that failed; `at`: the user's prompt at which."""
     where = f" at the prompt {shown(at)}" if at else ""
     return (
-        f"{folder} has a chat template that fails{where} ({error.reason}): turn chat_template off, or use the "
-        "model's own template."
+        f"{folder} has a chat template that fails{where} ({error.reason}): turn chat_template off, or use "
+        "the model's own template."
     )
 
 
