@@ -262,7 +262,7 @@ def measure(lm: Live, ability: Ability, section: "GeneralSection", chat: bool) -
     # The lower of the harness's two entries: the other one seeds every generator of the process at every
     # call.
     chosen = {"tasks": {part: tasks[part] for part in samples}, "groups": {}, "group_map": {}}
-    with redirect_stderr(StringIO()):  # a bar for every part of every group, on every rank
+    with redirect_stderr(StringIO()), ability.bounded():  # a bar for every part of every group, on every rank
         results = evaluate(lm, chosen, samples=samples, apply_chat_template=chat)
     scores = _of_group(results) if ability.is_group else _of_task(results, name)
     if ability.is_group:

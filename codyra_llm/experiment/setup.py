@@ -168,6 +168,8 @@ def prepare(recipe: Recipe, open_ended: bool = True, adapter: Path | None = None
         tried(stream.records, index, recipe.eval.split)
     general = recipe.general
     harness = tried(suite.find, general) if general.data not in (None, "mini") else {}
+    for ability in (harness or {}).values():
+        tried(ability.try_out, getattr(config, "max_position_embeddings", None))
     probes = _probes() if general.data == "mini" else {}
     faults += _shared_names(recipe, {*(harness or ()), *probes})
     questions = tried(find_questions, recipe.open_ended) if open_ended else {}
