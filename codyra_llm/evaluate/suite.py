@@ -103,8 +103,9 @@ class Ability:
                     task = ConfigurableTask(config=config)
                 return task if self.trusted else bind(task, self.name)
         except (OSError, DatasetsError) as error:
+            reason = " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
             raise Fault(
-                f"general.tasks: the data of '{self.name}' can't be read ({str(error).splitlines()[0]}); "
+                f"general.tasks: the data of '{self.name}' can't be read ({reason}); "
                 + (
                     "correct the files"
                     if self.files
@@ -269,7 +270,11 @@ def quiet() -> Iterator[None]:
     """Within it the harness does not warn of what is meant here, such as a model in memory, and shows no
     bars.
     """
-    with log_level("lm_eval", logging.ERROR), without_data_bars():
+    with (
+        log_level("lm_eval", logging.ERROR),
+        log_level("datasets", logging.CRITICAL),  # what it can't read is told as a Fault
+        without_data_bars(),
+    ):
         yield
 
 
