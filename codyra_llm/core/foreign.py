@@ -109,6 +109,8 @@ class _Worker:
             stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
         )
+        if self.owner != os.getpid():
+            atexit.register(self.close)
         self.owner, self.waits, self.unread = os.getpid(), START, bytearray()
 
     def _send(self, request: bytes) -> None:
@@ -164,4 +166,3 @@ class _Worker:
 
 
 _worker = _Worker()
-atexit.register(_worker.close)
