@@ -83,7 +83,7 @@ def measure(options: Options) -> dict:
     rows = {}
     for task in options.tasks or NEW:
         records = read_split(root, task, "test")[: options.examples]
-        prompts = [encoder.prompt(record["prompt"])[0] for record in records]
+        prompts = [ids for ids, _ in encoder.prompts([record["prompt"] for record in records])]
         rows[task] = _task(model, prompts, NEW.get(task, 40), tokenizer.eos_token_id)
     total = {key: sum(row[key] for row in rows.values()) for key in next(iter(rows.values()))}
     return {

@@ -4,11 +4,12 @@ adapted.
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, LlamaConfig, PreTrainedConfig
+from transformers import AutoModel, LlamaConfig, PreTrainedConfig
 
 from codyra_llm.bench.arms import ARMS, NOTES, Arm, draw, exact
 from codyra_llm.bench.measure import Contestant, Options, compare, machine
 from codyra_llm.models.loading import resolve
+from codyra_llm.models.weights import read_config
 from codyra_llm.runtime.memory import saved_bytes
 
 LLAMA_3_8B = {
@@ -63,7 +64,7 @@ def block(options: Options) -> dict:
     """x [rows, T, hidden] through attention and MLP, forward and backward with the gradient of x."""
     cuda = options.device.type == "cuda"
     if options.model:
-        config = AutoConfig.from_pretrained(resolve(options.model))
+        config = read_config(resolve(options.model))
     else:
         config = LlamaConfig(**(LLAMA_3_8B if cuda else SMOLLM2_135M))
     rows, length, rank = options.sizes("rows,T,r", (4, 2048, 16) if cuda else (4, 256, 16))

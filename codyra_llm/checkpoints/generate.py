@@ -8,6 +8,7 @@ import torch
 from codyra_llm.checkpoints.source import Source, checkpoint_source
 from codyra_llm.config.sections import DataSection
 from codyra_llm.core.errors import Fault
+from codyra_llm.core.schema import MOST_TOKENS
 from codyra_llm.data.encoding import Encoder
 from codyra_llm.evaluate.generate import generate_ids
 from codyra_llm.experiment.setup import prepare
@@ -73,7 +74,8 @@ def _plain(source: Source, new: int, device: torch.device) -> Answering:
         if source.adapter
         else loading.load(base, torch.float32)
     )
-    limit = (positions := getattr(model.config, "max_position_embeddings", 4096)) - new
+    positions = getattr(model.config, "max_position_embeddings", None) or 4096
+    limit = min(positions, MOST_TOKENS) - new
     if limit < 8:
         raise Fault(
             f"--max-new-tokens: {new} leaves no room for a prompt in the model's {positions} positions; "

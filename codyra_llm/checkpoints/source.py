@@ -136,6 +136,7 @@ def recipe_of(checkpoint: str, source: Source, wanted: Wanted) -> Recipe:
             "optim.keep_best": False,
             "model.quantization": None,
             "open_ended.judge": {},
+            "general.trust_code": False,
             "trackers": [],
         }
         _refuse_own_code(checkpoint, source, wanted)

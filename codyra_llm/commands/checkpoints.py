@@ -34,14 +34,13 @@ def score(
     TASK is the name of a task of the benchmark; under trace any other name is scored by exact match.
     """
     from codyra_llm.config.benchmark import load_benchmark
-    from codyra_llm.evaluate.statistics import read_predictions, summarise
+    from codyra_llm.evaluate.statistics import predictions, summarise_all
 
     known = load_benchmark(benchmark)
     if strangers := known.strangers([task], "TASK: {} is not a task of " + benchmark):
         raise Fault(*strangers)
-    rows = read_predictions(file)
-    scores = known.score(task, *([row[key] for row in rows] for key in ("prompt", "prediction", "answer")))
-    print(json.dumps({name: summarise(values) for name, values in scores.items()}, indent=1))
+    rows = ((row["prompt"], row["prediction"], row["answer"]) for row in predictions(file))
+    print(json.dumps(summarise_all(known.score_each(task, rows)), indent=1))
 
 
 def evaluate(

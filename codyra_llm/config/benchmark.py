@@ -2,7 +2,8 @@
 protocols they are learnt, and how they are scored. TRACE (benchmarks/trace) is one, a stream of one's own
 another."""
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -194,8 +195,20 @@ class Benchmark(Strict, frozen=True):
         """Scores 0..100 of each example by metric, in the order of the task's metrics. All three of equal
         length.
         """
-        rows = list(zip(prompts, predictions, answers, strict=True))
-        return {metric: [METRICS[metric].example(*row) for row in rows] for metric in self.task(name).metrics}
+        return {
+            metric: list(values)
+            for metric, values in self.score_each(
+                name, zip(prompts, predictions, answers, strict=True)
+            ).items()
+        }
+
+    def score_each(self, name: str, rows: Iterable[tuple[str, str, str]]) -> dict[str, "array[float]"]:
+        """`score` of (prompt, prediction, answer) that come one after the other and are not kept."""
+        scores = {metric: array("d") for metric in self.task(name).metrics}
+        for row in rows:
+            for metric, values in scores.items():
+                values.append(METRICS[metric].example(*row))
+        return scores
 
     def lacks(self, data: "DataSection") -> list[str]:
         """What a recipe names that is not here, one sentence each."""

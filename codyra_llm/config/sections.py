@@ -269,6 +269,11 @@ class GeneralSection(Strict, frozen=True):
         min_length=1,
         description="names; default: all of the hub's suite, or all whose files are in the folder",
     )
+    trust_code: bool = Field(
+        default=False,
+        description="run the functions, metrics and data sets that a folder's own task files name; look at "
+        "them first",
+    )
     limit: int | None = Field(
         default=None, ge=1, description="examples of each task, drawn by the seed, for a quick look"
     )

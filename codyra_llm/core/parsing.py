@@ -9,7 +9,7 @@ import re
 import reprlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import yaml
 from pydantic import AfterValidator
@@ -19,6 +19,9 @@ from codyra_llm.core.errors import Fault
 DEPTH = 50  # nested sections; a recipe has 4
 NODES = 20_000  # values, each alias counted with all that it stands for
 YAML_BYTES = 1 << 18
+READ = 1 << 20  # characters of a long file at a time
+ITEM = 1 << 24  # characters of one value of a list; a record has at most a million, escaped 6 million
+_BLANK = re.compile(r"[ \t\n\r]*")
 
 UNPRINTABLE = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]"
@@ -198,6 +201,69 @@ def read_json(file: Path, expected: str) -> Any:
     deeply.
     """
     return parse_json(read_text(file, expected), str(file), expected)
+
+
+def read_items(file: Path, expected: str) -> Iterator[Any]:
+    """The values of a JSON list, one after the other, of a file that need not fit into memory. Raises Fault,
+    when it comes to it, with what `read_json` says of the file, and where it holds no list."""
+    count = 0
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as stream:
+            for item in _items(stream):
+                yield item
+                count += 1
+        return
+    except (OSError, ValueError, RecursionError):  # of the whole file it can be said better what is wrong
+        pass
+    whole = read_json(file, expected)
+    if not isinstance(whole, list):
+        raise Fault(f"{file} holds a {type(whole).__name__}, expected {expected}; correct it")
+    yield from whole[count:]
+
+
+def _items(stream: TextIO) -> Iterator[Any]:
+    """The values of a JSON list in a stream. Raises ValueError or RecursionError where it holds another text,
+    or a value of more than `ITEM` characters."""
+    decoder = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
+    text, at, expects = "", 0, "["
+    while True:
+        at = _BLANK.match(text, at).end()
+        if at == len(text):
+            text, at = stream.read(READ), 0
+            if not text:
+                raise ValueError("it ends before its list does")
+        elif expects == "value":
+            value, text, at = _decoded(decoder, text, at, stream)
+            yield value
+            expects = ",]"
+        elif text[at] == "]" and expects in (",]", "value]"):
+            break
+        elif expects == "value]":
+            expects = "value"
+        elif text[at] in expects:
+            expects, at = ("value]" if expects == "[" else "value"), at + 1
+        else:
+            raise ValueError("it is no list")
+    if text[at + 1 :].strip() or stream.read().strip():
+        raise ValueError("it goes on after its list")
+
+
+def _decoded(decoder: json.JSONDecoder, text: str, at: int, stream: TextIO) -> tuple[Any, str, int]:
+    """The value that begins at `at`, and the text and place after it. What is read is doubled until it is
+    whole, so that a long value is not begun anew too often."""
+    while True:
+        try:
+            value, end = decoder.raw_decode(text, at)
+            if end < len(text) and text[end] in " \t\n\r,]":  # else it may be a number that goes on
+                return value, text, end
+        except json.JSONDecodeError:
+            pass
+        if len(text) - at > ITEM:
+            raise ValueError(f"a value of more than {ITEM:,d} characters, or none")
+        more = stream.read(max(READ, len(text) - at))
+        if not more:
+            raise ValueError("it ends within a value")
+        text, at = text[at:] + more, 0
 
 
 def read_mapping(file: Path, expected: str) -> dict:

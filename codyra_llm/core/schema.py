@@ -13,7 +13,8 @@ from codyra_llm.core.parsing import shown
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
-Tokens = Annotated[int, Field(le=1 << 24)]  # more is a slip
+MOST_TOKENS = 1 << 24  # more is a slip
+Tokens = Annotated[int, Field(le=MOST_TOKENS)]
 
 
 class Strict(BaseModel, frozen=True):

@@ -10,12 +10,12 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from codyra_llm.config.benchmark import DatasetSource, Task
 from codyra_llm.config.sections import FILE
 from codyra_llm.core.errors import Fault, nearest
+from codyra_llm.core.foreign import Failed
 from codyra_llm.core.parsing import parse_json, read_text
 from codyra_llm.data.records import LONGEST, SPLITS, parse, read_split, record_faults, refuse
 from codyra_llm.models.tokenizer import render_chat
@@ -246,11 +246,14 @@ def _record(row: object, task: Task, split: str, where: str, render: Render) -> 
             ]
         try:
             row, fields = {"prompt": render(chat[:-1]), "answer": chat[-1]["content"]}, ("prompt", "answer")
-        except TemplateError as error:
-            return {}, [
-                f"{where}: the model's chat template refuses '{task.messages}' "
-                f"({' '.join(str(error).split())}); correct it, or choose another model."
-            ]
+        except Failed as error:
+            told = (
+                f"{where}: the model's chat template refuses '{task.messages}' ({error.reason}); correct it, "
+                "or choose another model."
+            )
+            if error.stopped:  # it would be at every other record too
+                raise Fault(told) from None
+            return {}, [told]
     if isinstance(row, dict):  # labels are often numbers, whose text is known; that of 1.10 is not
         row = {key: str(value) if type(value) is int else value for key, value in row.items()}
     faults = record_faults(row, split, where, fields)

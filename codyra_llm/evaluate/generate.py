@@ -179,7 +179,7 @@ def answers(
     """
     held = budget(acc, model, tokens)
     distinct = list(dict.fromkeys(texts))
-    prompts = [encoder.prompt(text)[0] for text in distinct]
+    prompts = [ids for ids, _ in encoder.prompts(distinct)]
     lengths = [len(p) for p in prompts]
     own: list[tuple[int, str]] = []
     answered = 0

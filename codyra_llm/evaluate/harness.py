@@ -33,12 +33,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from codyra_llm.core.errors import Fault
+from codyra_llm.core.foreign import Failed
 from codyra_llm.evaluate.budget import batches, budget, within_memory
 from codyra_llm.evaluate.generate import generate_ids, prefixed
 from codyra_llm.evaluate.suite import Ability, drawn, quiet
 from codyra_llm.methods.base import Condition
 from codyra_llm.models.ends import without_end
-from codyra_llm.models.tokenizer import DATE
+from codyra_llm.models.tokenizer import DATE, render_chats, template_fault
 from codyra_llm.runtime import display, heartbeat, signals
 
 if TYPE_CHECKING:
@@ -80,6 +81,24 @@ class Live(HFLM):
             )
         self.acc, self.conditions, self.held = acc, conditions, budget(acc, model, tokens)
         self.ends = {tokenizer.eos_token_id} if ends is None else ends
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A chat as the model's template writes it in training; without the system's message where the
+        template takes none. Raises Fault where it writes neither."""
+        plain = [message for message in chat_history if message["role"] != "system"]
+        tried = [chat_history, plain] if len(plain) < len(chat_history) else [plain]
+        for chat in tried:
+            try:
+                return render_chats(
+                    self.tokenizer, [chat], add_generation_prompt, go_on=not add_generation_prompt
+                )[0]
+            except Failed as error:
+                told = template_fault(self.tokenizer.name_or_path, error, chat[-1]["content"])
+                if error.stopped:
+                    break
+        raise Fault(told)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)
@@ -243,7 +262,7 @@ def measure(lm: Live, ability: Ability, section: "GeneralSection", chat: bool) -
     # The lower of the harness's two entries: the other one seeds every generator of the process at every
     # call.
     chosen = {"tasks": {part: tasks[part] for part in samples}, "groups": {}, "group_map": {}}
-    with redirect_stderr(StringIO()):  # a bar for every part of every group, on every rank
+    with redirect_stderr(StringIO()), ability.bounded():  # a bar for every part of every group, on every rank
         results = evaluate(lm, chosen, samples=samples, apply_chat_template=chat)
     scores = _of_group(results) if ability.is_group else _of_task(results, name)
     if ability.is_group:

@@ -1,13 +1,15 @@
 """From the scores of single examples to a mean with its uncertainty."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 
 from codyra_llm.core.errors import Fault
-from codyra_llm.core.parsing import read_json
+from codyra_llm.core.parsing import read_items
 from codyra_llm.data.records import LONGEST as OF_DATA
+from codyra_llm.data.records import NAMED
 
 MEASURES = {
     "op": "OP",
@@ -55,40 +57,62 @@ def interval(values: list[float | None], drawn: np.ndarray | None) -> dict | Non
     return {"mean": values[0], "low": float(low), "high": float(high), "over": "test examples"}
 
 
-def summarise(per_example: list[float], seed: int = 0, resamples: int = 1000) -> dict:
+def summarise(per_example: Sequence[float], seed: int = 0, resamples: int = 1000) -> dict:
     """`{"mean", "low", "high", "n"}`: the mean and its 95 % percentile bootstrap interval, in the unit of the
     scores.
 
     The interval covers the choice of test examples alone, not the seed of training. Nulls where there is no
     example.
     """
-    scores = np.asarray(per_example, dtype=np.float64)
-    n = len(scores)
+    return summarise_all({"": per_example}, seed, resamples)[""]
+
+
+def summarise_all(
+    per_example: Mapping[str, Sequence[float]], seed: int = 0, resamples: int = 1000
+) -> dict[str, dict]:
+    """`summarise` of each of several scores of the same examples, which are drawn once for all of them."""
+    scores = {name: np.asarray(values, dtype=np.float64) for name, values in per_example.items()}
+    n = len(next(iter(scores.values()), ()))
     if n == 0:
-        return {"mean": None, "low": None, "high": None, "n": 0}
-    drawn = np.random.default_rng(seed).integers(n, size=(resamples, n))
-    low, high = np.percentile(scores[drawn].mean(axis=1), [2.5, 97.5])
-    return {"mean": float(scores.mean()), "low": float(low), "high": float(high), "n": n}
+        return {name: {"mean": None, "low": None, "high": None, "n": 0} for name in scores}
+    random, means = np.random.default_rng(seed), {name: np.empty(resamples) for name in scores}
+    for number in range(resamples):  # one set at a time: all at once are 8 kB for each example
+        drawn = random.integers(n, size=n)
+        for name, values in scores.items():
+            means[name][number] = values[drawn].mean()
+    return {name: _bounds(values, means[name]) for name, values in scores.items()}
 
 
-def read_predictions(file: Path) -> list[dict[str, str]]:
-    """A JSON list of {"prompt", "prediction", "answer"}. Raises one Fault with all that is wrong with the
-    file.
+def _bounds(scores: np.ndarray, means: np.ndarray) -> dict:
+    low, high = np.percentile(means, [2.5, 97.5])
+    return {"mean": float(scores.mean()), "low": float(low), "high": float(high), "n": len(scores)}
+
+
+def predictions(file: Path) -> Iterator[dict[str, str]]:
+    """The {"prompt", "prediction", "answer"} of a JSON list, one after the other. Raises one Fault with all
+    that is wrong with the file, at its end.
     """
-    rows = read_json(file, "a JSON list of predictions")
-    if not isinstance(rows, list) or not rows:
+    faults, count, number = [], 0, -1
+    for number, row in enumerate(read_items(file, "a JSON list of predictions")):
+        wrong = _of_prediction(f"{file}: record {number}", row)
+        count += len(wrong)
+        faults += wrong[: NAMED - len(faults)]
+        if not count:
+            yield row
+    if count:
+        raise Fault(*faults, *[f"{file}: {count - NAMED} more such faults"] * (count > NAMED))
+    if number < 0:
         raise Fault(f"{file} must hold a JSON list with at least one prediction; write one")
-    faults = [
-        f"{file}: record {i} must have the text field '{key}'; add it"
-        if not isinstance(row, dict) or not isinstance(row.get(key), str)
-        else f"{file}: record {i}: '{key}' has {len(row[key]):,d} characters, expected at most {most:,d}; "
-        "shorten it"
-        for i, row in enumerate(rows)
-        for key, most in LONGEST.items()
-        if not isinstance(row, dict) or not isinstance(row.get(key), str) or len(row[key]) > most
-    ]
-    if faults:
-        raise Fault(
-            *faults[:5], *([f"{file}: {len(faults) - 5} more such faults"] if len(faults) > 5 else [])
-        )
-    return rows
+
+
+def _of_prediction(where: str, row: object) -> list[str]:
+    faults = []
+    for key, most in LONGEST.items():
+        value = row.get(key) if isinstance(row, dict) else None
+        if not isinstance(value, str):
+            faults.append(f"{where} must have the text field '{key}'; add it")
+        elif len(value) > most:
+            faults.append(
+                f"{where}: '{key}' has {len(value):,d} characters, expected at most {most:,d}; shorten it"
+            )
+    return faults

@@ -7,7 +7,7 @@ import logging
 import os
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from codyra_llm.benchmarks.trace import general as shipped
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.parsing import expanded
+from codyra_llm.evaluate.bounded_tasks import bind, bounded_templates, telling, try_first
+from codyra_llm.evaluate.task_files import included, read_task, refuse
 from codyra_llm.runtime.quiet import log_level, without_data_bars
 
 if TYPE_CHECKING:
@@ -42,10 +44,13 @@ HUB = {  # the harness's own tasks: TRACE's six, and IFEval
 
 @dataclass(frozen=True)
 class Ability:
-    """One task of the harness, or a group of them: `configs` by the harness's name of each part."""
+    """One task of the harness, or a group of them: `configs` by the harness's name of each part. `local`: on
+    files of a folder, which may hold anything. `trusted`: its code may run."""
 
     name: str
     configs: dict[str, dict[str, Any]]
+    local: bool = False
+    trusted: bool = False
 
     @property
     def is_group(self) -> bool:
@@ -57,23 +62,50 @@ class Ability:
         return [
             Path(file)
             for config in self.configs.values()
-            for file in (config.get("dataset_kwargs") or {}).get("data_files", {}).values()
+            for file in ((config.get("dataset_kwargs") or {}).get("data_files") or {}).values()
         ]
 
     @cached_property
     def tasks(self) -> dict[str, "ConfigurableTask"]:
         """The harness's tasks by name, their data read."""
+        return {part: self._task(part) for part in self.configs}
+
+    def bounded(self) -> AbstractContextManager[None]:
+        """Within it the templates of a folder come to an end."""
+        return bounded_templates(self.name) if self.local and not self.trusted else nullcontext()
+
+    def try_out(self, positions: int | None) -> None:
+        """Ask and score the first example of a folder's task (of a group: of its first part), without a
+        model. Raises Fault where that fails."""
+        if self.local:
+            with quiet(), self.bounded():
+                try_first(self._task(next(iter(self.configs))), self.name, positions)
+
+    def _task(self, part: str) -> "ConfigurableTask":
+        if part not in self._made:
+            self._made[part] = self._read(part)
+        return self._made[part]
+
+    @cached_property
+    def _made(self) -> dict[str, "ConfigurableTask"]:
+        return {}
+
+    def _read(self, part: str) -> "ConfigurableTask":
         from datasets.exceptions import DatasetsError
         from lm_eval.api.task import ConfigurableTask
 
+        config = deepcopy(self.configs[part])
         try:
-            with quiet():
-                return {
-                    name: ConfigurableTask(config=deepcopy(config)) for name, config in self.configs.items()
-                }
+            with quiet(), self.bounded():
+                if not self.local:
+                    return ConfigurableTask(config=config)
+                with telling(self.name, OSError, DatasetsError):
+                    task = ConfigurableTask(config=config)
+                return task if self.trusted else bind(task, self.name)
         except (OSError, DatasetsError) as error:
+            reason = " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
             raise Fault(
-                f"general.tasks: the data of '{self.name}' can't be read ({str(error).splitlines()[0]}); "
+                f"general.tasks: the data of '{self.name}' can't be read ({reason}); "
                 + (
                     "correct the files"
                     if self.files
@@ -116,7 +148,12 @@ def find(section: "GeneralSection") -> dict[str, Ability]:
                 f"Known: {', '.join(known)}"
             )
             continue
-        found[name] = Ability(name, parts(known[name], root))
+        try:
+            configs = parts(known[name], root, section.trust_code)
+        except Fault as fault:
+            faults += fault.messages
+            continue
+        found[name] = Ability(name, configs, root is not None, section.trust_code)
         if missing := _missing(found[name]):
             found.pop(name)
             faults += missing if section.tasks is not None else []
@@ -130,18 +167,20 @@ def find(section: "GeneralSection") -> dict[str, Ability]:
     return found
 
 
-def parts(spec: dict | Path, root: Path | None) -> dict[str, dict[str, Any]]:
+def parts(spec: dict | Path, root: Path | None, trusted: bool = False) -> dict[str, dict[str, Any]]:
     """The harness's configurations of one task or group: those that `include` names in the harness's own
     folder of tasks, with the rest of `spec` (a task YAML) over them. Paths in `data_files` are below `root`;
-    {dataset_name} in them is the name that the harness has for the part."""
+    {dataset_name} in them is the name that the harness has for the part. Raises Fault for a task file of the
+    folder that is wrong, or, unless it is `trusted`, that runs code."""
     from lm_eval import tasks
     from lm_eval.tasks._yaml_loader import load_yaml
 
     harness = Path(tasks.__file__).parent
     with _no_download(root is not None):
-        own = dict(spec) if isinstance(spec, dict) else load_yaml(spec, recursive=False)
+        ours = isinstance(spec, dict) or spec.is_relative_to(shipped.__path__[0])
+        own = dict(spec) if isinstance(spec, dict) else read_task(spec, ours or trusted)
         pattern = own.pop("include", None)
-        bases = [load_yaml(file) for file in sorted(harness.glob(pattern))] if pattern else [{}]
+        bases = [{}] if pattern is None else [load_yaml(file) for file in included(spec, pattern, harness)]
     out = {}
     for base in bases:
         config = {key: value for key, value in {**base, **own}.items() if key not in ("tag", "group")}
@@ -151,6 +190,8 @@ def parts(spec: dict | Path, root: Path | None) -> dict[str, dict[str, Any]]:
                 "write one, or take the file out of the folder"
             )
         if root is not None:
+            if not (ours or trusted):
+                refuse(spec, own, config, root)
             config |= _local(config, root)
         out[config["task"]] = config
     return out
@@ -176,9 +217,11 @@ def without_punkt(docs: "Dataset") -> "Dataset":
 
 def _local(config: dict[str, Any], root: Path) -> dict[str, Any]:
     kwargs = dict(config.get("dataset_kwargs") or {})
+    if not (files := kwargs.get("data_files")):  # of a trusted file, whose code makes the examples
+        return {}
+    part = str(config.get("dataset_name"))
     kwargs["data_files"] = {
-        split: str(root / path.format(dataset_name=config.get("dataset_name")))
-        for split, path in kwargs.get("data_files", {}).items()
+        split: str(root / path.replace("{dataset_name}", part)) for split, path in files.items()
     }
     if config["dataset_path"] == "csv" and all(map(os.path.isfile, kwargs["data_files"].values())):
         kwargs["features"] = _texts(next(iter(kwargs["data_files"].values())))
@@ -227,7 +270,11 @@ def quiet() -> Iterator[None]:
     """Within it the harness does not warn of what is meant here, such as a model in memory, and shows no
     bars.
     """
-    with log_level("lm_eval", logging.ERROR), without_data_bars():
+    with (
+        log_level("lm_eval", logging.ERROR),
+        log_level("datasets", logging.CRITICAL),  # what it can't read is told as a Fault
+        without_data_bars(),
+    ):
         yield
 
 

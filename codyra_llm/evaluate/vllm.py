@@ -37,7 +37,7 @@ def vllm_answers(
             ignore_eos=True,
             detokenize=False,
         )
-        prompts = [{"prompt_token_ids": encoder.prompt(text)[0]} for text in texts]
+        prompts = [{"prompt_token_ids": ids} for ids, _ in encoder.prompts(texts)]
         ids = [list(made.outputs[0].token_ids) for made in engine.generate(prompts, greedy, use_tqdm=False)]
         found = [encoder.texts(ids)]
     return broadcast_object_list(found)[0]

@@ -26,7 +26,7 @@ def tokens(setup: Setup, index: int) -> float:
     """About how many tokens task `index` trains on, over all epochs."""
     records, epochs = setup.method.train_data(setup.stream, index)
     drawn, encoder = records[:: ceil(len(records) / SAMPLE) or 1], setup.encoder
-    lengths = [len(encoder.prompt(r["prompt"])[0]) + len(encoder.answer(r["answer"])[0]) for r in drawn]
+    lengths = [len(example) for example in encoder.encode(drawn)]
     return sum(map(len, epochs)) * sum(lengths) / max(len(lengths), 1)
 
 

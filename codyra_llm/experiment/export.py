@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from codyra_llm.config.benchmark import digest
 from codyra_llm.core.errors import Fault
@@ -19,7 +18,7 @@ from codyra_llm.lora.merge import stored_weight
 from codyra_llm.lora.one_adapter import OneAdapter, one_adapter
 from codyra_llm.lora.update import Update
 from codyra_llm.models import saved
-from codyra_llm.models.weights import WeightReader
+from codyra_llm.models.weights import WeightReader, read_config
 from codyra_llm.store.archive import Archive
 from codyra_llm.store.folder import RunFolder
 
@@ -97,7 +96,7 @@ def _changes(setup: Setup, terms: list[Update]) -> Callable[[str, torch.Tensor],
             f"{setup.base} stores no weight {missing[0]}, which the run has trained; restore the model that "
             "the run began with"
         )
-    tied = AutoConfig.from_pretrained(setup.base).tie_word_embeddings
+    tied = read_config(setup.base).tie_word_embeddings
     parameters = {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
 
     def changed_weight(name: str, base: torch.Tensor) -> torch.Tensor:

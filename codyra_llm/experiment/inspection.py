@@ -55,13 +55,12 @@ def _too_long(recipe: Recipe, read: Sequence[Split], encoder: Encoder, config: P
         return []
     longest: dict[str, int] = {}
     for index, split, records in read:
-        for record in records:
+        where = f"{recipe.tasks[index]}/{split}"
+        for record, (prompt, _) in zip(records, encoder.prompts(_texts(records)), strict=True):
             answer = (
                 encoder.answer(record["answer"])[0] if split == "train" else [0]
             )  # one token is asked for
-            tokens = len(encoder.prompt(record["prompt"])[0]) + len(answer)
-            where = f"{recipe.tasks[index]}/{split}"
-            longest[where] = max(tokens, longest.get(where, 0))
+            longest[where] = max(len(prompt) + len(answer), longest.get(where, 0))
     return [
         f"data.max_prompt_tokens: {where} has a prompt of {tokens} tokens with its answer, and the "
         f"model has {positions} positions; lower it, so that prompts are cut (now "
@@ -69,6 +68,10 @@ def _too_long(recipe: Recipe, read: Sequence[Split], encoder: Encoder, config: P
         for where, tokens in longest.items()
         if tokens > positions
     ]
+
+
+def _texts(records: Sequence[dict]) -> list[str]:
+    return [record["prompt"] for record in records]
 
 
 def hints(
@@ -117,7 +120,7 @@ def _past_the_end(
         new = by_task(recipe.eval.max_new_tokens, recipe.tasks[index])
         if split == "train" or not positions or recipe.data.max_prompt_tokens + new <= positions:
             continue
-        longest = max((len(encoder.prompt(record["prompt"])[0]) for record in records), default=0)
+        longest = max((len(ids) for ids, _ in encoder.prompts(_texts(records))), default=0)
         if longest + new > positions:
             told.append(
                 f"{recipe.tasks[index]}/{split}: prompts of up to {longest} tokens and answers of up to "

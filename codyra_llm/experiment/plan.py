@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from codyra_llm.config.methods.base import PROJECTIONS
 from codyra_llm.config.recipe import Recipe
@@ -24,6 +24,7 @@ from codyra_llm.experiment.trackers import check as check_trackers
 from codyra_llm.lora.layer import sites
 from codyra_llm.lora.shared import share_inputs
 from codyra_llm.models import fused_norm, packed_attention, saved
+from codyra_llm.models.weights import read_config
 from codyra_llm.runtime import launch
 from codyra_llm.runtime.forecast import duration
 from codyra_llm.train.estimate import (
@@ -94,7 +95,7 @@ def plan(recipe: Recipe, console: Console) -> None:
 def skeleton(setup: Setup, layers: int | None = None, device: torch.device | str = "meta") -> nn.Module:
     """The model as it trains, without weights (meta device); on another device with random ones, and with its
     first `layers` alone."""
-    config = AutoConfig.from_pretrained(setup.base)
+    config = read_config(setup.base)
     if layers is not None:
         config.num_hidden_layers = layers
         if kinds := getattr(config, "layer_types", None):

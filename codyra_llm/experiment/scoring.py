@@ -6,7 +6,7 @@ from functools import partial
 
 from accelerate import Accelerator
 
-from codyra_llm.evaluate.statistics import summarise
+from codyra_llm.evaluate.statistics import summarise_all
 from codyra_llm.experiment.backends import torch_answering, vllm_answering
 from codyra_llm.experiment.setup import PROBE_TOKENS, Setup
 from codyra_llm.runtime import display, heartbeat, signals
@@ -143,16 +143,14 @@ def _add_scores(
 ) -> None:
     task, prompts, targets = known["task"], [r["prompt"] for r in records], [r["answer"] for r in records]
     benchmark = setup.stream.benchmark
-    scores, main = (
-        benchmark.score(task, prompts, predictions, targets),
-        benchmark.headline(task, setup.recipe.data.protocol),
-    )
+    scores = benchmark.score(task, prompts, predictions, targets)
+    main, found = benchmark.headline(task, setup.recipe.data.protocol), summarise_all(scores)
     row = {
         **known,
         "kind": "task" if task in setup.recipe.tasks else "general",
         "headline": main,
-        "score": summarise(scores[main])["mean"],
-        "metrics": {name: summarise(values) for name, values in scores.items()},
+        "score": found[main]["mean"],
+        "metrics": found,
         "empty": sum(not p for p in predictions),
     }
     folder.add_scores(

@@ -10,7 +10,7 @@ from tempfile import TemporaryFile
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from codyra_llm.benchmarks.trace.mini.make import BASES, mini_data, mini_model
 from codyra_llm.config.recipe import Recipe, by_task
@@ -31,7 +31,7 @@ from codyra_llm.methods.base import Method, Task
 from codyra_llm.models import fused_norm, loading, packed_attention, saved
 from codyra_llm.models.ends import answer_ends
 from codyra_llm.models.tokenizer import chat_faults, load_tokenizer, tokenizer_folder
-from codyra_llm.models.weights import WeightReader, fingerprint, formats
+from codyra_llm.models.weights import WeightReader, fingerprint, formats, read_config
 from codyra_llm.runtime import heartbeat, launch, precision, signals
 from codyra_llm.store.archive import Archive
 from codyra_llm.store.folder import RunFolder
@@ -150,9 +150,9 @@ def prepare(
         wrong = loading.check(
             base, recipe.data.chat_template, reads, vocabulary(adapter) if adapter else None
         )
-        config = None if wrong else AutoConfig.from_pretrained(base)
+        config = None if wrong else read_config(base)
         faults += wrong or _fits(recipe, config) + method.check(config, recipe.model.attention)
-        recipe = tried(_with_dtype, recipe, base, bfloat16) or recipe
+        recipe = recipe if wrong else tried(_with_dtype, recipe, base, bfloat16) or recipe
     root = tried(data_root, recipe.data.root)
     tokenizer = tried(load_tokenizer, reads) if base and not wrong else None
     render, wrong = _render(recipe, tokenizer)
@@ -166,6 +166,8 @@ def prepare(
         tried(stream.records, index, recipe.eval.split)
     general = recipe.general
     harness = tried(suite.find, general) if general.data not in (None, "mini") else {}
+    for ability in (harness or {}).values():
+        tried(ability.try_out, getattr(config, "max_position_embeddings", None))
     probes = _probes() if general.data == "mini" else {}
     faults += _shared_names(recipe, {*(harness or ()), *probes})
     questions = tried(find_questions, recipe.open_ended) if open_ended else {}
@@ -174,7 +176,7 @@ def prepare(
     encoder = Encoder(tokenizer, recipe.data, answer_ends(base, tokenizer)) if tokenizer else None
     if encoder and root:
         read = list(splits(recipe, stream, bool(method.trains)))
-        faults += prompt_faults(recipe, read, encoder, config)
+        faults += tried(prompt_faults, recipe, read, encoder, config) or []
     if faults:
         raise Fault(*dict.fromkeys(faults))
     return Setup(recipe, method, base, tokenizer, encoder, stream, probes, harness, questions)

@@ -15,10 +15,12 @@ from codyra_llm.formats.adapter_files import (
     VOCABULARY,
     WEIGHTS,
     adapter_file_faults,
+    config_faults,
+    module_names,
     vocabulary,
 )
 from codyra_llm.models import loading
-from codyra_llm.models.weights import stored, weight_files
+from codyra_llm.models.weights import size_faults, stored, told, weight_files
 
 
 def base_of(folder: Path, given: str | None) -> str:
@@ -30,6 +32,8 @@ def base_of(folder: Path, given: str | None) -> str:
         raise Fault(
             f"{folder} is a PEFT adapter, and the package peft is not installed; install codyra-llm[peft]"
         ) from None
+    if faults := size_faults(folder):
+        raise Fault(*faults)
     config = read_mapping(folder / CONFIG, "the adapter's config")
     if (kind := config.get("peft_type")) != "LORA":
         raise Fault(
@@ -39,6 +43,11 @@ def base_of(folder: Path, given: str | None) -> str:
     if faults := adapter_file_faults(folder):
         raise Fault(*faults)
     named = config.get("base_model_name_or_path")
+    if named is not None and not isinstance(named, str):
+        raise Fault(
+            f"{folder}/{CONFIG}: base_model_name_or_path is {shown(named)}, expected text; correct it, or "
+            "give the base with --base"
+        )
     if not (given or named):
         raise Fault(f"{folder}/{CONFIG} names no base_model_name_or_path; give the base with --base")
     if given is None:
@@ -48,7 +57,11 @@ def base_of(folder: Path, given: str | None) -> str:
             raise Fault(
                 f"{folder}/{CONFIG} names a base that can't be used here ({fault}); give the base with --base"
             ) from None
-    _check_shapes(folder, loading.resolve(given or named))
+    base = loading.resolve(given or named)
+    names = [name for file in weight_files(base) for name in stored(file)]
+    if faults := config_faults(folder, config, module_names(names)):
+        raise Fault(*faults)
+    _check_shapes(folder, base)
     return given or named
 
 
@@ -64,7 +77,11 @@ def build(base: Path, adapter: Path, dtype: torch.dtype, attention: str | None) 
         model.resize_token_embeddings(rows, mean_resizing=False)
     if any(part in name for name in stored(adapter / WEIGHTS) for part in VOCABULARY):
         _untie(model)
-    whole = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    with told(
+        f"{adapter} can't be merged into {base}",
+        "give the base that it was trained on with --base, or merge it where it was made",
+    ):
+        whole = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     return whole.to(dtype).requires_grad_(False)
 
 

@@ -1,13 +1,21 @@
 """The files of a PEFT adapter: whether a folder holds one, and what their headers say."""
 
+from collections.abc import Iterator, Sequence
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
+from codyra_llm.core.foreign import Failed, matches
+from codyra_llm.core.parsing import shown
 from codyra_llm.models.loading import missing_files
 from codyra_llm.models.weights import stored, weight_files
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # of an adapter's names, in front of the base's
 VOCABULARY = ("embed_tokens", "lm_head")
+MOST_RANK = 1 << 16
+# What makes another model of the base, or imports a module that the adapter names.
+UNUSED = ("layer_replication", "megatron_config")
 
 
 def is_adapter(folder: Path) -> bool:
@@ -26,6 +34,70 @@ def adapter_file_faults(folder: Path) -> list[str]:
             "it write it anew with PEFT, by PeftModel.from_pretrained(base, folder).save_pretrained(folder)."
         ]
     return [f"{folder} has no {WEIGHTS}: expected the adapter's weights; copy them there."]
+
+
+def config_faults(folder: Path, config: dict[str, Any], modules: Sequence[str]) -> list[str]:
+    """What in an adapter's config PEFT would stumble over, or never be done with, on a base of these
+    modules."""
+    where, faults = f"{folder}/{CONFIG}", []
+    for key, rank in _ranks(config):
+        if not (type(rank) is int and 1 <= rank <= MOST_RANK):
+            faults.append(f"{where}: {key} is {shown(rank)}, expected 1 to {MOST_RANK:,d}; correct it")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(key) or {}, dict):
+            faults.append(f"{where}: {key} is {shown(config[key])}, expected a mapping; correct it")
+    for key, alpha in _alphas(config):
+        if not (isinstance(alpha, Real) and not isinstance(alpha, bool) and abs(alpha) <= 1e9):
+            faults.append(f"{where}: {key} is {shown(alpha)}, expected a number up to 1e9; correct it")
+    faults += [
+        f"{where}: {key} is set, which is not merged here; merge the adapter where it was made, and give the "
+        "merged folder"
+        for key in UNUSED
+        if config.get(key)
+    ]
+    for key, pattern in _patterns(config):
+        try:
+            matches(pattern, modules)
+        except Failed as error:
+            faults.append(f"{where}: {key} has the pattern {shown(pattern)} ({error.reason}); correct it")
+    return faults
+
+
+def _ranks(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield "r", config.get("r", 8)
+    patterns = config.get("rank_pattern")
+    for name, rank in patterns.items() if isinstance(patterns, dict) else ():
+        yield f"rank_pattern.{name}", rank
+
+
+def _alphas(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield "lora_alpha", config.get("lora_alpha", 8)
+    patterns = config.get("alpha_pattern")
+    for name, alpha in patterns.items() if isinstance(patterns, dict) else ():
+        yield f"alpha_pattern.{name}", alpha
+
+
+def _patterns(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The regular expressions of a config, as PEFT puts them together."""
+    for key in ("target_modules", "exclude_modules", "target_parameters"):
+        if isinstance(pattern := config.get(key), str):
+            yield key, pattern
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key)
+        for name in patterns if isinstance(patterns, dict) else ():
+            yield key, rf"(.*\.)?({name})"
+    layers = config.get("layers_pattern") or []
+    for name in [layers] if isinstance(layers, str) else layers if isinstance(layers, list) else ():
+        yield "layers_pattern", rf".*\.{name}\.(\d+)\..*"
+
+
+def module_names(weights: Sequence[str]) -> list[str]:
+    """The modules that hold weights of these names, and those around them, sorted."""
+    found = set()
+    for name in weights:
+        parts = name.split(".")[:-1]
+        found |= {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+    return sorted(found)
 
 
 def vocabulary(folder: Path) -> int | None:

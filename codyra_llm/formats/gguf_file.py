@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from codyra_llm.core.errors import Fault
 from codyra_llm.formats.gguf_tokenizer import INSTEAD, write_vocabulary
 from codyra_llm.models.ends import end_of_turn
 from codyra_llm.models.tokenizer import load_tokenizer
-from codyra_llm.models.weights import WeightReader
+from codyra_llm.models.weights import WeightReader, read_config
 
 TYPES = {
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
@@ -43,7 +43,7 @@ LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, whose querie
 
 def faults(base: Path) -> list[str]:
     """Why the model in `base` can't be a GGUF file that llama.cpp computes as transformers does."""
-    config = AutoConfig.from_pretrained(base)
+    config = read_config(base)
     architecture = ARCHITECTURES.get(config.model_type)
     if architecture is None:
         known = ", ".join(ARCHITECTURES)
@@ -99,7 +99,7 @@ def write_gguf(
     time. `reads`: the tokenizer's folder, if not the base's. Raises Fault for what `faults` tells."""
     if told := faults(base):
         raise Fault(*told)
-    config, tokenizer = AutoConfig.from_pretrained(base), load_tokenizer(reads or base)
+    config, tokenizer = read_config(base), load_tokenizer(reads or base)
     architecture = ARCHITECTURES[config.model_type]
     writer = GGUFWriter(file, architecture)
     writer.add_name(name)

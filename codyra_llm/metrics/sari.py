@@ -32,21 +32,33 @@ def _sari_ngrams(source: Counter, prediction: Counter, *references: Counter) -> 
     """(F1 of kept + precision of deleted + F1 of added) / 3; counts are multiplied by the number of
     references.
     """
-    reference = sum(references, Counter())
-    source, prediction = (
-        Counter({g: c * len(references) for g, c in x.items()}) for x in (source, prediction)
-    )
-
-    kept, to_keep = source & prediction, source & reference
-    good = kept & reference
-    keep = _f1(_ratio(sum(good[g] / kept[g] for g in good), len(kept)), _ratio(good.total(), to_keep.total()))
-
-    deleted = source - prediction
-    good = deleted - reference
-    delete = _ratio(sum(good[g] / deleted[g] for g in good), len(deleted))
+    reference = references[0] if len(references) == 1 else sum(references, Counter())
+    times = len(references)
+    kept = deleted = rightly_kept = to_keep = 0
+    kept_shares = deleted_shares = 0.0
+    elsewhere = prediction.keys() | reference.keys()
+    for gram, count in source.items():
+        if gram not in elsewhere:  # most are not
+            deleted_shares += 1.0
+            deleted += 1
+            continue
+        given, wanted = prediction.get(gram, 0), reference.get(gram, 0)
+        to_keep += min(count * times, wanted)
+        if given:
+            all_kept = min(count, given) * times
+            rightly_kept += min(all_kept, wanted)
+            kept_shares += min(all_kept, wanted) / all_kept
+            kept += 1
+        if count > given:
+            all_deleted = (count - given) * times
+            deleted_shares += max(all_deleted - wanted, 0) / all_deleted
+            deleted += 1
+    keep = _f1(_ratio(kept_shares, kept), _ratio(rightly_kept, to_keep))
+    delete = _ratio(deleted_shares, deleted)
 
     added, to_add = prediction.keys() - source.keys(), reference.keys() - source.keys()
-    add = _f1(_ratio(len(added & to_add), len(added)), _ratio(len(added & to_add), len(to_add)))
+    rightly_added = len(added & to_add)
+    add = _f1(_ratio(rightly_added, len(added)), _ratio(rightly_added, len(to_add)))
     return (keep + delete + add) / 3
 
 

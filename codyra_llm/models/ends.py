@@ -3,9 +3,9 @@
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from codyra_llm.core.foreign import Failed
 from codyra_llm.core.parsing import read_json
 from codyra_llm.models.tokenizer import render_chat
 
@@ -26,12 +26,14 @@ def answer_ends(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[i
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template writes right after an answer; None without a template, or one
-    that writes none there."""
+    """The special token that the chat template writes right after an answer; None without a template, or with
+    one that writes none there or can't be used, whose chats are refused where they are asked for."""
+    if not tokenizer.chat_template:
+        return None
     chat = [{"role": "user", "content": "A question"}, {"role": "assistant", "content": SAID}]
     try:
         written = render_chat(tokenizer, chat, ask=False)
-    except (TemplateError, ValueError):  # ValueError: no template, or several and none for chats
+    except (Failed, ValueError, TypeError):  # several and none for chats; one that is no text
         return None
     after = written.rpartition(SAID)[2].lstrip()
     special = {

@@ -24,7 +24,14 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import file_sha256
 from codyra_llm.core.parsing import read_json, shown
 from codyra_llm.models.tokenizer import tokenizer_faults
-from codyra_llm.models.weights import INDEX, SINGLE, header_faults, weight_files
+from codyra_llm.models.weights import (
+    INDEX,
+    SINGLE,
+    header_faults,
+    read_config,
+    size_faults,
+    weight_files,
+)
 from codyra_llm.runtime.quiet import without_weight_bars
 
 FAMILIES = ("llama", "gemma", "gemma2", "gemma3_text", "mistral", "qwen2", "qwen3")
@@ -133,6 +140,9 @@ def check(
     be trained. `reads`: the folder of the tokenizer, if not the model's own; `rows`: the embeddings that the
     model will have, if not its config's.
     """
+    reads = reads or folder
+    if wrong := [fault for place in dict.fromkeys((folder, reads)) for fault in size_faults(place)]:
+        return wrong
     try:
         config = read_json(folder / "config.json", "the model's config")
     except Fault as fault:
@@ -142,7 +152,7 @@ def check(
             f"{folder}/config.json holds a {type(config).__name__}: expected the model's config; download it "
             "again."
         ]
-    reads, faults = reads or folder, config_faults(folder, config)
+    faults = config_faults(folder, config)
     if not any((reads / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return [
             *faults,
@@ -190,6 +200,7 @@ def load(folder: Path, dtype: torch.dtype, attention: str | None = None) -> PreT
         with without_weight_bars():
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
+                config=read_config(folder),
                 dtype=dtype,
                 attn_implementation=attention,
                 trust_remote_code=False,

@@ -1,13 +1,15 @@
 """Tokenizers: loading, chat templates, BOS."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from codyra_llm.core import foreign
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import file_sha256
-from codyra_llm.models.weights import told
+from codyra_llm.core.parsing import shown
+from codyra_llm.models.weights import read_config, told
 
 DATE = "26 Jul 2024"  # what chat templates are told that today is, so that a run's prompts stay as they are
 
@@ -18,6 +20,18 @@ UNDATED = (
     "{% endmacro %}\n"
 )
 
+_TEXT = "What is monetary policy?\n\n" + "Größe, 态度, <s> {{ x }} 4.5 %. " * 200
+_ASKED = {"role": "user", "content": _TEXT}
+_SAID = {"role": "assistant", "content": "It is\nset by a central bank."}
+# Chats that a template is tried on, and whether it must write them: some want no system's or empty message.
+PROBES = [
+    ([{"role": "user", "content": "a"}], True),
+    ([_ASKED], True),
+    ([_ASKED, _SAID, _ASKED], False),
+    ([{"role": "system", "content": "Be brief."}, _ASKED], False),
+    ([{"role": "user", "content": ""}], False),
+]
+
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Tokenizer that pads and truncates on the left, so that the end of a prompt meets its answer.
@@ -25,12 +39,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     A missing pad token falls back to EOS, then to the unknown token. Labels are made by position and padding
     is masked by position, so a pad token that is also EOS hides no EOS from the loss.
     """
+    config = read_config(folder) if (folder / "config.json").is_file() else None
     with told(
         f"{folder} has a tokenizer that can't be read",
         "expected the model's own tokenizer; download it again",
     ):
         tokenizer = AutoTokenizer.from_pretrained(
             folder,
+            config=config,
             trust_remote_code=False,
             local_files_only=True,
             padding_side="left",
@@ -86,27 +102,56 @@ def chat_faults(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
             f"{folder} has chat templates {', '.join(sorted(templates))} and none of them is the default: "
             f"copy the one that is meant to {folder}/chat_template.jinja, or turn chat_template off."
         ]
-    try:
-        render_chat(tokenizer, [{"role": "user", "content": "a"}])
-    except TemplateError as error:
+    if not isinstance(template := tokenizer.get_chat_template(), str):
         return [
-            f"{folder} has a chat template that fails ({' '.join(str(error).split())}): turn "
-            "chat_template off, or use the model's own template."
+            f"{folder} has the chat template {shown(template)}: expected text; turn chat_template off, or "
+            "use the model's own template."
         ]
+    for chat, must in PROBES:
+        try:
+            render_chats(tokenizer, [chat])
+        except foreign.Failed as error:
+            if must or error.stopped:
+                return [template_fault(folder, error)]
     return []
 
 
-def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask: bool = True) -> str:
-    """A chat as the model's template writes it, with `ask` up to where the answer begins. Raises jinja2's
-    TemplateError where the template refuses it, or writes today's date whatever `date_string` says, and
-    ValueError where there is no template, or several and none of them is the default."""
-    return tokenizer.apply_chat_template(
-        messages,
-        chat_template=UNDATED + tokenizer.get_chat_template(),
-        tokenize=False,
-        add_generation_prompt=ask,
-        date_string=DATE,
+def template_fault(folder: Path | str, error: foreign.Failed, at: str = "") -> str:
+    """What to tell of a chat template that failed; `at`: the user's prompt at which."""
+    where = f" at the prompt {shown(at)}" if at else ""
+    return (
+        f"{folder} has a chat template that fails{where} ({error.reason}): turn chat_template off, or use "
+        "the model's own template."
     )
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict], ask: bool = True) -> str:
+    """`render_chats` of one chat."""
+    return render_chats(tokenizer, [messages], ask)[0]
+
+
+def render_chats(
+    tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[dict]], ask: bool = True, go_on: bool = False
+) -> list[str]:
+    """Chats as the model's template writes them, with `ask` up to where the answer begins, with `go_on` up to
+    where the last message ends. Equal to the tokenizer's `apply_chat_template`, in bounded time and memory.
+
+    Raises foreign.Failed where the template refuses a chat, comes to no end, or writes today's date whatever
+    `date_string` says, and ValueError where there is no template, or several and none of them is the default.
+    """
+    shared = {
+        **tokenizer.special_tokens_map,
+        "chat_template": UNDATED + tokenizer.get_chat_template(),
+        "add_generation_prompt": ask,
+        "continue_final_message": go_on,
+        "date_string": DATE,
+    }
+    # A key that is null is left out, as apply_chat_template does: templates ask whether it is there.
+    given = [
+        [{key: value for key, value in message.items() if value is not None} for message in chat]
+        for chat in chats
+    ]
+    return foreign.write_chats(shared, given)
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

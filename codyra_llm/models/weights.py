@@ -10,31 +10,51 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedConfig,
-)
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.files import CHUNK
-from codyra_llm.core.parsing import read_json, shown
+from codyra_llm.core.parsing import read_json, read_mapping, shown
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = (b"PK\x03\x04", b"\x80")  # how torch.save's files begin, zipped or not
 FLOATING = ("F64", "F32", "F16", "BF16")
 
+# What a config may hold, least and most; far above what there is.
 BOUNDS = {
-    "num_hidden_layers": 1000,
-    "hidden_size": 1 << 20,
-    "intermediate_size": 1 << 20,
-    "vocab_size": 1 << 24,
-    "num_attention_heads": 1 << 12,
-    "num_key_value_heads": 1 << 12,
-    "head_dim": 1 << 12,
-}  # far above what there is
+    "num_hidden_layers": (1, 1000),
+    "hidden_size": (1, 1 << 20),
+    "intermediate_size": (1, 1 << 20),
+    "vocab_size": (1, 1 << 24),
+    "num_attention_heads": (1, 1 << 12),
+    "num_key_value_heads": (1, 1 << 12),
+    "head_dim": (1, 1 << 12),
+    "max_position_embeddings": (1, 1 << 30),
+    "sliding_window": (0, 1 << 30),
+    "rms_norm_eps": (0, 1),
+    "rope_theta": (1, 1e15),
+    "factor": (1e-3, 1e6),
+    "attention_factor": (1e-3, 1e3),
+    "original_max_position_embeddings": (1, 1 << 30),
+    "attention_dropout": (0, 1),
+    "initializer_range": (0, 100),
+}
+# Of small files; the longest that are published have a tenth.
+SIZES = {
+    "config.json": 1 << 20,
+    "generation_config.json": 1 << 20,
+    "adapter_config.json": 1 << 20,
+    "chat_template.jinja": 1 << 20,
+    "chat_template.json": 1 << 20,
+    "special_tokens_map.json": 1 << 22,
+    "added_tokens.json": 1 << 24,
+    "tokenizer_config.json": 1 << 24,
+    "tokenizer.json": 1 << 28,
+    INDEX: 1 << 26,
+}
+MOST_LISTED = 10_000  # entries of a list in a config, such as its layers' kinds
+OF_CLASSIFIERS = ("id2label", "label2id", "num_labels")  # what no language model has a use for
 
 # What other packages raise at a file that holds something unexpected, each where it happens to stumble.
 FOREIGN = (
@@ -133,19 +153,66 @@ def formats(folder: Path) -> set[str]:
     return {dtype for header in headers for _, dtype in header.values()}
 
 
-def describe(folder: Path) -> tuple[PreTrainedConfig, dict[str, torch.Size]]:
-    """The folder's config, and the shapes by name of the weights that it describes. Raises Fault for one that
-    describes no model."""
+def size_faults(folder: Path) -> list[str]:
+    """Files of a model or adapter whose size says that they are something else; nothing is read."""
+    found = {name: (folder / name).stat().st_size for name in SIZES if (folder / name).is_file()}
+    return [
+        f"{folder}/{name} has {found[name]:,d} bytes, expected at most {SIZES[name]:,d}; take out what "
+        "doesn't belong there (such as id2label, in a config), or download the file again."
+        for name in found
+        if found[name] > SIZES[name]
+    ]
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The config of the model in `folder` as transformers reads it, without the names of a classifier's
+    labels. Raises Fault for one that describes no model, or one that nobody could compute with."""
+    if faults := size_faults(folder):
+        raise Fault(*faults)
     where, instead = (
         f"{folder}/config.json describes no model",
         "expected the model's own config; download it again",
     )
-    raw = read_json(folder / "config.json", "the model's config")
-    for key, most in BOUNDS.items():
-        if isinstance(value := raw.get(key), int) and not 1 <= value <= most:
-            raise Fault(f"{where} ({key} is {value}, expected 1 to {most:,d}): {instead}.")
-    with told(where, instead), torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    raw = read_mapping(folder / "config.json", "the model's config")
+    for key, value in _numbers(raw):
+        least, most = BOUNDS[key.rpartition(".")[2]]
+        if not least <= value <= most:  # NaN too
+            raise Fault(f"{where} ({key} is {value}, expected {least:,} to {most:,}): {instead}.")
+    for key, value in raw.items():
+        if isinstance(value, list | dict) and key not in OF_CLASSIFIERS and len(value) > MOST_LISTED:
+            raise Fault(f"{where} ({key} has {len(value):,d} entries, at most {MOST_LISTED:,d}): {instead}.")
+    kept = {key: value for key, value in raw.items() if key not in OF_CLASSIFIERS}
+    kind = kept.get("model_type")
+    if kind == "mistral" and "layer_types" in kept:  # as AutoConfig reads it
+        kept["model_type"] = kind = "ministral"
+    known = isinstance(kind, str) and kind in CONFIG_MAPPING
+    with told(where, instead):
+        config = (CONFIG_MAPPING[kind] if known else PreTrainedConfig).from_dict(kept)
+    config.name_or_path = str(folder)
+    return config
+
+
+def _numbers(raw: dict) -> Iterator[tuple[str, float]]:
+    """The numbers of a config that have bounds, with their keys; those of RoPE in sections of their own."""
+    sections = {"": raw, **{f"{key}.": raw.get(key) for key in ("rope_parameters", "rope_scaling")}}
+    inner = {
+        f"{name}{key}.": value
+        for name, section in sections.items()
+        if name and isinstance(section, dict)
+        for key, value in section.items()  # by kind of layer, as in Gemma 3
+    }
+    for name, section in (sections | inner).items():
+        for key in BOUNDS if isinstance(section, dict) else ():
+            if isinstance(value := section.get(key), int | float):
+                yield name + key, value
+
+
+def describe(folder: Path) -> tuple[PreTrainedConfig, dict[str, torch.Size]]:
+    """The folder's config, and the shapes by name of the weights that it describes. Raises Fault for one that
+    describes no model."""
+    config = read_config(folder)
+    where = f"{folder}/config.json describes no model"
+    with told(where, "expected the model's own config; download it again"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     if (folder / "generation_config.json").is_file():
         with told(f"{folder}/generation_config.json can't be read", "remove it, or download it again"):

@@ -21,7 +21,7 @@ from codyra_llm.config.registry import METHODS
 from codyra_llm.core.errors import Fault
 from codyra_llm.data.encoding import Encoder
 from codyra_llm.data.records import read_split
-from codyra_llm.evaluate.statistics import read_predictions
+from codyra_llm.evaluate.statistics import predictions
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.lora.update import Adapter, Update
 from codyra_llm.models import loading
@@ -287,7 +287,7 @@ def test_data(content, folder, raw, tiny_llama):
 )
 def test_predictions(content, task, folder):
     (folder / "p.json").write_bytes(content)
-    if rows := accepted(read_predictions, folder / "p.json"):
+    if rows := accepted(lambda file: list(predictions(file)), folder / "p.json"):
         found = load_benchmark("trace").score(
             task, *([row[key] for row in rows] for key in ("prompt", "prediction", "answer"))
         )

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from codyra_llm.evaluate.matrix import FORMULAS, summary
-from codyra_llm.evaluate.statistics import summarise
+from codyra_llm.evaluate.statistics import summarise, summarise_all
 
 TASKS = ["a", "b", "c"]
 # Task a falls 60 -> 40 with its best, 70, in between; task b gains 50 -> 56, so clipping matters.
@@ -109,3 +109,15 @@ def test_the_interval_is_the_same_each_time_and_follows_the_seed():
 def test_the_interval_of_constant_and_of_no_scores():
     assert summarise([50.0] * 7) == {"mean": 50.0, "low": 50.0, "high": 50.0, "n": 7}
     assert summarise([]) == {"mean": None, "low": None, "high": None, "n": 0}
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 129, 1001])
+def test_bootstrap_sets_are_those_of_one_draw_of_all(n):
+    """Drawn one at a time, so that memory does not grow with them, and the same to the last bit."""
+    scores, other = np.random.default_rng(n).normal(size=(2, n))
+    drawn = np.random.default_rng(0).integers(n, size=(1000, n))
+    found = summarise_all({"a": list(scores), "b": list(other)})
+    for name, values in (("a", scores), ("b", other)):
+        low, high = np.percentile(values[drawn].mean(axis=1), [2.5, 97.5])
+        assert found[name] == {"mean": values.mean(), "low": low, "high": high, "n": n}
+        assert summarise(list(values)) == found[name]

@@ -1,0 +1,168 @@
+"""Templates and patterns that a model, a data folder or a task file brings, run so that they end.
+
+A chat template can loop for ever, ask for all memory inside a single operation, or match for hours, and no
+thread can stop that. So they run in a process of their own, which the kernel ends by the CPU time of one item
+(not by the clock, so a busy machine makes no difference), with a bound on its memory. It is started when it
+is first needed, serves all that comes, and is started anew after one that was ended. Whatever happens there
+is a `Failed` here.
+"""
+
+import atexit
+import os
+import pickle
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from codyra_llm.core import foreign_worker
+
+START = 120  # seconds by the clock until the first answer, imports from a slow disk included
+SILENCE = 60  # seconds by the clock between two answers, should the bound on CPU time not hold
+MOST = 1_000_000  # characters that an example of a data set may be written as
+FREE, TIMES = 100_000, 8  # a chat's most: so many characters, and this many times its own
+
+
+class Failed(Exception):
+    """Code of others did not do its work on item `number`: `reason`, a clause without a full stop. `stopped`:
+    it was ended at a bound, and would be again, so that nothing more of it is to be tried."""
+
+    def __init__(self, reason: str, stopped: bool, number: int = 0):
+        super().__init__(reason)
+        self.reason, self.stopped, self.number = reason, stopped, number
+
+
+def write_chats(shared: dict[str, Any], chats: Sequence[list[dict]]) -> list[str]:
+    """Chats as the template in `shared` (the arguments of transformers' `render_jinja_template`) writes them.
+    Raises Failed at the first that it doesn't write."""
+    items = [(chat, FREE + TIMES * _characters(chat)) for chat in chats]
+    return _worker.ask("chat", shared, items)
+
+
+def write_document(template: str, fields: dict[str, Any]) -> str:
+    """An example of a data set as a template of lm-evaluation-harness writes it. Raises Failed."""
+    return _worker.ask("document", (template, MOST), [fields])[0]
+
+
+def filtered(name: str, settings: dict[str, Any], items: Sequence[tuple[list[str], dict]]) -> list[str]:
+    """By example (responses, fields) what a filter of lm-evaluation-harness makes of its responses, in JSON.
+    Raises Failed."""
+    return _worker.ask("filter", (name, settings), items)
+
+
+def without(patterns: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """Texts without what the patterns match, one pattern after the other, each in JSON. Raises Failed."""
+    return _worker.ask("without", list(patterns), texts)
+
+
+def matches(pattern: str, names: Sequence[str]) -> int:
+    """How many names a pattern matches from end to end. Raises Failed."""
+    return int(_worker.ask("match", pattern, [list(names)])[0])
+
+
+def _characters(chat: list[dict]) -> int:
+    return sum(len(value) for message in chat for value in message.values() if isinstance(value, str))
+
+
+class _Worker:
+    """The other process, of the process that asks: after a fork each has one of its own."""
+
+    def __init__(self) -> None:
+        self.lock, self.process, self.owner, self.waits = threading.Lock(), None, 0, START
+        self.unread = bytearray()
+        self.stopped: dict[bytes, str] = {}  # what was ended once is not tried again
+
+    def ask(self, kind: str, shared: Any, items: Sequence[Any]) -> list[str]:
+        """The answers to all items, in order. Raises Failed at the first that has none."""
+        if not items:
+            return []
+        code = pickle.dumps((kind, shared))
+        with self.lock:
+            if reason := self.stopped.get(code):
+                raise Failed(reason, True)
+            self._start()
+            self._send(pickle.dumps((code, list(items))))
+            answers = []
+            for _ in items:
+                how, text = self._receive()
+                if how != foreign_worker.FINE:
+                    break
+                answers.append(text)
+            if how == foreign_worker.STOPPED:
+                self.stopped[code] = text
+        if how != foreign_worker.FINE:
+            raise Failed(text, how == foreign_worker.STOPPED, len(answers))
+        return answers
+
+    def _start(self) -> None:
+        if self.process and self.owner == os.getpid() and self.process.poll() is None:
+            return
+        path = [place for place in sys.path if place]
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", foreign_worker.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        )
+        if self.owner != os.getpid():
+            atexit.register(self.close)
+        self.owner, self.waits, self.unread = os.getpid(), START, bytearray()
+
+    def _send(self, request: bytes) -> None:
+        with suppress(BrokenPipeError):  # where it has ended, and `_receive` says why
+            self.process.stdin.write(len(request).to_bytes(8) + request)
+            self.process.stdin.flush()
+
+    def _receive(self) -> tuple[bytes, str]:
+        """How the next item went, and its text or what is wrong."""
+        try:
+            head = self._read(9)
+            text = self._read(int.from_bytes(head[1:])).decode("utf-8")
+        except EOFError:
+            return foreign_worker.STOPPED, self._ended()
+        except TimeoutError:
+            self.close()
+            return foreign_worker.STOPPED, f"nothing came of it in {self.waits:g} s"
+        self.waits = SILENCE
+        return head[:1], text
+
+    def _read(self, size: int) -> bytes:
+        stream = self.process.stdout.fileno()
+        poll = select.poll()
+        poll.register(stream, select.POLLIN)
+        while len(self.unread) < size:
+            if not poll.poll(1000 * self.waits):
+                raise TimeoutError
+            part = os.read(stream, 1 << 16)
+            if not part:
+                raise EOFError
+            self.unread += part
+        found = bytes(self.unread[:size])
+        del self.unread[:size]
+        return found
+
+    def _ended(self) -> str:
+        code = self.process.wait()
+        self.close()
+        if code == -signal.SIGPROF:
+            return f"it takes more than {foreign_worker.SECONDS} s of computing"
+        return f"its process ended with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
+
+    def close(self) -> None:
+        """End the other process, if it is this one's."""
+        process, self.process = self.process, None
+        if process is None or self.owner != os.getpid():
+            return
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        with suppress(BrokenPipeError):  # of what was still to be written to it
+            process.stdin.close()
+
+
+_worker = _Worker()

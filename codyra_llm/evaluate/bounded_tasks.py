@@ -1,0 +1,170 @@
+"""Tasks of lm-evaluation-harness on files of a folder, so that what the folder brings comes to an end: its
+templates and patterns run in a process that is ended (core/foreign.py), and what else goes wrong in one of
+its examples is a sentence.
+"""
+
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from codyra_llm.core import foreign
+from codyra_llm.core.errors import Fault
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import ConfigurableTask
+
+PATTERNS = ("regex_pattern", "regexes_to_ignore")
+CORRECT = "correct its task file or its data, or leave it out"
+
+
+@contextmanager
+def bounded_templates(name: str) -> Iterator[None]:
+    """Within it the harness has templates written by `foreign.write_document`. Faults name the task."""
+    from lm_eval import utils
+
+    def write(template: str, doc: dict) -> str:
+        try:
+            return foreign.write_document(template, dict(doc))
+        except foreign.Failed as error:
+            shown = " ".join(template.split())[:80]
+            raise Fault(
+                f"general.tasks: '{name}' has the template '{shown}', which fails ({error.reason}); {CORRECT}"
+            ) from None
+
+    before, utils.apply_template = utils.apply_template, write
+    try:
+        yield
+    finally:
+        utils.apply_template = before
+
+
+@contextmanager
+def telling(name: str, *others: type[Exception]) -> Iterator[None]:
+    """What the harness raises at an example or a key of a task, but for `others`, as a Fault that names the
+    task."""
+    try:
+        yield
+    except (Fault, *others):
+        raise
+    except Exception as error:  # KeyError, TypeError, jinja2's, pyarrow's: each where the harness stumbles
+        reason = " ".join(str(error).split())[:300]
+        kind = type(error).__name__
+        raise Fault(
+            f"general.tasks: '{name}' can't be asked or scored ({kind}: {reason}); {CORRECT}"
+        ) from error
+
+
+def bind(task: "ConfigurableTask", name: str) -> "ConfigurableTask":
+    """The task with its patterns, and the steps that depend on its examples alone, within bounds."""
+    for pipeline, given in zip(task._filters, task.config.filter_list or (), strict=False):
+        pipeline.filters = [
+            partial(_Filter, name, function) if function.keys() & set(PATTERNS) else made
+            for made, function in zip(pipeline.filters, given["filter"], strict=True)
+        ]
+    for metric, settings in task._metric_fn_kwargs.items():
+        if patterns := settings.pop("regexes_to_ignore", None):
+            task._metric_fn_list[metric] = partial(_ignoring, name, patterns, task._metric_fn_list[metric])
+    task.build_all_requests = _told(name, task.build_all_requests)
+    task.process_results = _told(name, task.process_results)
+    return task
+
+
+def _told(name: str, step: Callable) -> Callable:
+    def taken(*args: Any, **settings: Any) -> Any:
+        with telling(name):
+            return step(*args, **settings)
+
+    return taken
+
+
+class _Filter:
+    """A filter of the harness with a pattern that the folder brings."""
+
+    def __init__(self, task: str, given: dict[str, Any]):
+        self.task, self.name = task, given["function"]
+        self.settings = {key: value for key, value in given.items() if key != "function"}
+
+    def apply(self, resps: Sequence[Sequence[str]], docs: Sequence[dict]) -> list[list]:
+        of_choices = self.name == "multi_choice_regex"  # which alone looks at the example
+        items = [(resp, dict(doc) if of_choices else {}) for resp, doc in zip(resps, docs, strict=True)]
+        with _patterns(self.task, self.settings):
+            found = foreign.filtered(self.name, self.settings, items)
+        return [json.loads(one) for one in found]
+
+
+def _ignoring(
+    task: str,
+    patterns: Sequence[str],
+    metric: Callable,
+    references: Sequence[str],
+    predictions: Sequence[str],
+    **settings: Any,
+) -> Any:
+    """The metric of texts without what the patterns match."""
+    with _patterns(task, patterns):
+        left = foreign.without(patterns, [*references, *predictions])
+    texts, split = [json.loads(one) for one in left], len(references)
+    return metric(references=texts[:split], predictions=texts[split:], **settings)
+
+
+@contextmanager
+def _patterns(task: str, given: object) -> Iterator[None]:
+    try:
+        yield
+    except foreign.Failed as error:
+        raise Fault(
+            f"general.tasks: '{task}' has a pattern that fails ({error.reason}; {str(given)[:100]}); "
+            f"{CORRECT}"
+        ) from None
+
+
+RESPONSES = {  # of a model that is not there, by kind of task; as an endless answer would be
+    "loglikelihood": (-1.0, False),
+    "loglikelihood_rolling": -1.0,
+    "multiple_choice": (-1.0, False),
+    "generate_until": f"The answer is (A), 4.5, since {'a' * 50} {'1' * 50} {' ' * 50}!",
+}
+
+
+def try_first(task: "ConfigurableTask", name: str, positions: int | None) -> None:
+    """Ask the first example, answer it without a model, and score it. Raises Fault where that fails, or where
+    no model of so many positions could be asked."""
+    state = random.getstate()
+    with telling(name):
+        shots = task.config.num_fewshot or 0
+        task.set_config("num_fewshot", shots)
+        task.set_fewshot_seed(0)
+        doc = task.eval_docs[0]
+        context = task.fewshot_context(doc, num_fewshot=shots)
+        made = task.construct_requests(doc=doc, ctx=context, metadata=(name, 0, 1))
+        requests = made if isinstance(made, list) else [made]
+        for request in requests:
+            request.resps = [RESPONSES[task.OUTPUT_TYPE]]
+        if task.OUTPUT_TYPE == "generate_until":
+            _refuse_generation(name, requests[0].args[1], positions)
+        for pipeline in task._filters:
+            pipeline.apply(requests)
+        for filtered in requests[0].filtered_resps:
+            results = [request.filtered_resps[filtered] for request in requests]
+            scores = task.process_results(doc, results)
+            for metric, value in scores.items():
+                task.aggregation()[metric]([value])
+    random.setstate(state)
+
+
+def _refuse_generation(name: str, given: dict[str, Any], positions: int | None) -> None:
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    wanted = normalize_gen_kwargs(given, 256)
+    if wanted["do_sample"]:
+        raise Fault(
+            f"general.tasks: '{name}' samples its answers, and only greedy tasks are measured; leave it out"
+        )
+    if positions and wanted["max_gen_toks"] >= positions:
+        raise Fault(
+            f"general.tasks: '{name}' answers with up to {wanted['max_gen_toks']} tokens, and the model "
+            f"takes {positions} in all; leave it out"
+        )
