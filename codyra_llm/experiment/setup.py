@@ -10,7 +10,7 @@ from tempfile import TemporaryFile
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from codyra_llm.benchmarks.trace.mini.make import mini_data, mini_model
 from codyra_llm.config.recipe import Recipe, by_task
@@ -28,7 +28,7 @@ from codyra_llm.experiment.inspection import prompt_faults, splits
 from codyra_llm.formats.adapter_files import vocabulary
 from codyra_llm.lora.merge import merge
 from codyra_llm.methods.base import Method, Task
-from codyra_llm.models import fused_norm, loading, packed_attention, saved
+from codyra_llm.models import families, fused_norm, loading, packed_attention, saved
 from codyra_llm.models.ends import answer_ends
 from codyra_llm.models.tokenizer import chat_faults, load_tokenizer, tokenizer_folder
 from codyra_llm.models.weights import WeightReader, fingerprint
@@ -153,7 +153,7 @@ def prepare(recipe: Recipe, open_ended: bool = True, adapter: Path | None = None
         wrong = loading.check(
             base, recipe.data.chat_template, reads, vocabulary(adapter) if adapter else None
         )
-        config = None if wrong else AutoConfig.from_pretrained(base)
+        config = None if wrong else families.text_config(base)
         faults += wrong or _fits(recipe, config) + method.check(config, recipe.model.attention)
     root = tried(data_root, recipe.data.root)
     tokenizer = tried(load_tokenizer, reads) if base and not wrong else None

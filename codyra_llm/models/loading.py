@@ -5,7 +5,10 @@ Weights are read from safetensors only: pickles can run code, and lazy reading o
 safetensors.
 """
 
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,13 +26,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import file_sha256
 from codyra_llm.core.parsing import read_json, shown
+from codyra_llm.models import families
 from codyra_llm.models.tokenizer import tokenizer_faults
 from codyra_llm.models.weights import INDEX, SINGLE, header_faults, weight_files
-from codyra_llm.runtime.quiet import without_weight_bars
+from codyra_llm.runtime.quiet import log_level, without_weight_bars
 
-FAMILIES = ("llama", "gemma", "gemma2", "gemma3_text", "mistral", "qwen2", "qwen3")
-# What configs call the number of their experts; llama4, Mixtral, Qwen's and DeepSeek's.
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md"]
 
 
@@ -151,28 +152,19 @@ def check(
         ]
     if wrong := [] if faults else header_faults(folder):
         return wrong
-    return faults + tokenizer_faults(reads, rows or config.get("vocab_size"), chat_template)
+    return faults + tokenizer_faults(reads, rows or _tokens(config), chat_template)
+
+
+def _tokens(config: dict) -> int | None:
+    """The text model's vocabulary, as far as a config.json says it."""
+    tower = families.family_named(config.get("model_type")).tower
+    text = config.get(tower.config) if tower else config
+    return text.get("vocab_size") if isinstance(text, dict) else None
 
 
 def config_faults(folder: Path, config: dict) -> list[str]:
     """What in a config says that the model can't be trained."""
-    family, faults = config.get("model_type"), []
-    parts = [config, *(config[key] for key in ("text_config",) if isinstance(config.get(key), dict))]
-    if any(part.get(key) for part in parts for key in EXPERTS):
-        faults.append(
-            f"{folder} ({shown(family)}) is a mixture of experts, whose blocks choose among several MLPs by "
-            "token, and only dense models are trained here: choose a dense model."
-        )
-    elif family not in FAMILIES and "vision_config" in config:
-        faults.append(
-            f"{folder} ({shown(family)}) reads images as well as text, and only text models are trained: "
-            f"choose a model of type {', '.join(FAMILIES)}, such as the family's text-only sizes."
-        )
-    elif family not in FAMILIES:
-        faults.append(
-            f"{folder} has model_type {shown(family)}: expected one of {', '.join(FAMILIES)}; choose such a "
-            "model."
-        )
+    faults = families.refusals(folder, config)
     if "quantization_config" in config:
         how = config["quantization_config"]
         method = shown(how.get("quant_method") if isinstance(how, dict) else how)
@@ -182,14 +174,27 @@ def config_faults(folder: Path, config: dict) -> list[str]:
     return faults
 
 
+@contextmanager
+def _one_tower(folder: Path) -> Iterator[dict]:
+    """What transformers must be given to load the text model alone, and within it no word of its that other
+    towers' weights are left over; nothing where the checkpoint is the text model."""
+    family = families.family_in(folder)
+    if family.tower is None:
+        yield {}
+        return
+    with log_level("transformers.modeling_utils", logging.ERROR):
+        yield {"config": families.text_config(folder), "key_mapping": family.renamed()}
+
+
 def load(folder: Path, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
     """The causal LM of `folder` with every parameter frozen; Fault where weights are missing or of the wrong
-    shape.
+    shape. Of a checkpoint with several towers it is the text model alone.
     """
     try:
-        with without_weight_bars():
+        with without_weight_bars(), _one_tower(folder) as given:
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
+                **given,
                 dtype=dtype,
                 attn_implementation=attention,
                 trust_remote_code=False,

@@ -10,16 +10,12 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedConfig,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.files import CHUNK
 from codyra_llm.core.parsing import read_json, shown
+from codyra_llm.models import families
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -128,18 +124,19 @@ def stored(file: Path) -> dict[str, tuple[list[int], str]]:
 
 
 def describe(folder: Path) -> tuple[PreTrainedConfig, dict[str, torch.Size]]:
-    """The folder's config, and the shapes by name of the weights that it describes. Raises Fault for one that
-    describes no model."""
+    """The config of the folder's text model, and the shapes by name of the weights that it describes. Raises
+    Fault for one that describes no model."""
     where, instead = (
         f"{folder}/config.json describes no model",
         "expected the model's own config; download it again",
     )
     raw = read_json(folder / "config.json", "the model's config")
-    for key, most in BOUNDS.items():
-        if isinstance(value := raw.get(key), int) and not 1 <= value <= most:
-            raise Fault(f"{where} ({key} is {value}, expected 1 to {most:,d}): {instead}.")
+    for part in (raw, *(part for part in raw.values() if isinstance(part, dict))):
+        for key, most in BOUNDS.items():
+            if isinstance(value := part.get(key), int) and not 1 <= value <= most:
+                raise Fault(f"{where} ({key} is {value}, expected 1 to {most:,d}): {instead}.")
     with told(where, instead), torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config = families.text_config(folder)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     if (folder / "generation_config.json").is_file():
         with told(f"{folder}/generation_config.json can't be read", "remove it, or download it again"):
@@ -153,10 +150,10 @@ def header_faults(folder: Path) -> list[str]:
     """
     try:
         config, wanted = describe(folder)
-        found = {name: of for file in weight_files(folder) for name, of in stored(file).items()}
+        found = stored_shapes(folder)
     except Fault as fault:
         return fault.messages
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    tied = {f"{families.of(config).head}.weight"} if config.tie_word_embeddings else set()
     out = _two_heads(folder) if tied & found.keys() else []
     if missing := sorted(wanted.keys() - found.keys() - tied):
         out.append(
@@ -180,16 +177,20 @@ def header_faults(folder: Path) -> list[str]:
     )
 
 
+def stored_shapes(folder: Path) -> dict[str, tuple[list[int], str]]:
+    """(shape, dtype) of the weights of the folder's text model that are stored, by their names in it."""
+    found = {name: of for file in weight_files(folder) for name, of in stored(file).items()}
+    names = families.family_in(folder).own_names(found)
+    return {own: found[name] for own, name in names.items()}
+
+
 def _two_heads(folder: Path, rows: int = 1 << 12) -> list[str]:
     """Whether a folder whose config ties the head to the embeddings stores another head."""
-    parts = {}
-    for file in weight_files(folder):
-        opened = safe_open(file, framework="pt")
-        names = {"model.embed_tokens.weight", "lm_head.weight"} & set(opened.keys())
-        parts |= {name: opened.get_slice(name) for name in names}
-    if len(parts) < 2:
+    family, reader = families.family_in(folder), WeightReader(folder)
+    names = {f"{family.embeddings}.weight", f"{family.head}.weight"}
+    if not names <= reader.handle_of.keys():
         return []
-    one, other = parts.values()
+    one, other = (reader.slice(name) for name in names)
     same = one.get_shape() == other.get_shape() and all(
         torch.equal(one[start : start + rows], other[start : start + rows])
         for start in range(0, one.get_shape()[0], rows)
@@ -216,27 +217,32 @@ def fingerprint(folder: Path) -> str:
 
 
 class WeightReader:
-    """Reads single base weights from a model folder without loading the model; names are those of its
-    state_dict.
+    """Reads single base weights from a model folder without loading the model; names are those of the text
+    model's state_dict. `handle_of` has the open file of each that is stored, `stored_as` its name there.
     """
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.family = folder, families.family_in(folder)
         self.handles = [safe_open(file, framework="pt") for file in weight_files(folder)]
-        self.handle_of = {name: handle for handle in self.handles for name in handle.keys()}
-        embeddings = "model.embed_tokens.weight"
-        self.alias = (
-            {} if "lm_head.weight" in self.handle_of else {"lm_head.weight": embeddings}
-        )  # tied, stored once
+        handles = {name: handle for handle in self.handles for name in handle.keys()}
+        self.stored_as = self.family.own_names(handles)
+        self.handle_of = {own: handles[name] for own, name in self.stored_as.items()}
+        head, embeddings = f"{self.family.head}.weight", f"{self.family.embeddings}.weight"
+        self.alias = {} if head in self.handle_of else {head: embeddings}  # tied, stored once
 
     def get(self, name: str) -> torch.Tensor:
         """The tensor called `name`, in its stored dtype and on the CPU; Fault with the nearest name
         otherwise.
         """
-        stored = self.alias.get(name, name)
-        if stored not in self.handle_of:
+        own = self.alias.get(name, name)
+        if own not in self.handle_of:
             raise Fault(
                 f"{self.folder} has no weight '{name}': expected one of its {len(self.handle_of)} names."
                 f"{nearest(name, self.handle_of)}"
             )
-        return self.handle_of[stored].get_tensor(stored)
+        return self.handle_of[own].get_tensor(self.stored_as[own])
+
+    def slice(self, name: str):
+        """The tensor stored for `name` as safetensors opens it: its shape, and rows that are read when asked
+        for."""
+        return self.handle_of[name].get_slice(self.stored_as[name])
