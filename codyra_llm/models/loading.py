@@ -190,8 +190,18 @@ def load(folder: Path, dtype: torch.dtype, attention: str | None = None) -> PreT
     """The causal LM of `folder` with every parameter frozen; Fault where weights are missing or of the wrong
     shape. Of a checkpoint with several towers it is the text model alone.
     """
+    with _one_tower(folder) as given:
+        return _loaded(folder, dtype, attention, given)
+
+
+def load_whole(folder: Path, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
+    """The same with all towers of the checkpoint, as transformers builds it."""
+    return _loaded(folder, dtype, attention, {})
+
+
+def _loaded(folder: Path, dtype: torch.dtype, attention: str | None, given: dict) -> PreTrainedModel:
     try:
-        with without_weight_bars(), _one_tower(folder) as given:
+        with without_weight_bars():
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
                 **given,

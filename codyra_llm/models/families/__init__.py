@@ -22,6 +22,7 @@ from codyra_llm.models.families.structure import (
     softcap,
     takes_embeddings,
     text_config,
+    text_model,
     windows,
 )
 
@@ -47,6 +48,7 @@ __all__ = [
     "softcap",
     "takes_embeddings",
     "text_config",
+    "text_model",
     "titles",
     "windows",
 ]

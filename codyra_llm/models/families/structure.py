@@ -4,11 +4,12 @@ import copy
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from codyra_llm.core.parsing import read_json
-from codyra_llm.models.families.family import Family
+from codyra_llm.models.families.family import Family, Tower
 from codyra_llm.models.families.known import LLAMA, of, registered
 
 
@@ -43,11 +44,28 @@ def text_config(folder: Path) -> PreTrainedConfig:
     """The config of the text model in `folder`."""
     whole = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     tower = of(whole).tower
-    if tower is None:
-        return whole
+    return _text_part(whole, tower) if tower else whole
+
+
+def _text_part(whole: PreTrainedConfig, tower: Tower) -> PreTrainedConfig:
     text = getattr(whole, tower.config)
     text.tie_word_embeddings = whole.tie_word_embeddings  # the head is the whole model's
     return text
+
+
+def text_model(whole: PreTrainedModel) -> PreTrainedModel:
+    """The text model of a whole one, around the same modules."""
+    tower, config = of(whole.config).tower, whole.config
+    if tower is None:
+        return whole
+    text, family = _text_part(config, tower), of(getattr(config, tower.config))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(text, dtype=whole.dtype)
+    model.set_submodule(family.backbone, whole.get_submodule(tower.module))
+    model.set_submodule(family.head, whole.get_output_embeddings())
+    model.config._attn_implementation_internal = text._attn_implementation_internal
+    model.generation_config = whole.generation_config
+    return model
 
 
 def backbone(model: nn.Module) -> nn.Module:
