@@ -5,7 +5,6 @@ Weights are read from safetensors only: pickles can run code, and lazy reading o
 safetensors.
 """
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from codyra_llm.core.parsing import read_json, shown
 from codyra_llm.models import families
 from codyra_llm.models.tokenizer import tokenizer_faults
 from codyra_llm.models.weights import INDEX, SINGLE, header_faults, weight_files
-from codyra_llm.runtime.quiet import log_level, without_weight_bars
+from codyra_llm.runtime.quiet import without_messages, without_weight_bars
 
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md"]
 
@@ -182,7 +181,7 @@ def _one_tower(folder: Path) -> Iterator[dict]:
     if family.tower is None:
         yield {}
         return
-    with log_level("transformers.modeling_utils", logging.ERROR):
+    with without_messages("transformers.modeling_utils", "LOAD REPORT"):
         yield {"config": families.text_config(folder), "key_mapping": family.renamed()}
 
 

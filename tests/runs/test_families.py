@@ -237,6 +237,12 @@ def test_gemma3_answers_about_images_go_on_with_the_trained_text_model(made, toy
     assert not torch.equal(*told)
 
 
+def test_other_towers_are_no_word_worth(made, caplog):
+    """transformers tells of weights that are left over, here those that are meant to be."""
+    loading.load(made("gemma3"), torch.float32)
+    assert caplog.text == ""
+
+
 def test_published_names_of_gemma3_are_read_alike(made, tmp_path):
     """Checkpoints are stored in two layouts: `language_model.model.` and `model.language_model.`."""
     import shutil
