@@ -15,7 +15,9 @@ from transformers import (
     Gemma4ForCausalLM,
     Gemma4ForConditionalGeneration,
     Gemma4TextConfig,
+    Gemma4UnifiedConfig,
     Gemma4UnifiedForCausalLM,
+    Gemma4UnifiedForConditionalGeneration,
     Gemma4UnifiedTextConfig,
     GemmaConfig,
     GemmaForCausalLM,
@@ -116,8 +118,15 @@ def gemma4() -> Gemma4Config:
     return Gemma4Config(text_config=gemma4_small(), vision_config=GEMMA4_EYES, audio_config=None)
 
 
-def gemma4_unified() -> Gemma4UnifiedTextConfig:
+def gemma4_unified_text() -> Gemma4UnifiedTextConfig:
     return Gemma4UnifiedTextConfig(**FOUR_LAYERS, final_logit_softcapping=30.0)
+
+
+def gemma4_unified() -> Gemma4UnifiedConfig:
+    """As Gemma 4 12B: patches of images go into the text model without a tower of their own."""
+    eyes = {"patch_size": 2, "pooling_kernel_size": 1, "mm_embed_dim": 32, "mm_posemb_size": 8}
+    vision = {**eyes, "output_proj_dims": 32}
+    return Gemma4UnifiedConfig(text_config=gemma4_unified_text(), vision_config=vision, audio_config=None)
 
 
 MADE: dict[str, tuple[type, Callable]] = {
@@ -130,12 +139,13 @@ MADE: dict[str, tuple[type, Callable]] = {
     "gemma4_text, small": (Gemma4ForCausalLM, gemma4_small),
     "gemma4_text, large": (Gemma4ForCausalLM, gemma4_large),
     "gemma4": (Gemma4ForConditionalGeneration, gemma4),
-    "gemma4_unified_text": (Gemma4UnifiedForCausalLM, gemma4_unified),
+    "gemma4_unified_text": (Gemma4UnifiedForCausalLM, gemma4_unified_text),
+    "gemma4_unified": (Gemma4UnifiedForConditionalGeneration, gemma4_unified),
     "mistral": (MistralForCausalLM, lambda: MistralConfig(**SIZES, sliding_window=16)),
     "qwen2": (Qwen2ForCausalLM, lambda: Qwen2Config(**SIZES, tie_word_embeddings=True)),
     "qwen3": (Qwen3ForCausalLM, lambda: Qwen3Config(**SIZES, head_dim=16)),
 }
-WHOLE = ("gemma3", "gemma4")  # those with other towers
+WHOLE = ("gemma3", "gemma4", "gemma4_unified")  # those with other towers
 # A family of one's own: norms after attention and MLP, and over all heads of queries and keys.
 OLMO2 = Family("OLMo 2", ("olmo2",))
 OWN = {"olmo2": (Olmo2ForCausalLM, lambda: Olmo2Config(**SIZES))}
