@@ -151,14 +151,8 @@ def check(
         ]
     if wrong := [] if faults else header_faults(folder):
         return wrong
-    return faults + tokenizer_faults(reads, rows or _tokens(config), chat_template)
-
-
-def _tokens(config: dict) -> int | None:
-    """The text model's vocabulary, as far as a config.json says it."""
-    tower = families.family_named(config.get("model_type")).tower
-    text = config.get(tower.config) if tower else config
-    return text.get("vocab_size") if isinstance(text, dict) else None
+    tokens = rows or families.text_part(config).get("vocab_size")
+    return faults + tokenizer_faults(reads, tokens, chat_template)
 
 
 def config_faults(folder: Path, config: dict) -> list[str]:

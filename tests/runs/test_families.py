@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_families import MADE, OLMO2, OWN, WHOLE, make
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from codyra_llm.config.recipe import parse_recipe
 from codyra_llm.core.errors import Fault
@@ -327,13 +327,6 @@ def test_attention_shapes_are_those_of_the_modules(folder):
             assert attention.sliding_window == shape.window
 
 
-def test_a_family_that_is_not_registered_is_refused(made, monkeypatch):
-    config = AutoConfig.from_pretrained(made("olmo2"))
-    assert "model_type 'olmo2': expected one of llama" in loading.check(made("olmo2"))[0]
-    with pytest.raises(Fault, match="'olmo2'"):
-        families.of(config)
-
-
 PUTS_EMBEDDINGS = [{"name": "l2p", "pool": 4, "length": 2, "chosen": 1}, {"name": "pp", "length": 2}]
 PREFIXES = {"name": "dualprompt", "general_layers": [0], "expert_layers": [1]}
 
@@ -349,34 +342,6 @@ def test_prompt_methods_are_refused_where_layers_read_tokens_or_differ(made, toy
         prepare(parse_recipe(base | {"model": {"path": str(large)}}))
 
 
-def test_a_package_adds_a_family_by_an_entry_point(tmp_path, monkeypatch, made):
-    """As installed: a distribution whose metadata name the family."""
-    (tmp_path / "their_models.py").write_text(
-        "from codyra_llm.models.families import Family\nOLMO2 = Family('OLMo 2', ('olmo2',))\n"
-    )
-    metadata = tmp_path / "their_models-1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: their-models\nVersion: 1.0\n")
-    points = metadata / "entry_points.txt"
-    points.write_text("[codyra_llm.families]\nolmo2 = their_models:OLMO2\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(known, "_registered", dict(known._registered))
-    known._from_packages.cache_clear()
-    try:
-        assert loading.check(made("olmo2")) == []
-        for value, words in (
-            ("their_models:GONE", "can't be loaded"),
-            ("json:dumps", "a function: expected"),
-        ):
-            points.write_text(f"[codyra_llm.families]\nolmo2 = {value}\n")
-            known._from_packages.cache_clear()
-            with pytest.raises(Fault, match=f"entry point 'olmo2' of codyra_llm.families .*{words}"):
-                families.registered()
-    finally:
-        points.unlink()
-        known._from_packages.cache_clear()
-
-
 def test_an_adapter_of_the_text_model_does_not_fit_the_whole(made, toy_stream, tmp_path):
     """Its sites have other names, and none of them would be found."""
     asked = recipe(made("gemma3_text"), toy_stream, tmp_path / "run", {"name": "seqlora"})
@@ -384,9 +349,3 @@ def test_an_adapter_of_the_text_model_does_not_fit_the_whole(made, toy_stream, t
     write_peft(prepare(ran.recipe), ran.archive(), 2, None, tmp_path / "peft")
     with pytest.raises(Fault, match="adapts 'model.layers.0.* which the base .* has not"):
         base_of(tmp_path / "peft", str(made("gemma3")))
-
-
-def test_a_model_type_belongs_to_one_family(own_family):
-    assert families.register(OLMO2) is own_family
-    with pytest.raises(Fault, match="'llama' belongs to LLaMA 1 to 3; register"):
-        families.register(families.Family("mine", ("llama",)))

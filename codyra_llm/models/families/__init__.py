@@ -23,6 +23,7 @@ from codyra_llm.models.families.structure import (
     takes_embeddings,
     text_config,
     text_model,
+    text_part,
     windows,
 )
 
@@ -49,6 +50,7 @@ __all__ = [
     "takes_embeddings",
     "text_config",
     "text_model",
+    "text_part",
     "titles",
     "windows",
 ]

@@ -40,6 +40,13 @@ def family_in(folder: Path) -> Family:
     return family_named(config.get("model_type") if isinstance(config, dict) else None)
 
 
+def text_part(config: dict) -> dict:
+    """The mapping of a config.json that describes the text model."""
+    tower = family_named(config.get("model_type")).tower
+    part = config.get(tower.config) if tower else config
+    return part if isinstance(part, dict) else {}
+
+
 def text_config(folder: Path) -> PreTrainedConfig:
     """The config of the text model in `folder`."""
     whole = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
