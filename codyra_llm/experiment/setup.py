@@ -241,15 +241,20 @@ def _render(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> tuple[
 
 
 def _fits(recipe: Recipe, config: PreTrainedConfig) -> list[str]:
-    rank = getattr(recipe.method, "rank", 0)
-    return (
-        [
+    rank, faults = getattr(recipe.method, "rank", 0), []
+    if rank > config.hidden_size:
+        faults.append(
             f"method.rank: {rank} is more than the hidden size of the model, {config.hidden_size}, and no "
             "update of its weights can have a higher rank; lower it"
-        ]
-        if rank > config.hidden_size
-        else []
-    )
+        )
+    family = families.of(config)
+    missing = [name for name in getattr(recipe.method, "targets", ()) if name not in family.projections]
+    if missing:
+        faults.append(
+            f"method.targets: {', '.join(missing)} are not projections of {family.title}; choose from "
+            f"{', '.join(family.projections)}"
+        )
+    return faults
 
 
 def _base(recipe: Recipe) -> Path:

@@ -12,9 +12,9 @@ from codyra_llm.core.parsing import read_mapping, shown
 from codyra_llm.formats.adapter_files import (
     CONFIG,
     PREFIX,
-    VOCABULARY,
     WEIGHTS,
     adapter_file_faults,
+    of_vocabulary,
     vocabulary,
 )
 from codyra_llm.models import families, loading
@@ -63,7 +63,7 @@ def build(base: Path, adapter: Path, dtype: torch.dtype, attention: str | None) 
     rows = vocabulary(adapter)
     if rows and rows != model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
-    if any(part in name for name in stored(adapter / WEIGHTS) for part in VOCABULARY):
+    if any(of_vocabulary(name) for name in stored(adapter / WEIGHTS)):
         _untie(model)
     merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     return families.text_model(merged).to(dtype).requires_grad_(False)
@@ -88,7 +88,7 @@ def _check_shapes(folder: Path, base: Path) -> None:
         module, factor, _ = name.removeprefix(PREFIX).partition(".lora_")
         rest = name.rpartition(".lora_")[2].split(".")[0]
         weight = found.get(f"{module}.weight")
-        if not factor or rest not in "AB" or any(part in module for part in VOCABULARY):
+        if not factor or rest not in "AB" or of_vocabulary(module):
             continue
         if weight is None and _part(module) in others:
             continue  # no text reaches it

@@ -187,8 +187,8 @@ def stored_shapes(folder: Path) -> dict[str, tuple[list[int], str]]:
 def _two_heads(folder: Path, rows: int = 1 << 12) -> list[str]:
     """Whether a folder whose config ties the head to the embeddings stores another head."""
     family, reader = families.family_in(folder), WeightReader(folder)
-    names = {f"{family.embeddings}.weight", f"{family.head}.weight"}
-    if not names <= reader.handle_of.keys():
+    names = [f"{family.embeddings}.weight", f"{family.head}.weight"]
+    if not reader.handle_of.keys() >= set(names):
         return []
     one, other = (reader.slice(name) for name in names)
     same = one.get_shape() == other.get_shape() and all(
@@ -200,7 +200,7 @@ def _two_heads(folder: Path, rows: int = 1 << 12) -> list[str]:
     return [
         f"{folder} stores a head that is not the embeddings, and its config ties the two: some readers "
         "take the one, some the other; set tie_word_embeddings to false in config.json where the head is "
-        "meant, or remove lm_head.weight."
+        f"meant, or remove {reader.stored_as[names[1]]}."
     ]
 
 

@@ -4,6 +4,7 @@ transformers reads. A family of a user's own passes the same."""
 import logging
 import shutil
 from copy import deepcopy
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -349,3 +350,11 @@ def test_an_adapter_of_the_text_model_does_not_fit_the_whole(made, toy_stream, t
     write_peft(prepare(ran.recipe), ran.archive(), 2, None, tmp_path / "peft")
     with pytest.raises(Fault, match="adapts 'model.layers.0.* which the base .* has not"):
         base_of(tmp_path / "peft", str(made("gemma3")))
+
+
+def test_projections_that_a_family_lacks_are_refused(made, own_family, toy_stream, tmp_path):
+    few = replace(OLMO2, projections=("q_proj", "v_proj"))
+    known._registered["olmo2"] = few
+    asked = recipe(made("olmo2"), toy_stream, tmp_path / "run", {"name": "seqlora", "targets": ["up_proj"]})
+    with pytest.raises(Fault, match="up_proj are not projections of OLMo 2; choose from q_proj, v_proj"):
+        prepare(asked)

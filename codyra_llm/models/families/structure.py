@@ -3,14 +3,18 @@
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 
 from codyra_llm.core.parsing import read_json
 from codyra_llm.models.families.family import Family, Tower
 from codyra_llm.models.families.known import LLAMA, of, registered
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,10 @@ def _text_part(whole: PreTrainedConfig, tower: Tower) -> PreTrainedConfig:
     return text
 
 
-def text_model(whole: PreTrainedModel) -> PreTrainedModel:
+def text_model(whole: "PreTrainedModel") -> "PreTrainedModel":
     """The text model of a whole one, around the same modules."""
+    from transformers import AutoModelForCausalLM  # slow to import, and methods' files import this one
+
     tower, config = of(whole.config).tower, whole.config
     if tower is None:
         return whole
