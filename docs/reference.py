@@ -21,6 +21,7 @@ from codyra_llm.config.registry import METHODS
 from codyra_llm.config.sections import TRACE
 from codyra_llm.core.files import write_text
 from codyra_llm.methods.base import Method
+from codyra_llm.models.families import registered
 from codyra_llm.report.text import methods_table as table
 from codyra_llm.sweep.spec import SweepFile
 
@@ -226,6 +227,22 @@ def method_hooks() -> str:
     )
 
 
+def model_families() -> str:
+    """Which families there are, by what config.json says."""
+    return rows(
+        "| family | `model_type` | what is trained | GGUF exports |",
+        [
+            (
+                family.title,
+                f"`{model_type}`",
+                "the text model of several towers" if family.tower else "all of it",
+                "yes" if family.gguf else "no",
+            )
+            for model_type, family in registered().items()
+        ],
+    )
+
+
 def trace_tasks() -> str:
     return rows(
         "| task | language | epochs | rule `trace` | rule `treelora` |",
@@ -298,6 +315,7 @@ PARTS: dict[str, Callable[[], str]] = {
         methods_table,
         each_method,
         method_hooks,
+        model_families,
         trace_tasks,
         trace_orders,
         trace_protocols,

@@ -74,6 +74,14 @@ def tiny_gemma3(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def whole_gemma3(tmp_path_factory):
+    """Folder of the same with a vision tower, as Gemma 3 from 4B on, and longer positions."""
+    from tiny_families import make  # slow to import, and of use to few tests
+
+    return make("gemma3", tmp_path_factory.mktemp("models") / "whole-gemma3")
+
+
+@pytest.fixture(scope="session")
 def toy_stream(tmp_path_factory):
     """Folder of three tiny tasks in TRACE's layout: copy a letter (for eval "now": a prompt that test has
     not), name the next digit, answer in two words."""

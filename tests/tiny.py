@@ -51,7 +51,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def save_tiny(folder, model_class, config):
     tokenizer = tiny_tokenizer()
-    config.vocab_size = len(tokenizer)
+    config.get_text_config().vocab_size = len(tokenizer)
     torch.manual_seed(0)
     model = model_class(config)
     with torch.no_grad():  # fresh norms are all equal, which would hide a norm that is read wrongly

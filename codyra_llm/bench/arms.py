@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from codyra_llm.config.methods.base import PROJECTIONS
 from codyra_llm.core.errors import Fault
 from codyra_llm.lora.layer import AdapterSpec, LoraLinear, attach, sites
 from codyra_llm.lora.shared import SharedInput, share_inputs, shared_inputs
-from codyra_llm.models import fused_norm
+from codyra_llm.models import families, fused_norm
 
 SCALE = 2.0  # s, as PEFT users have it with lora_alpha = 2r
 LOW = (torch.bfloat16, torch.float16)
@@ -80,8 +79,8 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 
 def targets(base: nn.Module) -> list[str]:
-    present = {name.rpartition(".")[2] for name, _ in base.named_modules()}
-    return [name for name in PROJECTIONS if name in present]
+    present = {name.rpartition(".")[2] for name in families.projections(base)}
+    return [name for name in families.of(base.config).projections if name in present]
 
 
 def draw(base: nn.Module, rank: int) -> Numbers:

@@ -22,16 +22,25 @@ NOTES = {
 ROWS = 8  # sequences that the N positions are cut into
 
 
+class Decoder(nn.Module):
+    """Gives the hidden states that it is told, whatever it reads."""
+
+    def __init__(self, states: Tensor):
+        super().__init__()
+        self.states = states
+
+    def forward(self, **_) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=self.states)
+
+
 class Head(nn.Module):
     """A causal model whose decoder gives what it is told: hidden states [rows, T, h] that want a gradient."""
 
     def __init__(self, states: Tensor, vocabulary: int):
         super().__init__()
-        self.states, self.config = states, SimpleNamespace(final_logit_softcapping=None)
+        self.states, self.config = states, SimpleNamespace(model_type="llama")
+        self.model = Decoder(states)
         self.lm_head = nn.Linear(states.shape[-1], vocabulary, bias=False).requires_grad_(False)
-
-    def model(self, **_) -> SimpleNamespace:
-        return SimpleNamespace(last_hidden_state=self.states)
 
 
 def full(head: Head, batch: Batch, labels: Tensor) -> Tensor:

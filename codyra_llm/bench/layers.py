@@ -8,8 +8,8 @@ from transformers import AutoModel, LlamaConfig, PreTrainedConfig
 
 from codyra_llm.bench.arms import ARMS, NOTES, Arm, draw, exact
 from codyra_llm.bench.measure import Contestant, Options, compare, machine
+from codyra_llm.models import families
 from codyra_llm.models.loading import resolve
-from codyra_llm.models.weights import read_config
 from codyra_llm.runtime.memory import saved_bytes
 
 LLAMA_3_8B = {
@@ -32,6 +32,7 @@ class Linear(nn.Module):
 
     def __init__(self, width: int, out: int):
         super().__init__()
+        self.config = LlamaConfig()  # whose names it has
         self.q_proj = nn.Linear(width, out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,10 +44,9 @@ class Block(nn.Module):
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
-        config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 2, None
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:1]
-        self.decoder = AutoModel.from_config(config)
+        self.config = families.shortened(config, 1)
+        self.config.vocab_size, self.config.pad_token_id = 2, None
+        self.decoder = AutoModel.from_config(self.config)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.decoder(inputs_embeds=x, use_cache=False).last_hidden_state
@@ -64,7 +64,7 @@ def block(options: Options) -> dict:
     """x [rows, T, hidden] through attention and MLP, forward and backward with the gradient of x."""
     cuda = options.device.type == "cuda"
     if options.model:
-        config = read_config(resolve(options.model))
+        config = families.text_config(resolve(options.model))
     else:
         config = LlamaConfig(**(LLAMA_3_8B if cuda else SMOLLM2_135M))
     rows, length, rank = options.sizes("rows,T,r", (4, 2048, 16) if cuda else (4, 256, 16))

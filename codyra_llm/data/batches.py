@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from codyra_llm.core.tensors import generator
 from codyra_llm.data.encoding import Encoded
-from codyra_llm.models import packed_attention
+from codyra_llm.models import families, packed_attention
 from codyra_llm.models.head_loss import head_loss
 
 
@@ -60,9 +60,8 @@ class Batch:
         if front is not None:
             embedded = model.get_input_embeddings()(self.ids)
             embedded = torch.cat([front.to(embedded.dtype), embedded], 1)
-            states = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state[
-                :, front.shape[1] :
-            ]
+            whole = families.backbone(model)(inputs_embeds=embedded, use_cache=False).last_hidden_state
+            states = whole[:, front.shape[1] :]
             return states.flatten(0, 1).index_select(0, self.predictors)
         packing = (
             {}
@@ -72,13 +71,19 @@ class Batch:
                 **packed_attention.arguments(self.segments, self.ends),
             }
         )
-        states = model.model(input_ids=self.ids, use_cache=False, **packing).last_hidden_state
+        backbone = families.backbone(model)
+        states = backbone(input_ids=self.ids, use_cache=False, **packing).last_hidden_state
         return states.flatten(0, 1).index_select(0, self.predictors)
 
     def cross_entropy(self, model: nn.Module, front: Tensor | None = None) -> Tensor:
         """Σ weight·CE over the labelled tokens. The head runs on their positions alone: most of a TRACE
         example is prompt, and logits over the vocabulary are the largest tensor of a step."""
-        return head_loss(model.lm_head, self.hidden(model, front), self.targets, self.weights, softcap(model))
+        return self.cross_entropy_of(model, self.hidden(model, front))
+
+    def cross_entropy_of(self, model: nn.Module, hidden: Tensor) -> Tensor:
+        """The same of hidden states [M, h] that are known already."""
+        head, cap = families.head(model), families.softcap(model)
+        return head_loss(head, hidden, self.targets, self.weights, cap)
 
 
 def in_one_copy(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -92,11 +97,6 @@ def in_one_copy(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]
         there[start : start + t.nbytes].view(t.dtype).view(t.shape)
         for t, start in zip(tensors, starts[:-1], strict=True)
     ]
-
-
-def softcap(model: nn.Module) -> float | None:
-    """c of logits c·tanh(z/c), where the model has one."""
-    return getattr(model.config, "final_logit_softcapping", None)
 
 
 def collate(

@@ -11,6 +11,7 @@ from accelerate.utils.memory import clear_device_cache
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from codyra_llm.core.errors import Fault
+from codyra_llm.models import families
 
 MOST = {"cpu": 4096, "cuda": 131072}  # tokens of a batch
 # Prompt tokens that cost as much as one decoding step. Measured on the CPU; on an H100 800 to 3000.
@@ -58,8 +59,8 @@ def token_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """Bytes that a token takes in generation: keys and values of all layers, and while a prompt is read the
     activations of one layer: some four of the hidden size, norms in float32 among them, and three of the
     MLP's."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head
+    shapes = families.attention_shapes(config)
+    cache = 2 * sum(shape.kv_heads * shape.head_dim for shape in shapes if shape.own_keys)
     activations = 8 * config.hidden_size + 3 * config.intermediate_size
     return (cache + activations) * dtype.itemsize
 

@@ -16,6 +16,7 @@ from codyra_llm.data.encoding import Encoder
 from codyra_llm.evaluate import static_steps
 from codyra_llm.evaluate.budget import batches, budget, within_memory
 from codyra_llm.methods.base import Condition
+from codyra_llm.models import families
 from codyra_llm.runtime import display, heartbeat, signals
 
 UNRECORDED = 4  # first steps of every batch: after them many answers, such as a letter, are at their end
@@ -54,7 +55,7 @@ def generate_ids(
     ends = {ends} if isinstance(ends, int) else ends
     cache = DynamicCache(config=model.config)
     width = max(map(len, prompts))
-    windows = [layer.sliding_window for layer in cache.layers if layer.is_sliding]
+    windows = families.windows(model.config)
     shared = (
         0 if condition else shared_prefix(prompts, new, windows)
     )  # a condition may differ from row to row
@@ -96,7 +97,7 @@ def generate_ids(
                 condition.select(chosen)
         given = {"input_ids": ids}
         left = new - number - 1
-        if number + 1 >= UNRECORDED and condition is None and static_steps.pays(model, windows, left):
+        if number + 1 >= UNRECORDED and condition is None and static_steps.pays(model, left):
             _finish(model, cache, mask, ids, positions, batch, left)
             break
     return batch.out

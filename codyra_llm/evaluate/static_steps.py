@@ -6,16 +6,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel, StaticCache
 
+from codyra_llm.models import families
+
 NAME = "grouped"
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 LEAST = 12  # steps that are still to be made; recording one costs about as much as four unrecorded ones
 
 
-def pays(model: PreTrainedModel, windows: list[int], left: int) -> bool:
+def pays(model: PreTrainedModel, left: int) -> bool:
     """Whether to go on with recorded steps: on a GPU, for families that attend to everything before a token,
-    with PyTorch's own attention, and where enough steps are `left`. `windows`: of sliding layers."""
+    with PyTorch's own attention, and where enough steps are `left`."""
     config = model.config
-    supported = config.model_type in FAMILIES and config._attn_implementation == "sdpa" and not windows
+    recorded = families.of(config).recorded_steps and not families.windows(config)
+    supported = recorded and config._attn_implementation == "sdpa"
     return supported and model.device.type == "cuda" and left >= LEAST
 
 

@@ -17,8 +17,8 @@ from codyra_llm.experiment.setup import Setup
 from codyra_llm.lora.merge import stored_weight
 from codyra_llm.lora.one_adapter import OneAdapter, one_adapter
 from codyra_llm.lora.update import Update
-from codyra_llm.models import saved
-from codyra_llm.models.weights import WeightReader, read_config
+from codyra_llm.models import families, saved
+from codyra_llm.models.weights import WeightReader
 from codyra_llm.store.archive import Archive
 from codyra_llm.store.folder import RunFolder
 
@@ -86,9 +86,9 @@ def modelfile(name: str, chat: bool) -> str:
 
 
 def _changes(setup: Setup, terms: list[Update]) -> Callable[[str, torch.Tensor], torch.Tensor]:
-    """What gives each weight that the base stores after `terms`. Raises Fault where the base stores no weight
-    that they change."""
-    known = set(WeightReader(setup.base).handle_of)
+    """What gives each weight after `terms`, by the name that the base stores it under; those of other towers
+    are as they were. Raises Fault where the base stores no weight that they change."""
+    known, family = set(WeightReader(setup.base).handle_of), families.family_in(setup.base)
     changed = {f"{site}.weight" for update in terms for site in update.adapters}
     changed |= {name for update in terms for name in update.dense}
     if missing := sorted(changed - known):
@@ -96,11 +96,12 @@ def _changes(setup: Setup, terms: list[Update]) -> Callable[[str, torch.Tensor],
             f"{setup.base} stores no weight {missing[0]}, which the run has trained; restore the model that "
             "the run began with"
         )
-    tied = read_config(setup.base).tie_word_embeddings
-    parameters = {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
+    tied = families.text_config(setup.base).tie_word_embeddings
+    parameters = {f"{family.head}.weight": f"{family.embeddings}.weight"} if tied else {}
 
     def changed_weight(name: str, base: torch.Tensor) -> torch.Tensor:
-        return stored_weight(parameters.get(name, name), base, terms)
+        own = family.own_name(name)
+        return base if own is None else stored_weight(parameters.get(own, own), base, terms)
 
     return changed_weight
 
@@ -145,8 +146,9 @@ def write_peft(
         lora_dropout=0.0,
         target_modules=_targets(setup, set(one.factors)),
     )
+    family = families.family_in(setup.base)
     tensors = {
-        f"base_model.model.{site}.lora_{key}.weight": factor.contiguous()
+        f"base_model.model.{family.whole_name(site)}.lora_{key}.weight": factor.contiguous()
         for site, pair in one.factors.items()
         for key, factor in zip("AB", pair, strict=True)
     }
@@ -169,11 +171,14 @@ def _base_path(setup: Setup) -> str:
 
 
 def _targets(setup: Setup, sites: set[str]) -> list[str]:
-    """The projections' names where all layers have them, as most readers expect; or else the sites' own."""
-    names = {site.rpartition(".")[2] for site in sites}
+    """The projections' names where all layers have them, as most readers expect; or else the sites' own, as
+    where there are other towers, whose layers have the same names."""
+    names, family = {site.rpartition(".")[2] for site in sites}, families.family_in(setup.base)
     modules = {name.removesuffix(".weight") for name in WeightReader(setup.base).handle_of}
     every = {module for module in modules if module.rpartition(".")[2] in names}
-    return sorted(names) if every == sites else sorted(sites)
+    if every == sites and family.tower is None:
+        return sorted(names)
+    return sorted(family.whole_name(site) for site in sites)
 
 
 def rank_notes(one: OneAdapter) -> list[str]:

@@ -9,6 +9,7 @@ from codyra_llm.config.recipe import Recipe, by_task
 from codyra_llm.core.errors import Fault
 from codyra_llm.data.encoding import Encoder
 from codyra_llm.data.stream import Stream
+from codyra_llm.models import families
 from codyra_llm.models.weights import leftovers
 
 SHOWN = 60  # characters of an answer
@@ -77,14 +78,21 @@ def _texts(records: Sequence[dict]) -> list[str]:
 def hints(
     recipe: Recipe, read: Sequence[Split], encoder: Encoder, config: PreTrainedConfig, base: Path
 ) -> list[str]:
-    """What `plan` tells without refusing it: weights in the base's folder that are not read, answers that the
-    tokenizer can't give back, and answers that may go past the model's last position."""
+    """What `plan` tells without refusing it: weights in the base's folder that are not read, a BOS that the
+    family needs and the tokenizer does not put, answers that the tokenizer can't give back, and answers that
+    may go past the model's last position."""
     told = []
     if left := leftovers(base):
         told.append(
             f"{base} holds weights that are not read, as transformers does not read them either: "
             f"{', '.join(left[:3])}{', ...' if len(left) > 3 else ''}; remove them, or the ones that are "
             "read, whichever is out of date"
+        )
+    family = families.family_in(base)
+    if family.needs_bos and not encoder.bos:
+        told.append(
+            f"the tokenizer in {base} puts no BOS in front of a text, and {family.title} was pretrained with "
+            "one before every text and does badly without; use the tokenizer that the model came with"
         )
     for index, split, records in read:
         if split != "train":

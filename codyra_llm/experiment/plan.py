@@ -13,7 +13,6 @@ from rich.text import Text
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from codyra_llm.config.methods.base import PROJECTIONS
 from codyra_llm.config.recipe import Recipe
 from codyra_llm.data.batches import Batch, batch_tokens, collate, default_tokens, micro_batches
 from codyra_llm.data.encoding import Encoded
@@ -23,8 +22,7 @@ from codyra_llm.experiment.setup import Setup, prepare
 from codyra_llm.experiment.trackers import check as check_trackers
 from codyra_llm.lora.layer import sites
 from codyra_llm.lora.shared import share_inputs
-from codyra_llm.models import fused_norm, packed_attention, saved
-from codyra_llm.models.weights import read_config
+from codyra_llm.models import families, fused_norm, packed_attention, saved
 from codyra_llm.runtime import launch
 from codyra_llm.runtime.forecast import duration
 from codyra_llm.train.estimate import (
@@ -95,11 +93,9 @@ def plan(recipe: Recipe, console: Console) -> None:
 def skeleton(setup: Setup, layers: int | None = None, device: torch.device | str = "meta") -> nn.Module:
     """The model as it trains, without weights (meta device); on another device with random ones, and with its
     first `layers` alone."""
-    config = read_config(setup.base)
+    config = families.text_config(setup.base)
     if layers is not None:
-        config.num_hidden_layers = layers
-        if kinds := getattr(config, "layer_types", None):
-            config.layer_types = kinds[:layers]
+        config = families.shortened(config, layers)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(
             config, dtype=setup.dtype, attn_implementation=setup.recipe.model.attention
@@ -275,9 +271,5 @@ def _weight_bytes(setup: Setup, model: nn.Module, total: int) -> float:
         return total * width
     from codyra_llm.models.quantize import KINDS  # bitsandbytes is an extra
 
-    packed = sum(
-        module.weight.numel()
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] in PROJECTIONS
-    )
+    packed = sum(module.weight.numel() for module in families.projections(model).values())
     return (total - packed) * width + packed * KINDS[kind].bits / 8

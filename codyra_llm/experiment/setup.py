@@ -28,10 +28,10 @@ from codyra_llm.experiment.inspection import prompt_faults, splits
 from codyra_llm.formats.adapter_files import vocabulary
 from codyra_llm.lora.merge import merge
 from codyra_llm.methods.base import Method, Task
-from codyra_llm.models import fused_norm, loading, packed_attention, saved
+from codyra_llm.models import families, fused_norm, loading, packed_attention, saved
 from codyra_llm.models.ends import answer_ends
 from codyra_llm.models.tokenizer import chat_faults, load_tokenizer, tokenizer_folder
-from codyra_llm.models.weights import WeightReader, fingerprint, formats, read_config
+from codyra_llm.models.weights import WeightReader, fingerprint, formats
 from codyra_llm.runtime import heartbeat, launch, precision, signals
 from codyra_llm.store.archive import Archive
 from codyra_llm.store.folder import RunFolder
@@ -150,7 +150,7 @@ def prepare(
         wrong = loading.check(
             base, recipe.data.chat_template, reads, vocabulary(adapter) if adapter else None
         )
-        config = None if wrong else read_config(base)
+        config = None if wrong else families.text_config(base)
         faults += wrong or _fits(recipe, config) + method.check(config, recipe.model.attention)
         recipe = recipe if wrong else tried(_with_dtype, recipe, base, bfloat16) or recipe
     root = tried(data_root, recipe.data.root)
@@ -241,15 +241,20 @@ def _render(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> tuple[
 
 
 def _fits(recipe: Recipe, config: PreTrainedConfig) -> list[str]:
-    rank = getattr(recipe.method, "rank", 0)
-    return (
-        [
+    rank, faults = getattr(recipe.method, "rank", 0), []
+    if rank > config.hidden_size:
+        faults.append(
             f"method.rank: {rank} is more than the hidden size of the model, {config.hidden_size}, and no "
             "update of its weights can have a higher rank; lower it"
-        ]
-        if rank > config.hidden_size
-        else []
-    )
+        )
+    family = families.of(config)
+    missing = [name for name in getattr(recipe.method, "targets", ()) if name not in family.projections]
+    if missing:
+        faults.append(
+            f"method.targets: {', '.join(missing)} are not projections of {family.title}; choose from "
+            f"{', '.join(family.projections)}"
+        )
+    return faults
 
 
 def base_folder(path: str, revision: str | None = None) -> Path:

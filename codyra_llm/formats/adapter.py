@@ -12,15 +12,16 @@ from codyra_llm.core.parsing import read_mapping, shown
 from codyra_llm.formats.adapter_files import (
     CONFIG,
     PREFIX,
-    VOCABULARY,
     WEIGHTS,
     adapter_file_faults,
     config_faults,
     module_names,
+    of_vocabulary,
     vocabulary,
 )
-from codyra_llm.models import loading
-from codyra_llm.models.weights import size_faults, stored, told, weight_files
+from codyra_llm.models import families, loading
+from codyra_llm.models.families.config_file import size_faults, told
+from codyra_llm.models.weights import stored, stored_shapes, weight_files
 
 
 def base_of(folder: Path, given: str | None) -> str:
@@ -68,21 +69,22 @@ def base_of(folder: Path, given: str | None) -> str:
 def build(base: Path, adapter: Path, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
     """The base with the adapter merged in float32 and cast once, equal to PEFT's unmerged model: with rows
     for tokens that the adapter adds, and a head of its own where embeddings or head are adapted and the base
-    ties them."""
+    ties them. Of a base with several towers it is the text model; adapters name its parts as the whole does.
+    """
     from peft import PeftModel
 
-    model = loading.load(base, torch.float32, attention)
+    model = loading.load_whole(base, torch.float32, attention)
     rows = vocabulary(adapter)
     if rows and rows != model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
-    if any(part in name for name in stored(adapter / WEIGHTS) for part in VOCABULARY):
+    if any(of_vocabulary(name) for name in stored(adapter / WEIGHTS)):
         _untie(model)
     with told(
         f"{adapter} can't be merged into {base}",
         "give the base that it was trained on with --base, or merge it where it was made",
     ):
-        whole = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    return whole.to(dtype).requires_grad_(False)
+        merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    return families.text_model(merged).to(dtype).requires_grad_(False)
 
 
 def _untie(model: PreTrainedModel) -> None:
@@ -90,19 +92,24 @@ def _untie(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     if head.weight is model.get_input_embeddings().weight:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-        model.config.tie_word_embeddings = False
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 
 def _check_shapes(folder: Path, base: Path) -> None:
     """Raises Fault where an adapter's factors don't fit the base's weights."""
-    found = {name: shape for file in weight_files(base) for name, (shape, _) in stored(file).items()}
+    family = families.family_in(base)
+    found = {family.whole_name(name): shape for name, (shape, _) in stored_shapes(base).items()}
+    names = [name for file in weight_files(base) for name in stored(file)]
+    others = {_part(name) for name in names if family.own_name(name) is None}
     faults = []
     for name, (shape, _) in stored(folder / WEIGHTS).items():
         module, factor, _ = name.removeprefix(PREFIX).partition(".lora_")
         rest = name.rpartition(".lora_")[2].split(".")[0]
         weight = found.get(f"{module}.weight")
-        if not factor or rest not in "AB" or any(part in module for part in VOCABULARY):
+        if not factor or rest not in "AB" or of_vocabulary(module):
             continue
+        if weight is None and _part(module) in others:
+            continue  # no text reaches it
         if weight is None:
             faults.append(f"{folder} adapts {shown(module)}, which the base {base} has not")
         elif shape[1 if rest == "A" else 0] != weight[1 if rest == "A" else 0]:
@@ -111,3 +118,8 @@ def _check_shapes(folder: Path, base: Path) -> None:
             )
     if faults:
         raise Fault(f"{faults[0]}; give the base that it was trained on with --base")
+
+
+def _part(name: str) -> str:
+    """What of a whole model's parts a name lies in, e.g. vision_tower."""
+    return name.removeprefix("model.").partition(".")[0]

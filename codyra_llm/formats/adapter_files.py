@@ -7,15 +7,28 @@ from typing import Any
 
 from codyra_llm.core.foreign import Failed, matches
 from codyra_llm.core.parsing import shown
+from codyra_llm.models import families
 from codyra_llm.models.loading import missing_files
 from codyra_llm.models.weights import stored, weight_files
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."  # of an adapter's names, in front of the base's
-VOCABULARY = ("embed_tokens", "lm_head")
 MOST_RANK = 1 << 16
 # What makes another model of the base, or imports a module that the adapter names.
 UNUSED = ("layer_replication", "megatron_config")
+
+
+def of_vocabulary(name: str) -> bool:
+    """Whether a module or weight of this name belongs to the embeddings or the head of some family."""
+    return any(part in name for part in _embeddings() | _heads())
+
+
+def _embeddings() -> set[str]:
+    return {family.embeddings.rpartition(".")[2] for family in families.registered().values()}
+
+
+def _heads() -> set[str]:
+    return {family.head.rpartition(".")[2] for family in families.registered().values()}
 
 
 def is_adapter(folder: Path) -> bool:
@@ -104,13 +117,12 @@ def vocabulary(folder: Path) -> int | None:
     """How many tokens the model had that the adapter was saved from: the rows of the embeddings or the head
     that it holds whole or adapts; None where it leaves both alone."""
     for name, (shape, _) in stored(folder / WEIGHTS).items():
-        adapted = next((part for part in VOCABULARY if part in name), None)
-        if adapted is None:
+        if not of_vocabulary(name):
             continue
         if ".lora_" not in name and ".token_adapter." not in name:  # a module that was saved whole
             return shape[0]
         if "lora_embedding_A" in name:  # [rank, tokens]
             return shape[1]
-        if adapted == "lm_head" and ".lora_B." in name:  # [tokens, rank]
+        if ".lora_B." in name and any(part in name for part in _heads()):  # [tokens, rank]
             return shape[0]
     return None

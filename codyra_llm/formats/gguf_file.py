@@ -16,24 +16,16 @@ from transformers import PreTrainedConfig
 
 from codyra_llm.core.errors import Fault
 from codyra_llm.formats.gguf_tokenizer import INSTEAD, write_vocabulary
+from codyra_llm.models import families
 from codyra_llm.models.ends import end_of_turn
 from codyra_llm.models.tokenizer import load_tokenizer
-from codyra_llm.models.weights import WeightReader, read_config
+from codyra_llm.models.weights import WeightReader
 
 TYPES = {
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
     "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
-}
-ARCHITECTURES = {
-    "llama": "llama",
-    "mistral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gemma": "gemma",
-    "gemma2": "gemma2",
-    "gemma3_text": "gemma3",
 }
 ACTIVATIONS = {"llama": ("silu",), "qwen2": ("silu",), "qwen3": ("silu",)}  # Gemma's: GELU by tanh
 BLOCK = 32  # numbers that q8_0 scales together
@@ -43,10 +35,10 @@ LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, whose querie
 
 def faults(base: Path) -> list[str]:
     """Why the model in `base` can't be a GGUF file that llama.cpp computes as transformers does."""
-    config = read_config(base)
-    architecture = ARCHITECTURES.get(config.model_type)
+    config = families.text_config(base)
+    architecture = families.of(config).gguf
     if architecture is None:
-        known = ", ".join(ARCHITECTURES)
+        known = ", ".join(kind for kind, family in families.registered().items() if family.gguf)
         return [f"a GGUF export knows {known}, and the model is a {config.model_type}; {INSTEAD}"]
     reasons = [*_activation(config, architecture), *_scaling(config), *_windows(config, architecture)]
     return [f"{reason}, which llama.cpp computes otherwise; {INSTEAD}" for reason in reasons]
@@ -99,8 +91,8 @@ def write_gguf(
     time. `reads`: the tokenizer's folder, if not the base's. Raises Fault for what `faults` tells."""
     if told := faults(base):
         raise Fault(*told)
-    config, tokenizer = read_config(base), load_tokenizer(reads or base)
-    architecture = ARCHITECTURES[config.model_type]
+    config, tokenizer = families.text_config(base), load_tokenizer(reads or base)
+    architecture = families.of(config).gguf
     writer = GGUFWriter(file, architecture)
     writer.add_name(name)
     writer.add_file_type(TYPES[kind][1])
@@ -110,12 +102,13 @@ def write_gguf(
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     reader = WeightReader(base)
 
-    def data(stored: str) -> tuple[np.ndarray, GGMLQuantizationType]:
-        return _stored_as(_arranged(stored, changed(stored, reader.get(stored)).float(), config), kind)
+    def data(own: str) -> tuple[np.ndarray, GGMLQuantizationType]:
+        weight = changed(reader.stored_as[own], reader.get(own)).float()
+        return _stored_as(_arranged(own, weight, config), kind)
 
-    own = {stored: _tensor_name(stored, names) for stored in reader.handle_of if _kept(stored, config)}
-    for stored, called in own.items():
-        shape = reader.handle_of[stored].get_slice(stored).get_shape()
+    kept = {own: _tensor_name(own, names) for own in reader.handle_of if _kept(own, config)}
+    for own, called in kept.items():
+        shape = reader.slice(own).get_shape()
         stands = _type_of(shape, kind)
         writer.add_tensor_info(called, *_info(shape, stands))
     factors = _frequency_factors(config)
@@ -124,8 +117,8 @@ def write_gguf(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for stored in own:
-        writer.write_tensor_data(data(stored)[0])
+    for own in kept:
+        writer.write_tensor_data(data(own)[0])
     if factors is not None:
         writer.write_tensor_data(factors)
     writer.close()
@@ -158,31 +151,31 @@ def _write_config(writer: GGUFWriter, config: PreTrainedConfig, architecture: st
 
 
 def _head_dim(config: PreTrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return families.attention_shapes(config)[0].head_dim
 
 
-def _kept(stored: str, config: PreTrainedConfig) -> bool:
+def _kept(own: str, config: PreTrainedConfig) -> bool:
     """Whether a stored tensor is one of GGUF's: a tied head is the embeddings, frequencies are computed."""
-    tied = config.tie_word_embeddings and stored == "lm_head.weight"
-    return not tied and not stored.endswith("inv_freq")
+    tied = config.tie_word_embeddings and own == f"{families.of(config).head}.weight"
+    return not tied and not own.endswith("inv_freq")
 
 
-def _tensor_name(stored: str, names: gguf.TensorNameMap) -> str:
-    called = names.get_name(stored, try_suffixes=(".weight", ".bias"))
+def _tensor_name(own: str, names: gguf.TensorNameMap) -> str:
+    called = names.get_name(own, try_suffixes=(".weight", ".bias"))
     if called is None:
-        raise Fault(f"GGUF has no name for the weight {stored}; {INSTEAD}")
+        raise Fault(f"GGUF has no name for the weight {own}; {INSTEAD}")
     return called
 
 
-def _arranged(stored: str, weight: Tensor, config: PreTrainedConfig) -> Tensor:
+def _arranged(own: str, weight: Tensor, config: PreTrainedConfig) -> Tensor:
     """A weight as llama.cpp's graphs read it: rotated pairs next to each other (`llama`), and Gemma's norms
     as factors, which it stores less one."""
-    architecture = ARCHITECTURES[config.model_type]
-    if architecture == "llama" and (".q_proj." in stored or ".k_proj." in stored):
-        heads = config.num_attention_heads if ".q_proj." in stored else config.num_key_value_heads
+    family = families.of(config)
+    if family.gguf == "llama" and (".q_proj." in own or ".k_proj." in own):
+        heads = config.num_attention_heads if ".q_proj." in own else config.num_key_value_heads
         halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
         return halves.swapaxes(1, 2).reshape(weight.shape)
-    if architecture.startswith("gemma") and stored.endswith("norm.weight"):
+    if family.norm == "1+w" and own.endswith("norm.weight"):
         return weight + 1
     return weight
 

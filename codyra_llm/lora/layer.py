@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from codyra_llm.config.methods.base import PROJECTIONS
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.tensors import generator
 from codyra_llm.lora.shared import SharedInput
@@ -99,16 +98,13 @@ def attach(
 ) -> None:
     """Put an adapter of this kind on every linear layer whose last name is in `targets`. Raises Fault for a
     target found nowhere."""
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] in targets and isinstance(module, nn.Linear)
-    }
-    present = {name.rpartition(".")[2] for name in found}
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    present = {name.rpartition(".")[2] for name in linears}
     if missing := [t for t in targets if t not in present]:
         raise Fault(
-            *(f"method.targets: the model has no projection '{t}'.{nearest(t, PROJECTIONS)}" for t in missing)
+            *(f"method.targets: the model has no projection '{t}'.{nearest(t, present)}" for t in missing)
         )
+    found = {name: linear for name, linear in linears.items() if name.rpartition(".")[2] in targets}
     for name, linear in found.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, kind(linear, spec))

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from codyra_llm.lora.function import GatedMlp, Group, Shadow, SharedLinears, shadow
+from codyra_llm.models import families
+
+GatedNames = tuple[str, str, str, str]  # of gate, up, down and the activation
 
 
 class AdaptedLayer(Protocol):
@@ -27,9 +30,6 @@ class AdaptedLayer(Protocol):
     dtype: torch.dtype
 
     def frozen(self, dtype: torch.dtype) -> Tensor: ...
-
-
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class SharedInput:
@@ -151,17 +151,18 @@ def _eager(layer: AdaptedLayer, x: Tensor, source: Tensor) -> Tensor:
 
 
 def share_inputs(model: nn.Module, fused: bool = True, across: bool = True) -> None:
-    """Let q, k, v and gate, up of every block be computed together where they have adapters, and a block's
-    MLP as one function where all three have and there is no dropout. `fused` False: the same grouping in
-    plain autograd. `across`
-    False: every layer by itself, for ZeRO-3, which gathers weights layer by layer."""
+    """Let what the family calls siblings (q, k, v; gate, up) be computed together where they have adapters,
+    and a block's gated MLP as one function where all three have and there is no dropout. `fused` False: the
+    same grouping in plain autograd. `across` False: every layer by itself, for ZeRO-3, which gathers weights
+    layer by layer."""
+    family = families.of(model.config)
     for block in list(model.modules()):
-        for names in SIBLINGS if across else ():
+        for names in family.siblings if across else ():
             layers = [child for name in names if hasattr(child := getattr(block, name, None), "shared")]
             if layers:
                 SharedInput(layers)
-        if fused and across and _is_adapted_mlp(block):
-            block.forward = _MlpForward(block)
+        if fused and across and _is_adapted_mlp(block, family.gated_mlp):
+            block.forward = _MlpForward(block, family.gated_mlp)
     for shared in shared_inputs(model):
         shared.fused = fused
 
@@ -174,7 +175,7 @@ def layer_by_layer(model: nn.Module) -> Iterator[None]:
     fused = {
         block: vars(block).pop("forward")
         for block in model.modules()
-        if _is_adapted_mlp(block) and "forward" in vars(block)
+        if isinstance(vars(block).get("forward"), _MlpForward)
     }
     try:
         yield
@@ -183,32 +184,34 @@ def layer_by_layer(model: nn.Module) -> Iterator[None]:
             block.forward = forward
 
 
-def _is_adapted_mlp(block: nn.Module) -> bool:
-    layers = [getattr(block, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    return all(hasattr(layer, "shared") and not layer.spec.dropout for layer in layers) and isinstance(
-        getattr(block, "act_fn", None), nn.Module
-    )
+def _is_adapted_mlp(block: nn.Module, names: GatedNames | None) -> bool:
+    if names is None:
+        return False
+    *layers, activation = (getattr(block, name, None) for name in names)
+    adapted = all(hasattr(layer, "shared") and not layer.spec.dropout for layer in layers)
+    return adapted and isinstance(activation, nn.Module)
 
 
 class _MlpForward:
-    """down(act(gate(x)) ⊙ up(x)), the forward of every supported family's MLP, which refers to it weakly."""
+    """down(act(gate(x)) ⊙ up(x)), the forward of a gated MLP, which refers to it weakly. `names`: what the
+    family calls gate, up, down and the activation."""
 
-    def __init__(self, block: nn.Module):
-        self.block = ref(block)
+    def __init__(self, block: nn.Module, names: GatedNames):
+        self.block, self.names = ref(block), names
 
     def __deepcopy__(self, memo: dict) -> "_MlpForward":
-        return _MlpForward(copy.deepcopy(self.block(), memo))
+        return _MlpForward(copy.deepcopy(self.block(), memo), self.names)
 
     def __call__(self, x: Tensor) -> Tensor:
-        block = self.block()
-        pair, down = block.gate_proj.shared, block.down_proj.shared
-        dtype = block.gate_proj.dtype
+        gate, _, last, activation = (getattr(self.block(), name) for name in self.names)
+        pair, down = gate.shared, last.shared
+        dtype = gate.dtype
         with torch.autocast(x.device.type, enabled=False):
             y = GatedMlp.apply(
                 x.reshape(-1, x.shape[-1]).to(dtype),
                 pair.group(dtype),
                 down.group(dtype),
-                block.act_fn,
+                activation,
                 *pair.masters(),
                 *down.masters(),
             )

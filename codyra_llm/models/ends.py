@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from codyra_llm.core.foreign import Failed
 from codyra_llm.core.parsing import read_json
+from codyra_llm.models import families
 from codyra_llm.models.tokenizer import render_chat
 
 SAID = "An answer"  # by which the end of a turn is found in what a chat template writes
@@ -15,13 +16,15 @@ SAID = "An answer"  # by which the end of a turn is found in what a chat templat
 def answer_ends(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The tokens at which an answer of the model in `folder` ends: the tokenizer's EOS, which training ends
     answers with; those of generation_config.json, or without one of config.json, at which transformers'
-    `generate` stops (chat models name several); and what the chat template writes after an answer."""
+    `generate` stops (chat models name several); what the chat template writes after an answer; and what ends
+    a turn in the family's own chats, which a tokenizer may have without a template."""
     file = folder / "generation_config.json"
-    named = read_json(file if file.is_file() else folder / "config.json", "the model's own").get(
-        "eos_token_id"
-    )
+    told = read_json(file if file.is_file() else folder / "config.json", "the model's own")
+    named = told.get("eos_token_id", families.text_part(told).get("eos_token_id"))
     listed = named if isinstance(named, list) else [named]
-    ends = {*listed, tokenizer.eos_token_id, end_of_turn(tokenizer)}
+    known = _special(tokenizer)
+    turns = {known.get(token) for token in families.family_in(folder).turn_ends}
+    ends = {*listed, tokenizer.eos_token_id, end_of_turn(tokenizer), *turns}
     return frozenset(token for token in ends if isinstance(token, int))
 
 
@@ -36,11 +39,15 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     except (Failed, ValueError, TypeError):  # several and none for chats; one that is no text
         return None
     after = written.rpartition(SAID)[2].lstrip()
-    special = {
-        token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
+    special = _special(tokenizer)
     met = [content for content in special if after.startswith(content)]
     return special[max(met, key=len)] if met else None
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The tokenizer's special tokens by content."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {token.content: number for number, token in added if token.special}
 
 
 def without_end(ids: Sequence[int], ends: Collection[int]) -> list[int]:

@@ -3,13 +3,8 @@
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.models.mistral.modeling_mistral import MistralRMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-# All compute w · x / rms(x) with x in float32. Gemma's is (1 + w) · x / rms(x), and stays.
-KINDS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
+from codyra_llm.models import families
 
 
 class FusedRMSNorm(nn.Module):
@@ -29,7 +24,9 @@ def use(model: PreTrainedModel) -> None:
 
 
 def replace(model: nn.Module) -> None:
-    """Every norm of the known kinds becomes a fused one around the same weight; the state dict stays."""
+    """Every norm that the family says may be fused becomes so around the same weight; the state dict stays.
+    Gemma's, (1 + w) · x / rms(x), are none of them."""
+    kinds = families.of(model.config).fused_norms
     for module in model.modules():
-        if type(module) in KINDS:
+        if type(module).__name__ in kinds:
             module.__class__ = FusedRMSNorm

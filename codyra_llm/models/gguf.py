@@ -23,8 +23,8 @@ from transformers import (
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import file_sha256, replacing, write_json
 from codyra_llm.core.parsing import read_json
+from codyra_llm.models.families.config_file import told
 from codyra_llm.models.saved import write_model
-from codyra_llm.models.weights import told
 from codyra_llm.runtime.quiet import without_weight_bars
 
 # Architectures whose GGUF transformers reads faithfully, and the pre-tokenisers it rebuilds for byte-level

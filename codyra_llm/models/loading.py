@@ -6,6 +6,8 @@ safetensors.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,20 +25,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import file_sha256
 from codyra_llm.core.parsing import read_json, shown
+from codyra_llm.models import families
+from codyra_llm.models.families.config_file import read_config, size_faults
 from codyra_llm.models.tokenizer import tokenizer_faults
-from codyra_llm.models.weights import (
-    INDEX,
-    SINGLE,
-    header_faults,
-    read_config,
-    size_faults,
-    weight_files,
-)
-from codyra_llm.runtime.quiet import without_weight_bars
+from codyra_llm.models.weights import INDEX, SINGLE, header_faults, weight_files
+from codyra_llm.runtime.quiet import without_messages, without_weight_bars
 
-FAMILIES = ("llama", "gemma", "gemma2", "gemma3_text", "mistral", "qwen2", "qwen3")
-# What configs call the number of their experts; llama4, Mixtral, Qwen's and DeepSeek's.
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md"]
 
 
@@ -161,28 +155,13 @@ def check(
         ]
     if wrong := [] if faults else header_faults(folder):
         return wrong
-    return faults + tokenizer_faults(reads, rows or config.get("vocab_size"), chat_template)
+    tokens = rows or families.text_part(config).get("vocab_size")
+    return faults + tokenizer_faults(reads, tokens, chat_template)
 
 
 def config_faults(folder: Path, config: dict) -> list[str]:
     """What in a config says that the model can't be trained."""
-    family, faults = config.get("model_type"), []
-    parts = [config, *(config[key] for key in ("text_config",) if isinstance(config.get(key), dict))]
-    if any(part.get(key) for part in parts for key in EXPERTS):
-        faults.append(
-            f"{folder} ({shown(family)}) is a mixture of experts, whose blocks choose among several MLPs by "
-            "token, and only dense models are trained here: choose a dense model."
-        )
-    elif family not in FAMILIES and "vision_config" in config:
-        faults.append(
-            f"{folder} ({shown(family)}) reads images as well as text, and only text models are trained: "
-            f"choose a model of type {', '.join(FAMILIES)}, such as the family's text-only sizes."
-        )
-    elif family not in FAMILIES:
-        faults.append(
-            f"{folder} has model_type {shown(family)}: expected one of {', '.join(FAMILIES)}; choose such a "
-            "model."
-        )
+    faults = families.refusals(folder, config)
     if "quantization_config" in config:
         how = config["quantization_config"]
         method = shown(how.get("quant_method") if isinstance(how, dict) else how)
@@ -192,15 +171,37 @@ def config_faults(folder: Path, config: dict) -> list[str]:
     return faults
 
 
+@contextmanager
+def _one_tower(folder: Path) -> Iterator[dict]:
+    """What transformers must be given to load the text model alone, and within it no word of its that other
+    towers' weights are left over."""
+    family = families.family_in(folder)
+    if family.tower is None:
+        yield {"config": read_config(folder)}
+        return
+    with without_messages("transformers.modeling_utils", "LOAD REPORT"):
+        yield {"config": families.text_config(folder), "key_mapping": family.renamed()}
+
+
 def load(folder: Path, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
     """The causal LM of `folder` with every parameter frozen; Fault where weights are missing or of the wrong
-    shape.
+    shape. Of a checkpoint with several towers it is the text model alone.
     """
+    with _one_tower(folder) as given:
+        return _loaded(folder, dtype, attention, given)
+
+
+def load_whole(folder: Path, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
+    """The same with all towers of the checkpoint, as transformers builds it."""
+    return _loaded(folder, dtype, attention, {"config": read_config(folder)})
+
+
+def _loaded(folder: Path, dtype: torch.dtype, attention: str | None, given: dict) -> PreTrainedModel:
     try:
         with without_weight_bars():
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
-                config=read_config(folder),
+                **given,
                 dtype=dtype,
                 attn_implementation=attention,
                 trust_remote_code=False,

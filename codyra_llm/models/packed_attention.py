@@ -11,6 +11,8 @@ from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
+from codyra_llm.models import families
+
 NAME = "packed"
 FLASH = "flash_attention_2"
 WIDE = ((8, 0), (9, 0), (10, 0))  # compute capabilities whose flash backward takes heads of more than 192
@@ -34,9 +36,9 @@ def pays(model: PreTrainedModel, device: torch.device) -> bool:
     config = model.config
     if config._attn_implementation in (FLASH, "eager"):
         return config._attn_implementation == FLASH
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    softcap = getattr(config, "attn_logit_softcapping", None)
-    return _has_kernel(device, model.dtype, head, softcap, config.attention_dropout)
+    heads = {shape.head_dim for shape in families.attention_shapes(config)}
+    softcap = families.attention_softcap(config)
+    return all(_has_kernel(device, model.dtype, size, softcap, config.attention_dropout) for size in heads)
 
 
 def arguments(lengths: Sequence[int], ends: Tensor) -> dict:

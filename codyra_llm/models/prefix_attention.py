@@ -7,6 +7,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from codyra_llm.models import families
+
 NAME = "prefixed"
 
 
@@ -25,8 +27,8 @@ def show(model: PreTrainedModel, prefixes: dict[int, Tensor]) -> None:
     They lie before the mask of the family (causal, sliding) and outside of the cache, so positions, windows
     and pads stay what they were. Keys are taken as they are, as if rotated already.
     """
-    for number, layer in enumerate(model.model.layers):
-        layer.self_attn.prefix = prefixes.get(number)
+    for number, attention in enumerate(families.attentions(model)):
+        attention.prefix = prefixes.get(number)
 
 
 def select(model: PreTrainedModel, rows: Tensor) -> None:
@@ -34,9 +36,9 @@ def select(model: PreTrainedModel, rows: Tensor) -> None:
     show(
         model,
         {
-            i: layer.self_attn.prefix[rows]
-            for i, layer in enumerate(model.model.layers)
-            if layer.self_attn.prefix is not None
+            i: attention.prefix[rows]
+            for i, attention in enumerate(families.attentions(model))
+            if attention.prefix is not None
         },
     )
 
@@ -47,7 +49,7 @@ def made_by(model: PreTrainedModel, ids: Tensor, layers: list[int]) -> Tensor:
     d].
     """
     cache = DynamicCache()  # without the config, so that no sliding window drops any
-    model.model(input_ids=ids[None], past_key_values=cache, use_cache=True)
+    families.backbone(model)(input_ids=ids[None], past_key_values=cache, use_cache=True)
     return torch.stack([torch.cat([cache.layers[i].keys, cache.layers[i].values]) for i in layers])
 
 

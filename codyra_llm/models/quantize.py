@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from codyra_llm.config.methods.base import PROJECTIONS
+from codyra_llm.models import families
 
 BLOCK, NESTED_BLOCK = 64, 256  # weights that share an absmax; absmaxes that share theirs
 
@@ -137,12 +137,7 @@ class QuantizedLinear(nn.Linear):
 def quantize(model: nn.Module, kind: str) -> None:
     """Pack every projection of the blocks, adapted later or not, one after the other; each frees what it was
     made from. Embeddings, norms, biases and the head stay as they are."""
-    names = [
-        name
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] in PROJECTIONS and isinstance(module, nn.Linear)
-    ]
-    for name in names:
+    for name in list(families.projections(model)):
         parent, _, leaf = name.rpartition(".")
         block = model.get_submodule(parent)
         setattr(block, leaf, QuantizedLinear(getattr(block, leaf), KINDS[kind]))

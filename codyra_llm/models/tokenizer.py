@@ -9,7 +9,7 @@ from codyra_llm.core import foreign
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import file_sha256
 from codyra_llm.core.parsing import shown
-from codyra_llm.models.weights import read_config, told
+from codyra_llm.models.families.config_file import read_config, told
 
 DATE = "26 Jul 2024"  # what chat templates are told that today is, so that a run's prompts stay as they are
 

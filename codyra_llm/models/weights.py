@@ -3,90 +3,22 @@ shapes.
 """
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.files import CHUNK
-from codyra_llm.core.parsing import read_json, read_mapping, shown
+from codyra_llm.core.parsing import read_json, shown
+from codyra_llm.models import families
+from codyra_llm.models.families.config_file import told
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = (b"PK\x03\x04", b"\x80")  # how torch.save's files begin, zipped or not
 FLOATING = ("F64", "F32", "F16", "BF16")
-
-# What a config may hold, least and most; far above what there is.
-BOUNDS = {
-    "num_hidden_layers": (1, 1000),
-    "hidden_size": (1, 1 << 20),
-    "intermediate_size": (1, 1 << 20),
-    "vocab_size": (1, 1 << 24),
-    "num_attention_heads": (1, 1 << 12),
-    "num_key_value_heads": (1, 1 << 12),
-    "head_dim": (1, 1 << 12),
-    "max_position_embeddings": (1, 1 << 30),
-    "sliding_window": (0, 1 << 30),
-    "rms_norm_eps": (0, 1),
-    "rope_theta": (1, 1e15),
-    "factor": (1e-3, 1e6),
-    "attention_factor": (1e-3, 1e3),
-    "original_max_position_embeddings": (1, 1 << 30),
-    "attention_dropout": (0, 1),
-    "initializer_range": (0, 100),
-}
-# Of small files; the longest that are published have a tenth.
-SIZES = {
-    "config.json": 1 << 20,
-    "generation_config.json": 1 << 20,
-    "adapter_config.json": 1 << 20,
-    "chat_template.jinja": 1 << 20,
-    "chat_template.json": 1 << 20,
-    "special_tokens_map.json": 1 << 22,
-    "added_tokens.json": 1 << 24,
-    "tokenizer_config.json": 1 << 24,
-    "tokenizer.json": 1 << 28,
-    INDEX: 1 << 26,
-}
-MOST_LISTED = 10_000  # entries of a list in a config, such as its layers' kinds
-OF_CLASSIFIERS = ("id2label", "label2id", "num_labels")  # what no language model has a use for
-
-# What other packages raise at a file that holds something unexpected, each where it happens to stumble.
-FOREIGN = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    StrictDataclassError,
-    SafetensorError,
-)
-
-
-@contextmanager
-def told(what: str, instead: str) -> Iterator[None]:
-    """A Fault, `what` (the reason): `instead`, in place of what another package raises at a file of the
-    user.
-    """
-    try:
-        yield
-    except Exception as error:
-        if (
-            not isinstance(error, FOREIGN) and type(error) is not Exception
-        ):  # tokenizers raises Exception itself
-            raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        reason = f"it has no {reason}" if isinstance(error, KeyError) else reason
-        raise Fault(f"{what} ({reason}): {instead}.") from None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -153,65 +85,10 @@ def formats(folder: Path) -> set[str]:
     return {dtype for header in headers for _, dtype in header.values()}
 
 
-def size_faults(folder: Path) -> list[str]:
-    """Files of a model or adapter whose size says that they are something else; nothing is read."""
-    found = {name: (folder / name).stat().st_size for name in SIZES if (folder / name).is_file()}
-    return [
-        f"{folder}/{name} has {found[name]:,d} bytes, expected at most {SIZES[name]:,d}; take out what "
-        "doesn't belong there (such as id2label, in a config), or download the file again."
-        for name in found
-        if found[name] > SIZES[name]
-    ]
-
-
-def read_config(folder: Path) -> PreTrainedConfig:
-    """The config of the model in `folder` as transformers reads it, without the names of a classifier's
-    labels. Raises Fault for one that describes no model, or one that nobody could compute with."""
-    if faults := size_faults(folder):
-        raise Fault(*faults)
-    where, instead = (
-        f"{folder}/config.json describes no model",
-        "expected the model's own config; download it again",
-    )
-    raw = read_mapping(folder / "config.json", "the model's config")
-    for key, value in _numbers(raw):
-        least, most = BOUNDS[key.rpartition(".")[2]]
-        if not least <= value <= most:  # NaN too
-            raise Fault(f"{where} ({key} is {value}, expected {least:,} to {most:,}): {instead}.")
-    for key, value in raw.items():
-        if isinstance(value, list | dict) and key not in OF_CLASSIFIERS and len(value) > MOST_LISTED:
-            raise Fault(f"{where} ({key} has {len(value):,d} entries, at most {MOST_LISTED:,d}): {instead}.")
-    kept = {key: value for key, value in raw.items() if key not in OF_CLASSIFIERS}
-    kind = kept.get("model_type")
-    if kind == "mistral" and "layer_types" in kept:  # as AutoConfig reads it
-        kept["model_type"] = kind = "ministral"
-    known = isinstance(kind, str) and kind in CONFIG_MAPPING
-    with told(where, instead):
-        config = (CONFIG_MAPPING[kind] if known else PreTrainedConfig).from_dict(kept)
-    config.name_or_path = str(folder)
-    return config
-
-
-def _numbers(raw: dict) -> Iterator[tuple[str, float]]:
-    """The numbers of a config that have bounds, with their keys; those of RoPE in sections of their own."""
-    sections = {"": raw, **{f"{key}.": raw.get(key) for key in ("rope_parameters", "rope_scaling")}}
-    inner = {
-        f"{name}{key}.": value
-        for name, section in sections.items()
-        if name and isinstance(section, dict)
-        for key, value in section.items()  # by kind of layer, as in Gemma 3
-    }
-    for name, section in (sections | inner).items():
-        for key in BOUNDS if isinstance(section, dict) else ():
-            if isinstance(value := section.get(key), int | float):
-                yield name + key, value
-
-
 def describe(folder: Path) -> tuple[PreTrainedConfig, dict[str, torch.Size]]:
-    """The folder's config, and the shapes by name of the weights that it describes. Raises Fault for one that
-    describes no model."""
-    config = read_config(folder)
-    where = f"{folder}/config.json describes no model"
+    """The config of the folder's text model, and the shapes by name of the weights that it describes. Raises
+    Fault for one that describes no model."""
+    config, where = families.text_config(folder), f"{folder}/config.json describes no model"
     with told(where, "expected the model's own config; download it again"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     if (folder / "generation_config.json").is_file():
@@ -226,10 +103,10 @@ def header_faults(folder: Path) -> list[str]:
     """
     try:
         config, wanted = describe(folder)
-        found = {name: of for file in weight_files(folder) for name, of in stored(file).items()}
+        found = stored_shapes(folder)
     except Fault as fault:
         return fault.messages
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    tied = {f"{families.of(config).head}.weight"} if config.tie_word_embeddings else set()
     out = _two_heads(folder) if tied & found.keys() else []
     if missing := sorted(wanted.keys() - found.keys() - tied):
         out.append(
@@ -253,16 +130,20 @@ def header_faults(folder: Path) -> list[str]:
     )
 
 
+def stored_shapes(folder: Path) -> dict[str, tuple[list[int], str]]:
+    """(shape, dtype) of the weights of the folder's text model that are stored, by their names in it."""
+    found = {name: of for file in weight_files(folder) for name, of in stored(file).items()}
+    names = families.family_in(folder).own_names(found)
+    return {own: found[name] for own, name in names.items()}
+
+
 def _two_heads(folder: Path, rows: int = 1 << 12) -> list[str]:
     """Whether a folder whose config ties the head to the embeddings stores another head."""
-    parts = {}
-    for file in weight_files(folder):
-        opened = safe_open(file, framework="pt")
-        names = {"model.embed_tokens.weight", "lm_head.weight"} & set(opened.keys())
-        parts |= {name: opened.get_slice(name) for name in names}
-    if len(parts) < 2:
+    family, reader = families.family_in(folder), WeightReader(folder)
+    names = [f"{family.embeddings}.weight", f"{family.head}.weight"]
+    if not reader.handle_of.keys() >= set(names):
         return []
-    one, other = parts.values()
+    one, other = (reader.slice(name) for name in names)
     same = one.get_shape() == other.get_shape() and all(
         torch.equal(one[start : start + rows], other[start : start + rows])
         for start in range(0, one.get_shape()[0], rows)
@@ -272,7 +153,7 @@ def _two_heads(folder: Path, rows: int = 1 << 12) -> list[str]:
     return [
         f"{folder} stores a head that is not the embeddings, and its config ties the two: some readers "
         "take the one, some the other; set tie_word_embeddings to false in config.json where the head is "
-        "meant, or remove lm_head.weight."
+        f"meant, or remove {reader.stored_as[names[1]]}."
     ]
 
 
@@ -289,27 +170,32 @@ def fingerprint(folder: Path) -> str:
 
 
 class WeightReader:
-    """Reads single base weights from a model folder without loading the model; names are those of its
-    state_dict.
+    """Reads single base weights from a model folder without loading the model; names are those of the text
+    model's state_dict. `handle_of` has the open file of each that is stored, `stored_as` its name there.
     """
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.family = folder, families.family_in(folder)
         self.handles = [safe_open(file, framework="pt") for file in weight_files(folder)]
-        self.handle_of = {name: handle for handle in self.handles for name in handle.keys()}
-        embeddings = "model.embed_tokens.weight"
-        self.alias = (
-            {} if "lm_head.weight" in self.handle_of else {"lm_head.weight": embeddings}
-        )  # tied, stored once
+        handles = {name: handle for handle in self.handles for name in handle.keys()}
+        self.stored_as = self.family.own_names(handles)
+        self.handle_of = {own: handles[name] for own, name in self.stored_as.items()}
+        head, embeddings = f"{self.family.head}.weight", f"{self.family.embeddings}.weight"
+        self.alias = {} if head in self.handle_of else {head: embeddings}  # tied, stored once
 
     def get(self, name: str) -> torch.Tensor:
         """The tensor called `name`, in its stored dtype and on the CPU; Fault with the nearest name
         otherwise.
         """
-        stored = self.alias.get(name, name)
-        if stored not in self.handle_of:
+        own = self.alias.get(name, name)
+        if own not in self.handle_of:
             raise Fault(
                 f"{self.folder} has no weight '{name}': expected one of its {len(self.handle_of)} names."
                 f"{nearest(name, self.handle_of)}"
             )
-        return self.handle_of[stored].get_tensor(stored)
+        return self.handle_of[own].get_tensor(self.stored_as[own])
+
+    def slice(self, name: str):
+        """The tensor stored for `name` as safetensors opens it: its shape, and rows that are read when asked
+        for."""
+        return self.handle_of[name].get_slice(self.stored_as[name])

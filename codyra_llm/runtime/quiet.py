@@ -46,3 +46,18 @@ def log_level(name: str, level: int) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+@contextmanager
+def without_messages(name: str, words: str) -> Iterator[None]:
+    """Within it the logger of this name tells nothing that has these words in it."""
+
+    def tells(record: logging.LogRecord) -> bool:
+        return words not in record.getMessage()
+
+    logger = logging.getLogger(name)
+    logger.addFilter(tells)
+    try:
+        yield
+    finally:
+        logger.removeFilter(tells)

@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from codyra_llm.data.batches import Batch
 from codyra_llm.lora.shared import shared_inputs
 from codyra_llm.lora.together import deferred, finish_gradients, make_shadows
+from codyra_llm.models import families
 from codyra_llm.runtime.memory import Meter
 
 UNMASKED = "sdpa_unmasked"
@@ -34,8 +35,9 @@ def activation_bytes(model: nn.Module, batch: Batch, device: torch.device) -> in
     none has memory. Of a deep model 2 and 4 layers run, and the rest follows on a straight line, since every
     layer leaves the same.
     """
-    layers, window = model.model.layers, getattr(model.config, "sliding_window", None)
-    if model.config._attn_implementation == "sdpa" and (not window or batch.ids.shape[1] <= window):
+    layers, windows = families.blocks(model), families.windows(model.config)
+    whole = all(batch.ids.shape[1] <= window for window in windows)
+    if model.config._attn_implementation == "sdpa" and whole:
         # transformers makes no mask here, but can't tell that from fake tensors: without the name it would
         # make one.
         AttentionInterface.register(UNMASKED, sdpa_attention_forward)
@@ -48,10 +50,10 @@ def activation_bytes(model: nn.Module, batch: Batch, device: torch.device) -> in
                 return _peak(model, batch)
             peaks = []
             for count in MEASURED_LAYERS:
-                model.model.layers = layers[:count]
+                families.set_blocks(model, layers[:count])
                 peaks.append(_peak(model, batch))
         finally:
-            model.model.layers = layers
+            families.set_blocks(model, layers)
     few, more = MEASURED_LAYERS
     return peaks[1] + (len(layers) - more) * (peaks[1] - peaks[0]) // (more - few)
 
@@ -74,10 +76,10 @@ def step_flops(model: nn.Module, tokens: int, squares: int, labelled: int) -> in
     Gradient checkpointing runs the layers' forward twice.
     """
     c, again = model.config, any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    frozen = sum(m.weight.numel() for m in model.model.layers.modules() if isinstance(m, nn.Linear))
+    frozen = sum(m.weight.numel() for m in families.blocks(model).modules() if isinstance(m, nn.Linear))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad and p.ndim == 2)
-    heads = c.num_attention_heads * (getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
-    products = 2 * squares * heads * c.num_hidden_layers  # of QKᵀ, and of the weights with V
+    width = sum(shape.heads * shape.head_dim for shape in families.attention_shapes(c))
+    products = 2 * squares * width  # of QKᵀ, and of the weights with V
     backward = 4 if c._attn_implementation == "eager" else 5  # fused kernels compute QKᵀ again
     return (
         tokens * ((4 + 2 * again) * frozen + (6 + 2 * again) * trained)

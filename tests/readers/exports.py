@@ -16,14 +16,18 @@ import numpy as np
 import torch
 from adapters import recipe
 from conftest import SIZES, save_tiny
+from safetensors.torch import load_file, save_file
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    SiglipVisionConfig,
 )
 
 from codyra_llm.evaluate.generate import generate_ids
@@ -69,10 +73,37 @@ def tiny_gemma3(folder: Path) -> Path:
     return save_tiny(folder, Gemma3ForCausalLM, Gemma3TextConfig(**sizes, **TINY))
 
 
+def tiny_whole_gemma3(folder: Path) -> Path:
+    """As Gemma 3 from 4B on: with a vision tower, and positions of full layers stretched eightfold."""
+    rope = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+    local = {"rope_type": "default", "rope_theta": 1e4}
+    sizes = SIZES | TINY | {"num_hidden_layers": 6}
+    ropes = {"full_attention": rope, "sliding_attention": local}
+    eyes = {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    config = Gemma3Config(
+        text_config=Gemma3TextConfig(**sizes, rope_parameters=ropes),
+        vision_config=SiglipVisionConfig(hidden_size=16, intermediate_size=32, **eyes),
+        mm_tokens_per_image=1,
+        image_token_index=260,
+    )
+    save_tiny(folder, Gemma3ForConditionalGeneration, config)
+    file = folder / "model.safetensors"
+    named = {published_name(name): weight for name, weight in load_file(file).items()}
+    save_file(named, file, {"format": "pt"})
+    return folder
+
+
+def published_name(name: str) -> str:
+    """Of a weight of the vision tower, which transformers 5 stores without a part of its name."""
+    own = name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model.")
+    return name.replace("vision_tower.", "vision_tower.vision_model.") if own else name
+
+
 MADE: dict[str, Callable[[Path], Path]] = {
     "tiny LLaMA 3": tiny_llama,
     "tiny Gemma 2": tiny_gemma2,
     "tiny Gemma 3": tiny_gemma3,
+    "tiny Gemma 3 with vision": tiny_whole_gemma3,
 }
 REAL = {"SmolLM2-135M": "smollm2-135m", "Gemma 3 270M": "gemma3-270m"}
 
@@ -80,7 +111,12 @@ REAL = {"SmolLM2-135M": "smollm2-135m", "Gemma 3 270M": "gemma3-270m"}
 def publish(folder: Path) -> None:
     """Give a base that transformers 5 saved the config that published ones have."""
     file = folder / "config.json"
-    file.write_text(json.dumps(published_config(json.loads(file.read_text()))))
+    config = json.loads(file.read_text())
+    if "text_config" in config:
+        config["text_config"] = published_config(config["text_config"])
+    else:
+        config = published_config(config)
+    file.write_text(json.dumps(config))
     file = folder / "tokenizer_config.json"
     told = json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     file.write_text(json.dumps(told))

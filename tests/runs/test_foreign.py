@@ -15,8 +15,8 @@ from hostile import LOOPS, within
 from transformers import AutoConfig
 
 from codyra_llm.core import foreign, foreign_worker
+from codyra_llm.models.families.config_file import read_config
 from codyra_llm.models.tokenizer import DATE, UNDATED, load_tokenizer, render_chats
-from codyra_llm.models.weights import read_config
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m.content | trim + '<|im_end|>\\n' }}"

@@ -74,7 +74,8 @@ def scored(adapter, stream):
     return _prepare(str(adapter), wanted)[0]
 
 
-@pytest.mark.parametrize("base", ["tiny_llama", "tiny_gemma2"])  # an own head, and a tied one
+# An own head, a tied one, and other towers, which the adapters reach into as well.
+@pytest.mark.parametrize("base", ["tiny_llama", "tiny_gemma2", "whole_gemma3"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_computes_what_peft_computes(base, kind, request, stream, tmp_path):
     folder, more = request.getfixturevalue(base), 3 * (kind == "vocab")

@@ -4,10 +4,8 @@ import torch
 from torch import Tensor
 
 from codyra_llm.config.methods.baselines import SeqFtConfig
-from codyra_llm.data.batches import softcap
 from codyra_llm.lora.update import Adapter, Update
 from codyra_llm.methods.base import Method, Task, restore
-from codyra_llm.models.head_loss import head_loss
 
 
 class SeqFt(Method):
@@ -46,9 +44,7 @@ class SeqFt(Method):
     def loss(self, model, batch) -> dict[str, Tensor]:
         with torch.autocast(batch.ids.device.type, self._dtype, enabled=self._dtype != torch.float32):
             hidden = batch.hidden(model)
-        return {
-            "loss": head_loss(model.lm_head, hidden.float(), batch.targets, batch.weights, softcap(model))
-        }
+        return {"loss": batch.cross_entropy_of(model, hidden.float())}
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
         self._trained = {name: p.detach().to(self._dtype).cpu() for name, p in model.named_parameters()}

@@ -14,6 +14,7 @@ from codyra_llm.methods.experts.single import Single
 from codyra_llm.methods.parts.features import mean_state, padded, prompt_mask
 from codyra_llm.methods.parts.inputs import free_rows, grown, input_covariances, loaded
 from codyra_llm.methods.parts.subspace import Subspace
+from codyra_llm.models import families
 
 
 class DualLinear(MixtureLinear):
@@ -124,7 +125,7 @@ class DualLora(Single):
     def condition(self, model, prompts: list[list[int]], task: int | None) -> Condition:
         ids, mask = padded(prompts, model.device)
         gate_by(model, mask)
-        model.model(input_ids=ids, use_cache=False)
+        families.backbone(model)(input_ids=ids, use_cache=False)
         for layer in mixtures(model).values():
             layer.prompts = None
         return Condition(select=lambda rows: select(model, rows))

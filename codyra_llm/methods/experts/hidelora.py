@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from codyra_llm.config.methods.experts import HideLoraConfig
-from codyra_llm.data.batches import softcap
 from codyra_llm.lora.layer import sites
 from codyra_llm.lora.update import Adapter, Update
 from codyra_llm.methods.base import Task, restore
@@ -21,7 +20,7 @@ from codyra_llm.methods.parts.features import (
     prompt_mask,
     row_weights,
 )
-from codyra_llm.models.head_loss import head_loss
+from codyra_llm.models import families
 
 
 class HideLora(Single):
@@ -68,11 +67,11 @@ class HideLora(Single):
     def loss(self, model, batch) -> dict[str, Tensor]:
         if self._old is None or not self.config.weight:
             return super().loss(model, batch)
-        states = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state
+        states = families.backbone(model)(input_ids=batch.ids, use_cache=False).last_hidden_state
         labelled = states.flatten(0, 1).index_select(0, batch.predictors)
         terms = contrast(mean_state(states, prompt_mask(batch)), self._old, self.config.temperature)
         return {
-            "loss": head_loss(model.lm_head, labelled, batch.targets, batch.weights, softcap(model)),
+            "loss": batch.cross_entropy_of(model, labelled),
             "contrast": self.config.weight * row_weights(batch) @ terms,
         }
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from codyra_llm.methods.base import Task
+from codyra_llm.models import families
 
 if TYPE_CHECKING:
     from codyra_llm.data.batches import Batch
@@ -53,7 +54,7 @@ def mean_state(states: Tensor, mask: Tensor) -> Tensor:
 
 def pooled_states(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     """Mean of the last hidden states over the prompt, [R, h]."""
-    return mean_state(model.model(input_ids=ids, use_cache=False).last_hidden_state, mask)
+    return mean_state(families.backbone(model)(input_ids=ids, use_cache=False).last_hidden_state, mask)
 
 
 def pooled_embeddings(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from codyra_llm.config.methods.base import InputsConfig
 from codyra_llm.core.errors import Fault
 from codyra_llm.lora.layer import LoraLinear, sites
-from codyra_llm.lora.shared import SIBLINGS, layer_by_layer
+from codyra_llm.lora.shared import layer_by_layer
 from codyra_llm.methods.base import Task
 from codyra_llm.methods.parts.subspace import Subspace
+from codyra_llm.models import families
 
 if TYPE_CHECKING:
     from codyra_llm.data.batches import Batch
@@ -60,9 +61,11 @@ def free_rows(space: Subspace, name: str, covariance: Tensor, rank: int, task: T
 def distinct_inputs(model: nn.Module) -> list[list[str]]:
     """Names of the adapted sites, those together that read the same tensor."""
     groups: dict[tuple, list[str]] = {}
+    siblings = families.of(model.config).siblings
     for name in sites(model):
         block, _, leaf = name.rpartition(".")
-        groups.setdefault((block, next((s for s in SIBLINGS if leaf in s), leaf)), []).append(name)
+        together = next((names for names in siblings if leaf in names), leaf)
+        groups.setdefault((block, together), []).append(name)
     return list(groups.values())
 
 

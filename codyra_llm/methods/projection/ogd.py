@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from codyra_llm.config.methods.projection import OgdConfig
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.tensors import flat, unflatten
-from codyra_llm.data.batches import Batch, softcap
+from codyra_llm.data.batches import Batch
 from codyra_llm.methods.base import Task
 from codyra_llm.methods.sequential.seqlora import SeqLora
+from codyra_llm.models import families
 
 NEW = 1e-4  # share of a direction that must lie outside of the basis for it to be added
 
@@ -67,10 +68,10 @@ class Ogd(SeqLora):
 
 def true_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Σ of the labelled tokens' own logits, without those of the rest of the vocabulary."""
-    head, hidden = model.lm_head, batch.hidden(model)
+    head, hidden = families.head(model), batch.hidden(model)
     logits = (hidden.float() * head.weight[batch.targets].float()).sum(1)
     logits = logits if head.bias is None else logits + head.bias[batch.targets]
-    cap = softcap(model)
+    cap = families.softcap(model)
     return (cap * torch.tanh(logits / cap) if cap else logits).sum()
 
 

@@ -20,7 +20,7 @@ from codyra_llm.methods.prompts.pool import (
     uniform,
     zeros,
 )
-from codyra_llm.models import prefix_attention
+from codyra_llm.models import families, prefix_attention
 
 
 class DualPrompt(PromptMethod):
@@ -57,6 +57,12 @@ class DualPrompt(PromptMethod):
                     f"method.{key}: {beyond} are not layers of the model, which has 0 to {depth - 1}; name "
                     "others"
                 )
+        shapes = families.attention_shapes(config)
+        if len({(shape.kv_heads, shape.head_dim) for shape in shapes}) > 1 or not shapes[-1].own_keys:
+            faults.append(
+                f"method.name: dualprompt gives all layers prefixes of one shape, and the layers of a "
+                f"{config.model_type} have keys of several, or share them; choose another method"
+            )
         if attention == "flash_attention_2":
             faults.append(
                 "model.attention: dualprompt has an attention function of its own, and flash_attention_2 "
@@ -67,8 +73,8 @@ class DualPrompt(PromptMethod):
     def attach(self, model) -> None:
         prefix_attention.use(model)
         c, config = self.config, model.config
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (2, config.num_key_value_heads)
+        first = families.attention_shapes(config)[0]
+        shape, head = (2, first.kv_heads), first.head_dim
         model.prompts = nn.ParameterDict(
             {
                 "general": zeros(model, len(c.general_layers), *shape, c.general_length, head),

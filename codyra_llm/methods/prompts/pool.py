@@ -13,6 +13,7 @@ from codyra_llm.core.tensors import generator
 from codyra_llm.lora.update import Update
 from codyra_llm.methods.base import Method, Task
 from codyra_llm.methods.parts.features import padded, pooled_states
+from codyra_llm.models import families
 
 if TYPE_CHECKING:
     from codyra_llm.data.batches import Batch
@@ -29,6 +30,14 @@ class PromptMethod(Method):
     def __init__(self, config: PromptConfig, seed: int):
         super().__init__(config, seed)
         self.queries = Queries()
+
+    def check(self, config, attention: str | None) -> list[str]:
+        if families.takes_embeddings(config):
+            return []
+        return [
+            f"method.name: {self.name} puts prompts that are no tokens before a text, and every layer of a "
+            f"{config.model_type} adds embeddings of the tokens themselves; choose another method"
+        ]
 
     def param_groups(self, model, lr: float) -> list[dict]:
         """No weight decay: it would wear down what no example has chosen."""

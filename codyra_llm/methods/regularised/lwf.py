@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from codyra_llm.config.methods.regularised import LwfConfig
-from codyra_llm.data.batches import softcap
 from codyra_llm.lora.layer import snapshot, stand_in
 from codyra_llm.methods.base import Task
 from codyra_llm.methods.sequential.seqlora import SeqLora
-from codyra_llm.models.head_loss import distillation, head_loss
+from codyra_llm.models import families
+from codyra_llm.models.head_loss import distillation
 
 
 class Lwf(SeqLora):
@@ -37,7 +37,7 @@ class Lwf(SeqLora):
             return super().loss(model, batch)
         with torch.no_grad(), stand_in(model, self._teacher):
             taught = batch.hidden(model)
-        hidden, cap = batch.hidden(model), softcap(model)
-        kl = distillation(model.lm_head, hidden, taught, batch.weights, self.config.temperature, cap)
-        ce = head_loss(model.lm_head, hidden, batch.targets, batch.weights, cap)
+        head, hidden, cap = families.head(model), batch.hidden(model), families.softcap(model)
+        kl = distillation(head, hidden, taught, batch.weights, self.config.temperature, cap)
+        ce = batch.cross_entropy_of(model, hidden)
         return {"loss": ce, "lwf": self.config.weight * kl}

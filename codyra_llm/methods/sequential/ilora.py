@@ -10,6 +10,7 @@ from codyra_llm.data.batches import Batch
 from codyra_llm.lora.layer import stand_in
 from codyra_llm.methods.base import Task
 from codyra_llm.methods.sequential.ilora_mixed import IloraMixed
+from codyra_llm.models import families
 
 
 class Ilora(IloraMixed):
@@ -97,7 +98,8 @@ class Ilora(IloraMixed):
 
 def hidden_states(model: nn.Module, batch: Batch, lengths: list[int]) -> list[Tensor]:
     """Of the embeddings and every layer, [n, h] at the n positions that are no pads."""
-    states = model.model(input_ids=batch.ids, use_cache=False, output_hidden_states=True).hidden_states
+    backbone = families.backbone(model)
+    states = backbone(input_ids=batch.ids, use_cache=False, output_hidden_states=True).hidden_states
     width = batch.ids.shape[1]
     rows = [torch.arange(i * width, i * width + n) for i, n in enumerate(lengths)]
     places = torch.cat(rows).to(batch.ids.device)

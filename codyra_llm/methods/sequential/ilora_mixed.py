@@ -4,13 +4,11 @@ import torch
 from torch import Tensor
 
 from codyra_llm.config.methods.sequential import IloraMixedConfig
-from codyra_llm.data.batches import softcap
 from codyra_llm.lora.layer import sites, snapshot, stand_in
 from codyra_llm.lora.update import Adapter, Update
 from codyra_llm.methods.base import Method, Task, restore
 from codyra_llm.methods.sequential.replay import head
 from codyra_llm.methods.sequential.seqlora import SeqLora
-from codyra_llm.models.head_loss import head_loss
 
 
 class IloraMixed(SeqLora):
@@ -64,7 +62,7 @@ class IloraMixed(SeqLora):
             replayed = old.repeat_interleave(lengths)[batch.predictors]
             distance = (batch.weights * replayed) @ (hidden - slow).float().square().mean(1)
         return {
-            "loss": head_loss(model.lm_head, hidden, batch.targets, batch.weights, softcap(model)),
+            "loss": batch.cross_entropy_of(model, hidden),
             "consistency": self.config.weight * distance,
         }
 

@@ -5,11 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from codyra_llm.bench import arms, head, measured, options
+from codyra_llm.bench import arms, head, layers, measured, options
 from codyra_llm.cli import main
 from codyra_llm.config.methods.base import PROJECTIONS
 from codyra_llm.data.batches import collate, example_weights
@@ -303,4 +302,4 @@ def test_seconds_of_many_layers_follow_from_a_few(tiny_llama, monkeypatch):
 def test_options_take_the_device_there_is():
     made = options("cpu", None, "4,5", "peft,ours", None)
     assert made.dtype == torch.float32 and made.shape == (4, 5) and made.chosen(ALL) == ["peft", "ours"]
-    assert isinstance(arms.targets(nn.Sequential()), list) and callable(measured)
+    assert arms.targets(layers.Linear(4, 5)) == ["q_proj"] and callable(measured)

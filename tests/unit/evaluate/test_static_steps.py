@@ -9,8 +9,10 @@ from transformers import AutoModelForCausalLM
 
 from codyra_llm.evaluate import generate, static_steps
 from codyra_llm.evaluate.generate import generate_ids
+from codyra_llm.models import families
 
 NEW = 24
+RECORDED = [name for name, config in CONFIGS.items() if families.of(config).recorded_steps]
 
 
 def prompts(lengths, prefix=()):
@@ -18,7 +20,7 @@ def prompts(lengths, prefix=()):
     return [[*prefix, *torch.randint(4, 60, (n,), generator=drawn).tolist()] for n in lengths]
 
 
-@pytest.fixture(params=static_steps.FAMILIES)
+@pytest.fixture(params=RECORDED)
 def model(request):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[request.param]).eval()
@@ -41,7 +43,7 @@ def counted(monkeypatch):
     return rows
 
 
-def always(model, windows, left):
+def always(model, left):
     return left > 0
 
 
@@ -80,12 +82,16 @@ def test_rows_that_are_done_leave(model, counted, monkeypatch):
 
 def test_where_it_is_used(monkeypatch):
     llama = AutoModelForCausalLM.from_config(CONFIGS["llama"])
-    assert not static_steps.pays(llama, [], 100)  # on a CPU
+    assert not static_steps.pays(llama, 100)  # on a CPU
     monkeypatch.setattr(type(llama), "device", torch.device("cuda"))
-    assert static_steps.pays(llama, [], 100)
-    assert not static_steps.pays(llama, [], 3) and not static_steps.pays(llama, [16], 100)
+    assert static_steps.pays(llama, 100)
+    assert not static_steps.pays(llama, 3)
+    llama.config.sliding_window = 16
+    assert not static_steps.pays(llama, 100)
+    llama.config.sliding_window = None
+    assert static_steps.pays(llama, 100)
     llama.set_attn_implementation("eager")
-    assert not static_steps.pays(llama, [], 100)
+    assert not static_steps.pays(llama, 100)
 
 
 @pytest.mark.parametrize("heads, shared", [(4, 4), (8, 2), (8, 1)])
@@ -111,5 +117,5 @@ def test_recorded_steps_give_the_same_tokens():
     batch = prompts([1, 2, 3, 5, 7, 9, 12, 12])
     expected = generate_ids(model, batch, NEW, -1)
     model.to("cuda")
-    assert static_steps.pays(model, [], NEW - generate.UNRECORDED)
+    assert static_steps.pays(model, NEW - generate.UNRECORDED)
     assert generate_ids(model, batch, NEW, -1) == expected

@@ -6,6 +6,7 @@ import pytest
 import torch
 from moments_cases import dense, inputs, moment, normal
 from torch import nn
+from transformers import LlamaConfig
 
 from codyra_llm.lora.layer import AdapterSpec, attach, sites
 from codyra_llm.lora.update import Adapter
@@ -21,6 +22,7 @@ def model():
     """Five adapted layers in float64, q, k and v reading one input; s = 2, weights w."""
     torch.manual_seed(0)
     block = nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in SIZES.items()}).double()
+    block.config = LlamaConfig()  # whose names these are
     attach(block, list(SIZES), AdapterSpec(3, 2.0, importance="normal"))
     for i, layer in enumerate(sites(block).values()):
         layer.reset(i)

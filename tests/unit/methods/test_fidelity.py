@@ -106,9 +106,13 @@ class States:
     """A stand-in for a model: hidden states that are given, and no layer with an adapter."""
 
     training = False
+    config = SimpleNamespace(model_type="llama")
 
     def __init__(self, states):
         self.states = states
+
+    def get_submodule(self, name):
+        return getattr(self, name)
 
     def modules(self):
         return []

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from codyra_llm.config.registry import METHODS
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.tensors import flat
-from codyra_llm.data.batches import collate, softcap
+from codyra_llm.data.batches import collate
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.lora.layer import sites, snapshot, stand_in
 from codyra_llm.lora.merge import merge
@@ -24,6 +24,7 @@ from codyra_llm.lora.shared import share_inputs
 from codyra_llm.lora.update import Adapter, Update
 from codyra_llm.methods.projection.gem import multipliers
 from codyra_llm.methods.projection.ogd import extended, project, true_logits
+from codyra_llm.models import families
 from codyra_llm.models.head_loss import Distillation, distillation
 from codyra_llm.models.weights import WeightReader
 from codyra_llm.runtime.launch import accelerator
@@ -434,7 +435,7 @@ def test_lwf_is_two_models(begun, tiny_gemma2):
             z, plain_loss(before, example)[1].detach(), torch.full((len(z),), weight).double(), 3.0
         )
     torch.testing.assert_close(terms, {"loss": ce, "lwf": kl}, rtol=1e-6, atol=1e-9)
-    assert kl > 1e-3 and softcap(model) == 0.5
+    assert kl > 1e-3 and families.softcap(model) == 0.5
     for own, exact in zip(got, torch.autograd.grad(ce + kl, list(factors(model).values())), strict=True):
         torch.testing.assert_close(own, exact, rtol=1e-5, atol=3e-8)
 

@@ -2,22 +2,26 @@
 
 import pytest
 import torch
-from fused import CONFIGS, IDS
+from fused import CONFIGS, IDS, SIZES
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from codyra_llm.models import fused_norm
-from codyra_llm.models.fused_norm import KINDS, FusedRMSNorm
+from codyra_llm.models import families, fused_norm
+from codyra_llm.models.fused_norm import FusedRMSNorm
+
+WIDTH = SIZES["hidden_size"]
+FUSED = [name for name, config in CONFIGS.items() if families.of(config).fused_norms]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FUSED)
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
-def test_it_is_the_formula(kind, dtype, most):
+def test_it_is_the_formula(family, dtype, most):
     """Output and gradient, and no further from float64 than what it replaces."""
     torch.manual_seed(0)
-    norm = kind(48).requires_grad_(False).to(dtype)
-    norm.weight.copy_(torch.randn(48))
-    x, dy = (3 * torch.randn(2, 7, 48)).to(dtype).requires_grad_(), torch.randn(2, 7, 48).to(dtype)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family])
+    norm = model.model.norm.requires_grad_(False).to(dtype)
+    norm.weight.copy_(torch.randn(WIDTH))
+    x, dy = (3 * torch.randn(2, 7, WIDTH)).to(dtype).requires_grad_(), torch.randn(2, 7, WIDTH).to(dtype)
     exact_x = x.detach().double().requires_grad_()
     rms = (exact_x.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
     exact = norm.weight.double() * exact_x / rms
@@ -30,7 +34,7 @@ def test_it_is_the_formula(kind, dtype, most):
         return [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
 
     before = off()
-    fused_norm.replace(norm)
+    fused_norm.replace(model)
     assert isinstance(norm, FusedRMSNorm)
     assert all(mine < most and mine < 1.5 * theirs + 1e-7 for mine, theirs in zip(off(), before, strict=True))
 

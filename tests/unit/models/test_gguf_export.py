@@ -10,18 +10,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import SIZES, save_tiny
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SiglipVisionConfig,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -45,6 +49,17 @@ FAMILIES = {
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, GEMMA | {"num_hidden_layers": 6}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 128}),
 }
+
+
+EYES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+TOKENS = {"mm_tokens_per_image": 1, "image_token_index": 260}
 
 
 def keep(name, weight):
@@ -73,6 +88,26 @@ def test_what_is_written_reads_back_as_the_model(tmp_path, family):
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="m.gguf")
     text = "Sam has 12  pens\n态度 Größen"
     assert theirs(text)["input_ids"] == ours(text)["input_ids"]
+
+
+def test_of_a_whole_gemma3_the_text_model_is_written(tmp_path):
+    """The same tensors and fields, under GGUF's names, as of the text model by itself; no vision tower."""
+    text = tiny(tmp_path / "text", "gemma3")
+    eyes = SiglipVisionConfig(**EYES)
+    config = Gemma3Config(text_config=AutoConfig.from_pretrained(text), vision_config=eyes, **TOKENS)
+    whole = save_tiny(tmp_path / "whole", Gemma3ForConditionalGeneration, config)
+    own = {f"language_model.{name}": weight for name, weight in load_file(text / "model.safetensors").items()}
+    stored = load_file(whole / "model.safetensors")
+    assert own.keys() < stored.keys()
+    save_file(stored | own, whole / "model.safetensors", {"format": "pt"})
+    for base, name in ((text, "text"), (whole, "whole")):
+        write_gguf(base, tmp_path / f"{name}.gguf", keep, "f32", "tiny")
+    one, other = (gguf.GGUFReader(tmp_path / f"{name}.gguf") for name in ("text", "whole"))
+    by_name = {tensor.name: tensor.data for tensor in other.tensors}
+    assert by_name.keys() == {tensor.name for tensor in one.tensors}
+    assert all(np.array_equal(by_name[tensor.name], tensor.data) for tensor in one.tensors)
+    fields = [{key: f.contents() for key, f in r.fields.items() if "." in key} for r in (one, other)]
+    assert fields[0] == fields[1]
 
 
 @pytest.mark.parametrize("kind", gguf_file.TYPES)

@@ -10,7 +10,12 @@ from huggingface_hub.utils import disable_progress_bars as hide_hub
 from transformers.utils import logging as transformers_logging
 
 from codyra_llm.data.sources import rows
-from codyra_llm.runtime.quiet import log_level, without_data_bars, without_weight_bars
+from codyra_llm.runtime.quiet import (
+    log_level,
+    without_data_bars,
+    without_messages,
+    without_weight_bars,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +60,15 @@ def test_an_error_leaves_no_trace():
     with pytest.raises(ZeroDivisionError), without_weight_bars(), without_data_bars():
         raise ZeroDivisionError
     assert bars() == [True, True, True]
+
+
+def test_messages_are_told_by_their_words(caplog):
+    logger = logging.getLogger("a test")
+    with without_messages("a test", "REPORT"):
+        logger.warning("a %s of it", "REPORT")
+        logger.warning("something else")
+    logger.warning("a REPORT again")
+    assert caplog.messages == ["something else", "a REPORT again"]
 
 
 def test_a_logger_gets_its_level_back():

@@ -1,0 +1,138 @@
+"""config.json, read within bounds; other packages' errors at a file of the user as one sentence."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.parsing import read_mapping
+
+# What a config may hold, least and most; far above what there is.
+BOUNDS = {
+    "num_hidden_layers": (1, 1000),
+    "hidden_size": (1, 1 << 20),
+    "intermediate_size": (1, 1 << 20),
+    "vocab_size": (1, 1 << 24),
+    "num_attention_heads": (1, 1 << 12),
+    "num_key_value_heads": (1, 1 << 12),
+    "head_dim": (1, 1 << 12),
+    "max_position_embeddings": (1, 1 << 30),
+    "sliding_window": (0, 1 << 30),
+    "rms_norm_eps": (0, 1),
+    "rope_theta": (1, 1e15),
+    "factor": (1e-3, 1e6),
+    "attention_factor": (1e-3, 1e3),
+    "original_max_position_embeddings": (1, 1 << 30),
+    "attention_dropout": (0, 1),
+    "initializer_range": (0, 100),
+}
+# Of small files; the longest that are published have a tenth.
+SIZES = {
+    "config.json": 1 << 20,
+    "generation_config.json": 1 << 20,
+    "adapter_config.json": 1 << 20,
+    "chat_template.jinja": 1 << 20,
+    "chat_template.json": 1 << 20,
+    "special_tokens_map.json": 1 << 22,
+    "added_tokens.json": 1 << 24,
+    "tokenizer_config.json": 1 << 24,
+    "tokenizer.json": 1 << 28,
+    "model.safetensors.index.json": 1 << 26,
+}
+MOST_LISTED = 10_000  # entries of a list in a config, such as its layers' kinds
+OF_CLASSIFIERS = ("id2label", "label2id", "num_labels")  # what no language model has a use for
+
+# What other packages raise at a file that holds something unexpected, each where it happens to stumble.
+FOREIGN = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    StrictDataclassError,
+    SafetensorError,
+)
+
+
+@contextmanager
+def told(what: str, instead: str) -> Iterator[None]:
+    """A Fault, `what` (the reason): `instead`, in place of what another package raises at a file of the
+    user.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (
+            not isinstance(error, FOREIGN) and type(error) is not Exception
+        ):  # tokenizers raises Exception itself
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = f"it has no {reason}" if isinstance(error, KeyError) else reason
+        raise Fault(f"{what} ({reason}): {instead}.") from None
+
+
+def size_faults(folder: Path) -> list[str]:
+    """Files of a model or adapter whose size says that they are something else; nothing is read."""
+    found = {name: (folder / name).stat().st_size for name in SIZES if (folder / name).is_file()}
+    return [
+        f"{folder}/{name} has {found[name]:,d} bytes, expected at most {SIZES[name]:,d}; take out what "
+        "doesn't belong there (such as id2label, in a config), or download the file again."
+        for name in found
+        if found[name] > SIZES[name]
+    ]
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The config of the model in `folder` as transformers reads it, without the names of a classifier's
+    labels. Raises Fault for one that describes no model, or one that nobody could compute with."""
+    if faults := size_faults(folder):
+        raise Fault(*faults)
+    where, instead = (
+        f"{folder}/config.json describes no model",
+        "expected the model's own config; download it again",
+    )
+    raw = read_mapping(folder / "config.json", "the model's config")
+    for key, value in _numbers(raw):
+        least, most = BOUNDS[key.rpartition(".")[2]]
+        if not least <= value <= most:  # NaN too
+            raise Fault(f"{where} ({key} is {value}, expected {least:,} to {most:,}): {instead}.")
+    for key, value in raw.items():
+        if isinstance(value, list | dict) and key not in OF_CLASSIFIERS and len(value) > MOST_LISTED:
+            raise Fault(f"{where} ({key} has {len(value):,d} entries, at most {MOST_LISTED:,d}): {instead}.")
+    kept = {key: value for key, value in raw.items() if key not in OF_CLASSIFIERS}
+    kind = kept.get("model_type")
+    if kind == "mistral" and "layer_types" in kept:  # as AutoConfig reads it
+        kept["model_type"] = kind = "ministral"
+    known = isinstance(kind, str) and kind in CONFIG_MAPPING
+    with told(where, instead):
+        config = (CONFIG_MAPPING[kind] if known else PreTrainedConfig).from_dict(kept)
+    config.name_or_path = str(folder)
+    return config
+
+
+def _numbers(raw: dict) -> Iterator[tuple[str, float]]:
+    """The numbers of a config that have bounds, with their keys: its own, and those in the sections of RoPE
+    and of towers."""
+    parts = {f"{key}.": part for key, part in raw.items() if _is_section(key, part)}
+    inner = {
+        f"{name}{key}.": value
+        for name, section in parts.items()
+        for key, value in section.items()  # RoPE by kind of layer, as in Gemma 3
+        if _is_section(key, value)
+    }
+    for name, section in {"": raw, **parts, **inner}.items():
+        for key in BOUNDS:
+            if isinstance(value := section.get(key), int | float):
+                yield name + key, value
+
+
+def _is_section(key: str, part: object) -> bool:
+    return isinstance(part, dict) and key not in OF_CLASSIFIERS
