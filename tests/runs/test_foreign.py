@@ -140,7 +140,7 @@ def test_it_ends_with_the_process_that_asked():
     worker = int(process.stdout.readline())
     process.kill()
     process.communicate()
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 120  # its two seconds of computing take longer on a busy machine
     while time.monotonic() < deadline and _alive(worker):
         time.sleep(0.1)
     assert not _alive(worker)

@@ -1,0 +1,30 @@
+"""A sample of the points at which `tests/crash_points.py` ends a run."""
+
+import random
+
+import pytest
+from crash_points import MODES, Points
+from helpers import tiny_recipe
+
+
+@pytest.fixture(scope="module")
+def points(tiny_llama, toy_stream, tmp_path_factory):
+    out = tmp_path_factory.mktemp("points")
+    recipe = tiny_recipe(
+        tiny_llama, toy_stream, out, data__max_train_examples=8, eval__max_examples=2, save__minutes=1e-9
+    )
+    return Points(recipe, out)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_that_ends_at_a_file_operation_ends_as_if_it_had_not(points, mode):
+    count = len(points.operations)
+    assert count > 200
+    for at in random.Random(mode).sample(range(1, count + 1), 5):
+        assert points.check(mode, at) is None
+
+
+def test_a_run_that_ends_twice(points):
+    for at in random.Random("twice").sample(range(40, len(points.operations) + 1), 3):
+        assert points.check("exit", at, at // 3) is None
+        assert points.check("power", at, at // 3) is None
