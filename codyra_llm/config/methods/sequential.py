@@ -248,3 +248,38 @@ class SoraConfig(SequentialConfig, frozen=True):
         description="learning rate of the gates; null: the optimizer's; 0: no "
         "gradient, the threshold alone moves them",
     )
+
+
+class SlaoConfig(SequentialConfig, frozen=True):
+    name: Literal["slao"] = "slao"
+    fresh: Literal[False] = Field(
+        default=False, description="must stay false: each task starts from the last one's factors"
+    )
+    carry_optimizer: Literal[False] = Field(
+        default=False, description="must stay false: A is rewritten between tasks, and its moments with it"
+    )
+
+
+class PmConfig(OldInputsConfig, SequentialConfig, frozen=True):
+    name: Literal["pm"] = "pm"
+    fresh: Literal[True] = Field(
+        default=True, description="must stay true: what is weighed is a task's update"
+    )
+    curvature: Literal["fisher", "inputs"] = Field(
+        default="fisher",
+        description="what a change of W costs a task: fisher: its diagonal Fisher information, as published; "
+        "inputs: what it says to the task's inputs, without gradients",
+    )
+    weight: NotNegative = Field(
+        default=1.0, description="inputs only: μ of the tasks before against the new one"
+    )
+    perturbation: Fraction = Field(
+        default=0.5, lt=1, description="ε: steps take their gradients at (1 ± ε) ΔW; 0: at ΔW"
+    )
+    samples: int = Field(
+        default=0,
+        ge=0,
+        le=1 << 16,
+        description="inputs only: sequences that the base writes by itself before the first task; their "
+        "inputs count as one old task's; 0: none",
+    )
