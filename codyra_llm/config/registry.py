@@ -89,6 +89,8 @@ METHODS = Registry(
         "sapt": Entry("experts.sapt:Sapt", "experts:SaptConfig"),
         "duallora": Entry("experts.duallora:DualLora", "experts:DualLoraConfig"),
         "clora": Entry("regularised.clora:CLora", "regularised:CLoraConfig"),
+        "ewclora": Entry("regularised.ewclora:EwcLora", "regularised:EwcLoraConfig"),
+        "keeplora": Entry("projection.keeplora:KeepLora", "projection:KeepLoraConfig"),
         "slao": Entry("sequential.slao:Slao", "sequential:SlaoConfig"),
         "pm": Entry("sequential.pm:PerturbMerge", "sequential:PmConfig"),
         "codyra": Entry("sequential.codyra:Codyra", "sequential:CodyraConfig"),

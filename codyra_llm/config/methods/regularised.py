@@ -40,6 +40,22 @@ class EwcConfig(SequentialConfig, frozen=True):
     )
 
 
+class EwcLoraConfig(SequentialConfig, frozen=True):
+    name: Literal["ewclora"] = "ewclora"
+    fresh: Literal[True] = Field(
+        default=True, description="must stay true: what is held back is a task's own update"
+    )
+    weight: NotNegative = Field(
+        default=1e5,
+        description="λ of the penalty λ/2 Σ F ΔW²; F is as small as squared gradients, so tune it until `ewc` "
+        "in the log is not negligible",
+    )
+    decay: Fraction = Field(default=1.0, description="γ in F ← γ F + F_new; 1 sums all tasks")
+    examples: int = Field(
+        default=500, ge=1, description="training examples of a finished task that F_new is a mean over"
+    )
+
+
 class HideLoraRepoConfig(SequentialConfig, frozen=True):
     name: Literal["hidelora_treelora_repo"] = "hidelora_treelora_repo"
     weight: NotNegative = Field(default=0.5, description="weight of the contrastive term, per optimizer step")

@@ -44,15 +44,21 @@ def grown(config: InputsConfig, task: Task, found: Iterator[Covariance]) -> dict
     return state
 
 
-def free_rows(space: Subspace, name: str, covariance: Tensor, rank: int, task: Task) -> Tensor:
+def free_rows(
+    space: Subspace,
+    name: str,
+    covariance: Tensor,
+    rank: int,
+    task: Task,
+    keys: str = "method.energy_first or method.energy_last",
+) -> Tensor:
     """The leading left singular vectors of P C as rows [rank, in]. Raises Fault where no direction is
-    free.
+    free, with the `keys` to lower.
     """
     rows = space.leading(covariance, rank).T
     if not rows.any():
         raise Fault(
-            f"{name}: earlier tasks' inputs leave no direction free for task {task.index + 1}; lower "
-            f"method.energy_first or method.energy_last"
+            f"{name}: earlier tasks' inputs leave no direction free for task {task.index + 1}; lower {keys}"
         )
     return rows
 
