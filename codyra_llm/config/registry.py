@@ -91,6 +91,8 @@ METHODS = Registry(
         "clora": Entry("regularised.clora:CLora", "regularised:CLoraConfig"),
         "ewclora": Entry("regularised.ewclora:EwcLora", "regularised:EwcLoraConfig"),
         "keeplora": Entry("projection.keeplora:KeepLora", "projection:KeepLoraConfig"),
+        "osft": Entry("projection.osft:Osft", "projection:OsftConfig"),
+        "osft_lora": Entry("projection.osft_lora:OsftLora", "projection:OsftLoraConfig"),
         "slao": Entry("sequential.slao:Slao", "sequential:SlaoConfig"),
         "pm": Entry("sequential.pm:PerturbMerge", "sequential:PmConfig"),
         "codyra": Entry("sequential.codyra:Codyra", "sequential:CodyraConfig"),

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from codyra_llm.config.methods.base import Count, InputsConfig
+from codyra_llm.config.methods.base import Count, InputsConfig, TargetsConfig
 from codyra_llm.config.methods.sequential import SequentialConfig
 from codyra_llm.core.schema import Fraction, NotNegative, Positive
 
@@ -80,4 +80,21 @@ class OgdConfig(SequentialConfig, frozen=True):
     )
     max_gigabytes: Positive = Field(
         default=16.0, description="the most that the directions of all tasks may take"
+    )
+
+
+class OsftConfig(TargetsConfig, frozen=True):
+    name: Literal["osft"] = "osft"
+    preserved: Fraction = Field(
+        default=0.5, lt=1, description="share of W's singular directions, the leading ones, that stay"
+    )
+
+
+class OsftLoraConfig(SequentialConfig, frozen=True):
+    name: Literal["osft_lora"] = "osft_lora"
+    fresh: Literal[True] = Field(
+        default=True, description="must stay true: the directions are those of the merged W"
+    )
+    preserved: Fraction = Field(
+        default=0.5, lt=1, description="share of W's singular directions, the leading ones, that stay"
     )

@@ -47,8 +47,8 @@ class EwcLoraConfig(SequentialConfig, frozen=True):
     )
     weight: NotNegative = Field(
         default=1e5,
-        description="λ of the penalty λ/2 Σ F ΔW²; F is as small as squared gradients, so tune it until `ewc` "
-        "in the log is not negligible",
+        description="λ of the penalty λ/2 Σ F ΔW²; F is as small as squared gradients, so tune it until "
+        "`ewc` in the log is not negligible",
     )
     decay: Fraction = Field(default=1.0, description="γ in F ← γ F + F_new; 1 sums all tasks")
     examples: int = Field(
