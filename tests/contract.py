@@ -22,6 +22,7 @@ SETTINGS = {
     "replay": {"lima": False, "ratio": 0.3},
     "ewc": {"examples": 6},
     "ewclora": {"examples": 6, "weight": 1e3},
+    "dream": {"samples": 20, "sample_tokens": 6, "batch": 5},
     "gem": {"memory": 4, "batch": 4},
     "agem": {"memory": 4, "batch": 4},
     "ogd": {"examples": 3},

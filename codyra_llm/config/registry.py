@@ -90,6 +90,7 @@ METHODS = Registry(
         "duallora": Entry("experts.duallora:DualLora", "experts:DualLoraConfig"),
         "clora": Entry("regularised.clora:CLora", "regularised:CLoraConfig"),
         "ewclora": Entry("regularised.ewclora:EwcLora", "regularised:EwcLoraConfig"),
+        "dream": Entry("regularised.dream:Dream", "regularised:DreamConfig"),
         "keeplora": Entry("projection.keeplora:KeepLora", "projection:KeepLoraConfig"),
         "osft": Entry("projection.osft:Osft", "projection:OsftConfig"),
         "osft_lora": Entry("projection.osft_lora:OsftLora", "projection:OsftLoraConfig"),

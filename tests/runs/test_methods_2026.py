@@ -91,3 +91,16 @@ def test_ewclora_holds_back_what_old_tasks_need(run):
         parts = [fisher[site] * x.delta(update.scale).square() for site, x in update.adapters.items()]
         costs.append(sum(part.sum().item() for part in parts))
     assert costs[1] < costs[0] / 2
+
+
+def test_dream_without_weight_is_seqlora(run):
+    plain = run({"name": "seqlora"})
+    free = run({"name": "dream", "weight": 0.0, "samples": 12, "sample_tokens": 4})
+    for index in range(3):
+        one, two = plain.archive().load(index).adapters, free.archive().load(index).adapters
+        assert all(torch.equal(one[site].b, two[site].b) for site in one)
+    setup = prepare(free.recipe)
+    for index in range(3):
+        prefix = load_file(free.state(2))[f"prefix.{index}"].tolist()
+        examples = setup.encoder.encode(setup.stream.records(index, "train"))
+        assert prefix and all(example.prompt[: len(prefix)] == prefix for example in examples)

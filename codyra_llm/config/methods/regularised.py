@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from codyra_llm.config.methods.base import Count
 from codyra_llm.config.methods.sequential import SequentialConfig
 from codyra_llm.core.schema import Fraction, NotNegative, Positive
 
@@ -22,6 +23,36 @@ class CLoraConfig(SequentialConfig, frozen=True):
         description="learning rate of A and B from the second task on, as a share of "
         "the optimizer's; 0: frozen",
     )
+
+
+class DreamConfig(SequentialConfig, frozen=True):
+    name: Literal["dream"] = "dream"
+    weight: NotNegative = Field(
+        default=1.0, description="β of the dreamt batch's term, once per optimizer step"
+    )
+    target: Literal["kl", "tokens"] = Field(
+        default="kl",
+        description="kl: keep to the distribution of the model before the task; tokens: cross entropy on "
+        "what it drew, as LAMOL's pseudo-examples have it",
+    )
+    samples: int = Field(
+        default=256,
+        ge=0,
+        le=1 << 16,
+        description="sequences that the model writes before every task; 0: none",
+    )
+    sample_tokens: Count = Field(default=48, ge=1, description="tokens that it draws for each, at most")
+    prompted: Fraction = Field(
+        default=0.5,
+        description="share of them that begin as the earlier tasks' prompts do, as many for each task; the "
+        "others begin with BOS and a token at random",
+    )
+    prefix_tokens: Count = Field(
+        default=64,
+        ge=1,
+        description="tokens of the prompts' common beginning that are kept of a task, at most",
+    )
+    batch: Count = Field(default=16, ge=1, description="sequences per optimizer step, drawn anew each time")
 
 
 class EwcConfig(SequentialConfig, frozen=True):
@@ -46,7 +77,7 @@ class EwcLoraConfig(SequentialConfig, frozen=True):
         default=True, description="must stay true: what is held back is a task's own update"
     )
     weight: NotNegative = Field(
-        default=1e5,
+        default=1e4,
         description="λ of the penalty λ/2 Σ F ΔW²; F is as small as squared gradients, so tune it until "
         "`ewc` in the log is not negligible",
     )
