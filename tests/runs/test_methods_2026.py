@@ -104,3 +104,18 @@ def test_dream_without_weight_is_seqlora(run):
         prefix = load_file(free.state(2))[f"prefix.{index}"].tolist()
         examples = setup.encoder.encode(setup.stream.records(index, "train"))
         assert prefix and all(example.prompt[: len(prefix)] == prefix for example in examples)
+
+
+def test_other_methods_start_from_the_same_rows(run):
+    """B = 0 at first, so that A is still near its start after a task of a few steps: W's least directions."""
+    settings = {"start": "weights"}
+    folder = run({"name": "seqlora", **settings})
+    base = AutoModelForCausalLM.from_pretrained(prepare(folder.recipe).base)
+    found = folder.archive().load(0).adapters
+    for site, adapter in found.items():
+        weight = base.get_parameter(f"{site}.weight").detach()
+        least = torch.linalg.svd(weight, full_matrices=False)[2].flip(0)[:4]
+        assert functional.cosine_similarity(adapter.a, least).abs().mean() > 0.8
+    dreamt = run({"name": "dream", "weight": 0.0, "samples": 4, "sample_tokens": 2, **settings})
+    for site, adapter in dreamt.archive().load(0).adapters.items():
+        assert torch.equal(adapter.a, found[site].a)

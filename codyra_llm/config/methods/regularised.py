@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from codyra_llm.config.methods.base import Count
-from codyra_llm.config.methods.sequential import SequentialConfig
+from codyra_llm.config.methods.sequential import SequentialConfig, StartConfig
 from codyra_llm.core.schema import Fraction, NotNegative, Positive
 
 
@@ -25,7 +25,7 @@ class CLoraConfig(SequentialConfig, frozen=True):
     )
 
 
-class DreamConfig(SequentialConfig, frozen=True):
+class DreamConfig(StartConfig, frozen=True):
     name: Literal["dream"] = "dream"
     weight: NotNegative = Field(
         default=1.0, description="β of the dreamt batch's term, once per optimizer step"
@@ -55,7 +55,7 @@ class DreamConfig(SequentialConfig, frozen=True):
     batch: Count = Field(default=16, ge=1, description="sequences per optimizer step, drawn anew each time")
 
 
-class EwcConfig(SequentialConfig, frozen=True):
+class EwcConfig(StartConfig, frozen=True):
     name: Literal["ewc"] = "ewc"
     fresh: Literal[False] = Field(
         default=False, description="must stay false: F belongs to one adapter for all tasks"
@@ -71,7 +71,7 @@ class EwcConfig(SequentialConfig, frozen=True):
     )
 
 
-class EwcLoraConfig(SequentialConfig, frozen=True):
+class EwcLoraConfig(StartConfig, frozen=True):
     name: Literal["ewclora"] = "ewclora"
     fresh: Literal[True] = Field(
         default=True, description="must stay true: what is held back is a task's own update"
@@ -93,7 +93,7 @@ class HideLoraRepoConfig(SequentialConfig, frozen=True):
     temperature: Positive = Field(default=0.8, description="divisor of the similarities")
 
 
-class LwfConfig(SequentialConfig, frozen=True):
+class LwfConfig(StartConfig, frozen=True):
     name: Literal["lwf"] = "lwf"
     weight: NotNegative = Field(default=1.0, description="α of α·T²·KL(teacher ‖ student)")
     temperature: Positive = Field(default=2.0, description="T that divides both models' logits")

@@ -69,3 +69,9 @@ class Subspace(NamedTuple):
             0
         ]
         return Subspace(q[:, k:], True) if k > size / 2 else Subspace(q[:, :k])
+
+
+def symmetric_root(covariance: Tensor) -> Tensor:
+    """C^½ [in, in]: its singular values are those of the inputs themselves, as a matrix of one per column."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T

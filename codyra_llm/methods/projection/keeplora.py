@@ -11,7 +11,7 @@ from codyra_llm.config.methods.projection import KeepLoraConfig
 from codyra_llm.lora.layer import LoraLinear, sites
 from codyra_llm.methods.base import Task
 from codyra_llm.methods.parts.inputs import distinct_inputs, free_rows, input_covariances, loaded
-from codyra_llm.methods.parts.subspace import Subspace
+from codyra_llm.methods.parts.subspace import Subspace, symmetric_root
 from codyra_llm.methods.parts.weight_gradients import mean_gradients
 from codyra_llm.methods.sequential.seqlora import SeqLora
 
@@ -87,9 +87,3 @@ class KeepLora(SeqLora):
             root = symmetric_root(covariance)
             for layer in layers:
                 yield names[layer], root
-
-
-def symmetric_root(covariance: Tensor) -> Tensor:
-    """C^½ [in, in]: its singular values are those of the inputs themselves, as a matrix of one per column."""
-    values, vectors = torch.linalg.eigh(covariance)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T

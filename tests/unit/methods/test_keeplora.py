@@ -2,8 +2,7 @@
 
 import torch
 
-from codyra_llm.methods.parts.subspace import Subspace
-from codyra_llm.methods.projection.keeplora import symmetric_root
+from codyra_llm.methods.parts.subspace import Subspace, symmetric_root
 
 
 def test_the_root_grows_the_space_as_the_inputs_themselves_do():
