@@ -88,6 +88,7 @@ METHODS = Registry(
         "color": Entry("experts.color:Color", "experts:ColorConfig"),
         "sapt": Entry("experts.sapt:Sapt", "experts:SaptConfig"),
         "duallora": Entry("experts.duallora:DualLora", "experts:DualLoraConfig"),
+        "gainlora": Entry("experts.gainlora:GainLora", "experts:GainLoraConfig"),
         "clora": Entry("regularised.clora:CLora", "regularised:CLoraConfig"),
         "ewclora": Entry("regularised.ewclora:EwcLora", "regularised:EwcLoraConfig"),
         "dream": Entry("regularised.dream:Dream", "regularised:DreamConfig"),

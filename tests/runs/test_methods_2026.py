@@ -119,3 +119,18 @@ def test_other_methods_start_from_the_same_rows(run):
     dreamt = run({"name": "dream", "weight": 0.0, "samples": 4, "sample_tokens": 2, **settings})
     for site, adapter in dreamt.archive().load(0).adapters.items():
         assert torch.equal(adapter.a, found[site].a)
+
+
+def test_gainlora_shuts_new_gates_on_old_prompts(run):
+    """Nearly all that old prompts were is held, so the third task's gate is near 0 on theirs, and not on its
+    own."""
+    folder = run({"name": "gainlora", "energy_first": 0.9999, "hidden": 60, "inputs_at_once": 3})
+    setup = prepare(folder.recipe)
+    model, _ = setup.stage(folder, 2, torch.device("cpu"))
+    means = []
+    for index in range(3):
+        prompts = [setup.encoder.prompt(r["prompt"])[0] for r in setup.stream.records(index, "train")]
+        means.append(setup.method.mixture(model, prompts, None).mean(0))
+    found = torch.stack(means)
+    assert found.shape == (3, 3) and (found.diagonal() > 0.5).all()
+    assert found[0, 2] < 0.1 and found[1, 2] < 0.1 and found[0, 1] < 0.1

@@ -62,8 +62,7 @@ class KeepLora(SeqLora):
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
         state = {}
         for site, features in self._features(model, task):
-            space = self._kept[site].grown(features, self.config.energy_old)
-            state[f"{site}.{'free' if space.complement else 'old'}"] = space.basis.float()
+            state |= self._kept[site].grown(features, self.config.energy_old).state(site)
         return state
 
     def _gradients(self, model, task: Task) -> Iterator[tuple[str, LoraLinear, Tensor]]:

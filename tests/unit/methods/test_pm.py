@@ -1,10 +1,13 @@
 """Perturb and merge: the coefficient against a search, and as the scalar case of the merge of a matrix."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from adapters import attached
 from torch import nn
 
-from codyra_llm.lora.layer import AdapterSpec, LoraLinear
+from codyra_llm.lora.layer import AdapterSpec, LoraLinear, sites
 from codyra_llm.lora.update import Adapter
 from codyra_llm.methods.parts.moments import SecondMoment
 from codyra_llm.methods.parts.sparing import spared
@@ -94,3 +97,21 @@ def test_by_inputs_it_minimises_what_that_merge_minimises_among_multiples_of_the
         layer(drawn(5, 6, seed=5), adapter), SecondMoment(new), SecondMoment(old)
     )
     assert coefficient(q_new, q_new + weight * q_old) == pytest.approx(best, rel=1e-9)
+
+
+def test_steps_are_taken_at_a_perturbed_update_and_nothing_else_is():
+    """(1 ± ε) ΔW with both signs, the same for a step whenever it is asked; ΔW itself after the step."""
+    method, model = attached("pm", perturbation=0.25)
+    method.begin_task(model, SimpleNamespace(index=1))
+    adapted, *_ = sites(model).values()
+    torch.nn.init.normal_(adapted.lora_B)
+    x, plain = torch.randn(2, 6), adapted.spec.scale
+    frozen = x @ adapted.weight.T
+    update = adapted(x) - frozen
+    factors = []
+    for step in (*range(8), 3):
+        method.before_step([], step, 8, "constant")
+        factors.append(((adapted(x) - frozen) / update).mean().item())
+        method.after_step(None)
+        assert adapted.spec.scale == plain
+    assert {round(factor, 3) for factor in factors} == {0.75, 1.25} and factors[3] == factors[-1]
