@@ -121,7 +121,7 @@ class GainLora(Single):
         read, spaces = self._gate_covariances(model, task), loaded(of_spaces(task.state))
         self._spaces = {name: spaces.get(name, Subspace.nothing(len(c))) for name, c in read.items()}
         leading = free_rows(self._spaces["gate.key"], "the gates' keys", read["gate.key"], 1, task)
-        gates.key.copy_(leading[0] * gates.key.norm())
+        gates.key.copy_(leading[0].to(gates.key) * gates.key.norm())
         self._steps = self._projected(gates) if task.index else []
         for name, inputs, layers in self._covariances(model, task):
             space = spaces.get(name, Subspace.nothing(len(inputs)))
