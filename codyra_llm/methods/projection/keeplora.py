@@ -53,7 +53,7 @@ class KeepLora(SeqLora):
         self._kept, rank = loaded(task.state), self.config.rank
         for site, layer, gradient in self._gradients(model, task):
             if site not in self._kept:
-                weight = layer.frozen(torch.float64).cpu()
+                weight = layer.frozen(layer.lora_B.dtype).double().cpu()
                 empty = Subspace.nothing(layer.in_features)
                 self._kept[site] = empty.grown(weight.T, self.config.energy_weights)
             rows = free_rows(self._kept[site], site, gradient.T, rank, task, KEYS)
