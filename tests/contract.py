@@ -21,6 +21,9 @@ TASKS = ["ONE", "TWO", "THREE"]
 SETTINGS = {
     "replay": {"lima": False, "ratio": 0.3},
     "ewc": {"examples": 6},
+    "ewclora": {"examples": 6, "weight": 1e3},
+    "dream": {"samples": 20, "sample_tokens": 6, "batch": 5},
+    "gainlora": {"inputs_at_once": 3, "hidden": 8},
     "gem": {"memory": 4, "batch": 4},
     "agem": {"memory": 4, "batch": 4},
     "ogd": {"examples": 3},
@@ -28,6 +31,7 @@ SETTINGS = {
     "ilora_mixed": {"ratio": 0.3},
     "icl": {"shots": 2},
     "inflora": {"inputs_at_once": 3},
+    "keeplora": {"inputs_at_once": 3, "energy_weights": 0.3, "energy_old": 0.9},
     # One of its inputs is wider than 4·8. Twenty prompts that are nearly alike leave most directions without
     # energy, where a small ridge would magnify rounding above the tolerance of two launches.
     "codyra_drift": {"samples": 40, "sample_tokens": 6, "sketch": 8, "ridge": 1e-2},

@@ -122,9 +122,9 @@ def write_peft(
     Raises Fault where peft is missing or all ranks were pruned.
     """
     refuse_unmerged(setup, without)
-    if setup.method.trains == "all weights":
+    if setup.method.archives_weights:
         raise Fault(
-            f"format peft holds adapters, and {setup.method.name} trains all weights; export with "
+            f"format peft holds adapters, and {setup.method.name} trains {setup.method.trains}; export with "
             f"--format merged"
         )
     try:

@@ -210,12 +210,13 @@ def _estimates(setup: Setup, model: nn.Module, work: Work, trained: int, total: 
 
 
 def disk_bytes(setup: Setup, trained: int) -> int:
-    """What the finished run holds, at most: each task's update, whose parameters are float32, or the model's
-    dtype where all weights are trained, and the merged model where it is asked for."""
-    width = setup.dtype.itemsize if setup.method.trains == "all weights" else 4
-    updates = len(setup.recipe.tasks) * trained * width
-    whole = setup.recipe.checkpoint and setup.method.trains and setup.method.merges
-    return updates + (saved.size(setup.base) if whole else 0)
+    """What the finished run holds, at most: each task's update, whose parameters are float32, or a model of
+    the run's dtype where a method archives weights, and the merged model where it is asked for."""
+    whole = setup.method.archives_weights
+    each = saved.size(setup.base, setup.dtype) if whole else 4 * trained
+    updates = len(setup.recipe.tasks) * each
+    merged = setup.recipe.checkpoint and setup.method.trains and setup.method.merges
+    return updates + (saved.size(setup.base) if merged else 0)
 
 
 LONGEST = 20  # seconds that a micro-batch may take in a few layers; beyond, its operations are counted

@@ -142,7 +142,7 @@ def prepare(
             faults.extend(fault.messages)
 
     method = METHODS[recipe.method.name](recipe.method, recipe.seed)
-    whole = method.trains == "all weights"
+    whole = method.archives_weights
     faults += _settings_that_exclude(recipe, method)
     base, config = tried(base_folder, recipe.model.path, recipe.model.revision), None
     if base:
@@ -190,11 +190,11 @@ def _settings_that_exclude(recipe: Recipe, method: Method) -> list[str]:
             f"model.quantization: '{recipe.model.quantization}' needs bitsandbytes, which is not installed; "
             f"install codyra-llm[bitsandbytes], or set it to null"
         )
-    whole = method.trains == "all weights"
+    whole = method.archives_weights
     if whole and recipe.model.quantization:
         faults.append(
             f"model.quantization: '{recipe.model.quantization}' packs weights that stay frozen, and "
-            f"{method.name} trains all; set it to null"
+            f"{method.name} trains {method.trains}; set it to null"
         )
     if whole and recipe.optim.keep_best:
         faults.append(

@@ -1,7 +1,7 @@
 """A frozen linear layer with a rank-selective adapter, and how it gets into a model."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -94,7 +94,10 @@ class LoraLinear(nn.Linear):
 
 
 def attach(
-    model: nn.Module, targets: list[str], spec: AdapterSpec, kind: type[LoraLinear] = LoraLinear
+    model: nn.Module,
+    targets: list[str],
+    spec: AdapterSpec,
+    kind: Callable[[nn.Linear, AdapterSpec], LoraLinear] = LoraLinear,
 ) -> None:
     """Put an adapter of this kind on every linear layer whose last name is in `targets`. Raises Fault for a
     target found nowhere."""

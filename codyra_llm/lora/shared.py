@@ -131,9 +131,12 @@ class SharedInput:
             torch._foreach_add_([self.left[0], *self.left[1]], [q, *ps])
 
     def _made_from(self, dtype: torch.dtype) -> tuple[int, tuple]:
-        """Which tensors, in which state, shadows would be made from now; and the key to keep them by."""
-        sources = [source for layer in self.layers for source in layer.sources if source is not None]
-        return id(sources[0]), (dtype, sources[0].device, [(id(s), s._version) for s in sources])
+        """From which tensors, in which state, and at which scale shadows would be made now; and the key to keep
+        them by."""
+        layers = self.layers
+        sources = [source for layer in layers for source in layer.sources if source is not None]
+        states = [(id(s), s._version) for s in sources]
+        return id(sources[0]), (dtype, sources[0].device, layers[0].spec.scale, states)
 
     def _trains_itself(self) -> bool:
         """Whether the factors are parameters, not made from parameters and not standing in for any."""

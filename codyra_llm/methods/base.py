@@ -80,7 +80,8 @@ class Method:
     name: ClassVar[str]
     summary: ClassVar[str]
     Config: ClassVar[type[MethodConfig]]
-    trains: ClassVar[str] = "adapters"  # "" for nothing, "all weights" for the model itself
+    trains: ClassVar[str] = "adapters"  # "" for nothing
+    archives_weights: ClassVar[bool] = False  # whole parameters in place of adapters
     old_data: ClassVar[bool] = False  # reads earlier tasks' training examples
     task_id: ClassVar[bool] = False  # has to be told at test which task an example is of
     merges: ClassVar[bool] = True  # is a plain model after every task

@@ -65,10 +65,12 @@ def assert_same(name: str, one: RunFolder, two: RunFolder) -> None:
     rel = 1e-4 if name == "seqft" else 1e-5
     for a, b in zip(rows(one), rows(two), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=rel), (name, a["task"], a["step"])
+    # Singular vectors of near values turn with the last bits of W, and Adam's steps depend on the basis.
+    close = 1e-2 if name == "osft" else 1e-3
     old, new = left(one), left(two)
     assert old and old.keys() == new.keys()
     for key, value in old.items():
-        assert (new[key] - value).norm() <= 1e-3 * value.norm(), (name, key)
+        assert (new[key] - value).norm() <= close * value.norm(), (name, key)
 
 
 @pytest.mark.distributed

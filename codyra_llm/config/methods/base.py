@@ -18,14 +18,12 @@ class MethodConfig(Strict, frozen=True):
     name: str
 
 
-class LoraConfig(MethodConfig, frozen=True):
-    """The adapter of a LoRA method."""
+class TargetsConfig(MethodConfig, frozen=True):
+    """Which projections train."""
 
-    rank: Count = Field(default=16, ge=1, description="rank r of every adapter")
     targets: list[str] = Field(
         default=list(PROJECTIONS), min_length=1, description="projections that get an adapter"
     )
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the adapter's input")
 
     @field_validator("targets")
     @classmethod
@@ -35,6 +33,13 @@ class LoraConfig(MethodConfig, frozen=True):
         if len(set(value)) < len(value):
             raise ValueError("a projection is named twice")
         return value
+
+
+class LoraConfig(TargetsConfig, frozen=True):
+    """The adapter of a LoRA method."""
+
+    rank: Count = Field(default=16, ge=1, description="rank r of every adapter")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the adapter's input")
 
 
 class InputsConfig(LoraConfig, frozen=True):

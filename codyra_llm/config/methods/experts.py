@@ -27,6 +27,11 @@ class DualLoraConfig(InputsConfig, ExpertConfig, frozen=True):
     )
 
 
+class GainLoraConfig(InputsConfig, ExpertConfig, frozen=True):
+    name: Literal["gainlora"] = "gainlora"
+    hidden: Count = Field(default=100, ge=1, description="inner width of a gate")
+
+
 class HideLoraConfig(ExpertConfig, frozen=True):
     name: Literal["hidelora"] = "hidelora"
     weight: NotNegative = Field(default=0.01, description="weight of the contrastive term")

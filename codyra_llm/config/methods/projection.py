@@ -4,9 +4,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from codyra_llm.config.methods.base import Count, InputsConfig
+from codyra_llm.config.methods.base import Count, InputsConfig, TargetsConfig
 from codyra_llm.config.methods.sequential import SequentialConfig
-from codyra_llm.core.schema import NotNegative, Positive
+from codyra_llm.core.schema import Fraction, NotNegative, Positive
 
 
 class MemoryConfig(SequentialConfig, frozen=True):
@@ -40,6 +40,33 @@ class InfLoraConfig(InputsConfig, SequentialConfig, frozen=True):
     fresh: Literal[True] = Field(default=True, description="must stay true: every task has an A of its own")
 
 
+class KeepLoraConfig(SequentialConfig, frozen=True):
+    name: Literal["keeplora"] = "keeplora"
+    fresh: Literal[True] = Field(default=True, description="must stay true: every task has an A of its own")
+    energy_weights: Fraction = Field(
+        default=0.6, lt=1, description="share of ‖W₀‖_F² whose leading input directions no task may use"
+    )
+    energy_old: Fraction = Field(
+        default=0.99,
+        description="share of a finished task's inputs (or gradient) that the directions kept from later "
+        "tasks hold",
+    )
+    old: Literal["inputs", "gradients"] = Field(
+        default="inputs",
+        description="whose directions are kept after a task: inputs: those of what the sites read, as in the "
+        "paper; gradients: those of the loss by W, as in its code for LLaVA",
+    )
+    max_examples: int = Field(
+        default=512, ge=1, description="training examples of a task, drawn, for its gradient and its inputs"
+    )
+    inputs_at_once: Count = Field(
+        default=16,
+        ge=1,
+        description="distinct inputs whose covariances, or their sites' gradients, are in memory together; "
+        "each such portion is a pass over the examples",
+    )
+
+
 class OgdConfig(SequentialConfig, frozen=True):
     name: Literal["ogd"] = "ogd"
     fresh: Literal[False] = Field(
@@ -53,4 +80,21 @@ class OgdConfig(SequentialConfig, frozen=True):
     )
     max_gigabytes: Positive = Field(
         default=16.0, description="the most that the directions of all tasks may take"
+    )
+
+
+class OsftConfig(TargetsConfig, frozen=True):
+    name: Literal["osft"] = "osft"
+    preserved: Fraction = Field(
+        default=0.5, lt=1, description="share of W's singular directions, the leading ones, that stay"
+    )
+
+
+class OsftLoraConfig(SequentialConfig, frozen=True):
+    name: Literal["osft_lora"] = "osft_lora"
+    fresh: Literal[True] = Field(
+        default=True, description="must stay true: the directions are those of the merged W"
+    )
+    preserved: Fraction = Field(
+        default=0.5, lt=1, description="share of W's singular directions, the leading ones, that stay"
     )

@@ -4,7 +4,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from codyra_llm.config.methods.sequential import SequentialConfig
+from codyra_llm.config.methods.base import Count
+from codyra_llm.config.methods.sequential import SequentialConfig, StartConfig
 from codyra_llm.core.schema import Fraction, NotNegative, Positive
 
 
@@ -24,7 +25,37 @@ class CLoraConfig(SequentialConfig, frozen=True):
     )
 
 
-class EwcConfig(SequentialConfig, frozen=True):
+class DreamConfig(StartConfig, frozen=True):
+    name: Literal["dream"] = "dream"
+    weight: NotNegative = Field(
+        default=1.0, description="β of the dreamt batch's term, once per optimizer step"
+    )
+    target: Literal["kl", "tokens"] = Field(
+        default="kl",
+        description="kl: keep to the distribution of the model before the task; tokens: cross entropy on "
+        "what it drew, as LAMOL's pseudo-examples have it",
+    )
+    samples: int = Field(
+        default=256,
+        ge=0,
+        le=1 << 16,
+        description="sequences that the model writes before every task; 0: none",
+    )
+    sample_tokens: Count = Field(default=48, ge=1, description="tokens that it draws for each, at most")
+    prompted: Fraction = Field(
+        default=0.5,
+        description="share of them that begin as the earlier tasks' prompts do, as many for each task; the "
+        "others begin with BOS and a token at random",
+    )
+    prefix_tokens: Count = Field(
+        default=64,
+        ge=1,
+        description="tokens of the prompts' common beginning that are kept of a task, at most",
+    )
+    batch: Count = Field(default=16, ge=1, description="sequences per optimizer step, drawn anew each time")
+
+
+class EwcConfig(StartConfig, frozen=True):
     name: Literal["ewc"] = "ewc"
     fresh: Literal[False] = Field(
         default=False, description="must stay false: F belongs to one adapter for all tasks"
@@ -40,13 +71,29 @@ class EwcConfig(SequentialConfig, frozen=True):
     )
 
 
+class EwcLoraConfig(StartConfig, frozen=True):
+    name: Literal["ewclora"] = "ewclora"
+    fresh: Literal[True] = Field(
+        default=True, description="must stay true: what is held back is a task's own update"
+    )
+    weight: NotNegative = Field(
+        default=1e4,
+        description="λ of the penalty λ/2 Σ F ΔW²; F is as small as squared gradients, so tune it until "
+        "`ewc` in the log is not negligible",
+    )
+    decay: Fraction = Field(default=1.0, description="γ in F ← γ F + F_new; 1 sums all tasks")
+    examples: int = Field(
+        default=500, ge=1, description="training examples of a finished task that F_new is a mean over"
+    )
+
+
 class HideLoraRepoConfig(SequentialConfig, frozen=True):
     name: Literal["hidelora_treelora_repo"] = "hidelora_treelora_repo"
     weight: NotNegative = Field(default=0.5, description="weight of the contrastive term, per optimizer step")
     temperature: Positive = Field(default=0.8, description="divisor of the similarities")
 
 
-class LwfConfig(SequentialConfig, frozen=True):
+class LwfConfig(StartConfig, frozen=True):
     name: Literal["lwf"] = "lwf"
     weight: NotNegative = Field(default=1.0, description="α of α·T²·KL(teacher ‖ student)")
     temperature: Positive = Field(default=2.0, description="T that divides both models' logits")

@@ -36,7 +36,31 @@ class SequentialConfig(LoraConfig, frozen=True):
         return self
 
 
-class SeqLoraConfig(SequentialConfig, frozen=True):
+class StartConfig(SequentialConfig, frozen=True):
+    """Where A begins."""
+
+    start: Literal["random", "inputs", "weights"] = Field(
+        default="random",
+        description="where A begins: random; inputs: off the leading directions of what the layers read in "
+        "sequences that the model writes; weights: in the directions that each W reads least",
+    )
+    start_energy: Fraction | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="inputs only: share of the inputs' energy that A begins off; default 0.95",
+    )
+
+    @model_validator(mode="after")
+    def _energy_goes_with_inputs(self) -> "StartConfig":
+        if self.start_energy is not None and self.start != "inputs":
+            raise ValueError(
+                f"'start_energy' has no effect with start '{self.start}'; remove it, or set start to inputs"
+            )
+        return self
+
+
+class SeqLoraConfig(StartConfig, frozen=True):
     name: Literal["seqlora"] = "seqlora"
 
 
@@ -215,7 +239,7 @@ class RclConfig(SequentialConfig, frozen=True):
     )
 
 
-class ReplayConfig(SequentialConfig, frozen=True):
+class ReplayConfig(StartConfig, frozen=True):
     name: Literal["replay"] = "replay"
     ratio: Fraction = Field(
         default=0.1, description="share of each earlier task's training set that is kept (its first part)"
@@ -247,4 +271,39 @@ class SoraConfig(SequentialConfig, frozen=True):
         default=None,
         description="learning rate of the gates; null: the optimizer's; 0: no "
         "gradient, the threshold alone moves them",
+    )
+
+
+class SlaoConfig(SequentialConfig, frozen=True):
+    name: Literal["slao"] = "slao"
+    fresh: Literal[False] = Field(
+        default=False, description="must stay false: each task starts from the last one's factors"
+    )
+    carry_optimizer: Literal[False] = Field(
+        default=False, description="must stay false: A is rewritten between tasks, and its moments with it"
+    )
+
+
+class PmConfig(OldInputsConfig, StartConfig, frozen=True):
+    name: Literal["pm"] = "pm"
+    fresh: Literal[True] = Field(
+        default=True, description="must stay true: what is weighed is a task's update"
+    )
+    curvature: Literal["fisher", "inputs"] = Field(
+        default="fisher",
+        description="what a change of W costs a task: fisher: its diagonal Fisher information, as published; "
+        "inputs: what it says to the task's inputs, without gradients",
+    )
+    weight: NotNegative = Field(
+        default=1.0, description="inputs only: μ of the tasks before against the new one"
+    )
+    perturbation: Fraction = Field(
+        default=0.5, lt=1, description="ε: steps take their gradients at (1 ± ε) ΔW; 0: at ΔW"
+    )
+    samples: int = Field(
+        default=0,
+        ge=0,
+        le=1 << 16,
+        description="inputs only: sequences that the base writes by itself before the first task; their "
+        "inputs count as one old task's; 0: none",
     )

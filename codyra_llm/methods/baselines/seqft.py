@@ -26,7 +26,7 @@ class SeqFt(Method):
         SeqFtConfig,
         "all weights",
     )
-    separable, mode, max_zero_stage = False, "replace", 0
+    separable, mode, max_zero_stage, archives_weights = False, "replace", 0, True
     config: SeqFtConfig
 
     @property

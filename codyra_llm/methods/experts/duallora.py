@@ -83,7 +83,7 @@ class DualLora(Single):
         for name, covariance, layers in self._covariances(model, task):
             free = old.get(name, Subspace.nothing(len(covariance)))
             rows = free_rows(free, name, covariance, self.config.rank - half, task)
-            basis = Subspace(free.basis.to(layers[0].lora_A), free.complement)
+            basis = free.to(layers[0].lora_A)
             for layer in layers:
                 layer.lora_A[half:] = rows
                 self._old[layer] = basis

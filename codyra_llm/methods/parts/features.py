@@ -63,6 +63,11 @@ def pooled_embeddings(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     return embedded.masked_fill(~mask[..., None], -torch.inf).amax(1)
 
 
+def mean_embeddings(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the token embeddings over the prompt, [R, h]."""
+    return mean_state(model.get_input_embeddings()(ids), mask)
+
+
 @torch.no_grad()
 def over_prompts(
     model: nn.Module,

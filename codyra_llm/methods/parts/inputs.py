@@ -35,25 +35,34 @@ def loaded(state: dict[str, Tensor]) -> dict[str, Subspace]:
 
 def grown(config: InputsConfig, task: Task, found: Iterator[Covariance]) -> dict[str, Tensor]:
     """The state that `loaded` reads: the subspaces of the tasks before with what this task's inputs add."""
-    old, state = loaded(task.state), {}
-    energy = config.energy_first + (config.energy_last - config.energy_first) * task.index / len(
-        task.stream.tasks
-    )
+    old, state, energy = loaded(task.state), {}, energy_at(config, task)
     for name, covariance, _ in found:
         space = old.get(name, Subspace.nothing(len(covariance))).grown(covariance, energy)
-        state[f"{name}.{'free' if space.complement else 'old'}"] = space.basis.float()
+        state |= space.state(name)
     return state
 
 
-def free_rows(space: Subspace, name: str, covariance: Tensor, rank: int, task: Task) -> Tensor:
+def energy_at(config: InputsConfig, task: Task) -> float:
+    """ε of this task, on the line from the first task to one after the last."""
+    rise = config.energy_last - config.energy_first
+    return config.energy_first + rise * task.index / len(task.stream.tasks)
+
+
+def free_rows(
+    space: Subspace,
+    name: str,
+    covariance: Tensor,
+    rank: int,
+    task: Task,
+    keys: str = "method.energy_first or method.energy_last",
+) -> Tensor:
     """The leading left singular vectors of P C as rows [rank, in]. Raises Fault where no direction is
-    free.
+    free, with the `keys` to lower.
     """
     rows = space.leading(covariance, rank).T
     if not rows.any():
         raise Fault(
-            f"{name}: earlier tasks' inputs leave no direction free for task {task.index + 1}; lower "
-            f"method.energy_first or method.energy_last"
+            f"{name}: earlier tasks' inputs leave no direction free for task {task.index + 1}; lower {keys}"
         )
     return rows
 

@@ -1,4 +1,4 @@
-"""Sequences that a model writes by itself from BOS on: inputs like those of its pretraining, without data."""
+"""Sequences that a model writes by itself, from BOS on or from a beginning: inputs without data."""
 
 import torch
 from torch import Tensor, nn
@@ -32,17 +32,48 @@ def self_sampled(
     return found
 
 
-def _starts(model: nn.Module, count: int, draw: torch.Generator) -> Tensor:
-    """[count, 2]: BOS (EOS where a model has no BOS) and one token of the vocabulary."""
+@torch.no_grad()
+def continued(model: nn.Module, prefix: list[int], count: int, length: int, *key: int | str) -> list[Encoded]:
+    """`count` sequences that begin with `prefix` (BOS where it is empty) and of which the model draws up to
+    `length` tokens at temperature 1, as prompt and answer; an answer ends with EOS where the model draws it.
+    A function of (weights, prefix, count, length, key).
+    """
+    training, found, ends = model.training, [], end_tokens(model)
+    prompt = prefix or [first_token(model)]
+    model.eval()
+    for start in range(0, count, TOGETHER):
+        signals.check()
+        heartbeat.at("sequences that the model writes")
+        draw = generator("continued", *key, start)
+        ids = torch.tensor([prompt] * min(TOGETHER, count - start))
+        for row in _continued(model, ids, length, draw)[:, len(prompt) :].tolist():
+            written = next((i + 1 for i, token in enumerate(row) if token in ends), length)
+            found.append(Encoded(prompt, row[:written], cut=False))
+    model.train(training)
+    return found
+
+
+def first_token(model: nn.Module) -> int:
+    """BOS, or EOS where a model has no BOS."""
     config = model.config
     first = config.eos_token_id if config.bos_token_id is None else config.bos_token_id
-    first = first[0] if isinstance(first, list) else first
-    drawn = torch.randint(config.vocab_size, (count, 1), generator=draw)
-    return torch.cat([torch.full((count, 1), first or 0), drawn], 1)
+    return (first[0] if isinstance(first, list) else first) or 0
+
+
+def end_tokens(model: nn.Module) -> set[int]:
+    """EOS, of which a model may have several or none."""
+    ends = model.config.eos_token_id
+    return set(ends) if isinstance(ends, list) else {ends} - {None}
+
+
+def _starts(model: nn.Module, count: int, draw: torch.Generator) -> Tensor:
+    """[count, 2]: BOS (EOS where a model has no BOS) and one token of the vocabulary."""
+    drawn = torch.randint(model.config.vocab_size, (count, 1), generator=draw)
+    return torch.cat([torch.full((count, 1), first_token(model)), drawn], 1)
 
 
 def _continued(model: nn.Module, ids: Tensor, length: int, draw: torch.Generator) -> Tensor:
-    """ids [n, 2 + length]."""
+    """ids [n, k] and `length` tokens that the model draws."""
     cache, fed = None, ids
     for _ in range(length):
         out = model(input_ids=fed.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)

@@ -20,6 +20,14 @@ class Subspace(NamedTuple):
         """All of the space is free."""
         return cls(torch.zeros(size, 0, dtype=torch.float64))
 
+    def state(self, name: str) -> dict[str, Tensor]:
+        """What a method saves of it, in float32, under `name` and what the basis spans."""
+        return {f"{name}.{'free' if self.complement else 'old'}": self.basis.float()}
+
+    def to(self, kind: Tensor) -> "Subspace":
+        """On the device and in the dtype of `kind`."""
+        return Subspace(self.basis.to(kind), self.complement)
+
     def free(self, x: Tensor) -> Tensor:
         """P x: the part of the columns of x [in, n] that lies in the free space."""
         inside = self.basis @ (self.basis.T @ x)
@@ -69,3 +77,9 @@ class Subspace(NamedTuple):
             0
         ]
         return Subspace(q[:, k:], True) if k > size / 2 else Subspace(q[:, :k])
+
+
+def symmetric_root(covariance: Tensor) -> Tensor:
+    """C^½ [in, in]: its singular values are those of the inputs themselves, as a matrix of one per column."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T

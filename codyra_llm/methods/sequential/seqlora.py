@@ -1,8 +1,9 @@
 """Sequential LoRA: one adapter for the whole stream, trained on one task after the other and nothing else."""
 
-from codyra_llm.config.methods.sequential import SeqLoraConfig
+from codyra_llm.config.methods.sequential import SeqLoraConfig, StartConfig
 from codyra_llm.lora.layer import AdapterSpec
 from codyra_llm.methods.base import Method, Task, restore
+from codyra_llm.methods.parts import starts
 
 
 class SeqLora(Method):
@@ -11,7 +12,7 @@ class SeqLora(Method):
     As published on TRACE: targets q_proj and v_proj, rank 8, alpha 32, dropout 0.1, `carry_optimizer` true.
     Cost: none beside the adapter. The archive holds the whole adapter after each task (mode "replace"); with
     `fresh` it holds each task's own update, and what is left of the difference to codyra is the rank
-    selection.
+    selection. `start` has A begin where the model reads little (`starts.start`).
     """
 
     name, summary, Config = "seqlora", "one LoRA adapter trained on all tasks in turn", SeqLoraConfig
@@ -28,6 +29,11 @@ class SeqLora(Method):
     def merge_factor(self):
         return self.config.merge_scale
 
+    @property
+    def max_zero_stage(self):
+        """A start other than at random reads whole weights."""
+        return 2 if self._starts_elsewhere else 3
+
     def spec(self) -> AdapterSpec:
         c = self.config
         return AdapterSpec(c.rank, (c.alpha or c.rank) / c.rank, c.dropout)
@@ -37,3 +43,9 @@ class SeqLora(Method):
             restore(model, task.archive.load(task.index - 1))
         else:
             super().begin_task(model, task)
+            if self._starts_elsewhere:
+                starts.start(self.config, model, task, self.seed)
+
+    @property
+    def _starts_elsewhere(self) -> bool:
+        return isinstance(self.config, StartConfig) and self.config.start != "random"

@@ -1,0 +1,62 @@
+"""Where A begins: at random, or where the model reads little, so that what it knows is in the way of less."""
+
+import torch
+from torch import Tensor, nn
+
+from codyra_llm.config.methods.sequential import StartConfig
+from codyra_llm.core.tensors import generator
+from codyra_llm.lora.layer import sites
+from codyra_llm.methods.base import Task
+from codyra_llm.methods.parts.inputs import covariances, distinct_inputs
+from codyra_llm.methods.parts.samples import self_sampled
+from codyra_llm.methods.parts.subspace import Subspace, symmetric_root
+
+SAMPLES, TOKENS = 256, 48  # sequences that the model writes, and the tokens of each
+AT_ONCE = 16  # distinct inputs whose covariances are in memory together
+DEFAULT_ENERGY = 0.95
+
+
+@torch.no_grad()
+def start(config: StartConfig, model: nn.Module, task: Task, seed: int) -> None:
+    """Rewrite A of all fresh adapters (B = 0) as `config.start` says; "random": leave it.
+
+    "inputs": the drawn rows less the fewest leading directions that hold `start_energy` of the inputs' energy
+    on sequences that the model writes (LoRA-Null, 2503.02659, has the least directions themselves, of the
+    inputs of a data set, and W's part in them). "weights": W's least right singular vectors (MiLoRA,
+    2406.09044, has the least singular part of W itself, taken off W). Rows keep the norms that they were
+    drawn with; B = 0 in both, so the model begins as it is. A trains and may leave where it began.
+    """
+    if config.start == "inputs":
+        _off_inputs(config, model, task, seed)
+    elif config.start == "weights":
+        for layer in sites(model).values():
+            layer.lora_A.copy_(least_rows(layer.frozen(layer.lora_A.dtype), layer.lora_A))
+
+
+def _off_inputs(config: StartConfig, model: nn.Module, task: Task, seed: int) -> None:
+    energy = DEFAULT_ENERGY if config.start_energy is None else config.start_energy
+    key = generator("start", seed, task.index).initial_seed()
+    layers, found, examples = sites(model), distinct_inputs(model), self_sampled(model, SAMPLES, TOKENS, key)
+    for first in range(0, len(found), AT_ONCE):
+        portion = found[first : first + AT_ONCE]
+        sums = covariances(model, [layers[names[0]] for names in portion], task, examples)
+        for names, covariance in zip(portion, sums, strict=True):
+            used = Subspace.nothing(len(covariance)).grown(symmetric_root(covariance), energy)
+            for name in names:
+                layers[name].lora_A.copy_(rows_off(used, layers[name].lora_A))
+
+
+def rows_off(used: Subspace, rows: Tensor) -> Tensor:
+    """The part of the rows [r, in] in the free space, of the norms that they had."""
+    free = used.free(rows.double().cpu().T).T
+    norms = rows.double().cpu().norm(dim=1, keepdim=True)
+    return (free * norms / free.norm(dim=1, keepdim=True).clamp_min(torch.finfo(free.dtype).tiny)).to(rows)
+
+
+def least_rows(weight: Tensor, rows: Tensor) -> Tensor:
+    """W's least right singular vectors in place of the rows [r, in], the least first, of the norms that they
+    had; where W [out, in] has fewer than r, the other rows as they are."""
+    vectors = torch.linalg.svd(weight, full_matrices=False)[2].flip(0)[: len(rows)]
+    found = rows.clone()
+    found[: len(vectors)] = vectors * rows[: len(vectors)].norm(dim=1, keepdim=True)
+    return found

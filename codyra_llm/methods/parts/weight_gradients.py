@@ -1,0 +1,111 @@
+"""Gradients of the loss by the frozen weights under the adapters, which autograd does not give: from what
+each layer reads and from the gradient of what it says.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import reduce
+from torch import Tensor, nn
+
+from codyra_llm.data.encoding import Encoded
+from codyra_llm.lora.layer import LoraLinear, sites
+from codyra_llm.lora.shared import layer_by_layer
+from codyra_llm.methods.base import Task
+from codyra_llm.methods.parts.old_inputs import own_share
+from codyra_llm.runtime import heartbeat
+
+if TYPE_CHECKING:
+    from codyra_llm.data.batches import Batch
+
+
+def mean_gradients(
+    model: nn.Module, layers: dict[str, LoraLinear], task: Task, examples: list[Encoded]
+) -> dict[str, Tensor]:
+    """G [out, in] by site: the mean over examples of ∂/∂W of their mean cross entropy, float64 on the CPU.
+    One pass; all ranks take all examples, so that they get the same."""
+    sums = {name: _nothing(layer) for name, layer in layers.items()}
+
+    def take(name: str, x: Tensor, g: Tensor) -> None:
+        sums[name].addmm_(g.T, x, alpha=1 / len(examples))
+
+    read_gradients(model, layers, task, examples, take)
+    return {name: total.double().cpu() for name, total in sums.items()}
+
+
+def weight_fisher(model: nn.Module, task: Task, examples: list[Encoded]) -> dict[str, Tensor]:
+    """F [out, in] by site: the mean over examples of (∂/∂W of an example's mean cross entropy)², the
+    empirical diagonal Fisher of W, float32 on the device. Every rank takes its share of the examples."""
+    layers = sites(model)
+    sums = {name: _nothing(layer) for name, layer in layers.items()}
+
+    def take(name: str, x: Tensor, g: Tensor) -> None:
+        gradient = g.T @ x
+        sums[name].addcmul_(gradient, gradient, value=1 / len(examples))
+
+    read_gradients(model, layers, task, own_share(examples), take)
+    with heartbeat.waiting():
+        return {name: reduce(total, "sum") for name, total in sums.items()}
+
+
+def _nothing(layer: LoraLinear) -> Tensor:
+    """Zeros [out, in], also where W is packed."""
+    return layer.lora_B.new_zeros(layer.out_features, layer.in_features, dtype=torch.float32)
+
+
+def read_gradients(
+    model: nn.Module,
+    layers: dict[str, LoraLinear],
+    task: Task,
+    examples: list[Encoded],
+    take: Callable[[str, Tensor, Tensor], None],
+) -> None:
+    """Call `take(site, x, g)` for every example: x [n, in] what the site reads of its n tokens, g [n, out]
+    the gradient of the example's mean cross entropy by what the site says, both float32; so ∂/∂W is gᵀ x.
+    Without dropout; needs factors with gradients, by which autograd reaches the sites."""
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+    hooks = [_kept(layer, name, inputs, outputs) for name, layer in layers.items()]
+    training = model.training
+    model.eval()
+    with layer_by_layer(model), torch.enable_grad():
+        for batch in task.batches(examples):
+            lengths = [len(examples[i]) for i in batch.examples]
+            loss = _each_mean(batch, examples).cross_entropy(model)
+            found = torch.autograd.grad(loss, [outputs[name] for name in layers])
+            for name, gradient in zip(layers, found, strict=True):
+                x, g = inputs[name].detach().flatten(0, -2), gradient.flatten(0, -2)
+                for rows in _rows(batch, lengths):
+                    take(name, x[rows].float(), g[rows].float())
+            inputs.clear()
+            outputs.clear()
+            del loss, found
+    for hook in hooks:
+        hook.remove()
+    model.train(training)
+
+
+def _kept(layer: LoraLinear, name: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]):
+    def keep(_, read: tuple[Tensor, ...], said: Tensor) -> None:
+        inputs[name], outputs[name] = read[0], said
+
+    return layer.register_forward_hook(keep)
+
+
+def _each_mean(batch: "Batch", examples: list[Encoded]) -> "Batch":
+    """The batch with a loss that is the sum over its examples of each one's mean over its labelled tokens."""
+    counts = [len(examples[i]) - max(len(examples[i].prompt), 1) for i in batch.examples]
+    shares = [torch.full((count,), 1 / count) for count in counts]
+    return replace(batch, weights=torch.cat(shares).to(batch.weights))
+
+
+def _rows(batch: "Batch", lengths: list[int]) -> Iterator[slice]:
+    """Where each example's tokens stand in the flattened rows."""
+    width = batch.ids.shape[1]
+    packed = accumulate([0, *lengths[:-1]])
+    starts = range(0, batch.ids.numel(), width) if batch.segments is None else packed
+    for start, length in zip(starts, lengths, strict=True):
+        yield slice(start, start + length)

@@ -1,0 +1,88 @@
+"""KeepLoRA: each task's A spans what its gradient asks for outside of W's principal directions and of old
+inputs; only B trains.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from codyra_llm.config.methods.projection import KeepLoraConfig
+from codyra_llm.lora.layer import LoraLinear, sites
+from codyra_llm.methods.base import Task
+from codyra_llm.methods.parts.inputs import distinct_inputs, free_rows, input_covariances, loaded
+from codyra_llm.methods.parts.subspace import Subspace, symmetric_root
+from codyra_llm.methods.parts.weight_gradients import mean_gradients
+from codyra_llm.methods.sequential.seqlora import SeqLora
+
+KEYS = "method.energy_weights or method.energy_old"
+
+
+class KeepLora(SeqLora):
+    """ΔW_t = s·B_t A_t, A_t = U_rᵀ frozen, B_t from zero; U_r: the leading left singular vectors of (I - M
+    Mᵀ) Gᵀ, G [out, in] the mean gradient by W over the task where it begins. M holds W₀'s leading input
+    directions (`energy_weights` of ‖W₀‖_F²), and after each task the fewest directions more that make it hold
+    `energy_old` of what the task's inputs have.
+
+    Source: KeepLoRA (2601.19659) and its released code. Its CLIP code takes W's output side as M, which fits
+    there since the matrices are square; its LLaVA code, followed here, the input side, with 0.6 of W's
+    energy, rank 64, scale 2, learning rate 2e-5. After a task the paper and the CLIP code add directions of
+    the task's inputs (`old` inputs); the LLaVA code those of its gradient where it ends, 0.99 of it (`old`
+    gradients). B starts from zero as in the latter; the former starts it from the gradient and takes the
+    product off W. Ours: exact eigenvectors for randomised ones; the first token of an example is left out of
+    the inputs; a row of A that no free direction is left for is zero. Cost per step: none. Per task:
+    inputs/`inputs_at_once` backward passes over `max_examples` before, and as many forward (or backward) ones
+    after; an eigenproblem in float64 of size `in` on the CPU per site before and after. All ranks do the
+    same. Memory: G in float32 for the sites of a portion. State: at most in²/2 float32 per site.
+    """
+
+    name, Config = "keeplora", KeepLoraConfig
+    summary = "fresh LoRA per task, A from its gradient outside of W's and old inputs' directions"
+    config: KeepLoraConfig
+    max_zero_stage = 2  # passes over data need whole parameters
+    grows = True
+
+    def attach(self, model) -> None:
+        super().attach(model)
+        for layer in sites(model).values():
+            layer.lora_A.requires_grad_(False)
+
+    @torch.no_grad()
+    def begin_task(self, model, task: Task) -> None:
+        super().begin_task(model, task)
+        self._kept, rank = loaded(task.state), self.config.rank
+        for site, layer, gradient in self._gradients(model, task):
+            if site not in self._kept:
+                weight = layer.frozen(layer.lora_B.dtype).double().cpu()
+                empty = Subspace.nothing(layer.in_features)
+                self._kept[site] = empty.grown(weight.T, self.config.energy_weights)
+            rows = free_rows(self._kept[site], site, gradient.T, rank, task, KEYS)
+            layer.lora_A.copy_(rows)
+
+    def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        state = {}
+        for site, features in self._features(model, task):
+            state |= self._kept[site].grown(features, self.config.energy_old).state(site)
+        return state
+
+    def _gradients(self, model, task: Task) -> Iterator[tuple[str, LoraLinear, Tensor]]:
+        """Site, layer and G, a portion of the inputs at a time."""
+        layers, found = sites(model), distinct_inputs(model)
+        examples, step = task.sample(self.config.max_examples, self.seed), self.config.inputs_at_once
+        for start in range(0, len(found), step):
+            names = [name for group in found[start : start + step] for name in group]
+            portion = {name: layers[name] for name in names}
+            for name, gradient in mean_gradients(model, portion, task, examples).items():
+                yield name, layers[name], gradient
+
+    def _features(self, model, task: Task) -> Iterator[tuple[str, Tensor]]:
+        """For every site a matrix whose left singular vectors and values are those of what is to be kept."""
+        if self.config.old == "gradients":
+            for site, _, gradient in self._gradients(model, task):
+                yield site, gradient.T
+            return
+        names = {layer: name for name, layer in sites(model).items()}
+        for _, covariance, layers in input_covariances(self.config, model, task, self.seed):
+            root = symmetric_root(covariance)
+            for layer in layers:
+                yield names[layer], root

@@ -1,0 +1,34 @@
+"""OSFT's constraint on LoRA: a fresh adapter per task that leaves W's leading directions alone."""
+
+import torch
+
+from codyra_llm.config.methods.projection import OsftLoraConfig
+from codyra_llm.lora.layer import LoraLinear, sites
+from codyra_llm.methods.base import Task
+from codyra_llm.methods.projection.osft import AwayFromKept, Kept, preserved_rank, split_weight
+from codyra_llm.methods.sequential.seqlora import SeqLora
+
+
+class OsftLora(AwayFromKept, SeqLora):
+    """ΔW_t = s·B A with A V_hi = 0 and U_hiᵀ B = 0, U_hi and V_hi the leading singular directions of W_{t-1};
+    gradients are projected, and A and B again after each step.
+
+    Ours, after OSFT (2504.07097): the same constraint as `osft`, so U_hiᵀ W_t V_hi, U_hiᵀ W_t and W_t V_hi
+    stay as they are, at the cost of an adapter. A starts as in seqlora, projected, and is shorter for it.
+    Cost per step: 8·k·r·(in + out) per site. Per task: an SVD of W per site on the device. Memory: U_hi, V_hi
+    in float32, with a share of half as large as a square W.
+    """
+
+    name, Config = "osft_lora", OsftLoraConfig
+    summary = "fresh LoRA per task off W's leading singular directions, on both sides"
+    config: OsftLoraConfig
+
+    @torch.no_grad()
+    def begin_task(self, model, task: Task) -> None:
+        super().begin_task(model, task)
+        self._kept: dict[LoraLinear, Kept] = {}
+        for layer in sites(model).values():
+            weight = layer.frozen(layer.lora_B.dtype)
+            count = preserved_rank(min(weight.shape), self.config.preserved)
+            self._kept[layer] = kept = split_weight(weight, count).kept
+            layer.lora_A.copy_(kept.rows(layer.lora_A))

@@ -1,0 +1,101 @@
+"""Dream: sequential LoRA that keeps to the model before the task on what that model writes by itself."""
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from codyra_llm.config.methods.regularised import DreamConfig
+from codyra_llm.core.tensors import generator
+from codyra_llm.data.batches import Batch, collate, softcap
+from codyra_llm.data.encoding import Encoded
+from codyra_llm.lora.layer import snapshot, stand_in
+from codyra_llm.methods.base import Task
+from codyra_llm.methods.parts.samples import continued, first_token, self_sampled
+from codyra_llm.methods.sequential.seqlora import SeqLora
+from codyra_llm.models import packed_attention
+from codyra_llm.models.head_loss import distillation, head_loss
+
+
+class Dream(SeqLora):
+    """CE + β · mean over the tokens of a dreamt batch of KL(p_{t-1} ‖ p_θ), one batch in every step. What is
+    dreamt, before every task, the first included: `samples` sequences that the model writes, a part of them
+    from BOS and a token at random, the others from how an earlier task's prompts begin, alike for each task.
+
+    Ours, from two ideas: distilling the model before the task (LwF, 1606.09282, there on new inputs), and
+    replay of what a language model writes itself (LAMOL, 1909.03329; SSR, 2403.01244; pseudo-examples in
+    EasyCL). `target` tokens is the latter: cross entropy on the tokens as they were drawn; in the mean over
+    draws its gradient is that of the KL. LAMOL trains the model to write inputs, with a token for each task;
+    SSR has the base write inputs from demonstrations and picks from clusters; here neither is done, so how
+    much a dream has of a task depends on how well the model goes on from the beginning of its prompts. No
+    example is kept: the state is the tokens with which all prompts of a task begin. Cost: `batch` sequences
+    forward and backward per step, and a forward of the model before; per task `samples` sequences decoded
+    with cached keys and values, on every rank alike; one more copy of the adapter.
+    """
+
+    name, Config = "dream", DreamConfig
+    summary = "seqlora that distils the model before the task on sequences it writes itself"
+    config: DreamConfig
+    max_zero_stage = 2  # the model before the task is a copy of whole parameters
+    grows = True
+
+    def begin_task(self, model, task: Task) -> None:
+        super().begin_task(model, task)
+        self._index, self._step = task.index, 0
+        self._before = snapshot(model)
+        self._dreams = self._dreamt(model, [task.state[f"prefix.{k}"].tolist() for k in range(task.index)])
+
+    def before_step(self, groups, step: int, steps: int, schedule: str) -> None:
+        self._step = step
+
+    def penalty(self, model) -> dict[str, Tensor]:
+        if not (self._dreams and self.config.weight):
+            return {}
+        return {"dream": self.config.weight * self._term(model, self._drawn(model))}
+
+    def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        prompts = [example.prompt for example in task.encode(task.records())]
+        prefix = common_prefix(prompts)[: self.config.prefix_tokens] or [first_token(model)]
+        return {**task.state, f"prefix.{task.index}": torch.tensor(prefix)}
+
+    def _dreamt(self, model, prefixes: list[list[int]]) -> list[Encoded]:
+        c = self.config
+        each = int(c.samples * c.prompted / len(prefixes)) if prefixes else 0
+        found = []
+        for k, prefix in enumerate(prefixes):
+            found += continued(model, prefix, each, c.sample_tokens, self.seed, self._index, k)
+        seed = generator("dream", self.seed, self._index).initial_seed()
+        free = self_sampled(model, c.samples - len(found), c.sample_tokens, seed)
+        return found + [whole_answer(example) for example in free]
+
+    def _drawn(self, model) -> Batch:
+        """This process's share of the step's dreamt batch. Its weights sum to 1 over the batch, times the
+        number of processes, over which the trainer takes the mean of a penalty."""
+        draw = generator("dreamt batch", self.seed, self._index, self._step)
+        order = torch.randperm(len(self._dreams), generator=draw)[: self.config.batch].tolist()
+        process, total = PartialState(), sum(len(self._dreams[i].answer) for i in order)
+        own = order[process.process_index :: process.num_processes]
+        weight = process.num_processes / total if own else 0.0
+        chosen = own or order[:1]
+        packed = packed_attention.used(model)
+        return collate(self._dreams, chosen, [weight] * len(chosen), 0, packed).to(model.device)
+
+    def _term(self, model, batch: Batch) -> Tensor:
+        hidden, cap = batch.hidden(model), softcap(model)
+        if self.config.target == "tokens":
+            return head_loss(model.lm_head, hidden, batch.targets, batch.weights, cap)
+        with torch.no_grad(), stand_in(model, self._before):
+            taught = batch.hidden(model)
+        return distillation(model.lm_head, hidden, taught, batch.weights, 1.0, cap)
+
+
+def common_prefix(sequences: list[list[int]]) -> list[int]:
+    """The tokens that all begin with."""
+    first, last = min(sequences), max(sequences)  # in dictionary order, so what these two share all share
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return first[:length]
+
+
+def whole_answer(example: Encoded) -> Encoded:
+    """A sequence from BOS and a token at random, with all that the model drew as the answer."""
+    tokens = example.prompt + example.answer
+    return Encoded(tokens[:2], tokens[2:], cut=False)

@@ -1,0 +1,136 @@
+"""Perturb and merge: a fresh LoRA per task, trained at perturbed sizes and merged by the share of it that
+costs all tasks least.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from codyra_llm.config.methods.sequential import PmConfig
+from codyra_llm.core.tensors import generator
+from codyra_llm.lora.layer import LoraLinear, sites
+from codyra_llm.lora.update import Adapter, Update
+from codyra_llm.methods.base import Task
+from codyra_llm.methods.parts.drift import share
+from codyra_llm.methods.parts.inputs import distinct_inputs
+from codyra_llm.methods.parts.moments import SecondMoment
+from codyra_llm.methods.parts.old_inputs import OldInputs, sampled_moments, task_moments
+from codyra_llm.methods.parts.weight_gradients import weight_fisher
+from codyra_llm.methods.sequential.seqlora import SeqLora
+
+
+class PerturbMerge(SeqLora):
+    """W_t = W_{t-1} + α_t ΔW_t, α_t the minimum over α of Σ_{i≤t} ½ ‖W_{t-1} + α ΔW_t - W*_i‖²_{H_i}, W*_i
+    where task i's training ended, within [0, 1]; each step of training takes its gradient at (1 ± ε) ΔW, the
+    sign drawn, so at L + ε²/2 ΔWᵀ H ΔW in the mean.
+
+    Source: P&M (2505.22389), by its abstract and reviews; no code was found. As published, `curvature`
+    fisher: H_i the diagonal empirical Fisher of W, so that
+
+        α = (⟨F_t, ΔW²⟩ - ⟨Σ_{i<t} F_i ⊙ (W_{t-1} - W*_i), ΔW⟩) / ⟨Σ_{i≤t} F_i, ΔW²⟩.
+
+    Ours: one α for all layers; 0 and 1 as its bounds; ε and that only the signs ± are drawn; the Fisher of
+    the sites' whole W in place of the factors'; `curvature` inputs, without gradients: H is the second moment
+    of a site's inputs, each site's share of what it says, and W*_i is taken to be W_{t-1}, so α = q_t/(q_t +
+    μ q_old) with q = Σ_sites c tr(ΔW Σ ΔWᵀ). That is the scalar case of codyra_drift's merge, which chooses a
+    matrix. A task that is learnt so well that its gradients vanish has next to no Fisher information, and
+    gets next to no α; inputs has not that. Cost: none per step; per task `max_examples` backward passes
+    (fisher), or a forward pass. State: two numbers per weight of the sites in float32 (fisher), or
+    codyra_drift's.
+    """
+
+    name, Config = "pm", PmConfig
+    summary = "fresh LoRA per task, merged by the coefficient that costs all tasks least"
+    config: PmConfig
+    max_zero_stage = 2  # passes over data need whole parameters
+
+    def begin_task(self, model, task: Task) -> None:
+        super().begin_task(model, task)
+        self._index, self._layers, self._plain = task.index, list(sites(model).values()), self.spec()
+        if self.config.curvature == "inputs":
+            self._kept = OldInputs(self.config, task.state)
+            if not task.index and self.config.samples:
+                self._kept.add(sampled_moments(self.config, model, task, self.seed))
+
+    def before_step(self, groups, step: int, steps: int, schedule: str) -> None:
+        draw = generator("perturbation", self.seed, self._index, step)
+        sign = 2 * int(torch.randint(2, (), generator=draw)) - 1
+        self._resize(1 + sign * self.config.perturbation)
+
+    def after_step(self, gradients) -> None:
+        self._resize(1.0)
+
+    def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        self._alpha, state = (
+            self._by_inputs(model, task)
+            if self.config.curvature == "inputs"
+            else self._by_fisher(model, task)
+        )
+        return {**state, "alpha": torch.tensor(self._alpha)}
+
+    def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
+        merged = {site: adapter._replace(b=self._alpha * adapter.b) for site, adapter in adapters.items()}
+        return super().consolidate(merged, index)
+
+    def _resize(self, factor: float) -> None:
+        """Let all adapters compute with `factor` times their ΔW."""
+        spec = self._plain if factor == 1 else replace(self._plain, scale=factor * self._plain.scale)
+        for layer in self._layers:
+            layer.spec = spec
+
+    @torch.no_grad()
+    def _by_fisher(self, model, task: Task) -> tuple[float, dict[str, Tensor]]:
+        found = weight_fisher(model, task, task.sample(self.config.max_examples, self.seed))
+        past = [task.archive.load(k) for k in range(task.index)]
+        terms, state = torch.zeros(2, dtype=torch.float64), {}
+        for site, layer in sites(model).items():
+            fisher, delta = found[site], trained_delta(layer)
+            old = task.state.get(f"{site}.fisher", torch.zeros(())).to(delta)
+            aimed = task.state.get(f"{site}.aimed", torch.zeros(())).to(delta)
+            moved = sum((u.adapters[site].delta(u.scale) for u in past), torch.zeros(())).to(delta)
+            terms += torch.stack(optimum_terms(fisher, delta, old, aimed, moved)).cpu()
+            state[f"{site}.fisher"] = old + fisher
+            state[f"{site}.aimed"] = aimed + fisher * (moved + delta)
+        return coefficient(*terms.tolist()), state
+
+    @torch.no_grad()
+    def _by_inputs(self, model, task: Task) -> tuple[float, dict[str, Tensor]]:
+        found, layers = task_moments(self.config, model, task, self.seed), sites(model)
+        new = old = 0.0
+        for name, *others in distinct_inputs(model) if self._kept.sources else ():
+            ours, theirs = self._kept.recovered(*found[name]), self._kept.moment(name)
+            for site in (name, *others):
+                q_new, q_old = relative_energies(layers[site], ours, theirs)
+                new, old = new + q_new, old + self._kept.sources * q_old
+        self._kept.add(found)
+        return coefficient(new, new + self.config.weight * old), self._kept.state()
+
+
+def trained_delta(layer: LoraLinear) -> Tensor:
+    """ΔW [out, in] of the layer's adapter."""
+    return layer.spec.scale * layer.lora_B @ layer.lora_A
+
+
+def optimum_terms(
+    fisher: Tensor, delta: Tensor, old: Tensor, aimed: Tensor, moved: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Numerator and denominator of α at one site, float64 scalars: ⟨F_t Δ - (P D - T), Δ⟩ and ⟨P + F_t, Δ²⟩.
+
+    Δ = `delta`, F_t = `fisher`, P = `old` = Σ_{i<t} F_i, D = `moved` = W_{t-1} - W₀ and T = `aimed` =
+    Σ_{i<t} F_i ⊙ (W*_i - W₀), so that P D - T is the gradient of what the tasks before lose at W_{t-1}.
+    """
+    pull = fisher * delta - (old * moved - aimed)
+    return (pull * delta).double().sum(), ((old + fisher) * delta.square()).double().sum()
+
+
+def relative_energies(layer: LoraLinear, new: SecondMoment, old: SecondMoment) -> tuple[float, float]:
+    """E_new|ΔW x|² and E_old|ΔW x|², both as shares of E_old|W x|²; zeros where that is 0."""
+    new, old = new.to(layer.lora_A), old.to(layer.lora_A)
+    gram, relative = layer.lora_B.T @ layer.lora_B, share(layer, old)
+    return tuple((relative * (gram * moment.between(layer.lora_A)).sum()).item() for moment in (new, old))
+
+
+def coefficient(numerator: float, denominator: float) -> float:
+    """α within [0, 1]; 1 where nothing speaks against the update."""
+    return 1.0 if denominator <= 0 else min(max(numerator / denominator, 0.0), 1.0)

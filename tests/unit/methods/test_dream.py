@@ -1,0 +1,110 @@
+"""Dream: the term against full distributions in float64, its cut over processes, and what is dreamt."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from codyra_llm.config.registry import METHODS
+from codyra_llm.lora.layer import sites
+from codyra_llm.lora.shared import share_inputs
+from codyra_llm.methods.parts.samples import continued, end_tokens, first_token
+from codyra_llm.methods.regularised import dream
+from codyra_llm.methods.regularised.dream import common_prefix
+
+
+def begun(path, state=None, **settings):
+    """The method at the start of a task with an adapter that is not zero, then moved as by training; the
+    plain models before and after the move."""
+    kind = METHODS["dream"]
+    method = kind(kind.Config(rank=2, fresh=True, samples=9, sample_tokens=7, batch=5, **settings), 7)
+    model = AutoModelForCausalLM.from_pretrained(path).requires_grad_(False)
+    method.attach(model)
+    share_inputs(model)
+    state = state or {}
+    method.begin_task(model, SimpleNamespace(index=0 if not state else len(state), state=state, archive=None))
+    with torch.no_grad():
+        for layer in sites(model).values():
+            layer.lora_B += 0.5 * torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(1))
+    return method, model
+
+
+def log_chances(model, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids[None]).logits[0].double().log_softmax(1)
+
+
+@pytest.mark.parametrize("target", ["kl", "tokens"])
+def test_the_term_is_a_mean_over_the_tokens_that_were_drawn(tiny_llama, target):
+    method, model = begun(tiny_llama, target=target, weight=2.5)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    order = torch.randperm(9, generator=dream.generator("dreamt batch", 7, 0, 0))[:5].tolist()
+    terms = []
+    for example in (method._dreams[i] for i in order):
+        ids = torch.tensor(example.prompt + example.answer)
+        places = slice(len(example.prompt) - 1, len(ids) - 1)
+        before, now = log_chances(plain, ids)[places], log_chances(model, ids)[places]
+        kl = functional.kl_div(now, before, log_target=True, reduction="none").sum(1)
+        ce = functional.nll_loss(now, ids[len(example.prompt) :], reduction="none")
+        terms.append(kl if target == "kl" else ce)
+    found = method.penalty(model)["dream"]
+    expected = 2.5 * torch.cat(terms).mean()
+    assert expected > 1e-3
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_over_two_processes_it_is_the_same(tiny_llama, monkeypatch):
+    """The trainer takes the mean over processes: of a whole batch and of one that is smaller than they are
+    many."""
+    for batch in (5, 1):
+        method, model = begun(tiny_llama)
+        method.config = method.config.model_copy(update={"batch": batch})
+        whole, parts = method.penalty(model)["dream"], []
+        for rank in range(2):
+            process = SimpleNamespace(process_index=rank, num_processes=2)
+            monkeypatch.setattr(dream, "PartialState", lambda process=process: process)
+            parts.append(method.penalty(model)["dream"] / 2)
+        monkeypatch.undo()
+        torch.testing.assert_close(sum(parts), whole, rtol=1e-5, atol=1e-8)
+
+
+def test_before_the_first_step_there_is_nothing_to_hold_back(tiny_llama):
+    method, model = begun(tiny_llama)
+    with torch.no_grad():
+        for layer in sites(model).values():
+            layer.lora_B.zero_()
+    assert method.penalty(model)["dream"].abs() < 1e-6
+
+
+def test_dreams_begin_as_earlier_tasks_do(tiny_llama):
+    state = {"prefix.0": torch.tensor([1, 5, 9]), "prefix.1": torch.tensor([1, 8])}
+    method, model = begun(tiny_llama, state, prompted=0.5)
+    begins = [example.prompt for example in method._dreams]
+    assert begins[:4] == [[1, 5, 9]] * 2 + [[1, 8]] * 2 and len(begins) == 9
+    assert all(len(begin) == 2 and begin[0] == first_token(model) for begin in begins[4:])
+    again, _ = begun(tiny_llama, state, prompted=0.5)
+    assert again._dreams == method._dreams
+
+
+def test_a_dream_ends_with_eos(tiny_llama):
+    """With a head that says EOS as often as not, most do before their time."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    (end,) = end_tokens(model)
+    vocabulary = model.config.vocab_size
+    likely = torch.full((vocabulary,), 0.5 / (vocabulary - 1))
+    likely[end] = 0.5
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, vocabulary)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.bias.copy_(likely.log())
+    found = continued(model, [3, 4], 40, 8, "key")
+    lengths = torch.tensor([len(example.answer) for example in found])
+    assert all(example.prompt == [3, 4] and end not in example.answer[:-1] for example in found)
+    assert all(example.answer[-1] == end for example in found if len(example.answer) < 8)
+    assert 10 <= (lengths == 1).sum() <= 30 and lengths.max() <= 8
+
+
+def test_the_common_prefix():
+    assert common_prefix([[1, 2, 3], [1, 2, 4, 5], [1, 2, 3, 9]]) == [1, 2]
+    assert common_prefix([[1, 2], [1, 2, 3]]) == [1, 2] and common_prefix([[4], [5]]) == []
