@@ -6,13 +6,13 @@ from torch import Tensor
 
 from codyra_llm.config.methods.regularised import DreamConfig
 from codyra_llm.core.tensors import generator
-from codyra_llm.data.batches import Batch, collate, softcap
+from codyra_llm.data.batches import Batch, collate
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.lora.layer import snapshot, stand_in
 from codyra_llm.methods.base import Task
 from codyra_llm.methods.parts.samples import continued, first_token, self_sampled
 from codyra_llm.methods.sequential.seqlora import SeqLora
-from codyra_llm.models import packed_attention
+from codyra_llm.models import families, packed_attention
 from codyra_llm.models.head_loss import distillation, head_loss
 
 
@@ -80,12 +80,12 @@ class Dream(SeqLora):
         return collate(self._dreams, chosen, [weight] * len(chosen), 0, packed).to(model.device)
 
     def _term(self, model, batch: Batch) -> Tensor:
-        hidden, cap = batch.hidden(model), softcap(model)
+        head, hidden, cap = families.head(model), batch.hidden(model), families.softcap(model)
         if self.config.target == "tokens":
-            return head_loss(model.lm_head, hidden, batch.targets, batch.weights, cap)
+            return head_loss(head, hidden, batch.targets, batch.weights, cap)
         with torch.no_grad(), stand_in(model, self._before):
             taught = batch.hidden(model)
-        return distillation(model.lm_head, hidden, taught, batch.weights, 1.0, cap)
+        return distillation(head, hidden, taught, batch.weights, 1.0, cap)
 
 
 def common_prefix(sequences: list[list[int]]) -> list[int]:
