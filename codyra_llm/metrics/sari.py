@@ -3,14 +3,14 @@ TRACE.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 
 
 def sari(source: str, prediction: str, references: Sequence[str]) -> float:
     """SARI of one prediction, 0..100, against one or more references."""
     words = [_words(text) for text in (source, prediction, *references)]
-    return 100.0 * sum(_sari_ngrams(*(_ngrams(w, n) for w in words)) for n in range(1, 5)) / 4
+    return 100.0 * sum(_of_length(n, words) for n in range(1, 5)) / 4
 
 
 @cache
@@ -24,11 +24,33 @@ def _words(text: str) -> list[str]:
     return _tokenizer()(text.lower()).split(" ")  # an empty text is one empty word, as published
 
 
-def _ngrams(words: list[str], n: int) -> Counter:
-    return Counter(zip(*(words[i:] for i in range(n)), strict=False))
+def _of_length(n: int, texts: list[list[str]]) -> float:
+    """Of a source, a prediction and references, their n-grams' share in SARI."""
+    grams = [list(zip(*(words[i:] for i in range(n)), strict=False)) for words in texts]
+    distinct = [set(of_text) for of_text in grams]
+    if len(texts) == 3 and all(len(a) == len(b) for a, b in zip(grams, distinct, strict=True)):
+        return _sari_sets(*distinct)
+    return _sari_counts(*map(Counter, grams))
 
 
-def _sari_ngrams(source: Counter, prediction: Counter, *references: Counter) -> float:
+def _sari_sets(source: set, prediction: set, reference: set) -> float:
+    """`_sari_counts` of n-grams that are there once each, as most long ones are."""
+    kept, to_keep = source & prediction, source & reference
+    rightly_kept = len(kept & reference)
+    keep = _f1(_ratio(rightly_kept, len(kept)), _ratio(rightly_kept, len(to_keep)))
+    deleted = source - prediction
+    delete = _ratio(len(deleted - reference), len(deleted))
+    return (keep + delete + _added(source, prediction, reference)) / 3
+
+
+def _added(source: Collection, prediction: Collection, reference: Collection) -> float:
+    """F1 of the n-grams that are not in the source."""
+    added, to_add = set(prediction) - set(source), set(reference) - set(source)
+    rightly_added = len(added & to_add)
+    return _f1(_ratio(rightly_added, len(added)), _ratio(rightly_added, len(to_add)))
+
+
+def _sari_counts(source: Counter, prediction: Counter, *references: Counter) -> float:
     """(F1 of kept + precision of deleted + F1 of added) / 3; counts are multiplied by the number of
     references.
     """
@@ -55,11 +77,7 @@ def _sari_ngrams(source: Counter, prediction: Counter, *references: Counter) -> 
             deleted += 1
     keep = _f1(_ratio(kept_shares, kept), _ratio(rightly_kept, to_keep))
     delete = _ratio(deleted_shares, deleted)
-
-    added, to_add = prediction.keys() - source.keys(), reference.keys() - source.keys()
-    rightly_added = len(added & to_add)
-    add = _f1(_ratio(rightly_added, len(added)), _ratio(rightly_added, len(to_add)))
-    return (keep + delete + add) / 3
+    return (keep + delete + _added(source, prediction, reference)) / 3
 
 
 def _ratio(part: float, whole: int) -> float:

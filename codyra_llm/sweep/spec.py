@@ -147,6 +147,9 @@ class Sweep:
                 for i, settings in enumerate(tries, 1)
             ]
         )
+        self._tries_of: dict[str, list[Run]] = {}
+        for run in self.tries:
+            self._tries_of.setdefault(run.arm, []).append(run)
         self._check(set(tune.tries), self.runs())
 
     def runs(self) -> list[Run]:
@@ -168,7 +171,7 @@ class Sweep:
 
     def chosen(self, arm: str) -> Settings:
         """The settings of the best try, the first of equals; empty without tries."""
-        tries = [run for run in self.tries if run.arm == arm and run.finished]
+        tries = [run for run in self._tries_of.get(arm, ()) if run.finished]
         sign = -1 if self.by == "op" else 1
         return min(tries, key=lambda run: sign * run.folder.summary[self.by]).settings if tries else {}
 

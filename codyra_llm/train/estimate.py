@@ -42,6 +42,7 @@ def activation_bytes(model: nn.Module, batch: Batch, device: torch.device) -> in
         # make one.
         AttentionInterface.register(UNMASKED, sdpa_attention_forward)
         model.set_attn_implementation(UNMASKED)
+    _fix_frequencies(model)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device=device)
         batch = batch.to(device)
@@ -56,6 +57,17 @@ def activation_bytes(model: nn.Module, batch: Batch, device: torch.device) -> in
             families.set_blocks(model, layers)
     few, more = MEASURED_LAYERS
     return peaks[1] + (len(layers) - more) * (peaks[1] - peaks[0]) // (more - few)
+
+
+def _fix_frequencies(model: nn.Module) -> None:
+    """RoPE whose frequencies follow the longest position ("dynamic", "longrope") reads that position, which
+    fake tensors have not; its tensors are those of the plain one."""
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        if isinstance(kind, str):
+            module.rope_type = "default"
+        elif isinstance(kind, dict):
+            module.rope_type = dict.fromkeys(kind, "default")
 
 
 def _peak(model: nn.Module, batch: Batch) -> int:

@@ -159,3 +159,10 @@ def test_what_is_not_needed_is_not_done(place, capsys):
     (place.model / "chat_template.jinja").write_text(LOOPS)
     assert told(capsys, ["generate", place.model, "Say", "--max-new-tokens", "2"])[0] == 0
     assert told(capsys, place.recipe())[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "linear", "yarn", "llama3"])
+def test_every_kind_of_rope_is_planned(kind, place, capsys):
+    rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 128}
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
+    assert told(capsys, place.config(rope_parameters=rope)) == (0, "")
