@@ -66,7 +66,7 @@ def build(base: Path, adapter: Path, dtype: torch.dtype, attention: str | None) 
     if any(of_vocabulary(name) for name in stored(adapter / WEIGHTS)):
         _untie(model)
     merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    return families.text_model(merged).to(dtype).requires_grad_(False)
+    return families.text_model(merged.to(dtype).requires_grad_(False))
 
 
 def _untie(model: PreTrainedModel) -> None:
