@@ -84,7 +84,7 @@ def build(base: Path, adapter: Path, dtype: torch.dtype, attention: str | None) 
         "give the base that it was trained on with --base, or merge it where it was made",
     ):
         merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    return families.text_model(merged).to(dtype).requires_grad_(False)
+    return families.text_model(merged.to(dtype).requires_grad_(False))
 
 
 def _untie(model: PreTrainedModel) -> None:

@@ -36,12 +36,17 @@ LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, whose querie
 def faults(base: Path) -> list[str]:
     """Why the model in `base` can't be a GGUF file that llama.cpp computes as transformers does."""
     config = families.text_config(base)
-    architecture = families.of(config).gguf
-    if architecture is None:
+    architecture = _architecture(config)
+    if not architecture:
         known = ", ".join(kind for kind, family in families.registered().items() if family.gguf)
         return [f"a GGUF export knows {known}, and the model is a {config.model_type}; {INSTEAD}"]
     reasons = [*_activation(config, architecture), *_scaling(config), *_windows(config, architecture)]
     return [f"{reason}, which llama.cpp computes otherwise; {INSTEAD}" for reason in reasons]
+
+
+def _architecture(config: PreTrainedConfig) -> str:
+    """llama.cpp's name for the model's graph; empty where the family has none."""
+    return families.of(config).gguf or ""
 
 
 def _activation(config: PreTrainedConfig, architecture: str) -> list[str]:
@@ -92,7 +97,7 @@ def write_gguf(
     if told := faults(base):
         raise Fault(*told)
     config, tokenizer = families.text_config(base), load_tokenizer(reads or base)
-    architecture = families.of(config).gguf
+    architecture = _architecture(config)
     writer = GGUFWriter(file, architecture)
     writer.add_name(name)
     writer.add_file_type(TYPES[kind][1])

@@ -1,5 +1,6 @@
 """What a model family states of itself. `known.py` has the families, `structure.py` reads models by them."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -46,7 +47,7 @@ class Family:
     norm: Literal["w", "1+w"] = "w"  # what a norm of weight w multiplies x / rms(x) by
     # Classes of norms y = w · x / rms(x), with `weight` and `variance_epsilon`, that one kernel may replace.
     fused_norms: tuple[str, ...] = ()
-    needs_bos: bool = False  # whether texts without BOS are no texts to it
+    needs_bos: bool = False  # whether it was pretrained with BOS before every text, and needs it
     turn_ends: tuple[str, ...] = ()  # tokens that end a turn in the family's own chats
     recorded_steps: bool = False  # whether its attention may be that of `evaluate/static_steps.py`
     gguf: str | None = None  # llama.cpp's architecture, where a GGUF export is known to be computed alike
@@ -80,11 +81,6 @@ class Family:
         """For transformers' `key_mapping`: patterns of stored names, and what takes the place of each."""
         if self.tower is None:
             return None
-        backbones = {f"^{prefix}": f"{self.backbone}." for prefix in self.tower.prefixes}
-        heads = {f"^{head}.": f"{self.head}." for head in self.tower.heads}
-        escaped = {pattern.replace(".", r"\."): own for pattern, own in (backbones | heads).items()}
-        return {pattern: own for pattern, own in escaped.items() if pattern != rf"^{self.head}\."}
-
-    def mlp_linears(self) -> tuple[str, ...]:
-        """The projections of the gated MLP; none where it has no such MLP."""
-        return self.gated_mlp[:3] if self.gated_mlp else ()
+        names = dict.fromkeys(self.tower.prefixes, f"{self.backbone}.")
+        names |= {f"{head}.": f"{self.head}." for head in self.tower.heads if head != self.head}
+        return {f"^{re.escape(start)}": own for start, own in names.items()}

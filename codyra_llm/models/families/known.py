@@ -36,10 +36,9 @@ GEMMA = Family(
 GEMMA2 = replace(GEMMA, title="Gemma 2", model_types=("gemma2",), recorded_steps=False, gguf="gemma2")
 GEMMA3 = replace(GEMMA2, title="Gemma 3", model_types=("gemma3_text",), gguf="gemma3")
 LANGUAGE_MODEL = Tower(
-    # As published and as transformers writes it; as modules of transformers are called.
-    ("language_model.model.", "model.language_model."),
-    ("language_model.lm_head", "lm_head"),
-    "model.language_model",
+    prefixes=("language_model.model.", "model.language_model."),  # of Gemma 3 as published; of Gemma 4
+    heads=("language_model.lm_head", "lm_head"),
+    module="model.language_model",
 )
 # Its norms multiply by w, unlike those of the Gemmas before it.
 GEMMA4 = Family("Gemma 4", ("gemma4_text", "gemma4_unified_text"), needs_bos=True)

@@ -3,7 +3,7 @@
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -89,12 +89,12 @@ def backbone(model: nn.Module) -> nn.Module:
 
 def head(model: nn.Module) -> nn.Linear:
     """The language model's head."""
-    return model.get_submodule(of(model.config).head)
+    return cast(nn.Linear, model.get_submodule(of(model.config).head))
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
     """The model's blocks, in order."""
-    return model.get_submodule(of(model.config).blocks)
+    return cast(nn.ModuleList, model.get_submodule(of(model.config).blocks))
 
 
 def set_blocks(model: nn.Module, chosen: nn.ModuleList) -> None:
@@ -103,8 +103,8 @@ def set_blocks(model: nn.Module, chosen: nn.ModuleList) -> None:
     setattr(model.get_submodule(parent), leaf, chosen)
 
 
-def attentions(model: nn.Module) -> list[nn.Module]:
-    """The attention module of each block, in order."""
+def attentions(model: nn.Module) -> list[Any]:
+    """The attention module of each block, in order; of a class of transformers' own."""
     name = of(model.config).attention
     return [block.get_submodule(name) for block in blocks(model)]
 
