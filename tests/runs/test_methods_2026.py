@@ -1,11 +1,17 @@
 """Methods of 2025 and 2026: what whole runs of them must keep to."""
 
+import math
+
 import pytest
 import torch
+from contract import raw, rows
 from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from codyra_llm.config.recipe import parse_recipe
+from codyra_llm.core.errors import Fault
+from codyra_llm.experiment import run as runs
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.methods.parts.inputs import loaded
 from codyra_llm.methods.sequential.slao import merged_columns, orthonormal_rows
@@ -134,3 +140,25 @@ def test_gainlora_shuts_new_gates_on_old_prompts(run):
     found = torch.stack(means)
     assert found.shape == (3, 3) and (found.diagonal() > 0.5).all()
     assert found[0, 2] < 0.1 and found[1, 2] < 0.1 and found[0, 1] < 0.1
+
+
+NEW = ["slao", "pm", "keeplora", "ewclora", "osft", "osft_lora", "dream", "gainlora"]
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "nf4"])
+@pytest.mark.parametrize("name", NEW)
+def test_they_run_on_a_base_of_few_bits(name, kind, tiny_llama, toy_stream, tmp_path):
+    """Two tasks on half-precision and on packed weights: every pass over data, SVD and penalty meets them."""
+    settings = raw(tiny_llama, toy_stream, tmp_path / "run", name)
+    settings["data"] = {**settings["data"], "tasks": ["ONE", "TWO"], "epochs": 1}
+    settings["model"] |= {"dtype": "bfloat16"} if kind == "bfloat16" else {"quantization": kind}
+    if kind == "nf4" and name == "osft":
+        with pytest.raises(Fault, match="packs weights that stay frozen, and osft trains projections"):
+            runs.run(parse_recipe(settings))
+        return
+    if kind == "nf4":
+        pytest.importorskip("bitsandbytes")
+    folder = runs.run(parse_recipe(settings))
+    assert all(math.isfinite(row["loss"]) for row in rows(folder))
+    update = folder.archive().load(1)
+    assert update.dense or any(adapter.b.any() for adapter in update.adapters.values())
