@@ -10,12 +10,19 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.core.terminal import write
 
 
-def data_check(root: PathArg, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+def data_check(
+    root: PathArg,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(help="whose tasks, where its benchmark.yaml lies elsewhere: a name, or a folder"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
     """Verify a TRACE folder of any variant, or a folder with a benchmark.yaml: counts, fields, empty answers,
     encodings, duplicates within and across splits."""
     from codyra_llm.data.check import check, print_check
 
-    found = check(root)
+    found = check(root, benchmark)
     if as_json:
         write(json.dumps(found, ensure_ascii=False, indent=1))
     else:

@@ -1,6 +1,7 @@
 """Tokenizers: loading, chat templates, BOS."""
 
 from pathlib import Path
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -96,8 +97,14 @@ def chat_faults(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return []
 
 
-def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], ask: bool = True) -> str:
-    """A chat as the model's template writes it, with `ask` up to where the answer begins. Raises jinja2's
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    ask: bool = True,
+    tools: list[dict] | None = None,
+) -> str:
+    """A chat as the model's template writes it, with the `tools` that are offered and with `ask` up to where
+    the answer begins. Raises jinja2's
     TemplateError where the template refuses it, or writes today's date whatever `date_string` says, and
     ValueError where there is no template, or several and none of them is the default."""
     return tokenizer.apply_chat_template(
@@ -105,6 +112,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
         chat_template=UNDATED + tokenizer.get_chat_template(),
         tokenize=False,
         add_generation_prompt=ask,
+        tools=tools,
         date_string=DATE,
     )
 

@@ -68,8 +68,8 @@ def test_missing_split_and_missing_root(root):
             [GOOD[0], {"promt": "a", "answer": "b"}],
             "record 1 has no 'prompt', expected a string; add it. Did you mean 'p",
         ),
-        ([{"prompt": "a", "answer": 3}], "record 0: 'answer' is a int, expected a string"),
-        ([{"prompt": None, "answer": "b"}], "record 0: 'prompt' is a NoneType"),
+        ([{"prompt": "a", "answer": 3.5}], "record 0: 'answer' is a float, expected a string"),
+        ([{"prompt": None, "answer": "b"}], "record 0: 'prompt' is null, expected a string; fill it in"),
         ([["a", "b"]], "record 0 is a list"),
         ([{"prompt": "a", "answer": ""}], "record 0: 'answer' is empty"),
         (b'[{"prompt": "\\ud83d", "answer": "b"}]', "half of a surrogate pair"),
@@ -82,7 +82,7 @@ def test_each_fault_is_one_sentence_with_file_and_place(root, content, expected)
 
 
 def test_all_faults_are_collected_and_counted(root):
-    write(root, "FOMC", "train", [{"prompt": 1, "answer": 2}] * 4)
+    write(root, "FOMC", "train", [{"prompt": 1.5, "answer": True}] * 4)
     messages = faults(root)
     assert len(messages) == 6 and "record 2" in messages[4] and "3 more faults in 4 records" in messages[5]
 

@@ -285,7 +285,7 @@ def test_prompt_files(tmp_path):
     for name, content, message in (
         ("d.json", "{}", "expected a list of records"),
         ("d.json", '[{"text": "x"}]', "no 'prompt'"),
-        ("d.json", '[{"prompt": 3}]', "is a int, expected a string"),
+        ("d.json", '[{"prompt": 3.5}]', "is a float, expected a string"),
         ("d.jsonl", '{"prompt": " "}', "'prompt' is empty"),
         ("d.jsonl", "[", "line 1: invalid JSON"),
         ("d.csv", "text\nx\n", "no 'prompt'"),
