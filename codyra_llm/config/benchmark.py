@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from codyra_llm import benchmarks  # pyright: ignore  # installed from the top level
-from codyra_llm.config.sections import FILE, TRACE
+from codyra_llm.config.sections import FILE, SHIPPED
 from codyra_llm.config.task import ANY, Task
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.files import file_sha256
@@ -124,8 +124,8 @@ class Benchmark(Strict, frozen=True):
 
 
 def benchmark_folder(name: str) -> Path:
-    """The folder of a benchmark: that of the shipped one, or the path that `name` is."""
-    return Path(benchmarks.__path__[0], name) if name == TRACE else Path(expanded(name))
+    """The folder of a benchmark: that of a shipped one, or the path that `name` is."""
+    return Path(benchmarks.__path__[0], name) if name in SHIPPED else Path(expanded(name))
 
 
 def load_benchmark(name: str) -> Benchmark:
@@ -145,8 +145,9 @@ def _file(name: str) -> Path:
     file = benchmark_folder(name) / FILE
     if not file.is_file():
         raise Fault(
-            f"data.benchmark: {shown(name)} is neither '{TRACE}' nor a folder that holds a {FILE}."
-            f"{nearest(name, [TRACE])} Give one of them, or start one with `codyra-llm benchmark new FOLDER`"
+            f"data.benchmark: {shown(name)} is neither one of {', '.join(SHIPPED)} nor a folder that holds a "
+            f"{FILE}.{nearest(name, SHIPPED)} Give one of them, or start one with `codyra-llm benchmark new "
+            "FOLDER`"
         )
     return file
 

@@ -21,6 +21,7 @@ READING = (  # what says how records are read, where the benchmark says where th
     "prompt",
     "constants",
     "labels",
+    "skip_empty",
     "messages",
     "train_on",
 )
@@ -114,6 +115,9 @@ class Task(Strict, frozen=True):
         default=None,
         description="a list or a file of the possible answers, for which numbers may stand",
     )
+    skip_empty: bool = Field(
+        default=False, description="leave training records without an answer out, which else are refused"
+    )
     messages: str | None = Field(
         default=None,
         description="in place of columns, the field that holds a chat: the model's template "
@@ -178,7 +182,7 @@ class Task(Strict, frozen=True):
         chat = "messages" if self.messages else f"format: {self.format}"
         yield from (
             f"'{key}' and '{chat}' both say what prompt and answer are; leave one out"
-            for key in ("columns", "prompt", "constants", "labels")
+            for key in ("columns", "prompt", "constants", "labels", "skip_empty")
             if self.chat and key in given
         )
         if not self.chat and self.train_on == "assistant":

@@ -79,6 +79,10 @@ class Columns:
                     "Correct it, write {{ and }} for braces, or give it as one of 'constants'."
                 )
 
+    def skips(self, row: object) -> bool:
+        """Whether a training row is left out, since it has no answer."""
+        return self.task.skip_empty and isinstance(row, dict) and self._answer(row) in ("", None)
+
     def key(self, row: dict) -> str:
         """What tells one faultless row's prompt from another's."""
         return self._prompt(row)
@@ -161,6 +165,9 @@ class Chats:
 
     def lacking(self, rows: list, where: str) -> Iterator[str]:
         return iter(())
+
+    def skips(self, row: object) -> bool:
+        return False
 
     def key(self, row: dict) -> str:
         """What tells one faultless row's prompt from another's, before any model writes it."""

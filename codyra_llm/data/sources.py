@@ -40,16 +40,15 @@ def read(root: Path, name: str, task: Task, split: str, render: Render = plain) 
         raise Fault(f"tasks.{name}: it has neither {split} nor train data; give one of them in {FILE}")
     if not (rows := table.read()):
         raise Fault(f"{table.where} holds no record; give some, or leave task '{name}' out")
-    if task.chat:
-        maker = Chats(task, render, every=task.train_on == "assistant" and split == "train")
-    else:
-        maker = Columns(task, label_names(root, name, task))
+    maker = _maker(root, name, task, render, every=task.train_on == "assistant" and split == "train")
     if faults := [*maker.lacking(rows, table.where)]:
         raise Fault(*faults)
     of = split if split in tables else "train"
-    made = [maker.make(row, of, f"{table.where}: record {i}") for i, row in enumerate(rows)]
+    kept = [(i, row) for i, row in enumerate(rows) if of != "train" or not maker.skips(row)]
+    made = [maker.make(row, of, f"{table.where}: record {i}") for i, row in kept]
     refuse([fault for _, faults in made for fault in faults], table.where, len(rows))
-    splits = divided([maker.key(row) for row in rows], [key for key in SHARES if key not in tables])
+    missing = [key for key in SHARES if key not in tables]
+    splits = divided([maker.key(row) for _, row in kept], missing)
     records = [
         example
         for (examples, _), own in zip(made, splits, strict=True)
@@ -64,22 +63,34 @@ def read(root: Path, name: str, task: Task, split: str, render: Render = plain) 
     return records
 
 
+def _maker(root: Path, name: str, task: Task, render: Render, every: bool = False) -> Chats | Columns:
+    return Chats(task, render, every) if task.chat else Columns(task, label_names(root, name, task))
+
+
 def reading(task: Task) -> Reading:
     """How the files of a task are read."""
     return Reading(task.delimiter, task.records, task.used)
 
 
 def remarks(root: Path, name: str, task: Task) -> list[str]:
-    """What is read otherwise than a file's name says, a sentence each; of files that can be read."""
-    told = {}
-    for _, file in task.files or ():
+    """What is read otherwise than a file's name says, and what is left out, a sentence each; of files that
+    can be read.
+    """
+    told = []
+    for split, file in task.files or ():
         if not file:
             continue
         try:
-            told[readers.found(root / file, "records", reading(task)).remark] = None
+            found = readers.found(root / file, "records", reading(task))
+            maker = _maker(root, name, task, plain)
         except Fault:  # told where the file is read
             continue
-    return [f"tasks.{name}: {remark}" for remark in told if remark]
+        told.append(found.remark)
+        if split == "train" and (skipped := sum(map(maker.skips, found.rows))):
+            told.append(
+                f"{root / file}: {skipped} of {len(found.rows)} records have no answer, and are left out"
+            )
+    return [f"tasks.{name}: {remark}" for remark in dict.fromkeys(told) if remark]
 
 
 def place(root: Path, name: str, task: Task, split: str) -> str:

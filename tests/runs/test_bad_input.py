@@ -400,7 +400,7 @@ def test_byte_order_marks_line_ends_and_links_do_no_harm(place, capsys):
 
 
 def test_all_that_is_wrong_is_told_at_once(place, capsys):
-    place.records([{"prompt": 3, "answer": ""}])
+    place.records([{"prompt": 3.5, "answer": ""}])
     (place.model / "tokenizer.json").unlink()
     code, lines = call(capsys, *place.recipe(output="/proc/run"))
     assert code == 2 and len(lines) == 4 and all(line.startswith("error: ") for line in lines)

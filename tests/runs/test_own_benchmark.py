@@ -53,7 +53,7 @@ def test_a_new_benchmark_is_checked_and_planned(made, capsys, tmp_path):
     assert code == 0 and "default protocol, batch 8" in out and "letters" in out and "Desk:" in out
 
 
-@pytest.mark.parametrize("name", ["RUNS", "trace"])
+@pytest.mark.parametrize("name", ["RUNS", "trace", "olora"])
 def test_a_new_benchmark_of_any_name_is_its_recipes(tmp_path, monkeypatch, name):
     from codyra_llm.benchmarks.starter import start
 

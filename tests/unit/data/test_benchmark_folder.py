@@ -339,8 +339,8 @@ def test_all_faults_of_a_benchmark_come_at_once(tmp_path):
         ({"tasks": 2}, "data.tasks: there is no order 2; choose from [1]"),
         (
             {"benchmark": "trase"},
-            "data.benchmark: 'trase' is neither 'trace' nor a folder that holds a benchmark.yaml. Did you "
-            "mean 'trace'?",
+            "data.benchmark: 'trase' is neither one of trace, olora, superni nor a folder that holds a "
+            "benchmark.yaml. Did you mean 'trace'?",
         ),
         ({"benchmark": "trace"}, "data: 'root' is missing"),
     ],

@@ -44,8 +44,8 @@ def test_alpaca_has_two_prompts(tmp_path):
     }
     assert found["1!"] == (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
-        "Write a response that appropriately completes the request.\n\n### Instruction:\nDo 1.\n\n### Input:\nx\n"
-        "\n### Response:"
+        "Write a response that appropriately completes the request.\n\n### Instruction:\nDo 1.\n\n"
+        "### Input:\nx\n\n### Response:"
     )
     for number in "02":  # without the field, and with an empty one
         assert found[f"{number}!"] == (

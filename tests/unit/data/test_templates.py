@@ -8,7 +8,7 @@ from own_benchmark import faults, folder, task
 from codyra_llm.config.benchmark import load_benchmark
 from codyra_llm.config.template import parse
 from codyra_llm.data.check import check
-from codyra_llm.data.sources import read
+from codyra_llm.data.sources import read, remarks
 
 ALPACA = "{instruction}\n{input}\nAnswer: "
 
@@ -237,3 +237,17 @@ def test_settings_that_do_not_go_together(tmp_path, given, expected):
     tasks = {"ONE": {"metrics": ["rouge_l"], "files": "one.csv", **given}}
     (message,) = faults(load_benchmark, folder(tmp_path, tasks=tasks))
     assert expected in message
+
+
+def test_training_records_without_an_answer_are_left_out_where_that_is_asked(tmp_path):
+    answers = ["b", "", None, [""], "b", "b"]
+    rows(tmp_path, [{"prompt": f"{i}", "answer": answer} for i, answer in enumerate(answers)])
+    files = dict.fromkeys(("train", "eval", "test"), "a.jsonl")
+    assert len(faults(read, tmp_path, "T", task(files="a.jsonl"), "train")) == 3
+    found = read(tmp_path, "T", task(files={"train": "a.jsonl"}, skip_empty=True), "train")
+    assert {row["prompt"] for row in found} < {"0", "4", "5"}
+    asked = task(files=files, skip_empty=True)
+    assert [row["prompt"] for row in read(tmp_path, "T", asked, "train")] == ["0", "4", "5"]
+    (note,) = remarks(tmp_path, "T", asked)
+    assert note == f"tasks.T: {tmp_path / 'a.jsonl'}: 3 of 6 records have no answer, and are left out"
+    assert len(faults(read, tmp_path, "T", asked, "test")) == 1  # null is no answer that can be scored

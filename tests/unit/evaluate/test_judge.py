@@ -287,7 +287,7 @@ def test_prompt_files(tmp_path):
         ("d.json", '[{"text": "x"}]', "no 'prompt'"),
         ("d.json", '[{"prompt": 3.5}]', "is a float, expected a string"),
         ("d.jsonl", '{"prompt": " "}', "'prompt' is empty"),
-        ("d.jsonl", "[", "line 1: invalid JSON"),
+        ("d.jsonl", "{", "line 1: invalid JSON"),
         ("d.csv", "text\nx\n", "no 'prompt'"),
         ("d.csv", 'prompt\n"x', "is no CSV"),
         ("d.csv", "prompt\na,b\n", "has 2 values, the first line names 1"),
