@@ -110,13 +110,13 @@ def test_superni_has_two_orders_of_its_fifteen_tasks():
         ),
         (
             "RTE",
-            'Task:NLI\nDataset:RTE\nWhat is the logical relationship between the "sentence 1" and the "sentence 2"? '
-            "Choose one from the option.\nOption: Good, Bad \ntest RTE 0\nAnswer:",
+            'Task:NLI\nDataset:RTE\nWhat is the logical relationship between the "sentence 1" and '
+            'the "sentence 2"? Choose one from the option.\nOption: Good, Bad \ntest RTE 0\nAnswer:',
         ),
         (
             "WiC",
-            "Task:WiC\nDataset:WiC\nGiven a word and two sentences, whether the word is used with the same sense in both sentence? "
-            "Choose one from the option.\nOption: Good, Bad \ntest WiC 0\nAnswer:",
+            "Task:WiC\nDataset:WiC\nGiven a word and two sentences, whether the word is used with "
+            "the same sense in both sentence? Choose one from the option.\nOption: Good, Bad \ntest WiC 0\nAnswer:",
         ),
         ("COPA", "Task:COPA\nDataset:COPA\ntest COPA 0\nAnswer:"),
     ],

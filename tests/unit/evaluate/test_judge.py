@@ -301,7 +301,7 @@ def test_prompt_files(tmp_path):
     for update, message in (
         ({"files": ["aa"]}, "Did you mean 'a'"),
         ({"prompts": str(tmp_path / "gone")}, "no file or folder"),
-        ({"prompts": str(tmp_path / "notes.txt")}, "no .json, .jsonl or .csv"),
+        ({"prompts": str(tmp_path / "notes.txt")}, "no .json, .jsonl, .csv"),
     ):
         with pytest.raises(Fault, match=message):
             find_questions(section.model_copy(update=update))
