@@ -99,7 +99,7 @@ class OpenEndedSection(Strict, frozen=True):
 
     prompts: PathText | None = Field(
         default=None,
-        description="a file (.json, .jsonl, .csv with a field or column 'prompt'), or a "
+        description="a file with a field or column 'prompt' (of the kinds in docs/own_data.md), or a "
         "folder of such; null: none",
     )
     files: list[str] | None = Field(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from codyra_llm.config.benchmark import load_benchmark
+from codyra_llm.config.benchmark import PROBE, load_benchmark
 from codyra_llm.config.sections import FILE
 from codyra_llm.config.task import Task
 from codyra_llm.core.errors import Fault
@@ -22,11 +22,13 @@ def check_root(root: Path) -> dict:
     values.
 
     {"root", "variants": {name: {task: {"splits": {split: stats}, "overlap": {"train/eval": n, ...}}}},
-    "faults", "warnings"}. `duplicates` counts records whose prompt came earlier in the split; `overlap`
-    counts distinct prompts that two splits share.
+    "faults", "warnings", "notes"}. `duplicates` counts records whose prompt came earlier in the split;
+    `overlap` counts distinct prompts that two splits share.
     """
-    report = {"root": str(root), "variants": {}, "faults": [], "warnings": []}
+    report = {"root": str(root), "variants": {}, "faults": [], "warnings": [], "notes": []}
     for variant in variants(root):
+        for folder in task_folders(variant):
+            report["notes"] += remarks(variant, folder.name, PROBE)
         tasks = {
             folder.name: check_task(
                 f"{variant.name}/{folder.name}", partial(read_split, variant, folder.name), report
@@ -90,6 +92,10 @@ def check_task(
             (
                 sum(record["answer"] not in labels for record in records) if labels else 0,
                 "have an answer that is none of the labels",
+            ),
+            (
+                len(records) if {record["answer"] for record in records} == {"-1"} else 0,
+                "have the answer -1, the mark of labels that are kept secret, and can't be scored",
             ),
             (stats["replacement_characters"], "hold U+FFFD, left by a lossy decoding"),
         ):

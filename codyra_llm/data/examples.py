@@ -93,9 +93,7 @@ class Columns:
         if not isinstance(row, dict):
             return [], record_faults(row, split, where, names)
         if self.templates:
-            faults = [*self._unwritable(row, where)]
-            if not faults:
-                faults = [*text_faults(self._prompt(row), "prompt", "prompt", False, where)]
+            faults = [*self._unwritable(row, where)] or [*self._unsaid(row, where)]
         else:
             faults = [*self._column(row, names[0], "prompt", split, where)]
         faults += self._column(row, names[1], "answer", split, where)
@@ -121,12 +119,27 @@ class Columns:
 
     def _unwritable(self, row: dict, where: str) -> Iterator[str]:
         """Columns of the template whose text is not known."""
-        for name in dict.fromkeys(name for one in self.templates for name in one.columns):
+        for name in self._columns():
             value = self._value(row, name)
             items = value if isinstance(value, list) else [value]
             wrong = [item for item in items if not isinstance(as_text(item), str)]
             for item in wrong[:1]:
                 yield from text_faults(item, name, "prompt", False, where)
+
+    def _unsaid(self, row: dict, where: str) -> Iterator[str]:
+        """What is wrong with the prompt that a row makes."""
+        yield from text_faults(self._prompt(row), "prompt", "prompt", False, where)
+        own = [name for name in self._columns() if name not in self.given]
+        if own and not any(self._text(row, name).strip() for name in own):
+            names = ", ".join(f"'{name}'" for name in own)
+            yield (
+                f"{where} has no text in {names}, of which the prompt is made; fill in one, or remove the "
+                "record."
+            )
+
+    def _columns(self) -> list[str]:
+        """The columns of all templates."""
+        return list(dict.fromkeys(name for one in self.templates for name in one.columns))
 
     def _answer(self, row: dict) -> object:
         """The answer, as the label that a number stands for; ABSENT, or what is no text, as it is."""

@@ -6,13 +6,12 @@ import io
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.parsing import decoded, parse_json, read_text
-from codyra_llm.data.records import HIDDEN, LONGEST, listed, refuse
+from codyra_llm.data.records import HIDDEN, LINES, LONGEST, has_lines, json_lines, listed, refuse
 from codyra_llm.runtime.quiet import without_data_bars
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}  # of a .csv that names none
@@ -82,32 +81,17 @@ def _text(path: Path, expected: str) -> str:
 
 
 def _json(path: Path, text: str, expected: str, reading: Reading) -> Found:
-    if _has_lines(text):
-        return Found(_lines(path, text), f"{path} has one record in each line (JSON Lines), and is read so")
+    if has_lines(text):
+        return Found(json_lines(path, text), f"{path} {LINES}")
     value = parse_json(text, str(path), "one list of records", long_numbers=True)
     return Found(_records(value, path, expected, reading))
 
 
 def _jsonl(path: Path, text: str, expected: str, reading: Reading) -> Found:
     if not text.lstrip().startswith("["):
-        return Found(_lines(path, text))
+        return Found(json_lines(path, text))
     value = parse_json(text, str(path), "one list of records", long_numbers=True)
     return Found(_records(value, path, expected, reading), f"{path} holds one JSON list, and is read so")
-
-
-def _has_lines(text: str) -> bool:
-    """Whether the first two lines are an object each, as they can't be in one JSON value."""
-    lines = (line.strip() for line in io.StringIO(text))
-    first = list(islice((line for line in lines if line), 2))
-    return len(first) == 2 and all(line.startswith("{") and line.endswith("}") for line in first)
-
-
-def _lines(path: Path, text: str) -> list:
-    return [
-        parse_json(line, f"{path}, line {number}", "one record", long_numbers=True)
-        for number, line in enumerate(text.split("\n"), 1)  # splitlines() would split at U+2028 too
-        if line.strip()
-    ]
 
 
 def _records(value: object, path: Path, expected: str, reading: Reading) -> list:

@@ -5,9 +5,11 @@ fields are ignored. The four variants of the benchmark (500, 1000, 5000, Reasoni
 reads others.
 """
 
+import io
 import os
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from codyra_llm.config.sections import FILE
@@ -24,6 +26,7 @@ LONGEST = {
 
 ABSENT, HIDDEN = object(), object()  # in place of a value: there is none; a label of -1
 
+LINES = "has one record in each line (JSON Lines), and is read so"
 NAMED = 5  # faults of one file that are told one by one; the rest is counted
 
 
@@ -79,10 +82,42 @@ def missing(root: Path, task: str, path: Path) -> str:
 
 
 def parse(path: Path, expected: str = '{"prompt": ..., "answer": ...} records') -> list:
-    """The JSON list of a file; Fault with the byte or the line and column where reading it fails."""
-    return listed(
-        parse_json(read_text(path, "one list of records"), str(path), "one list of records"), path, expected
-    )
+    """The JSON list of a file, or its JSON Lines; Fault with the byte or the line and column where reading it
+    fails.
+    """
+    text = read_text(path, "one list of records")
+    if has_lines(text):
+        return json_lines(path, text)
+    return listed(parse_json(text, str(path), "one list of records", long_numbers=True), path, expected)
+
+
+def remarks(root: Path, task: str) -> list[str]:
+    """What is read otherwise than a file's name says, of files that can be read."""
+    told = []
+    for split in SPLITS:
+        path = root / task / f"{split}.json"
+        try:
+            lines = path.is_file() and has_lines(read_text(path, "one list of records"))
+        except Fault:  # told where the file is read
+            continue
+        told += [f"{path} {LINES}"] * lines
+    return told
+
+
+def has_lines(text: str) -> bool:
+    """Whether the first two lines are an object each, as they can't be in one JSON value."""
+    lines = (line.strip() for line in io.StringIO(text))
+    first = list(islice((line for line in lines if line), 2))
+    return len(first) == 2 and all(line.startswith("{") and line.endswith("}") for line in first)
+
+
+def json_lines(path: Path, text: str) -> list:
+    """The values of JSON Lines; Fault with the line where reading one fails."""
+    return [
+        parse_json(line, f"{path}, line {number}", "one record", long_numbers=True)
+        for number, line in enumerate(text.split("\n"), 1)  # splitlines() would split at U+2028 too
+        if line.strip()
+    ]
 
 
 def listed(value: object, path: Path, expected: str) -> list:

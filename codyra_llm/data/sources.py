@@ -10,7 +10,7 @@ from typing import NamedTuple
 from codyra_llm.config.sections import FILE
 from codyra_llm.config.task import DatasetSource, Task
 from codyra_llm.core.errors import Fault, nearest
-from codyra_llm.data import readers
+from codyra_llm.data import readers, records
 from codyra_llm.data.chats import Render, plain
 from codyra_llm.data.examples import Chats, Columns, label_names
 from codyra_llm.data.readers import Reading, class_names
@@ -49,18 +49,18 @@ def read(root: Path, name: str, task: Task, split: str, render: Render = plain) 
     refuse([fault for _, faults in made for fault in faults], table.where, len(rows))
     missing = [key for key in SHARES if key not in tables]
     splits = divided([maker.key(row) for _, row in kept], missing)
-    records = [
+    examples = [
         example
-        for (examples, _), own in zip(made, splits, strict=True)
-        for example in examples
+        for (own_examples, _), own in zip(made, splits, strict=True)
+        for example in own_examples
         if of != "train" or own == split
     ]
-    if not records:
+    if not examples:
         raise Fault(
             f"{table.where} has too few different prompts to be divided into {', '.join(SPLITS)}; give a "
             "file for each, or more records"
         )
-    return records
+    return examples
 
 
 def _maker(root: Path, name: str, task: Task, render: Render, every: bool = False) -> Chats | Columns:
@@ -76,7 +76,7 @@ def remarks(root: Path, name: str, task: Task) -> list[str]:
     """What is read otherwise than a file's name says, and what is left out, a sentence each; of files that
     can be read.
     """
-    told = []
+    told = [] if task.declared else records.remarks(root, name)
     for split, file in task.files or ():
         if not file:
             continue

@@ -287,7 +287,7 @@ def data_root(root: str) -> Path:
     if not os.path.isdir(path):
         raise Fault(
             f"data.root: there is no folder '{root}'; give the folder that holds <task>/train.json, "
-            f"e.g. .../LLM-CL-Benchmark_500"
+            f"e.g. .../LLM-CL-Benchmark_500; codyra-llm data get trace gets TRACE"
         )
     return path
 

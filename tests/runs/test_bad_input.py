@@ -205,9 +205,6 @@ row("a NUL byte in a record")(lambda p: p.records('[{"prompt": "a\\u0000", "answ
 row("a raw NUL byte")(lambda p: p.records(b'[{"prompt": "a\0", "answer": "b"}]'))
 row("a record of 10 MB")(lambda p: p.records([{"prompt": "word " * 2_000_000, "answer": "b"}]))
 row("JSON nested without end")(lambda p: p.records("[" * 100_000 + "]" * 100_000))
-row("a number of 5000 digits in data")(
-    lambda p: p.records(f'[{{"prompt": "a", "answer": "b", "id": {"9" * 5000}}}]')
-)
 row("a folder of general ability without any")(lambda p: p.recipe(general={"data": str(p.data / "ONE")}))
 row("a YAML file that is no task of general ability")(lambda p: p.recipe(general={"data": str(p.folder)}))
 

@@ -116,7 +116,8 @@ def test_superni_has_two_orders_of_its_fifteen_tasks():
         (
             "WiC",
             "Task:WiC\nDataset:WiC\nGiven a word and two sentences, whether the word is used with "
-            "the same sense in both sentence? Choose one from the option.\nOption: Good, Bad \ntest WiC 0\nAnswer:",
+            "the same sense in both sentence? Choose one from the option.\nOption: Good, Bad \n"
+            "test WiC 0\nAnswer:",
         ),
         ("COPA", "Task:COPA\nDataset:COPA\ntest COPA 0\nAnswer:"),
     ],

@@ -117,6 +117,21 @@ def test_check_counts_by_hand(root, capsys):
     assert "0 faults, 4 warnings" in capsys.readouterr().out
 
 
+def test_json_lines_are_read_and_said(root):
+    path = write(root, "FOMC", "train", b"\n".join(json.dumps(record).encode() for record in GOOD))
+    assert read_split(root, "FOMC", "train") == GOOD
+    assert check_root(root)["notes"] == [
+        f"tasks.FOMC: {path} has one record in each line (JSON Lines), and is read so"
+    ]
+
+
+def test_whole_numbers_are_text_and_other_fields_do_not_matter(root):
+    write(root, "FOMC", "train", b'[{"prompt": 12, "answer": -1, "id": %s}]' % (b"7" * 5000))
+    assert read_split(root, "FOMC", "train") == [{"prompt": "12", "answer": "-1"}]
+    (warning,) = [line for line in check_root(root)["warnings"] if "-1" in line]
+    assert "FOMC/train: 1 of 1 records have the answer -1, the mark of labels" in warning
+
+
 def test_check_goes_on_past_a_broken_file(root):
     write(root, "FOMC", "eval", b"[")
     write(root, "Lima", "train", GOOD)

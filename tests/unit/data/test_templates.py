@@ -143,6 +143,11 @@ def test_splits_are_those_of_the_prompts_that_are_made(tmp_path):
         ({"prompt": "{text}"}, {"text": "a\0", "answer": "b"}, "record 0: 'prompt' holds a NUL character"),
         ({"prompt": "{text}"}, {"text": "a"}, "record 0 has no 'answer', expected a string"),
         (
+            {"prompt": "{text}[[{more}]] {x}", "constants": {"x": "y"}},
+            {"text": " ", "more": None, "answer": "b"},
+            "record 0 has no text in 'text', 'more', of which the prompt is made; fill in one, or remove",
+        ),
+        (
             {"prompt": "{text}"},
             {"text": "a", "answer": ["b", "c"]},
             "record 0: 'answer' is a list of 2, expected a string; give one of them, or name it in "
