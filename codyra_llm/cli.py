@@ -19,7 +19,7 @@ app = typer.Typer(
     add_completion=False,
 )
 
-data_app = typer.Typer(help="Check a folder of tasks, or write mini-TRACE.", no_args_is_help=True)
+data_app = typer.Typer(help="Get TRACE, check a folder of tasks, or write mini-TRACE.", no_args_is_help=True)
 benchmark_app = typer.Typer(help="Task streams of one's own (docs/own_data.md).", no_args_is_help=True)
 model_app = typer.Typer(help="Pretrained models for people without a hub account.", no_args_is_help=True)
 
@@ -41,6 +41,9 @@ for command in (
 
 
 data_app.command("check")(files.data_check)
+
+
+data_app.command("get")(files.data_get)
 
 
 data_app.command("make-mini")(files.make_mini)

@@ -52,7 +52,7 @@ def check_cli(arguments):
     if name == "sweep":
         load_sweep(given["file"], given["overrides"] or [])
     if name == "get":
-        assert given["name"] in SOURCES
+        assert given["name"] in {*SOURCES, "trace"}
 
 
 def check_started(found):

@@ -8,7 +8,7 @@ import json
 import pytest
 import yaml
 
-from codyra_llm.config.benchmark import Task
+from codyra_llm.config.task import Task
 from codyra_llm.core.errors import Fault
 
 ROWS = [{"prompt": f'Say, "{i}",\nä 判:', "answer": "AB"[i % 2]} for i in range(20)]

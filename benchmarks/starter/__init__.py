@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from codyra_llm.benchmarks.trace.mini.lexicon import ANIMALS, NAMES, NOUNS, OPPOSITES
-from codyra_llm.config.sections import TRACE
+from codyra_llm.config.sections import SHIPPED
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import replacing, to_jsonl, write_text
 
@@ -22,7 +22,7 @@ def start(folder: Path) -> None:
     Fault where `folder` exists."""
     if folder.exists():
         raise Fault(f"{folder} exists already; give a new name")
-    place = f"./{folder}" if str(folder) == TRACE else str(folder)  # the bare name is that of the shipped one
+    place = f"./{folder}" if str(folder) in SHIPPED else str(folder)  # a bare name is that of a shipped one
     words = {
         "FOLDER": json.dumps(place, ensure_ascii=False),
         "RUN": json.dumps(f"runs/{folder.resolve().name}", ensure_ascii=False),

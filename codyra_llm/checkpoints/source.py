@@ -7,7 +7,7 @@ from codyra_llm.config.benchmark import benchmark_folder, digest
 from codyra_llm.config.overrides import assign, override, split_overrides
 from codyra_llm.config.recipe import Recipe, parse_recipe
 from codyra_llm.config.registry import METHODS
-from codyra_llm.config.sections import TRACE
+from codyra_llm.config.sections import SHIPPED, TRACE
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.parsing import expanded, read_mapping, shown
 from codyra_llm.experiment.export import LINEAGE
@@ -118,7 +118,7 @@ def recipe_of(checkpoint: str, source: Source, wanted: Wanted) -> Recipe:
     """The recipe that the checkpoint is scored by: its own, or the benchmark's protocol; the command line
     over it.
     """
-    anywhere = None if wanted.benchmark not in (None, TRACE) else "."
+    anywhere = "." if wanted.benchmark in (None, *SHIPPED) else None
     raw = source.raw or {"model": {}, "data": {"root": wanted.data or anywhere}, "method": "none"}
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in checkpoint.strip("/."))
     given = {

@@ -26,7 +26,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 def score(
     task: str,
     file: PathArg,
-    benchmark: Annotated[str, typer.Option(help="whose task: trace, or a folder")] = "trace",
+    benchmark: Annotated[str, typer.Option(help="whose task: trace, olora, superni, or a folder")] = "trace",
 ) -> None:
     """Score predictions made anywhere: FILE is a JSON list of {"prompt", "prediction", "answer"}. Prints
     JSON.
@@ -55,7 +55,9 @@ def evaluate(
     overrides: Overrides = None,
     benchmark: Annotated[
         str | None,
-        typer.Option(help="whose tasks and protocols: trace, or a folder; default: its run's, or trace"),
+        typer.Option(
+            help="whose tasks and protocols: trace, olora, superni, or a folder; default: its run's"
+        ),
     ] = None,
     data: Annotated[str | None, typer.Option(help="folder of <task>/test.json; default: its run's")] = None,
     tasks: Annotated[

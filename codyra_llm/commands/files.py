@@ -10,17 +10,59 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.core.terminal import write
 
 
-def data_check(root: PathArg, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+def data_check(
+    root: PathArg,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(help="whose tasks, where its benchmark.yaml lies elsewhere: a name, or a folder"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
     """Verify a TRACE folder of any variant, or a folder with a benchmark.yaml: counts, fields, empty answers,
     encodings, duplicates within and across splits."""
     from codyra_llm.data.check import check, print_check
 
-    found = check(root)
+    found = check(root, benchmark)
     if as_json:
         write(json.dumps(found, ensure_ascii=False, indent=1))
     else:
         print_check(found)
     if found["faults"]:
+        raise typer.Exit(1)
+
+
+def data_get(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="trace")],
+    out: PathArg,
+    variant: Annotated[
+        str | None,
+        typer.Option(help="500, 1000, 5000 or Reasoning; default: all that the source holds"),
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="ARCHIVE|FOLDER|URL|ID",
+            help="zip or tar (also .gz, .xz), a folder, an address, or a data set of the hub; default: the "
+            "public copy of 500",
+        ),
+    ] = None,
+) -> None:
+    """Write TRACE's data to OUT/LLM-CL-Benchmark_VARIANT, out of whatever holds it, and check it. Its data
+    sets have licences of their own (docs/own_data.md).
+
+    Example: codyra-llm data get trace data && codyra-llm data get trace --from TRACE-Benchmark.zip data
+    """
+    from codyra_llm.data.check import check_root, print_check
+    from codyra_llm.data.fetch import get
+
+    faults = 0
+    for folder in get(name, out, variant, source):
+        console.print(f"{name}: {folder}", soft_wrap=True, highlight=False)
+        report = check_root(folder)
+        print_check(report)
+        faults += len(report["faults"])
+    if faults:
         raise typer.Exit(1)
 
 

@@ -8,119 +8,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from codyra_llm import benchmarks  # pyright: ignore  # installed from the top level
-from codyra_llm.config.sections import FILE, TRACE
+from codyra_llm.config.sections import FILE, SHIPPED
+from codyra_llm.config.task import ANY, Task
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.files import file_sha256
-from codyra_llm.core.parsing import PathText, expanded, read_yaml, shown
+from codyra_llm.core.parsing import expanded, read_yaml, shown
 from codyra_llm.core.schema import Fraction, Positive, Strict, Tokens, sentences
 from codyra_llm.metrics.text import METRICS
 
 if TYPE_CHECKING:
     from codyra_llm.config.sections import DataSection
-
-
-ANY = "any protocol"
-
-
-class Splits(Strict, frozen=True):
-    """By split its file, or its name in a data set. What is not given is cut out of train
-    (docs/own_data.md).
-    """
-
-    train: PathText | None = None
-    eval: PathText | None = None
-    test: PathText | None = None
-
-
-class Columns(Strict, frozen=True):
-    prompt: str = Field(default="prompt", description="column or field that holds the prompt")
-    answer: str = Field(default="answer", description="the one that holds the answer")
-
-
-class DatasetSource(Strict, frozen=True):
-    path: PathText = Field(description="id on the hub, or a folder below data.root that `datasets` reads")
-    name: str | None = Field(default=None, description="the data set's configuration")
-    revision: str | None = Field(default=None, description="branch, tag or commit")
-    splits: Splits = Splits()
-
-
-class Task(Strict, frozen=True):
-    """One task. Without `files` and `dataset` its data is in TRACE's layout,
-    <data.root>/<task>/{train,eval,test}.json.
-    """
-
-    epochs: int = Field(default=1, ge=1, le=1000)
-    language: str | None = None
-    metrics: tuple[str, ...] = Field(min_length=1, description="all that are reported")
-    headline: dict[str, str] = Field(
-        default={}, description="the one in the score matrix, or one by protocol; default: the first"
-    )
-    max_new_tokens: int | None = Field(
-        default=None, ge=1, le=1 << 20, description="of an answer; default: the protocol's"
-    )
-    files: Splits | None = Field(
-        default=None, description=".jsonl, .json or .csv below data.root, one or by split"
-    )
-    dataset: DatasetSource | None = Field(default=None, description="an id on the hub, or a section")
-    columns: Columns = Columns()
-    messages: str | None = Field(
-        default=None,
-        description="in place of columns, the field that holds a chat: the model's template "
-        "makes the prompt, the assistant's last message is the answer",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_forms(cls, raw: Any) -> Any:
-        inner = {"headline": ANY, "files": "train", "dataset": "path"}
-        return (
-            {
-                key: {inner[key]: value} if key in inner and isinstance(value, str) else value
-                for key, value in raw.items()
-            }
-            if isinstance(raw, dict)
-            else raw
-        )
-
-    @field_validator("metrics")
-    @classmethod
-    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if unknown := [name for name in value if name not in METRICS]:
-            raise ValueError(
-                "\n".join(
-                    f"{shown(name)} is not a metric.{nearest(name, METRICS)} Known: {', '.join(METRICS)}"
-                    for name in unknown
-                )
-            )
-        return value
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "Task":
-        faults = [
-            f"headline: '{name}' is none of the task's metrics "
-            f"({', '.join(self.metrics)}).{nearest(name, self.metrics)}"
-            for name in self.headline.values()
-            if name not in self.metrics
-        ]
-        if self.files and self.dataset:
-            faults.append("'files' and 'dataset' both say where the data is; leave one out")
-        if self.messages and "columns" in self.model_fields_set:
-            faults.append("'columns' and 'messages' both say what the prompt is; leave one out")
-        if not self.declared and (self.messages or "columns" in self.model_fields_set):
-            faults.append(
-                "'columns' and 'messages' go with 'files' or 'dataset'; give one, or leave them out"
-            )
-        if faults:
-            raise ValueError("\n".join(faults))
-        return self
-
-    @property
-    def declared(self) -> bool:
-        """Whether the benchmark says where the data is."""
-        return bool(self.files or self.dataset)
 
 
 class Protocol(Strict, frozen=True):
@@ -237,8 +137,8 @@ class Benchmark(Strict, frozen=True):
 
 
 def benchmark_folder(name: str) -> Path:
-    """The folder of a benchmark: that of the shipped one, or the path that `name` is."""
-    return Path(benchmarks.__path__[0], name) if name == TRACE else Path(expanded(name))
+    """The folder of a benchmark: that of a shipped one, or the path that `name` is."""
+    return Path(benchmarks.__path__[0], name) if name in SHIPPED else Path(expanded(name))
 
 
 def load_benchmark(name: str) -> Benchmark:
@@ -258,8 +158,9 @@ def _file(name: str) -> Path:
     file = benchmark_folder(name) / FILE
     if not file.is_file():
         raise Fault(
-            f"data.benchmark: {shown(name)} is neither '{TRACE}' nor a folder that holds a {FILE}."
-            f"{nearest(name, [TRACE])} Give one of them, or start one with `codyra-llm benchmark new FOLDER`"
+            f"data.benchmark: {shown(name)} is neither one of {', '.join(SHIPPED)} nor a folder that holds a "
+            f"{FILE}.{nearest(name, SHIPPED)} Give one of them, or start one with `codyra-llm benchmark new "
+            "FOLDER`"
         )
     return file
 

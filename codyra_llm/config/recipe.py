@@ -14,7 +14,7 @@ from codyra_llm.config.methods.base import MethodConfig
 from codyra_llm.config.overrides import override, read_recipe
 from codyra_llm.config.registry import METHODS
 from codyra_llm.config.sections import (
-    TRACE,
+    SHIPPED,
     DataSection,
     EvalSection,
     GeneralSection,
@@ -79,7 +79,7 @@ class Recipe(Strict, frozen=True):
     @model_validator(mode="after")
     def _names_are_consistent(self) -> "Recipe":
         # A finished run's recipe names its tasks, and is read without its benchmark where that is a folder.
-        if isinstance(self.data.tasks, int) or self.data.benchmark == TRACE:
+        if isinstance(self.data.tasks, int) or self.data.benchmark in SHIPPED:
             try:
                 missing = self.benchmark.lacks(self.data)
             except Fault as fault:

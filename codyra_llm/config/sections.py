@@ -11,6 +11,7 @@ from codyra_llm.core.parsing import PathText
 from codyra_llm.core.schema import Fraction, NotNegative, Positive, Strict, Tokens
 
 TRACE, FILE = "trace", "benchmark.yaml"
+SHIPPED = (TRACE, "olora", "superni")  # benchmarks that are known by name; none ships its data
 
 
 class JudgeSection(Strict, frozen=True):
@@ -98,7 +99,7 @@ class OpenEndedSection(Strict, frozen=True):
 
     prompts: PathText | None = Field(
         default=None,
-        description="a file (.json, .jsonl, .csv with a field or column 'prompt'), or a "
+        description="a file with a field or column 'prompt' (of the kinds in docs/own_data.md), or a "
         "folder of such; null: none",
     )
     files: list[str] | None = Field(
@@ -142,7 +143,8 @@ class DataSection(Strict, frozen=True):
     """The tasks, their order and how much of each is read."""
 
     benchmark: PathText = Field(
-        default="trace", description="trace, or a folder with a benchmark.yaml (docs/own_data.md)"
+        default="trace",
+        description="trace, olora, superni, or a folder with a benchmark.yaml (docs/own_data.md)",
     )
     root: PathText | None = Field(
         default=None,
@@ -183,9 +185,14 @@ class DataSection(Strict, frozen=True):
     )
 
     @model_validator(mode="after")
-    def _trace_is_elsewhere(self) -> "DataSection":
+    def _data_is_elsewhere(self) -> "DataSection":
         if self.root is None and self.benchmark == TRACE:
             raise ValueError("'root' is missing; add it: the folder that holds TRACE's tasks, or mini")
+        if self.root is None and self.benchmark in SHIPPED:
+            raise ValueError(
+                f"'root' is missing; add it: the folder that holds the data of {self.benchmark}, which its "
+                "authors give (docs/own_data.md)"
+            )
         return self
 
 

@@ -179,11 +179,16 @@ def read_text(file: Path, expected: str) -> str:
         data = file.read_bytes()
     except OSError as error:
         raise Fault(f"{file} can't be read ({error.strerror}); give {expected}") from None
+    return decoded(data, str(file))
+
+
+def decoded(data: bytes, source: str) -> str:
+    """UTF-8 as text, without its byte order mark. Raises Fault, which names `source`, where it is none."""
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise Fault(
-            f"{file}: byte {error.start} is not UTF-8 ({error.reason}); save the file as UTF-8"
+            f"{source}: byte {error.start} is not UTF-8 ({error.reason}); save the file as UTF-8"
         ) from None
 
 
@@ -274,10 +279,13 @@ def read_mapping(file: Path, expected: str) -> dict:
     return value
 
 
-def parse_json(text: str, source: str, expected: str) -> Any:
-    """The value of a JSON text; what is wrong is told as `read_json` does."""
+def parse_json(text: str, source: str, expected: str, long_numbers: bool = False) -> Any:
+    """The value of a JSON text; what is wrong is told as `read_json` does. With `long_numbers` whole numbers
+    of more than 20 digits are taken, as the texts that they are.
+    """
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_int=_integer)
+        whole = _whole if long_numbers else _integer
+        return json.loads(text, object_pairs_hook=_object, parse_int=whole)
     except json.JSONDecodeError as error:
         raise Fault(
             f"{source}: invalid JSON at line {error.lineno}, column {error.colno} ({error.msg}); expected "
@@ -297,6 +305,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict:
             f"the key {next(shown(n) for n in names if names.count(n) > 1)} is there twice in one object"
         )
     return value
+
+
+def _whole(digits: str) -> int | str:
+    return digits if len(digits) > 20 else int(digits)
 
 
 def _integer(digits: str) -> int:

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from rich.table import Table
 
-from codyra_llm.config.benchmark import load_benchmark
+from codyra_llm.config.benchmark import PROBE, load_benchmark
 from codyra_llm.config.sections import FILE
+from codyra_llm.config.task import Task
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.terminal import Terminal
+from codyra_llm.data.examples import label_names
 from codyra_llm.data.records import SPLITS, read_split
-from codyra_llm.data.sources import read
+from codyra_llm.data.sources import read, remarks
 
 
 def check_root(root: Path) -> dict:
@@ -20,11 +22,13 @@ def check_root(root: Path) -> dict:
     values.
 
     {"root", "variants": {name: {task: {"splits": {split: stats}, "overlap": {"train/eval": n, ...}}}},
-    "faults", "warnings"}. `duplicates` counts records whose prompt came earlier in the split; `overlap`
-    counts distinct prompts that two splits share.
+    "faults", "warnings", "notes"}. `duplicates` counts records whose prompt came earlier in the split;
+    `overlap` counts distinct prompts that two splits share.
     """
-    report = {"root": str(root), "variants": {}, "faults": [], "warnings": []}
+    report = {"root": str(root), "variants": {}, "faults": [], "warnings": [], "notes": []}
     for variant in variants(root):
+        for folder in task_folders(variant):
+            report["notes"] += remarks(variant, folder.name, PROBE)
         tasks = {
             folder.name: check_task(
                 f"{variant.name}/{folder.name}", partial(read_split, variant, folder.name), report
@@ -57,16 +61,19 @@ def variants(root: Path) -> list[Path]:
     return found
 
 
-def check_task(name: str, read: Callable[[str], list[dict]], report: dict) -> dict:
+def check_task(
+    name: str, read: Callable[[str], list[dict]], report: dict, labels: tuple[str, ...] = ()
+) -> dict:
     """Statistics of the splits that `read` gives and their overlaps; faults and warnings are added to
-    `report`.
+    `report`. `labels`: the answers of a task that classifies.
     """
     splits, prompts, overlap = {}, {}, {}
     for split in SPLITS:
         try:
             records = read(split)
         except Fault as fault:
-            report["faults"] += fault.messages
+            told = report["faults"]  # a file that is cut into splits is read for each of them
+            told += [message for message in fault.messages if message not in told]
             continue
         splits[split] = stats = statistics(records)
         prompts[split] = {record["prompt"] for record in records}
@@ -82,6 +89,14 @@ def check_task(name: str, read: Callable[[str], list[dict]], report: dict) -> di
                 "never matches where a metric compares exactly",
             ),
             (stats["empty_answers"], "have an empty answer and can't be scored"),
+            (
+                sum(record["answer"] not in labels for record in records) if labels else 0,
+                "have an answer that is none of the labels",
+            ),
+            (
+                len(records) if {record["answer"] for record in records} == {"-1"} else 0,
+                "have the answer -1, the mark of labels that are kept secret, and can't be scored",
+            ),
             (stats["replacement_characters"], "hold U+FFFD, left by a lossy decoding"),
         ):
             if count:
@@ -148,19 +163,31 @@ def print_check(report: dict) -> None:
                 )
             table.add_section()
         console.print(table)
-    for kind, style in (("warnings", "yellow"), ("faults", "red")):
-        for message in report[kind]:
+    for kind, style in (("notes", "cyan"), ("warnings", "yellow"), ("faults", "red")):
+        for message in report.get(kind, ()):
             console.print(f"{kind[:-1]}: {message}", style=style, soft_wrap=True)
     console.print(f"{len(report['faults'])} faults, {len(report['warnings'])} warnings")
 
 
-def check(root: Path) -> dict:
-    """The report of `examples.check_root`; of the tasks that benchmark.yaml names, where `root` has one."""
-    if not (root / FILE).is_file():
+def check(root: Path, benchmark: str | None = None) -> dict:
+    """The report of `check_root`; of the tasks that a benchmark.yaml names, that of `benchmark`, or the one
+    in `root` where there is one, with `notes` on files that are read otherwise than their names say.
+    """
+    if benchmark is None and not (root / FILE).is_file():
         return check_root(root)
-    report, variant = {"root": str(root), "variants": {}, "faults": [], "warnings": []}, root.resolve().name
+    report = {"root": str(root), "variants": {}, "faults": [], "warnings": [], "notes": []}
+    variant = root.resolve().name
     report["variants"][variant] = {
-        name: check_task(f"{variant}/{name}", partial(read, root, name, task), report)
-        for name, task in load_benchmark(str(root)).tasks.items()
+        name: _checked(root, variant, name, task, report)
+        for name, task in load_benchmark(benchmark or str(root)).tasks.items()
     }
     return report
+
+
+def _checked(root: Path, variant: str, name: str, task: Task, report: dict) -> dict:
+    report["notes"] += remarks(root, name, task)
+    try:
+        labels = label_names(root, name, task)
+    except Fault:  # told where the records are read
+        labels = ()
+    return check_task(f"{variant}/{name}", partial(read, root, name, task), report, labels)

@@ -5,12 +5,16 @@ fields are ignored. The four variants of the benchmark (500, 1000, 5000, Reasoni
 reads others.
 """
 
+import io
 import os
 import re
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
+from codyra_llm.config.sections import FILE
 from codyra_llm.core.errors import Fault, nearest
-from codyra_llm.core.parsing import read_json
+from codyra_llm.core.parsing import parse_json, read_text, shown
 
 SPLITS = ("train", "eval", "test")
 SURROGATE = re.compile("[\ud800-\udfff]")  # valid in JSON escapes, but no tokenizer can encode it
@@ -20,6 +24,9 @@ LONGEST = {
     "answer": 50_000,
 }  # characters; TRACE has 164,000 and 18,000, and ROUGE is quadratic
 
+ABSENT, HIDDEN = object(), object()  # in place of a value: there is none; a label of -1
+
+LINES = "has one record in each line (JSON Lines), and is read so"
 NAMED = 5  # faults of one file that are told one by one; the rest is counted
 
 
@@ -40,7 +47,7 @@ def read_split(root: Path, task: str, split: str) -> list[dict]:
         path,
         len(records),
     )
-    return [{"prompt": record["prompt"], "answer": record["answer"]} for record in records]
+    return [{part: str(record[part]) for part in LONGEST} for record in records]
 
 
 def refuse(faults: list[str], where: str | Path, count: int) -> None:
@@ -75,12 +82,50 @@ def missing(root: Path, task: str, path: Path) -> str:
 
 
 def parse(path: Path, expected: str = '{"prompt": ..., "answer": ...} records') -> list:
-    """The JSON list of a file; Fault with the byte or the line and column where reading it fails."""
-    records = read_json(path, "one list of records")
-    if not isinstance(records, list) or not records:
-        found = "an empty list" if records == [] else f"a {type(records).__name__}"
+    """The JSON list of a file, or its JSON Lines; Fault with the byte or the line and column where reading it
+    fails.
+    """
+    text = read_text(path, "one list of records")
+    if has_lines(text):
+        return json_lines(path, text)
+    return listed(parse_json(text, str(path), "one list of records", long_numbers=True), path, expected)
+
+
+def remarks(root: Path, task: str) -> list[str]:
+    """What is read otherwise than a file's name says, of files that can be read."""
+    told = []
+    for split in SPLITS:
+        path = root / task / f"{split}.json"
+        try:
+            lines = path.is_file() and has_lines(read_text(path, "one list of records"))
+        except Fault:  # told where the file is read
+            continue
+        told += [f"{path} {LINES}"] * lines
+    return told
+
+
+def has_lines(text: str) -> bool:
+    """Whether the first two lines are an object each, as they can't be in one JSON value."""
+    lines = (line.strip() for line in io.StringIO(text))
+    first = list(islice((line for line in lines if line), 2))
+    return len(first) == 2 and all(line.startswith("{") and line.endswith("}") for line in first)
+
+
+def json_lines(path: Path, text: str) -> list:
+    """The values of JSON Lines; Fault with the line where reading one fails."""
+    return [
+        parse_json(line, f"{path}, line {number}", "one record", long_numbers=True)
+        for number, line in enumerate(text.split("\n"), 1)  # splitlines() would split at U+2028 too
+        if line.strip()
+    ]
+
+
+def listed(value: object, path: Path, expected: str) -> list:
+    """A JSON value that must be a list with something in it."""
+    if not isinstance(value, list) or not value:
+        found = "an empty list" if value == [] else f"a {type(value).__name__}"
         raise Fault(f"{path}: holds {found}, expected a list of {expected}; correct it.")
-    return records
+    return value
 
 
 def record_faults(
@@ -94,28 +139,57 @@ def record_faults(
             "correct it."
         ]
     faults = []
-    for field, most in zip(fields, LONGEST.values(), strict=False):
-        value = record.get(field)
-        if field not in record:
+    for field, part in zip(fields, LONGEST, strict=True):
+        value = as_text(record.get(field, ABSENT))
+        if value is ABSENT:
             faults.append(f"{where} has no '{field}', expected a string; add it.{nearest(field, record)}")
-        elif not isinstance(value, str):
-            faults.append(
-                f"{where}: '{field}' is a {type(value).__name__}, expected a string; put it in quotes."
-            )
-        elif len(value) > most:
-            faults.append(
-                f"{where}: '{field}' has {len(value):,d} characters, expected at most {most:,d}; shorten it."
-            )
-        elif SURROGATE.search(value):
-            faults.append(
-                f"{where}: '{field}' holds half of a surrogate pair, expected Unicode text; export it again."
-            )
-        elif "\0" in value:
-            faults.append(
-                f"{where}: '{field}' holds a NUL character, left by a wrong decoding; export it again."
-            )
-        elif field == fields[1] and split == "train" and not value:
-            faults.append(
-                f"{where}: '{field}' is empty, expected text to learn; fill it in or remove the record."
-            )
+        else:
+            faults += text_faults(value, field, part, split == "train", where)
     return faults
+
+
+def as_text(value: object) -> object:
+    """A whole number as its text; anything else as it is. Labels are often numbers; the text of 1.10 is not
+    known.
+    """
+    return str(value) if type(value) is int else value
+
+
+def text_faults(value: object, field: str, part: str, learnt: bool, where: str) -> Iterator[str]:
+    """What is wrong with the value of a field as the `part` of an example that is said: prompt or answer."""
+    most = LONGEST[part]
+    if not isinstance(value, str):
+        yield f"{where}: '{field}' is {_not_a_text(value, field, part)}"
+    elif len(value) > most:
+        yield f"{where}: '{field}' has {len(value):,d} characters, expected at most {most:,d}; shorten it."
+    elif SURROGATE.search(value):
+        yield f"{where}: '{field}' holds half of a surrogate pair, expected Unicode text; export it again."
+    elif "\0" in value:
+        yield f"{where}: '{field}' holds a NUL character, left by a wrong decoding; export it again."
+    elif part == "answer" and learnt and not value:
+        yield f"{where}: '{field}' is empty, expected text to learn; fill it in or remove the record."
+
+
+def _not_a_text(value: object, field: str, part: str) -> str:
+    if value is HIDDEN:
+        return (
+            "-1, the mark of a label that is kept secret; give a split whose labels are known, such as "
+            "validation as test."
+        )
+    if value is None:
+        return "null, expected a string; fill it in or remove the record."
+    if isinstance(value, list):
+        inner = f"a list of {len(value)}, expected a string; give one of them"
+        return (
+            f"{inner}, or name it in {FILE}, such as columns: {{{part}: {field}.0}}."
+            if value
+            else f"{inner}."
+        )
+    if isinstance(value, dict):
+        names = ", ".join(shown(name) for name in list(value)[:5]) or "no field"
+        first = next(iter(value), "NAME")
+        return (
+            f"an object with {names}, expected a string; give one of its fields, or name it in {FILE}, such "
+            f"as columns: {{{part}: {field}.{first}}}."
+        )
+    return f"a {type(value).__name__}, expected a string; put it in quotes."

@@ -1,32 +1,24 @@
-"""Where the records of a task come from: TRACE's layout, or what benchmark.yaml declares: files, or a data
-set of `datasets`; columns, or a chat. docs/own_data.md describes it for users."""
+"""Where the records of a task come from: TRACE's layout, or what benchmark.yaml declares, files or a data set
+of `datasets`; and which split they belong to. docs/own_data.md describes it for users."""
 
-import csv
 import hashlib
-import io
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-from transformers import PreTrainedTokenizerBase
-
-from codyra_llm.config.benchmark import DatasetSource, Task
 from codyra_llm.config.sections import FILE
+from codyra_llm.config.task import DatasetSource, Task
 from codyra_llm.core.errors import Fault, nearest
-from codyra_llm.core.foreign import Failed
-from codyra_llm.core.parsing import parse_json, read_text
-from codyra_llm.data.records import LONGEST, SPLITS, parse, read_split, record_faults, refuse
-from codyra_llm.models.tokenizer import render_chat
+from codyra_llm.data import readers, records
+from codyra_llm.data.chats import Render, plain
+from codyra_llm.data.examples import Chats, Columns, label_names
+from codyra_llm.data.readers import Reading, class_names
+from codyra_llm.data.records import SPLITS, read_split, refuse
 from codyra_llm.runtime.quiet import without_data_bars
 
 SHARES = {"test": 0.2, "eval": 0.1}  # of the distinct prompts in train, for a split that is not given
 HUB = {"train": "train", "eval": "validation", "test": "test"}
-
-
-Chat = list[dict[str, str]]
-Render = Callable[[Chat], str]
 
 
 class Table(NamedTuple):
@@ -34,16 +26,6 @@ class Table(NamedTuple):
 
     where: str
     read: Callable[[], list]
-
-
-def plain(chat: Chat) -> str:
-    """A chat as text where no model is there to say how: for `codyra-llm data check`."""
-    return "\n".join(f"{message['role']}: {message['content']}" for message in chat)
-
-
-def by_template(tokenizer: PreTrainedTokenizerBase) -> Render:
-    """A chat as the model's template writes it, up to where the answer begins."""
-    return partial(render_chat, tokenizer)
 
 
 def read(root: Path, name: str, task: Task, split: str, render: Render = plain) -> list[dict]:
@@ -58,19 +40,57 @@ def read(root: Path, name: str, task: Task, split: str, render: Render = plain) 
         raise Fault(f"tasks.{name}: it has neither {split} nor train data; give one of them in {FILE}")
     if not (rows := table.read()):
         raise Fault(f"{table.where} holds no record; give some, or leave task '{name}' out")
+    maker = _maker(root, name, task, render, every=task.train_on == "assistant" and split == "train")
+    if faults := [*maker.lacking(rows, table.where)]:
+        raise Fault(*faults)
     of = split if split in tables else "train"
-    pairs = [_record(row, task, of, f"{table.where}: record {i}", render) for i, row in enumerate(rows)]
-    refuse([fault for _, faults in pairs for fault in faults], table.where, len(rows))
-    splits = divided([_prompt(task, row) for row in rows], [key for key in SHARES if key not in tables])
-    records = [
-        record for (record, _), own in zip(pairs, splits, strict=True) if of != "train" or own == split
+    kept = [(i, row) for i, row in enumerate(rows) if of != "train" or not maker.skips(row)]
+    made = [maker.make(row, of, f"{table.where}: record {i}") for i, row in kept]
+    refuse([fault for _, faults in made for fault in faults], table.where, len(rows))
+    missing = [key for key in SHARES if key not in tables]
+    splits = divided([maker.key(row) for _, row in kept], missing)
+    examples = [
+        example
+        for (own_examples, _), own in zip(made, splits, strict=True)
+        for example in own_examples
+        if of != "train" or own == split
     ]
-    if not records:
+    if not examples:
         raise Fault(
             f"{table.where} has too few different prompts to be divided into {', '.join(SPLITS)}; give a "
             "file for each, or more records"
         )
-    return records
+    return examples
+
+
+def _maker(root: Path, name: str, task: Task, render: Render, every: bool = False) -> Chats | Columns:
+    return Chats(task, render, every) if task.chat else Columns(task, label_names(root, name, task))
+
+
+def reading(task: Task) -> Reading:
+    """How the files of a task are read."""
+    return Reading(task.delimiter, task.records, task.used)
+
+
+def remarks(root: Path, name: str, task: Task) -> list[str]:
+    """What is read otherwise than a file's name says, and what is left out, a sentence each; of files that
+    can be read.
+    """
+    told = [] if task.declared else records.remarks(root, name)
+    for split, file in task.files or ():
+        if not file:
+            continue
+        try:
+            found = readers.found(root / file, "records", reading(task))
+            maker = _maker(root, name, task, plain)
+        except Fault:  # told where the file is read
+            continue
+        told.append(found.remark)
+        if split == "train" and (skipped := sum(map(maker.skips, found.rows))):
+            told.append(
+                f"{root / file}: {skipped} of {len(found.rows)} records have no answer, and are left out"
+            )
+    return [f"tasks.{name}: {remark}" for remark in dict.fromkeys(told) if remark]
 
 
 def place(root: Path, name: str, task: Task, split: str) -> str:
@@ -105,7 +125,10 @@ def _tables(root: Path, name: str, task: Task) -> dict[str, Table]:
     if task.files:
         files = {split: root / file for split, file in task.files if file}
         return {
-            split: Table(str(path), partial(rows, path, f"records of the {split} data of task '{name}'"))
+            split: Table(
+                str(path),
+                partial(readers.rows, path, f"records of the {split} data of task '{name}'", reading(task)),
+            )
             for split, path in files.items()
         }
     source = task.dataset
@@ -121,69 +144,9 @@ def _tables(root: Path, name: str, task: Task) -> dict[str, Table]:
         )
     wanted = wanted or {split: chosen for split, chosen in HUB.items() if chosen in found}
     return {
-        split: Table(f"{source.path} ({chosen})", partial(_listed, found[chosen]))
+        split: Table(f"{source.path} ({chosen})", partial(class_names, found[chosen]))
         for split, chosen in wanted.items()
     }
-
-
-def rows(path: Path, expected: str) -> list:
-    """The rows of a .json, .jsonl or .csv file. Raises Fault where it is none, or can't be read."""
-    if path.suffix not in READERS:
-        raise Fault(
-            f"{path} must end in {', '.join(READERS)}.{nearest(path.suffix, READERS)} Save it as one of "
-            "them, or give its folder as 'dataset'"
-        )
-    return READERS[path.suffix](path, expected)
-
-
-def _jsonl(path: Path, expected: str) -> list:
-    lines = read_text(path, expected).split("\n")  # splitlines() would split at U+2028 too
-    return [
-        parse_json(line, f"{path}, line {number}", "one record")
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
-
-
-def _csv(path: Path, expected: str) -> list[dict]:
-    """Rows by the names in the first line; every value is text."""
-    try:
-        with _long_fields():
-            header, *rows = csv.reader(io.StringIO(read_text(path, expected), newline=""), strict=True)
-    except csv.Error as error:
-        raise Fault(
-            f"{path} is no CSV ({error}); put texts with commas, quotes or line breaks into quotes"
-        ) from None
-    except ValueError:
-        raise Fault(
-            f"{path} is empty, expected {expected} below a line with the columns' names; write it"
-        ) from None
-    rows = [row for row in rows if row]  # blank lines
-    wrong = [
-        f"{path}: record {i} has {len(row)} values, the first line names {len(header)}; put texts with "
-        "commas into quotes"
-        for i, row in enumerate(rows)
-        if len(row) != len(header)
-    ]
-    wrong += [
-        f"{path}: the column '{name}' is there twice; rename one"
-        for name in sorted({n for n in header if header.count(n) > 1})
-    ]
-    refuse(wrong, path, len(rows))
-    return [dict(zip(header, row, strict=True)) for row in rows]
-
-
-@contextmanager
-def _long_fields() -> Iterator[None]:
-    """Within it `csv` reads the longest text that a record may have, and one more character."""
-    before = csv.field_size_limit(max(LONGEST.values()) + 1)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
-
-
-READERS = {".json": parse, ".jsonl": _jsonl, ".csv": _csv}
 
 
 def _local(root: Path, path: str) -> str:
@@ -210,63 +173,3 @@ def _dataset(path: str, source: DatasetSource, name: str):
             f"tasks.{name}.dataset: '{source.path}' can't be read ({reason}); check the name, the "
             "configuration, the network and HF_HUB_OFFLINE, or give a folder below data.root"
         ) from None
-
-
-def _listed(rows) -> list[dict]:
-    """The rows of a data set, numbers of classes as the classes' names."""
-    from datasets import ClassLabel
-
-    classes = {key: kind.names for key, kind in rows.features.items() if isinstance(kind, ClassLabel)}
-    return [
-        {
-            **row,
-            **{
-                key: names[row[key]] if row[key] is not None and row[key] >= 0 else None
-                for key, names in classes.items()
-            },
-        }
-        for row in rows
-    ]
-
-
-def _prompt(task: Task, row: dict) -> str:
-    """What tells one faultless row's prompt from another's, before any model writes it."""
-    return plain(row[task.messages][:-1]) if task.messages else str(row[task.columns.prompt])
-
-
-def _record(row: object, task: Task, split: str, where: str, render: Render) -> tuple[dict, list[str]]:
-    """The example that a row is, and what is wrong with it."""
-    fields = (task.columns.prompt, task.columns.answer)
-    if task.messages:
-        chat = row.get(task.messages) if isinstance(row, dict) else None
-        if not _is_chat(chat):
-            return {}, [
-                f"{where}: '{task.messages}' must be a list of messages with the texts 'role' and 'content', "
-                "of which the last is the assistant's; correct it."
-            ]
-        try:
-            row, fields = {"prompt": render(chat[:-1]), "answer": chat[-1]["content"]}, ("prompt", "answer")
-        except Failed as error:
-            told = (
-                f"{where}: the model's chat template refuses '{task.messages}' ({error.reason}); correct it, "
-                "or choose another model."
-            )
-            if error.stopped:  # it would be at every other record too
-                raise Fault(told) from None
-            return {}, [told]
-    if isinstance(row, dict):  # labels are often numbers, whose text is known; that of 1.10 is not
-        row = {key: str(value) if type(value) is int else value for key, value in row.items()}
-    faults = record_faults(row, split, where, fields)
-    return ({} if faults else {"prompt": row[fields[0]], "answer": row[fields[1]]}), faults
-
-
-def _is_chat(chat: object) -> bool:
-    return (
-        isinstance(chat, list)
-        and len(chat) > 1
-        and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in chat
-        )
-        and chat[-1]["role"] == "assistant"
-    )

@@ -10,6 +10,7 @@ from codyra_llm.config.benchmark import load_benchmark
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import file_sha256
 from codyra_llm.data import sources
+from codyra_llm.data.chats import Render, plain
 from codyra_llm.data.records import SPLITS
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ ABSENT = "no file"
 class Stream:
     """The tasks of a recipe and their records, read once."""
 
-    def __init__(self, data: "DataSection", root: Path, render: sources.Render = sources.plain):
-        """`render`: writes the chats of tasks that have `messages`."""
+    def __init__(self, data: "DataSection", root: Path, render: Render = plain):
+        """`render`: writes the chats of tasks that are chats."""
         self.data, self.root, self.tasks, self.render = data, root, data.tasks, render
         self.benchmark = load_benchmark(data.benchmark)
         self._records: dict[tuple[str, str], list[dict]] = {}
@@ -55,6 +56,14 @@ class Stream:
                     f"{own} has no prompt that {Path(test).name} has not; give an eval split of its own"
                 )
         return rows[: self.data.max_train_examples] if split == "train" else rows
+
+    def remarks(self) -> list[str]:
+        """What is read otherwise than a file's name says."""
+        return [
+            remark
+            for task in self.tasks
+            for remark in sources.remarks(self.root, task, self.benchmark.task(task))
+        ]
 
     def extra(self, name: str) -> list[dict]:
         """The training records of a set beside the tasks, e.g. Lima."""

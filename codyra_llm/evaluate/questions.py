@@ -5,8 +5,8 @@ from pathlib import Path
 from codyra_llm.config.sections import OpenEndedSection
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.parsing import expanded
+from codyra_llm.data.readers import KINDS, kind, rows, stem
 from codyra_llm.data.records import record_faults, refuse
-from codyra_llm.data.sources import READERS, rows
 from codyra_llm.evaluate.suite import drawn
 
 RECORD = 'records {"prompt": text}'
@@ -21,13 +21,11 @@ def find_questions(section: OpenEndedSection) -> dict[str, list[str]]:
     root = Path(expanded(section.prompts))
     if not root.exists():
         raise Fault(
-            f"open_ended.prompts: there is no file or folder '{section.prompts}'; give a .json, .jsonl or "
-            ".csv file, a folder of such, or null"
+            f"open_ended.prompts: there is no file or folder '{section.prompts}'; give a file that ends in "
+            f"{', '.join(KINDS)}, a folder of such, or null"
         )
-    paths = sorted(
-        p for p in (root.iterdir() if root.is_dir() else [root]) if p.suffix in READERS and p.is_file()
-    )
-    known = {path.stem: path for path in paths}
+    paths = sorted(p for p in (root.iterdir() if root.is_dir() else [root]) if kind(p) and p.is_file())
+    known = {stem(path): path for path in paths}
     faults = [
         f"open_ended.files: '{name}' is no file of {root}.{nearest(name, known)} Known: "
         f"{', '.join(known) or 'none'}"
@@ -35,7 +33,7 @@ def find_questions(section: OpenEndedSection) -> dict[str, list[str]]:
         if name not in known
     ]
     if not known or len(known) < len(paths):
-        found = "two files of one name" if known else "no .json, .jsonl or .csv"
+        found = "two files of one name" if known else f"no {', '.join(KINDS)}"
         faults.append(
             f"open_ended.prompts: {root} holds {found}; give files with {RECORD}, each of another name"
         )
@@ -55,7 +53,7 @@ def _read(path: Path) -> list[str]:
     for number, record in enumerate(records):
         where = f"{path}: record {number}"
         own = record_faults({**record, "answer": ""} if isinstance(record, dict) else record, "test", where)
-        empty = not own and not record["prompt"].strip()
+        empty = not own and not str(record["prompt"]).strip()
         faults += own + [f"{where}: 'prompt' is empty; fill it in or remove the record"] * empty
     refuse(faults, path, len(records))
-    return [record["prompt"] for record in records]
+    return [str(record["prompt"]) for record in records]

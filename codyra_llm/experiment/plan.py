@@ -80,7 +80,8 @@ def plan(recipe: Recipe, console: Console) -> None:
     if work.tasks:
         console.print(_shown(setup, work.tasks[0].examples[0]))
     read = list(splits(setup.recipe, setup.stream, bool(setup.method.trains)))
-    for hint in hints(setup.recipe, read, setup.encoder, model.config, setup.base):
+    hinted = hints(setup.recipe, read, setup.encoder, model.config, setup.base)
+    for hint in [*setup.stream.remarks(), *hinted]:
         console.print(f"note: {hint}", style="yellow", soft_wrap=True)
     size, schedule = setup.recipe.optim.batch_size, setup.recipe.optim.schedule
     steps = [task.steps(size) for task in work.tasks]

@@ -17,8 +17,8 @@ from codyra_llm.config.recipe import Recipe, by_task
 from codyra_llm.config.registry import METHODS
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.parsing import expanded
-from codyra_llm.data import sources
 from codyra_llm.data.batches import Batch, collate, default_tokens, micro_batches
+from codyra_llm.data.chats import Render, by_template, plain
 from codyra_llm.data.encoding import Encoded, Encoder
 from codyra_llm.data.records import read_split
 from codyra_llm.data.stream import Stream
@@ -222,19 +222,19 @@ def _shared_names(recipe: Recipe, general: set[str]) -> list[str]:
     ]
 
 
-def _render(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> tuple[sources.Render, list[str]]:
+def _render(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Render, list[str]]:
     """What writes the chats of tasks that have `messages`, and what is wrong with that."""
-    chats = ", ".join(task for task in recipe.tasks if recipe.benchmark.task(task).messages)
+    chats = ", ".join(task for task in recipe.tasks if recipe.benchmark.task(task).chat)
     if not (chats and tokenizer):
-        return sources.plain, []
+        return plain, []
     if not tokenizer.chat_template:
-        return sources.plain, [
+        return plain, [
             f"model.path: {recipe.model.path} has no chat template to write the messages of {chats} with; "
             f"choose a chat model, or give columns"
         ]
     if faults := chat_faults(Path(recipe.model.path), tokenizer):
-        return sources.plain, faults
-    return sources.by_template(tokenizer), [
+        return plain, faults
+    return by_template(tokenizer), [
         f"data.chat_template: the chats of {chats} are written by the template already, and their prompts "
         "would be once more; set it to false"
     ] * recipe.data.chat_template
@@ -294,7 +294,7 @@ def data_root(root: str) -> Path:
     if not os.path.isdir(path):
         raise Fault(
             f"data.root: there is no folder '{root}'; give the folder that holds <task>/train.json, "
-            f"e.g. .../LLM-CL-Benchmark_500"
+            f"e.g. .../LLM-CL-Benchmark_500; codyra-llm data get trace gets TRACE"
         )
     return path
 

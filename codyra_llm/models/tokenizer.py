@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -125,16 +126,26 @@ def template_fault(folder: Path | str, error: foreign.Failed, at: str = "") -> s
     )
 
 
-def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict], ask: bool = True) -> str:
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    ask: bool = True,
+    tools: list[dict] | None = None,
+) -> str:
     """`render_chats` of one chat."""
-    return render_chats(tokenizer, [messages], ask)[0]
+    return render_chats(tokenizer, [messages], ask, tools=tools)[0]
 
 
 def render_chats(
-    tokenizer: PreTrainedTokenizerBase, chats: Sequence[list[dict]], ask: bool = True, go_on: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    chats: Sequence[list[dict]],
+    ask: bool = True,
+    go_on: bool = False,
+    tools: list[dict] | None = None,
 ) -> list[str]:
-    """Chats as the model's template writes them, with `ask` up to where the answer begins, with `go_on` up to
-    where the last message ends. Equal to the tokenizer's `apply_chat_template`, in bounded time and memory.
+    """Chats as the model's template writes them, with the `tools` that are offered; with `ask` up to where
+    the answer begins, with `go_on` up to where the last message ends. Equal to the tokenizer's
+    `apply_chat_template`, in bounded time and memory.
 
     Raises foreign.Failed where the template refuses a chat, comes to no end, or writes today's date whatever
     `date_string` says, and ValueError where there is no template, or several and none of them is the default.
@@ -144,6 +155,7 @@ def render_chats(
         "chat_template": UNDATED + tokenizer.get_chat_template(),
         "add_generation_prompt": ask,
         "continue_final_message": go_on,
+        "tools": tools,
         "date_string": DATE,
     }
     # A key that is null is left out, as apply_chat_template does: templates ask whether it is there.

@@ -65,6 +65,8 @@ INSTEAD = {
 }
 ONLY_PARSED = {
     "model get": "fetches a package",
+    "data get": "fetches TRACE",
+    "git clone": "fetches a repository",
     "--general hub": "the hub's data",
     "--push": "writes to the hub",
 }

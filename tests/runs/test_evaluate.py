@@ -227,7 +227,7 @@ def test_the_command_and_its_refusals(merging, tmp_path, capsys):
     assert [row["task"] for row in read_jsonl(tmp_path / "out" / "scores.jsonl")] == ["TWO"]
     for args, message in [
         (("--tasks", "TOW"), "'TOW' is not a task of the recipe"),
-        (("--benchmark", "glue"), "is neither 'trace' nor a folder"),
+        (("--benchmark", "glue"), "is neither one of trace, olora, superni nor a folder"),
         (("x",), "'x' is neither an option nor an override"),
         (("eval.max_new_tokens=9", "--out", tmp_path / "out"), "was begun with eval.max_new_tokens"),
     ]:

@@ -53,7 +53,7 @@ def test_a_new_benchmark_is_checked_and_planned(made, capsys, tmp_path):
     assert code == 0 and "default protocol, batch 8" in out and "letters" in out and "Desk:" in out
 
 
-@pytest.mark.parametrize("name", ["RUNS", "trace"])
+@pytest.mark.parametrize("name", ["RUNS", "trace", "olora"])
 def test_a_new_benchmark_of_any_name_is_its_recipes(tmp_path, monkeypatch, name):
     from codyra_llm.benchmarks.starter import start
 
@@ -211,4 +211,48 @@ def test_an_export_of_another_benchmark_is_scored_on_this_one(made, capsys, tmp_
         "letters",
         ["first_char"],
         4,
+    )
+
+
+def test_data_as_people_have_it_is_planned_and_run(capsys, tmp_path, tiny_llama):
+    """A semicolon CSV under a template, and Alpaca's records in lines: told by `plan`, learnt by `run`."""
+    place = tmp_path / "mixed"
+    name = folder(
+        place,
+        tasks={
+            "sort": {
+                "metrics": ["exact_match"],
+                "files": "sort.csv",
+                "prompt": "Sort: {text}\n{hint}\n{labels}:",
+                "labels": ["no", "yes"],
+                "columns": {"answer": "label"},
+            },
+            "follow": {"metrics": ["rouge_l"], "files": "follow.json", "format": "alpaca"},
+        },
+        protocols={"short": {**PROTOCOL, "max_prompt_tokens": 96, "batch_size": 4}},
+    )
+    rows = [f"t{i};{'' if i % 2 else 'h'};{i % 2}" for i in range(12)]
+    (place / "sort.csv").write_text("\n".join(["text;hint;label", *rows]))
+    records = [{"instruction": f"Say {i}", "input": "", "output": "AB"[i % 2]} for i in range(12)]
+    (place / "follow.json").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "recipe.yaml").write_text(
+        json.dumps(
+            {
+                "model": {"path": str(tiny_llama)},
+                "data": {"benchmark": name},
+                "method": {"name": "seqlora", "rank": 2},
+                "output": str(tmp_path / "run"),
+            }
+        )
+    )
+    code, out, _ = call(capsys, "plan", tmp_path / "recipe.yaml")
+    assert code == 0
+    assert "has semicolons between its columns" in out and "has one record in each line" in out
+    run = runs.run(load_recipe(tmp_path / "recipe.yaml"))
+    assert run.summary["tasks"] == ["sort", "follow"] and len(run.summary["matrix"]) == 2
+    answered = {row["prompt"]: row["answer"] for row in run.predictions(1, "sort", "sort")}
+    assert len(answered) == 2 and all(
+        prompt in (f"Sort: t{i}\nno, yes:" if i % 2 else f"Sort: t{i}\nh\nno, yes:" for i in range(12))
+        and answer == ("no" if "\nh\n" in prompt else "yes")
+        for prompt, answer in answered.items()
     )

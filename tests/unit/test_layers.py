@@ -12,6 +12,8 @@ from modules import modules
 # From the ground up. A package may import from itself and from what stands before it.
 LAYERS = [
     "codyra_llm.benchmarks",
+    "codyra_llm.benchmarks.olora",
+    "codyra_llm.benchmarks.superni",
     "codyra_llm.benchmarks.trace",
     "codyra_llm.benchmarks.trace.general",
     "codyra_llm.recipes",

@@ -13,9 +13,11 @@ from datasets import ClassLabel, Dataset, Features, Value
 from helpers import ROOT
 from own_benchmark import PROTOCOL, ROWS, faults, folder, task, written
 
-from codyra_llm.config.benchmark import Benchmark, Protocol, Task, load_benchmark
+from codyra_llm.config.benchmark import Benchmark, Protocol, load_benchmark
 from codyra_llm.config.recipe import parse_recipe
-from codyra_llm.data.sources import by_template, divided, read
+from codyra_llm.config.task import Task
+from codyra_llm.data.chats import by_template
+from codyra_llm.data.sources import divided, read
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.metrics.text import METRICS
 from codyra_llm.models.tokenizer import load_tokenizer, render_chat
@@ -314,7 +316,7 @@ def test_all_faults_of_a_benchmark_come_at_once(tmp_path):
         "unknown key 'tasks.ONE.epoch' (value 2). Did you mean 'epochs'?",
         "unknown key 'tasks.TWO.files.trian' (value 'a.csv'). Did you mean 'train'?",
         "tasks.THREE: headline: 'rouge' is none of the task's metrics (rouge_l). Did you mean 'rouge_l'?",
-        "tasks.THREE: 'columns' and 'messages' go with 'files' or 'dataset'",
+        "tasks.THREE: 'messages' goes with 'files' or 'dataset'",
         "'tasks.FOUR.metrics' is missing",
         "tasks.FOUR.epochs: true is not a number",
         "protocols.short.schedule: 'cosin' is not valid",
@@ -337,8 +339,8 @@ def test_all_faults_of_a_benchmark_come_at_once(tmp_path):
         ({"tasks": 2}, "data.tasks: there is no order 2; choose from [1]"),
         (
             {"benchmark": "trase"},
-            "data.benchmark: 'trase' is neither 'trace' nor a folder that holds a benchmark.yaml. Did you "
-            "mean 'trace'?",
+            "data.benchmark: 'trase' is neither one of trace, olora, superni nor a folder that holds a "
+            "benchmark.yaml. Did you mean 'trace'?",
         ),
         ({"benchmark": "trace"}, "data: 'root' is missing"),
     ],

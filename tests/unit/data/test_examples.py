@@ -68,8 +68,8 @@ def test_missing_split_and_missing_root(root):
             [GOOD[0], {"promt": "a", "answer": "b"}],
             "record 1 has no 'prompt', expected a string; add it. Did you mean 'p",
         ),
-        ([{"prompt": "a", "answer": 3}], "record 0: 'answer' is a int, expected a string"),
-        ([{"prompt": None, "answer": "b"}], "record 0: 'prompt' is a NoneType"),
+        ([{"prompt": "a", "answer": 3.5}], "record 0: 'answer' is a float, expected a string"),
+        ([{"prompt": None, "answer": "b"}], "record 0: 'prompt' is null, expected a string; fill it in"),
         ([["a", "b"]], "record 0 is a list"),
         ([{"prompt": "a", "answer": ""}], "record 0: 'answer' is empty"),
         (b'[{"prompt": "\\ud83d", "answer": "b"}]', "half of a surrogate pair"),
@@ -82,7 +82,7 @@ def test_each_fault_is_one_sentence_with_file_and_place(root, content, expected)
 
 
 def test_all_faults_are_collected_and_counted(root):
-    write(root, "FOMC", "train", [{"prompt": 1, "answer": 2}] * 4)
+    write(root, "FOMC", "train", [{"prompt": 1.5, "answer": True}] * 4)
     messages = faults(root)
     assert len(messages) == 6 and "record 2" in messages[4] and "3 more faults in 4 records" in messages[5]
 
@@ -115,6 +115,21 @@ def test_check_counts_by_hand(root, capsys):
     assert report["faults"] == [] and len(report["warnings"]) == 4
     print_check(report)
     assert "0 faults, 4 warnings" in capsys.readouterr().out
+
+
+def test_json_lines_are_read_and_said(root):
+    path = write(root, "FOMC", "train", b"\n".join(json.dumps(record).encode() for record in GOOD))
+    assert read_split(root, "FOMC", "train") == GOOD
+    assert check_root(root)["notes"] == [
+        f"tasks.FOMC: {path} has one record in each line (JSON Lines), and is read so"
+    ]
+
+
+def test_whole_numbers_are_text_and_other_fields_do_not_matter(root):
+    write(root, "FOMC", "train", b'[{"prompt": 12, "answer": -1, "id": %s}]' % (b"7" * 5000))
+    assert read_split(root, "FOMC", "train") == [{"prompt": "12", "answer": "-1"}]
+    (warning,) = [line for line in check_root(root)["warnings"] if "-1" in line]
+    assert "FOMC/train: 1 of 1 records have the answer -1, the mark of labels" in warning
 
 
 def test_check_goes_on_past_a_broken_file(root):

@@ -285,9 +285,9 @@ def test_prompt_files(tmp_path):
     for name, content, message in (
         ("d.json", "{}", "expected a list of records"),
         ("d.json", '[{"text": "x"}]', "no 'prompt'"),
-        ("d.json", '[{"prompt": 3}]', "is a int, expected a string"),
+        ("d.json", '[{"prompt": 3.5}]', "is a float, expected a string"),
         ("d.jsonl", '{"prompt": " "}', "'prompt' is empty"),
-        ("d.jsonl", "[", "line 1: invalid JSON"),
+        ("d.jsonl", "{", "line 1: invalid JSON"),
         ("d.csv", "text\nx\n", "no 'prompt'"),
         ("d.csv", 'prompt\n"x', "is no CSV"),
         ("d.csv", "prompt\na,b\n", "has 2 values, the first line names 1"),
@@ -301,7 +301,7 @@ def test_prompt_files(tmp_path):
     for update, message in (
         ({"files": ["aa"]}, "Did you mean 'a'"),
         ({"prompts": str(tmp_path / "gone")}, "no file or folder"),
-        ({"prompts": str(tmp_path / "notes.txt")}, "no .json, .jsonl or .csv"),
+        ({"prompts": str(tmp_path / "notes.txt")}, "no .json, .jsonl, .csv"),
     ):
         with pytest.raises(Fault, match=message):
             find_questions(section.model_copy(update=update))

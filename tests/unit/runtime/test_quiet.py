@@ -9,7 +9,7 @@ from huggingface_hub.utils import are_progress_bars_disabled as hub_hidden
 from huggingface_hub.utils import disable_progress_bars as hide_hub
 from transformers.utils import logging as transformers_logging
 
-from codyra_llm.data.sources import rows
+from codyra_llm.data.readers import rows
 from codyra_llm.runtime.quiet import (
     log_level,
     without_data_bars,

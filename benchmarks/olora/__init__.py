@@ -1,0 +1,1 @@
+"""The continual learning streams of O-LoRA: benchmark.yaml; the data is its authors'."""

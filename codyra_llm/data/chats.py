@@ -1,0 +1,209 @@
+"""Chats as people have them, OpenAI's messages and ShareGPT's turns, as the messages that a chat template
+writes."""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from codyra_llm.config.task import Task
+from codyra_llm.core.errors import nearest
+from codyra_llm.core.foreign import Failed
+from codyra_llm.core.parsing import shown
+from codyra_llm.models.tokenizer import render_chat
+
+OPENAI_ROLES = {"developer": "system", "model": "assistant"}  # others are called as templates call them
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool": "tool",
+}
+TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+class Chat(NamedTuple):
+    """Messages, each with `role` and `content` and, where the assistant calls tools, `tool_calls`; and the
+    tools that it may call.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict] | None = None
+
+    def before(self, place: int) -> "Chat":
+        """The chat up to the message at `place`, which is left out."""
+        return Chat(self.messages[:place], self.tools)
+
+
+Render = Callable[[Chat], str]
+
+
+class Wrong(Exception):
+    """What is wrong with a chat, without where it is."""
+
+
+def plain(chat: Chat) -> str:
+    """A chat as text where no model is there to say how: for `codyra-llm data check`."""
+    lines = [f"tools: {_compact(chat.tools)}"] if chat.tools else []
+    for message in chat.messages:
+        calls = f" {_compact(message['tool_calls'])}" if "tool_calls" in message else ""
+        lines.append(f"{message['role']}: {message['content']}{calls}")
+    return "\n".join(lines)
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+def by_template(tokenizer: PreTrainedTokenizerBase) -> Render:
+    """A chat as the model's template writes it, up to where the answer begins."""
+    return partial(_written, tokenizer)
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> str:
+    template = tokenizer.get_chat_template()
+    calls = any("tool_calls" in message for message in chat.messages)
+    for there, word in ((calls, "tool_calls"), (bool(chat.tools), "tools")):
+        if there and word not in template:  # it would leave them out without a word
+            raise Failed(f"it writes no {word}", stopped=False)
+    return render_chat(tokenizer, chat.messages, tools=chat.tools)
+
+
+def read_chat(row: object, task: Task) -> Chat:
+    """The chat in a row of a task that has chats. Raises Wrong."""
+    field = task.chat
+    assert field is not None
+    sharegpt = task.format == "sharegpt"
+    raw = row.get(field) if isinstance(row, dict) else None
+    keys = ("from", "value") if sharegpt else ("role", "content")
+    if isinstance(row, dict) and field not in row:
+        raise Wrong(f"there is no '{field}', expected a list of messages; add it.{nearest(field, row)}")
+    if not isinstance(raw, list) or len(raw) < 2:
+        raise Wrong(
+            f"'{field}' must be a list of messages with the texts '{keys[0]}' and '{keys[1]}', of which the "
+            "last is the assistant's; correct it."
+        )
+    one = _turn if sharegpt else _message
+    messages = [one(message, f"'{field}', message {i}") for i, message in enumerate(raw)]
+    last = messages[-1]
+    if last["role"] != "assistant" or "tool_calls" in last or not isinstance(last["content"], str):
+        found = "calls a tool" if "tool_calls" in last else f"is of role {shown(last['role'])}"
+        raise Wrong(
+            f"'{field}' must be a list of messages of which the last is the assistant's text, to be learnt, "
+            f"and its last {found}; cut it after one."
+        )
+    system = row.get("system") if sharegpt else None
+    if isinstance(system, str) and system:
+        messages.insert(0, {"role": "system", "content": system})
+    return Chat(messages, _tools(row.get("tools")))
+
+
+def _turn(raw: object, where: str) -> dict[str, Any]:
+    """A turn of ShareGPT as a message."""
+    if not isinstance(raw, dict) or not isinstance(raw.get("from"), str):
+        hint = (
+            " It looks like OpenAI's; give format: openai." if isinstance(raw, dict) and "role" in raw else ""
+        )
+        raise Wrong(f"{where} must have the texts 'from' and 'value'; correct it.{hint}")
+    role, text = raw["from"], raw.get("value")
+    if role not in SHAREGPT_ROLES:
+        raise Wrong(
+            f"{where} is from {shown(role)}, which is not known.{nearest(role, SHAREGPT_ROLES)} Known: "
+            f"{', '.join(SHAREGPT_ROLES)}"
+        )
+    if not isinstance(text, str):
+        raise Wrong(f"{where} has a {type(text).__name__} as 'value', expected a text; correct it.")
+    message = {"role": SHAREGPT_ROLES[role], "content": text}
+    if role == "function_call":
+        return {**message, "content": "", "tool_calls": [_call(text, where)]}
+    return message
+
+
+def _message(raw: object, where: str) -> dict[str, Any]:
+    """A message of OpenAI's, of which only what templates know is kept."""
+    if not isinstance(raw, dict) or not isinstance(raw.get("role"), str):
+        hint = (
+            " It looks like ShareGPT's; give format: sharegpt."
+            if isinstance(raw, dict) and "from" in raw
+            else ""
+        )
+        raise Wrong(f"{where} must have the texts 'role' and 'content'; correct it.{hint}")
+    role, content, calls = raw["role"], raw.get("content"), raw.get("tool_calls")
+    message: dict[str, Any] = {"role": OPENAI_ROLES.get(role, role), "content": content}
+    if raw.get("function_call"):
+        raise Wrong(f"{where} has a 'function_call', the old form; write it as 'tool_calls'.")
+    if isinstance(content, list):
+        message["content"] = "".join(_parts(content, where))
+    elif content is None and calls:
+        message["content"] = ""
+    elif not isinstance(content, str):
+        raise Wrong(f"{where} has {_a(content)} as 'content', expected a text; correct it.")
+    if calls:
+        if not isinstance(calls, list):
+            raise Wrong(f"{where} has {_a(calls)} as 'tool_calls', expected a list; correct it.")
+        message["tool_calls"] = [_call(call, where) for call in calls]
+    for key in ("name", "tool_call_id"):
+        if role == "tool" and isinstance(raw.get(key), str):
+            message[key] = raw[key]
+    return message
+
+
+def _a(value: object) -> str:
+    return "null" if value is None else f"a {type(value).__name__}"
+
+
+def _parts(content: list, where: str) -> Iterator[str]:
+    for place, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
+            found = f"of type {shown(kind)}" if kind else _a(part)
+            raise Wrong(f"{where}: part {place} of 'content' is {found}, expected text alone; leave it out.")
+        yield part["text"]
+
+
+def _call(raw: object, where: str) -> dict:
+    """A call of a tool, its arguments as the mapping that templates expect."""
+    call = _parsed(raw, where, "tool call")
+    inner = call.get("function", call)
+    name = inner.get("name") if isinstance(inner, dict) else None
+    if not isinstance(name, str):
+        raise Wrong(f"{where} calls a tool without a 'name'; give it one.")
+    given = inner.get("arguments", {})
+    arguments = _parsed(given, where, f"arguments of {shown(name)}")
+    found = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return {**found, "id": call["id"]} if isinstance(call.get("id"), str) else found
+
+
+def _parsed(raw: object, where: str, what: str) -> dict:
+    """A mapping that may be given as JSON."""
+    try:
+        value = json.loads(raw) if isinstance(raw, str) else raw
+    except (ValueError, RecursionError):
+        raise Wrong(f"{where}: the {what} is no JSON; correct it.") from None
+    if not isinstance(value, dict):
+        raise Wrong(f"{where}: the {what} is {_a(value)}, expected an object; correct it.")
+    return value
+
+
+def _tools(raw: object) -> list[dict] | None:
+    """The tools that are offered, which ShareGPT gives as JSON."""
+    if not raw:
+        return None
+    try:
+        value = json.loads(raw) if isinstance(raw, str) else raw
+    except (ValueError, RecursionError):
+        raise Wrong("'tools' is no JSON; correct it.") from None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise Wrong("'tools' must be a list of objects; correct it.")
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in value] or None

@@ -1,0 +1,249 @@
+"""TRACE's data out of what people have. Oracle: the files that were packed."""
+
+import io
+import json
+import stat
+import tarfile
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from helpers import call
+from own_benchmark import faults
+
+from codyra_llm.data import fetch
+from codyra_llm.data.fetch import AUTHORS, COPY, get, unpack
+
+SPLITS = ("train", "eval", "test")
+BENCHMARK = "LLM-CL-Benchmark_500"
+
+
+def files(folder, tasks=("FOMC", "20Minuten", "Lima")):
+    """Names and contents of the tasks below a folder in an archive."""
+    return {
+        f"{folder}/{task}/{split}.json".lstrip("/"): json.dumps(
+            [{"prompt": f"{folder} {task} {split} {i}", "answer": "ä"} for i in range(2)]
+        ).encode()
+        for task in tasks
+        for split in SPLITS
+    }
+
+
+def packed(path, content):
+    """An archive as the suffix of its name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, data in content.items():
+                archive.writestr(name, data)
+        return path
+    kind = {".tar": "w", ".gz": "w:gz", ".tgz": "w:gz", ".xz": "w:xz"}[path.suffix]
+    with tarfile.open(path, kind) as archive:
+        for name, data in content.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def laid_out(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["t.zip", "t.tar", "t.tar.gz", "t.tgz", "t.tar.xz"])
+@pytest.mark.parametrize("nesting", [BENCHMARK, f"a/b c/{BENCHMARK}", f"TRACE/{BENCHMARK}/data"])
+def test_an_archive_of_any_kind_and_nesting(tmp_path, name, nesting):
+    called = name.replace("t.", f"{BENCHMARK}.") if nesting.endswith("data") else name
+    content = {**files(nesting), "README.md": b"hello", f"__MACOSX/{nesting}/FOMC/._train.json": b"\0"}
+    archive = packed(tmp_path / called, content)
+    (folder,) = get("trace", tmp_path / "data", source=str(archive))
+    assert folder == tmp_path / "data" / BENCHMARK
+    assert {f"{nesting}/{name}": data for name, data in laid_out(folder).items()} == files(nesting)
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [BENCHMARK]  # nothing else is left
+
+
+def test_a_folder_with_an_archive_in_it(tmp_path):
+    """A clone of TreeLoRA's repository."""
+    packed(tmp_path / "TreeLoRA" / "data" / f"{BENCHMARK}.tar.xz", files(""))
+    (folder,) = get("trace", tmp_path / "data", source=str(tmp_path / "TreeLoRA"))
+    assert laid_out(folder) == files("") and folder.name == BENCHMARK
+
+
+def test_one_variant_or_all_of_them(tmp_path):
+    content = {
+        **files("t/LLM-CL-Benchmark_500"),
+        **files("t/LLM-CL-Benchmark_5000"),
+        **files("t/other", ("a",)),
+    }
+    source = str(packed(tmp_path / "t.zip", content))
+    found = get("trace", tmp_path / "all", source=source)
+    assert [folder.name for folder in found] == ["LLM-CL-Benchmark_500", "LLM-CL-Benchmark_5000"]
+    (folder,) = get("trace", tmp_path / "one", "5000", source)
+    assert folder.name == "LLM-CL-Benchmark_5000"
+    assert b"_5000 FOMC" in (folder / "FOMC" / "train.json").read_bytes()
+    (message,) = faults(get, "trace", tmp_path / "x", "1000", source)
+    assert "has no LLM-CL-Benchmark_1000, but LLM-CL-Benchmark_500, LLM-CL-Benchmark_5000; give" in message
+    (message,) = faults(get, "trace", tmp_path / "one", "5000", source)
+    assert "LLM-CL-Benchmark_5000 exists already; give another folder" in message
+
+
+def test_tasks_of_no_variant_need_its_name(tmp_path):
+    folder = tmp_path / "mine"
+    for name, data in files("").items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    (message,) = faults(get, "trace", tmp_path / "out", None, str(folder))
+    assert "does not say which variant it is; give --variant, one of 500, 1000, 5000, Reasoning" in message
+    (found,) = get("trace", tmp_path / "out", "Reasoning", str(folder))
+    assert found.name == "LLM-CL-Benchmark_Reasoning" and laid_out(found) == files("")
+
+
+def linked(path, kind):
+    with tarfile.open(path, "w") as archive:
+        info = tarfile.TarInfo("FOMC/train.json")
+        info.type, info.linkname = kind, "/etc/passwd"
+        archive.addfile(info)
+    return path
+
+
+def zip_link(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        info = zipfile.ZipInfo("FOMC/train.json")
+        info.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(info, "/etc/passwd")
+    return path
+
+
+@pytest.mark.parametrize(
+    "make, expected",
+    [
+        (lambda p: packed(p / "a.tar", {"../FOMC/train.json": b"[]"}), "leads out of the archive"),
+        (lambda p: packed(p / "a.zip", {"a/../../train.json": b"[]"}), "leads out of the archive"),
+        (lambda p: packed(p / "a.tar", {"/FOMC/train.json": b"[]"}), "leads out of the archive"),
+        (lambda p: packed(p / "a.tar", {"C:/train.json": b"[]"}), "leads out of the archive"),
+        (lambda p: packed(p / "a.tar", {"..\\train.json": b"[]"}), "leads out of the archive"),
+        (lambda p: linked(p / "a.tar", tarfile.SYMTYPE), "is a link or a device"),
+        (lambda p: linked(p / "a.tar", tarfile.LNKTYPE), "is a link or a device"),
+        (lambda p: linked(p / "a.tar", tarfile.CHRTYPE), "is a link or a device"),
+        (lambda p: zip_link(p / "a.zip"), "is a link or a device"),
+        (
+            lambda p: packed(p / "a.zip", {"a.json": b"0" * 2000}),
+            "holds more than 0 GiB; give TRACE's archive",
+        ),
+        (lambda p: packed(p / "a.tar.xz", {"a.json": b"0" * 2000}), "holds more than 0 GiB"),
+        (lambda p: packed(p / "a.zip", {f"{i}.json": b"" for i in range(9)}), "holds more than 8 files"),
+    ],
+)
+def test_an_archive_that_does_harm_is_refused(tmp_path, monkeypatch, make, expected):
+    monkeypatch.setattr(fetch, "MOST_BYTES", 1000)
+    monkeypatch.setattr(fetch, "MOST_FILES", 8)
+    (message,) = faults(unpack, make(tmp_path), tmp_path / "out" / "deep")
+    assert expected in message
+    assert {path.name for path in tmp_path.iterdir()} <= {"a.zip", "a.tar", "a.tar.xz", "out"}
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar.gz", "a.tar.xz"])
+def test_an_archive_that_is_cut_off_is_one_sentence(tmp_path, name):
+    whole = packed(tmp_path / name, {f"{i}.json": bytes(range(256)) * 40 for i in range(9)}).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    (message,) = faults(unpack, tmp_path / name, tmp_path / "out")
+    assert str(tmp_path / name) in message and ("download it again" in message or "is no zip" in message)
+
+
+@pytest.fixture
+def server():
+    """Answers by path: the bytes that are put into its `answers`."""
+    answers = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            data = answers.get(self.path)
+            self.send_response(200 if data else 404)
+            self.send_header("Content-Length", str(len(data or b"") + self.path.count("cut")))
+            self.end_headers()
+            self.wfile.write(data or b"")
+
+        def log_message(self, *args):
+            pass
+
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{running.server_port}", answers
+    running.shutdown()
+    running.server_close()
+
+
+def test_an_address(tmp_path, server):
+    address, answers = server
+    data = packed(tmp_path / "t.tar.xz", files("x")).read_bytes()
+    answers |= {f"/{BENCHMARK}.tar.xz?raw=1": data, "/page": b"<html>", "/cut": data}
+    (folder,) = get("trace", tmp_path / "out", None, f"{address}/{BENCHMARK}.tar.xz?raw=1")
+    assert laid_out(folder) == {name[2:]: content for name, content in files("x").items()}
+    for path, expected in (
+        ("/none", "can't be fetched (Not Found)"),
+        ("/page", "gives no archive, perhaps a page for browsers"),
+        ("/cut", "can't be fetched (it ended early)"),
+    ):
+        (message,) = faults(get, "trace", tmp_path / "no", None, address + path)
+        assert expected in message and AUTHORS in message and COPY in message
+        assert f"codyra-llm data get trace --from FILE {tmp_path / 'no'}" in message
+
+
+@pytest.mark.parametrize(
+    "name, variant, source, expected",
+    [
+        ("trase", None, None, "'trase' is no benchmark that is known; give trace. Did you mean 'trace'?"),
+        (
+            "olora",
+            None,
+            None,
+            "git clone https://github.com/cmnfriend/O-LoRA, and give data.root: O-LoRA/CL_Ben",
+        ),
+        ("trace", "50", None, "--variant: '50' is none of 500, 1000, 5000, Reasoning; give one of them."),
+        (
+            "trace",
+            "5000",
+            None,
+            "no copy of 5000 can be fetched without a browser; download https://github.com/",
+        ),
+        (
+            "trace",
+            None,
+            "nowhere.zip",
+            "--from: 'nowhere.zip' is no archive or folder that is here, no address",
+        ),
+        ("trace", None, "own/er/x", "--from: 'own/er/x' is no archive or folder that is here"),
+        ("trace", None, "owner/name", "the data set 'owner/name' can't be had from the hub ("),
+        ("trace", None, "http://127.0.0.1:1/a.zip", "http://127.0.0.1:1/a.zip can't be fetched ([Errno 111]"),
+    ],
+)
+def test_what_can_not_be_had_is_one_sentence(tmp_path, monkeypatch, name, variant, source, expected):
+    monkeypatch.chdir(tmp_path)
+    (message,) = faults(get, name, tmp_path / "out", variant, source)
+    assert expected in message
+
+
+def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
+    """In place of the hub's client, one that lays down what it would."""
+
+    def snapshot(name, repo_type, local_dir):
+        assert (name, repo_type) == ("owner/name", "dataset")
+        packed(local_dir / f"{BENCHMARK}.zip", files("a"))
+        return str(local_dir)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    (folder,) = get("trace", tmp_path / "out", None, "owner/name")
+    assert folder.name == BENCHMARK and len(laid_out(folder)) == 9
+
+
+def test_the_command_checks_what_it_wrote(tmp_path, capsys):
+    archive = packed(tmp_path / f"{BENCHMARK}.tar.gz", files("x"))
+    code, out, _ = call(capsys, "data", "get", "trace", "--from", archive, tmp_path / "data")
+    assert code == 0 and "0 faults" in out and f"trace: {tmp_path / 'data' / BENCHMARK}" in out
+    bad = files("x") | {"x/FOMC/train.json": b"["}
+    archive = packed(tmp_path / "bad" / f"{BENCHMARK}.zip", bad)
+    code, out, _ = call(capsys, "data", "get", "trace", "--from", archive, tmp_path / "worse")
+    assert code == 1 and "1 faults" in out
+    code, _, err = call(capsys, "data", "get", "trace", "--from", tmp_path / "bad.tar", tmp_path / "data")
+    assert code == 2 and "is no archive or folder that is here" in err
