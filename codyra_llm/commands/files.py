@@ -5,12 +5,14 @@ from typing import Annotated
 
 import typer
 
-from codyra_llm.commands.common import PathArg, console
+from codyra_llm.commands.common import PathArg, Plugins, console
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.terminal import write
 
 
-def data_check(root: PathArg, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+def data_check(
+    root: PathArg, as_json: Annotated[bool, typer.Option("--json")] = False, plugin: Plugins = None
+) -> None:
     """Verify a TRACE folder of any variant, or a folder with a benchmark.yaml: counts, fields, empty answers,
     encodings, duplicates within and across splits."""
     from codyra_llm.data.check import check, print_check

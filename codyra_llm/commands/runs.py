@@ -7,7 +7,15 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from codyra_llm.commands.common import DeepSpeedConfig, LocalRank, Overrides, RecipeArg, console, path
+from codyra_llm.commands.common import (
+    DeepSpeedConfig,
+    LocalRank,
+    Overrides,
+    Plugins,
+    RecipeArg,
+    console,
+    path,
+)
 from codyra_llm.core.errors import Fault
 from codyra_llm.runtime import signals
 
@@ -17,6 +25,7 @@ def run(
     overrides: Overrides = None,
     local_rank: LocalRank = None,
     deepspeed_config: DeepSpeedConfig = None,
+    plugin: Plugins = None,
 ) -> None:
     """Run a recipe: the whole stream, evaluation and the final checkpoint.
 
@@ -35,7 +44,7 @@ def run(
     leave()
 
 
-def plan(recipe: RecipeArg, overrides: Overrides = None) -> None:
+def plan(recipe: RecipeArg, overrides: Overrides = None, plugin: Plugins = None) -> None:
     """Resolve and check a recipe without training: tasks, steps, tokens, an example, memory, disk, and every
     fault.
     """
@@ -64,6 +73,7 @@ def sweep(
         ),
     ] = None,
     report: Annotated[bool, typer.Option("--report", help="run nothing, compare what is finished")] = False,
+    plugin: Plugins = None,
 ) -> None:
     """Compare methods, or any settings: every arm at every point of a grid, resumable, with intervals.
 
@@ -118,6 +128,7 @@ def report(
     paper: Annotated[
         bool, typer.Option("--paper", help="beside the published TRACE tables, with caveats")
     ] = False,
+    plugin: Plugins = None,
 ) -> None:
     """Report on a run, or on several together; needs no model.
 
@@ -152,6 +163,7 @@ def report(
 def status(
     folder: Annotated[Path, typer.Argument(parser=path, metavar="RUN")],
     as_json: Annotated[bool, typer.Option("--json")] = False,
+    plugin: Plugins = None,
 ) -> None:
     """Say where a running, finished or dead run stands, and what its command would go on with. Reads only."""
     from codyra_llm.report.status import look, show
@@ -160,13 +172,15 @@ def status(
     print(json.dumps(found, ensure_ascii=False, indent=1)) if as_json else show(found, console)
 
 
-def methods(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
-    """List the methods: what each trains and needs, whether it merges into the base, and how it can be
-    launched.
+def methods(as_json: Annotated[bool, typer.Option("--json")] = False, plugin: Plugins = None) -> None:
+    """List the methods, those of plug-ins too: what each trains and needs, whether it merges into the base,
+    and how it can be launched.
     """
+    from codyra_llm.config import plugins
     from codyra_llm.config.registry import METHODS
     from codyra_llm.report.text import methods_table as table
 
+    plugins.load_installed()
     if as_json:
         print(json.dumps([method.declared() for method in METHODS.values()], indent=1))
     else:

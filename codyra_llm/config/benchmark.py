@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from codyra_llm import benchmarks  # pyright: ignore  # installed from the top level
+from codyra_llm.config import plugins
 from codyra_llm.config.sections import FILE, TRACE
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.files import file_sha256
 from codyra_llm.core.parsing import PathText, expanded, read_yaml, shown
 from codyra_llm.core.schema import Fraction, Positive, Strict, Tokens, sentences
+from codyra_llm.metrics.own import SHIPPED
 from codyra_llm.metrics.text import METRICS
 
 if TYPE_CHECKING:
@@ -87,10 +89,12 @@ class Task(Strict, frozen=True):
     @field_validator("metrics")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if unknown := [name for name in value if name not in METRICS]:
+        unknown = [name for name in value if not plugins.has_metric(name)]
+        if unknown:
             raise ValueError(
                 "\n".join(
-                    f"{shown(name)} is not a metric.{nearest(name, METRICS)} Known: {', '.join(METRICS)}"
+                    f"{shown(name)} is not a metric.{nearest(name, METRICS)} Known: {', '.join(METRICS)}; "
+                    "one of your own is given by --plugin FILE"
                     for name in unknown
                 )
             )
@@ -148,6 +152,11 @@ class Benchmark(Strict, frozen=True):
         description="by number; default: one, as the tasks are written"
     )
     protocols: dict[str, Protocol] = Field(min_length=1, description="by name; the first is the default")
+    metrics: PathText | None = Field(
+        default=None,
+        description="a Python file beside this one with metrics of its own; it is run only where "
+        "--plugin names it",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -192,10 +201,10 @@ class Benchmark(Strict, frozen=True):
         self, name: str, prompts: Sequence[str], predictions: Sequence[str], answers: Sequence[str]
     ) -> dict[str, list[float]]:
         """Scores 0..100 of each example by metric, in the order of the task's metrics. All three of equal
-        length.
+        length. Raises Fault where a metric from outside the package fails.
         """
         rows = list(zip(prompts, predictions, answers, strict=True))
-        return {metric: [METRICS[metric].example(*row) for row in rows] for metric in self.task(name).metrics}
+        return {metric: _scored(metric, name, rows) for metric in self.task(name).metrics}
 
     def lacks(self, data: "DataSection") -> list[str]:
         """What a recipe names that is not here, one sentence each."""
@@ -221,6 +230,25 @@ class Benchmark(Strict, frozen=True):
             for name in names
             if not self.others and name not in self.tasks
         ]
+
+
+def _scored(metric: str, task: str, rows: list[tuple[str, str, str]]) -> list[float]:
+    """The scores of one metric. What fails in somebody's own is told with the example; what fails in a
+    shipped one is a defect here, and goes on as it is."""
+    score = METRICS[metric].score
+    if metric in SHIPPED:
+        return [score(*row) for row in rows]
+    found = []
+    for number, row in enumerate(rows):
+        try:
+            found.append(float(score(*row)))
+        except Exception as error:
+            raise Fault(
+                f"metric '{metric}' failed on example {number} of {task} ({type(error).__name__}: {error}), "
+                f"prediction {shown(row[1])}, answer {shown(row[2])}; correct it where it is defined, "
+                f"{METRICS[metric].__module__}"
+            ) from error
+    return found
 
 
 def benchmark_folder(name: str) -> Path:
@@ -254,7 +282,21 @@ def _file(name: str) -> Path:
 @lru_cache
 def _read(file: Path, changed: int) -> Benchmark:
     raw = read_yaml(file, "tasks, orders and protocols, as docs/own_data.md shows them")
+    _refuse_unnamed_code(file, raw.get("metrics"))
     try:
         return Benchmark.model_validate(raw)
     except ValidationError as error:
         raise Fault(*(f"{file}: {line}" for line in sentences(error, Benchmark))) from None
+
+
+def _refuse_unnamed_code(file: Path, metrics: Any) -> None:
+    """Raises Fault where the benchmark has a file of metrics that the user has not named: benchmarks are
+    passed on, and a file of Python can do anything."""
+    if not isinstance(metrics, str):
+        return
+    code = file.parent / metrics
+    if not plugins.is_loaded(code):
+        raise Fault(
+            f"{file}: metrics: {shown(metrics)} is Python code, which runs only where you name it; look at "
+            f"it, and add --plugin {code} to the command"
+        )

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from codyra_llm.benchmarks.trace.mini.make import BASES, mini_data, mini_model
+from codyra_llm.config import plugins
 from codyra_llm.config.recipe import Recipe, by_task
 from codyra_llm.config.registry import METHODS
 from codyra_llm.core.errors import Fault
@@ -24,7 +25,7 @@ from codyra_llm.data.records import read_split
 from codyra_llm.data.stream import Stream
 from codyra_llm.evaluate import suite
 from codyra_llm.evaluate.questions import find_questions
-from codyra_llm.experiment.inspection import prompt_faults, splits
+from codyra_llm.experiment.inspection import prompt_faults, splits, try_metrics
 from codyra_llm.formats.adapter_files import vocabulary
 from codyra_llm.lora.merge import merge
 from codyra_llm.methods.base import Method, Task
@@ -68,8 +69,10 @@ class Setup:
 
     def verify(self, folder: RunFolder) -> None:
         """Raises Fault where the updates of `folder` were made on other base weights than the recipe's path
-        now holds.
+        now holds, or by another version of the method.
         """
+        if faults := plugins.changed(folder.origins, self.origins, str(folder.path)):
+            raise Fault(*faults)
         if (now := fingerprint(self.base)) != (was := folder.archive().base):
             raise Fault(
                 f"{folder.path} was made on other base weights ({was[:12]}, now {now[:12]}); restore the "
@@ -117,6 +120,12 @@ class Setup:
         return {
             task: [known.headline(task, protocol), *known.task(task).metrics] for task in self.recipe.tasks
         }
+
+    @property
+    def origins(self) -> dict[str, plugins.Origin]:
+        """Where the method and the metrics that are not shipped come from."""
+        names = [name for metrics in self.metrics.values() for name in metrics]
+        return plugins.used(self.method.name, names)
 
     @property
     def longest(self) -> int:
@@ -175,6 +184,7 @@ def prepare(
     if encoder and root:
         read = list(splits(recipe, stream, bool(method.trains)))
         faults += prompt_faults(recipe, read, encoder, config)
+        tried(try_metrics, recipe, read)
     if faults:
         raise Fault(*dict.fromkeys(faults))
     return Setup(recipe, method, base, tokenizer, encoder, stream, probes, harness, questions)
