@@ -199,7 +199,7 @@ def _estimates(setup: Setup, model: nn.Module, work: Work, trained: int, total: 
     lines = []
     if work.biggest:
         # Before the memory, whose run fills the skeleton with fake tensors.
-        lines.append(_time(setup, model, work, device))
+        lines.append(_training(setup, model, work, device).told)
         tokens = work.biggest.ids.numel()
         held["adapters and Adam's moments"] = trained * 12
         held[f"forward and backward of {tokens} tokens"] = activation_bytes(model, work.biggest, device)
@@ -224,8 +224,29 @@ def disk_bytes(setup: Setup, trained: int) -> int:
 LONGEST = 20  # seconds that a micro-batch may take in a few layers; beyond, its operations are counted
 
 
-def _time(setup: Setup, model: nn.Module, work: Work, device: torch.device) -> str:
-    """How long training takes, and how that is known."""
+class Training(NamedTuple):
+    """What a recipe trains, as far as one process: optimizer steps, tokens, padding included, seconds of
+    training; and how the seconds are known."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    told: str
+
+
+def training(recipe: Recipe) -> Training:
+    """The training that a recipe asks for, without doing it: none of a method that trains nothing. Raises one
+    Fault with all that is wrong with the recipe."""
+    setup = prepare(recipe)
+    model = skeleton(setup)
+    work = _work(setup, model)
+    if not work.pieces:
+        return Training(0, 0, 0.0, "nothing is trained")
+    return _training(setup, model, work, launch.device())
+
+
+def _training(setup: Setup, model: nn.Module, work: Work, device: torch.device) -> Training:
+    steps = sum(task.steps(setup.recipe.optim.batch_size) for task in work.tasks)
     sums = [sum(numbers) for numbers in zip(*(piece[:3] for piece in work.pieces), strict=True)]
     tokens, labelled, squares = sums
     operations = step_flops(model, tokens, squares, labelled)
@@ -235,7 +256,8 @@ def _time(setup: Setup, model: nn.Module, work: Work, device: torch.device) -> s
     speed = matmul_speed(model, work.pieces[-1].tokens, setup.dtype, device)
     if of_two[0] / speed * MEASURED_LAYERS[1] / layers > LONGEST:
         told = f"{operations:.2g} operations of matrix products, {speed:.2g} a second measured here"
-        return f"time to train, at least: {duration(operations / speed)} ({told}, one process)"
+        said = f"time to train, at least: {duration(operations / speed)} ({told}, one process)"
+        return Training(steps, tokens, operations / speed, said)
 
     def make(count: int) -> nn.Module:
         made = skeleton(setup, count, device)
@@ -249,11 +271,12 @@ def _time(setup: Setup, model: nn.Module, work: Work, device: torch.device) -> s
     seconds = [step_seconds(make, batch, layers) for batch in batches]
     timed = [Timed(n, each) for n, each in zip(of_two, seconds, strict=True)]
     total = total_seconds(*timed, len(work.pieces), operations)
-    return (
+    said = (
         f"time to train, estimated: {duration(total)} ({len(work.pieces):,} micro-batches; the largest "
         f"takes {timed[0].seconds:.2g} s, one of median size {timed[1].seconds:.2g} s, measured on a few "
         "layers here; one process; optimizer, loading and evaluation come on top)"
     )
+    return Training(steps, tokens, total, said)
 
 
 def _answering(setup: Setup, model: nn.Module, total: int) -> str:
