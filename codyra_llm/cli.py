@@ -6,7 +6,7 @@ import time
 
 import typer
 
-from codyra_llm.commands import checkpoints, files, runs
+from codyra_llm.commands import begin, checkpoints, files, runs
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.terminal import one_line, unbroken_output
 from codyra_llm.runtime import signals
@@ -21,6 +21,7 @@ app = typer.Typer(
 
 data_app = typer.Typer(help="Check a folder of tasks, or write mini-TRACE.", no_args_is_help=True)
 benchmark_app = typer.Typer(help="Task streams of one's own (docs/own_data.md).", no_args_is_help=True)
+recipe_app = typer.Typer(help="Recipes: what a run is described by.", no_args_is_help=True)
 model_app = typer.Typer(help="Pretrained models for people without a hub account.", no_args_is_help=True)
 
 
@@ -49,7 +50,13 @@ data_app.command("make-mini")(files.make_mini)
 benchmark_app.command("new")(files.benchmark_new)
 
 
+recipe_app.command("init")(begin.recipe_init)
+
+
 model_app.command("get")(files.model_get)
+
+
+app.add_typer(recipe_app, name="recipe")
 
 
 app.add_typer(data_app, name="data")

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from codyra_llm.config.methods.base import PROJECTIONS
 from codyra_llm.config.recipe import Recipe
+from codyra_llm.config.registry import METHODS
 from codyra_llm.data.batches import Batch, batch_tokens, collate, default_tokens, micro_batches
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.evaluate.budget import MOST, affordable, free_bytes, token_bytes
@@ -23,6 +24,7 @@ from codyra_llm.experiment.setup import Setup, prepare
 from codyra_llm.experiment.trackers import check as check_trackers
 from codyra_llm.lora.layer import sites
 from codyra_llm.lora.shared import share_inputs
+from codyra_llm.methods.base import Method
 from codyra_llm.models import fused_norm, packed_attention, saved
 from codyra_llm.runtime import launch
 from codyra_llm.runtime.forecast import duration
@@ -106,13 +108,21 @@ def skeleton(setup: Setup, layers: int | None = None, device: torch.device | str
     if launch.device().type == "cuda":
         fused_norm.replace(model)
     if setup.method.trains:
-        setup.method.attach(model)
+        method = setup.method if layers is None else _everywhere(setup)
+        method.attach(model)
         share_inputs(model, setup.recipe.model.fused)
         if not setup.method.merges:  # what it puts in front of, or beside, the model is small and not counted
             model.enable_input_require_grads()
     if setup.recipe.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
+
+
+def _everywhere(setup: Setup) -> Method:
+    """The method with adapters on all layers: the first few, which are timed, may be none of those chosen."""
+    config = setup.recipe.method
+    everywhere = {"layers": None} if hasattr(config, "layers") else {}
+    return METHODS[config.name](config.model_copy(update=everywhere), setup.recipe.seed)
 
 
 def _work(setup: Setup, model: nn.Module) -> Work:

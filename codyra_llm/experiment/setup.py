@@ -28,6 +28,7 @@ from codyra_llm.evaluate.questions import find_questions
 from codyra_llm.experiment.inspection import prompt_faults, splits, try_metrics
 from codyra_llm.formats.adapter_files import vocabulary
 from codyra_llm.lora.merge import merge
+from codyra_llm.lora.proximal import warmup_steps
 from codyra_llm.methods.base import Method, Task
 from codyra_llm.models import fused_norm, loading, packed_attention, saved
 from codyra_llm.models.ends import answer_ends
@@ -36,6 +37,7 @@ from codyra_llm.models.weights import WeightReader, fingerprint, formats
 from codyra_llm.runtime import heartbeat, launch, precision, signals
 from codyra_llm.store.archive import Archive
 from codyra_llm.store.folder import RunFolder
+from codyra_llm.train.trainer import TaskData
 
 PROBE_TOKENS = 32  # general-ability probes have short answers
 
@@ -169,7 +171,9 @@ def prepare(
     stream = Stream(recipe.data, root, render)
     for index in range(len(recipe.tasks)) if root else ():
         if method.trains or method.old_data:
-            tried(method.train_data, stream, index)
+            visited = tried(method.train_data, stream, index)
+            if visited and method.trains and not (method.joint and index + 1 < len(recipe.tasks)):
+                faults += _warm_up(recipe, index, visited[1], method.epochs_apart(stream, index))
         if method.trains and recipe.optim.validate_every:
             tried(stream.records, index, "eval")
         tried(stream.records, index, recipe.eval.split)
@@ -248,16 +252,33 @@ def _render(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> tuple[
     ] * recipe.data.chat_template
 
 
+def _warm_up(recipe: Recipe, index: int, epochs: list[range], apart: int) -> list[str]:
+    """That some steps of the task, and of each run through the schedule in it, are left to the schedule."""
+    asked, size = recipe.optim.warmup, recipe.optim.batch_size
+    whole = TaskData(recipe.tasks[index], index, [], epochs, [], apart)
+    shortest = min(whole.phase(step, size)[1] for step in (0, whole.steps(size) - 1))
+    if warmup_steps(asked, shortest) < shortest:
+        return []
+    return [
+        f"optim.warmup: {asked:g} leaves none of the {shortest} steps of {recipe.tasks[index]} to the "
+        "schedule; lower it, or give a share of the steps, below 1"
+    ]
+
+
 def _fits(recipe: Recipe, config: PreTrainedConfig) -> list[str]:
-    rank = getattr(recipe.method, "rank", 0)
-    return (
-        [
+    rank, count = getattr(recipe.method, "rank", 0), config.num_hidden_layers
+    faults = []
+    if rank > config.hidden_size:
+        faults.append(
             f"method.rank: {rank} is more than the hidden size of the model, {config.hidden_size}, and no "
             "update of its weights can have a higher rank; lower it"
-        ]
-        if rank > config.hidden_size
-        else []
-    )
+        )
+    if past := [layer for layer in getattr(recipe.method, "layers", None) or () if layer >= count]:
+        faults.append(
+            f"method.layers: {', '.join(map(str, past))} is past the model's last layer, {count - 1} (they "
+            "are counted from 0); leave it out"
+        )
+    return faults
 
 
 def base_folder(path: str, revision: str | None = None) -> Path:
