@@ -12,7 +12,7 @@ from codyra_llm.core.files import write_text
 
 
 def recipe_init(
-    file: Annotated[Path, typer.Argument(parser=path, metavar="[FILE]")] = Path("recipe.yaml"),
+    file: Annotated[Path, typer.Argument(parser=path, metavar="FILE")] = Path("recipe.yaml"),
     model: Annotated[str | None, typer.Option(help="hub id, folder, .gguf file, or mini")] = None,
     data: Annotated[
         str | None, typer.Option(help="folder of tasks, folder with a benchmark.yaml, or mini")
