@@ -4,7 +4,7 @@ installed package with entry points in the groups `codyra_llm.methods` and `cody
 Code runs only where the user has installed or named it: no recipe, benchmark or checkpoint can ask for any.
 """
 
-import importlib.util
+import hashlib
 import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import EntryPoint, entry_points
@@ -42,7 +42,8 @@ def _load(path: Path) -> None:
         raise Fault(
             f"--plugin: there is no file {path}; give a Python file that registers a method or metric"
         )
-    origin = {"file": str(path), "sha256": file_sha256(path)}
+    source = path.read_bytes()
+    origin = {"file": str(path), "sha256": hashlib.sha256(source).hexdigest()}
     had = [name for name, known in _origins.items() if known.get("file") == origin["file"]]
     if had and all(_origins[name] == origin and _there(name) for name in had):
         return
@@ -50,7 +51,7 @@ def _load(path: Path) -> None:
         _drop(name)
     before = _registered()
     try:
-        _execute(path)
+        _execute(path, source)
     except Exception as error:
         for name in _registered() - before:
             _drop(name)
@@ -65,15 +66,13 @@ def _load(path: Path) -> None:
     _origins.update(dict.fromkeys(added, origin))
 
 
-def _execute(path: Path) -> ModuleType:
+def _execute(path: Path, source: bytes) -> None:
+    """Run the bytes whose hash is kept: no cached code of an earlier version, and none is left behind."""
     name = f"codyra_llm_plugin_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise Fault(f"{path.name} is no Python file")
-    module = importlib.util.module_from_spec(spec)
+    module = ModuleType(name)
+    module.__file__ = str(path)
     sys.modules[name] = module  # before it runs, as for any import: classes look their module up
-    spec.loader.exec_module(module)
-    return module
+    exec(compile(source, str(path), "exec"), module.__dict__)
 
 
 def _place(error: BaseException, path: Path) -> str:

@@ -9,6 +9,7 @@ from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.files import replacing
 from codyra_llm.core.version import __version__
 from codyra_llm.report import published
+from codyra_llm.report.figures import SUFFIXES as FIGURES
 from codyra_llm.report.grid import Grid, markdown, write_csv
 from codyra_llm.report.groups import Member, Run, whence
 from codyra_llm.report.html import many_runs, one_run
@@ -33,7 +34,10 @@ def write(
     that holds no run.
     """
     if out.suffix not in SUFFIXES:
-        raise Fault(f"--out: '{out}' must end in {', '.join(SUFFIXES)}.{nearest(out.suffix, SUFFIXES)}")
+        raise Fault(
+            f"--out: '{out}' must end in {', '.join(SUFFIXES)}, or of a figure {', '.join(FIGURES)}."
+            f"{nearest(out.suffix, (*SUFFIXES, *FIGURES))}"
+        )
     members = [run if isinstance(run, Member) else Member(run) for run in runs]
     folders = [member.folder for member in members]
     if len(members) == 1:
