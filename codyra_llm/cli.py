@@ -4,7 +4,7 @@ import os
 import re
 import sys
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -30,7 +30,7 @@ model_app = typer.Typer(help="Pretrained models for people without a hub account
 class Command(TyperCommand):
     """A command whose usage says once that an argument may be repeated, where its name says so already."""
 
-    def collect_usage_pieces(self, ctx: typer.Context) -> list[str]:
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return [re.sub(r"( \.\.\.[\]}])\.\.\.$", r"\1", piece) for piece in super().collect_usage_pieces(ctx)]
 
 

@@ -45,14 +45,12 @@ def recipe_init(
         except typer.BadParameter as error:
             raise Fault(f"--{option}: {error}") from None
 
-    chosen = (
-        ask("model", model, "Base model: hub id, folder, .gguf file, or mini", "mini"),
-        ask("data", data, "Data: folder of tasks, or mini", "mini"),
-        ask("method", method, "Method (`codyra-llm methods` lists them)", "codyra", _method),
-        *ask("device", device, "Device, and examples per optimizer step", _here(), _device),
-        ask("output", output, "Folder of the run", f"runs/{file.stem}"),
-    )
-    write_text(file, draft(Answers(*chosen), file))
+    path_of_model = ask("model", model, "Base model: hub id, folder, .gguf file, or mini", "mini")
+    folder = ask("data", data, "Data: folder of tasks, or mini", "mini")
+    name = ask("method", method, "Method (`codyra-llm methods` lists them)", "codyra", _method)
+    kind, batch = ask("device", device, "Device, and examples per optimizer step", _here(), _device)
+    out = ask("output", output, "Folder of the run", f"runs/{file.stem}")
+    write_text(file, draft(Answers(path_of_model, folder, name, kind, batch, out), file))
     console.print(f"recipe: {file}; check it with `codyra-llm plan {file}`", soft_wrap=True)
 
 

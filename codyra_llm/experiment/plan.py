@@ -256,7 +256,9 @@ def training(recipe: Recipe) -> Training:
 
 
 def _training(setup: Setup, model: nn.Module, work: Work, device: torch.device) -> Training:
-    steps = sum(task.steps(setup.recipe.optim.batch_size) for task in work.tasks)
+    size = setup.recipe.optim.batch_size
+    assert size is not None, "resolved() fills in the protocol's"
+    steps = sum(task.steps(size) for task in work.tasks)
     sums = [sum(numbers) for numbers in zip(*(piece[:3] for piece in work.pieces), strict=True)]
     tokens, labelled, squares = sums
     operations = step_flops(model, tokens, squares, labelled)

@@ -255,6 +255,7 @@ def _render(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> tuple[
 def _warm_up(recipe: Recipe, index: int, epochs: list[range], apart: int) -> list[str]:
     """That some steps of the task, and of each run through the schedule in it, are left to the schedule."""
     asked, size = recipe.optim.warmup, recipe.optim.batch_size
+    assert size is not None, "resolved() fills in the protocol's"
     whole = TaskData(recipe.tasks[index], index, [], epochs, [], apart)
     shortest = min(whole.phase(step, size)[1] for step in (0, whole.steps(size) - 1))
     if warmup_steps(asked, shortest) < shortest:

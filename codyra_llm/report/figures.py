@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.files import replacing
@@ -26,7 +26,7 @@ COLOURS = ("#000000", "#0072b2", "#d55e00", "#56b4e9", "#009e73", "#e69f00", "#c
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 APART = 0.04  # tasks between the marks of two groups, so that no interval hides another
-STYLE = {
+STYLE: Any = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,

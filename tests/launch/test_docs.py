@@ -120,6 +120,8 @@ def place(tiny_llama, tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     shutil.copytree(folder / "runs/quickstart", folder / "runs/x")
+    for arm in ("one", "two"):  # a sweep's folder
+        shutil.copytree(folder / "runs/quickstart", folder / "runs/compared" / arm / "seed=1")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         run(["export", "runs/x", "peft", "--format", "peft"])
