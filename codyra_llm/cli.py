@@ -1,27 +1,52 @@
 """The command line: which commands there are, and how a process of theirs ends."""
 
 import os
+import re
 import sys
 import time
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from codyra_llm.commands import checkpoints, files, runs
+from codyra_llm.commands import begin, checkpoints, files, runs
 from codyra_llm.core.errors import Fault
-from codyra_llm.core.terminal import one_line, unbroken_output
-from codyra_llm.runtime import signals
+from codyra_llm.core.terminal import one_line, unbroken_output, write
+from codyra_llm.core.version import __version__
+from codyra_llm.runtime import quiet, signals
 
 app = typer.Typer(
-    help="Continual fine-tuning of LLaMA and Gemma on TRACE-like task streams.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    add_completion=False,
 )
 
 data_app = typer.Typer(help="Get TRACE, check a folder of tasks, or write mini-TRACE.", no_args_is_help=True)
 benchmark_app = typer.Typer(help="Task streams of one's own (docs/own_data.md).", no_args_is_help=True)
+recipe_app = typer.Typer(help="Recipes: what a run is described by.", no_args_is_help=True)
 model_app = typer.Typer(help="Pretrained models for people without a hub account.", no_args_is_help=True)
+
+
+class Command(TyperCommand):
+    """A command whose usage says once that an argument may be repeated, where its name says so already."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [re.sub(r"( \.\.\.[\]}])\.\.\.$", r"\1", piece) for piece in super().collect_usage_pieces(ctx)]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        write(f"codyra-llm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print it, and no more")
+    ] = False,
+) -> None:
+    """Continual fine-tuning of LLaMA and Gemma on TRACE-like task streams."""
 
 
 for command in (
@@ -37,22 +62,28 @@ for command in (
     checkpoints.bench,
     runs.methods,
 ):
-    app.command()(command)
+    app.command(cls=Command)(command)
 
 
-data_app.command("check")(files.data_check)
+data_app.command("check", cls=Command)(files.data_check)
 
 
-data_app.command("get")(files.data_get)
+data_app.command("get", cls=Command)(files.data_get)
 
 
-data_app.command("make-mini")(files.make_mini)
+data_app.command("make-mini", cls=Command)(files.make_mini)
 
 
-benchmark_app.command("new")(files.benchmark_new)
+benchmark_app.command("new", cls=Command)(files.benchmark_new)
 
 
-model_app.command("get")(files.model_get)
+recipe_app.command("init", cls=Command)(begin.recipe_init)
+
+
+model_app.command("get", cls=Command)(files.model_get)
+
+
+app.add_typer(recipe_app, name="recipe")
 
 
 app.add_typer(data_app, name="data")
@@ -69,7 +100,7 @@ def _run(args: list[str] | None) -> None:
     becomes a Fault.
     """
     try:
-        with unbroken_output():
+        with quiet.without_chatter(), unbroken_output():
             app(args=args, prog_name="codyra-llm")
     except OSError as error:
         if error.filename is None or error.errno is None:

@@ -1,7 +1,6 @@
 """Commands as pages and scripts write them, checked as far as they can be without being run."""
 
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -15,8 +14,8 @@ from helpers import ROOT
 from typer.main import get_command
 
 from codyra_llm.cli import app
+from codyra_llm.config import plugins
 from codyra_llm.config.recipe import load_recipe
-from codyra_llm.config.registry import METHODS
 from codyra_llm.models.pypi import SOURCES
 from codyra_llm.sweep.spec import load_sweep
 
@@ -31,7 +30,7 @@ def check(words):
         words = words[1:]
     program = Path(words[0]).name
     assert program in CHECKS, f"nothing covers {words}"
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, plugin():
         for key, value in settings.items():
             patch.setenv(key, value)
         CHECKS[program](words[1:])
@@ -77,21 +76,21 @@ def check_python(arguments):
     assert Path(script).is_file(), script
     if Path(script).suffix == ".yaml":
         check_cli(["run", script, *rest])
-    elif Path(script).name == "anchor.py":
-        with added_methods(script):
-            check_cli(rest)
 
 
 @contextmanager
-def added_methods(script, **given):
-    """METHODS with what docs/extending.md's example adds."""
-    known = set(METHODS)
+def plugin(*files):
+    """Within it these plug-ins are known, such as docs/extending.md's example, and afterwards none."""
     try:
-        runpy.run_path(script, **given)
+        plugins.load(files)
         yield
     finally:
-        for name in METHODS.keys() - known:
-            del METHODS[name]
+        forget_plugins()
+
+
+def forget_plugins():
+    for name in plugins._registered():
+        plugins._drop(name)
 
 
 def check_accelerate(arguments):

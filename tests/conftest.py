@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import signal
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported anywhere
@@ -44,6 +45,13 @@ def pytest_collection_finish():
     """Every task ends with a collection, which need not walk the million objects of imported packages."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Commands that listen to Ctrl-C leave the tests theirs."""
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -180,6 +180,7 @@ def _manifest(checkpoint: str, setup: Setup, source: Source, base: Setup | None)
         "metrics": setup.metrics,
         "benchmark": digest(setup.recipe.data.benchmark),
         "data": setup.stream.hashes(),
+        "plugins": setup.origins,
         "codyra_llm": __version__,
         **{name: version(name) for name in packages},
         "dtype": str(setup.dtype),
@@ -224,6 +225,9 @@ def _compared(manifest: dict) -> dict[str, Any]:
         f"{kind} of {name}": value
         for kind in ("data", "metrics")
         for name, value in manifest.get(kind, {}).items()
+    }
+    scored |= {
+        f"file of {name}": origin.get("sha256") for name, origin in manifest.get("plugins", {}).items()
     }
     own = {
         key: manifest[key] for key in ("after", "base", "adapter", "updates", "benchmark") if key in manifest

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from codyra_llm.config.benchmark import benchmark_folder, digest
 from codyra_llm.config.overrides import assign, override, split_overrides
+from codyra_llm.config.plugins import has_method
 from codyra_llm.config.recipe import Recipe, parse_recipe
 from codyra_llm.config.registry import METHODS
 from codyra_llm.config.sections import SHIPPED, TRACE
@@ -61,7 +62,7 @@ def checkpoint_source(checkpoint: str, base: str | None) -> Source:
     folder = Path(checkpoint).expanduser()
     if (folder / "recipe.json").is_file():
         return _stage(RunFolder(folder))
-    found = Source(*_carried(folder / LINEAGE), model=checkpoint)
+    found = _carried(folder / LINEAGE, checkpoint)
     if is_adapter(folder):
         return replace(found, model=base_of(folder, base), adapter=folder)
     return found
@@ -73,11 +74,12 @@ def _stage(run: RunFolder, after: str | None = None) -> Source:
     return Source(run.recipe.model_dump(mode="json"), after, run.manifest.get("benchmark"), run)
 
 
-def _carried(file: Path) -> tuple[dict, str | None, str | None]:
-    """The recipe, the task after which, and the digest of the benchmark, that an export carries; ({}, None,
-    None) of any other checkpoint."""
+def _carried(file: Path, checkpoint: str) -> Source:
+    """The recipe, the task after which, and the digest of the benchmark, that an export carries; none of them
+    of any other checkpoint. An export is a plain model, and is scored as one where its method is not known
+    here."""
     if not file.is_file():
-        return {}, None, None
+        return Source({}, model=checkpoint)
     carried = read_mapping(file, "what a run's export says of itself")
     raw, after = carried.get("recipe"), carried.get("after")
     if not isinstance(raw, dict):
@@ -85,12 +87,28 @@ def _carried(file: Path) -> tuple[dict, str | None, str | None]:
             f"{file}: 'recipe' is {shown(raw)}, expected a run's recipe; restore the file, or remove it and "
             "give --data"
         )
+    told = ""
+    if unknown := _unknown_method(raw):
+        raw = raw | {"method": {"name": "none"}}
+        told = (
+            f"{checkpoint}: made by method '{unknown}', which is not known here; scored as a plain model, "
+            "and with --plugin FILE by the method's own prompts"
+        )
     recipe = parse_recipe(raw, str(file))
     if after is not None and after not in recipe.tasks:
         raise Fault(
             f"{file}: 'after' is {shown(after)}, expected one of {', '.join(recipe.tasks)}; restore the file"
         )
-    return recipe.model_dump(mode="json"), after, carried.get("benchmark")
+    return Source(
+        recipe.model_dump(mode="json"), after, carried.get("benchmark"), model=checkpoint, told=told
+    )
+
+
+def _unknown_method(raw: dict) -> str | None:
+    """The name of the recipe's method where nothing here has it."""
+    method = raw.get("method")
+    name = method.get("name") if isinstance(method, dict) else None
+    return name if isinstance(name, str) and not has_method(name) else None
 
 
 def _on_benchmark(source: Source, checkpoint: str, wanted: str | None) -> Source:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from codyra_llm.commands.common import LocalRank, Overrides, PathArg, console, path
+from codyra_llm.commands.common import LocalRank, Overrides, PathArg, Plugins, console, path
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.terminal import write
 from codyra_llm.runtime import signals
@@ -27,6 +27,7 @@ def score(
     task: str,
     file: PathArg,
     benchmark: Annotated[str, typer.Option(help="whose task: trace, olora, superni, or a folder")] = "trace",
+    plugin: Plugins = None,
 ) -> None:
     """Score predictions made anywhere: FILE is a JSON list of {"prompt", "prediction", "answer"}. Prints
     JSON.
@@ -80,6 +81,7 @@ def evaluate(
         Path | None, typer.Option(parser=path, metavar="PATH", help="default: evaluations/<checkpoint>")
     ] = None,
     local_rank: LocalRank = None,
+    plugin: Plugins = None,
 ) -> None:
     """Score any checkpoint, without training. What a run made is scored as the run did, and equals its own
     rows.
@@ -126,6 +128,7 @@ def generate(
     base: Annotated[
         str | None, typer.Option(help="of a PEFT adapter, where the one that it names is elsewhere")
     ] = None,
+    plugin: Plugins = None,
 ) -> None:
     """Answer a prompt with a checkpoint, or with any stage of a run. Example: codyra-llm generate runs/x@FOMC
     "2+2="
@@ -160,6 +163,7 @@ def export(
         str | None, typer.Option(metavar="OWNER/NAME", help="upload it to this hub repository")
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="for everybody to see; default: private")] = False,
+    plugin: Plugins = None,
 ) -> None:
     """Write the model as it was after any task of a run, rebuilt from the base and the archived updates."""
     import torch

@@ -29,8 +29,27 @@ RecipeArg = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...",
+        metavar="KEY=VALUE ...",
         help="settings over the recipe's, e.g. method=seqlora optim.lr=1e-4 data.epochs=2",
+    ),
+]
+
+
+def _load_plugins(files: list[Path] | None) -> list[Path] | None:
+    from codyra_llm.config import plugins
+
+    plugins.load(files or [])
+    return files
+
+
+Plugins = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--plugin",
+        parser=path,
+        metavar="FILE",
+        callback=_load_plugins,
+        help="a Python file with methods or metrics of your own, which is run; may be given several times",
     ),
 ]
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from codyra_llm.commands.common import PathArg, console
+from codyra_llm.commands.common import PathArg, Plugins, console
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.terminal import write
 
@@ -17,6 +17,7 @@ def data_check(
         typer.Option(help="whose tasks, where its benchmark.yaml lies elsewhere: a name, or a folder"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
+    plugin: Plugins = None,
 ) -> None:
     """Verify a TRACE folder of any variant, or a folder with a benchmark.yaml: counts, fields, empty answers,
     encodings, duplicates within and across splits."""

@@ -7,7 +7,15 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from codyra_llm.commands.common import DeepSpeedConfig, LocalRank, Overrides, RecipeArg, console, path
+from codyra_llm.commands.common import (
+    DeepSpeedConfig,
+    LocalRank,
+    Overrides,
+    Plugins,
+    RecipeArg,
+    console,
+    path,
+)
 from codyra_llm.core.errors import Fault
 from codyra_llm.runtime import signals
 
@@ -17,6 +25,7 @@ def run(
     overrides: Overrides = None,
     local_rank: LocalRank = None,
     deepspeed_config: DeepSpeedConfig = None,
+    plugin: Plugins = None,
 ) -> None:
     """Run a recipe: the whole stream, evaluation and the final checkpoint.
 
@@ -35,7 +44,7 @@ def run(
     leave()
 
 
-def plan(recipe: RecipeArg, overrides: Overrides = None) -> None:
+def plan(recipe: RecipeArg, overrides: Overrides = None, plugin: Plugins = None) -> None:
     """Resolve and check a recipe without training: tasks, steps, tokens, an example, memory, disk, and every
     fault.
     """
@@ -64,6 +73,10 @@ def sweep(
         ),
     ] = None,
     report: Annotated[bool, typer.Option("--report", help="run nothing, compare what is finished")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="run nothing, list the runs with their tokens and hours")
+    ] = False,
+    plugin: Plugins = None,
 ) -> None:
     """Compare methods, or any settings: every arm at every point of a grid, resumable, with intervals.
 
@@ -89,6 +102,11 @@ def sweep(
     from codyra_llm.sweep.spec import load_sweep
 
     asked = load_sweep(file, overrides or [])
+    if dry_run:
+        from codyra_llm.sweep.forecast import foresee, show
+
+        show(foresee(asked), jobs or 1, console)
+        return
     signals.listen()
 
     def write() -> dict:
@@ -107,36 +125,64 @@ def sweep(
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(parser=path, metavar="RUN...")],
+    folders: Annotated[
+        list[Path], typer.Argument(parser=path, metavar="RUN|SWEEP ...", help="run folders, or a sweep's")
+    ],
     out: Annotated[
         Path | None,
         typer.Option(
-            parser=path, metavar="PATH", help="file to write: .html, a page; .csv or .md, its tables"
+            parser=path,
+            metavar="PATH",
+            help="file to write: .html, a page; .csv, .md or .tex, its tables; .pdf, .svg or .png, a figure",
+        ),
+    ] = None,
+    figure: Annotated[
+        str | None,
+        typer.Option(
+            help="matrix: scores after each task; tradeoff: learning against forgetting; stream: mean score "
+            "along the stream; ranks: kept by layer; default: matrix of one run, tradeoff of several"
+        ),
+    ] = None,
+    pool_orders: Annotated[
+        bool | None,
+        typer.Option(
+            "--pool-orders/--no-pool-orders",
+            help="runs that differ in the order of their tasks are one group; default: those of a sweep",
         ),
     ] = None,
     examples: Annotated[bool, typer.Option(help="show test examples that were forgotten")] = True,
     paper: Annotated[
         bool, typer.Option("--paper", help="beside the published TRACE tables, with caveats")
     ] = False,
+    plugin: Plugins = None,
 ) -> None:
-    """Report on a run, or on several together; needs no model.
+    """Report on a run, on several together, or on a sweep, pooled over seeds and orders; needs no model.
 
     Without --out: print the run's scores and rewrite its report.md and report.html; of a finished run
     summary.json too.
-    Example: codyra-llm report runs/* --out report.html
+    Examples: codyra-llm report runs/* --out report.html; codyra-llm report runs/my-sweep --out table.tex
     """
-    from codyra_llm.report import published
+    from codyra_llm.report import figures, published
     from codyra_llm.report.grid import markdown
-    from codyra_llm.report.html import page
+    from codyra_llm.report.groups import collected
+    from codyra_llm.report.html import many_runs, page
     from codyra_llm.report.summary import summarised
     from codyra_llm.report.text import render, table
-    from codyra_llm.store.folder import RunFolder
 
-    opened = [RunFolder(path) for path in {path.resolve(): path for path in folders}.values()]
+    members = collected(folders)
+    opened = [member.folder for member in members]
     if out is None and len(opened) > 1:
         raise Fault(
             "--out: several runs have no folder in common; name the file to write, e.g. --out report.html"
         )
+    if pool_orders is None:
+        pool_orders = any(member.arm for member in members)
+    if figure or (out and out.suffix in figures.SUFFIXES):
+        target = out or Path(f"{figure}.pdf")
+        figures.check(target, figure)
+        figures.write(many_runs.opened(members), target, figure, pool_orders)
+        console.print(f"figure: {target}")
+        return
     if out is None:
         summary = summarised(opened[0])
         beside = f"\n{markdown(published.beside(opened))}" if paper else ""
@@ -145,13 +191,14 @@ def report(
         opened[0].write_summary(summary, text) if finished else opened[0].write_report(text)
         console.print(table(summary))
     target = out or opened[0].path / "report.html"
-    page.write(opened, target, examples, paper)
+    page.write(members, target, examples, paper, pool_orders)
     console.print(f"report: {target}")
 
 
 def status(
     folder: Annotated[Path, typer.Argument(parser=path, metavar="RUN")],
     as_json: Annotated[bool, typer.Option("--json")] = False,
+    plugin: Plugins = None,
 ) -> None:
     """Say where a running, finished or dead run stands, and what its command would go on with. Reads only."""
     from codyra_llm.report.status import look, show
@@ -160,13 +207,15 @@ def status(
     print(json.dumps(found, ensure_ascii=False, indent=1)) if as_json else show(found, console)
 
 
-def methods(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
-    """List the methods: what each trains and needs, whether it merges into the base, and how it can be
-    launched.
+def methods(as_json: Annotated[bool, typer.Option("--json")] = False, plugin: Plugins = None) -> None:
+    """List the methods, those of plug-ins too: what each trains and needs, whether it merges into the base,
+    and how it can be launched.
     """
+    from codyra_llm.config import plugins
     from codyra_llm.config.registry import METHODS
     from codyra_llm.report.text import methods_table as table
 
+    plugins.load_installed()
     if as_json:
         print(json.dumps([method.declared() for method in METHODS.values()], indent=1))
     else:

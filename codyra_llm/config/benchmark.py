@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from codyra_llm import benchmarks  # pyright: ignore  # installed from the top level
+from codyra_llm.config import plugins
 from codyra_llm.config.sections import FILE, SHIPPED
 from codyra_llm.config.task import ANY, Task
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.files import file_sha256
-from codyra_llm.core.parsing import expanded, read_yaml, shown
+from codyra_llm.core.parsing import PathText, expanded, read_yaml, shown
 from codyra_llm.core.schema import Fraction, Positive, Strict, Tokens, sentences
+from codyra_llm.metrics.own import SHIPPED as SHIPPED_METRICS
 from codyra_llm.metrics.text import METRICS
 
 if TYPE_CHECKING:
@@ -49,6 +51,11 @@ class Benchmark(Strict, frozen=True):
         description="by number; default: one, as the tasks are written"
     )
     protocols: dict[str, Protocol] = Field(min_length=1, description="by name; the first is the default")
+    metrics: PathText | None = Field(
+        default=None,
+        description="a Python file beside this one with metrics of its own; it is run only where "
+        "--plugin names it",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -93,7 +100,7 @@ class Benchmark(Strict, frozen=True):
         self, name: str, prompts: Sequence[str], predictions: Sequence[str], answers: Sequence[str]
     ) -> dict[str, list[float]]:
         """Scores 0..100 of each example by metric, in the order of the task's metrics. All three of equal
-        length.
+        length. Raises Fault where a metric from outside the package fails.
         """
         return {
             metric: list(values)
@@ -105,9 +112,9 @@ class Benchmark(Strict, frozen=True):
     def score_each(self, name: str, rows: Iterable[tuple[str, str, str]]) -> dict[str, "array[float]"]:
         """`score` of (prompt, prediction, answer) that come one after the other and are not kept."""
         scores = {metric: array("d") for metric in self.task(name).metrics}
-        for row in rows:
+        for number, row in enumerate(rows):
             for metric, values in scores.items():
-                values.append(METRICS[metric].example(*row))
+                values.append(_scored(metric, name, number, row))
         return scores
 
     def lacks(self, data: "DataSection") -> list[str]:
@@ -134,6 +141,21 @@ class Benchmark(Strict, frozen=True):
             for name in names
             if not self.others and name not in self.tasks
         ]
+
+
+def _scored(metric: str, task: str, number: int, row: tuple[str, str, str]) -> float:
+    """One example by one metric. What fails in somebody's own is told with the example; what fails in a
+    shipped one is a defect here, and goes on as it is."""
+    if metric in SHIPPED_METRICS:
+        return METRICS[metric].score(*row)
+    try:
+        return float(METRICS[metric].score(*row))
+    except Exception as error:
+        raise Fault(
+            f"metric '{metric}' failed on example {number} of {task} ({type(error).__name__}: {error}), "
+            f"prediction {shown(row[1])}, answer {shown(row[2])}; correct it where it is defined, "
+            f"{METRICS[metric].__module__}"
+        ) from error
 
 
 def benchmark_folder(name: str) -> Path:
@@ -168,7 +190,21 @@ def _file(name: str) -> Path:
 @lru_cache
 def _read(file: Path, changed: int) -> Benchmark:
     raw = read_yaml(file, "tasks, orders and protocols, as docs/own_data.md shows them")
+    _refuse_unnamed_code(file, raw.get("metrics"))
     try:
         return Benchmark.model_validate(raw)
     except ValidationError as error:
         raise Fault(*(f"{file}: {line}" for line in sentences(error, Benchmark))) from None
+
+
+def _refuse_unnamed_code(file: Path, metrics: Any) -> None:
+    """Raises Fault where the benchmark has a file of metrics that the user has not named: benchmarks are
+    passed on, and a file of Python can do anything."""
+    if not isinstance(metrics, str):
+        return
+    code = file.parent / metrics
+    if not plugins.is_loaded(code):
+        raise Fault(
+            f"{file}: metrics: {shown(metrics)} is Python code, which runs only where you name it; look at "
+            f"it, and add --plugin {code} to the command"
+        )

@@ -37,7 +37,8 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
             key.startswith(("data.epochs.", "eval.max_new_tokens."))
             and key.rpartition(".")[2] not in old.tasks
         )
-        if not (free or added) and before.get(key) != after.get(key):
+        kept = key == "model.dtype" and after.get(key) == "auto"  # a run keeps the one it began in
+        if not (free or added or kept) and before.get(key) != after.get(key):
             lines.append(f"{key} was {before.get(key)!r}, now {after.get(key)!r}")
     return lines
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_va
 from codyra_llm.config.benchmark import Benchmark, benchmark_folder, load_benchmark
 from codyra_llm.config.methods.base import MethodConfig
 from codyra_llm.config.overrides import override, read_recipe
+from codyra_llm.config.plugins import has_method
 from codyra_llm.config.registry import METHODS
 from codyra_llm.config.sections import (
     SHIPPED,
@@ -178,11 +179,11 @@ def parse_recipe(raw: dict, source: str = "recipe") -> Recipe:
     if isinstance(method, str):
         method = {"name": method}
     config = METHODS.settings("seqlora")()  # stands in while the rest is validated
-    if not isinstance(method, dict) or method.get("name") not in tuple(METHODS):  # any YAML
+    if not isinstance(method, dict) or not has_method(method.get("name")):  # any YAML
         name = method.get("name") if isinstance(method, dict) else method
         faults.append(
             f"method.name: {shown(name)} is not a method.{nearest(str(name)[:100], METHODS)} "
-            f"Known: {', '.join(METHODS)}"
+            f"Known: {', '.join(METHODS)}; one of your own is given by --plugin FILE"
         )
     else:
         try:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, MutableMapping
 from importlib import import_module
 from typing import Any, NamedTuple
 
+from codyra_llm.core.errors import Fault
+
 
 class Entry(NamedTuple):
     """Where a method is, as "module:Class": the class below codyra_llm.methods, its settings below
@@ -21,6 +23,11 @@ class Registry(MutableMapping[str, Any]):
 
     def __init__(self, entries: dict[str, Entry]):
         self._entries: dict[str, Entry | type] = dict(entries)
+        self._shipped = frozenset(entries)
+
+    def ships(self, name: str) -> bool:
+        """Whether the method of this name is the package's own."""
+        return name in self._shipped
 
     def __getitem__(self, name: str) -> Any:
         entry = self._entries[name]
@@ -36,6 +43,14 @@ class Registry(MutableMapping[str, Any]):
         return entry.Config
 
     def __setitem__(self, name: str, method: Any) -> None:
+        """Raises Fault for the name of a shipped method, and for a class that is named otherwise."""
+        if name in self._shipped:
+            raise Fault(f"method '{name}' is one of codyra_llm's own; give yours another name")
+        if getattr(method, "name", None) != name:
+            raise Fault(
+                f"method '{name}' is registered with {method!r}, whose `name` is "
+                f"{getattr(method, 'name', None)!r}; give both the same name"
+            )
         self._entries[name] = method
 
     def __delitem__(self, name: str) -> None:

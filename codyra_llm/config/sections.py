@@ -201,7 +201,12 @@ class OptimSection(Strict, frozen=True):
 
     lr: Positive | None = Field(default=None, description="learning rate")
     schedule: Literal["constant", "cosine"] | None = Field(
-        default=None, description="of the learning rate within a task; cosine ends at 0; no warm-up"
+        default=None, description="of the learning rate within a task, after the warm-up; cosine ends at 0"
+    )
+    warmup: NotNegative = Field(
+        default=0.0,
+        description="steps of a task before the schedule, in which the learning rate rises in a straight "
+        "line; below 1: their share of the task's steps",
     )
     batch_size: Tokens | None = Field(
         default=None, ge=1, description="examples per optimizer step, over all ranks"
@@ -226,6 +231,13 @@ class OptimSection(Strict, frozen=True):
         default=None, ge=1, description="steps between losses on the eval split; default never"
     )
     keep_best: bool = Field(default=False, description="end each task at the step with the lowest eval loss")
+
+    @field_validator("warmup")
+    @classmethod
+    def _whole_steps_or_a_share(cls, value: float) -> float:
+        if value >= 1 and value != int(value):
+            raise ValueError(f"{value:g} is neither a number of steps nor a share of them; give 10, or 0.1")
+        return value
 
     @model_validator(mode="after")
     def _best_needs_validation(self) -> "OptimSection":

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from codyra_llm.config import template
+from codyra_llm.config import plugins, template
 from codyra_llm.config.template import Template
 from codyra_llm.core.errors import nearest
 from codyra_llm.core.parsing import PathText, shown
@@ -145,10 +145,11 @@ class Task(Strict, frozen=True):
     @field_validator("metrics")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if unknown := [name for name in value if name not in METRICS]:
+        if unknown := [name for name in value if not plugins.has_metric(name)]:
             raise ValueError(
                 "\n".join(
-                    f"{shown(name)} is not a metric.{nearest(name, METRICS)} Known: {', '.join(METRICS)}"
+                    f"{shown(name)} is not a metric.{nearest(name, METRICS)} Known: {', '.join(METRICS)}; "
+                    "one of your own is given by --plugin FILE"
                     for name in unknown
                 )
             )

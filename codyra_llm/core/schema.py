@@ -26,13 +26,8 @@ class Strict(BaseModel, frozen=True):
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         assert info.field_name  # this is called for fields alone
-        annotation = cls.model_fields[info.field_name].annotation
-        kinds = {
-            annotation,
-            *get_args(annotation),
-            *(k for part in get_args(annotation) for k in get_args(part)),
-        }
-        if kinds & {int, float} and bool not in kinds:
+        kinds = list(_kinds(cls.model_fields[info.field_name].annotation))
+        if (int in kinds or float in kinds) and bool not in kinds:
             inner = (
                 value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
             )
@@ -73,6 +68,13 @@ def _fields(schema: type[BaseModel], loc: tuple) -> list[str]:
         if part in schema.model_fields:
             schema = next(_sections(schema.model_fields[part].annotation), schema)
     return list(schema.model_fields)
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The annotation and all that it is made of."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _kinds(part)
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -195,8 +195,8 @@ class Chats:
             return [], [f"{where}: {wrong}"]
         except Failed as error:
             told = (
-                f"{where}: the model's chat template refuses '{self.task.chat}' ({error.reason}); correct it, "
-                "or choose another model."
+                f"{where}: the model's chat template refuses '{self.task.chat}' ({error.reason}); correct "
+                "it, or choose another model."
             )
             if error.stopped:  # it would be at every other record too
                 raise Fault(told) from None

@@ -9,10 +9,12 @@ from codyra_llm.config.recipe import Recipe, by_task
 from codyra_llm.core.errors import Fault
 from codyra_llm.data.encoding import Encoder
 from codyra_llm.data.stream import Stream
+from codyra_llm.metrics.own import SHIPPED
 from codyra_llm.models import families
 from codyra_llm.models.weights import leftovers
 
 SHOWN = 60  # characters of an answer
+TRIED = 20  # examples of a task on which a metric from outside the package is tried
 Split = tuple[int, str, list[dict]]
 
 
@@ -32,6 +34,19 @@ def prompt_faults(
 ) -> list[str]:
     """Prompts that the model can't answer: those of no token, and those that leave it no position."""
     return _empty(recipe, read, encoder) + _too_long(recipe, read, encoder, config)
+
+
+def try_metrics(recipe: Recipe, read: Sequence[Split]) -> None:
+    """Score some right answers and empty ones by metrics from outside the package, which would else fail
+    after hours of training. Raises Fault where one does."""
+    for index, split, records in read:
+        name = recipe.tasks[index]
+        if split == "train" or all(metric in SHIPPED for metric in recipe.benchmark.task(name).metrics):
+            continue
+        prompts = [record["prompt"] for record in records[:TRIED]]
+        answers = [record["answer"] for record in records[:TRIED]]
+        for predictions in (answers, [""] * len(answers)):
+            recipe.benchmark.score(name, prompts, predictions, answers)
 
 
 def _empty(recipe: Recipe, read: Sequence[Split], encoder: Encoder) -> list[str]:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from codyra_llm.config.recipe import Recipe
+from codyra_llm.config.registry import METHODS
 from codyra_llm.data.batches import Batch, batch_tokens, collate, default_tokens, micro_batches
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.evaluate.budget import MOST, affordable, free_bytes, token_bytes
@@ -22,6 +23,7 @@ from codyra_llm.experiment.setup import Setup, prepare
 from codyra_llm.experiment.trackers import check as check_trackers
 from codyra_llm.lora.layer import sites
 from codyra_llm.lora.shared import share_inputs
+from codyra_llm.methods.base import Method
 from codyra_llm.models import families, fused_norm, packed_attention, saved
 from codyra_llm.runtime import launch
 from codyra_llm.runtime.forecast import duration
@@ -104,13 +106,21 @@ def skeleton(setup: Setup, layers: int | None = None, device: torch.device | str
     if launch.device().type == "cuda":
         fused_norm.replace(model)
     if setup.method.trains:
-        setup.method.attach(model)
+        method = setup.method if layers is None else _everywhere(setup)
+        method.attach(model)
         share_inputs(model, setup.recipe.model.fused)
         if not setup.method.merges:  # what it puts in front of, or beside, the model is small and not counted
             model.enable_input_require_grads()
     if setup.recipe.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
+
+
+def _everywhere(setup: Setup) -> Method:
+    """The method with adapters on all layers: the first few, which are timed, may be none of those chosen."""
+    config = setup.recipe.method
+    everywhere = {"layers": None} if hasattr(config, "layers") else {}
+    return METHODS[config.name](config.model_copy(update=everywhere), setup.recipe.seed)
 
 
 def _work(setup: Setup, model: nn.Module) -> Work:
@@ -197,7 +207,7 @@ def _estimates(setup: Setup, model: nn.Module, work: Work, trained: int, total: 
     lines = []
     if work.biggest:
         # Before the memory, whose run fills the skeleton with fake tensors.
-        lines.append(_time(setup, model, work, device))
+        lines.append(_training(setup, model, work, device).told)
         tokens = work.biggest.ids.numel()
         held["adapters and Adam's moments"] = trained * 12
         held[f"forward and backward of {tokens} tokens"] = activation_bytes(model, work.biggest, device)
@@ -223,8 +233,31 @@ def disk_bytes(setup: Setup, trained: int) -> int:
 LONGEST = 20  # seconds that a micro-batch may take in a few layers; beyond, its operations are counted
 
 
-def _time(setup: Setup, model: nn.Module, work: Work, device: torch.device) -> str:
-    """How long training takes, and how that is known."""
+class Training(NamedTuple):
+    """What a recipe trains, as far as one process: optimizer steps, tokens, padding included, seconds of
+    training; and how the seconds are known."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    told: str
+
+
+def training(recipe: Recipe) -> Training:
+    """The training that a recipe asks for, without doing it: none of a method that trains nothing. Raises one
+    Fault with all that is wrong with the recipe."""
+    setup = prepare(recipe)
+    model = skeleton(setup)
+    work = _work(setup, model)
+    if not work.pieces:
+        return Training(0, 0, 0.0, "nothing is trained")
+    return _training(setup, model, work, launch.device())
+
+
+def _training(setup: Setup, model: nn.Module, work: Work, device: torch.device) -> Training:
+    size = setup.recipe.optim.batch_size
+    assert size is not None, "resolved() fills in the protocol's"
+    steps = sum(task.steps(size) for task in work.tasks)
     sums = [sum(numbers) for numbers in zip(*(piece[:3] for piece in work.pieces), strict=True)]
     tokens, labelled, squares = sums
     operations = step_flops(model, tokens, squares, labelled)
@@ -234,7 +267,8 @@ def _time(setup: Setup, model: nn.Module, work: Work, device: torch.device) -> s
     speed = matmul_speed(model, work.pieces[-1].tokens, setup.dtype, device)
     if of_two[0] / speed * MEASURED_LAYERS[1] / layers > LONGEST:
         told = f"{operations:.2g} operations of matrix products, {speed:.2g} a second measured here"
-        return f"time to train, at least: {duration(operations / speed)} ({told}, one process)"
+        said = f"time to train, at least: {duration(operations / speed)} ({told}, one process)"
+        return Training(steps, tokens, operations / speed, said)
 
     def make(count: int) -> nn.Module:
         made = skeleton(setup, count, device)
@@ -248,11 +282,12 @@ def _time(setup: Setup, model: nn.Module, work: Work, device: torch.device) -> s
     seconds = [step_seconds(make, batch, layers) for batch in batches]
     timed = [Timed(n, each) for n, each in zip(of_two, seconds, strict=True)]
     total = total_seconds(*timed, len(work.pieces), operations)
-    return (
+    said = (
         f"time to train, estimated: {duration(total)} ({len(work.pieces):,} micro-batches; the largest "
         f"takes {timed[0].seconds:.2g} s, one of median size {timed[1].seconds:.2g} s, measured on a few "
         "layers here; one process; optimizer, loading and evaluation come on top)"
     )
+    return Training(steps, tokens, total, said)
 
 
 def _answering(setup: Setup, model: nn.Module, total: int) -> str:

@@ -31,6 +31,7 @@ REMEDIES = {
     "version": "install the same versions on every machine",
     "data": "copy the same file to every machine",
     "base": "give every machine the same weights",
+    "plug-in": "give every machine the same file or package",
 }
 
 SHOWN = 16  # characters of a hash
@@ -69,6 +70,7 @@ def values(setup: Setup, base: str | None, host: str) -> dict[str, str]:
     found |= {"version codyra_llm": __version__, "version python": platform.python_version()}
     found |= {f"version {name}": version(name) for name in ("torch", "transformers", "accelerate")}
     found |= {f"data {name}": digest[:SHOWN] for name, digest in setup.stream.hashes().items()}
+    found |= {f"plug-in {name}": _version(origin) for name, origin in setup.origins.items()}
     read = [_hash(file) for ability in setup.suite.values() for file in ability.files]
     beside = json.dumps([setup.probes, list(setup.suite), read, setup.prompts])
     found["data of general"] = hashlib.sha256(beside.encode()).hexdigest()[:SHOWN]
@@ -101,6 +103,10 @@ def summary(acc: Accelerator, setup: Setup, machines: int) -> str:
         f"step over all, up to {optim.micro_batch_tokens or default_tokens(acc.device)} tokens per forward "
         "in each"
     )
+
+
+def _version(origin: dict[str, str]) -> str:
+    return origin.get("sha256", origin.get("version", ""))[:SHOWN]
 
 
 def _hash(file: Path) -> str:

@@ -336,4 +336,5 @@ def _manifest(setup: Setup, acc: Accelerator, base: str) -> dict:
         "benchmark": digest(setup.recipe.data.benchmark),
         "data": setup.stream.hashes(),
         "metrics": setup.metrics,
+        **({"plugins": setup.origins} if setup.origins else {}),
     }

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from codyra_llm.benchmarks.trace.mini.make import BASES, mini_data, mini_model
+from codyra_llm.config import plugins
 from codyra_llm.config.recipe import Recipe, by_task
 from codyra_llm.config.registry import METHODS
 from codyra_llm.core.errors import Fault
@@ -24,9 +25,10 @@ from codyra_llm.data.records import read_split
 from codyra_llm.data.stream import Stream
 from codyra_llm.evaluate import suite
 from codyra_llm.evaluate.questions import find_questions
-from codyra_llm.experiment.inspection import prompt_faults, splits
+from codyra_llm.experiment.inspection import prompt_faults, splits, try_metrics
 from codyra_llm.formats.adapter_files import vocabulary
 from codyra_llm.lora.merge import merge
+from codyra_llm.lora.proximal import warmup_steps
 from codyra_llm.methods.base import Method, Task
 from codyra_llm.models import families, fused_norm, loading, packed_attention, saved
 from codyra_llm.models.ends import answer_ends
@@ -35,6 +37,7 @@ from codyra_llm.models.weights import WeightReader, fingerprint, formats
 from codyra_llm.runtime import heartbeat, launch, precision, signals
 from codyra_llm.store.archive import Archive
 from codyra_llm.store.folder import RunFolder
+from codyra_llm.train.trainer import TaskData
 
 PROBE_TOKENS = 32  # general-ability probes have short answers
 
@@ -68,8 +71,10 @@ class Setup:
 
     def verify(self, folder: RunFolder) -> None:
         """Raises Fault where the updates of `folder` were made on other base weights than the recipe's path
-        now holds.
+        now holds, or by another version of the method.
         """
+        if faults := plugins.changed(folder.origins, self.origins, str(folder.path)):
+            raise Fault(*faults)
         if (now := fingerprint(self.base)) != (was := folder.archive().base):
             raise Fault(
                 f"{folder.path} was made on other base weights ({was[:12]}, now {now[:12]}); restore the "
@@ -119,6 +124,12 @@ class Setup:
         }
 
     @property
+    def origins(self) -> dict[str, plugins.Origin]:
+        """Where the method and the metrics that are not shipped come from."""
+        names = [name for metrics in self.metrics.values() for name in metrics]
+        return plugins.used(self.method.name, names)
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest prompt and answer that evaluation can meet."""
         answers = [self.new_tokens(index) for index in range(len(self.recipe.tasks))]
@@ -160,7 +171,9 @@ def prepare(
     stream = Stream(recipe.data, root, render)
     for index in range(len(recipe.tasks)) if root else ():
         if method.trains or method.old_data:
-            tried(method.train_data, stream, index)
+            visited = tried(method.train_data, stream, index)
+            if visited and method.trains and not (method.joint and index + 1 < len(recipe.tasks)):
+                faults += _warm_up(recipe, index, visited[1], method.epochs_apart(stream, index))
         if method.trains and recipe.optim.validate_every:
             tried(stream.records, index, "eval")
         tried(stream.records, index, recipe.eval.split)
@@ -177,6 +190,7 @@ def prepare(
     if encoder and root:
         read = list(splits(recipe, stream, bool(method.trains)))
         faults += tried(prompt_faults, recipe, read, encoder, config) or []
+        tried(try_metrics, recipe, read)
     if faults:
         raise Fault(*dict.fromkeys(faults))
     return Setup(recipe, method, base, tokenizer, encoder, stream, probes, harness, questions)
@@ -240,12 +254,32 @@ def _render(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> tuple[
     ] * recipe.data.chat_template
 
 
+def _warm_up(recipe: Recipe, index: int, epochs: list[range], apart: int) -> list[str]:
+    """That some steps of the task, and of each run through the schedule in it, are left to the schedule."""
+    asked, size = recipe.optim.warmup, recipe.optim.batch_size
+    assert size is not None, "resolved() fills in the protocol's"
+    whole = TaskData(recipe.tasks[index], index, [], epochs, [], apart)
+    shortest = min(whole.phase(step, size)[1] for step in (0, whole.steps(size) - 1))
+    if warmup_steps(asked, shortest) < shortest:
+        return []
+    return [
+        f"optim.warmup: {asked:g} leaves none of the {shortest} steps of {recipe.tasks[index]} to the "
+        "schedule; lower it, or give a share of the steps, below 1"
+    ]
+
+
 def _fits(recipe: Recipe, config: PreTrainedConfig) -> list[str]:
-    rank, faults = getattr(recipe.method, "rank", 0), []
+    rank, count = getattr(recipe.method, "rank", 0), config.num_hidden_layers
+    faults = []
     if rank > config.hidden_size:
         faults.append(
             f"method.rank: {rank} is more than the hidden size of the model, {config.hidden_size}, and no "
             "update of its weights can have a higher rank; lower it"
+        )
+    if past := [layer for layer in getattr(recipe.method, "layers", None) or () if layer >= count]:
+        faults.append(
+            f"method.layers: {', '.join(map(str, past))} is past the model's last layer, {count - 1} (they "
+            "are counted from 0); leave it out"
         )
     family = families.of(config)
     missing = [name for name in getattr(recipe.method, "targets", ()) if name not in family.projections]

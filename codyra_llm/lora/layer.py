@@ -93,14 +93,22 @@ class LoraLinear(nn.Linear):
         return f"{super().extra_repr()}, rank={self.spec.rank}, scale={self.spec.scale}"
 
 
+def block_number(name: str) -> int | None:
+    """The number of the decoder block that a module of this name is in, 3 of
+    'model.layers.3.self_attn.q_proj'; None outside of the blocks."""
+    numbers = [int(part) for part in name.split(".") if part.isdecimal()]
+    return numbers[0] if numbers else None
+
+
 def attach(
     model: nn.Module,
     targets: list[str],
     spec: AdapterSpec,
     kind: Callable[[nn.Linear, AdapterSpec], LoraLinear] = LoraLinear,
+    layers: list[int] | None = None,
 ) -> None:
-    """Put an adapter of this kind on every linear layer whose last name is in `targets`. Raises Fault for a
-    target found nowhere."""
+    """Put an adapter of this kind on every linear layer whose last name is in `targets`, in the decoder
+    blocks of these numbers (None: in all). Raises Fault for a target found nowhere."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     present = {name.rpartition(".")[2] for name in linears}
     if missing := [t for t in targets if t not in present]:
@@ -108,7 +116,10 @@ def attach(
             *(f"method.targets: the model has no projection '{t}'.{nearest(t, present)}" for t in missing)
         )
     found = {name: linear for name, linear in linears.items() if name.rpartition(".")[2] in targets}
-    for name, linear in found.items():
+    chosen = {
+        name: linear for name, linear in found.items() if layers is None or block_number(name) in layers
+    }
+    for name, linear in chosen.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, kind(linear, spec))
 

@@ -73,12 +73,15 @@ def mixtures(model: nn.Module) -> dict[str, MixtureLinear]:
 
 
 def attach_mixture(
-    model: nn.Module, targets: list[str], spec: "AdapterSpec", adapters: list[dict[str, Adapter]]
+    model: nn.Module,
+    targets: list[str],
+    spec: "AdapterSpec",
+    adapters: list[dict[str, Adapter]],
+    layers: list[int] | None = None,
 ) -> None:
-    """Mixing layers on all `targets` with the adapters of all tasks, oldest first, nothing of it to be
-    trained.
-    """
-    attach(model, targets, spec, MixtureLinear)
+    """Mixing layers on all `targets` of these blocks (None: of all) with the adapters of all tasks, oldest
+    first, nothing of it to be trained."""
+    attach(model, targets, spec, MixtureLinear, layers)
     for name, layer in mixtures(model).items():
         *old, last = (of_task[name] for of_task in adapters)
         layer.hold(old)

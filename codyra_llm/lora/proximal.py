@@ -70,6 +70,20 @@ def lr_factor(schedule: str, step: int, steps: int) -> float:
     return 1.0 if schedule == "constant" else 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+def warmup_steps(warmup: float, steps: int) -> int:
+    """Of `steps` those of the warm-up: `warmup` of them, or below 1 that share, rounded up."""
+    return math.ceil(warmup * steps) if warmup < 1 else int(warmup)
+
+
+def rate_factor(schedule: str, step: int, steps: int, warmup: float) -> float:
+    """The factor on the learning rate at `step`: (t + 1) / (W + 1) at step t of W steps of warm-up, so that
+    it is never 0, then `lr_factor` over the steps that are left."""
+    first = warmup_steps(warmup, steps)
+    if step < first:
+        return (step + 1) / (first + 1)
+    return lr_factor(schedule, step - first, steps - first)
+
+
 def budget_kappa(step: int, steps: int, dense: float, budget: float, schedule: str) -> float:
     """A linear ramp over the sparse phase times the learning rate's factor, scaled to the sum `budget` for
     any `steps`.

@@ -133,7 +133,7 @@ class Method:
 
     def attach(self, model: nn.Module) -> None:
         """Put in what trains; called on a fresh model at the start of every task."""
-        attach(model, self.config.targets, self.spec())
+        attach(model, self.config.targets, self.spec(), layers=self.config.layers)
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
         """Set the start of a task. No engine lives yet: weights may be written, passes over data may be

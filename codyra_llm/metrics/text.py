@@ -27,10 +27,26 @@ class ExampleMean:
     VERSION: ClassVar[int] = 1
     metric: ClassVar[str]
     takes_sources: ClassVar[bool] = False  # whether the score depends on the prompt
+    bounds: ClassVar[tuple[float, float]] = (0.0, 100.0)  # of `example`
+    higher_is_better: ClassVar[bool] = True
 
     @staticmethod
     def example(prompt: str, prediction: str, answer: str) -> float:
         raise NotImplementedError
+
+    @classmethod
+    def score(cls, prompt: str, prediction: str, answer: str) -> float:
+        """`example` on the scale of all reports, 0 (worst) to 100 (best). Raises ValueError for a value
+        outside of the bounds."""
+        value = cls.example(prompt, prediction, answer)
+        low, high = cls.bounds
+        slack = 1e-9 * (high - low)  # a sum may be rounded past its bound
+        if not low - slack <= value <= high + slack:
+            raise ValueError(f"{cls.metric} gave {value}, expected a number from {low:g} to {high:g}")
+        if cls.bounds == (0.0, 100.0) and cls.higher_is_better:
+            return value
+        share = (value - low) / (high - low)
+        return 100.0 * (share if cls.higher_is_better else 1.0 - share)
 
     @classmethod
     def compute(
@@ -49,7 +65,7 @@ class ExampleMean:
                 raise ValueError(f"{cls.metric} compares with the prompts; give them as sources")
             sources = [""] * len(predictions)
         rows = zip(sources, predictions, references, strict=True)
-        scores = [cls.example(*row) for row in rows]
+        scores = [cls.score(*row) for row in rows]
         return {cls.metric: fmean(scores) if scores else math.nan}
 
 

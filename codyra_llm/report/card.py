@@ -261,8 +261,17 @@ def _making(folder: RunFolder, recipe: Recipe) -> list[str]:
         if isinstance(value, str) and re.fullmatch(r"\d+(\.\w+)+(\+\w+)?", value)
     )
     text = json.dumps(recipe.model_dump(mode="json"), ensure_ascii=False, indent=1)
+    outside = [_outside(name, origin) for name, origin in folder.manifest.get("plugins", {}).items()]
     return [
         "With the recipe below saved as recipe.json: `codyra-llm run recipe.json`. Versions: "
         f"{plain(versions)}.",
+        *([f"In addition to codyra_llm: {plain('; '.join(outside))}."] if outside else []),
         f"<details><summary>Recipe, every setting</summary>\n\n```json\n{text}\n```\n\n</details>",
     ]
+
+
+def _outside(name: str, origin: dict[str, str]) -> str:
+    """What somebody needs to have a plug-in too; where its file lay here is of no use elsewhere."""
+    if "file" in origin:
+        return f"{name} by --plugin {Path(origin['file']).name}, sha256 {origin['sha256']}"
+    return f"{name}, {' '.join(origin.values())}"

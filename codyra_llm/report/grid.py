@@ -2,11 +2,19 @@
 
 import csv
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TextIO
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, TextIO
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell begins that a spreadsheet takes for a formula
-HEADER = ("table", "row", "column", "value", "low", "high")
+HEADER = ("table", "row", "column", "value", "low", "high", "method", "seed", "order")
+
+
+class Whence(NamedTuple):
+    """What a row was measured on; of several runs the seeds and orders, divided by blanks."""
+
+    method: str = ""
+    seed: str = ""
+    order: str = ""
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,8 @@ class Grid:
     columns: list[str]
     rows: list[tuple[str, list[Cell | None]]]
     note: str = ""
+    better: dict[str, int] = field(default_factory=dict)  # by column 1: more is better, -1: less is
+    whence: dict[str, Whence] = field(default_factory=dict)  # by row
 
     def holds_words(self, column: int) -> bool:
         found = (cells[column] for _, cells in self.rows)
@@ -40,12 +50,10 @@ class Grid:
     def filled(self) -> "Grid":
         """Without the columns that hold nothing."""
         kept = [i for i in range(len(self.columns)) if any(cells[i] is not None for _, cells in self.rows)]
-        return Grid(
-            self.name,
-            self.corner,
-            [self.columns[i] for i in kept],
-            [(label, [cells[i] for i in kept]) for label, cells in self.rows],
-            self.note,
+        return replace(
+            self,
+            columns=[self.columns[i] for i in kept],
+            rows=[(label, [cells[i] for i in kept]) for label, cells in self.rows],
         )
 
 
@@ -57,18 +65,19 @@ def word(value: str) -> Cell:
     return Cell(value, value)
 
 
-def write_csv(grids: Iterable[Grid], file: TextIO) -> None:
+def write_csv(grids: Iterable[Grid], file: TextIO, whole: Whence | None = None) -> None:
     """One line per cell that holds something, in full precision: HEADER. A text that a spreadsheet would run
-    as a formula has an apostrophe before it."""
+    as a formula has an apostrophe before it. `whole`: of rows whose grid doesn't say what they were measured
+    on."""
     out = csv.writer(file, lineterminator="\n")
     out.writerow(HEADER)
     for grid in grids:
         for label, cells in grid.rows:
-            out.writerows(
-                [_inert(value) for value in (grid.name, label, column, cell.value, cell.low, cell.high)]
-                for column, cell in zip(grid.columns, cells, strict=True)
-                if cell is not None
-            )
+            told = grid.whence.get(label, whole or Whence())
+            for column, cell in zip(grid.columns, cells, strict=True):
+                if cell is not None:
+                    line = (grid.name, label, column, cell.value, cell.low, cell.high, *told)
+                    out.writerow([_inert(value) for value in line])
 
 
 def _inert(value: object) -> object:

@@ -1,39 +1,93 @@
-"""Runs that differ in seed and output alone, grouped, with names that say in what groups differ."""
+"""Runs that differ in seed and output alone, or in the order of tasks too, grouped, with names that say in
+what groups differ.
+"""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import stdev
+from typing import NamedTuple
 
 from codyra_llm.config.differences import NO_RESULT, differences, flat
 from codyra_llm.config.recipe import Recipe
 from codyra_llm.core.errors import Fault
+from codyra_llm.core.parsing import read_mapping
 from codyra_llm.evaluate.statistics import interval
-from codyra_llm.report.grid import Cell
+from codyra_llm.report.grid import Cell, Whence
 from codyra_llm.store.folder import RunFolder
+
+POOLED = ("seed", "data.tasks")  # of a sweep's grid: what a mean may be taken over
+
+
+class Member(NamedTuple):
+    """A run folder; of a sweep its arm, and the settings of its point but for seed and order."""
+
+    folder: RunFolder
+    arm: str = ""
+    rest: str = ""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run with its summary and its measures (those of compare.MEASURES)."""
+    """A run with its summary and its measures (those of statistics.MEASURES); of a sweep its arm, and the
+    settings of its point but for seed and order."""
 
     folder: RunFolder
     summary: dict
     measures: dict[str, float | None]
+    arm: str = ""
+    rest: str = ""
 
     @property
     def recipe(self) -> Recipe:
         return self.folder.recipe
 
 
-def grouped(runs: list[Run]) -> list[list[Run]]:
-    """Runs of the same recipe, but for the seed and settings that change no result. Raises Fault where a seed
-    is there
-    twice: it would count as two and make the spread too small."""
+def collected(paths: Sequence[Path]) -> list[Member]:
+    """The runs that the folders are, or that they hold where they are a sweep's: those finished, without its
+    tries, its baseline's first. Raises Fault for a sweep that has none."""
+    found = []
+    for path in {path.resolve(): path for path in paths}.values():
+        found += _of_sweep(path) if is_sweep(path) else [Member(RunFolder(path))]
+    return found
+
+
+def is_sweep(path: Path) -> bool:
+    """Whether a sweep's runs are in the folder."""
+    return not (path / "recipe.json").is_file() and any(path.glob("*/*/recipe.json"))
+
+
+def _of_sweep(path: Path) -> list[Member]:
+    file = path / "sweep.json"
+    said = read_mapping(file, "what the sweep wrote") if file.is_file() else {}
+    arms = list(dict.fromkeys([said.get("baseline"), *(run["arm"] for run in said.get("runs", []))]))
+    found = [
+        Member(RunFolder(run.parent), run.parent.parent.name, _rest(run.parent.name))
+        for run in sorted(path.glob("*/*/recipe.json"))
+        if not run.parent.name.startswith("try=")
+    ]
+    done = [member for member in found if member.folder.summary.get("tasks") == member.folder.recipe.tasks]
+    if not done:
+        raise Fault(f"{path}: no run of this sweep is finished; give it when one is, or go on with the sweep")
+    return sorted(done, key=lambda member: arms.index(member.arm) if member.arm in arms else len(arms))
+
+
+def _rest(point: str) -> str:
+    """`optim.lr=0.1` of `seed=1,optim.lr=0.1,data.tasks=2`."""
+    parts = [part for part in point.split(",") if part.partition("=")[0] not in POOLED]
+    return "" if point == "run" else ", ".join(parts)
+
+
+def grouped(runs: list[Run], over_orders: bool = False) -> list[list[Run]]:
+    """Runs of the same recipe, but for the seed and settings that change no result; `over_orders`: and for
+    the order of the same tasks. Runs of a sweep are grouped by arm. Raises Fault where a seed is there twice
+    with one order: it would count as two and make the spread too small."""
     groups: list[list[Run]] = []
     for run in runs:
-        group = next((g for g in groups if _same(g[0].recipe, run.recipe)), None)
+        group = next((g for g in groups if _same(g[0], run, over_orders)), None)
         if group is None:
             groups.append(group := [])
-        if twin := next((other for other in group if other.recipe.seed == run.recipe.seed), None):
+        if twin := next((other for other in group if pairing(other) == pairing(run)), None):
             raise Fault(
                 f"{run.folder.path} and {twin.folder.path} have the same recipe and seed {run.recipe.seed}; "
                 f"give one of them"
@@ -42,14 +96,65 @@ def grouped(runs: list[Run]) -> list[list[Run]]:
     return groups
 
 
-def _same(one: Recipe, other: Recipe) -> bool:
-    return one.tasks == other.tasks and not differences(one, other.model_copy(update={"seed": one.seed}))
+def pairing(run: Run, over_orders: bool = True) -> tuple:
+    """What a run and the baseline's must have in common to be compared with each other: the seed, and of
+    groups over several orders the order too."""
+    return run.recipe.seed, *(run.recipe.tasks if over_orders else ())
 
 
-def labels(recipes: list[Recipe]) -> list[str]:
+def _same(one: Run, other: Run, over_orders: bool) -> bool:
+    first, second = one.recipe, other.recipe
+    orders = sorted(first.tasks) == sorted(second.tasks) if over_orders else first.tasks == second.tasks
+    data = second.data.model_copy(update={"tasks": first.data.tasks})
+    alike = second.model_copy(update={"seed": first.seed, "data": data})
+    return orders and (one.arm, one.rest) == (other.arm, other.rest) and not differences(first, alike)
+
+
+def names(groups: list[list[Run]], over_orders: bool = False) -> list[str]:
+    """A name for each group: its arm and point where it is a sweep's, else its method and the settings that
+    tell it from the others."""
+    found = labels([group[0].recipe for group in groups], over_orders)
+    points = [(group[0].arm, group[0].rest) for group in groups]
+    out = []
+    for group, label, point in zip(groups, found, points, strict=True):
+        order = f"order {order_of(group[0].recipe)}" if points.count(point) > 1 else ""
+        out.append(" ".join(filter(None, (*point, order))) if group[0].arm else label)
+    return out
+
+
+def baseline_of(group: list[Run], groups: list[list[Run]]) -> list[Run]:
+    """The group that this one is compared with: the first, or of the first one's arm that at the same
+    point."""
+    first = groups[0]
+    tasks = group[0].recipe.tasks
+    if not first[0].arm:
+        return first
+    at_point = [g for g in groups if (g[0].arm, g[0].rest) == (first[0].arm, group[0].rest)]
+    in_order = [g for g in at_point if g[0].recipe.tasks == tasks]
+    return (in_order or at_point or [first])[0]
+
+
+def whence(group: list[Run]) -> Whence:
+    """Method, seeds and orders of a group."""
+    seeds = dict.fromkeys(str(run.recipe.seed) for run in group)
+    orders = dict.fromkeys(order_of(run.recipe) for run in group)
+    return Whence(group[0].recipe.method.name, " ".join(seeds), " ".join(orders))
+
+
+def order_of(recipe: Recipe) -> str:
+    """The number of the benchmark's order that the recipe follows, or its tasks."""
+    try:
+        orders = recipe.benchmark.orders
+    except Fault:  # its folder is gone, and the names will do
+        orders = {}
+    numbers = [number for number, tasks in orders.items() if list(tasks) == recipe.tasks]
+    return str(numbers[0]) if numbers else ",".join(recipe.tasks)
+
+
+def labels(recipes: list[Recipe], over_orders: bool = False) -> list[str]:
     """For each its method and the settings that the first recipe has otherwise; for settings of the method
     itself, the first recipe of that method."""
-    known, out = [_distinguishing(recipe) for recipe in recipes], []
+    known, out = [distinguishing(recipe, over_orders) for recipe in recipes], []
     for recipe, own in zip(recipes, known, strict=True):
         first = next(
             k for k, other in zip(known, recipes, strict=True) if other.method.name == recipe.method.name
@@ -63,25 +168,22 @@ def labels(recipes: list[Recipe]) -> list[str]:
     return out
 
 
-def _distinguishing(recipe: Recipe) -> dict:
+def distinguishing(recipe: Recipe, over_orders: bool = False) -> dict:
+    """The settings, flat, that may tell groups apart."""
     by_task = ("data.epochs.", "eval.max_new_tokens.")  # they differ with the order
     known = {
         key: value
         for key, value in flat(recipe.model_dump(mode="json")).items()
         if key not in ("seed", *NO_RESULT, "method.name") and not key.startswith(by_task)
     }
-    return known | {"data.tasks": recipe.tasks}
+    return known | {"data.tasks": sorted(recipe.tasks) if over_orders else recipe.tasks}
 
 
 def _setting(key: str, value: object, recipe: Recipe) -> str:
-    if key == "data.tasks" and isinstance(value, list):
-        try:
-            orders = recipe.benchmark.orders
-        except Fault:  # its folder is gone, and the names will do
-            orders = {}
-        order = next((number for number, tasks in orders.items() if list(tasks) == value), None)
-        return f"order {order}" if order else "tasks " + ",".join(value)
-    return f"{key.rpartition('.')[2]}={value}"
+    if key != "data.tasks":
+        return f"{key.rpartition('.')[2]}={value}"
+    order = order_of(recipe)
+    return f"order {order}" if order.isdecimal() else f"tasks {order}"
 
 
 def over(values: list[float | None], form: str = ".1f", heat: float | None = None) -> Cell | None:

@@ -1,8 +1,34 @@
-"""Other libraries' progress bars and logs, off while they would say nothing, and afterwards as they were."""
+"""Other libraries' progress bars, logs and warnings, off while they would say nothing, and afterwards as they
+were.
+"""
 
 import logging
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+OPTIONAL = "Failed to load CPU gemm_4bit_forward"  # bitsandbytes' kernel for what is not done here: decoding
+
+
+@contextmanager
+def without_chatter() -> Iterator[None]:
+    """Within it, for a whole command: no FutureWarning of a library to its own developers, unless Python was
+    told to warn (-W, PYTHONWARNINGS), and no line on a kernel that bitsandbytes misses and nothing here
+    uses."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.addFilter(_is_news)
+    try:
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.removeFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(OPTIONAL)
 
 
 @contextmanager

@@ -1,13 +1,20 @@
-"""Asked to stop: SIGTERM and SIGUSR1 (SLURM's warning) set a flag, which is looked at between steps, batches
-and layers.
+"""Asked to stop: SIGTERM, SIGUSR1 (SLURM's warning) and Ctrl-C set a flag, which is looked at between steps,
+batches and layers. A second Ctrl-C ends the process at once.
 """
 
 import os
 import signal
+import time
+from types import FrameType
 
 EXIT = 75  # EX_TEMPFAIL: all is saved, the same command goes on
 _asked: list[str] = []
 _noted: tuple[int, int] | None = None  # a process, and what started it
+_interrupted: float | None = None  # when Ctrl-C was first met
+AGAIN = 1.0  # seconds after which another Ctrl-C is a second one: a launcher passes the first one on as well
+TOLD = (
+    "stopping as soon as all is saved, and the same command will go on; Ctrl-C again ends at once, unsaved\n"
+)
 
 
 class Stopped(Exception):
@@ -15,10 +22,27 @@ class Stopped(Exception):
 
 
 def listen() -> None:
-    """From here on the two signals ask, and no longer end the process."""
+    """From here on the signals ask, and no longer end the process."""
+    global _interrupted
     _asked.clear()
+    _interrupted = None
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda received, frame: ask(signal.Signals(received).name))
+    signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(received: int, frame: FrameType | None) -> None:
+    """The first Ctrl-C asks and says so; another one ends the process as if nothing listened."""
+    global _interrupted
+    now = time.monotonic()
+    if _interrupted is None:
+        _interrupted = now
+        ask("Ctrl-C")
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, TOLD.encode())  # a buffered stream may be in the middle of a line of its own
+    elif now - _interrupted > AGAIN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def note_parent() -> None:

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from codyra_llm.config import plugins
 from codyra_llm.config.differences import differences
 from codyra_llm.config.recipe import Recipe, parse_recipe
 from codyra_llm.core.errors import Fault
@@ -59,7 +60,21 @@ class RunFolder:
             raise Fault(
                 f"{self.path} is not a run folder (it has no recipe.json); give the `output` of a run"
             )
-        return parse_recipe(self._mapping("recipe.json"), str(file))
+        raw = self._mapping("recipe.json")
+        self._need_plugins()
+        return parse_recipe(raw, str(file))
+
+    def _need_plugins(self) -> None:
+        """Raises Fault with every plug-in that the run was made with and that is not known here."""
+        file = self.path / "manifest.json"
+        recorded = read_mapping(file, "what the run wrote").get("plugins", {}) if file.is_file() else {}
+        if faults := plugins.missing(recorded, str(self.path)):
+            raise Fault(*faults)
+
+    @property
+    def origins(self) -> dict[str, plugins.Origin]:
+        """Where the method and the metrics that are not shipped came from."""
+        return self.manifest.get("plugins", {})
 
     @cached_property
     def manifest(self) -> dict:
@@ -90,6 +105,8 @@ class RunFolder:
         for name in ("recipe.json", "manifest.json"):
             self.seals.check(self.path / name)
         if (self.path / "manifest.json").is_file():
+            if faults := plugins.changed(self.origins, manifest.get("plugins", {}), str(self.path)):
+                raise Fault(*faults)
             if faults := [*differences(self.recipe, recipe), *self._other_files(manifest)]:
                 raise Fault(
                     *(
@@ -279,6 +296,7 @@ def _other_launch(was: dict, now: dict) -> str:
         "benchmark",
         "data",
         "metrics",
+        "plugins",
         "stages",
     }  # compared, or no matter of the launch
     changed = [

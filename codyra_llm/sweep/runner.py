@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from codyra_llm.config import plugins
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import write_json
 from codyra_llm.core.parsing import shown
@@ -118,9 +119,14 @@ def _launch(run: Run, place: dict[str, str], launcher: str | None, lock: int) ->
     start = shlex.split(launcher) if launcher else [sys.executable]
     with open(run.beside("log"), "a", encoding="utf-8") as log:
         return subprocess.Popen(
-            [*start, "-m", "codyra_llm", "run", str(run.beside("json"))],
+            [*start, "-m", "codyra_llm", "run", str(run.beside("json")), *_plugins()],
             stdout=log,
             stderr=log,
             env={**os.environ, **place},
             pass_fds=(lock,),
         )
+
+
+def _plugins() -> list[str]:
+    """Options by which a run knows the methods and metrics that this process knows."""
+    return [word for file in plugins.files() for word in ("--plugin", file)]

@@ -26,7 +26,7 @@ from codyra_llm.data.batches import (
     shuffled,
 )
 from codyra_llm.data.encoding import Encoded
-from codyra_llm.lora.proximal import ProximalAdamW, lr_factor
+from codyra_llm.lora.proximal import ProximalAdamW, rate_factor
 from codyra_llm.lora.update import Adapter
 from codyra_llm.methods.base import Method
 from codyra_llm.models import packed_attention
@@ -145,7 +145,8 @@ class Trainer:
         for step, (chosen, following) in islice(enumerate(batches), start, None):
             began = time.perf_counter()
             heartbeat.at(f"task {task.name}, step {step + 1}")
-            factor = lr_factor(self.optim.schedule, *task.phase(step, self.optim.batch_size))
+            phase = task.phase(step, self.optim.batch_size)
+            factor = rate_factor(self.optim.schedule, *phase, self.optim.warmup)
             for group, rate in zip(self.engine.groups, self.rates, strict=True):
                 group["lr"] = rate * factor
             self.method.before_step(self.engine.groups, step, steps, self.optim.schedule)

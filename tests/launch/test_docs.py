@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import BLOCK, PAGES, PROGRAMS, ROOT, added_methods, check, named
+from commands import BLOCK, PAGES, PROGRAMS, ROOT, check, named, plugin
 
 from codyra_llm.cli import main
 from codyra_llm.config.benchmark import load_benchmark
@@ -122,6 +122,8 @@ def place(tiny_llama, tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     shutil.copytree(folder / "runs/quickstart", folder / "runs/x")
+    for arm in ("one", "two"):  # a sweep's folder
+        shutil.copytree(folder / "runs/quickstart", folder / "runs/compared" / arm / "seed=1")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         run(["export", "runs/x", "peft", "--format", "peft"])
@@ -166,8 +168,8 @@ def small(words):
     if any(reason in command for reason in ONLY_PARSED):
         return None
     words = [INSTEAD.get(word, word) for word in words]
-    name = words[2] if words[0] == "python" else words[1]
-    if words[0] == "codyra-llm" or words[:2] == ["python", "anchor.py"]:
+    name = words[1]
+    if words[0] == "codyra-llm":
         if name in ("run", "plan"):
             at = words.index(name) + 2
             return [*words[:at], *(FEW if "mine/" in words[at - 1] else TINY), *words[at:]]
@@ -176,17 +178,13 @@ def small(words):
 
 
 @pytest.mark.parametrize("command", lines("sh"), ids=named)
-def test_command_of_a_block(command, here, monkeypatch):
+def test_command_of_a_block(command, here):
     words = command[1]
     check(words)
     if not (reduced := small(words)):
         return
-    if reduced[0] == "codyra-llm":
-        return run(reduced[1:])
-    monkeypatch.setattr(sys, "argv", reduced[1:])
-    with pytest.raises(SystemExit) as end, added_methods(reduced[1], run_name="__main__"):
-        pass
-    assert not end.value.code
+    with plugin():
+        run(reduced[1:])
 
 
 @pytest.mark.parametrize("command", lines("text"), ids=named)
@@ -239,7 +237,7 @@ def test_the_new_method_is_seqlora_at_weight_0_and_moves_less_with_more(here):
         "0": ["method=anchor", "method.weight=0"],
         "9": ["method=anchor", "method.weight=9"],
     }.items():
-        with added_methods("anchor.py"):
+        with plugin("anchor.py"):
             run(["run", "quickstart", *TINY, *settings, "optim.lr=1e-2", f"output=runs/anchor-{name}"])
             updates = RunFolder(here / f"runs/anchor-{name}").archive()
         one, two = (updates.load(i).adapters for i in range(2))

@@ -57,8 +57,9 @@ def test_a_signal_while_it_trains(straight, tmp_path, forked):
     assert_saved(done.stderr, load_recipe(tmp_path / "recipe.json"), other, folder)
 
 
-def test_a_signal_to_the_command(straight, tmp_path):
-    """`python -m codyra_llm run` and SIGTERM."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_to_the_command(number, straight, tmp_path):
+    """`python -m codyra_llm run`, and each of the signals that users send."""
     asked, other = straight
     folder = like(asked, tmp_path)
     words = [sys.executable, "-m", "codyra_llm", "run", tmp_path / "recipe.json"]
@@ -66,9 +67,12 @@ def test_a_signal_to_the_command(straight, tmp_path):
     while not folder.log_rows:
         time.sleep(0.02)
         assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     told = process.communicate(timeout=60)[1]
     assert process.returncode == signals.EXIT
+    if number == signal.SIGINT:
+        assert told.startswith(signals.TOLD)
+        told = told.removeprefix(signals.TOLD)
     assert_saved(told, load_recipe(tmp_path / "recipe.json"), other, folder)
 
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+from commands import plugin
+from made_plugins import FILE
 
 from codyra_llm.cli import main
 from codyra_llm.core.errors import Fault
@@ -53,3 +55,15 @@ def test_from_the_command_line(sweep_file, capsys):
     with pytest.raises(SystemExit):
         main(["sweep", str(path), "--report"])
     assert "| seqlora | " in (out / "sweep.md").read_text() and "seqlora" in capsys.readouterr().out
+
+
+def test_runs_know_the_plugins_of_their_sweep(sweep_file, capsys, tmp_path):
+    """Each run in a process of its own. Oracle: the same method by its shipped name."""
+    (tmp_path / "mine.py").write_text(FILE)
+    path = sweep_file(arms={"seqlora": {}, "mine": {"method": "mine", "method.rank": 2}}, grid={"seed": [1]})
+    with plugin(), pytest.raises(SystemExit) as end:
+        main(["sweep", str(path), "--plugin", str(tmp_path / "mine.py")])
+    assert not end.value.code, capsys.readouterr().err
+    found = json.loads((path.parent / "out" / "sweep.json").read_text())
+    one, two = (run["matrix"] for run in found["runs"])
+    assert one == two

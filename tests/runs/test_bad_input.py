@@ -49,7 +49,7 @@ class Place:
 
     def write(self, name, content):
         file = self.folder / name
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content) if isinstance(content, bytes) else file.write_text(
             content, encoding="utf-8"
         )
@@ -172,6 +172,27 @@ row("a path that no file system takes")(lambda p: p.recipe(data={"root": "x" * 3
 row("a task named like a path")(lambda p: p.recipe(data=p.raw["data"] | {"tasks": ["../ONE"]}))
 row("a task that is named twice")(lambda p: p.recipe(data=p.raw["data"] | {"tasks": ["ONE", "ONE"]}))
 row("an unknown method")(lambda p: p.recipe(method={"name": "codira"}))
+row("a warm-up that never ends")(
+    lambda p: p.recipe(optim={"warmup": 100}, data=p.raw["data"] | {"tasks": ["ONE"]})
+)
+row("a warm-up of half a step")(lambda p: p.recipe(optim={"warmup": 1.5}))
+row("layers that are none")(lambda p: p.recipe(method={"name": "seqlora", "layers": "last"}))
+row("a layer that the model has not")(lambda p: p.recipe(method={"name": "seqlora", "layers": "0-2"}))
+row("a plug-in that isn't there")(lambda p: [*p.recipe(), "--plugin", "nowhere.py"])
+row("a plug-in with a mistake")(lambda p: [*p.recipe(), "--plugin", p.write("m.py", "import os\n\nx = y\n")])
+row("a plug-in that registers nothing")(lambda p: [*p.recipe(), "--plugin", p.write("m.py", "x = 1\n")])
+row("a benchmark with code that you have not named")(
+    lambda p: p.recipe(
+        data={"benchmark": str(p.write("own/benchmark.yaml", "metrics: own.py\ntasks: {}\n").parent)}
+    )
+)
+row("a plug-in with the name of ours")(
+    lambda p: [
+        *p.recipe(),
+        "--plugin",
+        p.write("m.py", "from codyra_llm.config.registry import METHODS\nMETHODS['ewc'] = None\n"),
+    ]
+)
 row("an override without a value")(lambda p: p.recipe(None, "seed"))
 row("an override without a key")(lambda p: p.recipe(None, "=3"))
 row("an override below a value")(lambda p: p.recipe(None, "output.lr=1"))
@@ -310,7 +331,18 @@ row("base weights that were changed")(
     )[-1]
 )
 row("a folder that is no run")(lambda p: ["report", p.data])
-row("a report of an unknown kind")(lambda p: ["report", p.run, "--out", p.out.with_suffix(".pdf")])
+row("a report of an unknown kind")(lambda p: ["report", p.run, "--out", p.out.with_suffix(".pdff")])
+row("a figure that is none")(
+    lambda p: ["report", p.run, "--out", p.out.with_suffix(".pdf"), "--figure", "matrx"]
+)
+row("a sweep of which nothing is finished")(
+    lambda p: [
+        "report",
+        (p.write("out2/seqlora/seed=1/recipe.json", (p.run / "recipe.json").read_text())).parents[2],
+        "--out",
+        p.out.with_suffix(".tex"),
+    ]
+)
 
 # Predictions and sweeps
 row("predictions that aren't there")(lambda p: ["score", "FOMC", "nowhere.json"])

@@ -3,10 +3,13 @@ the comparison.
 """
 
 import pytest
+from helpers import call
 from sweeps import go
 
 from codyra_llm.core.errors import Fault
-from codyra_llm.sweep import comparison
+from codyra_llm.experiment.setup import prepare
+from codyra_llm.sweep import comparison, forecast
+from codyra_llm.sweep.spec import load_sweep
 
 
 def test_a_finished_run_is_not_run_again(sweep_file, launches):
@@ -38,3 +41,25 @@ def test_the_best_try_is_what_is_run(sweep_file, launches):
     assert launches == ["seqlora/try=1", "seqlora/try=2", "seqlora/seed=1", "seqlora/seed=2"]
     text = comparison.render(comparison.compare(asked), "x")
     assert f"| seqlora | optim.lr=0.03 | {scores[1]:.1f} | yes |" in text
+
+
+def test_a_dry_run_lists_runs_tokens_and_hours(sweep_file, launches, capsys):
+    """Tokens in closed form: of every example prompt and answer, here without padding in batches of 8."""
+    path = sweep_file(grid={"seed": [1, 2], "optim.lr": [1e-2, 1e-3]}, set={"checkpoint": False})
+    code, out, err = call(capsys, "sweep", path, "--dry-run", "--jobs", "2")
+    assert code == 0, err
+    asked = load_sweep(path)
+    found = forecast.foresee(asked)
+    assert len(found) == 8 and not launches and not asked.output.exists()
+    assert len({id(one.training) for one in found}) == 2  # an arm's seeds and rates are measured once
+    setup = prepare(found[0].run.recipe)
+    records = [setup.encoder.encode(setup.stream.records(i, "train")) for i in range(2)]
+    least = sum(len(example) for examples in records for example in examples)
+    work = found[0].training
+    assert work.steps == 2 * 3 and least <= work.tokens <= 1.5 * least  # 20 examples of each of two tasks
+    total = sum(one.training.tokens for one in found)
+    assert f"8 of 8 runs are to do: {total:,} tokens" in out
+    assert "hours of training" in out and "with 2 at a time" in out and "nothing was run" in out
+    go(sweep_file(grid={"seed": [1]}))
+    code, out, _ = call(capsys, "sweep", sweep_file(grid={"seed": [1, 2]}), "--dry-run")
+    assert "2 of 4 runs are to do" in out and out.count("finished") == 2

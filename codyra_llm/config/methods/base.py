@@ -1,14 +1,17 @@
 """What every method's section of a recipe has: its name, and for LoRA methods the adapter."""
 
-from typing import Annotated
+import re
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
+from codyra_llm.core.parsing import shown
 from codyra_llm.core.schema import Fraction, Strict
 
 Count = Annotated[
     int, Field(le=1 << 16)
 ]  # ranks, widths, examples in memory: more is a slip, and would exhaust it
+Layer = Annotated[int, Field(ge=0, le=9999)]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -24,6 +27,27 @@ class TargetsConfig(MethodConfig, frozen=True):
     targets: list[str] = Field(
         default=list(PROJECTIONS), min_length=1, description="projections that get an adapter"
     )
+    layers: list[Layer] | None = Field(
+        default=None,
+        min_length=1,
+        description="blocks that get an adapter, counted from 0: a list such as [0, 1, 8], or ranges such as "
+        "'4-11' or '0-3,8', both ends included; null: all",
+    )
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _written_out(cls, value: Any) -> Any:
+        """Ranges as the numbers that they stand for."""
+        if isinstance(value, int) and not isinstance(value, bool):
+            return [value]
+        return _numbers(value) if isinstance(value, str) else value
+
+    @field_validator("layers")
+    @classmethod
+    def _each_once(cls, value: list[int] | None) -> list[int] | None:
+        if value and len(set(value)) < len(value):
+            raise ValueError("a layer is named twice")
+        return value if value is None else sorted(value)
 
     @field_validator("targets")
     @classmethod
@@ -33,6 +57,19 @@ class TargetsConfig(MethodConfig, frozen=True):
         if len(set(value)) < len(value):
             raise ValueError("a projection is named twice")
         return value
+
+
+def _numbers(text: str) -> list[int]:
+    """The layers of '0-3,8'. Raises ValueError for what is no such text."""
+    found = []
+    for part in text.replace(" ", "").split(","):
+        ends = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
+        if not ends or int(ends[2] or ends[1]) < int(ends[1]):
+            raise ValueError(
+                f"{shown(text)} names no layers; write a list such as [0, 1, 8], or ranges such as '0-3,8'"
+            )
+        found += range(int(ends[1]), int(ends[2] or ends[1]) + 1)
+    return found
 
 
 class LoraConfig(TargetsConfig, frozen=True):

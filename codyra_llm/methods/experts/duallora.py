@@ -70,7 +70,7 @@ class DualLora(Single):
     task_id, grows, max_zero_stage, packs = False, True, 0, False
 
     def attach(self, model) -> None:
-        attach(model, self.config.targets, self.spec(), DualLinear)
+        attach(model, self.config.targets, self.spec(), DualLinear, self.config.layers)
 
     @torch.no_grad()
     def begin_task(self, model, task: Task) -> None:

@@ -104,7 +104,7 @@ class GainLora(Single):
     task_id, grows, max_zero_stage, packs = False, True, 0, False
 
     def attach(self, model) -> None:
-        attach(model, self.config.targets, self.spec(), MixtureLinear)
+        attach(model, self.config.targets, self.spec(), MixtureLinear, self.config.layers)
         for layer in sites(model).values():
             layer.lora_A.requires_grad_(False)
         model.prompt_gates = self._fresh(model)

@@ -87,7 +87,7 @@ class Sapt(Single):
     old_data, task_id, grows, max_zero_stage, packs = True, False, True, 0, False
 
     def attach(self, model) -> None:
-        attach(model, self.config.targets, self.spec(), MixtureLinear)
+        attach(model, self.config.targets, self.spec(), MixtureLinear, self.config.layers)
         model.prompt_attention = self._fresh(model)
 
     def begin_task(self, model, task: Task) -> None:

@@ -30,7 +30,7 @@ class Single(Method):
     def install(self, model, task: Task) -> None:
         self.learnt = task.index + 1
         adapters = [task.archive.load(k).adapters for k in range(self.learnt)]
-        attach_mixture(model, self.config.targets, self.spec(), adapters)
+        attach_mixture(model, self.config.targets, self.spec(), adapters, self.config.layers)
 
     @torch.no_grad()
     def condition(self, model, prompts: list[list[int]], task: int | None) -> Condition:

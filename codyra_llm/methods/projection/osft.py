@@ -91,7 +91,7 @@ class Osft(AwayFromKept):
 
     def attach(self, model) -> None:
         kind = partial(ResidualLinear, preserved=self.config.preserved)
-        attach(model, self.config.targets, self.spec(), kind)
+        attach(model, self.config.targets, self.spec(), kind, self.config.layers)
 
     @torch.no_grad()
     def begin_task(self, model, task: Task) -> None:

@@ -58,7 +58,7 @@ class CLora(SeqLora):
     max_zero_stage = 2  # factors are composed from whole parameters
 
     def attach(self, model) -> None:
-        attach(model, self.config.targets, self.spec(), RoutedLinear)
+        attach(model, self.config.targets, self.spec(), RoutedLinear, self.config.layers)
 
     def begin_task(self, model, task: Task) -> None:
         if task.index:

@@ -8,35 +8,59 @@ from statistics import fmean
 
 from codyra_llm.config.recipe import Recipe
 from codyra_llm.evaluate.statistics import MEASURES, measures
-from codyra_llm.report.grid import Cell, Grid, number, word
-from codyra_llm.report.groups import Run, _distinguishing, grouped, labels, over
+from codyra_llm.report.grid import Cell, Grid, Whence, number, word
+from codyra_llm.report.groups import Member, Run, baseline_of, distinguishing, grouped, over, pairing, whence
+from codyra_llm.report.groups import names as names_of
 from codyra_llm.report.html.charts import scatter
 from codyra_llm.report.summary import summarised
-from codyra_llm.store.folder import RunFolder
+
+BETTER = {  # by title of a measure
+    MEASURES[name]: sign
+    for name, sign in (
+        ("op", 1),
+        ("bwt", 1),
+        ("bwt_treelora", -1),
+        ("forgetting", -1),
+        ("learnt", 1),
+        ("general", 1),
+    )
+}
 
 
-def content(folders: list[RunFolder]) -> dict:
-    """By name, the parts of the page, groups numbered in the order in which their first run was given."""
-    runs = [Run(folder, found := summarised(folder), measures(found)) for folder in folders]
-    groups = grouped(runs)
+def opened(members: list[Member]) -> list[Run]:
+    """The runs with what is measured of them. Raises Fault for a folder that is no run's."""
+    runs = []
+    for folder, arm, rest in members:
+        found = summarised(folder)
+        runs.append(Run(folder, found, measures(found), arm, rest))
+    return runs
+
+
+def content(members: list[Member], over_orders: bool = False, numbered: bool = True) -> dict:
+    """By name, the parts of the page, groups `numbered` in the order in which their first run was given.
+    `over_orders`: runs that differ in the order of their tasks are one group."""
+    runs = opened(members)
+    groups = grouped(runs, over_orders)
     recipes = [group[0].recipe for group in groups]
-    names = [f"{number} {name}" for number, name in enumerate(labels(recipes), 1)]
+    names = names_of(groups, over_orders)
+    if numbered:
+        names = [f"{number} {name}" for number, name in enumerate(names, 1)]
     return {
         "title": f"{len(runs)} runs in {len(groups)} groups",
-        "facts": _facts(groups),
+        "facts": _facts(groups, over_orders),
         "leaderboard": _leaderboard(names, groups),
         "scatter": _scatter(groups),
         "names": names,
         "tasks": _tasks(names, groups),
-        "differences": _differences(names, groups),
-        "settings": _settings(names, recipes),
+        "differences": _differences(names, groups, over_orders),
+        "settings": _settings(names, recipes, over_orders),
         "runs_table": _runs(names, groups),
     }
 
 
-def _settings(names: list[str], recipes: list[Recipe]) -> Grid | None:
+def _settings(names: list[str], recipes: list[Recipe], over_orders: bool) -> Grid | None:
     """Every setting in which two groups differ."""
-    known = [_distinguishing(recipe) for recipe in recipes]
+    known = [distinguishing(recipe, over_orders) for recipe in recipes]
     keys = [
         key
         for key in dict.fromkeys(key for k in known for key in k)
@@ -59,7 +83,9 @@ def _said(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _facts(groups: list[list[Run]]) -> list[str]:
+def _facts(groups: list[list[Run]], over_orders: bool) -> list[str]:
+    seeds = "the seed or the order of tasks" if over_orders else "the seed"
+    over = "runs, seeds and orders together" if over_orders else "seeds"
     runs = [run for group in groups for run in group]
     short = [
         run.folder.path
@@ -71,8 +97,8 @@ def _facts(groups: list[list[Run]]) -> list[str]:
         line
         for line in (
             (
-                "Runs with the same recipe but for the seed are a group. ± is half the 95 % interval over "
-                "seeds (Student's t), sd the standard deviation; a group of one run has neither."
+                f"Runs with the same recipe but for {seeds} are a group. ± is half the 95 % interval over "
+                f"{over} (Student's t), sd the standard deviation; a group of one run has neither."
             ),
             f"Scored on the {' and '.join(sorted(splits))} split." if splits != {"test"} else "",
             f"Not finished: {', '.join(map(str, short))}." if short else "",
@@ -115,7 +141,13 @@ def _leaderboard(names: list[str], groups: list[list[Run]]) -> Grid:
         lines,
         "The highest OP first. Forgetting: lower is better; BWT: higher is; "
         "TreeLoRA's BWT: lower is. Time and memory are those of training.",
+        BETTER,
+        _whence(names, groups),
     ).filled()
+
+
+def _whence(names: list[str], groups: list[list[Run]]) -> dict[str, Whence]:
+    return {name: whence(group) for name, group in zip(names, groups, strict=True)}
 
 
 def _mean(values: list[float | None], unit: float = 1) -> float | None:
@@ -141,15 +173,26 @@ def _tasks(names: list[str], groups: list[list[Run]]) -> Grid:
         ]
         columns = [[end.get(task) for end in ends] for task in tasks]
         lines.append((name, [over(values, heat=_mean(values)) for values in columns]))
-    return Grid("final scores", "group", tasks, lines, "Score on each task after the last one.")
+    return Grid(
+        "final scores",
+        "group",
+        tasks,
+        lines,
+        "Score on each task after the last one.",
+        dict.fromkeys(tasks, 1),
+        _whence(names, groups),
+    )
 
 
-def _differences(names: list[str], groups: list[list[Run]]) -> Grid | None:
-    """Each group less the first, seed by seed."""
-    first, lines = {run.recipe.seed: run.measures for run in groups[0]}, []
-    for name, group in zip(names[1:], groups[1:], strict=True):
-        pairs = [(run.measures, first[run.recipe.seed]) for run in group if run.recipe.seed in first]
-        if pairs:
+def _differences(names: list[str], groups: list[list[Run]], over_orders: bool) -> Grid | None:
+    """Each group less its baseline, run by run of the same seed and order."""
+    lines = []
+    for name, group in zip(names, groups, strict=True):
+        baseline = baseline_of(group, groups)
+        known = {pairing(run, over_orders): run.measures for run in baseline}
+        own = [(run.measures, pairing(run, over_orders)) for run in group]
+        pairs = [(measured, known[key]) for measured, key in own if key in known]
+        if pairs and group is not baseline:
             values = [[_less(a[key], b[key]) for a, b in pairs] for key in MEASURES]
             lines.append((name, [Cell(len(pairs), str(len(pairs))), *map(_difference, values)]))
     return (
@@ -158,7 +201,8 @@ def _differences(names: list[str], groups: list[list[Run]]) -> Grid | None:
             f"less {names[0]}",
             ["pairs", *MEASURES.values()],
             lines,
-            "Means over the seeds that both have. Marked: the 95 % interval leaves 0 out.",
+            "Means over the seeds and orders that both have. Marked: the 95 % interval leaves 0 out.",
+            whence=_whence(names, groups),
         ).filled()
         if lines
         else None
@@ -190,7 +234,8 @@ def _runs(names: list[str], groups: list[list[Run]]) -> Grid:
         for name, group in zip(names, groups, strict=True)
         for run in group
     ]
-    return Grid("runs", "run", ["group", "seed", *MEASURES.values()], lines).filled()
+    told = {str(run.folder.path.relative_to(shared)): whence([run]) for group in groups for run in group}
+    return Grid("runs", "run", ["group", "seed", *MEASURES.values()], lines, whence=told).filled()
 
 
 def _common(paths: list[tuple[str, ...]]) -> list[str]:

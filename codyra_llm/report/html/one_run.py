@@ -332,4 +332,7 @@ def _command(manifest: dict) -> str:
     )
     if stage:
         launch[2:2] = ["--use_deepspeed", "--zero_stage", str(stage)]
-    return shlex.join([*launch, "run", "recipe.json"])
+    origins = manifest.get("plugins", {}).values()
+    named = {origin["file"]: None for origin in origins if "file" in origin}
+    options = [word for file in named for word in ("--plugin", file)]
+    return shlex.join([*launch, "run", "recipe.json", *options])

@@ -1,6 +1,6 @@
-"""The report as a file: one HTML page that loads nothing, or its tables as CSV or Markdown."""
+"""The report as a file: one HTML page that loads nothing, or its tables as CSV, Markdown or LaTeX."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -9,33 +9,51 @@ from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.files import replacing
 from codyra_llm.core.version import __version__
 from codyra_llm.report import published
+from codyra_llm.report.figures import SUFFIXES as FIGURES
 from codyra_llm.report.grid import Grid, markdown, write_csv
+from codyra_llm.report.groups import Member, Run, whence
 from codyra_llm.report.html import many_runs, one_run
+from codyra_llm.report.latex import latex
 from codyra_llm.store.folder import RunFolder
 
-SUFFIXES = (".html", ".csv", ".md")
+SUFFIXES = (".html", ".csv", ".md", ".tex")
+IN_PAPERS = ("leaderboard", "tasks", "differences", "measures", "scores", "published")  # parts, in LaTeX
 
 
-def write(folders: list[RunFolder], out: Path, examples: bool = True, paper: bool = False) -> None:
+def write(
+    runs: Sequence[RunFolder | Member],
+    out: Path,
+    examples: bool = True,
+    paper: bool = False,
+    over_orders: bool = False,
+) -> None:
     """The report on one run, or on several together, in the format that the suffix of `out` names.
 
-    examples: show test prompts, answers and predictions. paper: put the published tables beside. Raises Fault
-    for another suffix or a folder that holds no run.
+    examples: show test prompts, answers and predictions. paper: put the published tables beside. over_orders:
+    runs that differ in the order of their tasks are one group. Raises Fault for another suffix or a folder
+    that holds no run.
     """
     if out.suffix not in SUFFIXES:
-        raise Fault(f"--out: '{out}' must end in {', '.join(SUFFIXES)}.{nearest(out.suffix, SUFFIXES)}")
-    found = one_run.content(folders[0], examples) if len(folders) == 1 else many_runs.content(folders)
+        raise Fault(
+            f"--out: '{out}' must end in {', '.join(SUFFIXES)}, or of a figure {', '.join(FIGURES)}."
+            f"{nearest(out.suffix, (*SUFFIXES, *FIGURES))}"
+        )
+    members = [run if isinstance(run, Member) else Member(run) for run in runs]
+    folders = [member.folder for member in members]
+    if len(members) == 1:
+        found = one_run.content(folders[0], examples)
+    else:
+        found = many_runs.content(members, over_orders, numbered=out.suffix != ".tex")
     found["published"] = published.beside(folders) if paper else []
     with replacing(out) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         if out.suffix == ".csv":
-            write_csv(grids(found), file)
+            write_csv(grids(found), file, whence([Run(folders[0], {}, {})]) if len(members) == 1 else None)
+        elif out.suffix == ".html":
+            file.write(html(found, len(members)))
+        elif out.suffix == ".md":
+            file.write(f"# {found['title']}\n\n{markdown(grids(found))}")
         else:
-            page = (
-                html(found, len(folders))
-                if out.suffix == ".html"
-                else f"# {found['title']}\n\n{markdown(grids(found))}"
-            )
-            file.write(page)
+            file.write(latex(grids({name: found[name] for name in IN_PAPERS if found.get(name)})))
 
 
 def html(found: dict, runs: int) -> str:

@@ -213,8 +213,8 @@ def test_no_cell_of_a_csv_is_a_formula():
     grid.write_csv([table], out)
     quoted = "'" + evil
     assert list(csv.reader(out.getvalue().splitlines()))[1:] == [
-        [quoted, quoted, quoted, quoted, "", ""],
-        [quoted, quoted, "'-", "-1.5", "", ""],
+        [quoted, quoted, quoted, quoted, *[""] * 5],
+        [quoted, quoted, "'-", "-1.5", *[""] * 5],
     ]
 
 

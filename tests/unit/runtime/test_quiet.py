@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import warnings
 
 import datasets
 import pytest
@@ -12,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 from codyra_llm.data.readers import rows
 from codyra_llm.runtime.quiet import (
     log_level,
+    without_chatter,
     without_data_bars,
     without_messages,
     without_weight_bars,
@@ -84,3 +86,26 @@ def test_a_long_field_is_read_and_the_limit_is_as_it_was(tmp_path):
     (tmp_path / "long.csv").write_text(f"prompt,answer\n{text},b\n", encoding="utf-8")
     assert rows(tmp_path / "long.csv", "records") == [{"prompt": text, "answer": "b"}]
     assert csv.field_size_limit() == before
+
+
+def test_a_command_hides_what_is_for_developers_and_nothing_else(caplog, recwarn):
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    missed = "Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please ..."
+    filters = list(warnings.filters)
+    with without_chatter():
+        logger.warning(missed, "No module named 'kernels'")
+        logger.warning("something else")
+        warnings.warn("a name will change", FutureWarning, stacklevel=1)
+        warnings.warn("mind this", UserWarning, stacklevel=1)
+    assert [record.getMessage() for record in caplog.records] == ["something else"]
+    assert [str(found.message) for found in recwarn] == ["mind this"]
+    assert warnings.filters == filters
+    logger.warning(missed, "again")
+    assert len(caplog.records) == 2
+
+
+def test_whoever_asks_python_to_warn_is_warned(monkeypatch, recwarn):
+    monkeypatch.setattr("sys.warnoptions", ["default"])
+    with without_chatter():
+        warnings.warn("a name will change", FutureWarning, stacklevel=1)
+    assert len(recwarn) == 1

@@ -1,0 +1,96 @@
+"""Tables for a paper: LaTeX with booktabs, the best of a column bold, the second underlined."""
+
+from collections.abc import Iterable
+
+from codyra_llm.core.terminal import one_line
+from codyra_llm.report.grid import Cell, Grid
+
+SPECIAL = {
+    "\\": r"\textbackslash{}",
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "±": r"$\pm$",
+    "≥": r"$\geq$",
+    "Δ": r"$\Delta$",
+    "–": "--",
+}
+PREAMBLE = "% \\usepackage{booktabs}\n"
+
+
+def escaped(text: str) -> str:
+    """A name of the user's as text in LaTeX: no command begins in it, and it is one line."""
+    return "".join(SPECIAL.get(sign, sign) for sign in one_line(text))
+
+
+def latex(grids: Iterable[Grid]) -> str:
+    """A table environment for each; `\\input` takes the file as it is."""
+    return PREAMBLE + "\n".join(map(_table, grids))
+
+
+def _table(grid: Grid) -> str:
+    places = [_places(grid, column) for column in range(len(grid.columns))]
+    lines = []
+    for row, (label, cells) in enumerate(grid.rows):
+        texts = [_cell(cell, places[column].get(row)) for column, cell in enumerate(cells)]
+        lines.append(" & ".join([escaped(label), *texts]) + r" \\")
+    head = " & ".join(map(escaped, (grid.corner, *grid.columns))) + r" \\"
+    sides = ["l" if grid.holds_words(column) else "r" for column in range(len(grid.columns))]
+    caption = f"{grid.name[:1].upper()}{grid.name[1:]}. {grid.note}".strip()
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{escaped(caption)}}}",
+            rf"\begin{{tabular}}{{l{''.join(sides)}}}",
+            r"\toprule",
+            head,
+            r"\midrule",
+            *lines,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def _places(grid: Grid, column: int) -> dict[int, int]:
+    """By row its place in the column, 1 or 2, by the values as they are shown: equal ones share a place. None
+    where no direction is better, or nothing is compared."""
+    better = grid.better.get(grid.columns[column])
+    shown = {row: _value(cells[column]) for row, (_, cells) in enumerate(grid.rows)}
+    known = {row: value for row, value in shown.items() if value is not None}
+    if better is None or len(known) < 2:
+        return {}
+    ranked = sorted(set(known.values()), key=lambda value: -better * value)[:2]
+    return {row: ranked.index(value) + 1 for row, value in known.items() if value in ranked}
+
+
+def _value(cell: Cell | None) -> float | None:
+    if cell is None or isinstance(cell.value, str):
+        return None
+    return float(_main(cell).replace(",", ""))
+
+
+def _main(cell: Cell) -> str:
+    return cell.text.partition(" ± ")[0]
+
+
+def _cell(cell: Cell | None, place: int | None) -> str:
+    if cell is None:
+        return "--"
+    if isinstance(cell.value, str):
+        return escaped(cell.text)
+    half = cell.text.partition(" ± ")[2]
+    number = _main(cell).replace(",", "{,}")
+    if place == 1:
+        number = rf"\mathbf{{{number}}}"
+    elif place == 2:
+        number = rf"\underline{{{number}}}"
+    star = "^{*}" if cell.marked else ""
+    return f"${number}{star}$" if not half else rf"${number}{star} \pm {half}$"

@@ -1,0 +1,76 @@
+"""What a sweep will take, before any of it: its runs, and the tokens and hours of their training."""
+
+from typing import NamedTuple
+
+from rich.box import SIMPLE
+from rich.table import Column, Table
+
+from codyra_llm.config.differences import NO_RESULT, flat
+from codyra_llm.config.recipe import Recipe
+from codyra_llm.core.terminal import Terminal
+from codyra_llm.experiment.plan import Training, training
+from codyra_llm.runtime.forecast import duration
+from codyra_llm.sweep.spec import Run, Sweep
+
+ALIKE = ("seed", "output", "optim.lr", "optim.schedule", "optim.weight_decay", "optim.betas", "checkpoint")
+
+
+class Foreseen(NamedTuple):
+    """A run, what its training takes, and whether it is finished already."""
+
+    run: Run
+    training: Training
+    finished: bool
+
+
+def foresee(sweep: Sweep) -> list[Foreseen]:
+    """All runs of the sweep, tries first. Runs that differ in what takes no time, such as the seed, are
+    measured once. Raises one Fault with all that a run would refuse."""
+    sweep.prepare()
+    known: dict[str, Training] = {}
+    found = []
+    for run in (*sweep.tries, *sweep.runs()):
+        key = _work(run.recipe)
+        if key not in known:
+            known[key] = training(run.recipe)
+        found.append(Foreseen(run, known[key], run.finished))
+    return found
+
+
+def _work(recipe: Recipe) -> str:
+    """The settings that decide on tokens and time."""
+    free = {key for key in NO_RESULT if not key.startswith(("optim.", "model.", "data."))}
+    settings = flat(recipe.model_dump(mode="json"))
+    return str(sorted((key, str(value)) for key, value in settings.items() if key not in {*free, *ALIKE}))
+
+
+def show(found: list[Foreseen], jobs: int, console: Terminal) -> None:
+    """Print a line for each run, and what is left in sum, `jobs` at a time."""
+    right = {"justify": "right", "no_wrap": True}
+    table = Table(
+        Column("arm", overflow="fold"),
+        Column("run", overflow="fold"),
+        *(Column(name, **right) for name in ("steps", "tokens", "training", "")),
+        box=SIMPLE,
+        padding=0,
+        collapse_padding=True,
+    )
+    for run, work, finished in found:
+        table.add_row(
+            run.arm,
+            run.folder.path.name,
+            f"{work.steps:,}",
+            f"{work.tokens:,}",
+            duration(work.seconds),
+            "finished" if finished else "",
+        )
+    console.print(table)
+    left = [one.training for one in found if not one.finished]
+    seconds = sum(work.seconds for work in left)
+    together = f", {duration(seconds / jobs)} with {jobs} at a time" if jobs > 1 else ""
+    console.print(
+        f"{len(left)} of {len(found)} runs are to do: {sum(work.tokens for work in left):,} tokens, "
+        f"{seconds / 3600:.2f} hours of training{together}, as a few layers measured here foretell; loading "
+        "and evaluation come on top, and nothing was run",
+        soft_wrap=True,
+    )

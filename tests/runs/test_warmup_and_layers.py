@@ -1,0 +1,82 @@
+"""optim.warmup and method.layers in whole runs: what is logged, and which weights change."""
+
+import contract
+import pytest
+import torch
+from helpers import learnt, tiny_recipe, weights
+from transformers import AutoModelForCausalLM
+
+from codyra_llm.config.methods.base import LoraConfig
+from codyra_llm.config.recipe import load_recipe, parse_recipe
+from codyra_llm.config.registry import METHODS
+from codyra_llm.core.errors import Fault
+from codyra_llm.experiment.plan import training
+from codyra_llm.experiment.run import run
+from codyra_llm.experiment.setup import prepare
+from codyra_llm.lora.layer import block_number
+
+LORA = [name for name in METHODS if issubclass(METHODS.settings(name), LoraConfig)]
+
+
+def test_the_learning_rate_that_is_logged(tiny_llama, toy_stream, tmp_path):
+    """6 steps a task, 2 of them warm-up: thirds, then a cosine over the other 4; in every task anew."""
+    changes = {"method": {"name": "seqlora", "rank": 2}, "optim__warmup": 2, "optim__schedule": "cosine"}
+    folder = run(tiny_recipe(tiny_llama, toy_stream, tmp_path / "run", checkpoint=False, **changes))
+    cosine = [1, 0.5 + 0.5 * 2**-0.5, 0.5, 0.5 - 0.5 * 2**-0.5]
+    for task in ("ONE", "TWO"):
+        rates = [row["lr"] for row in folder.log_rows if row["task"] == task]
+        assert rates == pytest.approx([1e-2 * f for f in (1 / 3, 2 / 3, *cosine)])
+
+
+def test_layers_are_written_as_lists_or_ranges():
+    def layers(text):
+        return load_recipe("quickstart", ["method=seqlora", f"method.layers={text}"]).method.layers
+
+    assert layers("[2, 0]") == [0, 2] and layers("4-6") == [4, 5, 6] and layers("0-1,8") == [0, 1, 8]
+    assert layers("3") == [3] and layers("null") is None and layers("'3 - 4'") == [3, 4]
+    for text, told in (
+        ("6-4", "names no layers"),
+        ("last", "names no layers"),
+        ("[0, 0]", "named twice"),
+        ("0-2,1", "named twice"),
+        ("[-1]", "greater than or equal to 0"),
+        ("[]", "at least 1 item"),
+        ("[true]", "true is not a number"),
+    ):
+        with pytest.raises(Fault, match=f"method.layers.*{told}"):
+            layers(text)
+
+
+def test_a_layer_past_the_last_is_told_before_weights_load(tiny_llama, toy_stream, tmp_path):
+    asked = tiny_recipe(tiny_llama, toy_stream, tmp_path / "run", method__layers=[1, 2, 7])
+    with pytest.raises(Fault, match="method.layers: 2, 7 is past the model's last layer, 1"):
+        prepare(asked)
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_only_these_layers_are_adapted(name, tiny_llama, toy_stream, tmp_path):
+    asked = contract.raw(tiny_llama, toy_stream, tmp_path / "run", name)
+    asked["method"]["layers"] = "1"
+    asked["data"] |= {"tasks": ["ONE", "TWO"], "epochs": 1}
+    folder = run(parse_recipe(asked))
+    found = {block_number(row["site"]) for row in folder.updates}
+    held = {block_number(key) for update in weights(folder).values() for key in update}
+    assert found == {1} and held - {None} == {1}
+    assert folder.summary["op"] is not None
+
+
+def test_the_other_layers_of_the_merged_model_are_the_bases(tiny_llama, toy_stream, tmp_path):
+    method = {"name": "seqlora", "rank": 2, "layers": [0]}
+    folder = learnt(tiny_llama, toy_stream, tmp_path / "run", method)
+    base, merged = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict()
+        for path in (tiny_llama, folder.path / "checkpoint")
+    )
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert {block_number(name) for name in changed} == {0} and len(changed) == 7
+
+
+def test_a_plan_counts_what_is_adapted(tiny_llama, toy_stream, tmp_path):
+    """Its timing takes all layers, since the first may have no adapter."""
+    asked = tiny_recipe(tiny_llama, toy_stream, tmp_path / "run", method__layers=[1])
+    assert training(asked).steps == 12
