@@ -49,6 +49,8 @@ class Disk:
         self.root = root
         self.synced: dict[int, bytes] = {}  # by inode
         self.names: dict[Path, dict[str, tuple[int, bool]]] = {}  # by folder: inode, whether a folder
+        for path in sorted(root.rglob("*")):  # what lies there when a run begins has survived
+            self.sync(path)
 
     def sync(self, path: Path) -> None:
         if path.is_file():
@@ -64,8 +66,8 @@ class Disk:
         self.synced.pop(path.stat().st_ino, None)
 
     def lose(self) -> None:
-        """Leave of the folder what survives."""
-        content = dict(self._surviving(self.root))
+        """Leave of the folder what survives, without the lock: one that is empty is waited for a minute."""
+        content = {path: data for path, data in self._surviving(self.root) if path.name != "lease.json"}
         shutil.rmtree(self.root, ignore_errors=True)
         for path, data in content.items():
             path.parent.mkdir(parents=True, exist_ok=True)
