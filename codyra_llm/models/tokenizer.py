@@ -101,7 +101,7 @@ def render_chat(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict[str, Any]],
     ask: bool = True,
-    tools: list[dict] | None = None,
+    tools: list[Any] | None = None,
 ) -> str:
     """A chat as the model's template writes it, with the `tools` that are offered and with `ask` up to where
     the answer begins. Raises jinja2's
