@@ -63,6 +63,7 @@ class Columns:
         self.task, self.labels, self.templates = task, labels, task.templates
         offered = {"labels": ", ".join(labels)} if labels else {}
         self.given = {**offered, **task.constants}
+        self.numbered = {str(number): label for number, label in enumerate(labels)}
 
     def lacking(self, rows: list, where: str) -> Iterator[str]:
         """Columns of the template that no row has: slips, not texts that are optional."""
@@ -147,8 +148,7 @@ class Columns:
             return value
         if value == "-1":
             return HIDDEN
-        number = int(value) if value.isdecimal() else len(self.labels)
-        return self.labels[number] if number < len(self.labels) else value
+        return self.numbered.get(value, value)
 
     def _column(self, row: dict, name: str, part: str, split: str, where: str) -> Iterator[str]:
         value = self._answer(row) if part == "answer" else _single(field(row, name))

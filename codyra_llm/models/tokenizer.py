@@ -130,7 +130,7 @@ def render_chat(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict[str, Any]],
     ask: bool = True,
-    tools: list[dict] | None = None,
+    tools: list[Any] | None = None,
 ) -> str:
     """`render_chats` of one chat."""
     return render_chats(tokenizer, [messages], ask, tools=tools)[0]
