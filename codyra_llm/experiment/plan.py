@@ -158,6 +158,7 @@ def _batch(setup: Setup, work: Work, piece: Piece, packed: bool) -> Batch:
 
 def _table(setup: Setup, work: Work) -> Table:
     recipe, right = setup.recipe, {"justify": "right", "no_wrap": True}
+    warm = f" after warm-up {recipe.optim.warmup:g}" if recipe.optim.warmup else ""
     table = Table(
         Column("task", no_wrap=True),
         *(
@@ -168,7 +169,7 @@ def _table(setup: Setup, work: Work) -> Table:
         padding=0,
         collapse_padding=True,
         title=f"{recipe.data.protocol} protocol, batch {recipe.optim.batch_size}, lr {recipe.optim.lr:g} "
-        f"{recipe.optim.schedule}, loss per {recipe.optim.loss_average}",
+        f"{recipe.optim.schedule}{warm}, loss per {recipe.optim.loss_average}",
     )
     for index, task in enumerate(recipe.tasks):
         training = [""] * 7

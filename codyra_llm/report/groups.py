@@ -54,7 +54,13 @@ def collected(paths: Sequence[Path]) -> list[Member]:
 
 def is_sweep(path: Path) -> bool:
     """Whether a sweep's runs are in the folder."""
-    return not (path / "recipe.json").is_file() and any(path.glob("*/*/recipe.json"))
+    return not (path / "recipe.json").is_file() and bool(_below(path))
+
+
+def _below(path: Path) -> list[Path]:
+    """The run folders two levels below, ARM/POINT: a run's own checkpoint may look like one, and is none."""
+    found = [file.parent for file in sorted(path.glob("*/*/recipe.json"))]
+    return [run for run in found if not (run.parent / "recipe.json").is_file()]
 
 
 def _of_sweep(path: Path) -> list[Member]:
@@ -62,9 +68,9 @@ def _of_sweep(path: Path) -> list[Member]:
     said = read_mapping(file, "what the sweep wrote") if file.is_file() else {}
     arms = list(dict.fromkeys([said.get("baseline"), *(run["arm"] for run in said.get("runs", []))]))
     found = [
-        Member(RunFolder(run.parent), run.parent.parent.name, _rest(run.parent.name))
-        for run in sorted(path.glob("*/*/recipe.json"))
-        if not run.parent.name.startswith("try=")
+        Member(RunFolder(run), run.parent.name, _rest(run.name))
+        for run in _below(path)
+        if not run.name.startswith("try=")
     ]
     done = [member for member in found if member.folder.summary.get("tasks") == member.folder.recipe.tasks]
     if not done:

@@ -40,7 +40,9 @@ def _table(grid: Grid) -> str:
         lines.append(" & ".join([escaped(label), *texts]) + r" \\")
     head = " & ".join(map(escaped, (grid.corner, *grid.columns))) + r" \\"
     sides = ["l" if grid.holds_words(column) else "r" for column in range(len(grid.columns))]
-    caption = f"{grid.name[:1].upper()}{grid.name[1:]}. {grid.note}".strip()
+    pooled = any(cell and " ± " in cell.text for _, cells in grid.rows for cell in cells)
+    intervals = " ± is half the 95 % interval over runs (Student's t)." if pooled else ""
+    caption = f"{grid.name[:1].upper()}{grid.name[1:]}. {grid.note}".strip() + intervals
     return "\n".join(
         [
             r"\begin{table}",

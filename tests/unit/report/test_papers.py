@@ -54,6 +54,16 @@ def test_a_sweep_is_its_finished_runs_the_baselines_first(sweep, tmp_path):
         collected([tmp_path])
 
 
+def test_a_run_with_a_checkpoint_is_no_sweep(sweep, tmp_path):
+    """A method that doesn't merge leaves its stage there, which has a recipe too."""
+    run = tmp_path / "runs" / "x"
+    (run / "checkpoint").mkdir(parents=True)
+    for folder in (run, run / "checkpoint"):
+        (folder / "recipe.json").write_text((sweep / "a_base" / "try=1" / "recipe.json").read_text())
+    assert [member.arm for member in collected([run])] == [""]
+    assert main_ends(["report", str(tmp_path / "runs")]) == 2
+
+
 def test_pooled_over_seeds_and_orders(sweep, tmp_path):
     """Student's interval over the four runs of an arm, and over their differences pair by pair."""
     assert main_ends(["report", str(sweep), "--out", str(tmp_path / "x.csv")]) == 0
@@ -108,6 +118,7 @@ def test_latex_of_a_sweep(sweep, tmp_path):
     assert text.count(r"\toprule") == text.count(r"\bottomrule") == text.count(r"\begin{table}") == 3
     assert "<script" not in text and r"A\textless{}script\textgreater{}" in text
     assert_balanced(text)
+    assert text.count(r"$\pm$ is half the 95 \% interval over runs") == 3
     for part in text.split(r"\begin{tabular}")[1:]:  # as many cells in every line as the head has
         lines = [line for line in part.splitlines() if line.endswith(r"\\")]
         assert len({len(re.split(r"(?<!\\)&", line)) for line in lines}) == 1
