@@ -18,11 +18,12 @@ def in_short(recipe: Recipe, found: dict) -> Table | None:
     """The run with this summary beside the reference measured on the same data and base; None where the run
     is not on all of them."""
     reference = yaml.safe_load(REFERENCE.read_text(encoding="utf-8"))
-    own = measures(found)
-    if not _comparable(recipe) or recipe.method.name == reference["method"] or None in own.values():
+    own = {name: value for name, value in measures(found).items() if value is not None}
+    change = found["delta_r"]
+    if not _comparable(recipe) or recipe.method.name == reference["method"]:
         return None
-    before = [ability["before"] for ability in found["general"].values()]
-    own["general"] -= sum(before) / len(before)
+    if change is None or not own.keys() >= set(MEASURED):
+        return None
     out = Table(
         Column("", no_wrap=True),
         *(Column(name, justify="right") for name in ("just learnt", "at the end", "forgotten", "general")),
@@ -33,7 +34,8 @@ def in_short(recipe: Recipe, found: dict) -> Table | None:
         caption=f"to see it: codyra-llm run quickstart {reference['command']}",
         caption_justify="left",
     )
-    for name, row in ((recipe.method.name, own), (reference["name"], reference)):
+    rows = {recipe.method.name: own | {"general": change["value"]}, reference["name"]: reference}
+    for name, row in rows.items():
         out.add_row(name, *(f"{row[measure]:.1f}" for measure in MEASURED), f"{row['general']:+.1f}")
     return out
 

@@ -1,5 +1,6 @@
 """Sequential LoRA: one adapter for the whole stream, trained on one task after the other and nothing else."""
 
+from codyra_llm.config.methods.base import MethodConfig
 from codyra_llm.config.methods.sequential import SeqLoraConfig, StartConfig
 from codyra_llm.lora.layer import AdapterSpec
 from codyra_llm.methods.base import Method, Task, restore
@@ -17,6 +18,11 @@ class SeqLora(Method):
 
     name, summary, Config = "seqlora", "one LoRA adapter trained on all tasks in turn", SeqLoraConfig
 
+    def __init__(self, config: MethodConfig, seed: int):
+        super().__init__(config, seed)
+        if self._starts_elsewhere:  # which reads whole weights
+            self.max_zero_stage = min(self.max_zero_stage, 2)
+
     @property
     def mode(self):
         return "add" if self.config.fresh else "replace"
@@ -28,11 +34,6 @@ class SeqLora(Method):
     @property
     def merge_factor(self):
         return self.config.merge_scale
-
-    @property
-    def max_zero_stage(self):
-        """A start other than at random reads whole weights."""
-        return 2 if self._starts_elsewhere else 3
 
     def spec(self) -> AdapterSpec:
         c = self.config

@@ -15,6 +15,7 @@ FOUND = {
     "bwt_treelora": 5.0,
     "forgetting": 10.0,
     "general": {"a": {"before": 90.0, "after": 88.0}, "b": {"before": 100.0, "after": 99.0}},
+    "delta_r": {"value": -1.5, "members": ["a", "b"]},
 }
 
 
@@ -50,5 +51,6 @@ def test_what_is_not_comparable_has_no_such_lines(settings):
     assert in_short(load_recipe("quickstart", settings).resolved(), FOUND) is None
 
 
-def test_a_measure_that_is_missing_leaves_the_lines_out():
-    assert in_short(load_recipe("quickstart", []).resolved(), FOUND | {"forgetting": None}) is None
+@pytest.mark.parametrize("measure", ["forgetting", "op", "delta_r"])
+def test_a_measure_that_is_missing_leaves_the_lines_out(measure):
+    assert in_short(load_recipe("quickstart", []).resolved(), FOUND | {measure: None}) is None
