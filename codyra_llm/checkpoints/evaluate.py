@@ -117,7 +117,7 @@ def _measure(
 
 
 def _prepare(
-    checkpoint: str, wanted: Wanted, bfloat16: bool | None
+    checkpoint: str, wanted: Wanted, bfloat16: bool | None = None
 ) -> tuple[Setup, Source, int, Setup | None]:
     """What to score, where it comes from, the position of the task after which (-1: none), and the base if it
     is asked for. `bfloat16`: whether all processes multiply it fast.

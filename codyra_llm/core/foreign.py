@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import IO, Any
 
 from codyra_llm.core import foreign_worker
 
@@ -72,7 +72,8 @@ class _Worker:
     """The other process, of the process that asks: after a fork each has one of its own."""
 
     def __init__(self) -> None:
-        self.lock, self.process, self.owner, self.waits = threading.Lock(), None, 0, START
+        self.lock, self.owner, self.waits = threading.Lock(), 0, START
+        self.process: subprocess.Popen[bytes] | None = None
         self.unread = bytearray()
         self.stopped: dict[bytes, str] = {}  # what was ended once is not tried again
 
@@ -86,7 +87,7 @@ class _Worker:
                 raise Failed(reason, True)
             self._start()
             self._send(pickle.dumps((code, list(items))))
-            answers = []
+            answers, how, text = [], foreign_worker.FINE, ""
             for _ in items:
                 how, text = self._receive()
                 if how != foreign_worker.FINE:
@@ -115,8 +116,9 @@ class _Worker:
 
     def _send(self, request: bytes) -> None:
         with suppress(BrokenPipeError):  # where it has ended, and `_receive` says why
-            self.process.stdin.write(len(request).to_bytes(8) + request)
-            self.process.stdin.flush()
+            requests, _ = _pipes(self.process)
+            requests.write(len(request).to_bytes(8) + request)
+            requests.flush()
 
     def _receive(self) -> tuple[bytes, str]:
         """How the next item went, and its text or what is wrong."""
@@ -132,7 +134,7 @@ class _Worker:
         return head[:1], text
 
     def _read(self, size: int) -> bytes:
-        stream = self.process.stdout.fileno()
+        stream = _pipes(self.process)[1].fileno()
         poll = select.poll()
         poll.register(stream, select.POLLIN)
         while len(self.unread) < size:
@@ -147,6 +149,7 @@ class _Worker:
         return found
 
     def _ended(self) -> str:
+        assert self.process
         code = self.process.wait()
         self.close()
         if code == -signal.SIGPROF:
@@ -160,9 +163,16 @@ class _Worker:
             return
         process.kill()
         process.wait()
-        process.stdout.close()
+        requests, answers = _pipes(process)
+        answers.close()
         with suppress(BrokenPipeError):  # of what was still to be written to it
-            process.stdin.close()
+            requests.close()
+
+
+def _pipes(process: subprocess.Popen[bytes] | None) -> tuple[IO[bytes], IO[bytes]]:
+    """What a running process reads from, and what it writes to."""
+    assert process and process.stdin and process.stdout
+    return process.stdin, process.stdout
 
 
 _worker = _Worker()

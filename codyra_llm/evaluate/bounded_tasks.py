@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from codyra_llm.core import foreign
 from codyra_llm.core.errors import Fault
@@ -60,7 +60,7 @@ def telling(name: str, *others: type[Exception]) -> Iterator[None]:
 def bind(task: "ConfigurableTask", name: str) -> "ConfigurableTask":
     """The task with its patterns, and the steps that depend on its examples alone, within bounds."""
     for pipeline, given in zip(task._filters, task.config.filter_list or (), strict=False):
-        pipeline.filters = [
+        cast(Any, pipeline).filters = [
             partial(_Filter, name, function) if function.keys() & set(PATTERNS) else made
             for made, function in zip(pipeline.filters, given["filter"], strict=True)
         ]
@@ -89,7 +89,7 @@ class _Filter:
 
     def apply(self, resps: Sequence[Sequence[str]], docs: Sequence[dict]) -> list[list]:
         of_choices = self.name == "multi_choice_regex"  # which alone looks at the example
-        items = [(resp, dict(doc) if of_choices else {}) for resp, doc in zip(resps, docs, strict=True)]
+        items = [(list(resp), dict(doc) if of_choices else {}) for resp, doc in zip(resps, docs, strict=True)]
         with _patterns(self.task, self.settings):
             found = foreign.filtered(self.name, self.settings, items)
         return [json.loads(one) for one in found]
@@ -142,9 +142,9 @@ def try_first(task: "ConfigurableTask", name: str, positions: int | None) -> Non
         made = task.construct_requests(doc=doc, ctx=context, metadata=(name, 0, 1))
         requests = made if isinstance(made, list) else [made]
         for request in requests:
-            request.resps = [RESPONSES[task.OUTPUT_TYPE]]
+            request.resps = [RESPONSES[str(task.OUTPUT_TYPE)]]
         if task.OUTPUT_TYPE == "generate_until":
-            _refuse_generation(name, requests[0].args[1], positions)
+            _refuse_generation(name, cast(Any, requests[0]).args[1], positions)
         for pipeline in task._filters:
             pipeline.apply(requests)
         for filtered in requests[0].filtered_resps:
@@ -158,7 +158,7 @@ def try_first(task: "ConfigurableTask", name: str, positions: int | None) -> Non
 def _refuse_generation(name: str, given: dict[str, Any], positions: int | None) -> None:
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    wanted = normalize_gen_kwargs(given, 256)
+    wanted: dict[str, Any] = dict(normalize_gen_kwargs(given, 256))
     if wanted["do_sample"]:
         raise Fault(
             f"general.tasks: '{name}' samples its answers, and only greedy tasks are measured; leave it out"

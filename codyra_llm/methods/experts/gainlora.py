@@ -4,6 +4,7 @@ tasks' prompts.
 
 import math
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +77,11 @@ class PromptGates(nn.Module):
         return gate(said, torch.cat([self.old_keys, self.key[None]]))
 
 
+def gates_of(model: nn.Module) -> PromptGates:
+    """The gates that were attached to the model."""
+    return cast(PromptGates, model.prompt_gates)
+
+
 class GainLora(Single):
     """y = W x + Σ_k a_k(prompt)·s·B_k A_k x, a_k as `PromptGates` has it, one gate for all layers. U_t, V_t
     and c_t start from task t-1's (c_t from the direction that f says most in on the task's prompts, off M₃),
@@ -115,7 +121,7 @@ class GainLora(Single):
         updates = [task.archive.load(k).adapters for k in range(task.index)]
         for name, layer in mixtures(model).items():
             layer.hold([adapters[name] for adapters in updates])
-        self._gates = gates = model.prompt_gates
+        self._gates = gates = gates_of(model)
         gates.reset(of_gates(task.state), self.seed, task.index)
         self._examples = task.encode(task.records())
         read, spaces = self._gate_covariances(model, task), loaded(of_spaces(task.state))
@@ -140,7 +146,7 @@ class GainLora(Single):
             p.copy_(held + space.free(moved.T).T.reshape(p.shape))
 
     def loss(self, model, batch) -> dict[str, Tensor]:
-        weigh(model, model.prompt_gates(mean_embeddings(model, batch.ids, prompt_mask(batch))))
+        weigh(model, gates_of(model)(mean_embeddings(model, batch.ids, prompt_mask(batch))))
         return super().loss(model, batch)
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
@@ -176,7 +182,7 @@ class GainLora(Single):
 
     def _covariances(self, model: nn.Module, task: Task):
         def gated(batch) -> None:
-            weigh(model, model.prompt_gates(mean_embeddings(model, batch.ids, prompt_mask(batch))))
+            weigh(model, gates_of(model)(mean_embeddings(model, batch.ids, prompt_mask(batch))))
 
         return input_covariances(self.config, model, task, self.seed, gated)
 
