@@ -48,7 +48,7 @@ def write_document(template: str, fields: dict[str, Any]) -> str:
     return _worker.ask("document", (template, MOST), [fields])[0]
 
 
-def filtered(name: str, settings: dict[str, Any], items: Sequence[tuple[list[str], dict]]) -> list[str]:
+def filtered(name: str, settings: dict[str, Any], items: Sequence[tuple[Sequence[str], dict]]) -> list[str]:
     """By example (responses, fields) what a filter of lm-evaluation-harness makes of its responses, in JSON.
     Raises Failed."""
     return _worker.ask("filter", (name, settings), items)
@@ -86,7 +86,7 @@ class _Worker:
                 raise Failed(reason, True)
             self._start()
             self._send(pickle.dumps((code, list(items))))
-            answers = []
+            answers, how, text = [], foreign_worker.FINE, ""
             for _ in items:
                 how, text = self._receive()
                 if how != foreign_worker.FINE:
@@ -114,6 +114,7 @@ class _Worker:
         self.owner, self.waits, self.unread = os.getpid(), START, bytearray()
 
     def _send(self, request: bytes) -> None:
+        assert self.process and self.process.stdin
         with suppress(BrokenPipeError):  # where it has ended, and `_receive` says why
             self.process.stdin.write(len(request).to_bytes(8) + request)
             self.process.stdin.flush()
@@ -132,6 +133,7 @@ class _Worker:
         return head[:1], text
 
     def _read(self, size: int) -> bytes:
+        assert self.process and self.process.stdout
         stream = self.process.stdout.fileno()
         poll = select.poll()
         poll.register(stream, select.POLLIN)
@@ -147,6 +149,7 @@ class _Worker:
         return found
 
     def _ended(self) -> str:
+        assert self.process
         code = self.process.wait()
         self.close()
         if code == -signal.SIGPROF:
@@ -158,6 +161,7 @@ class _Worker:
         process, self.process = self.process, None
         if process is None or self.owner != os.getpid():
             return
+        assert process.stdin and process.stdout
         process.kill()
         process.wait()
         process.stdout.close()

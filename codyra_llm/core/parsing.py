@@ -227,7 +227,8 @@ def _items(stream: TextIO) -> Iterator[Any]:
     decoder = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
     text, at, expects = "", 0, "["
     while True:
-        at = _BLANK.match(text, at).end()
+        blank = _BLANK.match(text, at)
+        at = blank.end() if blank else at
         if at == len(text):
             text, at = stream.read(READ), 0
             if not text:

@@ -59,6 +59,7 @@ def telling(name: str, *others: type[Exception]) -> Iterator[None]:
 
 def bind(task: "ConfigurableTask", name: str) -> "ConfigurableTask":
     """The task with its patterns, and the steps that depend on its examples alone, within bounds."""
+    pipeline: Any
     for pipeline, given in zip(task._filters, task.config.filter_list or (), strict=False):
         pipeline.filters = [
             partial(_Filter, name, function) if function.keys() & set(PATTERNS) else made
@@ -139,10 +140,10 @@ def try_first(task: "ConfigurableTask", name: str, positions: int | None) -> Non
         task.set_fewshot_seed(0)
         doc = task.eval_docs[0]
         context = task.fewshot_context(doc, num_fewshot=shots)
-        made = task.construct_requests(doc=doc, ctx=context, metadata=(name, 0, 1))
+        made: Any = task.construct_requests(doc=doc, ctx=context, metadata=(name, 0, 1))
         requests = made if isinstance(made, list) else [made]
         for request in requests:
-            request.resps = [RESPONSES[task.OUTPUT_TYPE]]
+            request.resps = [RESPONSES[str(task.OUTPUT_TYPE)]]
         if task.OUTPUT_TYPE == "generate_until":
             _refuse_generation(name, requests[0].args[1], positions)
         for pipeline in task._filters:
@@ -158,7 +159,7 @@ def try_first(task: "ConfigurableTask", name: str, positions: int | None) -> Non
 def _refuse_generation(name: str, given: dict[str, Any], positions: int | None) -> None:
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    wanted = normalize_gen_kwargs(given, 256)
+    wanted: Any = normalize_gen_kwargs(given, 256)
     if wanted["do_sample"]:
         raise Fault(
             f"general.tasks: '{name}' samples its answers, and only greedy tasks are measured; leave it out"

@@ -1,7 +1,6 @@
 """The files of a PEFT adapter: whether a folder holds one, and what their headers say."""
 
 from collections.abc import Iterator, Sequence
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ def config_faults(folder: Path, config: dict[str, Any], modules: Sequence[str]) 
         if not isinstance(config.get(key) or {}, dict):
             faults.append(f"{where}: {key} is {shown(config[key])}, expected a mapping; correct it")
     for key, alpha in _alphas(config):
-        if not (isinstance(alpha, Real) and not isinstance(alpha, bool) and abs(alpha) <= 1e9):
+        if type(alpha) not in (int, float) or not abs(alpha) <= 1e9:  # NaN too
             faults.append(f"{where}: {key} is {shown(alpha)}, expected a number up to 1e9; correct it")
     faults += [
         f"{where}: {key} is set, which is not merged here; merge the adapter where it was made, and give the "
