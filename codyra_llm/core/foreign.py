@@ -48,7 +48,7 @@ def write_document(template: str, fields: dict[str, Any]) -> str:
     return _worker.ask("document", (template, MOST), [fields])[0]
 
 
-def filtered(name: str, settings: dict[str, Any], items: Sequence[tuple[list[str], dict]]) -> list[str]:
+def filtered(name: str, settings: dict[str, Any], items: Sequence[tuple[Sequence[str], dict]]) -> list[str]:
     """By example (responses, fields) what a filter of lm-evaluation-harness makes of its responses, in JSON.
     Raises Failed."""
     return _worker.ask("filter", (name, settings), items)

@@ -139,7 +139,7 @@ def try_first(task: "ConfigurableTask", name: str, positions: int | None) -> Non
         task.set_fewshot_seed(0)
         doc = task.eval_docs[0]
         context = task.fewshot_context(doc, num_fewshot=shots)
-        made = task.construct_requests(doc=doc, ctx=context, metadata=(name, 0, 1))
+        made: Any = task.construct_requests(doc=doc, ctx=context, metadata=(name, 0, 1))
         requests = made if isinstance(made, list) else [made]
         for request in requests:
             request.resps = [RESPONSES[str(task.OUTPUT_TYPE)]]

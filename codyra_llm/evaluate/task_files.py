@@ -76,8 +76,8 @@ def refuse(file: object, own: dict[str, Any], config: dict[str, Any], root: Path
 
 def included(file: object, pattern: object, harness: Path) -> list[Path]:
     """The harness's own files that `include` names. Raises Fault where there are none."""
-    wrong = not isinstance(pattern, str) or not pattern or Path(pattern).is_absolute()
-    if wrong or ".." in Path(pattern).parts or "**" in pattern:
+    parts = Path(pattern).parts if isinstance(pattern, str) else ()
+    if not parts or not isinstance(pattern, str) or parts[0] == "/" or {"..", "**"} & {*parts}:
         raise Fault(
             f"general.data: {file}: include is {shown(pattern)}, expected files of the harness's own folder "
             "of tasks, such as piqa/piqa.yaml; correct it"
@@ -132,7 +132,7 @@ def _of_data(config: dict[str, Any], root: Path) -> Iterator[str]:
             "{test: questions.json}"
         )
         return
-    for key in kwargs:
+    for key in kwargs or ():
         if key not in OF_READERS:
             yield f"dataset_kwargs: '{key}' is not known here.{nearest(key, OF_READERS)} Leave it out"
     for split, file in files.items():
