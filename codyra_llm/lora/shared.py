@@ -131,8 +131,8 @@ class SharedInput:
             torch._foreach_add_([self.left[0], *self.left[1]], [q, *ps])
 
     def _made_from(self, dtype: torch.dtype) -> tuple[int, tuple]:
-        """From which tensors, in which state and at which scale shadows would be made now; and the key to keep
-        them by."""
+        """From which tensors, in which state and at which scale shadows would be made now; and the key to
+        keep them by."""
         layers = self.layers
         sources = [source for layer in layers for source in layer.sources if source is not None]
         states = [(id(s), s._version) for s in sources]

@@ -1,5 +1,6 @@
 """Sequential LoRA: one adapter for the whole stream, trained on one task after the other and nothing else."""
 
+from codyra_llm.config.methods.base import MethodConfig
 from codyra_llm.config.methods.sequential import SeqLoraConfig, StartConfig
 from codyra_llm.lora.layer import AdapterSpec
 from codyra_llm.methods.base import Method, Task, restore
@@ -17,6 +18,11 @@ class SeqLora(Method):
 
     name, summary, Config = "seqlora", "one LoRA adapter trained on all tasks in turn", SeqLoraConfig
 
+    def __init__(self, config: MethodConfig, seed: int):
+        super().__init__(config, seed)
+        if isinstance(config, StartConfig) and config.start != "random":  # which reads whole weights
+            self.max_zero_stage = min(self.max_zero_stage, 2)
+
     @property
     def mode(self):
         return "add" if self.config.fresh else "replace"
@@ -29,11 +35,6 @@ class SeqLora(Method):
     def merge_factor(self):
         return self.config.merge_scale
 
-    @property
-    def max_zero_stage(self):
-        """A start other than at random reads whole weights."""
-        return 2 if self._starts_elsewhere else 3
-
     def spec(self) -> AdapterSpec:
         c = self.config
         return AdapterSpec(c.rank, (c.alpha or c.rank) / c.rank, c.dropout)
@@ -43,9 +44,5 @@ class SeqLora(Method):
             restore(model, task.archive.load(task.index - 1))
         else:
             super().begin_task(model, task)
-            if self._starts_elsewhere:
+            if isinstance(self.config, StartConfig):
                 starts.start(self.config, model, task, self.seed)
-
-    @property
-    def _starts_elsewhere(self) -> bool:
-        return isinstance(self.config, StartConfig) and self.config.start != "random"
