@@ -185,7 +185,8 @@ def prepare(
     faults += _shared_names(recipe, {*(harness or ()), *probes})
     questions = tried(find_questions, recipe.open_ended) if open_ended else {}
     if base:
-        faults += _disk(Path(recipe.output), _written(recipe, base, whole) if config else 0)
+        known = config and recipe.model.dtype != "auto"  # or a fault says why not
+        faults += _disk(Path(recipe.output), _written(recipe, base, whole) if known else 0)
     encoder = Encoder(tokenizer, recipe.data, answer_ends(base, tokenizer)) if tokenizer else None
     if encoder and root:
         read = list(splits(recipe, stream, bool(method.trains)))
