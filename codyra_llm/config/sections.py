@@ -275,7 +275,7 @@ class EvalSection(Strict, frozen=True):
 
 
 class GeneralSection(Strict, frozen=True):
-    """What the model can do beside the tasks."""
+    """What the model can do apart from the tasks."""
 
     data: PathText | None = Field(
         default=None,

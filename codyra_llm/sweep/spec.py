@@ -197,7 +197,7 @@ class Sweep:
         return parse_recipe(raw | {"output": str(self.output / arm / name)}, f"{arm}/{name}")
 
     def _check(self, tuned: set[str], runs: list[Run]) -> None:
-        """That the tries are fair, and that they can be told apart."""
+        """Check that the tries are fair, and that no two of them are the same."""
         untried = (
             {run.arm for run in runs if METHODS[run.recipe.method.name].trains} - tuned if tuned else set()
         )
@@ -225,8 +225,8 @@ class Sweep:
             raise Fault(*faults)
 
     def prepare(self) -> None:
-        """What a run would refuse, told before the first one: of each arm once for all seeds and learning
-        rates.
+        """Report what a run would refuse before the first run starts, once per arm for all its seeds and
+        learning rates.
         """
         faults, checked = {}, {}
         for run in (*self.runs(), *self.tries):
