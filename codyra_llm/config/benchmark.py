@@ -45,11 +45,9 @@ class Benchmark(Strict, frozen=True):
     tasks: dict[str, Task] = Field(min_length=1)
     others: Task | None = Field(
         default=None,
-        description="what holds for tasks in TRACE's layout that are not named; default: there may be none",
+        description="settings of tasks in TRACE's layout that are not listed; default: none are allowed",
     )
-    orders: dict[int, tuple[str, ...]] = Field(
-        description="by number; default: one, as the tasks are written"
-    )
+    orders: dict[int, tuple[str, ...]] = Field(description="by number; default: one order, that of `tasks`")
     protocols: dict[str, Protocol] = Field(min_length=1, description="by name; the first is the default")
     metrics: PathText | None = Field(
         default=None,
