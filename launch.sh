@@ -70,7 +70,7 @@ while [[ ${1:-} == -* ]]; do
     -h | --help) usage; exit 0 ;;
     --dry-run) dry=yes; shift; continue ;;
     --nodes | --rank | --master | --hostfile) [ -n "${2:-}" ] || refuse "$1 needs a value; see ./launch.sh --help" ;;
-    *) refuse "unknown flag '$1'; flags of launch.sh stand before the recipe, settings (key=value) behind it, see --help" ;;
+    *) refuse "unknown flag '$1'; flags of launch.sh stand before the recipe, settings (key=value) after it, see --help" ;;
   esac
   case $1 in
     --nodes) nodes=$2 ;;
@@ -121,7 +121,7 @@ fi
 processes=${PROCESSES:-$((gpus > 1 ? gpus : 1))}
 number PROCESSES "$processes" 1
 if [ -n "$hostfile" ]; then
-  [ -z "${ACCELERATE_CONFIG:-}" ] || refuse "ACCELERATE_CONFIG and a hostfile ($hostfile) exclude each other; for ZeRO put --deepspeed_config FILE.json behind the recipe"
+  [ -z "${ACCELERATE_CONFIG:-}" ] || refuse "ACCELERATE_CONFIG and a hostfile ($hostfile) exclude each other; for ZeRO put --deepspeed_config FILE.json after the recipe"
   options=(--hostfile "$hostfile" ${PROCESSES:+--num_gpus "$PROCESSES"} ${port:+--master_port "$port"})
   # DeepSpeed starts a single host's processes here whatever its name, yet would ask ssh for its address.
   if [ "$(grep -c '^[^#]*slots=' "$hostfile")" -eq 1 ]; then options+=(--no_ssh_check --master_addr 127.0.0.1); fi
@@ -134,7 +134,7 @@ if [ "$total" -eq 1 ] && [ -z "${ACCELERATE_CONFIG:-}" ]; then go "$python" -m c
 
 if [ "$nodes" -gt 1 ]; then
   if [ -n "$slurm" ] && [ -z "$master" ]; then master=$(scontrol show hostnames "$SLURM_JOB_NODELIST"); fi
-  master=${master%%$'\n'*}  # no `| head`: scontrol may be told that nobody reads on, which pipefail calls a failure
+  master=${master%%$'\n'*}  # no `| head`: scontrol may find that nobody reads on, which pipefail calls a failure
   [ -n "$master" ] || refuse "$nodes machines need the address of the first; give --master HOST[:PORT] or MASTER_ADDR"
   number "--rank (NODE_RANK; 0 on the first of $nodes machines)" "$rank" 0
   [ "$rank" -lt "$nodes" ] || refuse "--rank (NODE_RANK): $rank is not below the number of machines, $nodes; the first is 0"
@@ -142,7 +142,7 @@ if [ "$nodes" -gt 1 ]; then
   number --master "$port" 1
 fi
 cores=$(( $(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) / processes ))
-# torchrun passes on the signals it is told of, SLURM's warning among them, then gives the processes time to save.
+# torchrun passes on the signals it is given, SLURM's warning among them, then gives the processes time to save.
 start=(env OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > 0 ? cores : 1))}"
   PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
   TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}" "$python" -m)

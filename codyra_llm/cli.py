@@ -149,8 +149,8 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _spoken_for() -> bool:
-    """Whether the first process, which gets 15 s for it, says it: it told the others so before, or, where
-    they have not met yet, the launcher asks all others to end."""
+    """Wait up to 15 s for rank 0 to report this error. True if it did: the others have its exit code, or,
+    where the ranks have not met yet, the launcher sent SIGTERM."""
     before, last, heartbeat = (
         signals.asked(),
         time.monotonic() + 15,

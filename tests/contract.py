@@ -17,7 +17,7 @@ from codyra_llm.store.folder import RunFolder
 TASKS = ["ONE", "TWO", "THREE"]
 
 
-# What a method needs to do something on three tiny tasks, and no data beside them.
+# What a method needs to do something on three tiny tasks, and no data other than theirs.
 SETTINGS = {
     "replay": {"lima": False, "ratio": 0.3},
     "ewc": {"examples": 6},

@@ -129,7 +129,7 @@ class Forked:
     def ranks(
         self, work: Work, environment: dict[str, str] | None = None, processes: int = 2, timeout: float = 120
     ) -> Ended:
-        """Processes that are told ranks and `environment` (see `zero`), to their end. As with torchrun they
+        """Processes that get ranks and `environment` (see `zero`), to their end. As with torchrun they
         meet at a store that is none of theirs."""
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}

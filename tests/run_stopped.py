@@ -1,4 +1,4 @@
-"""Run a recipe, the first process asked to stop behind a step: `run_stopped.py TASK STEP run RECIPE
+"""Run a recipe, the first process asked to stop after a step: `run_stopped.py TASK STEP run RECIPE
 [KEY=VALUE ...]`. With `kill` before TASK the last process is killed there instead, without a word, as soon as
 its sign of life has said where."""
 
@@ -13,7 +13,7 @@ from codyra_llm.store.folder import RunFolder
 
 
 def ask_at(task: str, step: int) -> None:
-    """From here on this process is asked to stop behind that step."""
+    """From here on this process is asked to stop after that step."""
     log = RunFolder.log
 
     def asking(folder: RunFolder, row: dict) -> None:

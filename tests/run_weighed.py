@@ -1,4 +1,4 @@
-"""Run a recipe and print behind each task how many bytes of tensors this process still holds: `run_weighed.py
+"""Run a recipe and print after each task how many bytes of tensors this process still holds: `run_weighed.py
 run RECIPE [KEY=VALUE ...]`."""
 
 import gc
@@ -22,7 +22,7 @@ def weighed(*arguments) -> None:
             s.data_ptr(): s.nbytes()
             for s in (t.untyped_storage() for t in gc.get_objects() if isinstance(t, torch.Tensor))
         }
-    print(f"behind task {arguments[-1]}: {sum(storages.values())} bytes of tensors", flush=True)
+    print(f"after task {arguments[-1]}: {sum(storages.values())} bytes of tensors", flush=True)
 
 
 run.learn = weighed

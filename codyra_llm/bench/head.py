@@ -23,7 +23,7 @@ ROWS = 8  # sequences that the N positions are cut into
 
 
 class Decoder(nn.Module):
-    """Gives the hidden states that it is told, whatever it reads."""
+    """Gives the hidden states that it was made with, whatever it reads."""
 
     def __init__(self, states: Tensor):
         super().__init__()
@@ -34,7 +34,7 @@ class Decoder(nn.Module):
 
 
 class Head(nn.Module):
-    """A causal model whose decoder gives what it is told: hidden states [rows, T, h] that want a gradient."""
+    """A causal model whose decoder gives fixed hidden states [rows, T, h] that want a gradient."""
 
     def __init__(self, states: Tensor, vocabulary: int):
         super().__init__()

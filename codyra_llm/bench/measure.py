@@ -45,7 +45,7 @@ class Options:
         return [name for name in known if self.arms is None or name in self.arms]
 
     def sizes(self, names: str, default: tuple[int, ...]) -> tuple[int, ...]:
-        """The level's shape, `names` told where --shape does not fit."""
+        """The level's shape; where --shape does not fit, the error lists `names`."""
         shape = self.shape or default
         if len(shape) != len(default) or min(shape) < 1:
             raise Fault(

@@ -78,7 +78,7 @@ def measure(options: Options) -> dict:
     notes = [f"{name}: {NOTES[name]}; {BATCHES.get(name, OURS)}" for name in rows]
     notes.append(
         f"tokens without padding, at most {limit} at once with it{', rows packed' if packed else ''}; peak: "
-        f"the batch of {max(sizes)} tokens, beside weights and Adam's moments; AdamW for all; float64: "
+        f"the batch of {max(sizes)} tokens, without weights and Adam's moments; AdamW for all; float64: "
         f"{len(checked)} examples"
     )
     return {"level": "step", "shape": shape, "machine": machine(options), "arms": rows, "notes": notes}

@@ -23,7 +23,7 @@ from codyra_llm.store.folder import RunFolder
 
 @dataclass
 class Answering:
-    """A model that answers, how it reads a prompt, and for methods that must be told it the prompt's task."""
+    """A model that answers, how it reads a prompt, and the prompt's task for methods that need it."""
 
     model: torch.nn.Module
     encoder: Encoder
@@ -35,8 +35,8 @@ def answer(checkpoint: str, prompt: str, new: int, base: str | None = None) -> s
     """The greedy answer to `prompt` of a model (folder, hub id, .gguf), of a PEFT adapter on its base (`base`
     or the one that it names), or of RUN@TASK, at most `new` tokens.
 
-    A stage of a run reads the prompt as the run does (its lengths, its chat template); a method that must be
-    told the prompt's task is told TASK. Raises Fault for a checkpoint that can't be used, and for a prompt of
+    A stage of a run reads the prompt as the run does (its lengths, its chat template); a method that
+    needs the prompt's task gets TASK. Raises Fault for a checkpoint that can't be used, and for a prompt of
     no token.
     """
     run, at, _ = checkpoint.rpartition("@")

@@ -42,7 +42,7 @@ class Source:
     run: RunFolder | None = None
     model: str | None = None
     adapter: Path | None = None
-    told: str = ""  # what the user should know of it
+    told: str = ""  # what the user should know about it
 
 
 def taken_apart(checkpoint: str, wanted: Wanted) -> Source:

@@ -157,7 +157,7 @@ def export(
     type: Annotated[str | None, typer.Option(help="gguf: f16, bf16, q8_0 or f32; default: f16")] = None,
     rank: Annotated[
         int | None,
-        typer.Option(min=1, help="peft: cut the sum of the updates to this rank, the error is told"),
+        typer.Option(min=1, help="peft: cut the sum of the updates to this rank; the card states the error"),
     ] = None,
     push: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="upload it to this hub repository")

@@ -152,7 +152,7 @@ def report(
     ] = None,
     examples: Annotated[bool, typer.Option(help="show test examples that were forgotten")] = True,
     paper: Annotated[
-        bool, typer.Option("--paper", help="beside the published TRACE tables, with caveats")
+        bool, typer.Option("--paper", help="add the published TRACE tables, with caveats")
     ] = False,
     plugin: Plugins = None,
 ) -> None:

@@ -45,15 +45,13 @@ class Benchmark(Strict, frozen=True):
     tasks: dict[str, Task] = Field(min_length=1)
     others: Task | None = Field(
         default=None,
-        description="what holds for tasks in TRACE's layout that are not named; default: there may be none",
+        description="settings of tasks in TRACE's layout that are not listed; default: none are allowed",
     )
-    orders: dict[int, tuple[str, ...]] = Field(
-        description="by number; default: one, as the tasks are written"
-    )
+    orders: dict[int, tuple[str, ...]] = Field(description="by number; default: one order, that of `tasks`")
     protocols: dict[str, Protocol] = Field(min_length=1, description="by name; the first is the default")
     metrics: PathText | None = Field(
         default=None,
-        description="a Python file beside this one with metrics of its own; it is run only where "
+        description="a Python file next to this one with metrics of its own; it is run only where "
         "--plugin names it",
     )
 
@@ -144,8 +142,8 @@ class Benchmark(Strict, frozen=True):
 
 
 def _scored(metric: str, task: str, number: int, row: tuple[str, str, str]) -> float:
-    """One example by one metric. What fails in somebody's own is told with the example; what fails in a
-    shipped one is a defect here, and goes on as it is."""
+    """The score of one example by one metric. An error in a user's own metric is reported with the example;
+    one in a shipped metric is a defect here, and is raised as it is."""
     if metric in SHIPPED_METRICS:
         return METRICS[metric].score(*row)
     try:

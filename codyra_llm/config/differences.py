@@ -25,7 +25,7 @@ PLACES = ("data.root", "data.benchmark", "model.path")  # known by the content o
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
-    """Keys in which two resolved recipes differ, beside tasks added at the end, places, and settings that
+    """Keys in which two resolved recipes differ, except for tasks added at the end, paths, and settings that
     change no result."""
     before, after = (flat(r.model_dump(mode="json")) for r in (old, new))
     lines = []

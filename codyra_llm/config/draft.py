@@ -1,5 +1,5 @@
-"""The text of a recipe to begin with: what was chosen, and beside it, commented out, what one changes next,
-with defaults and meanings as the schema has them.
+"""The text of a recipe to begin with: the settings that were chosen and, commented out, those that one is
+likely to change next, with defaults and meanings from the schema.
 """
 
 import os

@@ -44,16 +44,16 @@ class Recipe(Strict, frozen=True):
         default=1234,
         ge=0,
         lt=1 << 32,
-        description="of the order of examples, adapters' start, dropout and draws",
+        description="seed of the order of examples, adapters' initial values, dropout and draws",
     )
     output: WrittenPath = Field(description="run folder")
     hang_minutes: Positive = Field(
-        default=30.0, description="a launch of several processes in which nothing moves for so long ends"
+        default=30.0, description="a launch of several processes ends if none makes progress for so long"
     )
     trackers: list[str] = Field(
         default=[],
-        description="that Accelerate knows, which get losses and scores as they are written: "
-        "tensorboard, wandb, trackio, mlflow, aim, ...; Accelerate says which",
+        description="trackers of Accelerate, which get losses and scores as they are written: "
+        "tensorboard, wandb, trackio, mlflow, aim, ...; Accelerate's docs list all",
     )
     checkpoint: bool = Field(default=True, description="write the final merged model to <output>/checkpoint")
 

@@ -19,22 +19,28 @@ class JudgeSection(Strict, frozen=True):
 
     base_url: str | None = Field(
         default=None,
-        description="of an OpenAI-compatible endpoint, e.g. http://localhost:8000/v1; null: no judging",
+        description="URL of an OpenAI-compatible endpoint, e.g. http://localhost:8000/v1; null: no judging",
     )
     model: str | None = Field(default=None, description="the judge, as the endpoint names it")
     key_variable: str | None = Field(
         default="OPENAI_API_KEY",
-        description="environment variable that holds the key; null: the endpoint asks for none",
+        description="environment variable that holds the key; null: the endpoint needs none",
     )
     temperature: NotNegative | None = Field(
-        default=0.0, description="null: not sent, for models that take none"
+        default=0.0, description="of the judge; null: not sent, for models that accept none"
     )
     max_tokens: int | None = Field(
-        default=1024, ge=16, le=1 << 20, description="of a verdict and its reasons; null: not sent"
+        default=1024,
+        ge=16,
+        le=1 << 20,
+        description="most tokens of a verdict and its reasons; null: not sent",
     )
     timeout: Positive = Field(default=120.0, description="seconds for one request")
     retries: int = Field(
-        default=5, ge=0, le=100, description="of a request that failed with 408, 409, 429, 5xx or no answer"
+        default=5,
+        ge=0,
+        le=100,
+        description="retries of a request that failed with 408, 409, 429, 5xx or no answer",
     )
     parallel: int = Field(default=4, ge=1, le=256, description="requests at the same time")
 
@@ -100,14 +106,14 @@ class OpenEndedSection(Strict, frozen=True):
     prompts: PathText | None = Field(
         default=None,
         description="a file with a field or column 'prompt' (of the kinds in docs/own_data.md), or a "
-        "folder of such; null: none",
+        "folder of such files; null: none",
     )
     files: list[str] | None = Field(
-        default=None, min_length=1, description="names of files of the folder, without suffix; default: all"
+        default=None, min_length=1, description="names of files in the folder, without suffix; default: all"
     )
-    max_new_tokens: int = Field(default=512, ge=1, le=1 << 20, description="of an answer")
+    max_new_tokens: int = Field(default=512, ge=1, le=1 << 20, description="most tokens of an answer")
     limit: int | None = Field(default=None, ge=1, description="prompts of each file, drawn by the seed")
-    seed: int = Field(default=0, ge=0, lt=1 << 32, description="of that draw")
+    seed: int = Field(default=0, ge=0, lt=1 << 32, description="seed of that draw")
     judge: JudgeSection = JudgeSection()
 
 
@@ -121,18 +127,18 @@ class ModelSection(Strict, frozen=True):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="auto: bfloat16 on a GPU that has it, and on a CPU that multiplies it faster for a base "
-        "that is not stored in float32; else float32; a run keeps what it began in",
+        "that is not stored in float32; else float32; a resumed run keeps the dtype that it began with",
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
-        default=None, description="default: sdpa where the family has it, else eager (gemma2)"
+        default=None, description="default: sdpa if the family supports it, else eager (gemma2)"
     )
     quantization: Literal["nf4", "int8"] | None = Field(
         default=None,
-        description="train on a base whose projections lie in 4 or "
-        "8 bits (bitsandbytes); evaluation and export don't",
+        description="train on a base whose projections are packed in 4 or "
+        "8 bits (bitsandbytes); evaluation and export use the full weights",
     )
     gradient_checkpointing: bool = Field(
-        default=False, description="compute each block again in backward, which saves memory and takes time"
+        default=False, description="recompute each block in backward, which saves memory and takes time"
     )
     fused: bool = Field(
         default=True, description="the hand-written LoRA functions; false: the same maths in plain autograd"
@@ -149,12 +155,12 @@ class DataSection(Strict, frozen=True):
     root: PathText | None = Field(
         default=None,
         description="folder that holds <task>/{train,eval,test}.json, or 'mini' (made on first "
-        "use); default: the benchmark's, where that is a folder of one's own",
+        "use); default: the benchmark's folder, if it is one of your own",
     )
     protocol: str | None = Field(
         default=None,
-        description="whose lengths, epochs, batch size, schedule, loss average and accuracy rule "
-        "fill what is not given; of trace: trace or treelora; default: the first",
+        description="the protocol whose lengths, epochs, batch size, schedule, loss average and accuracy "
+        "rule are used for settings that are not given; for trace: trace or treelora; default: the first",
     )
     tasks: list[str] | int = Field(
         default=1, description="names in order, or the number of one of the benchmark's orders"
@@ -165,22 +171,22 @@ class DataSection(Strict, frozen=True):
         "task's own (docs/trace_protocol.md), 1 for tasks that are not the benchmark's",
     )
     max_prompt_tokens: Tokens | None = Field(
-        default=None, ge=8, description="BOS included; what is longer is cut"
+        default=None, ge=8, description="most tokens of a prompt, BOS included; longer ones are cut"
     )
     max_answer_tokens: Tokens | None = Field(
-        default=None, ge=2, description="of a training answer, EOS included"
+        default=None, ge=2, description="most tokens of a training answer, EOS included"
     )
     truncation: Literal["left", "middle"] = Field(
-        default="left", description="which part of a long prompt goes; left: TRACE"
+        default="left", description="which part of a long prompt is cut; left: as TRACE"
     )
     chat_template: bool = Field(
         default=False, description="put every prompt into the tokenizer's chat template; TRACE does not"
     )
-    max_train_examples: int | None = Field(default=None, ge=1, description="first N of each task")
+    max_train_examples: int | None = Field(default=None, ge=1, description="only the first N of each task")
     batching: Literal["auto", "buckets", "packed"] = Field(
         default="auto",
         description="buckets: rows of similar length, "
-        "padded; packed: one row without padding; auto: packed where a GPU "
+        "padded; packed: one row without padding; auto: packed if a GPU "
         "has a kernel for it. Does not change the result",
     )
 
@@ -213,22 +219,24 @@ class OptimSection(Strict, frozen=True):
     )
     loss_average: Literal["token", "sample"] | None = Field(
         default=None,
-        description="over all labelled tokens of the global batch, or the mean of each example's mean",
+        description="the mean over all labelled tokens of the global batch, or over the examples' means",
     )
-    betas: tuple[Fraction, Fraction] | None = Field(default=None, description="AdamW's")
-    weight_decay: NotNegative = Field(default=0.0, description="AdamW's, times the learning rate")
+    betas: tuple[Fraction, Fraction] | None = Field(default=None, description="AdamW's β₁ and β₂")
+    weight_decay: NotNegative = Field(default=0.0, description="AdamW's, multiplied by the learning rate")
     max_grad_norm: Positive = Field(
-        default=1.0, description="the gradient of all that trains is scaled down to this norm"
+        default=1.0, description="the gradient of all trained parameters is scaled down to this norm"
     )
     micro_batch_tokens: Tokens | None = Field(
         default=None,
         ge=16,
         description="tokens per forward and rank, padding "
-        "included; default 4096 on a CPU, 16384 on a GPU; halved where memory runs "
+        "included; default 4096 on a CPU, 16384 on a GPU; halved if memory runs "
         "out. Does not change the result",
     )
     validate_every: int | None = Field(
-        default=None, ge=1, description="steps between losses on the eval split; default never"
+        default=None,
+        ge=1,
+        description="steps between measurements of the loss on the eval split; default: never",
     )
     keep_best: bool = Field(default=False, description="end each task at the step with the lowest eval loss")
 
@@ -251,31 +259,32 @@ class EvalSection(Strict, frozen=True):
 
     when: Literal["each", "ends"] = Field(
         default="each",
-        description="each: all of `tasks` after every task; ends: after every task that task alone, all of "
+        description="each: all of `tasks` after every task; ends: after every task only that task, all of "
         "them after the last, which leaves `forgetting` unknown and costs far less",
     )
     tasks: Literal["seen", "all"] = Field(default="seen", description="all: unseen tasks too")
     zero_shot: bool = Field(default=False, description="also evaluate before the first task")
     split: Literal["test", "eval"] = Field(
-        default="test", description="which examples; eval: for choosing settings"
+        default="test", description="which split is scored; eval: for choosing settings"
     )
     max_new_tokens: int | dict[str, int] | None = Field(
-        default=None, description="1 to 2^20, for all tasks, or by task"
+        default=None, description="most tokens of an answer, 1 to 2^20, for all tasks, or by task"
     )
-    max_examples: int | None = Field(default=None, ge=1, description="first N of each task")
+    max_examples: int | None = Field(default=None, ge=1, description="only the first N of each task")
     backend: Literal["torch", "vllm"] = Field(
-        default="torch", description="vllm: an optional package, on one GPU of the first process"
+        default="torch",
+        description="what decodes; vllm: an optional package, on one GPU of the first process",
     )
     batch_tokens: Tokens | None = Field(
         default=None,
         ge=16,
         description="tokens (prompt and answer) that torch decodes at once; "
-        "default 4096 on a CPU, on a GPU what half of its free memory takes, at most 131072",
+        "default 4096 on a CPU, on a GPU as many as half of its free memory takes, at most 131072",
     )
 
 
 class GeneralSection(Strict, frozen=True):
-    """What the model can do beside the tasks."""
+    """What the model can do apart from the tasks."""
 
     data: PathText | None = Field(
         default=None,
@@ -290,7 +299,7 @@ class GeneralSection(Strict, frozen=True):
     )
     trust_code: bool = Field(
         default=False,
-        description="run the functions, metrics and data sets that a folder's own task files name; look at "
+        description="run the functions, metrics and data sets that a folder's own task files name; read "
         "them first",
     )
     limit: int | None = Field(
@@ -300,7 +309,7 @@ class GeneralSection(Strict, frozen=True):
         default=0,
         ge=0,
         lt=1 << 32,
-        description="which examples `limit` draws; apart from the run's, so that all "
+        description="which examples `limit` draws; separate from the run's seed, so that all "
         "runs answer the same ones",
     )
     when: Literal["ends", "each"] = Field(
@@ -321,6 +330,6 @@ class SaveSection(Strict, frozen=True):
     """Checkpoints inside a task, which a run that was stopped goes on from."""
 
     minutes: Positive | None = Field(
-        default=10.0, description="between checkpoints inside a task; null: only when asked to stop"
+        default=10.0, description="time between checkpoints inside a task; null: only when asked to stop"
     )
-    keep: int = Field(default=1, ge=1, description="checkpoints inside a task that stay")
+    keep: int = Field(default=1, ge=1, description="how many checkpoints inside a task are kept")

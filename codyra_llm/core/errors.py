@@ -1,4 +1,4 @@
-"""Mistakes of the user, told in one sentence each and never as a traceback."""
+"""Mistakes of the user, reported in one sentence each and never as a traceback."""
 
 import difflib
 from collections.abc import Iterable

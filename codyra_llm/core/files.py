@@ -20,7 +20,7 @@ CHUNK = 1 << 24  # bytes per read when hashing and copying
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write a file or folder to; it becomes `path` when the block ends
+    """A temporary name next to `path` to write a file or folder to; it becomes `path` when the block ends
     well, and is on the disk then, with the mode that the umask asks for (safetensors writes 0600 whatever it
     is). Raises Fault where the disk is full or refuses."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -87,7 +87,7 @@ def _answered(one: Any, shared: Any, item: Any) -> Answer:
         return STOPPED, f"it asks for more than {MEMORY >> 20} MB of memory"
     except RecursionError:
         return STOPPED, "it calls itself without end"
-    except Exception as error:  # whatever code of others raises; it is told to who asked
+    except Exception as error:  # whatever the foreign code raises; the caller gets it as text
         said = " ".join(str(error)[:1000].split())
         return REFUSED, said[:300] or type(error).__name__
 

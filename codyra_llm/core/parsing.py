@@ -281,8 +281,8 @@ def read_mapping(file: Path, expected: str) -> dict:
 
 
 def parse_json(text: str, source: str, expected: str, long_numbers: bool = False) -> Any:
-    """The value of a JSON text; what is wrong is told as `read_json` does. With `long_numbers` whole numbers
-    of more than 20 digits are taken, as the texts that they are.
+    """The value of a JSON text; faults are reported as by `read_json`. With `long_numbers` whole numbers of
+    more than 20 digits are accepted, and stay texts.
     """
     try:
         whole = _whole if long_numbers else _integer

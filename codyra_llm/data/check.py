@@ -188,6 +188,6 @@ def _checked(root: Path, variant: str, name: str, task: Task, report: dict) -> d
     report["notes"] += remarks(root, name, task)
     try:
         labels = label_names(root, name, task)
-    except Fault:  # told where the records are read
+    except Fault:  # reported where the records are read
         labels = ()
     return check_task(f"{variant}/{name}", partial(read, root, name, task), report, labels)

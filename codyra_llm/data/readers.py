@@ -152,7 +152,7 @@ def _delimiter(text: str, used: frozenset[str] | None) -> str:
     try:
         with _long_fields():
             return max(DELIMITERS, key=fit)
-    except csv.Error:  # told where it is read
+    except csv.Error:  # reported where it is read
         return ","
 
 

@@ -27,7 +27,7 @@ LONGEST = {
 ABSENT, HIDDEN = object(), object()  # in place of a value: there is none; a label of -1
 
 LINES = "has one record in each line (JSON Lines), and is read so"
-NAMED = 5  # faults of one file that are told one by one; the rest is counted
+NAMED = 5  # faults of one file that are listed one by one; the rest are counted
 
 
 def read_split(root: Path, task: str, split: str) -> list[dict]:
@@ -98,7 +98,7 @@ def remarks(root: Path, task: str) -> list[str]:
         path = root / task / f"{split}.json"
         try:
             lines = path.is_file() and has_lines(read_text(path, "one list of records"))
-        except Fault:  # told where the file is read
+        except Fault:  # reported where the file is read
             continue
         told += [f"{path} {LINES}"] * lines
     return told

@@ -83,7 +83,7 @@ def remarks(root: Path, name: str, task: Task) -> list[str]:
         try:
             found = readers.found(root / file, "records", reading(task))
             maker = _maker(root, name, task, plain)
-        except Fault:  # told where the file is read
+        except Fault:  # reported where the file is read
             continue
         told.append(found.remark)
         if split == "train" and (skipped := sum(map(maker.skips, found.rows))):

@@ -175,8 +175,8 @@ def answers(
 ) -> list[str]:
     """The model's answers to prompts, at most `new` tokens each, the same list on every rank.
 
-    `conditions` makes what a batch of prompts needs beside the model. Each distinct prompt is answered
-    once: TRACE's test sets repeat some, and greedy answers are the same.
+    `conditions` makes what a batch of prompts needs in addition to the model. Each distinct prompt is
+    answered once: TRACE's test sets repeat some, and greedy answers are the same.
     """
     held = budget(acc, model, tokens)
     distinct = list(dict.fromkeys(texts))

@@ -272,7 +272,7 @@ def quiet() -> Iterator[None]:
     """
     with (
         log_level("lm_eval", logging.ERROR),
-        log_level("datasets", logging.CRITICAL),  # what it can't read is told as a Fault
+        log_level("datasets", logging.CRITICAL),  # what it can't read becomes a Fault
         without_data_bars(),
     ):
         yield

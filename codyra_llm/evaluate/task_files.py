@@ -97,7 +97,7 @@ def _function(text: str) -> int | None:
         for token in yaml.scan(text, yaml.SafeLoader):
             if isinstance(token, yaml.TagToken) and "function" in token.value:
                 return token.start_mark.line + 1
-    except yaml.YAMLError:  # told by who parses it
+    except yaml.YAMLError:  # reported where it is parsed
         pass
     return None
 

@@ -35,7 +35,7 @@ def torch_answering(acc: Accelerator, setup: Setup, folder: RunFolder, after: in
         )
 
     yield ask
-    model = conditions = None  # whoever holds `ask` would hold them beside the next model
+    model = conditions = None  # else whoever holds `ask` keeps them in memory next to the next model
 
 
 @contextmanager

@@ -19,7 +19,7 @@ Split = tuple[int, str, list[dict]]
 
 
 def splits(recipe: Recipe, stream: Stream, trains: bool) -> Iterator[Split]:
-    """(task's number, split, records) of what a run reads; what can't be read is told elsewhere."""
+    """(task's number, split, records) of what a run reads; what can't be read is reported elsewhere."""
     wanted = [*["train"] * trains, recipe.eval.split]
     for index in range(len(recipe.tasks)):
         for split in wanted:

@@ -72,7 +72,7 @@ def _answered(setup: Setup, out: RunFolder, name: str, known: dict) -> bool:
 
 
 def _keep(setup: Setup, out: RunFolder, name: str, known: dict, texts: list[str]) -> None:
-    """Put the answers beside those of the other model."""
+    """Save the answers next to those of the other model."""
     prompts, rows = setup.prompts[name], out.answers(name)
     if [row["prompt"] for row in rows] != prompts:
         rows = [{"prompt": prompt} for prompt in prompts]

@@ -109,7 +109,9 @@ def skeleton(setup: Setup, layers: int | None = None, device: torch.device | str
         method = setup.method if layers is None else _everywhere(setup)
         method.attach(model)
         share_inputs(model, setup.recipe.model.fused)
-        if not setup.method.merges:  # what it puts in front of, or beside, the model is small and not counted
+        if (
+            not setup.method.merges
+        ):  # what it adds in front of the model, or next to it, is small and not counted
             model.enable_input_require_grads()
     if setup.recipe.model.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -292,7 +294,7 @@ def _training(setup: Setup, model: nn.Module, work: Work, device: torch.device) 
 
 
 def _answering(setup: Setup, model: nn.Module, total: int) -> str:
-    """How many tokens are decoded at once beside the weights."""
+    """How many tokens are decoded at once in the memory that the weights leave free."""
     device, asked = launch.device(), setup.recipe.eval.batch_tokens
     each = token_bytes(model.config, setup.dtype)
     if device.type == "cuda":

@@ -217,7 +217,7 @@ def _fit(
     if acc.is_main_process:
         folder.restart_log(name, start)
         if start:
-            console.print(f"{name}: going on behind step {start}")
+            console.print(f"{name}: going on after step {start}")
     data = _task_data(setup, index)
     display.count(start, data.steps(setup.recipe.optim.batch_size))
 

@@ -44,8 +44,8 @@ def _tasks_asked(setup: Setup, index: int) -> range:
 def pieces(
     setup: Setup, step: int, tasks: Iterable[int], general: bool, done: set[str]
 ) -> dict[Piece, float]:
-    """What is to be measured after `step` tasks, beside the `done`: each with its number of prompts, general
-    ability by the harness as 1."""
+    """Evaluations still to run after `step` tasks, without those in `done`, each with its number of prompts
+    (1 for general ability by the harness)."""
     due = {
         Piece("answer", name, step): len(records)
         for name, records, _ in _due(setup, tasks, general)

@@ -50,9 +50,9 @@ def check(names: Iterable[str]) -> None:
 def running(setup: Setup, folder: RunFolder, acc: Accelerator) -> Iterator[None]:
     """Within it the trackers of the recipe, in the first process, get what is written to the folder.
 
-    Steps are counted over all tasks. A run that goes on goes on in the tracker's run of the same name, and
-    steps that are trained again behind a checkpoint are not told again. Raises Fault where a tracker can't
-    begin; one that fails later is told no more."""
+    Steps are counted over all tasks. A resumed run continues in the tracker's run of the same name, and
+    steps that are repeated after a checkpoint are not logged twice. Raises Fault where a tracker can't start;
+    one that fails later gets no more rows."""
     if not setup.recipe.trackers:
         yield
         return
@@ -134,8 +134,8 @@ def _reason(error: Exception) -> str:
 
 
 def _told(folder: RunFolder, place: Path, tasks: list[str], counts: list[int]) -> int:
-    """The last step that trackers were told: by the process before, as its log says, or by one before that,
-    which had come further; kept, since the log is cut back to the last checkpoint."""
+    """The last step already logged to the trackers, by the process before, as its log says, or by an earlier
+    one that had got further. It has its own file since a resumed run cuts the log back to its checkpoint."""
     file, last = place / "told.txt", folder.log_rows[-1:]
     logged = max((counts[tasks.index(row["task"])] + row["step"] for row in last), default=0)
     kept = read_text(file, "a number of steps").strip() if file.is_file() else ""
@@ -156,7 +156,7 @@ def _identity(folder: RunFolder, place: Path) -> tuple[str, bool]:
 
 
 def _options(title: str, name: str, place: Path) -> dict[str, dict]:
-    """What each kind of tracker is told beside the project, so that it goes on in the same run."""
+    """What each kind of tracker gets in addition to the project's name, so that it continues the same run."""
     return {
         "wandb": {"id": name, "name": title, "resume": "allow", "dir": str(place)},
         "trackio": {"name": f"{title}-{name}", "resume": "allow"},

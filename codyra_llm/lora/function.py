@@ -21,7 +21,7 @@ class Shadow(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Frozen layers that read one input, and what their adapters need beside the masters. `weights` are
+    """Frozen layers that read one input, and what their adapters need apart from the masters. `weights` are
     called when they are needed, in forward and in backward, so that a quantised W lives only that long. Where
     `leave` is given, backward hands it the products that the factors' gradients are made from, and leaves the
     making to the caller."""

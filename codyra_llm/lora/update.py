@@ -28,7 +28,7 @@ class Adapter(NamedTuple):
 @dataclass(frozen=True)
 class Update:
     """What one task changed. mode "add": on top of the tasks before; "replace": instead of them (one growing
-    adapter); "apart": beside the base, for a method that chooses among the tasks' adapters, or has none, at
+    adapter); "apart": next to the base, for a method that chooses among the tasks' adapters, or has none, at
     inference.
 
     `dense`: whole new parameters by name, in the dtype of the model; only in mode "replace"."""

@@ -51,7 +51,7 @@ class Task:
 
 
 class Condition:
-    """What one batch of prompts needs at inference beside the model, for methods that don't merge.
+    """What one batch of prompts needs at inference in addition to the model, for methods that don't merge.
 
     `prefix` [B, P, h], or None: embeddings in front of each prompt. `select(rows)` is called with the rows
     that go on when others are finished, so that what lies in the model per row can follow.
@@ -62,7 +62,7 @@ class Condition:
 
 
 class Gradients(Protocol):
-    """What a method may ask of the step's gradients and beside them; `train.gradients` gives it."""
+    """The step's gradients and others that a method may ask for; `train.gradients` implements it."""
 
     parameters: list[nn.Parameter]
     step: list[Tensor]
@@ -83,7 +83,7 @@ class Method:
     trains: ClassVar[str] = "adapters"  # "" for nothing
     archives_weights: ClassVar[bool] = False  # whole parameters in place of adapters
     old_data: ClassVar[bool] = False  # reads earlier tasks' training examples
-    task_id: ClassVar[bool] = False  # has to be told at test which task an example is of
+    task_id: ClassVar[bool] = False  # has to be given at test the task that an example is of
     merges: ClassVar[bool] = True  # is a plain model after every task
     grows: ClassVar[bool] = (
         False  # with every task more is kept for later ones or runs at inference, updates aside
@@ -175,7 +175,7 @@ class Method:
         """Change the step's gradients, summed over ranks and not yet clipped. Not under ZeRO."""
 
     def after_step(self, gradients: "Gradients") -> None:
-        """Change the parameters behind the optimizer's step. Not under ZeRO."""
+        """Change the parameters after the optimizer's step. Not under ZeRO."""
 
     def rewrite(self, step: int, steps: int) -> Callable[[dict[str, Adapter]], dict[str, Adapter]] | None:
         """A function from all adapters by site to what takes their place before step `step`, or None: leave
@@ -183,8 +183,8 @@ class Method:
         """
 
     def progress(self) -> dict[str, Tensor]:
-        """What the steps of this task have left in the method itself, beside what trains and what
-        `begin_task` makes.
+        """State to save in a checkpoint inside a task: what the method has accumulated since `begin_task`,
+        without the parameters that train.
         """
         return {}
 
@@ -192,7 +192,7 @@ class Method:
         """Put back what `progress` gave, after `begin_task`."""
 
     def end_task(self, model: nn.Module, task: Task, gradients: "Gradients") -> dict[str, Tensor]:
-        """What later tasks need beside the update, e.g. a Fisher matrix; saved, and given back as
+        """What later tasks need in addition to the update, e.g. a Fisher matrix; saved, and given back as
         `Task.state`.
         """
         return {}

@@ -24,7 +24,7 @@ class WeightedCrossEntropy(torch.autograd.Function):
         dL/dz = weights·(p - y)     dL/d(x Wᵀ + b) = dL/dz·(1 - (z/cap)²)
 
     are at hand while a chunk's logits are, so the forward leaves dL/dx (and dL/dW, dL/db where they train)
-    and the backward only scales. Peak beside the result: two float32 chunks and one in x's dtype.
+    and the backward only scales. Peak memory, without the result: two float32 chunks and one in x's dtype.
     """
 
     @staticmethod

@@ -150,7 +150,7 @@ def check(
     if not any((reads / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return [
             *faults,
-            f"{reads} has no tokenizer.json or tokenizer.model: expected the tokenizer beside the model; "
+            f"{reads} has no tokenizer.json or tokenizer.model: expected the tokenizer next to the model; "
             "copy it there.",
         ]
     if wrong := [] if faults else header_faults(folder):

@@ -18,7 +18,7 @@ class PackedWeight(nn.Module):
     they move with the model, and DDP sends them once, where it would send buffers with every forward.
     """
 
-    bits: float  # per weight, all told
+    bits: float  # per weight, scales included
 
     def __init__(self, weight: Tensor):
         super().__init__()

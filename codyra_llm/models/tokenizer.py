@@ -12,7 +12,7 @@ from codyra_llm.core.files import file_sha256
 from codyra_llm.core.parsing import shown
 from codyra_llm.models.families.config_file import read_config, told
 
-DATE = "26 Jul 2024"  # what chat templates are told that today is, so that a run's prompts stay as they are
+DATE = "26 Jul 2024"  # the day that chat templates take for today, so that a run's prompts don't change
 
 # Goes in front of a template. Its last line break is cut, so that a template begins a line as it does alone.
 UNDATED = (

@@ -1,5 +1,5 @@
-"""Figures for a paper as PDF, SVG or PNG: 8 pt on the width of a column, told apart by marks and lines as
-well as by colour, so that they read in grey. Equal runs give equal bytes.
+"""Figures for a paper as PDF, SVG or PNG: 8 pt on the width of a column. Series differ by marker and line
+as well as by colour, so that they can be read in grey. Equal runs give equal bytes.
 """
 
 from collections.abc import Sequence

@@ -15,7 +15,7 @@ MEASURED = ("learnt", "op", "forgetting")
 
 
 def in_short(recipe: Recipe, found: dict) -> Table | None:
-    """The run with this summary beside the reference measured on the same data and base; None where the run
+    """The run with this summary next to the reference measured on the same data and base; None where the run
     is not on all of them."""
     reference = yaml.safe_load(REFERENCE.read_text(encoding="utf-8"))
     own = {name: value for name, value in measures(found).items() if value is not None}

@@ -129,7 +129,7 @@ def _next(folder: Path, tasks: list[str], learnt: int, scores: list[dict]) -> st
                 if (found := form.fullmatch(os.path.basename(place)))
             ]
             return f"task {index + 1}/{len(tasks)} {stage}, " + (
-                f"behind step {max(saved)}" if saved else "from its start"
+                f"after step {max(saved)}" if saved else "from its start"
             )
         if missing := [name for name in names if (stage, name) not in scored]:
             return f"{missing[0]} after {stage}, {len(names) - len(missing)} of {len(names)} scored there"

@@ -19,8 +19,9 @@ def methods_table() -> Table:
         box=SIMPLE,
         padding=0,
         collapse_padding=True,
-        caption="old data: needs earlier tasks' examples; task id: must be told it at test; merges: a plain "
-        "model after every task; grows: keeps or runs more with every task; DDP: data parallel",
+        caption="old data: needs earlier tasks' examples; task id: must be given the task at test; "
+        "merges: a plain model after every task; grows: keeps or runs more with every task; "
+        "DDP: data parallel",
     )
     yes = {True: "yes", False: ""}
     for m in (method.declared() for method in METHODS.values()):

@@ -63,7 +63,7 @@ class Phase:
 
 
 class Line:
-    """What is told of one phase after the other, and of the time that is left."""
+    """The line that shows one phase after the other, and the time that is left."""
 
     def __init__(self) -> None:
         self.forecast, self.lock = Forecast(), RLock()  # the terminal's line has a thread of its own
@@ -129,7 +129,7 @@ class Line:
         return parts
 
     def _times(self, phase: Phase) -> list[tuple[str, str, int]]:
-        """What is left of the phase, if it can be told, and of the whole."""
+        """The time left for the phase, if it can be estimated, and for the whole."""
         now, own, parts = time.monotonic(), self.forecast.seconds(phase.piece, phase.amount), []
         if phase.pace is not None:
             own = phase.pace * (phase.total - phase.last[1]) - (now - phase.last[0])

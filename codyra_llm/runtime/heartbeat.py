@@ -220,8 +220,8 @@ def first_ended() -> int | None:
 
 @contextmanager
 def until_stopped() -> Iterator[None]:
-    """A process that was asked to stop within it ends by itself, however long after the others: behind it
-    come a tracker's last upload and giving the folder back."""
+    """Once `Stopped` leaves this block the watchdog no longer ends this process, even if the others are long
+    gone: it still has to finish a tracker's upload and release the lock of the folder."""
     try:
         yield
     except signals.Stopped:

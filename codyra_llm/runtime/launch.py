@@ -25,7 +25,7 @@ def accelerator() -> Accelerator:
     without.
 
     Adapters are float32 and cast where they are used, whatever the base's dtype, so there is no autocast, and
-    DeepSpeed is told of no low precision: it would cast the adapters and their gradients.
+    DeepSpeed gets no low precision in its config: it would cast the adapters and their gradients.
     """
     leave_out_cudnn_attention()
     cpu = not torch.cuda.is_available()

@@ -1,6 +1,4 @@
-"""Checkpoints inside a task: all that training needs to go on behind a step, whatever the number of processes
-then.
-"""
+"""Checkpoints inside a task: all that training needs to go on after a step, with any number of processes."""
 
 import hashlib
 import json
@@ -51,7 +49,7 @@ class Progress:
         self.saved = time.monotonic()
 
     def due(self, last: bool) -> bool:
-        """Whether a checkpoint is due; sooner behind the last step, since what a method does then may take
+        """Whether a checkpoint is due; sooner after the last step, since what a method does then may take
         long.
         """
         minutes = self.asked.minutes
@@ -120,7 +118,7 @@ def _digest(mark: dict) -> str:
 
 
 def small(path: Path) -> dict:
-    """What a checkpoint holds beside tensors."""
+    """What a checkpoint holds except for its tensors."""
     return json.loads((path / MARK).read_text(encoding="utf-8"))
 
 

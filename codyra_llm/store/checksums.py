@@ -1,6 +1,4 @@
-"""What a folder's files must be: their sha256, so that a file that was torn, altered or lost is told from a
-good one.
-"""
+"""The sha256 of a folder's files, which shows whether one was cut short, altered or lost."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -50,7 +50,7 @@ class RunFolder:
         self.path, self.lease, self.seals = path, lease, Seals(path, checks)
         self.hear: Callable[[dict], None] = lambda row: (
             None
-        )  # what is told of rows of log.jsonl and scores.jsonl
+        )  # is called with each row of log.jsonl and scores.jsonl
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -224,7 +224,7 @@ class RunFolder:
         return [row for row in self.answers(name) if row.keys() >= {"base", "final"}]
 
     def restart_log(self, task: str, step: int) -> None:
-        """Leave out what an attempt at `task` logged behind `step` before it was stopped."""
+        """Remove from the log what an earlier attempt at `task` wrote after `step`."""
         self.may_write()
         write_jsonl(
             self.path / "log.jsonl",

@@ -114,7 +114,7 @@ def _places(jobs: int | None, launcher: str | None) -> list[dict[str, str]]:
 
 
 def _launch(run: Run, place: dict[str, str], launcher: str | None, lock: int) -> subprocess.Popen:
-    """One run in a process of its own; what it prints goes to a file beside its folder."""
+    """One run in a process of its own; what it prints goes to a file next to its folder."""
     write_json(run.beside("json"), run.recipe.model_dump(mode="json"))
     start = shlex.split(launcher) if launcher else [sys.executable]
     with open(run.beside("log"), "a", encoding="utf-8") as log:

@@ -40,21 +40,24 @@ class TuneSection(Strict, frozen=True):
     """Every arm gets the same number of tries; the grid is run with the settings of its best one."""
 
     set: Settings = Field(
-        default={}, description="set in the tries alone, over all else, e.g. a shorter stream"
+        default={},
+        description="settings of the tries alone, which override all others, e.g. a shorter stream",
     )
     by: Literal["op", "forgetting"] = Field(
-        default="op", description="what chooses: the highest OP, or the lowest forgetting"
+        default="op", description="how the best try is chosen: the highest OP, or the lowest forgetting"
     )
-    tries: dict[str, list[Settings]] = Field(description="by arm, the settings of each try")
+    tries: dict[str, list[Settings]] = Field(description="for each arm, the settings of each try")
 
 
 class SweepFile(Strict, frozen=True):
     recipe: str = Field(description="a recipe file, or the name of a shipped one")
     output: WrittenPath = Field(description="folder of all runs")
-    set: Settings = Field(default={}, description="set over the recipe in all runs")
-    arms: dict[str, Settings] = Field(min_length=1, description="by name, what is set over that")
+    set: Settings = Field(default={}, description="settings of all runs, which override the recipe's")
+    arms: dict[str, Settings] = Field(
+        min_length=1, description="for each arm, by name, the settings that override those"
+    )
     grid: Annotated[dict[str, list], AfterValidator(_without_output)] = Field(
-        default={"seed": [1, 2, 3]}, description="by key, the values that every arm is run with"
+        default={"seed": [1, 2, 3]}, description="for each key, the values that every arm is run with"
     )
     baseline: str | None = Field(
         default=None, description="the arm that the others are compared with; default: the first"
@@ -197,7 +200,7 @@ class Sweep:
         return parse_recipe(raw | {"output": str(self.output / arm / name)}, f"{arm}/{name}")
 
     def _check(self, tuned: set[str], runs: list[Run]) -> None:
-        """That the tries are fair, and that they can be told apart."""
+        """Check that the tries are fair, and that no two of them are the same."""
         untried = (
             {run.arm for run in runs if METHODS[run.recipe.method.name].trains} - tuned if tuned else set()
         )
@@ -225,8 +228,8 @@ class Sweep:
             raise Fault(*faults)
 
     def prepare(self) -> None:
-        """What a run would refuse, told before the first one: of each arm once for all seeds and learning
-        rates.
+        """Report what a run would refuse before the first run starts, once per arm for all its seeds and
+        learning rates.
         """
         faults, checked = {}, {}
         for run in (*self.runs(), *self.tries):

@@ -1,4 +1,4 @@
-"""The engine of one task: one process, DDP or DeepSpeed ZeRO behind the same verbs."""
+"""The engine of one task: one interface for one process, DDP and DeepSpeed ZeRO."""
 
 import ctypes
 from collections.abc import Callable, Iterator

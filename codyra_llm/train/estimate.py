@@ -27,8 +27,8 @@ MEASURED_LAYERS = (2, 4)
 
 
 def activation_bytes(model: nn.Module, batch: Batch, device: torch.device) -> int:
-    """Peak bytes of forward and backward of one micro-batch beside weights: activations, gradients, shadows
-    of adapters.
+    """Peak bytes of forward and backward of one micro-batch, without the weights: activations, gradients,
+    shadows of adapters.
 
     `model` is a skeleton on the meta device as it trains (adapters, checkpointing, train mode) and is turned
     into fake tensors of `device`: every operation gives tensors of the right shape, dtype and lifetime, and

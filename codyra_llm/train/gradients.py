@@ -1,4 +1,4 @@
-"""Gradients that a method asks for beside those of the step, at the parameters as they are."""
+"""Gradients that a method asks for in addition to those of the step, at the current parameters."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -20,7 +20,7 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
 
 
 class Gradients:
-    """Lists are in the order of `parameters`, that of the model. Beside the step's, gradients are taken
+    """Lists are in the order of `parameters`, that of the model. All gradients but the step's are taken
     without dropout and leave no trace; they work wherever parameters are whole, so up to ZeRO stage 2."""
 
     def __init__(
@@ -73,7 +73,7 @@ class Gradients:
         found = [torch.zeros_like(p) for p in parameters]
         with without_dropout(self.model):
             for batch in batches:
-                heartbeat.at("gradients beside the step's")
+                heartbeat.at("gradients for the method")
                 grads = torch.autograd.grad(loss(self.model, batch), parameters, allow_unused=True)
                 for into, grad in zip(found, grads, strict=True):
                     if grad is not None:

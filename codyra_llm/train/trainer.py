@@ -136,7 +136,7 @@ class Trainer:
         `keep_best` is set.
 
         `log` gets one row per optimizer step; `saves`, checkpoints where they are due. Raises Fault when a
-        loss is not finite, before anything is updated by it, and Stopped behind a checkpoint when any process
+        loss is not finite, before anything is updated by it, and Stopped after a checkpoint when any process
         was asked to stop.
         """
         steps = task.steps(self.optim.batch_size)
@@ -190,7 +190,7 @@ class Trainer:
         self.optimizer = self.gradients = self.kept = None
 
     def save(self, saves: Progress, step: int) -> None:
-        """A checkpoint behind `step` (collective); the first process writes it."""
+        """Save a checkpoint after `step` (collective); the first process writes it."""
         tensors = self._progress()
         if self.acc.is_main_process:
             best = None if self.best == math.inf else self.best

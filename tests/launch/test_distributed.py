@@ -85,7 +85,7 @@ def test_what_the_loop_sets_is_what_the_optimizer_reads():
 @pytest.mark.distributed
 @pytest.mark.parametrize("method", ["codyra", "gem"])
 def test_ddp(method, one_process, recipe_files, tmp_path, forked):
-    """Processes that are told ranks and nothing else, as by torchrun and by DeepSpeed's launcher."""
+    """Processes that get ranks and nothing else, as by torchrun and by DeepSpeed's launcher."""
     done = forked.command("run", recipe_files / f"{method}.yaml", f"output={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert (
@@ -188,7 +188,7 @@ def test_zero_3_with_every_parameter_in_shards(one_process, recipe_files, tmp_pa
     assert_same_run(one_process["codyra"], tmp_path / "run", 3)
     left = {
         (int(task), int(size))
-        for task, size in re.findall(r"behind task (\d): (\d+) bytes of tensors", done.stdout)
+        for task, size in re.findall(r"after task (\d): (\d+) bytes of tensors", done.stdout)
     }
     assert {task for task, _ in left} == {0, 1} and max(
         size for _, size in left
@@ -274,13 +274,13 @@ def test_a_run_goes_on_under_another_launch(first, then, one_process, recipe_fil
     assert [path.name for path in (tmp_path / "run" / "progress").iterdir()] == ["01-THREE-00000003"]
     done = forked.command(*command, environment=environment(then))
     assert done.returncode == 0, done.stderr
-    assert "THREE: going on behind step 3" in done.stdout and "equal to rounding only" in done.stdout
+    assert "THREE: going on after step 3" in done.stdout and "equal to rounding only" in done.stdout
     stage = 0 if then == "ddp" else int(then[4])
     assert_same_run(one_process["codyra"], tmp_path / "run", stage)
 
 
 def begun(process: psutil.Process) -> bool:
-    """Whether it has begun to import torch, behind the first lines of the command line."""
+    """Whether it has begun to import torch, which comes after the first lines of the command line."""
     return any("libtorch" in file.path for file in process.memory_maps())
 
 
@@ -333,5 +333,5 @@ def test_a_process_that_is_killed_ends_the_other_with_its_name(
     told = [line for line in done.stderr.splitlines() if line.startswith("error (rank 0): rank 1 on ")]
     assert len(told) == 1 and socket.gethostname() in told[0] and "last seen at task " in told[0], done.stderr
     again = forked.command(*command)
-    assert again.returncode == 0 and "THREE: going on behind step 2" in again.stdout, again.stderr
+    assert again.returncode == 0 and "THREE: going on after step 2" in again.stdout, again.stderr
     assert_same_run(one_process["codyra"], tmp_path / "run", 0)

@@ -31,7 +31,7 @@ PLACEHOLDERS = {
     "linear|block|step": "linear",
 }
 
-# How a command of an `sh` block is really run: what is put behind the recipe, behind the command, or in place
+# How a command of an `sh` block is really run: what is put after the recipe, after the command, or in place
 # of words.
 FEW = [
     "model.path=models/smollm2-135m",
@@ -44,7 +44,7 @@ FEW = [
     "general.data=null",
 ]
 TINY = ["data.root=data/LLM-CL-Benchmark_500", "data.tasks=[FOMC,ScienceQA]", *FEW]
-BEHIND = {
+AFTER = {
     "evaluate": ["data.max_prompt_tokens=48", "eval.max_examples=2", "eval.max_new_tokens=3"],
     "sweep": ["--report"],
     "bench": ["--rounds", "1", "--device", "cpu"],
@@ -173,7 +173,7 @@ def small(words):
         if name in ("run", "plan"):
             at = words.index(name) + 2
             return [*words[:at], *(FEW if "mine/" in words[at - 1] else TINY), *words[at:]]
-        return words + BEHIND.get(name, []) + (SHAPES[words[2]] if name == "bench" else [])
+        return words + AFTER.get(name, []) + (SHAPES[words[2]] if name == "bench" else [])
     return None
 
 

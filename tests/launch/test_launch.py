@@ -91,7 +91,7 @@ def test_launchers(launcher, small, tmp_path):
 
 @pytest.mark.distributed
 def test_a_launch_of_one_process(small, tmp_path, forked):
-    """As torchrun's with one process: it is told a rank, and is alone."""
+    """As torchrun's with one process: it gets a rank, and is alone."""
     done = forked.command("run", SHIPPED / "trace_llama.yaml", *small, processes=1)
     assert done.returncode == 0, done.stderr
     assert finished(tmp_path)

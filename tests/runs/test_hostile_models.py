@@ -95,7 +95,7 @@ case(
     OWN,
 )
 case(
-    "an adapter beside a base",
+    "an adapter next to a base",
     lambda p: (
         p.adapter(),
         shutil.copytree(p.folder / "adapter", p.model, dirs_exist_ok=True),

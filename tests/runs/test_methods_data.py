@@ -37,7 +37,7 @@ THREE = {"data__tasks": ["ONE", "TWO", "THREE"], "eval__max_examples": 2, "check
 
 @pytest.fixture(scope="module")
 def reasoned(toy_stream, tmp_path_factory):
-    """A copy of the toy stream with its variant with reasoning beside it."""
+    """A copy of the toy stream with its variant with reasoning next to it."""
     root = tmp_path_factory.mktemp("trace")
     shutil.copytree(toy_stream, root / "plain")
     for task in ("ONE", "TWO", "THREE"):

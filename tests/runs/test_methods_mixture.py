@@ -53,7 +53,7 @@ def recipe(name, model, stream, out, **changes):
 @pytest.fixture(scope="module")
 def finished(tiny_llama, toy_stream, tmp_path_factory):
     """Function from a method to its finished run of three tasks, and the tasks that its conditions were
-    told.
+    given.
     """
     made = {}
 

@@ -215,7 +215,7 @@ def test_an_export_of_another_benchmark_is_scored_on_this_one(made, capsys, tmp_
 
 
 def test_data_as_people_have_it_is_planned_and_run(capsys, tmp_path, tiny_llama):
-    """A semicolon CSV under a template, and Alpaca's records in lines: told by `plan`, learnt by `run`."""
+    """A semicolon CSV under a template, and Alpaca's records in lines: shown by `plan`, learnt by `run`."""
     place = tmp_path / "mixed"
     name = folder(
         place,

@@ -15,7 +15,7 @@ from codyra_llm.store.folder import RunFolder
 
 
 def ended(asked, monkeypatch, name: str, then) -> None:
-    """Run, `then(folder, row)` behind each row of that kind; it ends the run."""
+    """Run, with `then(folder, row)` after each row of that kind; it ends the run."""
     method = getattr(RunFolder, name)
 
     def acting(folder, *given):
@@ -46,7 +46,7 @@ def test_a_run_at_every_moment(tiny_llama, toy_stream, tmp_path, monkeypatch, ca
     assert now["next"] == after["next"] == "TWO after base, 1 of 2 scored there"
     assert after["state"] == "stopped" and after["holder"] is None
 
-    def fourth(folder, row):  # all processes agree behind the next
+    def fourth(folder, row):  # all processes agree after the next
         if (row["task"], row["step"]) == ("TWO", 4):
             seen.append(look(folder.path))
             signals.ask("a test")
@@ -57,11 +57,11 @@ def test_a_run_at_every_moment(tiny_llama, toy_stream, tmp_path, monkeypatch, ca
     assert (now["last"]["task"], now["last"]["step"], now["last"]["steps"]) == ("TWO", 4, 6) and after[
         "last"
     ]["step"] == 5
-    assert after["next"] == "task 2/2 TWO, behind step 5" and after["state"] == "stopped"
+    assert after["next"] == "task 2/2 TWO, after step 5" and after["state"] == "stopped"
     lines = said(after)
     assert lines[0].startswith(f"{tmp_path / 'run'}: stopped; last written ") and lines[0].endswith(" s ago")
     assert lines[1] == "method codyra, 1 of 2 tasks learnt: ONE"
-    assert lines[-1].endswith("goes on with: task 2/2 TWO, behind step 5")
+    assert lines[-1].endswith("goes on with: task 2/2 TWO, after step 5")
     assert lines[2].startswith(f"last step: task 2/2 TWO, step 5/6, loss {after['last']['loss']:.3f}, ")
     with pytest.raises(SystemExit):
         main(["report", str(tmp_path / "run")])
@@ -70,7 +70,7 @@ def test_a_run_at_every_moment(tiny_llama, toy_stream, tmp_path, monkeypatch, ca
     capsys.readouterr()
 
     ended(asked, monkeypatch, "add_scores", first)
-    assert "TWO: going on behind step 5" in capsys.readouterr().out
+    assert "TWO: going on after step 5" in capsys.readouterr().out
     assert look(tmp_path / "run")["next"] == "TWO after TWO, 1 of 2 scored there"
     folder = run.run(asked)
     done = look(folder.path)
@@ -91,4 +91,4 @@ def test_the_order_of_a_joint_method(tiny_llama, toy_stream, tmp_path, monkeypat
             signals.ask("a test")
 
     ended(asked, monkeypatch, "log", second)
-    assert look(tmp_path / "run")["next"] == "task 2/2 TWO, behind step 3"
+    assert look(tmp_path / "run")["next"] == "task 2/2 TWO, after step 3"

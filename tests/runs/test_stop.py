@@ -32,7 +32,7 @@ def straight(tiny_llama, toy_stream, tmp_path_factory):
 @pytest.mark.parametrize("place", ["generation", "a method's passes", "consolidation"])
 def test_asked_outside_of_training(place, straight, tmp_path, monkeypatch, tiny_llama, toy_stream):
     asked, other = straight
-    if place == "a method's passes":  # the Fisher's, behind the last step
+    if place == "a method's passes":  # the Fisher's, after the last step
         asked = tiny_recipe(tiny_llama, toy_stream, tmp_path / "straight", method="ewc", checkpoint=False)
         other = run.run(asked)
     folder = like(asked, tmp_path)
@@ -89,7 +89,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert (
         "00-ONE-00000005" in told
         and "going on from what is before it" in told
-        and "going on behind step 4" in told
+        and "going on after step 4" in told
     )
     assert (folder.path / "scores.jsonl").read_bytes() == (other.path / "scores.jsonl").read_bytes()
 

@@ -111,7 +111,7 @@ def test_it_hears_all_and_changes_nothing(straight, told, tmp_path):
 
 @pytest.mark.parametrize(
     "how, then", [("asked to stop", 12), ("killed", 11)]
-)  # all agree to stop behind the next step
+)  # all agree to stop after the next step
 def test_a_run_that_goes_on(how, then, straight, told, tmp_path, monkeypatch):
     """Each step once, in order, though after a kill some are trained again; the settings at the first begin
     alone.

@@ -235,7 +235,7 @@ class RclConfig(SequentialConfig, frozen=True):
     folder: str | None = Field(
         default=None,
         description="TRACE's variant with reasoning; default: "
-        f"{REASONING_VARIANT} in data.root, or beside it where there is none",
+        f"{REASONING_VARIANT} in data.root, or next to it where there is none",
     )
 
 
@@ -244,9 +244,7 @@ class ReplayConfig(StartConfig, frozen=True):
     ratio: Fraction = Field(
         default=0.1, description="share of each earlier task's training set that is kept (its first part)"
     )
-    lima: bool = Field(
-        default=True, description="replay the Lima set beside it; it must lie in the data folder"
-    )
+    lima: bool = Field(default=True, description="also replay the Lima set, which must be in the data folder")
     when: Literal["after", "mixed"] = Field(
         default="mixed",
         description="mixed: memory in every epoch; after: one more epoch over the memory when the task's own "

@@ -16,7 +16,7 @@ class SeqFt(Method):
     `carry_optimizer` true. Parameters, gradients and moments are float32; with model.dtype bfloat16 the
     blocks compute in bfloat16 by autocast, the head in float32. Weights are rounded to model.dtype once per
     task, when they are archived, and the next task goes on from what was evaluated.
-    Cost: 16 bytes of memory per parameter beside the activations, and on disk one copy of the model per task.
+    Cost: 16 bytes of memory per parameter plus the activations, and on disk one copy of the model per task.
     One process or data parallel. A task can't be taken out again, since no part of the weights is its own.
     """
 

@@ -95,7 +95,7 @@ class GainLora(Single):
     f(e). Ours: e is the mean over the prompt's own tokens, where the release divides by the padded length;
     rows of U and V are not scaled back to the length they had before their step was projected, which would
     undo that; old adapters are frozen, but the gradient of their input is exact, where the release cuts it;
-    dead gates are told (a Fault) where no direction is left for a key. Cost per step: (tasks)× the adapter's
+    where no direction is left for a key, its dead gate is a Fault. Cost per step: (tasks)× the adapter's
     products in plain autograd, and 2·hidden·h·tasks per prompt. Per task: inflora's passes over data; three
     eigenproblems of sizes h, hidden, h. Memory and state: all adapters; per task 2·hidden·h; at most in²/2
     float32 per distinct input of an adapted layer. In training time 1.4 times seqlora's on the quickstart.

@@ -43,7 +43,7 @@ class PromptAttention(nn.Module):
 
     @torch.no_grad()
     def reset(self, state: dict[str, Tensor], *key: int | str) -> None:
-        """A new key ~ U(-1, 1) behind those of `state`; the query net goes on from there, or is drawn."""
+        """Append a new key ~ U(-1, 1) to those of `state`, and take its query net, or draw one."""
         draw = generator("attention", *key)
         for linear in self.query[:2]:
             bound = 1 / math.sqrt(linear.in_features)

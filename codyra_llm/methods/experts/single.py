@@ -1,4 +1,4 @@
-"""One adapter per task beside the base, and the method that is told which of them to use."""
+"""One adapter per task next to the base, and the method that is given the task whose adapter to use."""
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,9 @@ class Single(Method):
     """A fresh LoRA of its own for each task (Hu et al., 2106.09685), trained from the base and chosen by the
     true task.
 
-    The upper bound for methods that infer the task, and the only one here that is told it. A prompt of no
+    The upper bound for methods that infer the task, and the only one here that is given it. A prompt of no
     task, or of one not learnt yet, is answered by the base. As published on TRACE: rank 8, alpha 32, dropout
-    0.1, q_proj and v_proj. Cost per step: none beside the adapter. Inference holds all adapters and
+    0.1, q_proj and v_proj. Cost per step: none but the adapter's. Inference holds all adapters and
     multiplies with all of them.
     """
 

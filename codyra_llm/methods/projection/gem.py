@@ -47,7 +47,7 @@ class Gem(EpisodicMemory):
     εI)v + (G g)ᵀ v, g̃ = g + Gᵀ v, over the vector of all parameters, in float64 by non-negative least
     squares. γ = 0.5 and ε = 1e-3 as TRACE, whose code stores a single gradient per task, projects tensor by
     tensor and has both signs of the quadratic programme turned round. Ours: ε is relative, since adapters'
-    gradients are small beside 1e-3; a batch drawn from the memory in each step, where the original takes all
+    gradients are small next to 1e-3; a batch drawn from the memory in each step, where the original takes all
     of it. The bound holds for the gradient, not for what Adam makes of it. Cost per step in task t: t ·
     `batch` more examples forward and backward, and t + 1 vectors of all parameters.
     """

@@ -58,7 +58,7 @@ class AwayFromKept(Method):
 
 class ResidualLinear(LoraLinear):
     """A layer whose adapter has all the singular directions that are not preserved: B = U_lo, w = S_lo,
-    A = V_loᵀ, beside a frozen W_hi in W's place."""
+    A = V_loᵀ; a frozen W_hi takes W's place."""
 
     def __init__(self, base: nn.Linear, spec: AdapterSpec, preserved: float):
         smaller = min(base.in_features, base.out_features)

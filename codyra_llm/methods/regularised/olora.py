@@ -17,7 +17,7 @@ class OLora(SeqLora):
     32, dropout 0.1, targets q_proj and v_proj. The mean is ours: λ1 then means the same for another rank,
     number of sites or size of model. With 64 sites of rank 8 (LLaMA-2 7B, q and v) the released 0.5 is 2048
     here; 224 sites of rank 16 would make the sum 14 times as large. Ours: earlier adapters are merged into W
-    instead of being run beside it, which is the same function; the penalty enters once per optimizer step,
+    instead of being run next to it, which is the same function; the penalty enters once per optimizer step,
     whatever the number of micro-batches. With both λ at 0 it is seqlora. Cost: tasks·r²·in multiplications
     per site and step; memory: every earlier A in float32.
     """

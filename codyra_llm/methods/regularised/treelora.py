@@ -20,7 +20,7 @@ class TreeLora(SeqLora):
     λ‖ĝ - g_k‖₁ in the loss. Its exact gradient is a Hessian-vector product. Two surrogates are in use, of
     opposite sign: (i) the Hessian taken as c·I, g + λc·sign(g - g_k), steps towards where the gradients would
     agree if the curvature were even; (ii) the blend above makes the applied update resemble the similar
-    task's, which is what the method is said to do, and needs no guess of c. This is (ii); say so beside its
+    task's, which is what the method is said to do, and needs no guess of c. This is (ii); say so next to its
     results.
     Ours: g_k, a task's signature, is its mean gradient of A and B over its last epoch, and ĝ the mean over
     the epoch so far; residuals are taken between vectors of ℓ1 norm 1 and halved, so they lie in [0, 1] as

@@ -51,7 +51,7 @@ class CodyraDrift(Codyra):
         }
         inputs = [names[0] for names in distinct_inputs(model)]
         kept = sum(sizes[name] for name in inputs)
-        # Forward, and backward to the rows; the products of r x r are small beside these.
+        # Forward, and backward to the rows; the products of r x r are small compared with these.
         drift = 4 * self.config.rank * sum(sizes.values()) if self.config.drift_weight else 0
         return [
             *super().foresee(model, steps, schedule),

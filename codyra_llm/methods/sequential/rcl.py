@@ -33,7 +33,7 @@ class Rcl(SeqLora):
         if not (folder / task / "train.json").is_file():
             raise Fault(
                 f"method.folder: {folder} has no {task}/train.json; give the folder of TRACE's variant with "
-                f"reasoning (default: {REASONING_VARIANT} in data.root or beside it), or leave the task out"
+                f"reasoning (default: {REASONING_VARIANT} in data.root or next to it), or leave the task out"
             )
         records = read_split(folder, task, "train")[: stream.data.max_train_examples]
         return records, [range(len(records))] * stream.epochs[index]

@@ -11,7 +11,7 @@ class SeqLora(Method):
     """ΔW = (alpha/rank)·B A, A ~ U(-1/√in, 1/√in), B = 0 at the start of the stream (Hu et al., 2106.09685).
 
     As published on TRACE: targets q_proj and v_proj, rank 8, alpha 32, dropout 0.1, `carry_optimizer` true.
-    Cost: none beside the adapter. The archive holds the whole adapter after each task (mode "replace"); with
+    Cost: none but the adapter's. The archive holds the whole adapter after each task (mode "replace"); with
     `fresh` it holds each task's own update, and what is left of the difference to codyra is the rank
     selection. `start` has A begin where the model reads little (`starts.start`).
     """

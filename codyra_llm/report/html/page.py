@@ -29,7 +29,7 @@ def write(
 ) -> None:
     """The report on one run, or on several together, in the format that the suffix of `out` names.
 
-    examples: show test prompts, answers and predictions. paper: put the published tables beside. over_orders:
+    examples: show test prompts, answers and predictions. paper: add the published tables. over_orders:
     runs that differ in the order of their tasks are one group. Raises Fault for another suffix or a folder
     that holds no run.
     """

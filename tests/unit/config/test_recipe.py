@@ -1,4 +1,4 @@
-"""Recipes: every shipped one loads, every mistake is told, all at once."""
+"""Recipes: every shipped one loads, every mistake is reported, all at once."""
 
 import re
 from pathlib import Path

@@ -124,7 +124,7 @@ def greedy(model, tokenizer, prompt, new):
 
 
 def test_generation_by_hand_with_a_task_of_ones_own(tiny_llama, live, tmp_path):
-    """A YAML beside the files: exact match against the model's own greedy answers, one of two made wrong."""
+    """A YAML next to the files: exact match against the model's own greedy answers, one of two made wrong."""
     from codyra_llm.evaluate.harness import measure
 
     model, tokenizer, lm = live(tiny_llama)

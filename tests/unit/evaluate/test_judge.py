@@ -94,7 +94,7 @@ def test_a_judge_that_likes_a_place_gives_ties(answered):
 
 def test_a_tie_in_one_order_and_replies_without_verdict(answered):
     """One order says final, the other neither: a tie. A reply without a verdict leaves its pair out, and is
-    told.
+    reported.
     """
     said = {"GOOD": "[[C]]", "bad": "[[B]]"}  # by the first answer
     with judging(lambda first, second: said.get(first.split()[0], "I will not say")) as server:

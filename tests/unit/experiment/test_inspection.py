@@ -1,4 +1,4 @@
-"""What base and data together make impossible is told before any weights load."""
+"""What base and data together make impossible is reported before any weights load."""
 
 import json
 import shutil

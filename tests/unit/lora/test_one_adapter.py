@@ -1,4 +1,4 @@
-"""The sum of updates as one adapter: of one rank everywhere, and cut where asked with the error told."""
+"""The sum of updates as one adapter: of one rank everywhere, and cut where asked with the error reported."""
 
 import pytest
 import torch

@@ -124,7 +124,7 @@ def test_shadows_follow_the_masters():
     assert (model(IDS).logits - before).abs().max() > 1e-3
     zeroed = model(IDS).logits
     for layer in sites(model).values():
-        layer.lora_B.data.fill_(0.1)  # behind the version counters, as DeepSpeed does
+        layer.lora_B.data.fill_(0.1)  # past the version counters, as DeepSpeed does
     for s in shared:
         s.forget()
     assert (model(IDS).logits - zeroed).abs().max() > 1e-3

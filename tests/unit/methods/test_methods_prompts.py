@@ -77,7 +77,7 @@ def test_gradients_reach_the_prompts_alone(name, family, request):
     model = loading.load(request.getfixturevalue(family), torch.float32).train()
     made = ready(model, name, prompts([6, 9, 7]))
     examples = encoded(prompts([5, 11]))
-    if name == "pp":  # behind a last layer of zero the others start without a gradient
+    if name == "pp":  # with a last layer of zero the layers before it start without a gradient
         torch.nn.init.normal_(model.prompts.mlp[-1].weight)
     terms = made.loss(model, collate(examples, [0, 1], [0.2, 0.1], 0))
     sum(terms.values()).backward()
@@ -230,7 +230,7 @@ def test_the_right_prompt_is_chosen_at_test(tiny_llama):
         rows = prompts([8, 10, 12, 14], *band, seed=1)
         made = ready(model, "dualprompt", rows, state, index)
         state = {k: v.detach().clone() for k, v in made.end_task(model, task(index, [], state), None).items()}
-    state["experts"] += torch.arange(3).view(3, 1, 1, 1, 1, 1)  # to be told apart
+    state["experts"] += torch.arange(3).view(3, 1, 1, 1, 1, 1)  # so that they differ
     model = loading.load(tiny_llama, torch.float32).eval()
     made.install(model, task(2, [], state))
     tests = [(index, row) for index, band in enumerate(bands) for row in prompts([7, 11, 15], *band, seed=9)]

@@ -11,7 +11,7 @@ from codyra_llm.train.trainer import TaskData
 
 
 class Stream:
-    """Two tasks of 20 and 16 records, three epochs each, and two records beside them."""
+    """Two tasks of 20 and 16 records, three epochs each, and two records that belong to neither."""
 
     epochs = [3, 3]
 

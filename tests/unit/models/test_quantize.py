@@ -114,7 +114,7 @@ def test_no_dequantised_weight_is_left_for_backward(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bytes_and_what_stays(kind):
-    """4.127 or 8 bits per weight beside a table of 256 (nf4) or a float per row (int8); the rest of the model
+    """4.127 or 8 bits per weight plus a table of 256 (nf4) or a float per row (int8); the rest of the model
     is as it was, and the weights that were packed are gone."""
     config = LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=2, vocab_size=9)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).requires_grad_(False)

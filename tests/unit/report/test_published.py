@@ -1,4 +1,4 @@
-"""`report --paper`: the published numbers as they were printed, the runs' own beside them, and what to know
+"""`report --paper`: the published numbers as they were printed, the runs' own next to them, and what to know
 to compare.
 """
 

@@ -98,7 +98,7 @@ def test_a_folder_that_goes_while_it_is_looked_at(folder, monkeypatch, tmp_path_
     parent and read, the first time or the second."""
     (folder / "progress" / "00-ONE-00000004").mkdir(parents=True)
     (folder / "progress" / "00-ONE-00000004" / "complete.json").write_text("{}")
-    assert look(folder)["next"] == "task 1/1 ONE, behind step 4"
+    assert look(folder)["next"] == "task 1/1 ONE, after step 4"
     plain, seen = os.scandir, []
 
     def scandir(path):

@@ -1,4 +1,4 @@
-"""Checkpoints inside a task: the last ones stay, and a damaged one is told of once."""
+"""Checkpoints inside a task: the last ones stay, and a damaged one is reported once."""
 
 import pytest
 import torch

@@ -49,7 +49,7 @@ def test_a_method_comes_first_whichever_layer_names_it(sweep_file):
         ("ewc", 3, 0.1),
         ("ewc", 5, 0.1),
     ]
-    with pytest.raises(Fault, match="unknown key 'method.rank'"):  # told, not dropped
+    with pytest.raises(Fault, match="unknown key 'method.rank'"):  # reported, not dropped
         load_sweep(sweep_file(arms={"none": {"method": "none"}}, set={"method.rank": 9}))
 
 
