@@ -118,7 +118,7 @@ def write_peft(
 ) -> OneAdapter:
     """One PEFT LoRA adapter that holds the sum of the updates on the original base, in float32, of one rank
     and with alpha = rank at every site, so that readers of any kind scale it by 1. `rank`: cut it to this
-    rank (vLLM takes 16 unless told otherwise). `card` makes its README.md from the facts about the rank.
+    rank (vLLM takes 16 by default). `card` makes its README.md from the facts about the rank.
 
     Raises Fault where peft is missing or all ranks were pruned.
     """

@@ -211,7 +211,7 @@ class RunFolder:
         return self.path / "predictions" / f"{step:02d}-{after}" / f"{task}.jsonl"
 
     def answers(self, name: str) -> list[dict]:
-        """{"prompt", "base", "final", "after"} for each open-ended prompt of file `name` that has an answer."""
+        """{"prompt", "base", "final", "after"} for each answered open-ended prompt of file `name`."""
         return self._rows(f"answers/{name}")
 
     def write_answers(self, name: str, rows: list[dict]) -> None:
