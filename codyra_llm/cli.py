@@ -1,4 +1,4 @@
-"""The command line: which commands there are, and how a process of theirs ends."""
+"""The command line: which commands there are, and how their processes end."""
 
 import os
 import re
@@ -164,14 +164,14 @@ def _spoken_for() -> bool:
 
 
 def _tell(code: int) -> None:
-    """The other processes of the launch learn that this one ends."""
+    """Tell the other processes of the launch that this one ends."""
     if heartbeat := sys.modules.get("codyra_llm.runtime.heartbeat"):
         heartbeat.leave(code)
 
 
 def _look_for_lost(keeper: bool = True) -> None:
-    """End this process with its name where another is gone: it broke a connection, or made the launcher end
-    all.
+    """If another process is gone, end this one and name that one: it broke a connection, or made the launcher
+    end all.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if (

@@ -39,7 +39,7 @@ from codyra_llm.store.lock import Lease
 
 @dataclass
 class Checkpoint(Setup):
-    """A setup whose model is given, whatever a run would have made of the base."""
+    """A setup whose model is given, instead of made from the base as in a run."""
 
     build: Callable[[], PreTrainedModel]
 
@@ -52,7 +52,7 @@ def evaluate(checkpoint: str, wanted: Wanted) -> RunFolder:
     isn't yet.
 
     A checkpoint that a run made is scored as the run did, by the recipe that it carries. Raises one Fault
-    with all that is wrong, before any weights load.
+    with everything that is wrong, before any weights load.
     """
     acc = launch.accelerator()
     first = acc.is_local_main_process  # what is converted on first use is made once on each node
@@ -208,7 +208,7 @@ def _claim(out: RunFolder, manifest: dict) -> None:
 
 
 def _compared(manifest: dict) -> dict[str, Any]:
-    """What may not change in a folder: weights, data, metrics, and every setting that could change a
+    """What must stay the same in a folder: weights, data, metrics, and every setting that could change a
     score.
     """
     free = (*NO_RESULT, *PLACES, "data.tasks", "data.epochs", "general.tasks", "general.when")

@@ -1,4 +1,4 @@
-"""An export onto a hub, where the user asks for it."""
+"""Upload of an export to a hub, if the user asks for it."""
 
 from pathlib import Path
 

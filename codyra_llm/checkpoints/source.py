@@ -1,4 +1,4 @@
-"""What `codyra-llm evaluate` is given: a checkpoint taken apart, and the recipe that it is scored by."""
+"""What `codyra-llm evaluate` is given: what the checkpoint is, and the recipe that it is scored by."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,8 +33,8 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint taken apart: the recipe that it comes from, or an empty one; the run and the task after
-    which, the merged model's folder, or the base and the adapter's folder."""
+    """What a checkpoint consists of: the recipe that it comes from, or an empty one; and a run with the last
+    task learnt, or the folder of a merged model, or a base and an adapter's folder."""
 
     raw: dict
     after: str | None = None
@@ -46,8 +46,8 @@ class Source:
 
 
 def taken_apart(checkpoint: str, wanted: Wanted) -> Source:
-    """Where `checkpoint` comes from and what it is, without loading it. Raises Fault where it can't be scored
-    as asked.
+    """Find out what `checkpoint` is and where it comes from, without loading it. Raises Fault if it can't be
+    scored as asked.
     """
     return _on_benchmark(checkpoint_source(checkpoint, wanted.base), checkpoint, wanted.benchmark)
 

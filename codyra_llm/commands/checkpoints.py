@@ -83,10 +83,10 @@ def evaluate(
     local_rank: LocalRank = None,
     plugin: Plugins = None,
 ) -> None:
-    """Score any checkpoint, without training. What a run made is scored as the run did, and equals its own
-    rows.
+    """Score any checkpoint, without training. A checkpoint that a run wrote is scored as in the run, and
+    gives the same rows.
 
-    The same command goes on where it stopped. Example: codyra-llm evaluate runs/x/checkpoint --general hub
+    The same command resumes where it stopped. Example: codyra-llm evaluate runs/x/checkpoint --general hub
     general.limit=100
     """
     from codyra_llm.checkpoints.evaluate import evaluate as score_checkpoint

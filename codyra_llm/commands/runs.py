@@ -1,4 +1,4 @@
-"""Commands that run recipes, and tell of runs."""
+"""Commands that run recipes, and report on runs."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def run(
 ) -> None:
     """Run a recipe: the whole stream, evaluation and the final checkpoint.
 
-    The same command goes on where a run stopped; a finished run whose recipe gains a task at the end goes on
+    The same command resumes a run that stopped; a finished run whose recipe gains a task at the end goes on
     with it.
     Example: codyra-llm run recipes/quickstart.yaml method.rank=8 output=runs/rank8
     """
@@ -94,8 +94,8 @@ def sweep(
         seqlora: [{optim.lr: 1e-3}, {optim.lr: 3e-3}]
         ewc: [{method.weight: 1e+4}, {method.weight: 1e+6}]
 
-    Whatever layer names a method, it starts its section afresh, and every layer's method.KEY is set over it.
-    The comparison is in <output>/sweep.md and sweep.json, anew after every run.
+    Naming a method in any layer resets its section; then every layer's method.KEY is set. The comparison is
+    in <output>/sweep.md and sweep.json, which are written again after every run.
     """
     from codyra_llm.core.files import write_json, write_text
     from codyra_llm.sweep import comparison, runner
@@ -200,7 +200,7 @@ def status(
     as_json: Annotated[bool, typer.Option("--json")] = False,
     plugin: Plugins = None,
 ) -> None:
-    """Say where a running, finished or dead run stands, and what its command would go on with. Reads only."""
+    """Say how far a running, finished or dead run is, and where its command would resume. Only reads."""
     from codyra_llm.report.status import look, show
 
     found = look(folder)
@@ -208,8 +208,8 @@ def status(
 
 
 def methods(as_json: Annotated[bool, typer.Option("--json")] = False, plugin: Plugins = None) -> None:
-    """List the methods, those of plug-ins too: what each trains and needs, whether it merges into the base,
-    and how it can be launched.
+    """List the methods, including those of plug-ins: what each trains and needs, whether it merges into the
+    base, and how it can be launched.
     """
     from codyra_llm.config import plugins
     from codyra_llm.config.registry import METHODS

@@ -1,6 +1,5 @@
-"""Tasks of lm-evaluation-harness on files of a folder, so that what the folder brings comes to an end: its
-templates and patterns run in a process that is ended (core/foreign.py), and what else goes wrong in one of
-its examples is a sentence.
+"""Tasks of lm-evaluation-harness on files of a folder, within bounds: the folder's templates and patterns run
+in a process with limits (core/foreign.py), and any other error in one of its examples becomes a sentence.
 """
 
 import json
@@ -22,7 +21,7 @@ CORRECT = "correct its task file or its data, or leave it out"
 
 @contextmanager
 def bounded_templates(name: str) -> Iterator[None]:
-    """Within it the harness has templates written by `foreign.write_document`. Faults name the task."""
+    """Within this block `foreign.write_document` renders the harness's templates. Faults name the task."""
     from lm_eval import utils
 
     def write(template: str, doc: dict) -> str:
@@ -43,8 +42,8 @@ def bounded_templates(name: str) -> Iterator[None]:
 
 @contextmanager
 def telling(name: str, *others: type[Exception]) -> Iterator[None]:
-    """What the harness raises at an example or a key of a task, but for `others`, as a Fault that names the
-    task."""
+    """Turn what the harness raises at an example or a key of a task, except `others`, into a Fault that names
+    the task."""
     try:
         yield
     except (Fault, *others):
@@ -130,8 +129,8 @@ RESPONSES = {  # of a model that is not there, by kind of task; as an endless an
 
 
 def try_first(task: "ConfigurableTask", name: str, positions: int | None) -> None:
-    """Ask the first example, answer it without a model, and score it. Raises Fault where that fails, or where
-    no model of so many positions could be asked."""
+    """Prompt the first example, answer it without a model, and score it. Raises Fault if that fails, or if
+    the prompt does not fit into a model of so many positions."""
     state = random.getstate()
     with telling(name):
         shots = task.config.num_fewshot or 0

@@ -1,4 +1,4 @@
-"""How many tokens are decoded at once: prompts in batches of like length, as many as the memory takes."""
+"""How many tokens are decoded at once: prompts in batches of similar length, as many as fit into memory."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,7 +39,8 @@ class Budget:
 
 
 def budget(acc: Accelerator, model: PreTrainedModel, asked: int | None) -> Budget:
-    """What is `asked` for, or what the device takes; the same on every rank, which cut the same batches."""
+    """The budget that is `asked` for, or what fits on the device; the same on every rank, so that all cut the
+    same batches."""
     kind = acc.device.type
     if asked or kind != "cuda":
         return Budget(asked or MOST["cpu"], STEP.get(kind, STEP["cpu"]))

@@ -1,5 +1,6 @@
-"""Decoding steps whose tensors keep their places, so that a GPU replays one recorded step (a CUDA graph): a
-step of a small batch is hundreds of kernels, and launching them takes the host longer than the GPU runs them.
+"""Decoding steps whose tensors stay at fixed addresses, so that a GPU replays one recorded step (a CUDA
+graph): a step of a small batch is hundreds of kernels, and launching them takes the host longer than the GPU
+runs them.
 """
 
 import torch

@@ -71,7 +71,7 @@ class Ability:
         return {part: self._task(part) for part in self.configs}
 
     def bounded(self) -> AbstractContextManager[None]:
-        """Within it the templates of a folder come to an end."""
+        """Within this block the templates of a folder have limits."""
         return bounded_templates(self.name) if self.local and not self.trusted else nullcontext()
 
     def try_out(self, positions: int | None) -> None:
@@ -267,8 +267,8 @@ def has_punkt() -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within it the harness does not warn of what is meant here, such as a model in memory, and shows no
-    bars.
+    """Within this block the harness does not warn of what is intended here, such as a model in memory, and
+    shows no progress bars.
     """
     with (
         log_level("lm_eval", logging.ERROR),

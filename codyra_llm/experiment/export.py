@@ -23,7 +23,7 @@ from codyra_llm.store.archive import Archive
 from codyra_llm.store.folder import RunFolder
 
 LINEAGE = (
-    "codyra_llm.json"  # in every export: the recipe and the task after which, by which `evaluate` scores it
+    "codyra_llm.json"  # in every export: the recipe and the last task learnt, from which `evaluate` scores it
 )
 
 
@@ -61,7 +61,8 @@ def write_gguf_folder(
     """A folder with the merged model as a GGUF file, a Modelfile for Ollama, lineage and card. The updates
     are summed in float32 and cast once to `kind` (of gguf_file.TYPES). Returns the file's path in `out`.
 
-    Raises Fault for a method that is no plain model, and for one that llama.cpp would compute otherwise.
+    Raises Fault for a method that is no plain model, and for a model that llama.cpp would compute
+    differently.
     """
     from codyra_llm.formats import gguf_file  # of use to this format alone
 
@@ -86,8 +87,8 @@ def modelfile(name: str, chat: bool) -> str:
 
 
 def _changes(setup: Setup, terms: list[Update]) -> Callable[[str, torch.Tensor], torch.Tensor]:
-    """What gives each weight after `terms`, by the name that the base stores it under; those of other towers
-    are as they were. Raises Fault where the base stores no weight that they change."""
+    """For each weight, by the name that the base stores it under, a function of its value after `terms`;
+    other towers are unchanged. Raises Fault if the base does not store a weight that they change."""
     known, family = set(WeightReader(setup.base).handle_of), families.family_in(setup.base)
     changed = {f"{site}.weight" for update in terms for site in update.adapters}
     changed |= {name for update in terms for name in update.dense}
@@ -117,7 +118,7 @@ def write_peft(
 ) -> OneAdapter:
     """One PEFT LoRA adapter that holds the sum of the updates on the original base, in float32, of one rank
     and with alpha = rank at every site, so that readers of any kind scale it by 1. `rank`: cut it to this
-    rank (vLLM takes 16 unless told otherwise). `card` makes its README.md from the facts about the rank.
+    rank (vLLM takes 16 by default). `card` makes its README.md from the facts about the rank.
 
     Raises Fault where peft is missing or all ranks were pruned.
     """
@@ -182,7 +183,7 @@ def _targets(setup: Setup, sites: set[str]) -> list[str]:
 
 
 def rank_notes(one: OneAdapter) -> list[str]:
-    """What a card says of an adapter's rank."""
+    """What a card says about an adapter's rank."""
     if not one.errors:
         summed = (
             f"The adapter's rank {one.rank} is the sum over {one.parts} tasks of the ranks that each has at "

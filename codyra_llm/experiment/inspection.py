@@ -1,4 +1,4 @@
-"""What base and data together make impossible, found by reading the prompts and answers as the run will."""
+"""Faults that only base and data together show, found by reading the prompts and answers as the run will."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -32,13 +32,13 @@ def splits(recipe: Recipe, stream: Stream, trains: bool) -> Iterator[Split]:
 def prompt_faults(
     recipe: Recipe, read: Sequence[Split], encoder: Encoder, config: PreTrainedConfig
 ) -> list[str]:
-    """Prompts that the model can't answer: those of no token, and those that leave it no position."""
+    """Prompts that the model can't answer: those without a token, and those that leave no position free."""
     return _empty(recipe, read, encoder) + _too_long(recipe, read, encoder, config)
 
 
 def try_metrics(recipe: Recipe, read: Sequence[Split]) -> None:
-    """Score some right answers and empty ones by metrics from outside the package, which would else fail
-    after hours of training. Raises Fault where one does."""
+    """Score some right answers and empty ones by metrics from outside the package, which would otherwise fail
+    after hours of training. Raises Fault if one fails."""
     for index, split, records in read:
         name = recipe.tasks[index]
         if split == "train" or all(metric in SHIPPED for metric in recipe.benchmark.task(name).metrics):
@@ -93,9 +93,9 @@ def _texts(records: Sequence[dict]) -> list[str]:
 def hints(
     recipe: Recipe, read: Sequence[Split], encoder: Encoder, config: PreTrainedConfig, base: Path
 ) -> list[str]:
-    """What `plan` tells without refusing it: weights in the base's folder that are not read, a BOS that the
-    family needs and the tokenizer does not put, answers that the tokenizer can't give back, and answers that
-    may go past the model's last position."""
+    """Warnings of `plan`: weights in the base's folder that are not read, a BOS that the family needs and the
+    tokenizer does not add, answers that the tokenizer can't reproduce, and answers that may go past the
+    model's last position."""
     told = []
     if left := leftovers(base):
         told.append(
@@ -116,8 +116,8 @@ def hints(
 
 
 def _unreachable(where: str, records: Sequence[dict], encoder: Encoder) -> list[str]:
-    """Answers that even a model which has learnt them by heart does not give: decoding drops a special token
-    in them and what comes after an end, or a space in front."""
+    """Answers that not even a model which has memorised them can give: decoding drops special tokens, what
+    comes after an end token, or a space in front."""
     changed = _changed([record["answer"] for record in records], encoder.perfect)
     if not changed:
         return []

@@ -53,7 +53,7 @@ def answer(
 
 
 def pieces(setup: Setup, out: RunFolder, known: dict) -> dict[Piece, float]:
-    """What `answer` has still to do: files of prompts, each with the number of them."""
+    """What `answer` still has to do: files of prompts, each with its number of prompts."""
     return {
         Piece("answer", name, known["step"]): len(prompts)
         for name, prompts in setup.prompts.items()
@@ -81,8 +81,8 @@ def _keep(setup: Setup, out: RunFolder, name: str, known: dict, texts: list[str]
 
 
 def settle(setup: Setup, out: RunFolder, acc: Accelerator) -> None:
-    """Have the judge compare what it has not compared yet, if the recipe names one; every verdict is kept as
-    it comes.
+    """Have the judge compare what it has not compared yet, if the recipe names a judge; every verdict is
+    saved as it comes.
 
     The first process asks, the others wait. Raises Fault when the endpoint fails.
     """
@@ -112,7 +112,7 @@ def _questions(out: RunFolder, name: str) -> dict[str, tuple[str, tuple[str, str
 
 
 def _due(section: JudgeSection, out: RunFolder, name: str) -> list[str]:
-    """Digests of the questions that have no verdict, be it that the judge gave none in its reply."""
+    """Digests of the questions without a verdict, including those whose reply contained none."""
     verdicts = Verdicts(out, name)
     verdicts.begin()
     had = verdicts.of(section.model)

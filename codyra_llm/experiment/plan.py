@@ -1,6 +1,4 @@
-"""What a recipe will do, without training: steps, tokens, parameters, memory, time, disk, and one example as
-it is.
-"""
+"""What a recipe will do, without training: steps, tokens, parameters, memory, time, disk, and one example."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -41,8 +39,8 @@ from codyra_llm.train.trainer import TaskData
 
 @dataclass
 class Work:
-    """What the recipe trains on, as one process cuts it: its tasks, all micro-batches, and of these the one
-    with the most tokens and one of median size."""
+    """What the recipe trains on, as one process cuts it: its tasks, all micro-batches, and among these the
+    one with the most tokens and one of median size."""
 
     tasks: list[TaskData] = field(default_factory=list)
     pieces: list["Piece"] = field(default_factory=list)
@@ -62,7 +60,7 @@ class Piece(NamedTuple):
 
 
 def plan(recipe: Recipe, console: Console) -> None:
-    """Print the plan of a recipe. Raises one Fault with all that is wrong with it."""
+    """Print the plan of a recipe. Raises one Fault with everything that is wrong with it."""
     setup = prepare(recipe)
     check_trackers(recipe.trackers)
     model = skeleton(setup)
@@ -94,8 +92,8 @@ def plan(recipe: Recipe, console: Console) -> None:
 
 
 def skeleton(setup: Setup, layers: int | None = None, device: torch.device | str = "meta") -> nn.Module:
-    """The model as it trains, without weights (meta device); on another device with random ones, and with its
-    first `layers` alone."""
+    """The model as it trains, without weights (meta device); on another device with random ones, and with
+    only its first `layers` layers."""
     config = families.text_config(setup.base)
     if layers is not None:
         config = families.shortened(config, layers)
@@ -119,7 +117,7 @@ def skeleton(setup: Setup, layers: int | None = None, device: torch.device | str
 
 
 def _everywhere(setup: Setup) -> Method:
-    """The method with adapters on all layers: the first few, which are timed, may be none of those chosen."""
+    """The method with adapters on all layers: the first few, which are timed, may have none otherwise."""
     config = setup.recipe.method
     everywhere = {"layers": None} if hasattr(config, "layers") else {}
     return METHODS[config.name](config.model_copy(update=everywhere), setup.recipe.seed)
@@ -233,7 +231,9 @@ def disk_bytes(setup: Setup, trained: int) -> int:
     return updates + (saved.size(setup.base) if merged else 0)
 
 
-LONGEST = 20  # seconds that a micro-batch may take in a few layers; beyond, its operations are counted
+LONGEST = (
+    20  # seconds that a micro-batch may take in a few layers; if it takes more, its operations are counted
+)
 
 
 class Training(NamedTuple):

@@ -1,5 +1,5 @@
-"""Before any weights load: all processes of a launch are about to do the same, on the same files, and
-answer.
+"""A check before any weights load: all processes of a launch answer, and are about to do the same on the same
+files.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from codyra_llm.data.batches import default_tokens
 from codyra_llm.experiment.setup import Setup
 from codyra_llm.runtime import launch
 
-# may differ between machines: what lies there is compared
+# may differ between machines: the files there are compared instead
 PATHS = {"model.path", "data.benchmark", "data.root", "general.data", "open_ended.prompts"}
 
 REMEDIES = {
@@ -38,7 +38,7 @@ SHOWN = 16  # characters of a hash
 
 
 class Row(NamedTuple):
-    """What one process says of itself; `values` by key, of which one that is left out is not compared."""
+    """The row that one process sends; `values` by key. A key that is missing is not compared."""
 
     host: str
     rank: int
@@ -46,9 +46,9 @@ class Row(NamedTuple):
 
 
 def preflight(acc: Accelerator, setup: Setup, base: str | None) -> str:
-    """Compare all processes; the line that says what this launch is (collective). `base` is the hash of the
-    weights, None on processes that leave it to another of their machine. Raises, on all processes, one Fault
-    with all that they disagree about."""
+    """Compare all processes, and return the line that describes the launch (collective). `base` is the hash
+    of the weights, None on processes that leave it to another of their machine. Raises, on all processes, one
+    Fault with all that they disagree about."""
     host = socket.gethostname()
     rows = gather_object([Row(host, acc.process_index, values(setup, base, host))])
     counted = acc.reduce(torch.ones(1, device=acc.device), "sum").item()

@@ -1,4 +1,4 @@
-"""The experiment on one page: for each task learn, consolidate, evaluate; what lies in the run folder is not
+"""The experiment on one page: for each task learn, consolidate, evaluate; what is in the run folder is not
 done again.
 """
 
@@ -81,7 +81,7 @@ def run(recipe: Recipe) -> RunFolder:
             _run(setup, acc, folder)
     finally:
         lease.release()
-    heartbeat.leave(0)  # whatever the caller does next, no process is looked for any more
+    heartbeat.leave(0)  # whatever the caller does next, nobody watches for lost processes any more
     return folder
 
 
@@ -113,7 +113,7 @@ def _run(setup: Setup, acc: Accelerator, folder: RunFolder) -> None:
 
 
 def _foresee(setup: Setup, folder: RunFolder, learnt: int) -> None:
-    """Tell the live line what is still to do, and how long the tasks took that an earlier process learnt."""
+    """Tell the display what is still to do, and how long the tasks took that an earlier process learnt."""
     display.expect(ahead(setup, folder, learnt))
     for index, row in enumerate(folder.costs[:learnt] if not setup.method.joint else ()):
         display.measured(Piece("learn", row["task"], index + 1), tokens(setup, index), row["seconds"])
@@ -130,7 +130,7 @@ def learn(setup: Setup, folder: RunFolder, acc: Accelerator, peak: ProcessPeak, 
     archive, name = folder.archive(), setup.recipe.tasks[index]
     display.begin(Piece("learn", name, index + 1), name, setup.recipe.tasks)
     peak.restart()
-    learnt = _train(setup, folder, acc, archive, index)  # nothing of its model is alive from here on
+    learnt = _train(setup, folder, acc, archive, index)  # from here on its model is freed
     peaks = gather_object([peak.read()])
     if acc.is_main_process:
         folder.add_costs(
@@ -152,7 +152,7 @@ def learn(setup: Setup, folder: RunFolder, acc: Accelerator, peak: ProcessPeak, 
 
 
 class Learnt(NamedTuple):
-    """What training on one task left."""
+    """The result of training on one task."""
 
     update: Update
     state: dict[str, torch.Tensor]  # the method's
@@ -161,7 +161,7 @@ class Learnt(NamedTuple):
 
 
 def _train(setup: Setup, folder: RunFolder, acc: Accelerator, archive: Archive, index: int) -> Learnt:
-    """The method's whole course on task `index`, on a model that is made for it and gone when it returns."""
+    """Run the method on task `index`, on a model that is made for it and freed when this returns."""
     recipe, method, before = setup.recipe, setup.method, folder.load_state(index - 1)
     model, began = _start(setup, acc, archive, index), time.perf_counter()
     task = setup.task(model, archive, index, {k: v for k, v in before.items() if not k.startswith(OPTIMIZER)})
@@ -250,12 +250,14 @@ def _archive(
     if state:
         folder.save_state(index, state)
     folder.may_write()
-    archive.append(setup.recipe.tasks[index], update)  # last: a task is done when its update is there
+    archive.append(
+        setup.recipe.tasks[index], update
+    )  # last, since a task counts as done when its update exists
     return rows
 
 
 def _checkpoint(setup: Setup, folder: RunFolder) -> None:
-    """If asked the final merged model."""
+    """Write the final merged model, if asked."""
     console.print(table(summarised(folder)))
     folder.clear_progress()
     target = folder.path / "checkpoint"
@@ -272,7 +274,7 @@ def _checkpoint(setup: Setup, folder: RunFolder) -> None:
 
 
 def finish(setup: Setup, folder: RunFolder) -> None:
-    """The reports, and the summary last: whoever finds it finds a finished run."""
+    """Write the reports, and the summary last: a run with a summary is finished."""
     page.write([folder], folder.path / "report.html")
     summary = summarised(folder)
     folder.write_summary(summary, render(setup.recipe, summary, folder.updates))
@@ -293,7 +295,7 @@ def _task_data(setup: Setup, index: int) -> TaskData:
 
 def _refuse_launch(setup: Setup, acc: Accelerator) -> None:
     stage, method = launch.zero_stage(acc), setup.method
-    if setup.prompts and acc.is_main_process:  # which alone asks the judge, and has the key
+    if setup.prompts and acc.is_main_process:  # only this process asks the judge, and has the key
         judge.require(setup.recipe.open_ended.judge)
     trackers.check(setup.recipe.trackers)
     if setup.recipe.eval.backend == "vllm":

@@ -19,15 +19,15 @@ BACKENDS = {"torch": torch_answering, "vllm": vllm_answering}
 
 
 def evaluate(setup: Setup, folder: RunFolder, acc: Accelerator, index: int) -> None:
-    """Score the merged model after task `index` (-1: the base) on what the recipe asks for and no row holds
-    yet.
+    """Score the merged model after task `index` (-1: the base) on everything that the recipe asks for and
+    that has no row yet.
     """
     known = {"after": setup.recipe.tasks[index] if index >= 0 else "base", "step": index + 1}
     measure(setup, folder, acc, index, known, *asked(setup, index), folder)
 
 
 def asked(setup: Setup, index: int) -> tuple[range, bool]:
-    """Which tasks the recipe asks for after task `index` (-1: the base), and whether for general ability."""
+    """The tasks to score after task `index` (-1: the base), and whether to measure general ability."""
     at_an_end = index in (-1, len(setup.recipe.tasks) - 1)
     return _tasks_asked(setup, index), at_an_end or setup.recipe.general.when == "each"
 
@@ -96,7 +96,7 @@ def measure(
 
 
 def _due(setup: Setup, tasks: Iterable[int], general: bool) -> list[tuple[str, list[dict], int]]:
-    """Name, records and longest answer in tokens of what is answered here, without the harness."""
+    """Name, records and longest answer in tokens of each set that is answered here, without the harness."""
     due = [(setup.recipe.tasks[i], setup.test(i), setup.new_tokens(i)) for i in tasks]
     return due + [(name, records, PROBE_TOKENS) for name, records in setup.probes.items() if general]
 

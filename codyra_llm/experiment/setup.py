@@ -58,7 +58,7 @@ class Setup:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model trains and is evaluated in."""
+        """The dtype in which the model trains and is evaluated."""
         return getattr(torch, self.recipe.model.dtype)
 
     def model(self, archive: Archive, after: int, without: int | None = None) -> PreTrainedModel:
@@ -198,7 +198,7 @@ def prepare(
 
 
 def _settings_that_exclude(recipe: Recipe, method: Method) -> list[str]:
-    """What of the other sections does not go with the method, or with what is installed."""
+    """Settings of other sections that the method, or what is installed, does not support."""
     faults = []
     if recipe.model.quantization and not find_spec("bitsandbytes"):
         faults.append(
@@ -238,7 +238,7 @@ def _shared_names(recipe: Recipe, general: set[str]) -> list[str]:
 
 
 def _render(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Render, list[str]]:
-    """What writes the chats of tasks that have `messages`, and what is wrong with that."""
+    """The function that writes the chats of tasks with `messages`, and the faults found with it."""
     chats = ", ".join(task for task in recipe.tasks if recipe.benchmark.task(task).chat)
     if not (chats and tokenizer):
         return plain, []
@@ -256,7 +256,7 @@ def _render(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> tuple[
 
 
 def _warm_up(recipe: Recipe, index: int, epochs: list[range], apart: int) -> list[str]:
-    """That some steps of the task, and of each run through the schedule in it, are left to the schedule."""
+    """Check that warm-up leaves some steps of the task, and of each run through the schedule in it."""
     asked, size = recipe.optim.warmup, recipe.optim.batch_size
     assert size is not None, "resolved() fills in the protocol's"
     whole = TaskData(recipe.tasks[index], index, [], epochs, [], apart)
@@ -309,7 +309,7 @@ def _with_dtype(recipe: Recipe, base: Path, bfloat16: bool | None) -> Recipe:
 
 
 def _dtype_of_run(output: Path) -> str | None:
-    """What the run or evaluation in `output` began in, if there is one."""
+    """The dtype that the run or evaluation in `output` began with, if there is one."""
     if not (output / "manifest.json").is_file():
         return None
     name = str(RunFolder(output).manifest.get("dtype")).removeprefix("torch.")
@@ -352,10 +352,10 @@ def _written(recipe: Recipe, base: Path, whole: bool) -> int:
 
 
 def _disk(output: Path, needed: int) -> list[str]:
-    """That the output, or what of its path exists, is a folder that takes files, and enough of them."""
+    """Check that the output, or the part of its path that exists, is a writable folder with enough space."""
     place = next(p for p in (output.absolute(), *output.absolute().parents) if os.path.lexists(p))
     try:
-        with TemporaryFile(dir=place):  # what permissions, quotas and read-only mounts say, by trying
+        with TemporaryFile(dir=place):  # permissions, quotas and read-only mounts show only by trying
             free = shutil.disk_usage(place).free
     except OSError as error:
         return [

@@ -27,7 +27,7 @@ NOT_SHOWN = ("task", "step", "steps", "tokens", "seconds", "micro_batch_tokens")
 
 
 def check(names: Iterable[str]) -> None:
-    """Raises one Fault for all of `names` that Accelerate does not know, or whose package is not
+    """Raises one Fault for all `names` that Accelerate does not know, or whose package is not
     installed.
     """
     known, there = list(LOGGER_TYPE_TO_CLASS), [str(kind) for kind in get_available_trackers()]
@@ -48,7 +48,7 @@ def check(names: Iterable[str]) -> None:
 
 @contextmanager
 def running(setup: Setup, folder: RunFolder, acc: Accelerator) -> Iterator[None]:
-    """Within it the trackers of the recipe, in the first process, get what is written to the folder.
+    """Within this block the recipe's trackers, in the first process, get every row written to the folder.
 
     Steps are counted over all tasks. A resumed run continues in the tracker's run of the same name, and
     steps that are repeated after a checkpoint are not logged twice. Raises Fault where a tracker can't start;
@@ -82,7 +82,7 @@ def _begin(setup: Setup, folder: RunFolder, acc: Accelerator) -> None:
                 None if before else _settings(setup),
                 _options(folder.path.resolve().name, name, place),
             )
-        except Exception as error:  # a tracker raises what its package, its server or its login raises
+        except Exception as error:  # a tracker may raise any error of its package, its server or its login
             for tracker in begun:
                 _tried(tracker, tracker.finish)
             raise Fault(
@@ -114,8 +114,8 @@ def _begin(setup: Setup, folder: RunFolder, acc: Accelerator) -> None:
 
 
 def _tried(tracker: GeneralTracker, action: Callable, *args, **options) -> bool:
-    """Whether the tracker did it. It may raise anything, at any time, and must not end a training of days: it
-    is said once.
+    """Whether the call to the tracker worked. It may raise anything, at any time, and must not end days of
+    training: the error is reported once.
     """
     try:
         action(*args, **options)
@@ -146,7 +146,7 @@ def _told(folder: RunFolder, place: Path, tasks: list[str], counts: list[int]) -
 
 
 def _identity(folder: RunFolder, place: Path) -> tuple[str, bool]:
-    """The name of this run for trackers that keep runs apart by names, and whether it had one before."""
+    """The name of this run for trackers that identify runs by name, and whether it had one before."""
     file = place / "id.txt"
     if before := file.is_file():
         return file.read_text(encoding="utf-8").strip(), before

@@ -139,9 +139,9 @@ def snapshot(model: nn.Module) -> dict[str, Factors]:
 
 @contextmanager
 def stand_in(model: nn.Module, factors: dict[str, Factors]) -> Iterator[None]:
-    """Within it the adapters compute with these factors (of every site, on its device) in place of their
-    parameters and without dropout: another stage of the run on the same base, e.g. a teacher under no_grad. A
-    backward belongs inside, or gradient checkpointing would compute anew with the parameters."""
+    """Within this block the adapters compute with these factors (of every site, on its device) in place of
+    their parameters and without dropout: another stage of the run on the same base, e.g. a teacher under
+    no_grad. A backward belongs inside, or gradient checkpointing would compute anew with the parameters."""
     layers = sites(model)
     for site, layer in layers.items():
         layer.stand_in = factors[site]
@@ -155,8 +155,8 @@ def stand_in(model: nn.Module, factors: dict[str, Factors]) -> Iterator[None]:
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Within it the adapters drop nothing. Not model.eval(), which would also turn gradient checkpointing
-    off.
+    """Within this block the adapters have no dropout. Not model.eval(), which would also turn gradient
+    checkpointing off.
     """
     layers = [layer for layer in sites(model).values() if layer.training]
     for layer in layers:

@@ -18,7 +18,7 @@ GatedNames = tuple[str, str, str, str]  # of gate, up, down and the activation
 
 
 class AdaptedLayer(Protocol):
-    """What a group needs of a layer; `LoraLinear` is one."""
+    """What a group needs from a layer; `LoraLinear` is such a layer."""
 
     spec: object
     bias: Tensor | None
@@ -60,7 +60,7 @@ class SharedInput:
         return [layer for layer in found if layer is not None]
 
     def forget(self) -> None:
-        """Drop what is cached. Needed after the masters were written in a way that autograd's version
+        """Drop the cached shadows. Needed after the masters were written in a way that autograd's version
         counters don't see (DeepSpeed writes to `.data`)."""
         self._input = None
         self._shadows: dict[int, tuple[tuple, Shadow]] = {}  # of the masters and of what stands in for them
@@ -124,7 +124,7 @@ class SharedInput:
         self._shadows[key] = made_from, made
 
     def leave(self, q: Tensor, ps: list[Tensor]) -> None:
-        """Sum up what backwards leave."""
+        """Sum the products that backward passes leave."""
         if self.left is None:
             self.left = q, ps
         else:
@@ -172,7 +172,7 @@ def share_inputs(model: nn.Module, fused: bool = True, across: bool = True) -> N
 
 @contextmanager
 def layer_by_layer(model: nn.Module) -> Iterator[None]:
-    """Within it no MLP is one function, so that every adapted layer is called and hooks on it see its
+    """Within this block no MLP is one function, so that every adapted layer is called and hooks on it see its
     input.
     """
     fused = {

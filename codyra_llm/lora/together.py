@@ -1,5 +1,5 @@
-"""What an optimizer step does with the factors of all sites, in a few operations for each shape in place of a
-few for each site: on a GPU hundreds of small kernels take longer to launch than to run."""
+"""The work of an optimizer step on the factors of all sites, in a few operations per shape instead of a few
+per site: on a GPU hundreds of small kernels take longer to launch than to run."""
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -52,7 +52,7 @@ def shadows(groups: Sequence[Factors], scale: float, dtype: torch.dtype) -> list
 
 @contextmanager
 def deferred(shared: Sequence[SharedInput], wanted: bool = True) -> Iterator[None]:
-    """Within it, where `wanted`, a backward leaves the products of gradients and inputs with the groups,
+    """Within this block, if `wanted`, a backward leaves the products of gradients and inputs with the groups,
     which sum them over micro-batches, and the factors get no gradient yet: `finish_gradients` makes those."""
     for group in shared:
         group.defers = wanted

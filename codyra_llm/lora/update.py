@@ -1,4 +1,4 @@
-"""What one task leaves: low-rank factors per projection."""
+"""The update that one task leaves: low-rank factors per projection."""
 
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args

@@ -74,8 +74,8 @@ class Gradients(Protocol):
 
 
 class Method:
-    """Sequential LoRA with a fresh adapter per task, merged after it. The class attributes are what
-    `codyra-llm methods` lists; the contract tests hold them against what the method does."""
+    """Sequential LoRA with a fresh adapter per task, merged after it. `codyra-llm methods` lists the class
+    attributes; the contract tests check them against what the method does."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
@@ -85,9 +85,7 @@ class Method:
     old_data: ClassVar[bool] = False  # reads earlier tasks' training examples
     task_id: ClassVar[bool] = False  # has to be given at test the task that an example is of
     merges: ClassVar[bool] = True  # is a plain model after every task
-    grows: ClassVar[bool] = (
-        False  # with every task more is kept for later ones or runs at inference, updates aside
-    )
+    grows: ClassVar[bool] = False  # every task adds to what later tasks need or inference runs, updates aside
     joint: ClassVar[bool] = False  # trains once, at the last task, and is evaluated there alone
     separable: ClassVar[bool] = True  # one task's part can be left out of the merged model
     max_zero_stage: int = 3  # settings may lower it
@@ -101,7 +99,7 @@ class Method:
 
     @classmethod
     def declared(cls) -> dict[str, str | bool | int]:
-        """What `codyra-llm methods` says of it."""
+        """The row of `codyra-llm methods`."""
         return {
             "name": cls.name,
             "summary": cls.summary,
@@ -119,12 +117,12 @@ class Method:
         return cls(cls.Config(), 0).max_zero_stage
 
     def check(self, config: "PreTrainedConfig", attention: str | None) -> list[str]:
-        """What of these settings does not go with a base model of this config, one sentence each."""
+        """Faults: settings that a base model of this config does not support, one sentence each."""
         return []
 
     def foresee(self, model: nn.Module, steps: list[int], schedule: str) -> list[str]:
-        """What a user should know of these settings before a run: sentences. `model` has its adapters but no
-        weights (meta device), `steps` are each task's, `schedule` is the learning rate's."""
+        """What a user should know about these settings before a run, in sentences. `model` has its adapters
+        but no weights (meta device), `steps` are each task's, `schedule` is the learning rate's."""
         return []
 
     def spec(self) -> AdapterSpec:
@@ -132,43 +130,42 @@ class Method:
         raise TypeError(f"{self.name} has no adapter")
 
     def attach(self, model: nn.Module) -> None:
-        """Put in what trains; called on a fresh model at the start of every task."""
+        """Add to the model what trains; called on a fresh model at the start of every task."""
         attach(model, self.config.targets, self.spec(), layers=self.config.layers)
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
-        """Set the start of a task. No engine lives yet: weights may be written, passes over data may be
+        """Prepare a task. There is no engine yet, so weights may be written and passes over data may be
         made.
         """
         for name, layer in sites(model).items():
             layer.reset(self.seed, task.index, name)
 
     def param_groups(self, model: nn.Module, lr: float) -> list[dict]:
-        """What trains, at which learning rate."""
+        """The parameters that train, each group with its learning rate."""
         return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr}]
 
     def train_data(self, stream: "Stream", index: int) -> tuple[list[dict], list[range]]:
-        """The records of task `index` (and of memory), and for each epoch which of them it visits."""
+        """The records of task `index` (and of the memory), and which of them each epoch visits."""
         records = stream.records(index, "train")
         return records, [range(len(records))] * stream.epochs[index]
 
     def epochs_apart(self, stream: "Stream", index: int) -> int:
-        """How many of the last epochs of `train_data` run through the learning rate's schedule by
-        themselves."""
+        """How many of the last epochs of `train_data` have a learning-rate schedule of their own."""
         return 0
 
     def loss(self, model: nn.Module, batch: "Batch") -> dict[str, Tensor]:
-        """Named terms; the loop sums them and logs each. `batch.weights` already carries the global
+        """Named loss terms; the loop sums them and logs each. `batch.weights` already contains the global
         average.
         """
         return {"loss": batch.cross_entropy(model)}
 
     def penalty(self, model: nn.Module) -> dict[str, Tensor]:
-        """Named terms of the parameters alone; the loop adds them to the loss once per optimizer step."""
+        """Named loss terms that depend only on the parameters; the loop adds them once per optimizer step."""
         return {}
 
     def before_step(self, groups: list[dict], step: int, steps: int, schedule: str) -> None:
-        """Set what an optimizer group carries for step `step` of `steps`, e.g. a threshold; `schedule` is the
-        rate's.
+        """Set values of optimizer groups for step `step` of `steps`, e.g. a threshold; `schedule` is the
+        learning rate's.
         """
 
     def edit_gradients(self, gradients: "Gradients") -> None:
@@ -178,7 +175,7 @@ class Method:
         """Change the parameters after the optimizer's step. Not under ZeRO."""
 
     def rewrite(self, step: int, steps: int) -> Callable[[dict[str, Adapter]], dict[str, Adapter]] | None:
-        """A function from all adapters by site to what takes their place before step `step`, or None: leave
+        """A function from all adapters by site to those that replace them before step `step`; None: keep
         them.
         """
 
@@ -198,8 +195,9 @@ class Method:
         return {}
 
     def forget(self) -> None:
-        """Drop what this task's hooks kept on the method under names with an underscore, after `consolidate`:
-        some of it refers to the model, which would stay in memory while the next one is loaded."""
+        """Drop, after `consolidate`, what this task's hooks kept on the method under names with an
+        underscore: some of it refers to the model, which would stay in memory while the next one is
+        loaded."""
         for name in [name for name in vars(self) if name.startswith("_")]:
             delattr(self, name)
 
@@ -208,8 +206,8 @@ class Method:
         return Update(adapters, self.spec().scale * self.merge_factor, self.mode)
 
     def install(self, model: nn.Module, task: Task) -> None:
-        """Put what inference after `task` needs into the base model; `task.archive` and `task.state` hold
-        what the tasks up to it left. Only for methods that don't merge."""
+        """Add to the base model what inference after `task` needs; `task.archive` and `task.state` hold what
+        the tasks up to it left. Only for methods that don't merge."""
 
     def condition(self, model: nn.Module, prompts: list[list[int]], task: int | None) -> Condition:
         """Prepare the model for one batch of prompts. `task` is None unless the method has declared
@@ -218,12 +216,12 @@ class Method:
         return Condition()
 
     def present(self, stream: "Stream", encoder: "Encoder", task: int, prompts: list[str]) -> list[str]:
-        """What the model is shown in place of task `task`'s test prompts."""
+        """The prompts that the model gets instead of task `task`'s test prompts."""
         return prompts
 
     def read(self, task: str, prediction: str) -> str:
-        """The part of the model's output that is the answer; of a task's, not of a general-ability
-        probe's.
+        """The part of the model's output that is the answer; called for tasks, not for general-ability
+        probes.
         """
         return prediction
 

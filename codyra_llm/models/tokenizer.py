@@ -118,7 +118,7 @@ def chat_faults(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def template_fault(folder: Path | str, error: foreign.Failed, at: str = "") -> str:
-    """What to tell of a chat template that failed; `at`: the user's prompt at which."""
+    """The message for a chat template that failed; `at`: the user's prompt at which it failed."""
     where = f" at the prompt {shown(at)}" if at else ""
     return (
         f"{folder} has a chat template that fails{where} ({error.reason}): turn chat_template off, or use "

@@ -1,5 +1,5 @@
-"""What a model folder says of its weights, without loading them: the index, the files' headers, the config's
-shapes.
+"""What a model folder says about its weights, without loading them: the index, the files' headers, the
+config's shapes.
 """
 
 import hashlib

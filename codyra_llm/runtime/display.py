@@ -1,6 +1,6 @@
-"""While it runs: on a terminal one line that is kept up to date, elsewhere a line of a log now and then.
+"""The display of a run: on a terminal one line that is kept up to date, elsewhere a log line now and then.
 
-The process that called `running` speaks; in all others every function here does nothing.
+Only the process that called `running` writes; in all others every function here does nothing.
 """
 
 import sys
@@ -21,7 +21,7 @@ from codyra_llm.runtime.forecast import Forecast, Piece, duration
 EVERY = 30.0  # seconds between lines of a log
 REFRESH = 2  # per second, of the line on a terminal
 
-console = Terminal()  # one for all that is said meanwhile: what others write would run into the line
+console = Terminal()  # one for all output during a run: other writers would run into the line
 
 WORDS = {
     "learn": ("", ""),
@@ -36,14 +36,14 @@ UNITS = {"learn": "step", "answer": "example", "general": "request"}
 
 @dataclass
 class Phase:
-    """What the process is at. Counting began at `start` (time, count); the last count was at `last`."""
+    """What the process is doing. Counting began at `start` (time, count); the last count was at `last`."""
 
     piece: Piece
     place: tuple[str, str]
     amount: float
     began: float
     what: tuple[str, str] = ("", "")
-    counts: bool = False  # what is at hand is counted
+    counts: bool = False  # whether this phase has a count
     total: int = 0
     start: tuple[float, int] = (0.0, 0)
     last: tuple[float, int] = (0.0, 0)
@@ -109,7 +109,7 @@ class Line:
         return Text(self.words(console.width - 1), no_wrap=True, overflow="crop")
 
     def _parts(self) -> list[tuple[str, str, int]]:
-        """Long words, short words, and a number that is the higher the less they matter."""
+        """Long words, short words, and a rank: parts with a higher one are dropped first."""
         phase, parts = self.phase, []
         if phase.place[0]:
             parts.append((*phase.place, 0))
@@ -153,8 +153,8 @@ _line: Line | None = None
 
 @contextmanager
 def running(speaks: bool) -> Iterator[None]:
-    """Within it this process, if it `speaks`, says how far it is; what anything prints stands above the
-    line.
+    """Within this block this process, if it `speaks`, shows how far it is; all other output appears above
+    the line.
     """
     global _line
     if not speaks:
@@ -181,14 +181,14 @@ def running(speaks: bool) -> Iterator[None]:
 
 
 def expect(due: dict[Piece, float]) -> None:
-    """What is still to do, and how much each piece is; see `Forecast`."""
+    """Add pieces that are still to do, each with its amount; see `Forecast`."""
     if _line:
         with _line.lock:
             _line.forecast.due |= due
 
 
 def measured(piece: Piece, amount: float, seconds: float) -> None:
-    """What an earlier process took."""
+    """Add the seconds that an earlier process took for a piece."""
     if _line:
         _line.forecast.done(piece, amount, seconds)
 

@@ -1,6 +1,5 @@
-"""Signs of life: each process tells the others where it is, and none waits for long for one that is gone or
-stands still.
-"""
+"""Heartbeats: each process tells the others where it is, so that none waits long for one that is gone or
+hangs."""
 
 import json
 import os
@@ -20,16 +19,16 @@ from codyra_llm.core.terminal import one_line
 from codyra_llm.runtime import signals
 
 EXIT = 76  # another process of the launch is gone
-BEAT = 2.0  # seconds between signs of life
+BEAT = 2.0  # seconds between heartbeats
 
-# Without one for so long a process is taken for dead; libraries may hold the interpreter for a while.
+# Seconds without a heartbeat after which a process is taken for dead; libraries may block the interpreter.
 SILENT = 120.0
-BROKEN = 10.0  # the same where a connection has broken, or the launcher has begun to end all
+BROKEN = 10.0  # the same if a connection has broken, or the launcher has begun to end all processes
 
 
 @dataclass
 class Sign:
-    """What a process says of itself. `moves` counts the places it came to; `code`: how it ended."""
+    """The heartbeat of a process. `moves` counts the places that it has reached; `code`: how it ended."""
 
     host: str
     place: str = "its start"
@@ -40,8 +39,8 @@ class Sign:
 
 
 class Watch:
-    """The process of rank `rank` among `world`. The first judges, in a thread of its own; the others look at
-    the first.
+    """The watchdog of rank `rank` among `world`. Rank 0 watches all others, in a thread; the others watch
+    rank 0.
 
     A process is lost when it is silent for `SILENT` seconds; the launch stands still when for `hung` seconds
     no process has come to a new place, and then those are named that don't wait for others.
@@ -51,7 +50,7 @@ class Watch:
         self.store, self.rank, self.hung = store, rank, hung
         self.own = Sign(socket.gethostname())
         self.others = range(world) if rank == 0 else range(1)
-        self.seen: dict[int, tuple[Sign, float]] = {}  # what each said last, and since when
+        self.seen: dict[int, tuple[Sign, float]] = {}  # each one's last heartbeat, and when it came
         self.moved = time.monotonic()
         self.stopping = False  # on its way to the end
         self.tell()
@@ -65,7 +64,7 @@ class Watch:
         self.store.set(str(self.rank), json.dumps(asdict(self.own)))
 
     def look(self, ranks: range) -> None:
-        """Read what those of `ranks` say who have said anything."""
+        """Read the heartbeats of `ranks`, as far as they have sent any."""
         for rank in ranks:
             if rank != self.rank and self.store.check([str(rank)]):
                 sign = Sign(**json.loads(self.store.get(str(rank))))
@@ -76,7 +75,7 @@ class Watch:
                         self.moved = time.monotonic()
 
     def gone(self, seconds: float) -> list[str]:
-        """Of those looked at: who has ended badly, or was silent for so long."""
+        """The watched processes that have ended badly, or sent no heartbeat for `seconds`."""
         found = []
         for rank, (sign, since) in sorted(self.seen.items()):
             if sign.code is None and time.monotonic() - since > seconds:
@@ -126,24 +125,24 @@ class Watch:
 
 
 _watch: Watch | None = None
-_started = 0  # how many times this process, and so every other of its launch, has begun to watch
+_started = 0  # how many times this process, like every other of its launch, has called `start`
 _needs_launcher = False
 
 
 def start(rank: int, world: int, hang_minutes: float) -> None:
-    """Begin to watch, over the store of the process group, whatever made that: a launcher's server, or a
-    file. A watch that this process began before must have taken its `leave`."""
+    """Start the watchdog, over the store of the process group, whether a launcher's server or a file. If this
+    process started one before, it must have called `leave` since."""
     global _watch, _started
     _started += 1
-    # Through a connection of its own: who waits for a key holds the other one, for as long as a collective.
+    # A connection of its own: whoever waits for a key blocks the other one, for as long as a collective.
     store = _get_default_store().clone()
     store.set_timeout(timedelta(seconds=BROKEN))
     _watch = Watch(PrefixStore(f"codyra_llm/{_started}", store), rank, world, 60 * hang_minutes)
 
 
 def launcher() -> None:
-    """From here on this process ends when torchrun is gone, which keeps the store: until all have met nothing
-    else tells, and torch waits for as long as for a collective."""
+    """From here on this process ends when torchrun, which keeps the store, is gone: until all have met
+    nothing else shows it, and torch would wait as long as for a collective."""
     global _needs_launcher
 
     def look() -> None:
@@ -163,8 +162,8 @@ def at(place: str) -> None:
 
 
 def alive() -> tuple[int, int] | None:
-    """How many processes have neither ended nor been silent lately, and how many there are; None where there
-    is one alone. For the first process, which hears all."""
+    """How many processes are alive (not ended, and heard lately), and how many there are; None if there is
+    only one. For rank 0, which hears all."""
     if not _watch:
         return None
     missed = [
@@ -177,7 +176,7 @@ def alive() -> tuple[int, int] | None:
 
 @contextmanager
 def waiting() -> Iterator[None]:
-    """Within it this process may wait for others."""
+    """Within this block this process may wait for others."""
     if not _watch:
         yield
         return
@@ -189,8 +188,8 @@ def waiting() -> Iterator[None]:
 
 
 def lost(world: int, keeper: bool = True) -> str:
-    """Who is gone, the `keeper` of the store too; asked when a connection has broken; empty as soon as all
-    others have shown a new sign of life, or when they have taken their leave."""
+    """Which processes are gone, the `keeper` of the store included; called when a connection has broken.
+    Empty once all others have sent a new heartbeat, or have called `leave`."""
     if not _watch:
         return ""
     try:
@@ -208,7 +207,7 @@ def lost(world: int, keeper: bool = True) -> str:
 
 
 def first_ended() -> int | None:
-    """The code with which the first process says that it ends; None where it does not, or can't be asked."""
+    """The exit code that rank 0 has announced; None if it has not, or can't be asked."""
     if not _watch:
         return None
     try:
@@ -231,11 +230,11 @@ def until_stopped() -> Iterator[None]:
 
 
 def leave(code: int) -> None:
-    """This process ends with `code`, or has done its part: from here on it judges no one, and the others
-    know."""
+    """Announce that this process ends with `code`, or has done its part: from here on it watches no one, and
+    the others know."""
     if _watch:
         _watch.own.code = code
-        with suppress(DistError):  # whoever keeps the store has left before
+        with suppress(DistError):  # the process that keeps the store has left already
             _watch.tell()
 
 

@@ -1,5 +1,5 @@
-"""The processes of a launch: what they are, how they agree, wait and end. Only this file and `engine.py` know
-DeepSpeed.
+"""The processes of a launch: their accelerator, and how they agree, wait and end. Only this file and
+`engine.py` use DeepSpeed.
 """
 
 import os
@@ -21,8 +21,8 @@ from codyra_llm.runtime import heartbeat
 
 
 def accelerator() -> Accelerator:
-    """The launch's Accelerator. On a CPU the gloo backend is named, since Accelerate would count one process
-    without.
+    """The launch's Accelerator. On a CPU it names the gloo backend, without which Accelerate would see a
+    single process.
 
     Adapters are float32 and cast where they are used, whatever the base's dtype, so there is no autocast, and
     DeepSpeed gets no low precision in its config: it would cast the adapters and their gradients.
@@ -63,20 +63,20 @@ def accelerator() -> Accelerator:
 
 
 def device() -> torch.device:
-    """What this process computes on: its GPU where there is one."""
+    """The device of this process: its GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def leave_out_cudnn_attention() -> None:
-    """Let this process attend by PyTorch's own kernels alone. cuDNN's, which PyTorch prefers on recent GPUs,
-    builds a plan for every new shape, and in generation every step has a new length: on an H100 (torch 2.11)
-    answers to new prompts took six times as long as the same answers asked for again."""
+    """Use only PyTorch's own attention kernels in this process. cuDNN's, which PyTorch prefers on recent
+    GPUs, builds a plan for every new shape, and in generation every step has a new length: on an H100 (torch
+    2.11) answering new prompts took six times as long as answering them again."""
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def ask_deepspeed(file: Path) -> None:
-    """Have `accelerator` use DeepSpeed with this JSON file: what `accelerate launch` says through the
-    environment, for launchers that say only ranks. Raises Fault where there is no launcher, or the file asks
+    """Have `accelerator` use DeepSpeed with this JSON file: what `accelerate launch` passes in the
+    environment, for launchers that pass only ranks. Raises Fault if there is no launcher, or the file asks
     for no ZeRO stage."""
     if "RANK" not in os.environ:
         raise Fault(
@@ -112,12 +112,12 @@ def _prepare_deepspeed(cpu: bool) -> None:
 
 
 def leave(code: int = 0) -> None:
-    """End this process where it belongs to a group, at once: gloo's threads may still be letting go of the
-    last tensors, and Python aborts the process if they do while it finalises. Without a group it returns."""
+    """End this process at once if it belongs to a group: gloo's threads may still be freeing the last
+    tensors, and Python aborts the process if they do so while it finalises. Without a group this returns."""
     if torch.distributed.is_initialized():
         heartbeat.leave(code)
         if not code:
-            torch.distributed.barrier()  # none watches any more when the first, who may keep the store, goes
+            torch.distributed.barrier()  # nobody watches any more when rank 0, which may keep the store, ends
             torch.distributed.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -126,7 +126,7 @@ def leave(code: int = 0) -> None:
 
 def collectively(mine: bool, action: Callable, *args) -> Any:
     """`action(*args)` on the processes where `mine` holds, None on the others, which wait for it. A Fault of
-    any process is raised on all, so that none goes on to wait for one that is gone."""
+    any process is raised on all, so that none goes on and waits for one that has ended."""
     result, faults = None, []
     if mine:
         try:
@@ -141,13 +141,13 @@ def collectively(mine: bool, action: Callable, *args) -> Any:
 
 
 def wait(acc: Accelerator) -> None:
-    """Until all processes are here."""
+    """Wait until all processes are here."""
     with heartbeat.waiting():
         acc.wait_for_everyone()
 
 
 def of_first(value: Any) -> Any:
-    """The first process's `value`, on all."""
+    """The `value` of rank 0, on all processes."""
     with heartbeat.waiting():
         return broadcast_object_list([value])[0]
 

@@ -1,6 +1,5 @@
-"""Other libraries' progress bars, logs and warnings, off while they would say nothing, and afterwards as they
-were.
-"""
+"""Other libraries' progress bars, logs and warnings: switched off where they are useless, and restored
+afterwards."""
 
 import logging
 import sys
@@ -13,9 +12,9 @@ OPTIONAL = "Failed to load CPU gemm_4bit_forward"  # bitsandbytes' kernel for wh
 
 @contextmanager
 def without_chatter() -> Iterator[None]:
-    """Within it, for a whole command: no FutureWarning of a library to its own developers, unless Python was
-    told to warn (-W, PYTHONWARNINGS), and no line on a kernel that bitsandbytes misses and nothing here
-    uses."""
+    """For a whole command: no FutureWarning that a library means for its developers, unless the user asks for
+    warnings (-W, PYTHONWARNINGS), and no line about a bitsandbytes kernel that is missing and not used
+    here."""
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     logger.addFilter(_is_news)
     try:
@@ -33,7 +32,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def without_weight_bars() -> Iterator[None]:
-    """Within it transformers shows no bar: every task loads its model anew."""
+    """Within this block transformers shows no progress bar: every task loads its model again."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
     from transformers.utils import logging as bars
 
@@ -50,7 +49,7 @@ def without_weight_bars() -> Iterator[None]:
 
 @contextmanager
 def without_data_bars() -> Iterator[None]:
-    """Within it `datasets` shows no bar."""
+    """Within this block `datasets` shows no progress bar."""
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     hidden = are_progress_bars_disabled()
@@ -64,7 +63,7 @@ def without_data_bars() -> Iterator[None]:
 
 @contextmanager
 def log_level(name: str, level: int) -> Iterator[None]:
-    """Within it the logger of this name tells nothing below `level`."""
+    """Within this block the logger of this name writes nothing below `level`."""
     logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(level)
@@ -76,7 +75,7 @@ def log_level(name: str, level: int) -> Iterator[None]:
 
 @contextmanager
 def without_messages(name: str, words: str) -> Iterator[None]:
-    """Within it the logger of this name tells nothing that has these words in it."""
+    """Within this block the logger of this name writes no message that contains these words."""
 
     def tells(record: logging.LogRecord) -> bool:
         return words not in record.getMessage()

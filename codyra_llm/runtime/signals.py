@@ -7,10 +7,10 @@ import signal
 import time
 from types import FrameType
 
-EXIT = 75  # EX_TEMPFAIL: all is saved, the same command goes on
+EXIT = 75  # EX_TEMPFAIL: everything is saved, and the same command resumes
 _asked: list[str] = []
-_noted: tuple[int, int] | None = None  # a process, and what started it
-_interrupted: float | None = None  # when Ctrl-C was first met
+_noted: tuple[int, int] | None = None  # this process's id and its parent's
+_interrupted: float | None = None  # when the first Ctrl-C came
 AGAIN = 1.0  # seconds after which another Ctrl-C is a second one: a launcher passes the first one on as well
 TOLD = (
     "stopping as soon as all is saved, and the same command will go on; Ctrl-C again ends at once, unsaved\n"
@@ -18,11 +18,11 @@ TOLD = (
 
 
 class Stopped(Exception):
-    """Raised where the flag is seen and all that is needed to go on is saved."""
+    """Raised when the flag is seen and everything that a resumed run needs is saved."""
 
 
 def listen() -> None:
-    """From here on the signals ask, and no longer end the process."""
+    """From here on the signals ask the process to stop instead of ending it."""
     global _interrupted
     _asked.clear()
     _interrupted = None

@@ -59,7 +59,7 @@ class Archive:
         return self.folder / f"{index:02d}-{task}.safetensors"
 
     def append(self, task: str, update: Update) -> Path:
-        """Write the next update; its file appears whole or not at all."""
+        """Write the next update, atomically."""
         tensors = {
             f"{site}.{key}": value.contiguous()
             for site, adapter in update.adapters.items()

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 SHARD = 2 << 30  # bytes of tensors per file
-MARK = "complete.json"  # written last: what the files must be
+MARK = "complete.json"  # written last: the hashes of the files
 
 
 class Progress:
-    """`<run>/progress/<index>-<task>-<step>/`: tensors in safetensors files, and what is small in
+    """`<run>/progress/<index>-<task>-<step>/`: tensors in safetensors files, everything small in
     `complete.json`.
 
     The first process writes and removes, all read. `parent`: the lineage of the updates before the task,

@@ -12,11 +12,11 @@ NAME = "seals.json"
 
 
 class Seals:
-    """`seals.json` of a folder: for each file the hashes that it may have. One process writes; one that
-    doesn't `check` takes files as they are.
+    """`seals.json` of a folder: for each file the hashes that it may have. One process writes; one without
+    `checks` accepts files as they are.
 
-    While a file is replaced its new hash and that of what lies there (nothing: an empty text) are noted,
-    before the new one appears: whenever the process ends, one of them is what lies there.
+    Both hashes, the old one ('' if there is no file) and the new one, are recorded before the rename, so a
+    crash at any moment leaves a file that matches one of them.
     """
 
     def __init__(self, folder: Path, checks: bool = True):
@@ -28,16 +28,16 @@ class Seals:
 
     @contextmanager
     def replacing(self, path: Path) -> Iterator[Path]:
-        """As `files.replacing`, of one file."""
+        """`files.replacing` for one file, with its hash recorded."""
         with replacing(path) as temporary:
             yield temporary
             new, old = file_sha256(temporary), _present(path)
             self._note(path, [new, old])
-        if not old:  # from here on its absence is a loss
+        if not old:  # from here on a missing file is a lost one
             self._note(path, [new])
 
     def check(self, path: Path) -> None:
-        """Raise Fault unless the file is as it was written; one that nothing is noted of passes."""
+        """Raise Fault unless the file is as it was written; a file without a recorded hash passes."""
         hashes = self.noted.get(self._name(path)) if self.checks else None
         if hashes is None or _present(path) in hashes:
             return

@@ -33,20 +33,20 @@ if TYPE_CHECKING:
     from codyra_llm.store.archive import Archive
     from codyra_llm.store.checkpoint import Progress
 
-OWN = ("lease.json", SEALS, "recipe.json")  # may lie in a folder that is about to become a run's
+OWN = ("lease.json", SEALS, "recipe.json")  # may be in a folder that is about to become a run's
 
 
 class RunFolder:
     """`recipe.json`, `manifest.json`, `updates/`, `state/`, `predictions/`, `answers/`, `updates.jsonl`,
     `costs.jsonl`, `scores.jsonl`, with their hashes in `seals.json` (updates have their own); `log.jsonl`,
-    `judged/`; `progress/`, the checkpoints inside a task; `lease.json`, who is at work; `trackers/`; and what
+    `judged/`; `progress/`, the checkpoints inside a task; `lease.json`, the lock; `trackers/`; and what
     is derived: `summary.json`, `report.md`, `report.html`, `checkpoint/`.
 
-    Files that were changed, damaged or lost since they were written are a Fault where they are read."""
+    Reading a file that was changed, damaged or lost since it was written is a Fault."""
 
     def __init__(self, path: Path, lease: Lease | None = None, checks: bool = True):
-        """`lease`: of the one process that may write. It alone `checks` in a launch of several, since others
-        may see the new file and the old hash for a while on a network file system."""
+        """`lease`: the lock, held by the one process that may write. In a launch of several only that process
+        `checks` hashes: on a network file system others may see the new file and the old hash for a while."""
         self.path, self.lease, self.seals = path, lease, Seals(path, checks)
         self.hear: Callable[[dict], None] = lambda row: (
             None
@@ -65,7 +65,7 @@ class RunFolder:
         return parse_recipe(raw, str(file))
 
     def _need_plugins(self) -> None:
-        """Raises Fault with every plug-in that the run was made with and that is not known here."""
+        """Raises Fault with every plug-in that the run was made with and that is not loaded here."""
         file = self.path / "manifest.json"
         recorded = read_mapping(file, "what the run wrote").get("plugins", {}) if file.is_file() else {}
         if faults := plugins.missing(recorded, str(self.path)):
@@ -126,7 +126,7 @@ class RunFolder:
         self.__dict__.pop("manifest", None)
 
     def _other_files(self, manifest: dict) -> list[str]:
-        """What of the base, its tokenizer, the data and the metrics is not what the run was begun with."""
+        """Which of base, tokenizer, data and metrics differ from those that the run began with."""
         was = self.manifest
         lines = [
             f"the {key} was {str(was[key])[:12]}, and is {str(manifest[key])[:12]} now"
@@ -155,7 +155,7 @@ class RunFolder:
         return self.path / "state" / f"{index:02d}.safetensors"
 
     def load_state(self, index: int) -> dict[str, "Tensor"]:
-        """What task `index` left in addition to its update; empty where it left nothing."""
+        """The method's state after task `index`, which is not part of the update; empty if there is none."""
         from safetensors.torch import load_file
 
         self.seals.check(self.state(index))
@@ -185,7 +185,7 @@ class RunFolder:
             )
 
     def clear_progress(self) -> None:
-        """Remove the checkpoints inside a task: it is learnt."""
+        """Remove the checkpoints inside a task, once it is learnt."""
         self.may_write()
         shutil.rmtree(self.path / "progress", ignore_errors=True)
 
@@ -194,7 +194,7 @@ class RunFolder:
         return self._rows("scores")
 
     def add_scores(self, row: dict, predictions: list[dict]) -> None:
-        """Predictions first: a score without its predictions can't be checked."""
+        """Write predictions, then scores: a score without its predictions can't be checked."""
         name = self._predictions(row["step"], row["after"], row["task"]).relative_to(self.path).as_posix()
         self._write(name, to_jsonl(predictions))
         self._write("scores.jsonl", to_jsonl([*self.scores, row]))
@@ -211,9 +211,7 @@ class RunFolder:
         return self.path / "predictions" / f"{step:02d}-{after}" / f"{task}.jsonl"
 
     def answers(self, name: str) -> list[dict]:
-        """{"prompt", "base", "final", "after"} per open-ended prompt of file `name`, as far as they are
-        answered.
-        """
+        """{"prompt", "base", "final", "after"} for each answered open-ended prompt of file `name`."""
         return self._rows(f"answers/{name}")
 
     def write_answers(self, name: str, rows: list[dict]) -> None:
@@ -274,7 +272,7 @@ class RunFolder:
 
     @property
     def summary(self) -> dict:
-        """Empty before the run has come to its end."""
+        """Empty until the run is finished."""
         file = self.path / "summary.json"
         return read_mapping(file, "what the run wrote") if file.is_file() else {}
 

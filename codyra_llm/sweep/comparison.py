@@ -24,9 +24,8 @@ RESAMPLES = 1000
 
 
 def compare(sweep: Sweep) -> dict:
-    """`{"baseline", "by", "rows", "tries", "runs"}` of what is finished; an empty list of rows where nothing
-    is.
-    """
+    """`{"baseline", "by", "rows", "tries", "runs"}` of the finished runs; `rows` is empty if there are
+    none."""
     runs, groups = [run for run in sweep.runs() if run.finished], {}
     for run in runs:
         groups.setdefault((run.arm, _rest(run.settings)), []).append(run)

@@ -1,4 +1,4 @@
-"""What a sweep will take, before any of it: its runs, and the tokens and hours of their training."""
+"""What a sweep will take, before it starts: its runs, and the tokens and hours of their training."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ ALIKE = ("seed", "output", "optim.lr", "optim.schedule", "optim.weight_decay", "
 
 
 class Foreseen(NamedTuple):
-    """A run, what its training takes, and whether it is finished already."""
+    """A run, the cost of its training, and whether it is already finished."""
 
     run: Run
     training: Training
@@ -25,7 +25,7 @@ class Foreseen(NamedTuple):
 
 def foresee(sweep: Sweep) -> list[Foreseen]:
     """All runs of the sweep, tries first. Runs that differ in what takes no time, such as the seed, are
-    measured once. Raises one Fault with all that a run would refuse."""
+    measured once. Raises one Fault with everything that a run would refuse."""
     sweep.prepare()
     known: dict[str, Training] = {}
     found = []
@@ -38,7 +38,7 @@ def foresee(sweep: Sweep) -> list[Foreseen]:
 
 
 def _work(recipe: Recipe) -> str:
-    """The settings that decide on tokens and time."""
+    """The settings that determine tokens and time."""
     free = {key for key in NO_RESULT if not key.startswith(("optim.", "model.", "data."))}
     settings = flat(recipe.model_dump(mode="json"))
     return str(sorted((key, str(value)) for key, value in settings.items() if key not in {*free, *ALIKE}))

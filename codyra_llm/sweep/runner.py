@@ -1,6 +1,6 @@
-"""The runs of a sweep, each in a process of its own, as many at the same time as the machine has places.
+"""The runs of a sweep, each in a process of its own, as many at the same time as the machine has room for.
 
-A run that is finished is not run again, so the same command goes on where a sweep stopped.
+A finished run is not run again, so the same command resumes a sweep that stopped.
 """
 
 import fcntl
@@ -46,8 +46,8 @@ def execute(sweep: Sweep, jobs: int | None, launcher: str | None, done: Callable
 
 @contextmanager
 def _held(output: Path) -> Iterator[int]:
-    """The output for one sweep at a time. Its runs inherit the lock: what a killed sweep left running still
-    holds it.
+    """Lock the output for one sweep at a time. Runs inherit the lock, so runs that a killed sweep left behind
+    still hold it.
     """
     output.mkdir(parents=True, exist_ok=True)
     with open(output / ".lock", "w", encoding="utf-8") as file:
@@ -98,9 +98,8 @@ def _run(
 
 
 def _places(jobs: int | None, launcher: str | None) -> list[dict[str, str]]:
-    """What each of the runs at the same time has of the machine, as environment: its share of the cores, and
-    a GPU.
-    """
+    """For each of the runs at the same time the environment that gives it its share of the cores, and a
+    GPU."""
     if launcher:
         return [{}]
     given = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -128,5 +127,5 @@ def _launch(run: Run, place: dict[str, str], launcher: str | None, lock: int) ->
 
 
 def _plugins() -> list[str]:
-    """Options by which a run knows the methods and metrics that this process knows."""
+    """Options that load in a run the methods and metrics that are loaded in this process."""
     return [word for file in plugins.files() for word in ("--plugin", file)]

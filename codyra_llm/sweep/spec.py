@@ -37,7 +37,7 @@ Settings = Annotated[dict[str, Any], AfterValidator(_without_output)]
 
 
 class TuneSection(Strict, frozen=True):
-    """Every arm gets the same number of tries; the grid is run with the settings of its best one."""
+    """Every arm gets the same number of tries; the grid is run with the settings of its best try."""
 
     set: Settings = Field(
         default={},
@@ -173,7 +173,7 @@ class Sweep:
         )
 
     def chosen(self, arm: str) -> Settings:
-        """The settings of the best try, the first of equals; empty without tries."""
+        """The settings of the best try (of the first, if several are equal); empty without tries."""
         tries = [run for run in self._tries_of.get(arm, ()) if run.finished]
         sign = -1 if self.by == "op" else 1
         return min(tries, key=lambda run: sign * run.folder.summary[self.by]).settings if tries else {}

@@ -52,9 +52,9 @@ class Engine:
         return self.inner.param_groups
 
     def accumulate(self, batch, first: bool, last: bool) -> dict[str, Tensor]:
-        """Forward and backward of one micro-batch, the `first` (which brings the parameters' own terms) or
-        `last` of its step or not. No rank waits for another but under ZeRO, which sums over ranks as it goes,
-        so that a rank out of memory is a Fault there."""
+        """Run forward and backward on one micro-batch. `first` adds the penalty terms, once per step; `last`
+        closes the accumulation. Ranks don't synchronise here except under ZeRO, which sums over ranks as it
+        goes, so that a rank out of memory is a Fault there."""
         share = first / self.acc.num_processes
         if first:
             make_shadows(self.whole)
@@ -88,8 +88,8 @@ class Engine:
             return self.acc.reduce(torch.tensor(float(mine), device=self.acc.device), "sum").item() > 0
 
     def discard(self) -> None:
-        """Drop the gradients of a step that did not come to its end, and what the allocator keeps for
-        later.
+        """Drop the gradients of a step that was not finished, and free the memory that the allocator has
+        cached.
         """
         self.inner.zero_grad(set_to_none=True)
         self._forget()  # what a forward that stopped half-way has computed for layers not called yet
@@ -99,9 +99,10 @@ class Engine:
     def reduce(
         self, terms: Tensor, said: list[float], with_norm: bool
     ) -> tuple[list[float], list[float], float | None]:
-        """Sum over ranks the logged `terms` [n], what each rank has to say to all (`said`), and in the same
-        all-reduce the step's gradients (ZeRO has summed its own). Returns the first two, read, and with them
-        the gradients' norm where it is wanted (`with_norm`; not under ZeRO): the one wait of a step."""
+        """Sum over ranks, in one all-reduce, the logged `terms` [n], the ranks' flags (`said`), and the
+        step's gradients (ZeRO has summed its own). Returns the first two on the host, and with them the norm
+        of the gradients if `with_norm` (not under ZeRO): the only time in a step that the host waits for the
+        device."""
         finish_gradients(self.shared)
         many = self.acc.num_processes > 1
         read = self._summed(terms, said) if many else terms
@@ -194,12 +195,12 @@ class Engine:
             safe_set_full_fp32_param(p, value)
 
     def values(self) -> Iterator[tuple[str, Tensor]]:
-        """What trains by `value.<name>`, whole (collective under ZeRO)."""
+        """The trained parameters by `value.<name>`, whole (collective under ZeRO)."""
         return ((f"value.{name}", self._full(p) if self.deepspeed else p) for name, p in self._trained())
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """What trains, and Adam's moments and step count of it, by `<kind>.<name>`: whole, in their own
-        precision, the same whatever the number of processes (collective under ZeRO)."""
+        """The trained parameters and Adam's moments and step counts, by `<kind>.<name>`: whole, in their own
+        precision, the same for any number of processes (collective under ZeRO)."""
         yield from self.values()
         for name, p in self._trained():
             if self.deepspeed:
@@ -278,7 +279,7 @@ class Engine:
         return (p if full is None else full).detach().float().cpu().clone()
 
     def free(self) -> None:
-        """Tear the engine down and let go of its model; a later task builds its own. DeepSpeed 0.19 holds
+        """Tear the engine down and free its model; a later task builds its own. DeepSpeed 0.19 holds
         every stage-3 engine, and its model, for the life of the process (in `FWD_MODULE_STACK` and the cache
         of `__params_to_release`), so their tensors go here."""
         zero, inner = self.module.optimizer if zero_stage(self.acc) == 3 else None, self.inner

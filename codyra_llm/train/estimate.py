@@ -1,5 +1,5 @@
-"""What a training step will take, without weights: memory from a run on fake tensors, time from a few layers
-that run, or where they would take too long from counted operations.
+"""What a training step will take, without weights: memory from a run on fake tensors; time from a few layers
+that run, or, if that would take too long, from counted operations.
 """
 
 import time
@@ -109,12 +109,12 @@ class Timed:
 
 
 def total_seconds(big: Timed, typical: Timed, count: int, operations: float) -> float:
-    """Seconds of `count` micro-batches of so many `operations` in all: each takes a while whatever its size,
-    and then so much for each operation, as two that were timed say."""
+    """Seconds of `count` micro-batches with `operations` in total: a fixed time per micro-batch, and a time
+    per operation, both fitted to two that were timed."""
     apart = big.operations - typical.operations
     each = (big.seconds - typical.seconds) / apart if apart > 0 else 0.0
     start = big.seconds - each * big.operations
-    if each <= 0 or start < 0:  # alike, or noise: in proportion
+    if each <= 0 or start < 0:  # equal sizes, or noise: in proportion
         return operations * big.seconds / big.operations
     return count * start + operations * each
 

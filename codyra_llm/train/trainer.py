@@ -39,14 +39,14 @@ from codyra_llm.train.gradients import Gradients
 
 
 class Objective(nn.Module):
-    """The method's loss as a module, so that ZeRO's hooks run around it."""
+    """The method's loss as a module, so that ZeRO's hooks run when it is called."""
 
     def __init__(self, model: nn.Module, method: Method):
         super().__init__()
         self.model, self.method = model, method
 
     def forward(self, batch: Batch, penalty: float = 0.0) -> dict[str, Tensor]:
-        """The method's terms; with this share of those of the parameters alone."""
+        """The method's loss terms, plus this share of the penalty terms."""
         terms = self.method.loss(self.model, batch)
         return (
             {**terms, **{k: penalty * v for k, v in self.method.penalty(self.model).items()}}
@@ -57,7 +57,7 @@ class Objective(nn.Module):
 
 @dataclass
 class TaskData:
-    """What one task trains on: examples, and for each epoch which of them; and the eval split, where it is
+    """What one task trains on: examples, which of them each epoch visits, and the eval split, if it is
     used.
     """
 
@@ -104,7 +104,7 @@ class Trainer:
         self.began, self.earlier = (
             time.perf_counter(),
             0.0,
-        )  # seconds that this task took before it was stopped
+        )  # seconds that this task took before the run was stopped
         self.best, self.kept = math.inf, None  # of the validation losses, and what trains when it was met
         self.packed = batching == "packed" or (
             batching == "auto" and method.packs and packed_attention.pays(model, acc.device)
@@ -184,7 +184,7 @@ class Trainer:
         return self.engine.adapters()
 
     def free(self) -> None:
-        """Let go of the model and of all that was made for it; the trainer trains no more."""
+        """Free the model and everything that was made for it; the trainer can't be used afterwards."""
         self.engine.free()
         self.method.forget()
         self.optimizer = self.gradients = self.kept = None
@@ -206,10 +206,10 @@ class Trainer:
         elif self.engine.deepspeed:
             for _ in tensors:  # gathered from all
                 pass
-        wait(self.acc)  # a process that ended now would have the launcher end the one that writes
+        wait(self.acc)  # if a process ended now, the launcher would end the one that writes
 
     def resume(self, path: Path) -> int:
-        """Put back what `save` wrote; the step to go on from."""
+        """Put back what `save` wrote, and return the step to continue from."""
         small = checkpoint.small(path)
         self.earlier = small["seconds"]
         self.tokens, self.best = (
@@ -309,7 +309,7 @@ class Trainer:
                 for batch in batches
             ]
         except torch.OutOfMemoryError:
-            return [], None  # outside of this block, where the failed forward's tensors are not held any more
+            return [], None  # after this block, where the failed forward's tensors are free
 
     def _shrink(self, lengths: list[int], where: str) -> None:
         """Halve the tokens of a micro-batch, down to the longest example alone. Same numbers, so same

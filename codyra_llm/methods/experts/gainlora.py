@@ -1,4 +1,4 @@
-"""GainLoRA: the sum of all tasks' adapters, each behind a gate of the prompt that is near zero on earlier
+"""GainLoRA: the sum of all tasks' adapters, each scaled by a gate of the prompt that is near zero on earlier
 tasks' prompts.
 """
 
@@ -103,7 +103,7 @@ class GainLora(Single):
 
     name, summary, Config = (
         "gainlora",
-        "one LoRA per task, each behind a gate that is shut on earlier tasks' prompts",
+        "one LoRA per task, each scaled by a gate that is near zero on earlier tasks' prompts",
         GainLoraConfig,
     )
     config: GainLoraConfig

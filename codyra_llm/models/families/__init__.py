@@ -1,4 +1,4 @@
-"""The model families that are supported: what each states of itself, and how its models are read by that.
+"""The model families that are supported: their descriptions, and how models are read by them.
 
 Everything that depends on the structure of a model asks here. A family of one's own is one `register` away,
 or an entry point of the group `codyra_llm.families` in a package.

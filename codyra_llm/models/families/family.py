@@ -1,4 +1,4 @@
-"""What a model family states of itself. `known.py` has the families, `structure.py` reads models by them."""
+"""The description of a model family. `known.py` has the families, `structure.py` reads models by them."""
 
 import re
 from collections.abc import Iterable

@@ -1,4 +1,5 @@
-"""What a model or its config says, read as its family has it: parts, shapes of attention, soft caps."""
+"""The parts of a model or its config, found as its family describes them: modules, shapes of attention, soft
+caps."""
 
 import copy
 from dataclasses import dataclass
