@@ -89,13 +89,15 @@ class Live(HFLM):
         template takes none. Raises Fault where it writes neither."""
         plain = [message for message in chat_history if message["role"] != "system"]
         tried = [chat_history, plain] if len(plain) < len(chat_history) else [plain]
+        tokenizer: PreTrainedTokenizerBase = self.tokenizer
+        told = ""
         for chat in tried:
             try:
                 return render_chats(
-                    self.tokenizer, [chat], add_generation_prompt, go_on=not add_generation_prompt
+                    tokenizer, [chat], add_generation_prompt, go_on=not add_generation_prompt
                 )[0]
             except Failed as error:
-                told = template_fault(self.tokenizer.name_or_path, error, chat[-1]["content"])
+                told = template_fault(tokenizer.name_or_path, error, chat[-1]["content"])
                 if error.stopped:
                     break
         raise Fault(told)
