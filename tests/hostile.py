@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from codyra_llm.cli import main
 
-SECONDS = 20
+SECONDS = 20  # of computing; by the clock a busy machine may take longer
+HANGS = 120  # seconds by the clock
 DROP = object()  # a key that a task is to be without
 LOOPS = (
     "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
@@ -138,10 +139,10 @@ def within(seconds: float):
 
 def told(capsys, arguments) -> tuple[int, str]:
     """Exit code and standard error of one command, within the bound. What it raises fails the test."""
-    began = time.monotonic()
-    with within(SECONDS), pytest.raises(SystemExit) as caught:
+    began = time.process_time()
+    with within(HANGS), pytest.raises(SystemExit) as caught:
         main([str(argument) for argument in arguments])
-    assert time.monotonic() - began < SECONDS
+    assert time.process_time() - began < SECONDS
     return caught.value.code, capsys.readouterr().err
 
 

@@ -89,7 +89,8 @@ class Live(HFLM):
         template takes none. Raises Fault where it writes neither."""
         plain = [message for message in chat_history if message["role"] != "system"]
         tried = [chat_history, plain] if len(plain) < len(chat_history) else [plain]
-        tokenizer, told = self.tokenizer, ""
+        tokenizer: PreTrainedTokenizerBase = self.tokenizer
+        told = ""
         for chat in tried:
             try:
                 return render_chats(
