@@ -162,7 +162,7 @@ def benchmark_folder(name: str) -> Path:
 
 
 def load_benchmark(name: str) -> Benchmark:
-    """The benchmark of that name or folder. Raises one Fault with all that is wrong with its file."""
+    """The benchmark of that name or folder. Raises one Fault with everything that is wrong with its file."""
     file = _file(name)
     return _read(file, file.stat().st_mtime_ns)
 

@@ -55,7 +55,7 @@ def note_parent() -> None:
 def orphaned() -> bool:
     """Whether what started this process is gone, as far as `note_parent`, or else the first call, saw it.
 
-    A process that was forked after that has a parent of its own, which is looked up anew."""
+    A process that was forked after that has a parent of its own, which is looked up again."""
     if _noted is None or _noted[0] != os.getpid():
         note_parent()
     return _noted != (os.getpid(), os.getppid())
