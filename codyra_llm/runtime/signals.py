@@ -13,7 +13,7 @@ _noted: tuple[int, int] | None = None  # this process's id and its parent's
 _interrupted: float | None = None  # when the first Ctrl-C came
 AGAIN = 1.0  # seconds after which another Ctrl-C is a second one: a launcher passes the first one on as well
 TOLD = (
-    "stopping as soon as all is saved, and the same command will go on; Ctrl-C again ends at once, unsaved\n"
+    "stopping as soon as everything is saved; the same command resumes. Ctrl-C again ends at once, unsaved\n"
 )
 
 
