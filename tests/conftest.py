@@ -38,7 +38,7 @@ torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it giv
 
 
 def pytest_addoption(parser):
-    parser.addoption("--rewrite-trajectories", action="store_true", help="write tests/trajectories/ anew")
+    parser.addoption("--rewrite-trajectories", action="store_true", help="write tests/trajectories/ again")
 
 
 def pytest_collection_finish():

@@ -1,7 +1,7 @@
 """Reference trajectories: what each method did on the tiny model, one file per method in trajectories/,
 committed.
 
-`pytest tests/runs/test_methods_contract.py -k reference_trajectory --rewrite-trajectories` writes them anew.
+`pytest tests/runs/test_methods_contract.py -k reference_trajectory --rewrite-trajectories` writes them again.
 On the kind of machine that wrote them all must be equal to the last bit; elsewhere, kernels round in another
 order, to a tolerance.
 """

@@ -1,5 +1,5 @@
 """A benchmark: a folder whose benchmark.yaml says which tasks there are, in which orders and by which
-protocols they are learnt, and how they are scored. TRACE (benchmarks/trace) is one, a stream of one's own
+protocols they are learnt, and how they are scored. TRACE (benchmarks/trace) is one, your own stream of tasks
 another."""
 
 from array import array
@@ -86,7 +86,7 @@ class Benchmark(Strict, frozen=True):
         return self
 
     def task(self, name: str) -> Task:
-        """The task, or what holds for those that the benchmark doesn't name."""
+        """The task, or the settings of tasks that the benchmark doesn't name."""
         return self.tasks.get(name) or self.others or PROBE
 
     def headline(self, name: str, protocol: str) -> str:
@@ -116,7 +116,7 @@ class Benchmark(Strict, frozen=True):
         return scores
 
     def lacks(self, data: "DataSection") -> list[str]:
-        """What a recipe names that is not here, one sentence each."""
+        """Names in a recipe that this benchmark lacks, one sentence each."""
         faults = []
         if data.protocol not in (None, *self.protocols):
             faults.append(
@@ -162,7 +162,7 @@ def benchmark_folder(name: str) -> Path:
 
 
 def load_benchmark(name: str) -> Benchmark:
-    """The benchmark of that name or folder. Raises one Fault with all that is wrong with its file."""
+    """The benchmark of that name or folder. Raises one Fault with everything that is wrong with its file."""
     file = _file(name)
     return _read(file, file.stat().st_mtime_ns)
 

@@ -31,7 +31,7 @@ def find_recipe(path: str | Path) -> Path:
 
 
 def override(raw: dict, overrides: Sequence[str]) -> dict:
-    """Apply `a.b=value` (value in YAML), in order. `method=NAME` starts the method's section afresh."""
+    """Apply `a.b=value` (value in YAML), in order. `method=NAME` resets the method's section."""
     for key, value in split_overrides(overrides):
         assign(raw, key, value)
     return raw

@@ -76,7 +76,7 @@ def _execute(path: Path, source: bytes) -> None:
 
 
 def _place(error: BaseException, path: Path) -> str:
-    """In which line of the file the error was met, where it was met in it."""
+    """The line of the file at which the error occurred, if it occurred there."""
     lines, trace = [], error.__traceback__
     while trace:
         if trace.tb_frame.f_code.co_filename == str(path):
@@ -107,7 +107,7 @@ def has_method(name: object) -> bool:
 
 
 def has_metric(name: str) -> bool:
-    """The same of a metric."""
+    """`has_method`, for a metric."""
     return name in METRICS or _installed("metric", name)
 
 
@@ -169,19 +169,19 @@ def is_loaded(file: Path) -> bool:
 
 
 def files() -> list[str]:
-    """The files that another process has to load to know what this one knows."""
+    """The files that another process has to load to have the same methods and metrics as this one."""
     known = [_origin(name) for name in sorted(_registered())]
     return sorted({origin["file"] for origin in known if "file" in origin})
 
 
 def used(method: str, metrics: Iterable[str]) -> dict[str, Origin]:
-    """Where those of these come from that are not shipped, by "method NAME" and "metric NAME"."""
+    """The origin of those methods and metrics that are not shipped, by "method NAME" and "metric NAME"."""
     names = [f"method {method}", *(f"metric {name}" for name in metrics)]
     return {name: _origin(name) for name in dict.fromkeys(names) if _there(name)}
 
 
 def _origin(name: str) -> Origin:
-    """Of what a script or notebook registered itself, the script's file, where there is one."""
+    """For what a script or notebook registered itself: the script's file, if there is one."""
     if name in _origins:
         return _origins[name]
     kind, _, plain = name.partition(" ")

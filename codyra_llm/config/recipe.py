@@ -59,7 +59,7 @@ class Recipe(Strict, frozen=True):
 
     @property
     def benchmark(self) -> Benchmark:
-        """Read from its folder. Raises Fault where there is none, or a faulty one."""
+        """The benchmark, read from its folder. Raises Fault if there is none, or a faulty one."""
         return load_benchmark(self.data.benchmark)
 
     @property

@@ -1,4 +1,4 @@
-"""The sections of a recipe but for the method's."""
+"""The sections of a recipe, except for the method's."""
 
 import re
 from ipaddress import ip_address
@@ -15,7 +15,7 @@ SHIPPED = (TRACE, "olora", "superni")  # benchmarks that are known by name; none
 
 
 class JudgeSection(Strict, frozen=True):
-    """Who compares the answers of base and final model. The key itself is never part of a recipe."""
+    """The model that compares the answers of base and final model. Its key is never part of a recipe."""
 
     base_url: str | None = Field(
         default=None,
@@ -203,7 +203,7 @@ class DataSection(Strict, frozen=True):
 
 
 class OptimSection(Strict, frozen=True):
-    """AdamW on each task; its moments start anew there unless the method carries them over."""
+    """AdamW on each task; its moments start from zero there unless the method carries them over."""
 
     lr: Positive | None = Field(default=None, description="learning rate")
     schedule: Literal["constant", "cosine"] | None = Field(
@@ -255,7 +255,7 @@ class OptimSection(Strict, frozen=True):
 
 
 class EvalSection(Strict, frozen=True):
-    """The answers that are scored after each task; greedy."""
+    """The greedy answers that are scored after each task."""
 
     when: Literal["each", "ends"] = Field(
         default="each",
@@ -327,7 +327,7 @@ class GeneralSection(Strict, frozen=True):
 
 
 class SaveSection(Strict, frozen=True):
-    """Checkpoints inside a task, which a run that was stopped goes on from."""
+    """Checkpoints inside a task, from which a stopped run resumes."""
 
     minutes: Positive | None = Field(
         default=10.0, description="time between checkpoints inside a task; null: only when asked to stop"

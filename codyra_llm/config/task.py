@@ -1,4 +1,4 @@
-"""A task of a benchmark: where its data comes from, what makes examples of it, how it is scored."""
+"""A task of a benchmark: where its data comes from, how examples are made of it, how it is scored."""
 
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -52,7 +52,7 @@ class Columns(Strict, frozen=True):
 
 
 class Labels(Strict, frozen=True):
-    """What may be the answer of a task that classifies, in the order of their numbers."""
+    """The possible answers of a classification task, in the order of their numbers."""
 
     names: tuple[str, ...] = ()
     file: PathText | None = Field(default=None, description="a .json list, or .txt with one in each line")

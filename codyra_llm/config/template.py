@@ -1,7 +1,7 @@
 """A prompt as a text with columns in it.
 
-`{name}` stands for a column's text, `{{` and `}}` for braces. What has no text leaves no trace: a line goes,
-with its break, where none of its columns has text; so does a part in double square brackets, alone.
+`{name}` stands for a column's text, `{{` and `}}` for braces. Columns without text leave no trace: a line is
+dropped, with its break, if none of its columns has text; so is, by itself, a part in double square brackets.
 """
 
 import re
@@ -22,7 +22,7 @@ class Column(str):
 
 @dataclass(frozen=True)
 class Part:
-    """Pieces of a line, which as an optional part stand or go together."""
+    """Pieces of a line, which as an optional part are kept or dropped together."""
 
     pieces: tuple[str, ...]
     optional: bool = False
@@ -55,7 +55,7 @@ class Template:
 
 
 def _line(parts: tuple[Part, ...], text_of: Callable[[str], str]) -> str | None:
-    """The line as it is written; None where it goes."""
+    """The line as it is written; None if it is dropped."""
     outside = [column for part in parts if not part.optional for column in part.columns]
     if outside and not any(text_of(column).strip() for column in outside):
         return None

@@ -3,7 +3,7 @@
 A chat template can loop for ever, ask for all memory inside a single operation, or match for hours, and no
 thread can stop that. So they run in a process of their own, which the kernel ends by the CPU time of one item
 (not by the clock, so a busy machine makes no difference), with a bound on its memory. It is started when it
-is first needed, serves all that comes, and is started anew after one that was ended. Whatever happens there
+is first needed, serves all that comes, and is started again after one that was ended. Whatever happens there
 is a `Failed` here.
 """
 

@@ -256,7 +256,7 @@ def _items(stream: TextIO) -> Iterator[Any]:
 
 def _decoded(decoder: json.JSONDecoder, text: str, at: int, stream: TextIO) -> tuple[Any, str, int]:
     """The value that begins at `at`, and the text and place after it. What is read is doubled until it is
-    whole, so that a long value is not begun anew too often."""
+    whole, so that a long value is not begun again too often."""
     while True:
         try:
             value, end = decoder.raw_decode(text, at)

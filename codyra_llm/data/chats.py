@@ -1,4 +1,4 @@
-"""Chats as people have them, OpenAI's messages and ShareGPT's turns, as the messages that a chat template
+"""Chats in common formats, OpenAI's messages and ShareGPT's turns, as the messages that a chat template
 writes."""
 
 import json
@@ -54,7 +54,7 @@ class Wrong(Exception):
 
 
 def plain(chat: Chat) -> str:
-    """A chat as text where no model is there to say how: for `codyra-llm data check`."""
+    """A chat as text without a model's template: for `codyra-llm data check`."""
     lines = [f"tools: {_compact(chat.tools)}"] if chat.tools else []
     for message in chat.messages:
         calls = f" {_compact(message['tool_calls'])}" if "tool_calls" in message else ""
@@ -75,7 +75,7 @@ def _written(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> str:
     template = tokenizer.get_chat_template()
     calls = any("tool_calls" in message for message in chat.messages)
     for there, word in ((calls, "tool_calls"), (bool(chat.tools), "tools")):
-        if there and word not in template:  # it would leave them out without a word
+        if there and word not in template:  # it would leave them out silently
             raise Failed(f"it writes no {word}", stopped=False)
     return render_chat(tokenizer, chat.messages, tools=chat.tools)
 

@@ -1,4 +1,5 @@
-"""What makes examples, {"prompt", "answer"}, of a task's rows: columns, a template over columns, or chats."""
+"""How examples, {"prompt", "answer"}, are made of a task's rows: columns, a template over columns, or
+chats."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,7 +85,7 @@ class Columns:
         return self.task.skip_empty and isinstance(row, dict) and self._answer(row) in ("", None)
 
     def key(self, row: dict) -> str:
-        """What tells one faultless row's prompt from another's."""
+        """What identifies the prompt of a faultless row."""
         return self._prompt(row)
 
     def make(self, row: object, split: str, where: str) -> Made:
@@ -182,7 +183,7 @@ class Chats:
         return False
 
     def key(self, row: dict) -> str:
-        """What tells one faultless row's prompt from another's, before any model writes it."""
+        """What identifies the prompt of a faultless row, before any model writes it."""
         chat = read_chat(row, self.task)
         return plain(chat.before(len(chat.messages) - 1))
 

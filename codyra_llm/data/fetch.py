@@ -1,4 +1,4 @@
-"""TRACE's data from where people have it, an archive, a folder, an address or the hub, in its layout."""
+"""TRACE's data from an archive, a folder, an address or the hub, written in TRACE's layout."""
 
 import http.client
 import lzma

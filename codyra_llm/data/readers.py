@@ -19,7 +19,7 @@ MOST_BYTES = 1 << 32  # of text that a .gz unpacks to
 
 
 class Reading(NamedTuple):
-    """How a file is to be read, where its name alone does not say it."""
+    """How a file is to be read, if its name alone does not say so."""
 
     delimiter: str | None = None  # None: found out
     records: str | None = None  # the field with the list of records
@@ -197,7 +197,7 @@ def _table(
 
 @contextmanager
 def _long_fields() -> Iterator[None]:
-    """Within it `csv` reads the longest text that a record may have, and one more character."""
+    """Within this block `csv` reads the longest text that a record may have, and one more character."""
     before = csv.field_size_limit(max(LONGEST.values()) + 1)
     try:
         yield

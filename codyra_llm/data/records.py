@@ -59,7 +59,7 @@ def refuse(faults: list[str], where: str | Path, count: int) -> None:
 
 
 def missing(root: Path, task: str, path: Path) -> str:
-    """What to tell about a file that isn't there: the root, the task folder or only the split may be
+    """The message for a file that isn't there: the root, the task folder or only the split may be
     wrong.
     """
     if not root.is_dir():

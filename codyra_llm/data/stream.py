@@ -58,7 +58,7 @@ class Stream:
         return rows[: self.data.max_train_examples] if split == "train" else rows
 
     def remarks(self) -> list[str]:
-        """What is read otherwise than a file's name says."""
+        """Remarks on files that are read otherwise than their names say."""
         return [
             remark
             for task in self.tasks

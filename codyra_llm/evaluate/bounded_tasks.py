@@ -129,8 +129,8 @@ RESPONSES = {  # of a model that is not there, by kind of task; as an endless an
 
 
 def try_first(task: "ConfigurableTask", name: str, positions: int | None) -> None:
-    """Prompt the first example, answer it without a model, and score it. Raises Fault if that fails, or if
-    the prompt does not fit into a model of so many positions."""
+    """Prompt the first example, answer it without a model, and score it. Raises Fault if that fails, if the
+    task samples, or if its longest answer takes all `positions` of the model."""
     state = random.getstate()
     with telling(name):
         shots = task.config.num_fewshot or 0

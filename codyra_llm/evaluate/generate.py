@@ -133,7 +133,7 @@ def _finish(
     left: int,
 ) -> None:
     """The remaining steps of a batch, recorded. Rows that are done leave when they are half of it, since a
-    smaller batch is recorded anew."""
+    smaller batch is recorded again."""
     layers = [(layer.keys, layer.values) for layer in cache.layers]
     kept = model.config._attn_implementation
     static_steps.use(model)

@@ -115,7 +115,7 @@ class Ability:
 
 
 def find(section: "GeneralSection") -> dict[str, Ability]:
-    """The tasks that a recipe's `general` asks for, by name. Raises one Fault with all that is wrong.
+    """The tasks that a recipe's `general` asks for, by name. Raises one Fault with everything that is wrong.
 
     Without `tasks` these are all of the hub's, or all whose files are in the folder.
     """

@@ -66,8 +66,8 @@ def read_task(file: Path, trusted: bool) -> dict[str, Any]:
 
 
 def refuse(file: object, own: dict[str, Any], config: dict[str, Any], root: Path) -> None:
-    """Raise Fault with all that is wrong with a task's `own` keys, and with the `config` that they are over
-    those that it includes."""
+    """Raise Fault with everything that is wrong with a task's `own` keys, and with the `config` that they are
+    over those that it includes."""
     scored = callable(config.get("process_results"))  # by the harness's own function, under names of its own
     wrong = [*_of_keys(own), *_of_data(config, root), *_of_scoring(own, scored)]
     if wrong:

@@ -64,7 +64,7 @@ def write_gguf_folder(
     Raises Fault for a method that is no plain model, and for a model that llama.cpp would compute
     differently.
     """
-    from codyra_llm.formats import gguf_file  # of use to this format alone
+    from codyra_llm.formats import gguf_file  # useful only for this format
 
     refuse_unmerged(setup, without)
     name = f"{out.name}-{kind}.gguf"

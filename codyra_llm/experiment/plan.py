@@ -248,7 +248,7 @@ class Training(NamedTuple):
 
 def training(recipe: Recipe) -> Training:
     """The training that a recipe asks for, without doing it: none of a method that trains nothing. Raises one
-    Fault with all that is wrong with the recipe."""
+    Fault with everything that is wrong with the recipe."""
     setup = prepare(recipe)
     model = skeleton(setup)
     work = _work(setup, model)

@@ -143,7 +143,7 @@ def prepare(
     """Resolve the recipe and check model, data, method and disk. `open_ended`: whether its prompts are to be
     answered, so that their files must be there. `adapter`: a folder whose tokenizer and chat template go
     before the base's, where it has them. `bfloat16`: whether all processes multiply it fast, None: look here.
-    Raises one Fault with all that is wrong."""
+    Raises one Fault with everything that is wrong."""
     recipe, faults = recipe.resolved(), []
 
     def tried(action, *args):

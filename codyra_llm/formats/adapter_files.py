@@ -43,7 +43,7 @@ def adapter_file_faults(folder: Path) -> list[str]:
     if (folder / PICKLED).is_file():
         return [
             f"{folder} has only {PICKLED}, a pickle, which can run code: expected {WEIGHTS}; where you trust "
-            "it write it anew with PEFT, by PeftModel.from_pretrained(base, folder).save_pretrained(folder)."
+            "it write it again with PEFT, by PeftModel.from_pretrained(base, folder).save_pretrained(folder)."
         ]
     return [f"{folder} has no {WEIGHTS}: expected the adapter's weights; copy them there."]
 

@@ -141,7 +141,7 @@ def snapshot(model: nn.Module) -> dict[str, Factors]:
 def stand_in(model: nn.Module, factors: dict[str, Factors]) -> Iterator[None]:
     """Within this block the adapters compute with these factors (of every site, on its device) in place of
     their parameters and without dropout: another stage of the run on the same base, e.g. a teacher under
-    no_grad. A backward belongs inside, or gradient checkpointing would compute anew with the parameters."""
+    no_grad. A backward belongs inside, or gradient checkpointing would recompute with the parameters."""
     layers = sites(model)
     for site, layer in layers.items():
         layer.stand_in = factors[site]

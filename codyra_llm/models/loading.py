@@ -114,7 +114,7 @@ def missing_files(folder: Path) -> list[str]:
         pickled = any(any(folder.glob(kind)) for kind in ("*.bin", "*.pth", "*.pt"))
         faults.append(
             f"{folder} has only pickled weights, which can run code: expected *.safetensors; load it where "
-            "you trust it and write it anew with save_pretrained."
+            "you trust it and write it again with save_pretrained."
             if pickled
             else f"{folder} has no *.safetensors: expected the model's weights; download them too."
         )

@@ -1,7 +1,7 @@
 """Model folders that are written: a copy of a base whose weights alone differ, and a model that came without
 files of its own.
 
-What a training did not change is copied byte for byte. Configs and tokenizers that transformers writes anew
+What a training did not change is copied byte for byte. Configs and tokenizers that transformers rewrites
 are in the layout of its own major version, which older readers take for another model without a word.
 """
 

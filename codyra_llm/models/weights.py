@@ -68,8 +68,8 @@ def stored(file: Path) -> dict[str, tuple[list[int], str]]:
     # A header of 640 bytes begins as a pickle does, but only safetensors have a JSON object after its length.
     if begins.startswith(PICKLED) and begins[8:] != b"{":
         raise Fault(
-            f"{file} is a pickle under another name, which can run code: expected safetensors; write it anew "
-            "with save_pretrained where you trust it."
+            f"{file} is a pickle under another name, which can run code: expected safetensors; write it "
+            "again with save_pretrained where you trust it."
         )
     with (
         told(f"{file} is no whole safetensors file", "download it again"),

@@ -70,7 +70,7 @@ def render(
     base: Path, folder: RunFolder, after: int, without: int | None, kind: str, notes: Sequence[str] = ()
 ) -> str:
     """The card of the model after task `after` (-1: the base), exported as `kind` (of KINDS), less the update
-    `without`. `notes`: what is to know of this export in addition.
+    `without`. `notes`: what else one should know about this export.
     """
     recipe = folder.recipe
     # A model that lacks an update was never scored.

@@ -1,4 +1,4 @@
-"""A table that knows its numbers: the page shows it as a heat map, CSV and Markdown write it as it is."""
+"""A table with its numbers: the page shows it as a heat map, CSV and Markdown write it as it is."""
 
 import csv
 from collections.abc import Iterable
@@ -48,7 +48,7 @@ class Grid:
         return any(cell is not None and isinstance(cell.value, str) for cell in found)
 
     def filled(self) -> "Grid":
-        """Without the columns that hold nothing."""
+        """The grid without its empty columns."""
         kept = [i for i in range(len(self.columns)) if any(cells[i] is not None for _, cells in self.rows)]
         return replace(
             self,

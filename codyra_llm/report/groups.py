@@ -1,5 +1,5 @@
-"""Runs that differ in seed and output alone, or in the order of tasks too, grouped, with names that say in
-what groups differ.
+"""Groups of runs that differ only in seed and output, or also in the order of tasks, with names that say how
+the groups differ.
 """
 
 from collections.abc import Sequence

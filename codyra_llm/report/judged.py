@@ -1,4 +1,4 @@
-"""What a judge said of the open-ended answers, from the run folder alone; needs no model."""
+"""The judge's verdicts on the open-ended answers, from the run folder alone; needs no model."""
 
 from codyra_llm.config.recipe import Recipe
 from codyra_llm.evaluate import judge

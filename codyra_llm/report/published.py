@@ -1,4 +1,4 @@
-"""Runs next to the published TRACE tables (benchmarks/trace/published.yaml), with what has to be known to
+"""Runs next to the published TRACE tables (benchmarks/trace/published.yaml), with what one has to know to
 compare them.
 """
 

@@ -1,6 +1,4 @@
-"""Where a run stands, read from its folder while it is written, or long after; without torch, so that it is
-quick.
-"""
+"""How far a run is, read from its folder while it runs, or long after; without torch, so that it is quick."""
 
 import os
 import re

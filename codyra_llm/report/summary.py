@@ -14,7 +14,7 @@ MEASURES = ("op", "bwt", "bwt_treelora", "bwt_treelora_clipped", "forgetting", "
 
 
 def summarised(folder: RunFolder) -> dict:
-    """The run's summary, from its rows anew. Raises Fault where the folder holds no run."""
+    """The run's summary, recomputed from its rows. Raises Fault where the folder holds no run."""
     recipe = folder.recipe
     found = summarise_run(recipe, bool(METHODS[recipe.method.name].trains), folder.scores, folder.costs)
     return found | {"open_ended": judged.summarise(recipe, folder)}

@@ -13,7 +13,7 @@ _noted: tuple[int, int] | None = None  # this process's id and its parent's
 _interrupted: float | None = None  # when the first Ctrl-C came
 AGAIN = 1.0  # seconds after which another Ctrl-C is a second one: a launcher passes the first one on as well
 TOLD = (
-    "stopping as soon as all is saved, and the same command will go on; Ctrl-C again ends at once, unsaved\n"
+    "stopping as soon as everything is saved; the same command resumes. Ctrl-C again ends at once, unsaved\n"
 )
 
 
@@ -55,7 +55,7 @@ def note_parent() -> None:
 def orphaned() -> bool:
     """Whether what started this process is gone, as far as `note_parent`, or else the first call, saw it.
 
-    A process that was forked after that has a parent of its own, which is looked up anew."""
+    A process that was forked after that has a parent of its own, which is looked up again."""
     if _noted is None or _noted[0] != os.getpid():
         note_parent()
     return _noted != (os.getpid(), os.getppid())

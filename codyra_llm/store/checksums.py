@@ -43,7 +43,7 @@ class Seals:
             return
         what = "was changed or damaged since it was written" if path.is_file() else "is missing"
         raise Fault(
-            f"{path} {what} ({self.file} has its hash); restore it from a copy, or begin anew in another "
+            f"{path} {what} ({self.file} has its hash); restore it from a copy, or begin again in another "
             "output"
         )
 

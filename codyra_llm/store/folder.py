@@ -87,7 +87,7 @@ class RunFolder:
         if SEALS not in names and "manifest.json" in names:
             raise Fault(
                 f"{self.path / SEALS} is missing, which has the hashes of this run's files; restore it from "
-                "a copy, or begin anew in another output"
+                "a copy, or begin again in another output"
             )
         if SEALS not in names and any(name not in OWN and not is_leftover(name) for name in names):
             raise Fault(f"output: {self.path} holds files of something else; give a new or empty folder")
@@ -181,7 +181,7 @@ class RunFolder:
         if lost := [row["after"] for row in self.scores if row["step"] > learnt]:
             raise Fault(
                 f"{self.path / 'updates'} has no update of {lost[0]}, after which scores.jsonl has scores; "
-                "restore it from a copy, or begin anew in another output"
+                "restore it from a copy, or begin again in another output"
             )
 
     def clear_progress(self) -> None:

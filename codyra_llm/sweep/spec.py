@@ -246,7 +246,7 @@ class Sweep:
 
 def load_sweep(path: str | Path, overrides: list[str] = ()) -> Sweep:
     """Read a sweep file; `output=` and other `key=value` hold for all runs in which no arm, try or grid says
-    otherwise. Raises Fault with all that is wrong."""
+    otherwise. Raises Fault with everything that is wrong."""
     given = dict(split_overrides(overrides))
     raw = read_yaml(Path(path), "a sweep file, as `codyra-llm sweep --help` shows one")
     raw |= {"output": given.pop("output")} if "output" in given else {}

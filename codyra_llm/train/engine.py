@@ -46,7 +46,7 @@ class Engine:
 
     @property
     def groups(self) -> list[dict]:
-        """Where lr and kappa are set. Read anew each time: Accelerate and load_state_dict replace the
+        """Where lr and kappa are set. Looked up each time: Accelerate and load_state_dict replace the
         dictionaries.
         """
         return self.inner.param_groups

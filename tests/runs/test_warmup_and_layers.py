@@ -19,7 +19,7 @@ LORA = [name for name in METHODS if issubclass(METHODS.settings(name), LoraConfi
 
 
 def test_the_learning_rate_that_is_logged(tiny_llama, toy_stream, tmp_path):
-    """6 steps a task, 2 of them warm-up: thirds, then a cosine over the other 4; in every task anew."""
+    """6 steps a task, 2 of them warm-up: thirds, then a cosine over the other 4; the same in every task."""
     changes = {"method": {"name": "seqlora", "rank": 2}, "optim__warmup": 2, "optim__schedule": "cosine"}
     folder = run(tiny_recipe(tiny_llama, toy_stream, tmp_path / "run", checkpoint=False, **changes))
     cosine = [1, 0.5 + 0.5 * 2**-0.5, 0.5, 0.5 - 0.5 * 2**-0.5]

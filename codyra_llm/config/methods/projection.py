@@ -16,7 +16,7 @@ class MemoryConfig(SequentialConfig, frozen=True):
     batch: Count = Field(
         default=16,
         ge=1,
-        description="how many of them a reference gradient is taken on, drawn anew each step; "
+        description="how many of them a reference gradient is taken on, redrawn at each step; "
         "from `memory` on it is all",
     )
 

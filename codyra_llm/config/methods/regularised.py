@@ -52,7 +52,7 @@ class DreamConfig(StartConfig, frozen=True):
         ge=1,
         description="tokens of the prompts' common beginning that are kept of a task, at most",
     )
-    batch: Count = Field(default=16, ge=1, description="sequences per optimizer step, drawn anew each time")
+    batch: Count = Field(default=16, ge=1, description="sequences per optimizer step, redrawn each time")
 
 
 class EwcConfig(StartConfig, frozen=True):

@@ -132,8 +132,8 @@ class CodyraConfig(RankWeightsConfig, frozen=True):
     name: Literal["codyra"] = "codyra"
     selection: Literal["threshold", "random", "none"] = Field(
         default="threshold",
-        description="random: the control that drops ranks by lot, along a straight line to zero; none: plain "
-        "LoRA, with `merge_scale` the control that shrinks every update instead",
+        description="random: the control that drops ranks at random, along a straight line to zero; none: "
+        "plain LoRA, with `merge_scale` the control that shrinks every update instead",
     )
 
 
@@ -177,7 +177,7 @@ class CodyraDriftConfig(OldInputsConfig, RankWeightsConfig, frozen=True):
     selection: Literal["none", "ratio", "threshold", "random"] = Field(
         default="none",
         description="ratio: drop the parts with the least gain on new inputs per drift of old outputs; "
-        "threshold, random: codyra's rule and its control by lot, for comparison",
+        "threshold, random: codyra's rule and its random control, for comparison",
     )
     keep_drift: Fraction | None = Field(
         default=None, description="ratio only: τ, share of the predicted drift of old outputs that may stay"

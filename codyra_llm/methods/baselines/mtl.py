@@ -12,7 +12,7 @@ class Mtl(SeqLora):
 
     Tasks before the last leave an empty update and are not evaluated, so the matrix has its last row alone:
     OP is there, backward transfer and forgetting are not defined. In epoch e those tasks take part that have
-    more than e epochs. A task added to a finished run trains all anew.
+    more than e epochs. A task added to a finished run trains all again.
     Cost: the sum of all tasks' steps, at once.
     """
 

@@ -38,7 +38,7 @@ def points(xs: Iterable[float], ys: Iterable[float]) -> str:
 
 
 def panel(scores: dict[int, tuple[float, float | None, float | None]], learnt: int, steps: int) -> dict:
-    """One task's way through the stream: score and interval by step (0: before training), learnt at step
+    """One task through the stream: score and interval by step (0: before training), learnt at step
     `learnt`.
     """
     x, y = Scale(0, max(steps, 1), 30, 230), Scale(0, 100, 104, 8)

@@ -1,5 +1,5 @@
 """mini-TRACE: same seed same bytes, disjoint splits, answers recomputed from the prompts by rules written
-anew.
+again.
 """
 
 import gzip

@@ -17,7 +17,7 @@ METADATA = {
 def test_equal_contents_are_equal_bytes(tmp_path):
     tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.ones(3, dtype=torch.bfloat16)}
     orders = [list(METADATA.items()), list(METADATA.items())[::-1]]
-    for number in range(8):  # the writer's own order is drawn anew in each call
+    for number in range(8):  # the writer's own order is drawn again in each call
         save_tensors(tensors, tmp_path / str(number), dict(orders[number % 2]))
     assert len({(tmp_path / str(number)).read_bytes() for number in range(8)}) == 1
 

@@ -1,5 +1,5 @@
 """A stream of one's own: every source gives the same examples, splits don't leak, faults come together, and a
-benchmark that isn't TRACE goes the whole way. Oracles: the rows that were written, splits computed anew,
+benchmark that isn't TRACE goes the whole way. Oracles: the rows that were written, splits recomputed,
 texts written out by hand."""
 
 import hashlib

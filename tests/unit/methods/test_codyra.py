@@ -1,4 +1,4 @@
-"""Rank selection: a planted rank comes back, by the threshold and not by lot."""
+"""Rank selection: a planted rank comes back, by the threshold and not at random."""
 
 import math
 

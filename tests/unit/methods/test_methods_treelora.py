@@ -168,7 +168,7 @@ def test_repo_mode_regulariser_and_ramp():
         method.before_step([], step, 8, "constant")
         terms = method.loss(model, batch)
         if step % 4 == 0:
-            assert terms.keys() == {"loss"}  # the ramp starts anew in every epoch
+            assert terms.keys() == {"loss"}  # the ramp starts again in every epoch
             continue
         ramp = 0.5 * (step % 4) / 4
         assert terms["treelora"].item() == pytest.approx(-3.0 * ramp)
