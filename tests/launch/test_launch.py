@@ -157,15 +157,37 @@ def test_there_are_accelerate_configs():
     }
 
 
-def test_a_wheel_holds_every_package():
-    """Each folder of Python files is named in pyproject.toml, and each name there is a folder."""
+def packaging() -> tuple[dict[str, Path], dict]:
+    """Folders by package, and setuptools' table, of pyproject.toml."""
     if not (ROOT / "pyproject.toml").is_file():
         pytest.skip("not a checkout")
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    places = listed["package-dir"]
-    named = set()
+    places, folders = listed["package-dir"], {}
     for package in listed["packages"]:
         top = max((name for name in places if f"{package}.".startswith(f"{name}.")), key=len)
-        named.add(ROOT / places[top] / package[len(top) + 1 :].replace(".", "/"))
+        folders[package] = ROOT / places[top] / package[len(top) + 1 :].replace(".", "/")
+    return folders, listed
+
+
+def test_a_wheel_holds_every_package():
+    """Each folder of Python files is named in pyproject.toml, and each name there is a folder."""
+    folders, listed = packaging()
+    named, tops = set(folders.values()), listed["package-dir"].values()
     assert all(folder.is_dir() for folder in named)
-    assert {p.parent for top in places.values() for p in (ROOT / top).rglob("__init__.py")} <= named
+    assert {p.parent for top in tops for p in (ROOT / top).rglob("__init__.py")} <= named
+
+
+def test_a_wheel_holds_every_file():
+    """Recipes, benchmarks, templates, and the small base models with their weights."""
+    folders, listed = packaging()
+    shipped = {
+        file
+        for package, patterns in listed["package-data"].items()
+        for pattern in patterns
+        for file in folders[package].glob(pattern)
+    }
+    tops = [ROOT / top for top in listed["package-dir"].values()]
+    there = {file for top in tops for file in top.rglob("*") if file.is_file()}
+    data = {file for file in there if file.suffix not in (".py", ".pyc")}
+    assert data and data <= shipped
+    assert any(file.name == "model.safetensors" for file in shipped)
