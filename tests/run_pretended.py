@@ -1,0 +1,117 @@
+"""Two tasks of methods on a device that is not there: `run_pretended.py BASE STREAM OUT METHOD ...`, with the
+library of `pretend/hooks.cpp` preloaded, since `import torch` already looks for devices.
+
+Prints a line of JSON for each method: the fault that ended it or null, and by step after the first of each
+task its micro-batches and the waits of the host, in all and inside forward and backward.
+"""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+
+import pretended
+import pytest
+import torch
+from accelerate import Accelerator
+from contract import collecting_no_cycles, raw, watched
+
+from codyra_llm.config.recipe import parse_recipe
+from codyra_llm.experiment import run as runs
+from codyra_llm.runtime.memory import ProcessPeak
+from codyra_llm.train.engine import Engine
+from codyra_llm.train.trainer import Trainer
+
+TASKS = ["ONE", "TWO"]
+TRAIN = Trainer.fit
+ACCUMULATE = Engine.accumulate
+
+
+class Counted:
+    """Waits of the host by step of one method, the first of each task left out: it also checks that all
+    adapters move."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.steps: list[dict] = []
+        self.micro_batches = 0
+        self.inside: dict[str, int] = {}
+        patch.setattr(Trainer, "fit", lambda *args, **kwargs: self._fit(*args, **kwargs))
+        patch.setattr(Engine, "accumulate", lambda *args, **kwargs: self._accumulate(*args, **kwargs))
+
+    def _fit(self, trainer, task, seed, log, *others, **options):
+        def logging(row: dict) -> None:
+            log(row)
+            if row["step"] > 1:
+                found = {"micro_batches": self.micro_batches, "waits": told(), "inside": self.inside}
+                self.steps.append({"task": row["task"], "step": row["step"], **found})
+            self._restart()
+
+        self._restart()
+        return TRAIN(trainer, task, seed, logging, *others, **options)
+
+    def _accumulate(self, engine, *args, **kwargs):
+        before = pretended.waits.copy()
+        terms = ACCUMULATE(engine, *args, **kwargs)
+        self.micro_batches += 1
+        for line, number in told(before).items():
+            self.inside[line] = self.inside.get(line, 0) + number
+        return terms
+
+    def _restart(self) -> None:
+        pretended.waits.clear()
+        self.micro_batches, self.inside = 0, {}
+
+
+def told(before=None) -> dict[str, int]:
+    """The waits since `before` by line."""
+    since = pretended.waits - before if before else pretended.waits
+    return {f"{line} ({kind})": number for (kind, line), number in since.items()}
+
+
+def learn_both(setup, acc, folder) -> None:
+    """A run without its evaluations, once the launch has found no device to start."""
+    torch.cuda.is_available = lambda: True
+    peak = ProcessPeak(acc.device)
+    for index in range(len(TASKS)):
+        early = setup.method.joint and index + 1 < len(TASKS)
+        if early:
+            runs.pass_over(setup, folder, acc, index)
+        else:
+            runs.learn(setup, folder, acc, peak, index)
+
+
+def section(base: str, stream: str, out: Path, name: str) -> dict:
+    made = raw(base, stream, out, name)
+    made["model"]["dtype"] = "bfloat16"
+    made["data"] |= {"tasks": TASKS, "epochs": 1}
+    made["optim"] |= {"batch_size": 10, "micro_batch_tokens": 45}
+    return made
+
+
+def trained(base: str, stream: str, out: Path, name: str) -> dict:
+    """One method's row."""
+    fault = None
+    with pytest.MonkeyPatch.context() as patch, collecting_no_cycles():
+        patch.setattr(runs, "_run", learn_both)
+        patch.setattr(torch.cuda, "is_available", torch.cuda.is_available)  # put back, as it is set inside
+        patch.setattr(Accelerator, "device", pretended.DEVICE)
+        counted = Counted(patch)
+        watched(patch)  # nothing of a model is alive after `learn`
+        try:
+            with pretended.Pretending():
+                runs.run(parse_recipe(section(base, stream, out, name)))
+        except Exception:  # told, with the others
+            fault = traceback.format_exc()
+    return {"method": name, "fault": fault, "steps": counted.steps}
+
+
+def main() -> None:
+    _, base, stream, out, *names = sys.argv
+    pretended.install()
+    torch.set_num_threads(1)
+    for name in names:
+        print(json.dumps(trained(base, stream, Path(out) / name, name)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
