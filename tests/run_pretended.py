@@ -105,10 +105,41 @@ def trained(base: str, stream: str, out: Path, name: str) -> dict:
     return {"method": name, "fault": fault, "steps": counted.steps}
 
 
+def check_the_device() -> None:
+    """What CUDA refuses is refused, and each wait is counted once."""
+    there, here = torch.arange(4.0, device=pretended.DEVICE), torch.ones(4)
+    mixed = [
+        lambda: there + here,
+        lambda: here.add_(there),
+        lambda: here.fill_(there[0]),
+        lambda: torch.cat([there, here[0]]),
+        lambda: here[there.long()],
+    ]
+    for wrong in mixed:
+        with pytest.raises(pretended.DevicesMixed):
+            wrong()
+    assert (there + here[0]).is_cuda, "a scalar of the CPU is taken"
+    torch.empty(4, pin_memory=True).to(pretended.DEVICE, non_blocking=True)
+    assert not pretended.waits, pretended.waits
+    waiting = [
+        lambda: there.sum().item(),
+        lambda: there.tolist(),
+        lambda: there.cpu(),
+        lambda: there[there > 1],
+        lambda: bool((there > 1).all()),
+        lambda: here.to(pretended.DEVICE, non_blocking=True),
+    ]
+    for number, asked in enumerate(waiting, 1):
+        asked()
+        assert pretended.waits.total() == number, pretended.waits
+
+
 def main() -> None:
     _, base, stream, out, *names = sys.argv
     pretended.install()
     torch.set_num_threads(1)
+    with pretended.Pretending():
+        check_the_device()
     for name in names:
         print(json.dumps(trained(base, stream, Path(out) / name, name)), flush=True)
 

@@ -1,5 +1,5 @@
-"""Every method trains on a device that is not there: no devices are mixed, the host waits as seldom as it may, and
-nothing of a model outlives its task.
+"""Every method trains on a device that is not there: no devices are mixed, the host waits as seldom as it
+may, and nothing of a model outlives its task.
 """
 
 import json
@@ -14,10 +14,59 @@ import torch
 
 from codyra_llm.config.registry import METHODS
 
-TESTS = Path(__file__).parents[1]
-START = """
-import ctypes, sys, torch
-ctypes.CDLL(sys.argv[1])  # before anything asks PyTorch for its devices
-import run_pretended
-run_pretended.main()
-"""
+HOOKS = Path(__file__).with_name("hooks.cpp")
+SCRIPT = Path(__file__).parents[1] / "run_pretended.py"
+TRAINED = [name for name, method in METHODS.items() if method.trains]
+
+# One wait of a step reads its losses and the norm of its gradients, for the log and to stop at a loss that is
+# not finite. These methods read more: how many waits a step of two micro-batches has at most, and why.
+STEP_WAITS: dict[str, tuple[int, str]] = {}
+
+
+def compiled(folder: Path) -> Path:
+    """The library that lets autograd believe in the device; skips where it can't be made."""
+    if torch.version.cuda is not None:
+        pytest.skip("this PyTorch is built for CUDA and has a device's hooks already; tests/gpu is for it")
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler (c++, g++, clang++ or $CXX)")
+    root = Path(torch.__file__).parent
+    if not (root / "include/ATen/detail/CUDAHooksInterface.h").is_file():
+        pytest.skip(f"PyTorch's C++ headers are not in {root / 'include'}")
+    library = folder / "hooks.so"
+    command = [compiler, "-shared", "-fPIC", "-std=c++20", f"-I{root / 'include'}", HOOKS, "-o", library]
+    linked = [f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-Wl,--no-as-needed", "-lc10", "-ltorch_cpu"]
+    done = subprocess.run([*command, *linked], capture_output=True, text=True)
+    if "fatal error" in done.stderr and "No such file" in done.stderr:
+        pytest.skip(f"a header is missing: {done.stderr.splitlines()[0]}")
+    assert done.returncode == 0, done.stderr
+    return library
+
+
+def test_every_method(tiny_llama, toy_stream, tmp_path):
+    """All in one process, since its imports take longer than a method's steps."""
+    environment = os.environ | {"LD_PRELOAD": str(compiled(tmp_path)), "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, SCRIPT, tiny_llama, toy_stream, tmp_path, *TRAINED]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"method"')]
+    assert [row["method"] for row in rows] == TRAINED
+    faults = [f"{row['method']}: {row['fault']}" for row in rows if row["fault"]]
+    assert not faults, "\n".join(faults)
+    late = [fault for row in rows for fault in too_many_waits(row)]
+    assert not late, "\n".join(late)
+
+
+def too_many_waits(row: dict) -> list[str]:
+    """What is wrong with the waits of a method's steps, one sentence each."""
+    name = row["method"]
+    most, _ = STEP_WAITS.get(name, (1, ""))
+    counts = [sum(step["waits"].values()) for step in row["steps"]]
+    found = []
+    if not counts or min(counts) < 1:
+        found.append(f"{name}: steps without a wait, {counts}: they are not counted")
+    if max(counts, default=0) > most:
+        found.append(f"{name}: {counts} waits in its steps, at most {most} expected: {row['steps']}")
+    elif max(counts, default=0) < most:
+        found.append(f"{name}: at most {max(counts)} waits in a step, less than STEP_WAITS allows: lower it")
+    return found
