@@ -2,7 +2,7 @@
 library of `pretend/hooks.cpp` preloaded, since `import torch` already looks for devices.
 
 Prints a line of JSON for each method: the fault that ended it or null, and by step after the first of each
-task its micro-batches and the waits of the host, in all and inside forward and backward.
+task its micro-batches and the waits of the host by line.
 """
 
 import json
@@ -28,13 +28,12 @@ ACCUMULATE = Engine.accumulate
 
 
 class Counted:
-    """Waits of the host by step of one method, the first of each task left out: it also checks that all
-    adapters move."""
+    """Waits of the host by step of one method, the first of each task left out, after which all
+    adapters are read once, to see that they moved."""
 
     def __init__(self, patch: pytest.MonkeyPatch):
         self.steps: list[dict] = []
         self.micro_batches = 0
-        self.inside: dict[str, int] = {}
         patch.setattr(Trainer, "fit", lambda *args, **kwargs: self._fit(*args, **kwargs))
         patch.setattr(Engine, "accumulate", lambda *args, **kwargs: self._accumulate(*args, **kwargs))
 
@@ -42,30 +41,24 @@ class Counted:
         def logging(row: dict) -> None:
             log(row)
             if row["step"] > 1:
-                found = {"micro_batches": self.micro_batches, "waits": told(), "inside": self.inside}
-                self.steps.append({"task": row["task"], "step": row["step"], **found})
+                where = {"task": row["task"], "step": row["step"]}
+                self.steps.append({**where, "micro_batches": self.micro_batches, "waits": by_line()})
             self._restart()
 
         self._restart()
         return TRAIN(trainer, task, seed, logging, *others, **options)
 
     def _accumulate(self, engine, *args, **kwargs):
-        before = pretended.waits.copy()
-        terms = ACCUMULATE(engine, *args, **kwargs)
         self.micro_batches += 1
-        for line, number in told(before).items():
-            self.inside[line] = self.inside.get(line, 0) + number
-        return terms
+        return ACCUMULATE(engine, *args, **kwargs)
 
     def _restart(self) -> None:
         pretended.waits.clear()
-        self.micro_batches, self.inside = 0, {}
+        self.micro_batches = 0
 
 
-def told(before=None) -> dict[str, int]:
-    """The waits since `before` by line."""
-    since = pretended.waits - before if before else pretended.waits
-    return {f"{line} ({kind})": number for (kind, line), number in since.items()}
+def by_line() -> dict[str, int]:
+    return {f"{line} ({kind})": number for (kind, line), number in pretended.waits.items()}
 
 
 def learn_both(setup, acc, folder) -> None:
