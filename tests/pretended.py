@@ -6,6 +6,7 @@ counted by the project's line that asked for it. Fused kernels, memory and colle
 
 import sys
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -160,13 +161,19 @@ def _on_device(value):
 
 def _written(func, args: tuple, kwargs: dict):
     """The argument that an operator in place, or with `out`, writes into and returns."""
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            if argument.name in kwargs:
-                return kwargs[argument.name]
-            if position < len(args):
-                return args[position]
+    for position, name in _writing(func):
+        if name in kwargs:
+            return kwargs[name]
+        if position < len(args):
+            return args[position]
     return None
+
+
+@cache
+def _writing(func) -> list[tuple[int, str]]:
+    """Position and name of the arguments that an operator writes into: slow to ask for at every call."""
+    arguments = enumerate(func._schema.arguments)
+    return [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
 
 
 def _check_devices(func, name: str, args: tuple, kwargs: dict, tensors: list[Tensor]) -> None:
