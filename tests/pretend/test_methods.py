@@ -1,0 +1,118 @@
+"""Every method trains on a device that is not there: no devices are mixed, the host waits as seldom as it
+may, and nothing of a model outlives its task.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from codyra_llm.config.registry import METHODS
+
+HOOKS = Path(__file__).with_name("hooks.cpp")
+SCRIPT = Path(__file__).parents[1] / "run_pretended.py"
+TRAINED = [name for name, method in METHODS.items() if method.trains]
+
+
+class Budget(NamedTuple):
+    """How often the host may wait for the device."""
+
+    step: int  # waits of an optimizer step, whatever its micro-batches
+    micro_batch: int = 0  # and for each of these
+    why: str = ""
+
+
+# One wait of a step reads its losses and the norm of its gradients, for the log and to stop at a loss that is
+# not finite. A method that needs more says so here.
+ONE = Budget(1)
+PADDED = "rows are padded, and transformers asks each forward whether they are packed"
+EDITED = "the norm is read again after gradients are edited"
+BUDGETS: dict[str, Budget] = {
+    "seqft": Budget(1, 1, PADDED),
+    "pp": Budget(1, 1, PADDED),
+    "hidelora": Budget(1, 1, PADDED),
+    "gainlora": Budget(1, 1, PADDED),
+    "sapt": Budget(
+        2, 1, f"{PADDED}; which replayed features are drawn goes to the device once per past task"
+    ),
+    "duallora": Budget(2, 1, f"{PADDED}; {EDITED}"),
+    "dualprompt": Budget(1, 3, f"{PADDED}; ids and ends of its rows' prompts are read for the query"),
+    "l2p": Budget(
+        1, 6, f"{PADDED}, the query's too; ids and ends of prompts are read, and copied back for it"
+    ),
+    "ilora": Budget(
+        7,
+        1,
+        f"{PADDED}; {EDITED}; the memory's batch goes through two models, where places of"
+        " tokens are copied to the device",
+    ),
+    "ilora_mixed": Budget(
+        3,
+        2,
+        "which rows are replayed, and their lengths, are copied to the device; with"
+        " replayed rows lengths are read too",
+    ),
+    "ogd": Budget(2, why=EDITED),
+    "agem": Budget(3, why=f"{EDITED}; whether the gradient is projected depends on one product"),
+    "gem": Budget(5, why=f"{EDITED}; a quadratic program is solved on the host: two tensors there, one back"),
+    "treelora": Budget(3, why=f"{EDITED}; a bandit on the host reads the distances"),
+    "treelora_repo": Budget(
+        5, why="two groups of sites, each with random numbers of the host and a drawn task that is read"
+    ),
+    "codyra": Budget(85, why="once a task pruning reads 3 factors of 14 adapters and writes them back"),
+    "osft": Budget(2, why=EDITED),
+    "osft_lora": Budget(2, why=EDITED),
+}
+
+
+def compiled(folder: Path) -> Path:
+    """The library that lets autograd believe in the device; skips where it can't be made."""
+    if torch.version.cuda is not None:
+        pytest.skip("this PyTorch is built for CUDA and has a device's hooks already; tests/gpu is for it")
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler (c++, g++, clang++ or $CXX)")
+    root = Path(torch.__file__).parent
+    if not (root / "include/ATen/detail/CUDAHooksInterface.h").is_file():
+        pytest.skip(f"PyTorch's C++ headers are not in {root / 'include'}")
+    library = folder / "hooks.so"
+    command = [compiler, "-shared", "-fPIC", "-std=c++20", f"-I{root / 'include'}", HOOKS, "-o", library]
+    linked = [f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-Wl,--no-as-needed", "-lc10", "-ltorch_cpu"]
+    done = subprocess.run([*command, *linked], capture_output=True, text=True)
+    if "fatal error" in done.stderr and "No such file" in done.stderr:
+        pytest.skip(f"a header is missing: {done.stderr.splitlines()[0]}")
+    assert done.returncode == 0, done.stderr
+    return library
+
+
+def test_every_method(tiny_llama, toy_stream, tmp_path):
+    """All in one process, since its imports take longer than a method's steps."""
+    environment = os.environ | {"LD_PRELOAD": str(compiled(tmp_path)), "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, SCRIPT, tiny_llama, toy_stream, tmp_path, *TRAINED]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"method"')]
+    assert [row["method"] for row in rows] == TRAINED
+    faults = [f"{row['method']}: {row['fault']}" for row in rows if row["fault"]]
+    assert not faults, "\n".join(faults)
+    off = list(chain.from_iterable(off_budget(row) for row in rows))
+    assert not off, "\n".join(off)
+
+
+def off_budget(row: dict) -> list[str]:
+    """What is wrong with the waits of a method's steps, one sentence each."""
+    name, steps = row["method"], row["steps"]
+    allowed = BUDGETS.get(name, ONE)
+    if len(steps) < 1 or max(step["micro_batches"] for step in steps) < 2:
+        return [f"{name}: no step of two micro-batches was counted"]
+    found = [sum(step["waits"].values()) - allowed.micro_batch * step["micro_batches"] for step in steps]
+    if max(found) == allowed.step:
+        return []
+    return [f"{name}: {max(found)} waits of a step, not {allowed.step} as the table says: {steps}"]

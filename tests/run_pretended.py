@@ -1,0 +1,141 @@
+"""Two tasks of methods on a device that is not there: `run_pretended.py BASE STREAM OUT METHOD ...`, with the
+library of `pretend/hooks.cpp` preloaded, since `import torch` already looks for devices.
+
+Prints a line of JSON for each method: the fault that ended it or null, and by step after the first of each
+task its micro-batches and the waits of the host by line.
+"""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+
+import pretended
+import pytest
+import torch
+from accelerate import Accelerator
+from contract import collecting_no_cycles, raw, watched
+
+from codyra_llm.config.recipe import parse_recipe
+from codyra_llm.experiment import run as runs
+from codyra_llm.runtime.memory import ProcessPeak
+from codyra_llm.train.engine import Engine
+from codyra_llm.train.trainer import Trainer
+
+TASKS = ["ONE", "TWO"]
+TRAIN = Trainer.fit
+ACCUMULATE = Engine.accumulate
+
+
+class Counted:
+    """Waits of the host by step of one method, the first of each task left out, after which all
+    adapters are read once, to see that they moved."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.steps: list[dict] = []
+        self.micro_batches = 0
+        patch.setattr(Trainer, "fit", lambda *args, **kwargs: self._fit(*args, **kwargs))
+        patch.setattr(Engine, "accumulate", lambda *args, **kwargs: self._accumulate(*args, **kwargs))
+
+    def _fit(self, trainer, task, seed, log, *others, **options):
+        def logging(row: dict) -> None:
+            log(row)
+            if row["step"] > 1:
+                where = {"task": row["task"], "step": row["step"]}
+                self.steps.append({**where, "micro_batches": self.micro_batches, "waits": by_line()})
+            self._restart()
+
+        self._restart()
+        return TRAIN(trainer, task, seed, logging, *others, **options)
+
+    def _accumulate(self, engine, *args, **kwargs):
+        self.micro_batches += 1
+        return ACCUMULATE(engine, *args, **kwargs)
+
+    def _restart(self) -> None:
+        pretended.waits.clear()
+        self.micro_batches = 0
+
+
+def by_line() -> dict[str, int]:
+    return {f"{line} ({kind})": number for (kind, line), number in pretended.waits.items()}
+
+
+def learn_both(setup, acc, folder) -> None:
+    """A run without its evaluations, once the launch has found no device to start."""
+    torch.cuda.is_available = lambda: True
+    peak = ProcessPeak(acc.device)
+    for index in range(len(TASKS)):
+        early = setup.method.joint and index + 1 < len(TASKS)
+        if early:
+            runs.pass_over(setup, folder, acc, index)
+        else:
+            runs.learn(setup, folder, acc, peak, index)
+
+
+def section(base: str, stream: str, out: Path, name: str) -> dict:
+    made = raw(base, stream, out, name)
+    made["model"]["dtype"] = "bfloat16"
+    made["data"] |= {"tasks": TASKS, "epochs": 1}
+    made["optim"] |= {"batch_size": 10, "micro_batch_tokens": 45}
+    return made
+
+
+def trained(base: str, stream: str, out: Path, name: str) -> dict:
+    """One method's row."""
+    fault = None
+    with pytest.MonkeyPatch.context() as patch, collecting_no_cycles():
+        patch.setattr(runs, "_run", learn_both)
+        patch.setattr(torch.cuda, "is_available", torch.cuda.is_available)  # put back, as it is set inside
+        patch.setattr(Accelerator, "device", pretended.DEVICE)
+        counted = Counted(patch)
+        watched(patch)  # nothing of a model is alive after `learn`
+        try:
+            with pretended.Pretending():
+                runs.run(parse_recipe(section(base, stream, out, name)))
+        except Exception:  # told, with the others
+            fault = traceback.format_exc()
+    return {"method": name, "fault": fault, "steps": counted.steps}
+
+
+def check_the_device() -> None:
+    """What CUDA refuses is refused, and each wait is counted once."""
+    there, here = torch.arange(4.0, device=pretended.DEVICE), torch.ones(4)
+    mixed = [
+        lambda: there + here,
+        lambda: here.add_(there),
+        lambda: here.fill_(there[0]),
+        lambda: torch.cat([there, here[0]]),
+        lambda: here[there.long()],
+    ]
+    for wrong in mixed:
+        with pytest.raises(pretended.DevicesMixed):
+            wrong()
+    assert (there + here[0]).is_cuda, "a scalar of the CPU is taken"
+    torch.empty(4, pin_memory=True).to(pretended.DEVICE, non_blocking=True)
+    assert not pretended.waits, pretended.waits
+    waiting = [
+        lambda: there.sum().item(),
+        lambda: there.tolist(),
+        lambda: there.cpu(),
+        lambda: there[there > 1],
+        lambda: bool((there > 1).all()),
+        lambda: here.to(pretended.DEVICE, non_blocking=True),
+    ]
+    for number, asked in enumerate(waiting, 1):
+        asked()
+        assert pretended.waits.total() == number, pretended.waits
+
+
+def main() -> None:
+    _, base, stream, out, *names = sys.argv
+    pretended.install()
+    torch.set_num_threads(1)
+    with pretended.Pretending():
+        check_the_device()
+    for name in names:
+        print(json.dumps(trained(base, stream, Path(out) / name, name)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
