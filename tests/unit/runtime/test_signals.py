@@ -32,7 +32,7 @@ def test_the_first_asks_and_the_second_ends():
     done = ended(PROGRAM)
     assert done.returncode == -signal.SIGINT
     assert done.stdout == "still here\n" and done.stderr == signals.TOLD
-    assert "the same command will go on" in done.stderr and "again ends at once" in done.stderr
+    assert "the same command resumes" in done.stderr and "again ends at once" in done.stderr
 
 
 def test_of_several_processes_the_first_says_it(monkeypatch):
