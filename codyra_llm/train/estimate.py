@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,6 +63,7 @@ def activation_bytes(model: nn.Module, batch: Batch, device: torch.device) -> in
 def _fix_frequencies(model: nn.Module) -> None:
     """RoPE whose frequencies follow the longest position ("dynamic", "longrope") reads that position, which
     fake tensors have not; its tensors are those of the plain one."""
+    module: Any
     for module in model.modules():
         kind = getattr(module, "rope_type", None)
         if isinstance(kind, str):
