@@ -58,5 +58,7 @@ def test_usage_says_once_what_may_be_repeated(words, usage):
 def test_version_and_completion():
     done = said("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"codyra-llm {__version__}\n", "")
-    done = said("--show-completion", "bash")
+    # Named, since a test's process may have no shell above it to be found.
+    named = "import os\nos.environ['_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION'] = '1'"
+    done = said("--show-completion", "bash", before=named)
     assert done.returncode == 0 and "_CODYRA_LLM_COMPLETE" in done.stdout
