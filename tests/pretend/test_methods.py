@@ -94,7 +94,7 @@ def compiled(folder: Path) -> Path:
 
 @pytest.mark.parametrize("names", [TRAINED[::2], TRAINED[1::2]], ids=["one half", "the other"])
 def test_every_method(names, tiny_llama, toy_stream, tmp_path):
-    """Many in one process, since its imports take longer than a method's steps; in two, to run side by side."""
+    """Many in one process, since its imports take longer than a method's steps; two of them use two cores."""
     environment = os.environ | {"LD_PRELOAD": str(compiled(tmp_path)), "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, SCRIPT, tiny_llama, toy_stream, tmp_path, *names]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
