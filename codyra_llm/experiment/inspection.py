@@ -9,6 +9,7 @@ from codyra_llm.config.recipe import Recipe, by_task
 from codyra_llm.core.errors import Fault
 from codyra_llm.data.encoding import Encoder
 from codyra_llm.data.stream import Stream
+from codyra_llm.methods.base import Method
 from codyra_llm.metrics.own import SHIPPED
 from codyra_llm.models import families
 from codyra_llm.models.weights import leftovers
@@ -27,6 +28,18 @@ def splits(recipe: Recipe, stream: Stream, trains: bool) -> Iterator[Split]:
                 yield index, split, stream.records(index, split)
             except Fault:
                 continue
+
+
+def as_presented(method: Method, stream: Stream, encoder: Encoder, read: Sequence[Split]) -> list[Split]:
+    """The same splits, test prompts as the method presents them: in-context learning makes them longer."""
+    found = []
+    for index, split, records in read:
+        if split != "train":
+            prompts = method.present(stream, encoder, index, _texts(records))
+            pairs = zip(records, prompts, strict=True)
+            records = [{**record, "prompt": prompt} for record, prompt in pairs]
+        found.append((index, split, records))
+    return found
 
 
 def prompt_faults(

@@ -16,7 +16,7 @@ from codyra_llm.config.registry import METHODS
 from codyra_llm.data.batches import Batch, batch_tokens, collate, default_tokens, micro_batches
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.evaluate.budget import MOST, affordable, free_bytes, token_bytes
-from codyra_llm.experiment.inspection import hints, splits
+from codyra_llm.experiment.inspection import as_presented, hints, splits
 from codyra_llm.experiment.setup import Setup, prepare
 from codyra_llm.experiment.trackers import check as check_trackers
 from codyra_llm.lora.layer import sites
@@ -80,6 +80,7 @@ def plan(recipe: Recipe, console: Console) -> None:
     if work.tasks:
         console.print(_shown(setup, work.tasks[0].examples[0]))
     read = list(splits(setup.recipe, setup.stream, bool(setup.method.trains)))
+    read = as_presented(setup.method, setup.stream, setup.encoder, read)
     hinted = hints(setup.recipe, read, setup.encoder, model.config, setup.base)
     for hint in [*setup.stream.remarks(), *hinted]:
         console.print(f"note: {hint}", style="yellow", soft_wrap=True)

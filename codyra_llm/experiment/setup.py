@@ -25,7 +25,7 @@ from codyra_llm.data.records import read_split
 from codyra_llm.data.stream import Stream
 from codyra_llm.evaluate import suite
 from codyra_llm.evaluate.questions import find_questions
-from codyra_llm.experiment.inspection import prompt_faults, splits, try_metrics
+from codyra_llm.experiment.inspection import as_presented, prompt_faults, splits, try_metrics
 from codyra_llm.formats.adapter_files import vocabulary
 from codyra_llm.lora.merge import merge
 from codyra_llm.lora.proximal import warmup_steps
@@ -190,7 +190,8 @@ def prepare(
     encoder = Encoder(tokenizer, recipe.data, answer_ends(base, tokenizer)) if tokenizer else None
     if encoder and root:
         read = list(splits(recipe, stream, bool(method.trains)))
-        faults += tried(prompt_faults, recipe, read, encoder, config) or []
+        shown = tried(as_presented, method, stream, encoder, read) or read
+        faults += tried(prompt_faults, recipe, shown, encoder, config) or []
         tried(try_metrics, recipe, read)
     if faults:
         raise Fault(*dict.fromkeys(faults))

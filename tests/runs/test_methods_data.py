@@ -51,7 +51,7 @@ def reasoned(toy_stream, tmp_path_factory):
 
 def config(name):
     return {
-        "icl": {},
+        "icl": {"method__shots": 2},
         "seqft": {"optim__lr": 1e-3},
         "mtl": {"method__rank": 4},
         "rcl": {"method__rank": 4},
@@ -106,7 +106,7 @@ def test_icl_without_demonstrations_is_none(tiny_llama, toy_stream, tmp_path):
         for out, changes in (
             ("none", {"method": "none"}),
             ("icl", {"method": "icl", "method__shots": 0}),
-            ("shown", {"method": "icl"}),
+            ("shown", {"method": "icl", "method__shots": 2}),
         )
     )
     files = sorted(p.relative_to(none.path) for p in none.path.rglob("*.jsonl") if "predictions" in str(p))
@@ -477,5 +477,6 @@ def test_seqft_is_adam_on_all_weights(tiny_llama, toy_stream, tmp_path):
 def test_plans(tiny_llama, reasoned, tmp_path):
     for name in ("icl", "rcl", "mtl", "ilora", "ilora_mixed", "seqft"):
         console = Console(width=200, record=True, file=io.StringIO())
-        plan(tiny_recipe(tiny_llama, reasoned, tmp_path / "run", method=name), console)
+        shots = {"method__shots": 2} if name == "icl" else {}
+        plan(tiny_recipe(tiny_llama, reasoned, tmp_path / "run", method=name, **shots), console)
         assert f"method {name} trains" in console.export_text()

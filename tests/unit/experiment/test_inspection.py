@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import SIZES
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from codyra_llm.config.registry import METHODS
 from codyra_llm.core.errors import Fault
 from codyra_llm.data.check import check_root
 from codyra_llm.experiment.plan import plan
@@ -138,6 +139,17 @@ def test_prompts_past_the_models_positions_are_refused(tiny_llama, tmp_path):
     assert "go past" not in told
     asked = {"data": {"max_prompt_tokens": 200, "max_answer_tokens": 56}, "eval": {"max_new_tokens": 100}}
     assert "go past the model's 256 positions" in planned(tiny_llama, stream, tmp_path / "run", **asked)
+
+
+def test_demonstrations_in_the_prompt_count(tiny_llama, tmp_path):
+    """Each test prompt alone has room; with six demonstrations of 50 tokens before it there is none."""
+    stream = stream_of(tmp_path / "data", [f"{i} " + "word " * 30 for i in range(12)], split="train")
+    asked = recipe(tiny_llama, stream, tmp_path / "run", NONE)
+    data = asked.data.model_copy(update={"max_prompt_tokens": 600})
+    prepare(asked.model_copy(update={"data": data}))
+    method = METHODS["icl"].Config(shots=6)
+    with pytest.raises(Fault, match="data.max_prompt_tokens: ONE/test.* 256 positions; lower it"):
+        prepare(asked.model_copy(update={"data": data, "method": method}))
 
 
 def test_weights_that_nobody_reads_are_told(tiny_llama, tmp_path, toy_stream):
