@@ -29,7 +29,10 @@ class Lease:
 
     def take(self) -> None:
         """Raises Fault where another process that lives holds the folder."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(self.folder, error) from None
         self._remove_dead()
         self._create(self._content(0))
         self.thread = threading.Thread(target=self._renew, daemon=True)

@@ -22,7 +22,7 @@ def points(tiny_llama, toy_stream, tmp_path_factory):
 def test_a_run_that_ends_at_a_file_operation_ends_as_if_it_had_not(points, mode):
     count = len(points.operations)
     assert count > 200
-    for at in random.Random(mode).sample(range(1, count + 1), 5):
+    for at in [1, *random.Random(mode).sample(range(2, count + 1), 4)]:
         assert points.check(mode, at) is None
 
 

@@ -32,9 +32,11 @@ def test_a_plan_is_all_that_is_said():
     )
     done = said("plan", "quickstart", before=noise)
     assert done.returncode == 0 and done.stderr == ""
-    lines = done.stdout.splitlines()
-    assert re.match(r"mini \(llama, .* M parameters, \w+\); method codyra_drift trains", lines[0])
-    assert lines[1].strip().startswith("trace protocol, batch 32") and lines[-1].startswith("disk, at most: ")
+    begins = (
+        r"mini \(llama, \S+ M parameters, \w+\); method codyra_drift trains \S+ M parameters trace protocol"
+    )
+    assert re.match(begins, " ".join(done.stdout.split()))
+    assert done.stdout.splitlines()[-1].startswith("disk, at most: ")
     assert not re.search(r"Loading|Warning|%\||it/s|kernels", done.stdout)
 
 
