@@ -23,6 +23,7 @@ SETTINGS = {
     "ewc": {"examples": 6},
     "ewclora": {"examples": 6, "weight": 1e3},
     "dream": {"samples": 20, "sample_tokens": 6, "batch": 5},
+    "sdft": {"answer_tokens": 3, "probe": 0},
     "gainlora": {"inputs_at_once": 3, "hidden": 8},
     "gem": {"memory": 4, "batch": 4},
     "agem": {"memory": 4, "batch": 4},

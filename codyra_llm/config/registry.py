@@ -107,6 +107,7 @@ METHODS = Registry(
         "clora": Entry("regularised.clora:CLora", "regularised:CLoraConfig"),
         "ewclora": Entry("regularised.ewclora:EwcLora", "regularised:EwcLoraConfig"),
         "dream": Entry("regularised.dream:Dream", "regularised:DreamConfig"),
+        "sdft": Entry("regularised.sdft:Sdft", "regularised:SdftConfig"),
         "keeplora": Entry("projection.keeplora:KeepLora", "projection:KeepLoraConfig"),
         "osft": Entry("projection.osft:Osft", "projection:OsftConfig"),
         "osft_lora": Entry("projection.osft_lora:OsftLora", "projection:OsftLoraConfig"),

@@ -93,10 +93,12 @@ def _logit_gradient(z: Tensor, norm: Tensor, targets: Tensor, share: Tensor, cap
 class Distillation(torch.autograd.Function):
     """T² Σ_m weights[m]·KL(q_m ‖ p_m), q = softmax(z'/T) of the teacher and p = softmax(z/T) of the student
     (Hinton et al., 1503.02531), with z, z' the logits of `hidden` and `taught` [M, h] under one frozen head,
-    softcap included.
+    softcap included. `reverse`: KL(p_m ‖ q_m) in its place, which does not pay for what the teacher likes and
+    the student never says.
 
-    As `WeightedCrossEntropy`, but for dL/dz = T·weights·(p - q). Chunks are half as long, since about five
-    tensors of one live at once. No gradient goes to the teacher or the head.
+    As `WeightedCrossEntropy`, but for dL/dz = T·weights·(p - q), and in reverse T·weights·p·(g - Σ p g) with
+    g = log p - log q. Chunks are half as long, since about five tensors of one live at once. No gradient goes
+    to the teacher or the head.
     """
 
     @staticmethod
@@ -109,8 +111,10 @@ class Distillation(torch.autograd.Function):
         weights: Tensor,
         temperature: float,
         cap: float | None,
+        reverse: bool,
     ) -> Tensor:
         precise = torch.promote_types(hidden.dtype, torch.float32)
+        kl = _reverse_kl if reverse else _forward_kl
         loss, rows = hidden.new_zeros((), dtype=precise), max(MIN_ROWS, CHUNK // (2 * len(weight)))
         dx = (
             torch.empty_like(hidden, memory_format=torch.contiguous_format)
@@ -121,10 +125,10 @@ class Distillation(torch.autograd.Function):
             z, share = _logits(hidden[part], weight, bias, cap, precise), weights[part].to(precise)
             log_q = _logits(taught[part], weight, bias, cap, precise).div_(temperature).log_softmax(1)
             log_p = (z / temperature).log_softmax(1)
-            q = log_q.exp()
-            loss += temperature**2 * (share @ log_q.sub_(log_p).mul_(q).sum(1))
+            values, d = kl(log_p, log_q)
+            loss += temperature**2 * (share @ values)
             if dx is not None:
-                d = log_p.exp_().sub_(q).mul_(temperature * share[:, None])
+                d = d.mul_(temperature * share[:, None])
                 d = d.mul_(z.div_(cap).square_().neg_().add_(1)) if cap else d
                 torch.mm(d.to(hidden.dtype), weight, out=dx[part])
         ctx.save_for_backward(dx)
@@ -134,7 +138,22 @@ class Distillation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, scale: Tensor):
         (dx,) = ctx.saved_tensors
-        return (None if dx is None else dx * scale, *[None] * 6)
+        return (None if dx is None else dx * scale, *[None] * 7)
+
+
+def _forward_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(q ‖ p) of each row [n] and its gradient by the logits of p [n, V]; overwrites both [n, V]."""
+    q = log_q.exp()
+    values = log_q.sub_(log_p).mul_(q).sum(1)
+    return values, log_p.exp_().sub_(q)
+
+
+def _reverse_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p ‖ q) of each row [n] and its gradient by the logits of p [n, V]; overwrites both [n, V]."""
+    gap = torch.sub(log_p, log_q, out=log_q)
+    p = log_p.exp_()
+    values = (p * gap).sum(1)
+    return values, gap.sub_(values[:, None]).mul_(p)
 
 
 def _logits(
@@ -158,13 +177,16 @@ def distillation(
     weights: Tensor,
     temperature: float,
     cap: float | None = None,
+    reverse: bool = False,
 ) -> Tensor:
     """`Distillation` of a teacher's rows `taught` into `hidden`, both [M, h], under the language model's
     `head`.
     """
-    return _inside(
-        head, lambda x, w, b: Distillation.apply(x, taught, w, b, weights, temperature, cap), hidden
-    )
+
+    def loss(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return Distillation.apply(x, taught, w, b, weights, temperature, cap, reverse)
+
+    return _inside(head, loss, hidden)
 
 
 def _inside(

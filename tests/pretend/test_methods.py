@@ -66,6 +66,12 @@ BUDGETS: dict[str, Budget] = {
     "treelora_repo": Budget(
         5, why="two groups of sites, each with random numbers of the host and a drawn task that is read"
     ),
+    "sdft": Budget(
+        2,
+        15,
+        f"{PADDED}, the teacher's and each of three drawn tokens' too; prompts go to the device, and each "
+        "token is read to see whether it ends its answer",
+    ),
     "codyra": Budget(85, why="once a task pruning reads 3 factors of 14 adapters and writes them back"),
     "osft": Budget(2, why=EDITED),
     "osft_lora": Budget(2, why=EDITED),

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from codyra_llm.config.methods.base import Count
 from codyra_llm.config.methods.sequential import SequentialConfig, StartConfig
@@ -53,6 +53,49 @@ class DreamConfig(StartConfig, frozen=True):
         description="tokens of the prompts' common beginning that are kept of a task, at most",
     )
     batch: Count = Field(default=16, ge=1, description="sequences per optimizer step, redrawn each time")
+
+
+class SdftConfig(StartConfig, frozen=True):
+    name: Literal["sdft"] = "sdft"
+    demonstration: str = Field(
+        default="{prompt}\n\nThis is an example for a response to the question:\n{answer}\n\nNow answer with "
+        "a response of your own:\n",
+        description="the prompt that the teacher reads; {prompt} and {answer} stand for the example's",
+    )
+    divergence: Literal["reverse", "forward"] = Field(
+        default="reverse", description="reverse: KL(student ‖ teacher); forward: KL(teacher ‖ student)"
+    )
+    answer_tokens: Count = Field(default=64, ge=1, description="tokens that the student draws, at most")
+    skip: int = Field(
+        default=0,
+        ge=0,
+        le=1 << 16,
+        description="first tokens of an answer that the loss leaves out, since a teacher likes to begin with "
+        "words about the demonstration",
+    )
+    teacher_rate: Fraction = Field(
+        default=0.02,
+        description="α of the teacher, an average of the student: φ ← α θ + (1 - α) φ after every step",
+    )
+    probe: int = Field(
+        default=32,
+        ge=0,
+        le=1 << 16,
+        description="examples of the first task on which the base has to show, before training, that it "
+        "makes use of a demonstration; 0: none",
+    )
+    gain: Fraction = Field(
+        default=0.5,
+        description="least share of the answers' cross entropy that the demonstration must take away there",
+    )
+
+    @field_validator("demonstration")
+    @classmethod
+    def _shows_both(cls, text: str) -> str:
+        missing = [name for name in ("{prompt}", "{answer}") if name not in text]
+        if missing:
+            raise ValueError(f"a demonstration shows the prompt and the answer; add {' and '.join(missing)}")
+        return text
 
 
 class EwcConfig(StartConfig, frozen=True):

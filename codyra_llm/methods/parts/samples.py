@@ -1,5 +1,7 @@
 """Sequences that a model writes by itself, from BOS on or from a beginning: inputs without data."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +53,51 @@ def continued(model: nn.Module, prefix: list[int], count: int, length: int, *key
             found.append(Encoded(prompt, row[:written], cut=False))
     model.train(training)
     return found
+
+
+@torch.no_grad()
+def answered(
+    model: nn.Module, prompts: Sequence[list[int]], length: int, draws: Sequence[torch.Generator]
+) -> list[list[int]]:
+    """What the model answers to each prompt at temperature 1: up to `length` tokens, the last of them EOS
+    where the model draws it. Each answer has a generator of its own, so it depends on no other prompt of the
+    batch (up to rounding, since shorter prompts are padded on the left)."""
+    training, ends = model.training, end_tokens(model)
+    width, found, going = max(map(len, prompts)), [[] for _ in prompts], set(range(len(prompts)))
+    chances = torch.stack([torch.rand(length, generator=draw) for draw in draws]).to(model.device)
+    fed = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = None
+    model.eval()
+    for place in range(length):
+        out = model(
+            input_ids=fed,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        fed, cache = _inverse_cdf(out.logits[:, -1], chances[:, place, None]), out.past_key_values
+        for row, token in enumerate(fed[:, 0].tolist()):
+            if row in going:
+                found[row].append(token)
+            if token in ends:
+                going.discard(row)
+        if not going:
+            break
+        mask, positions = torch.cat([mask, torch.ones_like(fed)], 1), positions[:, -1:] + 1
+    model.train(training)
+    return found
+
+
+def _inverse_cdf(logits: Tensor, chances: Tensor) -> Tensor:
+    """The token of each row [R, V] at which its cumulative probability passes the row's chance [R, 1] in
+    [0, 1), as [R, 1]; in float64, where the least likely of 250,000 tokens still has its share."""
+    cumulative = logits.double().softmax(1).cumsum(1)
+    at = chances.double() * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, at, right=True).clamp(max=logits.shape[1] - 1)
 
 
 def first_token(model: nn.Module) -> int:

@@ -350,13 +350,10 @@ def test_a_basis_that_is_too_large_is_refused(begun):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def definition(z, taught, share, temperature):
-    kl = functional.kl_div(
-        (z / temperature).log_softmax(1),
-        (taught / temperature).log_softmax(1),
-        reduction="none",
-        log_target=True,
-    )
+def definition(z, taught, share, temperature, reverse=False):
+    own, other = (z / temperature).log_softmax(1), (taught / temperature).log_softmax(1)
+    given, aim = (other, own) if reverse else (own, other)
+    kl = functional.kl_div(given, aim, reduction="none", log_target=True)
     return temperature**2 * (share * kl.sum(1)).sum()
 
 
@@ -369,15 +366,16 @@ def definition(z, taught, share, temperature):
     st.sampled_from([None, 0.7, 30.0]),
     st.booleans(),
     st.sampled_from([0.5, 1.0, 2.0]),
+    st.booleans(),
 )
-def test_distillation_is_its_definition(m, h, v, rows, cap, bias, temperature):
+def test_distillation_is_its_definition(m, h, v, rows, cap, bias, temperature, reverse):
     hidden, head, _, share = problem(m, h, v, bias, seed=m + 31 * v)
     taught = torch.randn_like(hidden)
     z, other = head(hidden), head(taught)
     z, other = (cap * torch.tanh(x / cap) if cap else x for x in (z, other))
-    expected = definition(z, other.detach(), share, temperature)
+    expected = definition(z, other.detach(), share, temperature, reverse)
     with chunks_of(2 * rows, v):
-        got = distillation(head.requires_grad_(False), hidden, taught, share, temperature, cap)
+        got = distillation(head.requires_grad_(False), hidden, taught, share, temperature, cap, reverse)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
     for own, exact in zip(
         torch.autograd.grad(got, hidden), torch.autograd.grad(expected, hidden), strict=True
@@ -385,16 +383,17 @@ def test_distillation_is_its_definition(m, h, v, rows, cap, bias, temperature):
         torch.testing.assert_close(own, exact, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("cap", [None, 3.0])
-def test_distillation_gradcheck_and_nothing_to_the_teacher(cap):
+def test_distillation_gradcheck_and_nothing_to_the_teacher(cap, reverse):
     hidden, head, _, share = problem(7, 4, 5, bias=True)
     taught = torch.randn_like(hidden, requires_grad=True)
     frozen = [p.detach() for p in head.parameters()]
     with chunks_of(4, 5):
         assert torch.autograd.gradcheck(
-            lambda x: Distillation.apply(x, taught.detach(), *frozen, share, 2.0, cap), hidden
+            lambda x: Distillation.apply(x, taught.detach(), *frozen, share, 2.0, cap, reverse), hidden
         )
-        Distillation.apply(hidden, taught, *frozen, share, 2.0, cap).backward()
+        Distillation.apply(hidden, taught, *frozen, share, 2.0, cap, reverse).backward()
     assert taught.grad is None and hidden.grad.any()
 
 

@@ -1,0 +1,147 @@
+"""SDFT: the student learns from itself, shown the answer, on what the student says."""
+
+import torch
+from torch import Tensor, nn
+
+from codyra_llm.config.methods.regularised import SdftConfig
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.tensors import generator
+from codyra_llm.data.batches import Batch, collate
+from codyra_llm.data.encoding import Encoded
+from codyra_llm.lora.layer import snapshot, stand_in
+from codyra_llm.methods.base import Task
+from codyra_llm.methods.parts.samples import answered, first_token
+from codyra_llm.methods.sequential.seqlora import SeqLora
+from codyra_llm.models import families
+from codyra_llm.models.head_loss import distillation
+
+PARTS = ("A", "w", "B")
+
+
+class Sdft(SeqLora):
+    """Σ_examples share · mean over the tokens of y of KL(p_θ(·|x, y_<) ‖ p_φ(·|c(x, a), y_<)), with y drawn
+    by the student from p_θ(·|x) at temperature 1, c(x, a) the prompt that shows the gold answer a as a
+    demonstration, and φ an exponential average of the student's adapter, begun anew with every task. The sum
+    over the vocabulary is exact; no gradient goes through the draw or to the teacher.
+
+    Source: Shenfeld et al. (2601.19897): on-policy, so that the model moves no further than its own answers
+    have to. The wording of the demonstration is theirs, without "including the thinking process"; their
+    code skips the first 3 tokens of long answers (`skip`), has α = 0.01, and averages over examples, which
+    here is `data.loss_average: sample` (by tokens, an example's share is that of its gold answer). Ours: an
+    adapter in place of all weights, and `probe`: the method can't work where the base makes nothing of a
+    demonstration, so before the first task the cross entropy of `probe` gold answers is measured with and
+    without it. A demonstration that doesn't fit into `data.max_prompt_tokens` loses the beginning of its
+    prompt. Cost per step: up to `answer_tokens` forwards of one token per micro-batch, and the teacher's
+    forward; one more copy of the adapter.
+    """
+
+    name, Config = "sdft", SdftConfig
+    summary = "seqlora that distils itself, shown the answer, on answers of its own"
+    config: SdftConfig
+    max_zero_stage = 2  # the teacher is a copy of whole parameters
+    packs = False  # it decodes in training, with padding
+
+    def begin_task(self, model, task: Task) -> None:
+        super().begin_task(model, task)
+        records = task.records()
+        self._asked = task.encode(records)
+        self._shown = task.encode([self._demonstrated(record) for record in records])
+        self._index, self._step, self._due = task.index, 0, False
+        self._teacher = snapshot(model)
+        if task.index == 0:
+            self._require_in_context_learning(model, task)
+
+    def before_step(self, groups, step: int, steps: int, schedule: str) -> None:
+        self._step, self._due = step, step > 0
+
+    def loss(self, model, batch: Batch) -> dict[str, Tensor]:
+        self._average(model)
+        prompts = [self._asked[i].prompt or [first_token(model)] for i in batch.examples]
+        draws = [generator("sdft", self.seed, self._index, self._step, i) for i in batch.examples]
+        answers = answered(model, prompts, self.config.answer_tokens, draws)
+        weights = self._token_weights(batch, answers)
+        student = _states(model, prompts, answers)
+        with torch.no_grad(), stand_in(model, self._teacher):
+            taught = _states(model, [self._shown[i].prompt for i in batch.examples], answers)
+        head, cap = families.head(model), families.softcap(model)
+        reverse = self.config.divergence == "reverse"
+        return {"loss": distillation(head, student, taught, weights, 1.0, cap, reverse)}
+
+    def progress(self) -> dict[str, Tensor]:
+        return {
+            f"{site}.{part}": factor
+            for site, factors in self._teacher.items()
+            for part, factor in zip(PARTS, factors, strict=True)
+            if factor is not None
+        }
+
+    def resume(self, progress: dict[str, Tensor]) -> None:
+        for site, factors in self._teacher.items():
+            for part, factor in zip(PARTS, factors, strict=True):
+                if factor is not None:
+                    factor.copy_(progress[f"{site}.{part}"])
+
+    def _demonstrated(self, record: dict) -> dict:
+        """The record with the prompt that the teacher reads; what prompt and answer hold is left as it is."""
+        wording = self.config.demonstration.split("{prompt}")
+        parts = [part.replace("{answer}", record["answer"]) for part in wording]
+        return {**record, "prompt": record["prompt"].join(parts)}
+
+    @torch.no_grad()
+    def _average(self, model: nn.Module) -> None:
+        """φ ← α θ + (1 - α) φ, once for every step of the optimizer."""
+        if not self._due:
+            return
+        self._due = False
+        for site, now in snapshot(model).items():
+            for old, new in zip(self._teacher[site], now, strict=True):
+                if old is not None:
+                    old.lerp_(new, self.config.teacher_rate)
+
+    def _token_weights(self, batch: Batch, answers: list[list[int]]) -> Tensor:
+        """The weight of every drawn token: the example's share of the global batch over the tokens of its
+        answer that count."""
+        counts = [len(self._asked[i]) - max(len(self._asked[i].prompt), 1) for i in batch.examples]
+        shares = [part.sum() for part in batch.weights.split(counts)]
+        found = []
+        for share, answer in zip(shares, answers, strict=True):
+            skipped = min(self.config.skip, len(answer))
+            kept = len(answer) - skipped
+            found += [share.new_zeros(skipped), (share / max(kept, 1)).expand(kept)]
+        return torch.cat(found)
+
+    def _require_in_context_learning(self, model: nn.Module, task: Task) -> None:
+        count = min(self.config.probe, len(self._asked))
+        if not count:
+            return
+        answers = [example.answer for example in self._asked[:count]]
+        alone = _cross_entropy(model, [example.prompt for example in self._asked[:count]], answers)
+        shown = _cross_entropy(model, [example.prompt for example in self._shown[:count]], answers)
+        most = (1 - self.config.gain) * alone
+        if shown > most:
+            raise Fault(
+                f"method: sdft needs a base that makes use of a demonstration in its prompt. This one is at "
+                f"{shown:.2f} nats per token of {count} answers of {task.stream.tasks[0]} when it is shown "
+                f"them and at {alone:.2f} when it is not, where {most:.2f} or less was expected; take a "
+                "larger or an instruction-tuned base, word method.demonstration as that base was tuned, or "
+                "lower method.gain."
+            )
+
+
+def _states(model: nn.Module, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
+    """The last hidden states [M, h] from which each token of each answer is predicted after its prompt."""
+    examples = [Encoded(p, a, cut=False) for p, a in zip(prompts, answers, strict=True)]
+    batch = collate(examples, range(len(examples)), [0.0] * len(examples), 0)
+    return batch.to(model.device).hidden(model)
+
+
+@torch.no_grad()
+def _cross_entropy(model: nn.Module, prompts: list[list[int]], answers: list[list[int]]) -> float:
+    """The mean over all tokens of the answers, in nats."""
+    total = tokens = 0.0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        example = Encoded(prompt or [first_token(model)], answer, cut=False)
+        batch = collate([example], [0], [1.0], 0).to(model.device)
+        total += batch.cross_entropy(model).item()
+        tokens += len(answer)
+    return total / tokens
