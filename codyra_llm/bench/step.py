@@ -145,10 +145,15 @@ def _padded(examples: list[Encoded], pad: int, device: torch.device) -> dict[str
     def stack(rows: list[list[int]], value: int) -> Tensor:
         return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value).to(device)
 
+    ids, seen, labels = [], [], []
+    for example in examples:
+        ids.append(example.prompt + example.answer)
+        seen.append([1] * len(example))
+        labels.append([-100] * len(example.prompt) + example.answer)
     return {
-        "input_ids": stack([e.prompt + e.answer for e in examples], pad),
-        "attention_mask": stack([[1] * len(e) for e in examples], 0),
-        "labels": stack([[-100] * len(e.prompt) + e.answer for e in examples], -100),
+        "input_ids": stack(ids, pad),
+        "attention_mask": stack(seen, 0),
+        "labels": stack(labels, -100),
     }
 
 

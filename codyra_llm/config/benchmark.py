@@ -124,9 +124,11 @@ class Benchmark(Strict, frozen=True):
                 f"{nearest(data.protocol, self.protocols)} Known: {', '.join(self.protocols)}"
             )
         if isinstance(data.tasks, int):
-            return faults + [
-                f"data.tasks: there is no order {data.tasks}; choose from {sorted(self.orders)}"
-            ] * (data.tasks not in self.orders)
+            if data.tasks not in self.orders:
+                faults.append(
+                    f"data.tasks: there is no order {data.tasks}; choose from {sorted(self.orders)}"
+                )
+            return faults
         return faults + self.strangers(data.tasks, "data.tasks: {} is not a task of " + data.benchmark)
 
     def strangers(self, names: Sequence[str], sentence: str) -> list[str]:

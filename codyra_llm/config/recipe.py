@@ -126,7 +126,8 @@ class Recipe(Strict, frozen=True):
         """The same recipe with every null that the benchmark knows filled in; valid, and equal to itself
         resolved. Raises Fault for names that the benchmark has not."""
         known = self.benchmark
-        if missing := known.lacks(self.data):
+        missing = known.lacks(self.data)
+        if missing:
             raise Fault(*missing)
         name = self.data.protocol or next(iter(known.protocols))
         protocol, root = known.protocols[name], self.data.root or str(benchmark_folder(self.data.benchmark))

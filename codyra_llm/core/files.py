@@ -28,7 +28,7 @@ def replacing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(temporary)  # of a process that had this number before
         yield temporary
-        for file in [p for p in temporary.rglob("*") if p.is_file()] if temporary.is_dir() else [temporary]:
+        for file in _files(temporary):
             file.chmod(0o666 & ~umask())
             sync(file)
         if path.is_dir():
@@ -39,6 +39,11 @@ def replacing(path: Path) -> Iterator[Path]:
         raise unwritable(path, error) from None
     finally:
         _remove(temporary)
+
+
+def _files(path: Path) -> list[Path]:
+    """`path` itself, or all files in that folder."""
+    return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
 
 
 def umask() -> int:
@@ -138,9 +143,8 @@ def read_jsonl(path: Path) -> list[dict]:
     if not path.is_file():
         return []
     rows = []
-    for number, line in enumerate(
-        path.read_bytes().split(b"\n")[:-1], 1
-    ):  # splitlines() would split at U+2028 too
+    lines = path.read_bytes().split(b"\n")[:-1]  # splitlines() would split at U+2028 too
+    for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
         except (ValueError, RecursionError):

@@ -101,7 +101,8 @@ def _write(answers: BinaryIO, how: bytes, text: str) -> None:
 def _measured(text: str, most: int) -> Answer:
     if len(text) > most:
         return STOPPED, f"it writes {len(text):,d} characters, expected at most {most:,d}"
-    if found := re.search("[\ud800-\udfff]", text):
+    found = re.search("[\ud800-\udfff]", text)
+    if found:
         return REFUSED, f"it writes half of a surrogate pair, {found[0]!a}"
     return FINE, text
 

@@ -156,7 +156,9 @@ def micro_batches(
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     ranks = [list(_cut(order[rank::world], lengths, tokens, packed)) for rank in range(world)]
     steps = max(map(len, ranks))
-    return [steps_of_rank + [[] for _ in range(steps - len(steps_of_rank))] for steps_of_rank in ranks]
+    for own in ranks:
+        own.extend([] for _ in range(steps - len(own)))
+    return ranks
 
 
 def default_tokens(device: torch.device) -> int:

@@ -225,7 +225,11 @@ def class_names(table) -> list[dict]:
     from datasets import ClassLabel
 
     classes = {key: kind.names for key, kind in table.features.items() if isinstance(kind, ClassLabel)}
-    return [{**row, **{key: _name(row[key], names) for key, names in classes.items()}} for row in table]
+    rows = []
+    for row in table:
+        named = {key: _name(row[key], names) for key, names in classes.items()}
+        rows.append({**row, **named})
+    return rows
 
 
 def _name(number: int | None, names: list[str]) -> object:

@@ -47,12 +47,17 @@ def read_split(root: Path, task: str, split: str) -> list[dict]:
         path,
         len(records),
     )
-    return [{part: str(record[part]) for part in LONGEST} for record in records]
+    return [_with_texts(record) for record in records]
+
+
+def _with_texts(record: dict) -> dict[str, str]:
+    return {part: str(record[part]) for part in LONGEST}
 
 
 def refuse(faults: list[str], where: str | Path, count: int) -> None:
     """Raise Fault with the first of the faults that `count` records have, and the number of the others."""
-    if (rest := len(faults) - NAMED) > 0:
+    rest = len(faults) - NAMED
+    if rest > 0:
         faults = [*faults[:NAMED], f"{where}: {rest} more faults in {count} records; correct these too."]
     if faults:
         raise Fault(*faults)

@@ -38,10 +38,12 @@ def read(root: Path, name: str, task: Task, split: str, render: Render = plain) 
     table = tables.get(split) or tables.get("train")
     if not table:
         raise Fault(f"tasks.{name}: it has neither {split} nor train data; give one of them in {FILE}")
-    if not (rows := table.read()):
+    rows = table.read()
+    if not rows:
         raise Fault(f"{table.where} holds no record; give some, or leave task '{name}' out")
     maker = _maker(root, name, task, render, every=task.train_on == "assistant" and split == "train")
-    if faults := [*maker.lacking(rows, table.where)]:
+    faults = list(maker.lacking(rows, table.where))
+    if faults:
         raise Fault(*faults)
     of = split if split in tables else "train"
     kept = [(i, row) for i, row in enumerate(rows) if of != "train" or not maker.skips(row)]
@@ -86,9 +88,10 @@ def remarks(root: Path, name: str, task: Task) -> list[str]:
         except Fault:  # reported where the file is read
             continue
         told.append(found.remark)
-        if split == "train" and (skipped := sum(map(maker.skips, found.rows))):
+        skipped = [row for row in found.rows if split == "train" and maker.skips(row)]
+        if skipped:
             told.append(
-                f"{root / file}: {skipped} of {len(found.rows)} records have no answer, and are left out"
+                f"{root / file}: {len(skipped)} of {len(found.rows)} records have no answer, and are left out"
             )
     return [f"tasks.{name}: {remark}" for remark in dict.fromkeys(told) if remark]
 
@@ -134,14 +137,14 @@ def _tables(root: Path, name: str, task: Task) -> dict[str, Table]:
     source = task.dataset
     found = _dataset(_local(root, source.path), source, name)
     wanted = {split: chosen for split, chosen in source.splits if chosen}
-    if unknown := [chosen for chosen in wanted.values() if chosen not in found]:
-        raise Fault(
-            *(
-                f"tasks.{name}.dataset.splits: '{chosen}' is not a split of "
-                f"{source.path}.{nearest(chosen, found)} Known: {', '.join(found)}"
-                for chosen in unknown
-            )
-        )
+    faults = [
+        f"tasks.{name}.dataset.splits: '{chosen}' is not a split of {source.path}.{nearest(chosen, found)} "
+        f"Known: {', '.join(found)}"
+        for chosen in wanted.values()
+        if chosen not in found
+    ]
+    if faults:
+        raise Fault(*faults)
     wanted = wanted or {split: chosen for split, chosen in HUB.items() if chosen in found}
     return {
         split: Table(f"{source.path} ({chosen})", partial(class_names, found[chosen]))

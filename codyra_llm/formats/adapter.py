@@ -33,15 +33,18 @@ def base_of(folder: Path, given: str | None) -> str:
         raise Fault(
             f"{folder} is a PEFT adapter, and the package peft is not installed; install codyra-llm[peft]"
         ) from None
-    if faults := size_faults(folder):
+    faults = size_faults(folder)
+    if faults:
         raise Fault(*faults)
     config = read_mapping(folder / CONFIG, "the adapter's config")
-    if (kind := config.get("peft_type")) != "LORA":
+    kind = config.get("peft_type")
+    if kind != "LORA":
         raise Fault(
             f"{folder} is an adapter of peft_type {kind}, expected LORA, which can be merged into its base; "
             "merge it where it was made, and give the merged folder"
         )
-    if faults := adapter_file_faults(folder):
+    faults = adapter_file_faults(folder)
+    if faults:
         raise Fault(*faults)
     named = config.get("base_model_name_or_path")
     if named is not None and not isinstance(named, str):
@@ -60,7 +63,8 @@ def base_of(folder: Path, given: str | None) -> str:
             ) from None
     base = loading.resolve(given or named)
     names = [name for file in weight_files(base) for name in stored(file)]
-    if faults := config_faults(folder, config, module_names(names)):
+    faults = config_faults(folder, config, module_names(names))
+    if faults:
         raise Fault(*faults)
     _check_shapes(folder, base)
     return given or named

@@ -94,8 +94,9 @@ def write_gguf(
     """Write the model in `base`, each weight as `changed(name, stored)` gives it, to `file`. Matrices are
     stored as `kind` (of TYPES), cast once from float32; norms and biases in float32. One weight is held at a
     time. `reads`: the tokenizer's folder, if not the base's. Raises Fault for what `faults` tells."""
-    if told := faults(base):
-        raise Fault(*told)
+    wrong = faults(base)
+    if wrong:
+        raise Fault(*wrong)
     config, tokenizer = families.text_config(base), load_tokenizer(reads or base)
     architecture = _architecture(config)
     writer = GGUFWriter(file, architecture)
@@ -149,7 +150,8 @@ def _write_config(writer: GGUFWriter, config: PreTrainedConfig, architecture: st
     if architecture in PERIODS:
         writer.add_sliding_window(config.sliding_window)
     for cap in ("attn", "final"):
-        if value := getattr(config, f"{cap}_logit_softcapping", None):
+        value = getattr(config, f"{cap}_logit_softcapping", None)
+        if value:
             getattr(writer, f"add_{cap}_logit_softcapping")(value)
     if "sliding_attention" in config.rope_parameters:
         writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])

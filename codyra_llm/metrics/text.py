@@ -79,7 +79,7 @@ class ExactMatch(ExampleMean):
 
     @staticmethod
     def example(prompt: str, prediction: str, answer: str) -> float:
-        return 100.0 * (prediction == answer != "")
+        return 100.0 if prediction == answer != "" else 0.0
 
 
 class ExactMatchTreelora(ExampleMean):
@@ -97,7 +97,7 @@ class ExactMatchTreelora(ExampleMean):
     @staticmethod
     def example(prompt: str, prediction: str, answer: str) -> float:
         answer = answer.strip()
-        return 100.0 * (prediction.strip()[: len(answer)] == answer != "")
+        return 100.0 if prediction.strip()[: len(answer)] == answer != "" else 0.0
 
 
 class FirstChar(ExampleMean):

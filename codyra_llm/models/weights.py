@@ -4,6 +4,7 @@ config's shapes.
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -36,19 +37,19 @@ def weight_files(folder: Path) -> list[Path]:
         raise Fault(
             f"{index} has no mapping 'weight_map': expected the file of every weight; download it again."
         )
-    if outside := [
-        name
-        for name in shards.values()
-        if not isinstance(name, str)
-        or Path(name).name != name
-        or "\0" in name
-        or not name.endswith(".safetensors")
-    ]:
+    outside = [name for name in shards.values() if not _is_own_shard(name)]
+    if outside:
         raise Fault(
             f"{index} names {shown(outside[0])}: expected *.safetensors files of its own folder alone; don't "
             "use this model unless you know who made it."
         )
     return sorted({folder / name for name in shards.values()})
+
+
+def _is_own_shard(name: Any) -> bool:
+    if not isinstance(name, str) or "\0" in name:
+        return False
+    return Path(name).name == name and name.endswith(".safetensors")
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -108,7 +109,8 @@ def header_faults(folder: Path) -> list[str]:
         return fault.messages
     tied = {f"{families.of(config).head}.weight"} if config.tie_word_embeddings else set()
     out = _two_heads(folder) if tied & found.keys() else []
-    if missing := sorted(wanted.keys() - found.keys() - tied):
+    missing = sorted(wanted.keys() - found.keys() - tied)
+    if missing:
         out.append(
             f"{folder} lacks {len(missing)} weights, such as {', '.join(missing[:3])}: expected the whole "
             "model that config.json describes; download it again."

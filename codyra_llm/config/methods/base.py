@@ -52,7 +52,8 @@ class TargetsConfig(MethodConfig, frozen=True):
     @field_validator("targets")
     @classmethod
     def _known(cls, value: list[str]) -> list[str]:
-        if unknown := [name for name in value if name not in PROJECTIONS]:
+        unknown = [name for name in value if name not in PROJECTIONS]
+        if unknown:
             raise ValueError(f"unknown projections {unknown}; choose from {', '.join(PROJECTIONS)}")
         if len(set(value)) < len(value):
             raise ValueError("a projection is named twice")

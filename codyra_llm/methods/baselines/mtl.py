@@ -27,6 +27,10 @@ class Mtl(SeqLora):
         if index + 1 < len(stream.tasks):
             return stream.records(index, "train"), []
         order = sorted(range(len(stream.tasks)), key=lambda i: -stream.epochs[i])
-        parts = [(stream.records(i, "train"), stream.epochs[i]) for i in order]
-        ends = [sum(len(part) for part, epochs in parts if epochs > epoch) for epoch in range(parts[0][1])]
-        return [record for part, _ in parts for record in part], [range(end) for end in ends]
+        # The tasks of most epochs come first, so that every epoch takes a first part of the records.
+        records, takes_part = [], [0] * stream.epochs[order[0]]
+        for i in order:
+            records += stream.records(i, "train")
+            for epoch in range(stream.epochs[i]):
+                takes_part[epoch] = len(records)
+        return records, [range(count) for count in takes_part]

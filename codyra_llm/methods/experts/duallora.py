@@ -78,7 +78,9 @@ class DualLora(Single):
         self._put(model, task, task.index)
         self._later, half = task.index > 0, self.config.rank // 2
         for layer in sites(model).values():
-            layer.lora_A[half:], layer.lora_B[:, half:] = 0, 0  # no gate for what is not there yet
+            # No gate for what is not there yet.
+            layer.lora_A[half:] = 0
+            layer.lora_B[:, half:] = 0
         old, self._old = loaded(task.state), {}
         for name, covariance, layers in self._covariances(model, task):
             free = old.get(name, Subspace.nothing(len(covariance)))
@@ -139,7 +141,8 @@ class DualLora(Single):
         updates, half = [task.archive.load(k) for k in range(count)], self.config.rank // 2
         held = updates[:-1] if count > task.index else updates
         for name, layer in mixtures(model).items():
-            layer.hold([Adapter(x.a[half:], x.b[:, half:], None) for x in (u.adapters[name] for u in held)])
+            whole = [update.adapters[name] for update in held]
+            layer.hold([Adapter(adapter.a[half:], adapter.b[:, half:], None) for adapter in whole])
         restore(model, updates[-1])
 
     def _covariances(self, model: nn.Module, task: Task):

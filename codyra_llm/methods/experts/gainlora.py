@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from codyra_llm.config.methods.experts import GainLoraConfig
 from codyra_llm.core.tensors import generator
-from codyra_llm.lora.layer import attach, sites
+from codyra_llm.lora.layer import attach, train_only_b
 from codyra_llm.lora.mixture import MixtureLinear, mixtures, weigh
 from codyra_llm.methods.base import Task
 from codyra_llm.methods.experts.single import Single
@@ -54,16 +54,12 @@ class PromptGates(nn.Module):
         drawn, U(-1, 1)."""
         draw = generator("gates", *key)
         drawn = [2 * torch.rand(p.shape, generator=draw) - 1 for p in (self.u, self.v, self.key)]
-        if state:
-            last = {name: state[name][-1:] for name in ("u", "v")}
-        else:
-            last = {
-                "u": drawn[0][None] / math.sqrt(self.u.shape[1]),
-                "v": drawn[1][None] / math.sqrt(self.v.shape[1]),
-            }
-        old = [state] if state else []
-        new = {**last, "keys": drawn[2][None]}
-        self.load({name: torch.cat([*(s[name].to(t) for s in old), t]) for name, t in new.items()})
+        u, v, key = (tensor[None] for tensor in drawn)  # [1, …]: one task
+        if not state:
+            self.load({"u": u / math.sqrt(u.shape[2]), "v": v / math.sqrt(v.shape[2]), "keys": key})
+            return
+        new = {"u": state["u"][-1:], "v": state["v"][-1:], "keys": key}
+        self.load({name: torch.cat([state[name].to(tensor), tensor]) for name, tensor in new.items()})
 
     def inner(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """What the last task's V and key read: SiLU(U e) [n, hidden] and f(e) [n, h]."""
@@ -111,8 +107,7 @@ class GainLora(Single):
 
     def attach(self, model) -> None:
         attach(model, self.config.targets, self.spec(), MixtureLinear, self.config.layers)
-        for layer in sites(model).values():
-            layer.lora_A.requires_grad_(False)
+        train_only_b(model)
         model.prompt_gates = self._fresh(model)
 
     @torch.no_grad()

@@ -60,7 +60,9 @@ class HideLora(Single):
         )
         self._old = task.state["adapted"].to(model.device) if task.index else None  # [tasks, h]
         past = [task.archive.load(k).adapters for k in range(task.index)]
-        self._past = {site: mean_adapter([x[site] for x in past]) for site in past[0]} if past else {}
+        self._past = {}
+        for site in past[0] if past else ():
+            self._past[site] = mean_adapter([adapters[site] for adapters in past])
         if task.index:
             restore(model, task.archive.load(task.index - 1))
 

@@ -40,7 +40,8 @@ class Ogd(SeqLora):
         super().begin_task(model, task)
         trained = [p for p in model.parameters() if p.requires_grad]
         size, rows = sum(p.numel() for p in trained), len(task.stream.tasks) * self.config.examples
-        if (needed := 4e-9 * size * rows) > self.config.max_gigabytes:
+        needed = 4e-9 * size * rows  # float32, in GB
+        if needed > self.config.max_gigabytes:
             raise Fault(
                 f"method.examples: {self.config.examples} directions of {size / 1e6:.1f} M parameters for "
                 f"each of {len(task.stream.tasks)} tasks take {needed:.1f} GB, more than "

@@ -52,7 +52,8 @@ class DualPrompt(PromptMethod):
     def check(self, config, attention: str | None) -> list[str]:
         c, depth, faults = self.config, config.num_hidden_layers, []
         for key in ("general_layers", "expert_layers"):
-            if beyond := [i for i in getattr(c, key) if i >= depth]:
+            beyond = [i for i in getattr(c, key) if i >= depth]
+            if beyond:
                 faults.append(
                     f"method.{key}: {beyond} are not layers of the model, which has 0 to {depth - 1}; name "
                     "others"

@@ -3,6 +3,7 @@ about.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,7 +69,8 @@ class Queries:
 
     def __call__(self, model: nn.Module, prompts: Sequence[list[int]]) -> Tensor:
         keys = [tuple(prompt) for prompt in prompts]
-        if missing := [key for key in dict.fromkeys(keys) if key not in self.known]:
+        missing = [key for key in dict.fromkeys(keys) if key not in self.known]
+        if missing:
             self.known.update(zip(missing, query(model, missing), strict=True))
         return torch.stack([self.known[key].to(model.device) for key in keys])
 
@@ -78,8 +80,8 @@ class Queries:
             return {}
         return {
             "queries": torch.stack(list(self.known.values())),
-            "lengths": torch.tensor([len(k) for k in self.known]),
-            "tokens": torch.tensor([i for key in self.known for i in key]),
+            "lengths": torch.tensor(list(map(len, self.known))),
+            "tokens": torch.tensor(list(chain.from_iterable(self.known))),
         }
 
     def load_state(self, state: dict[str, Tensor]) -> None:

@@ -42,11 +42,9 @@ class Prompt(nn.Module):
         draw, linear = generator(*key), [m for m in self.modules() if isinstance(m, nn.Linear)]
         for layer in linear:
             for p in layer.parameters():
-                p.copy_(
-                    (torch.rand(p.shape, generator=draw) * 2 - 1)
-                    * layer.in_features**-0.5
-                    * (layer is not linear[-1])
-                )
+                p.copy_((torch.rand(p.shape, generator=draw) * 2 - 1) * layer.in_features**-0.5)
+        for p in linear[-1].parameters() if linear else ():
+            p.zero_()
 
 
 class ProgressivePrompts(PromptMethod):

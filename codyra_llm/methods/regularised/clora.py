@@ -66,18 +66,21 @@ class CLora(SeqLora):
         else:
             super().begin_task(model, task)
         self._layers = list(sites(model).values())
-        self._old = torch.stack(
-            [layer.lora_w.detach() for layer in self._layers]
-        )  # R_old [sites, r, r], at first 0
+        # R_old [sites, r, r], at first 0.
+        self._old = torch.stack([layer.lora_w.detach() for layer in self._layers])
         self._later = task.index > 0
 
     def param_groups(self, model, lr: float) -> list[dict]:
         share = self.config.factor_lr if self._later else 1.0
-        factors = [
-            p.requires_grad_(share > 0) for layer in self._layers for p in (layer.lora_A, layer.lora_B)
-        ]
         routes = {"params": [layer.lora_w for layer in self._layers], "lr": lr, "weight_decay": 0.0}
-        return [routes] + [{"params": factors, "lr": share * lr}] * (share > 0)
+        factors = []
+        for layer in self._layers:
+            factors += [layer.lora_A, layer.lora_B]
+        for factor in factors:
+            factor.requires_grad_(share > 0)
+        if share == 0:
+            return [routes]
+        return [routes, {"params": factors, "lr": share * lr}]
 
     def penalty(self, model) -> dict[str, Tensor]:
         if not (self._later and self.config.weight):

@@ -39,12 +39,9 @@ class TreeLoraRepo(SeqLora):
         super().begin_task(model, task)
         self._index, self._epochs = task.index, task.stream.epochs[task.index]
         self._groups = by_shape(sites(model))
-        self._saved = [
-            torch.stack([task.state[site] for site in group], 1).to(next(iter(group.values())).lora_A)
-            if task.index
-            else None
-            for group in self._groups
-        ]  # [t, D, F]
+        self._saved: list[Tensor | None] = [None] * len(self._groups)  # each [t, D, F]
+        if task.index:
+            self._saved = [_stored(task.state, group) for group in self._groups]
 
     def before_step(self, groups: list[dict], step: int, steps: int, schedule: str) -> None:
         per_epoch = steps // self._epochs
@@ -80,13 +77,8 @@ class TreeLoraRepo(SeqLora):
         for i, draw in enumerate(self._draws):
             for key in draw.counted:
                 value = progress[f"{i}.{key}"]
-                setattr(
-                    draw,
-                    key,
-                    value.to(next(iter(self._groups[i].values())).lora_A.device)
-                    if value.dim()
-                    else value.item(),
-                )
+                device = _first(self._groups[i]).lora_A.device
+                setattr(draw, key, value.to(device) if value.dim() else value.item())
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
         state = {}
@@ -96,14 +88,23 @@ class TreeLoraRepo(SeqLora):
         return state
 
 
+def _stored(state: dict[str, Tensor], group: dict[str, LoraLinear]) -> Tensor:
+    return torch.stack([state[site] for site in group], 1).to(_first(group).lora_A)
+
+
+def _first(group: dict[str, LoraLinear]) -> LoraLinear:
+    return next(iter(group.values()))
+
+
 class Draw:
     """One epoch of the released bandit over `saved` [t, D, F] (None: no earlier task), S steps long."""
 
     def __init__(self, saved: Tensor | None, steps: int):
         self.saved, self.steps, self.tau = saved, steps, -1
         self.current: Tensor | float = 0.0
-        self.counted = ["steps", "tau", "current"] + ["pulls", "similarity"] * (saved is not None)
+        self.counted = ["steps", "tau", "current"]
         if saved is not None:
+            self.counted += ["pulls", "similarity"]
             self.pulls, self.similarity = torch.zeros(2, *saved.shape[:2], device=saved.device)
             self.children = first_split(saved)
 
@@ -165,7 +166,9 @@ def first_split(saved: Tensor) -> list[tuple[list[int], float | None]]:
         return []
     at_root = similarities(tasks, 0)
     high = (at_root >= at_root.median()).tolist()
-    parts = [[k for k in tasks if high[k]], [k for k in tasks if not high[k]]]
+    similar = [k for k in tasks if high[k]]
+    others = [k for k in tasks if not high[k]]
+    parts = [similar, others]
     if not all(parts):
         parts = [tasks[: len(tasks) // 2], tasks[len(tasks) // 2 :]]
     inner = [saved.shape[1] > 1 and len(part) > 1 for part in parts]

@@ -73,9 +73,11 @@ class Codyra(Method):
         """Where a task of `steps` is pruned of nothing, or of all that training does not raise again."""
         c = self.config
         total = sum(shrink(c.threshold, step, steps, schedule) for step in range(steps))
-        largest = (
-            1.0 if c.align else c.importance_value * (NORMAL_MAX if c.importance_init == "normal" else 1)
-        )
+        largest = c.importance_value  # that an importance w starts at
+        if c.align:
+            largest = 1.0
+        elif c.importance_init == "normal":
+            largest *= NORMAL_MAX
         if not total:
             return f"the threshold will prune nothing in {steps} steps: all its κ are 0"
         if total < largest:

@@ -93,12 +93,11 @@ def size_faults(folder: Path) -> list[str]:
 def read_config(folder: Path) -> PreTrainedConfig:
     """The config of the model in `folder` as transformers reads it, without the names of a classifier's
     labels. Raises Fault for one that describes no model, or one that nobody could compute with."""
-    if faults := size_faults(folder):
+    faults = size_faults(folder)
+    if faults:
         raise Fault(*faults)
-    where, instead = (
-        f"{folder}/config.json describes no model",
-        "expected the model's own config; download it again",
-    )
+    where = f"{folder}/config.json describes no model"
+    instead = "expected the model's own config; download it again"
     raw = read_mapping(folder / "config.json", "the model's config")
     for key, value in _numbers(raw):
         least, most = BOUNDS[key.rpartition(".")[2]]
@@ -130,7 +129,8 @@ def _numbers(raw: dict) -> Iterator[tuple[str, float]]:
     }
     for name, section in {"": raw, **parts, **inner}.items():
         for key in BOUNDS:
-            if isinstance(value := section.get(key), int | float):
+            value = section.get(key)
+            if isinstance(value, int | float):
                 yield name + key, value
 
 
