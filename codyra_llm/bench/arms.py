@@ -48,12 +48,15 @@ class Arm:
         return shared_inputs(self.model)
 
     def context(self, device: torch.device) -> AbstractContextManager:
+        """Where the arm runs: under autocast, if it asks for it."""
         return torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
 
     def parameters(self) -> list[nn.Parameter]:
+        """The masters that train."""
         return [p for triple in self.masters.values() for p in triple if p is not None]
 
     def forget_gradients(self) -> None:
+        """Before a measurement that makes them anew."""
         for p in self.parameters():
             p.grad = None
 
@@ -79,6 +82,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 
 def targets(base: nn.Module) -> list[str]:
+    """The projections that this model has, by the last part of their names."""
     present = {name.rpartition(".")[2] for name in families.projections(base)}
     return [name for name in families.of(base.config).projections if name in present]
 
@@ -101,10 +105,12 @@ def draw(base: nn.Module, rank: int) -> Numbers:
 
 
 def frozen(base: nn.Module, numbers: Numbers) -> Arm:
+    """The base alone: the floor that no adapter can be faster than."""
     return Arm(shared_copy(base))
 
 
 def weighted(base: nn.Module, numbers: Numbers, fused: bool) -> Arm:
+    """Our adapters with rank weights, by the fused functions or in plain autograd."""
     model = shared_copy(base)
     attach(
         model, targets(model), AdapterSpec(len(next(iter(numbers.values()))[1]), SCALE, importance="constant")
@@ -121,6 +127,7 @@ def weighted(base: nn.Module, numbers: Numbers, fused: bool) -> Arm:
 
 
 def peft(base: nn.Module, numbers: Numbers, strong: bool) -> Arm:
+    """The same ΔW by PEFT. `strong`: with what it can be told to do better. Raises Fault without peft."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:

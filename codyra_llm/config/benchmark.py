@@ -42,6 +42,8 @@ PROBE = Task(metrics=("exact_match",))  # of general ability, where a benchmark 
 
 
 class Benchmark(Strict, frozen=True):
+    """A benchmark.yaml: its tasks, their orders, and the protocols that they are trained and scored under."""
+
     tasks: dict[str, Task] = Field(min_length=1)
     others: Task | None = Field(
         default=None,

@@ -64,6 +64,7 @@ class Recipe(Strict, frozen=True):
 
     @property
     def tasks(self) -> list[str]:
+        """The names of the tasks, in the order of the stream."""
         return (
             list(self.benchmark.orders[self.data.tasks])
             if isinstance(self.data.tasks, int)

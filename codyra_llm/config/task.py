@@ -47,6 +47,8 @@ class Splits(Strict, frozen=True):
 
 
 class Columns(Strict, frozen=True):
+    """Which columns or fields hold prompt and answer."""
+
     prompt: str = Field(default="prompt", description="column or field that holds the prompt")
     answer: str = Field(default="answer", description="the one that holds the answer")
 
@@ -69,6 +71,8 @@ class Labels(Strict, frozen=True):
 
 
 class DatasetSource(Strict, frozen=True):
+    """Data that `datasets` reads, from the hub or a folder."""
+
     path: PathText = Field(description="id on the hub, or a folder below data.root that `datasets` reads")
     name: str | None = Field(default=None, description="the data set's configuration")
     revision: str | None = Field(default=None, description="branch, tag or commit")

@@ -55,6 +55,7 @@ def umask() -> int:
 
 
 def unwritable(path: Path, error: Exception) -> Fault:
+    """What to say of a path that can't be written, and what to do."""
     reason = getattr(error, "strerror", None) or str(error)
     return Fault(
         f"{path} can't be written ({reason}); free some space or mend the place, then give the same command "
@@ -79,6 +80,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def is_leftover(name: str) -> bool:
+    """Whether this is a temporary name that `replacing` makes."""
     return re.fullmatch(r"\..+\.\d+", name) is not None
 
 
@@ -107,23 +109,28 @@ def await_file(path: Path, seconds: float = 90) -> None:
 
 
 def to_json(value: Any) -> str:
+    """`value` as the text of a JSON file."""
     return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
 
 
 def to_jsonl(rows: list[dict]) -> str:
+    """The rows as the text of a JSONL file."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
     write_text(path, to_json(value))
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
+    """Write a JSONL file, whole or not at all."""
     write_text(path, to_jsonl(rows))
 
 

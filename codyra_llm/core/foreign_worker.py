@@ -27,6 +27,7 @@ Answer = tuple[bytes, str]
 
 
 def main() -> None:
+    """Answer requests from standard input until it ends."""
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
     # A launcher or Ctrl-C tells the whole group to stop; the process that asks decides when this one ends.

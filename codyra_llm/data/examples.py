@@ -177,9 +177,11 @@ class Chats:
         self.task, self.render, self.every = task, render, every
 
     def lacking(self, rows: list, where: str) -> Iterator[str]:
+        """None: what a chat lacks is found record by record."""
         return iter(())
 
     def skips(self, row: object) -> bool:
+        """None is left out."""
         return False
 
     def key(self, row: dict) -> str:

@@ -31,6 +31,7 @@ class Stream:
 
     @cached_property
     def epochs(self) -> list[int]:
+        """By task, in the order of the stream."""
         given = self.data.epochs
         return [given if isinstance(given, int) else given[task] for task in self.tasks]
 

@@ -31,6 +31,7 @@ def _heads() -> set[str]:
 
 
 def is_adapter(folder: Path) -> bool:
+    """Whether the folder holds a PEFT adapter."""
     return (folder / CONFIG).is_file()
 
 

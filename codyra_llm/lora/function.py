@@ -73,6 +73,7 @@ class SharedLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, dropped: Tensor | None, group: Group, *factors: Tensor | None):
+        """(y_1, y_2, …); x, x̃ and H are kept for backward."""
         outputs, hidden = _forward(group, x, x if dropped is None else dropped)
         ctx.group = group
         ctx.save_for_backward(x, dropped, hidden, *factors)
@@ -81,6 +82,7 @@ class SharedLinears(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys: Tensor):
+        """The gradients of x, x̃ and all factors, from dY_k [N, out_k]."""
         x, dropped, hidden, *factors = ctx.saved_tensors
         grads = _factor_grads(ctx.group, dys, x if dropped is None else dropped, hidden, _triples(factors))
         dx = d_dropped = None
@@ -102,6 +104,7 @@ class GatedMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, pair: Group, down: Group, act: nn.Module, *factors: Tensor | None):
+        """y [N, h]; x, gate, up and both H are kept for backward."""
         (gate, up), hidden = _forward(pair, x, x)
         inner = act(gate) * up
         (y,), hidden_down = _forward(down, inner, inner)
@@ -112,6 +115,7 @@ class GatedMlp(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
+        """The gradients of x and of all nine factors, from dY [N, h]."""
         x, gate, up, hidden, hidden_down, *factors = ctx.saved_tensors
         pair, down = ctx.groups
         factors = _triples(factors)

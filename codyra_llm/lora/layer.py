@@ -86,9 +86,11 @@ class LoraLinear(nn.Linear):
                 self.lora_w.copy_(value * torch.randn(shape, generator=draw))
 
     def forward(self, x: Tensor) -> Tensor:
+        """y [..., out] of x [..., in], computed by `shared`."""
         return self.shared.output(self, x)
 
     def extra_repr(self) -> str:
+        """What printing the model shows of it."""
         return f"{super().extra_repr()}, rank={self.spec.rank}, scale={self.spec.scale}"
 
 

@@ -50,6 +50,7 @@ class MixtureLinear(LoraLinear):
 
     @property
     def mixes(self) -> bool:
+        """Whether adapters are added; False: the plain base."""
         return self.rows is not None
 
     def weights(self, hidden: Tensor) -> Tensor:
@@ -57,6 +58,7 @@ class MixtureLinear(LoraLinear):
         return self.rows
 
     def forward(self, x: Tensor) -> Tensor:
+        """y [rows, T, out] of x [rows, T, in]."""
         x, weight = x.to(self.dtype), self.frozen(self.dtype)
         if not self.mixes:
             return functional.linear(x, weight, self.bias)

@@ -29,7 +29,9 @@ class AdaptedLayer(Protocol):
     stand_in: tuple | None
     dtype: torch.dtype
 
-    def frozen(self, dtype: torch.dtype) -> Tensor: ...
+    def frozen(self, dtype: torch.dtype) -> Tensor:
+        """W [out, in] in this dtype."""
+        ...
 
 
 class SharedInput:
@@ -56,6 +58,7 @@ class SharedInput:
 
     @property
     def layers(self) -> list[AdaptedLayer]:
+        """Those that still exist, in order."""
         found = [layer() for layer in self._layers]
         return [layer for layer in found if layer is not None]
 
@@ -98,6 +101,7 @@ class SharedInput:
         return [y.view(*x.shape[:-1], y.shape[-1]) for y in out]
 
     def masters(self) -> list[Tensor | None]:
+        """A_1, w_1, B_1, A_2, … as the functions take them."""
         return [factor for layer in self.layers for factor in layer.factors]
 
     def group(self, dtype: torch.dtype) -> Group:

@@ -14,6 +14,7 @@ class FusedRMSNorm(nn.Module):
     variance_epsilon: float
 
     def forward(self, x: Tensor) -> Tensor:
+        """x / √(mean x² + ε) · weight over the last dimension, in one kernel."""
         return functional.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
 
 

@@ -37,6 +37,7 @@ class WeightedCrossEntropy(torch.autograd.Function):
         weights: Tensor,
         cap: float | None,
     ) -> Tensor:
+        """Σ_i weight_i · CE_i, a scalar; the gradients are computed here, while a chunk's logits exist."""
         precise = torch.promote_types(hidden.dtype, torch.float32)
         loss, rows = hidden.new_zeros((), dtype=precise), max(MIN_ROWS, CHUNK // len(weight))
         dx, dw, db = _empty_gradients(ctx.needs_input_grad, hidden, weight, bias, precise)
@@ -61,6 +62,7 @@ class WeightedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, scale: Tensor):
+        """What forward computed, times the gradient of the scalar."""
         dx, dw, db = ctx.saved_tensors
         return (
             None if dx is None else dx * scale,
@@ -110,6 +112,7 @@ class Distillation(torch.autograd.Function):
         temperature: float,
         cap: float | None,
     ) -> Tensor:
+        """T² Σ_i weight_i · KL_i, a scalar; the gradient is computed here, while a chunk's logits exist."""
         precise = torch.promote_types(hidden.dtype, torch.float32)
         loss, rows = hidden.new_zeros((), dtype=precise), max(MIN_ROWS, CHUNK // (2 * len(weight)))
         dx = (
@@ -133,6 +136,7 @@ class Distillation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, scale: Tensor):
+        """What forward computed, times the gradient of the scalar."""
         (dx,) = ctx.saved_tensors
         return (None if dx is None else dx * scale, *[None] * 6)
 

@@ -57,9 +57,11 @@ class Watch:
         threading.Thread(target=self._run, daemon=True).start()
 
     def at(self, place: str) -> None:
+        """This process has come to `place`."""
         self.own.place, self.own.moves, self.moved = place, self.own.moves + 1, time.monotonic()
 
     def tell(self) -> None:
+        """Send this process's heartbeat."""
         self.own.beats += 1
         self.store.set(str(self.rank), json.dumps(asdict(self.own)))
 

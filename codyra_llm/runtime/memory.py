@@ -74,6 +74,7 @@ class ProcessPeak:
         self.before = 0 if device.type == "cuda" else self._resident("VmRSS")
 
     def restart(self) -> None:
+        """Begin a new measurement."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         elif self.before is not None:

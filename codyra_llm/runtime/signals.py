@@ -62,10 +62,12 @@ def orphaned() -> bool:
 
 
 def ask(reason: str) -> None:
+    """Set the flag, as a signal does."""
     _asked.append(reason)
 
 
 def asked() -> bool:
+    """Whether the flag is set."""
     return bool(_asked)
 
 

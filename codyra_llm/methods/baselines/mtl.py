@@ -21,9 +21,11 @@ class Mtl(SeqLora):
     mode, carries_optimizer, merge_factor = "replace", False, 1.0
 
     def begin_task(self, model, task: Task) -> None:
+        """A fresh adapter."""
         Method.begin_task(self, model, task)
 
     def train_data(self, stream, index: int):
+        """At the last task the records of all; in epoch e those of tasks with more than e epochs."""
         if index + 1 < len(stream.tasks):
             return stream.records(index, "train"), []
         order = sorted(range(len(stream.tasks)), key=lambda i: -stream.epochs[i])

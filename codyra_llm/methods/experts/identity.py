@@ -47,6 +47,7 @@ class Gaussians:
         return cls(state["means"].double(), state["scatter"].double(), int(state["count"]))
 
     def state(self) -> dict[str, Tensor]:
+        """What `load` reads."""
         return {
             "means": self.means.float(),
             "scatter": self.scatter.float(),

@@ -50,6 +50,7 @@ class OldInputs:
         return self.recovered(product / self.sources, trace / self.sources)
 
     def recovered(self, product: Tensor, trace: Tensor) -> SecondMoment:
+        """The second moment that a sketch's product and trace stand for."""
         return recovered(product, trace, sketching(len(product), self.config.sketch))
 
     def state(self) -> dict[str, Tensor]:

@@ -12,5 +12,6 @@ class FixedRows(SeqLora):
     grows = True
 
     def attach(self, model) -> None:
+        """Adapters whose B alone trains."""
         super().attach(model)
         train_only_b(model)

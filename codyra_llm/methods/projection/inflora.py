@@ -41,6 +41,7 @@ class InfLora(FixedRows):
 
     @torch.no_grad()
     def begin_task(self, model, task: Task) -> None:
+        """Choose A in the task's inputs, off those of earlier tasks."""
         super().begin_task(model, task)  # B = 0: the inputs are those of the model as it stands
         old = loaded(task.state)
         for name, covariance, layers in input_covariances(self.config, model, task, self.seed):
@@ -50,4 +51,5 @@ class InfLora(FixedRows):
                 layer.lora_A.copy_(rows)
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        """The old inputs' subspaces, grown by this task's."""
         return grown(self.config, task, input_covariances(self.config, model, task, self.seed))

@@ -43,6 +43,7 @@ class KeepLora(FixedRows):
 
     @torch.no_grad()
     def begin_task(self, model, task: Task) -> None:
+        """Choose A in the task's gradient, off W's and the old inputs' directions."""
         super().begin_task(model, task)
         self._kept, rank = loaded(task.state), self.config.rank
         for site, layer, gradient in self._gradients(model, task):
@@ -54,6 +55,7 @@ class KeepLora(FixedRows):
             layer.lora_A.copy_(rows)
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        """The kept directions, grown by this task's."""
         state = {}
         for site, features in self._features(model, task):
             state |= self._kept[site].grown(features, self.config.energy_old).state(site)

@@ -44,6 +44,7 @@ class AwayFromKept(Method):
 
     @torch.no_grad()
     def edit_gradients(self, gradients) -> None:
+        """Project the gradients of A and B off the kept directions."""
         for layer, kept in self._kept.items():
             layer.lora_A.grad = kept.rows(layer.lora_A.grad)
             layer.lora_B.grad = kept.columns(layer.lora_B.grad)
@@ -87,14 +88,17 @@ class Osft(AwayFromKept):
     separable, mode, archives_weights = False, "replace", True
 
     def spec(self) -> AdapterSpec:
+        """An adapter with weights on its ranks; how many depends on each W."""
         return AdapterSpec(1, importance="constant")  # each layer has a rank of its own
 
     def attach(self, model) -> None:
+        """`ResidualLinear` on all targets."""
         kind = partial(ResidualLinear, preserved=self.config.preserved)
         attach(model, self.config.targets, self.spec(), kind, self.config.layers)
 
     @torch.no_grad()
     def begin_task(self, model, task: Task) -> None:
+        """Split each W: the leading directions stay in W, the others become the adapter."""
         if task.index:
             restore(model, task.archive.load(task.index - 1))
         self._kept: dict[LoraLinear, Kept] = {}
@@ -110,6 +114,7 @@ class Osft(AwayFromKept):
             layer.lora_B.copy_(split.u)
 
     def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
+        """W as a whole, put together again."""
         whole = {}
         for site, adapter in adapters.items():
             high, dtype = self._high[site]

@@ -33,6 +33,7 @@ class PromptMethod(Method):
         self.queries = Queries()
 
     def check(self, config, attention: str | None) -> list[str]:
+        """A model that adds token embeddings in every layer takes no prompt without tokens."""
         if families.takes_embeddings(config):
             return []
         return [
@@ -47,15 +48,19 @@ class PromptMethod(Method):
         ]
 
     def progress(self) -> dict[str, Tensor]:
+        """The queries that were computed."""
         return self.queries.state()
 
     def resume(self, progress: dict[str, Tensor]) -> None:
+        """Put them back."""
         self.queries.load_state(progress)
 
     def consolidate(self, adapters, index: int) -> Update:
+        """No update of weights: the prompts are the method's state."""
         return Update({}, 1.0, "apart")
 
     def install(self, model, task: Task) -> None:
+        """Put the state into the model as frozen prompts."""
         model.prompts = nn.ParameterDict(
             {key: nn.Parameter(value, requires_grad=False) for key, value in task.state.items()}
         ).to(model.device)
@@ -85,6 +90,7 @@ class Queries:
         }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
+        """Put back what `state` gave."""
         if state:
             keys = state["tokens"].split(state["lengths"].tolist())
             self.known = dict(zip((tuple(key.tolist()) for key in keys), state["queries"], strict=True))

@@ -29,6 +29,7 @@ class HideLoraRepo(SeqLora):
     max_zero_stage = 2  # the penalty reads whole parameters
 
     def penalty(self, model) -> dict[str, Tensor]:
+        """The contrastive term of the rows of A, summed over sites."""
         c = self.config
         if not c.weight:
             return {}

@@ -32,6 +32,7 @@ class OLora(SeqLora):
     max_zero_stage = 2  # the penalty reads whole parameters
 
     def begin_task(self, model, task: Task) -> None:
+        """Stack all earlier tasks' A by shape."""
         super().begin_task(model, task)
         past = range(task.index if self.config.lambda_orthogonal else 0)
         before = [task.archive.load(k).adapters for k in past]
@@ -43,6 +44,7 @@ class OLora(SeqLora):
             self._groups.append((layers, old))
 
     def penalty(self, model) -> dict[str, Tensor]:
+        """The mean overlap of the task's A with the earlier ones, and the norms of its factors."""
         c, terms = self.config, {}
         if any(old is not None for _, old in self._groups):
             total = 0.0

@@ -58,6 +58,7 @@ class Bandit:
         return min(node.arms, key=lambda k: self.pulls[k])
 
     def observe(self, arm: int, cost: float) -> None:
+        """Count a pull of the arm, and what it cost."""
         self.pulls[arm] += 1
         self.costs[arm] += cost
 

@@ -36,6 +36,7 @@ class TreeLoraRepo(SeqLora):
     max_zero_stage = 2  # whole parameters are read
 
     def begin_task(self, model, task: Task) -> None:
+        """Group the sites by shape, and read what the earlier tasks left."""
         super().begin_task(model, task)
         self._index, self._epochs = task.index, task.stream.epochs[task.index]
         self._groups = by_shape(sites(model))
@@ -44,6 +45,7 @@ class TreeLoraRepo(SeqLora):
             self._saved = [_stored(task.state, group) for group in self._groups]
 
     def before_step(self, groups: list[dict], step: int, steps: int, schedule: str) -> None:
+        """Take the step's A into the running mean, and draw a task for it."""
         per_epoch = steps // self._epochs
         if step % per_epoch == 0:
             self._draws = [Draw(saved, per_epoch) for saved in self._saved]
@@ -56,6 +58,7 @@ class TreeLoraRepo(SeqLora):
                 self._previous.append(draw.signatures(random))
 
     def loss(self, model, batch) -> dict[str, Tensor]:
+        """Cross entropy, and the release's regulariser at the step's place in the ramp."""
         terms = super().loss(model, batch)
         if self._index and self._ramp and model.training:
             s = sum(
@@ -66,6 +69,7 @@ class TreeLoraRepo(SeqLora):
         return terms
 
     def progress(self) -> dict[str, Tensor]:
+        """What the draws have counted in this epoch."""
         return {
             f"{i}.{key}": torch.as_tensor(getattr(draw, key))
             for i, draw in enumerate(self._draws)
@@ -73,6 +77,7 @@ class TreeLoraRepo(SeqLora):
         }
 
     def resume(self, progress: dict[str, Tensor]) -> None:
+        """Put it back."""
         self._draws = [Draw(saved, int(progress[f"{i}.steps"])) for i, saved in enumerate(self._saved)]
         for i, draw in enumerate(self._draws):
             for key in draw.counted:
@@ -81,6 +86,7 @@ class TreeLoraRepo(SeqLora):
                 setattr(draw, key, value.to(device) if value.dim() else value.item())
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        """The mean A of all tasks by site, [tasks, F]."""
         state = {}
         for group, draw, saved in zip(self._groups, self._draws, self._saved, strict=True):
             now = draw.current[None] if saved is None else torch.cat([saved, draw.current[None]])

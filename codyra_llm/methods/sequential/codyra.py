@@ -55,15 +55,18 @@ class Codyra(Method):
 
     @property
     def max_zero_stage(self) -> int:
+        """0 with random masks, which have the parameters' shapes and not those of ZeRO's shards."""
         return (
             0 if self.config.selection == "random" else 3
         )  # its masks have the parameters' shapes, ZeRO's shards not
 
     @property
     def merge_factor(self) -> float:
+        """`merge_scale`: the control that shrinks every update."""
         return self.config.merge_scale
 
     def foresee(self, model, steps: list[int], schedule: str) -> list[str]:
+        """Warn where the threshold will prune nothing, or everything."""
         if self.config.selection != "threshold":
             return []
         found = (self._pruned(n, schedule) for n in sorted(set(steps)))
@@ -88,12 +91,14 @@ class Codyra(Method):
         )
 
     def spec(self) -> AdapterSpec:
+        """An adapter with an importance w per rank, or plain LoRA without selection."""
         c = self.config
         if c.selection == "none":
             return AdapterSpec(c.rank, c.scale, c.dropout)
         return AdapterSpec(c.rank, c.scale, c.dropout, c.importance_init, c.importance_value)
 
     def param_groups(self, model, lr: float) -> list[dict]:
+        """A and B, and w as a group that carries its threshold κ, or the masks of the random control."""
         if self.config.selection == "none":
             return super().param_groups(model, lr)
         layers = sites(model).values()
@@ -111,6 +116,7 @@ class Codyra(Method):
         return [{"params": [p for layer in layers for p in (layer.lora_A, layer.lora_B)], "lr": lr}, group]
 
     def before_step(self, groups: list[dict], step: int, steps: int, schedule: str) -> None:
+        """Set κ of this step."""
         threshold = self.config.threshold
         for group in groups:
             if "kappa" in group:
@@ -121,10 +127,12 @@ class Codyra(Method):
                 )
 
     def rewrite(self, step: int, steps: int):
+        """Align all adapters when the sparse phase begins."""
         aligns = self.config.align and self.config.selection != "none"
         return all_aligned if aligns and step == int(self.config.threshold.dense * steps) else None
 
     def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
+        """The ranks whose w is not zero."""
         return super().consolidate({site: survivors(x) for site, x in adapters.items()}, index)
 
     def _lots(self, weights: list) -> list:
@@ -138,6 +146,7 @@ class Codyra(Method):
 
 
 def all_aligned(adapters: dict[str, Adapter]) -> dict[str, Adapter]:
+    """`aligned` at every site."""
     return {site: aligned(adapter) for site, adapter in adapters.items()}
 
 

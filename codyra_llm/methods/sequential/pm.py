@@ -46,6 +46,7 @@ class PerturbMerge(SeqLora):
     max_zero_stage = 2  # passes over data need whole parameters
 
     def begin_task(self, model, task: Task) -> None:
+        """Read the old inputs' second moments where they measure the curvature."""
         super().begin_task(model, task)
         self._index, self._layers, self._plain = task.index, list(sites(model).values()), self.spec()
         if self.config.curvature == "inputs":
@@ -54,14 +55,17 @@ class PerturbMerge(SeqLora):
                 self._kept.add(sampled_moments(self.config, model, task, self.seed))
 
     def before_step(self, groups, step: int, steps: int, schedule: str) -> None:
+        """Scale the adapters by 1 + ε or 1 - ε, drawn by (seed, task, step)."""
         draw = generator("perturbation", self.seed, self._index, step)
         sign = 2 * int(torch.randint(2, (), generator=draw)) - 1
         self._resize(1 + sign * self.config.perturbation)
 
     def after_step(self, gradients) -> None:
+        """Back to the plain scale."""
         self._resize(1.0)
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        """Find α, and keep what later tasks need to find theirs."""
         self._alpha, state = (
             self._by_inputs(model, task)
             if self.config.curvature == "inputs"
@@ -70,6 +74,7 @@ class PerturbMerge(SeqLora):
         return {**state, "alpha": torch.tensor(self._alpha)}
 
     def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
+        """α times the trained update."""
         merged = {site: adapter._replace(b=self._alpha * adapter.b) for site, adapter in adapters.items()}
         return super().consolidate(merged, index)
 

@@ -28,6 +28,7 @@ class Rcl(SeqLora):
     config: RclConfig
 
     def train_data(self, stream, index: int):
+        """The task's records from TRACE's variant with reasoning. Raises Fault where it has none."""
         own, task = self.config.folder, stream.tasks[index]
         folder = Path(expanded(own)) if own else _variant(stream.root.absolute())
         if not (folder / task / "train.json").is_file():
@@ -39,9 +40,11 @@ class Rcl(SeqLora):
         return records, [range(len(records))] * stream.epochs[index]
 
     def present(self, stream, encoder, task: int, prompts: list[str]) -> list[str]:
+        """Prompts that ask for the reasoning too."""
         return [reasoned_prompt(stream.tasks[task], prompt) for prompt in prompts]
 
     def read(self, task: str, prediction: str) -> str:
+        """The answer without its reasoning."""
         return read_answer(task, prediction)
 
 

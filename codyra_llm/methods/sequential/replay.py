@@ -22,6 +22,7 @@ class Replay(SeqLora):
     old_data = grows = True
 
     def train_data(self, stream, index: int):
+        """The task's records and the memory's, mixed or in an epoch of their own at the end."""
         records, epochs = super().train_data(stream, index)
         memory = self._memory(stream, index)
         everything = range(len(records) + len(memory))
@@ -32,6 +33,7 @@ class Replay(SeqLora):
         return records + memory, epochs + [everything[len(records) :]]
 
     def epochs_apart(self, stream, index: int) -> int:
+        """1 where the memory has an epoch of its own."""
         return int(self.config.when == "after" and bool(self._memory(stream, index)))
 
     def _memory(self, stream, index: int) -> list[dict]:
