@@ -203,7 +203,7 @@ def report(result: dict, console: Console) -> None:
 
 
 def _cells(row: dict) -> dict[str, str]:
-    def told(spread: dict[str, float], form: str) -> str:
+    def with_range(spread: dict[str, float], form: str) -> str:
         return f"{spread['median']:{form}} ({spread['p20']:{form}}-{spread['p80']:{form}})"
 
     def filled(value: float | None, form: str) -> str:
@@ -211,7 +211,7 @@ def _cells(row: dict) -> dict[str, str]:
 
     saved = None if row["saved_bytes"] is None else row["saved_bytes"] / 1e6
     return {
-        f"speed over\n{row['over']} (p20-p80)": told(row["speedup"], ".2f"),
+        f"speed over\n{row['over']} (p20-p80)": with_range(row["speedup"], ".2f"),
         "time over\nfloor": filled(row["over_floor"], ".2f"),
         "tokens/s": filled(row.get("tokens_per_second"), ".0f"),
         "median\nms": f"{row['milliseconds']['median']:.1f}",

@@ -102,12 +102,8 @@ class Benchmark(Strict, frozen=True):
         """Scores 0..100 of each example by metric, in the order of the task's metrics. All three of equal
         length. Raises Fault where a metric from outside the package fails.
         """
-        return {
-            metric: list(values)
-            for metric, values in self.score_each(
-                name, zip(prompts, predictions, answers, strict=True)
-            ).items()
-        }
+        scores = self.score_each(name, zip(prompts, predictions, answers, strict=True))
+        return {metric: list(values) for metric, values in scores.items()}
 
     def score_each(self, name: str, rows: Iterable[tuple[str, str, str]]) -> dict[str, "array[float]"]:
         """`score` of (prompt, prediction, answer) that come one after the other and are not kept."""

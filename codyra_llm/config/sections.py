@@ -60,10 +60,8 @@ class JudgeSection(Strict, frozen=True):
     @field_validator("key_variable")
     @classmethod
     def _names_a_variable(cls, name: str | None) -> str | None:
-        if name is not None and not re.fullmatch(
-            r"[A-Z][A-Z0-9_]{0,63}", name
-        ):  # does not repeat what may be the key
-            raise ValueError(
+        if name is not None and not re.fullmatch(r"[A-Z][A-Z0-9_]{0,63}", name):
+            raise ValueError(  # without the value, which may be the key itself
                 "this is no name of an environment variable in capitals, such as OPENAI_API_KEY; give the "
                 "name, not the key"
             )

@@ -54,7 +54,7 @@ class Template:
         return tuple(dict.fromkeys(every))
 
     def fill(self, text_of: Callable[[str], str]) -> str:
-        """The prompt, where `text_of` gives a column's text; empty for what a record has not."""
+        """The prompt, where `text_of` gives a column's text; empty for what a record lacks."""
         lines = [_line(parts, text_of) for parts in self.lines]
         return "\n".join(line for line in lines if line is not None)
 

@@ -75,8 +75,8 @@ def check_task(
         try:
             records = read(split)
         except Fault as fault:
-            told = report["faults"]  # a file that is cut into splits is read for each of them
-            told += [message for message in fault.messages if message not in told]
+            known = report["faults"]  # a file that is cut into splits is read for each of them
+            known += [message for message in fault.messages if message not in known]
             continue
         splits[split] = statistics(records)
         prompts[split] = {record["prompt"] for record in records}

@@ -197,13 +197,13 @@ class Chats:
         except Wrong as wrong:
             return [], [f"{where}: {wrong}"]
         except Failed as error:
-            told = (
+            sentence = (
                 f"{where}: the model's chat template refuses '{self.task.chat}' ({error.reason}); correct "
                 "it, or choose another model."
             )
             if error.stopped:  # it would be at every other record too
-                raise Fault(told) from None
-            return [], [told]
+                raise Fault(sentence) from None
+            return [], [sentence]
         faults = [fault for example in examples for fault in record_faults(example, split, where)]
         return ([] if faults else examples), faults
 

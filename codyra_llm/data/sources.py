@@ -45,18 +45,17 @@ def read(root: Path, name: str, task: Task, split: str, render: Render = plain) 
     faults = list(maker.lacking(rows, table.where))
     if faults:
         raise Fault(*faults)
-    of = split if split in tables else "train"
-    kept = [(i, row) for i, row in enumerate(rows) if of != "train" or not maker.skips(row)]
-    made = [maker.make(row, of, f"{table.where}: record {i}") for i, row in kept]
+    source = split if split in tables else "train"  # the split whose rows are read
+    kept = [(i, row) for i, row in enumerate(rows) if source != "train" or not maker.skips(row)]
+    made = [maker.make(row, source, f"{table.where}: record {i}") for i, row in kept]
     refuse([fault for _, faults in made for fault in faults], table.where, len(rows))
+    # Splits that are not given are cut out of train, so of its rows some belong to others.
     missing = [key for key in SHARES if key not in tables]
-    splits = divided([maker.key(row) for _, row in kept], missing)
-    examples = [
-        example
-        for (own_examples, _), own in zip(made, splits, strict=True)
-        for example in own_examples
-        if of != "train" or own == split
-    ]
+    assigned = divided([maker.key(row) for _, row in kept], missing)
+    examples = []
+    for (of_row, _), goes_to in zip(made, assigned, strict=True):
+        if source != "train" or goes_to == split:
+            examples += of_row
     if not examples:
         raise Fault(
             f"{table.where} has too few different prompts to be divided into {', '.join(SPLITS)}; give a "
@@ -78,7 +77,7 @@ def remarks(root: Path, name: str, task: Task) -> list[str]:
     """What is read otherwise than a file's name says, and what is left out, a sentence each; of files that
     can be read.
     """
-    told = [] if task.declared else records.remarks(root, name)
+    notes = [] if task.declared else records.remarks(root, name)
     for split, file in task.files or ():
         if not file:
             continue
@@ -87,13 +86,13 @@ def remarks(root: Path, name: str, task: Task) -> list[str]:
             maker = _maker(root, name, task, plain)
         except Fault:  # reported where the file is read
             continue
-        told.append(found.remark)
+        notes.append(found.remark)
         skipped = [row for row in found.rows if split == "train" and maker.skips(row)]
         if skipped:
-            told.append(
+            notes.append(
                 f"{root / file}: {len(skipped)} of {len(found.rows)} records have no answer, and are left out"
             )
-    return [f"tasks.{name}: {remark}" for remark in dict.fromkeys(told) if remark]
+    return [f"tasks.{name}: {remark}" for remark in dict.fromkeys(notes) if remark]
 
 
 def place(root: Path, name: str, task: Task, split: str) -> str:
@@ -165,12 +164,8 @@ def _dataset(path: str, source: DatasetSource, name: str):
     try:
         with without_data_bars():
             return load_dataset(path, source.name, revision=source.revision)
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        DatasetsError,
-    ) as error:  # RuntimeError: a data set in a script
+    # RuntimeError: a data set in a script.
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise Fault(
             f"tasks.{name}.dataset: '{source.path}' can't be read ({reason}); check the name, the "

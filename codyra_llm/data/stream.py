@@ -54,7 +54,7 @@ class Stream:
                     sources.place(self.root, name, self.benchmark.task(name), key) for key in ("eval", "test")
                 )
                 raise Fault(
-                    f"{own} has no prompt that {Path(test).name} has not; give an eval split of its own"
+                    f"{own} has no prompt that {Path(test).name} lacks; give an eval split of its own"
                 )
         return rows[: self.data.max_train_examples] if split == "train" else rows
 
@@ -73,9 +73,7 @@ class Stream:
     def hashes(self) -> dict[str, str]:
         """sha256 by split of the tasks' data: of TRACE's files; of declared sources, which may be no files,
         of the examples that were read from them."""
-        return {
-            key: value for task in self.tasks for split in SPLITS for key, value in [self._hash(task, split)]
-        }
+        return dict(self._hash(task, split) for task in self.tasks for split in SPLITS)
 
     def _hash(self, task: str, split: str) -> tuple[str, str]:
         if not self.benchmark.task(task).declared:

@@ -20,7 +20,7 @@ from codyra_llm.formats.adapter_files import (
     vocabulary,
 )
 from codyra_llm.models import families, loading
-from codyra_llm.models.families.config_file import size_faults, told
+from codyra_llm.models.families.config_file import explain_errors, size_faults
 from codyra_llm.models.weights import stored, stored_shapes, weight_files
 
 
@@ -83,7 +83,7 @@ def build(base: Path, adapter: Path, dtype: torch.dtype, attention: str | None) 
         model.resize_token_embeddings(rows, mean_resizing=False)
     if any(of_vocabulary(name) for name in stored(adapter / WEIGHTS)):
         _untie(model)
-    with told(
+    with explain_errors(
         f"{adapter} can't be merged into {base}",
         "give the base that it was trained on with --base, or merge it where it was made",
     ):
@@ -115,7 +115,7 @@ def _check_shapes(folder: Path, base: Path) -> None:
         if weight is None and _part(module) in others:
             continue  # no text reaches it
         if weight is None:
-            faults.append(f"{folder} adapts {shown(module)}, which the base {base} has not")
+            faults.append(f"{folder} adapts {shown(module)}, which the base {base} lacks")
         elif shape[1 if rest == "A" else 0] != weight[1 if rest == "A" else 0]:
             faults.append(
                 f"{folder} has {shown(name)} of shape {shape}, and the weight of the base {base} has {weight}"

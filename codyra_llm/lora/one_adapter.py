@@ -73,7 +73,7 @@ def _concatenated(terms: list[Update]) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A [rank, in] and B [out, rank] with zeros for the ranks that the site has not."""
+    """A [rank, in] and B [out, rank] with zeros for the ranks that the site lacks."""
     more = rank - len(a)
     return (
         torch.cat([a, a.new_zeros(more, a.shape[1])]),

@@ -66,8 +66,8 @@ class Nf4Weight(PackedWeight):
             "absmax": state.absmax,
             "nested_absmax": state.state2.absmax,
             "nested_code": state.state2.code,
-            "offset": state.offset.view(1),
-        }  # DeepSpeed can't send 0 dimensions
+            "offset": state.offset.view(1),  # DeepSpeed can't send a tensor of 0 dimensions
+        }
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """W [out, in] in this dtype."""

@@ -10,7 +10,7 @@ from codyra_llm.core import foreign
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import file_sha256
 from codyra_llm.core.parsing import shown
-from codyra_llm.models.families.config_file import read_config, told
+from codyra_llm.models.families.config_file import explain_errors, read_config
 
 DATE = "26 Jul 2024"  # the day that chat templates take for today, so that a run's prompts don't change
 
@@ -41,7 +41,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     is masked by position, so a pad token that is also EOS hides no EOS from the loss.
     """
     config = read_config(folder) if (folder / "config.json").is_file() else None
-    with told(
+    with explain_errors(
         f"{folder} has a tokenizer that can't be read",
         "expected the model's own tokenizer; download it again",
     ):

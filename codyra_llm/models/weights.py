@@ -14,7 +14,7 @@ from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.files import CHUNK
 from codyra_llm.core.parsing import read_json, shown
 from codyra_llm.models import families
-from codyra_llm.models.families.config_file import told
+from codyra_llm.models.families.config_file import explain_errors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -73,7 +73,7 @@ def stored(file: Path) -> dict[str, tuple[list[int], str]]:
             "again with save_pretrained where you trust it."
         )
     with (
-        told(f"{file} is no whole safetensors file", "download it again"),
+        explain_errors(f"{file} is no whole safetensors file", "download it again"),
         safe_open(file, framework="pt") as opened,
     ):
         parts = {name: opened.get_slice(name) for name in opened.keys()}
@@ -90,10 +90,12 @@ def describe(folder: Path) -> tuple[PreTrainedConfig, dict[str, torch.Size]]:
     """The config of the folder's text model, and the shapes by name of the weights that it describes. Raises
     Fault for one that describes no model."""
     config, where = families.text_config(folder), f"{folder}/config.json describes no model"
-    with told(where, "expected the model's own config; download it again"), torch.device("meta"):
+    with explain_errors(where, "expected the model's own config; download it again"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     if (folder / "generation_config.json").is_file():
-        with told(f"{folder}/generation_config.json can't be read", "remove it, or download it again"):
+        with explain_errors(
+            f"{folder}/generation_config.json can't be read", "remove it, or download it again"
+        ):
             GenerationConfig.from_pretrained(folder, local_files_only=True)
     return config, {name: value.shape for name, value in model.state_dict().items()}
 

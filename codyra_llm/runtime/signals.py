@@ -12,7 +12,7 @@ _asked: list[str] = []
 _noted: tuple[int, int] | None = None  # this process's id and its parent's
 _interrupted: float | None = None  # when the first Ctrl-C came
 AGAIN = 1.0  # seconds after which another Ctrl-C is a second one: a launcher passes the first one on as well
-TOLD = (
+MESSAGE = (
     "stopping as soon as everything is saved; the same command resumes. Ctrl-C again ends at once, unsaved\n"
 )
 
@@ -39,7 +39,7 @@ def _interrupt(received: int, frame: FrameType | None) -> None:
         _interrupted = now
         ask("Ctrl-C")
         if os.environ.get("RANK", "0") == "0":
-            os.write(2, TOLD.encode())  # a buffered stream may be in the middle of a line of its own
+            os.write(2, MESSAGE.encode())  # a buffered stream may be in the middle of a line of its own
     elif now - _interrupted > AGAIN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)

@@ -8,9 +8,8 @@ from pydantic import Field, field_validator
 from codyra_llm.core.parsing import shown
 from codyra_llm.core.schema import Fraction, Strict
 
-Count = Annotated[
-    int, Field(le=1 << 16)
-]  # ranks, widths, examples in memory: more is a slip, and would exhaust it
+# Ranks, widths, examples in memory: more is a slip, and would exhaust it.
+Count = Annotated[int, Field(le=1 << 16)]
 Layer = Annotated[int, Field(ge=0, le=9999)]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -50,7 +50,7 @@ class DualPrompt(PromptMethod):
     grows = True
 
     def check(self, config, attention: str | None) -> list[str]:
-        """Layers that the model has not, heads of several shapes, and an attention that takes no prefix."""
+        """Layers past the model's last, heads of several shapes, and an attention that takes no prefix."""
         c, depth, faults = self.config, config.num_hidden_layers, []
         for key in ("general_layers", "expert_layers"):
             beyond = [i for i in getattr(c, key) if i >= depth]

@@ -56,9 +56,7 @@ class Codyra(Method):
     @property
     def max_zero_stage(self) -> int:
         """0 with random masks, which have the parameters' shapes and not those of ZeRO's shards."""
-        return (
-            0 if self.config.selection == "random" else 3
-        )  # its masks have the parameters' shapes, ZeRO's shards not
+        return 0 if self.config.selection == "random" else 3
 
     @property
     def merge_factor(self) -> float:

@@ -35,9 +35,9 @@ class PerturbMerge(SeqLora):
     of a site's inputs, each site's share of what it says, and W*_i is taken to be W_{t-1}, so α = q_t/(q_t +
     μ q_old) with q = Σ_sites c tr(ΔW Σ ΔWᵀ). That is the scalar case of codyra_drift's merge, which chooses a
     matrix. A task that is learnt so well that its gradients vanish has next to no Fisher information, and
-    gets next to no α; inputs has not that. Cost: none per step; per task `max_examples` backward passes
-    (fisher), or a forward pass. State: two numbers per weight of the sites in float32 (fisher), or
-    codyra_drift's. In training time 1.3 (inputs 1.1) times seqlora's on the quickstart.
+    gets next to no α; `inputs` does not suffer from that. Cost: none per step; per task `max_examples`
+    backward passes (fisher), or a forward pass. State: two numbers per weight of the sites in float32
+    (fisher), or codyra_drift's. In training time 1.3 (inputs 1.1) times seqlora's on the quickstart.
     """
 
     name, Config = "pm", PmConfig

@@ -43,9 +43,8 @@ class Sora(SeqLora):
     def param_groups(self, model, lr: float) -> list[dict]:
         """A and B, and the gates as a group that carries its threshold κ."""
         layers, own = sites(model).values(), self.config.gate_lr
-        gates = [
-            layer.lora_w.requires_grad_(own != 0) for layer in layers
-        ]  # else they would count in the clipped norm
+        # Without a gradient at rate 0, or they would count in the norm that is clipped.
+        gates = [layer.lora_w.requires_grad_(own != 0) for layer in layers]
         return [
             {"params": [p for layer in layers for p in (layer.lora_A, layer.lora_B)], "lr": lr},
             {
