@@ -20,13 +20,13 @@ CHUNK = 1 << 24  # bytes per read when hashing and copying
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name next to `path` to write a file or folder to; it becomes `path` when the block ends
-    well, and is on the disk then, with the mode that the umask asks for (safetensors writes 0600 whatever it
-    is). Raises Fault where the disk is full or refuses."""
+    """Gives a temporary name next to `path` to write a file or folder to. When the block succeeds it is
+    synced to disk and renamed to `path`, with the mode that the umask asks for (safetensors writes 0600
+    whatever the umask). Raises Fault where the disk is full or can't be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(temporary)  # of a process that had this number before
+        _remove(temporary)  # left by a process that had the same id
         yield temporary
         for file in _files(temporary):
             file.chmod(0o666 & ~umask())
@@ -58,7 +58,7 @@ def unwritable(path: Path, error: Exception) -> Fault:
     """What to say of a path that can't be written, and what to do."""
     reason = getattr(error, "strerror", None) or str(error)
     return Fault(
-        f"{path} can't be written ({reason}); free some space or mend the place, then give the same command "
+        f"{path} can't be written ({reason}); free some space or correct the path, then give the same command "
         f"again: it goes on from what is there"
     )
 

@@ -36,22 +36,22 @@ def main() -> None:
     # The kernel ends the process when the timer runs out, inside of any function, whoever else is there.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
-    purses: dict[bytes, Purse] = {}
+    budgets: dict[bytes, CpuBudget] = {}
     while size := requests.read(8):
         code, items = pickle.loads(requests.read(int.from_bytes(size)))
         kind, shared = pickle.loads(code)
         one = KINDS[kind]()
         _limit_memory()
-        purse = purses.setdefault(code, Purse())
+        budget = budgets.setdefault(code, CpuBudget())
         for item in items:
-            with purse:
+            with budget:
                 answer = _answered(one, shared, item)
             _write(answers, *answer)
             if answer[0] != FINE:
                 break
 
 
-class Purse:
+class CpuBudget:
     """The CPU time that one template or pattern may take: `SECONDS` at once, and `EACH` for every item on the
     whole, so that many items that are each just fast enough end as well."""
 

@@ -25,7 +25,7 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """`printable`, and line breaks as blanks."""
+    """`printable`, with line breaks as spaces."""
     return printable(" ".join(text.splitlines()))
 
 

@@ -44,9 +44,8 @@ class Task:
         """
         records = self.records(past)
         draw = generator("sample", seed, self.index if past is None else past)
-        return self.encode(
-            [records[i] for i in torch.randperm(len(records), generator=draw)[:count].tolist()]
-        )
+        chosen = torch.randperm(len(records), generator=draw)[:count].tolist()
+        return self.encode([records[i] for i in chosen])
 
 
 class Condition:

@@ -66,7 +66,7 @@ class Watch:
         self.store.set(str(self.rank), json.dumps(asdict(self.own)))
 
     def look(self, ranks: range) -> None:
-        """Read the heartbeats of `ranks`, as far as they have sent any."""
+        """Read the heartbeats of those `ranks` that have sent one."""
         for rank in ranks:
             if rank != self.rank and self.store.check([str(rank)]):
                 sign = Sign(**json.loads(self.store.get(str(rank))))

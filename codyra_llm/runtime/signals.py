@@ -53,9 +53,8 @@ def note_parent() -> None:
 
 
 def orphaned() -> bool:
-    """Whether what started this process is gone, as far as `note_parent`, or else the first call, saw it.
-
-    A process that was forked after that has a parent of its own, which is looked up again."""
+    """Whether the parent that `note_parent`, or else the first call, saw is gone. A process that was forked
+    since then has another parent, which is looked up again."""
     if _noted is None or _noted[0] != os.getpid():
         note_parent()
     return _noted != (os.getpid(), os.getppid())

@@ -7,11 +7,11 @@ from codyra_llm.methods.sequential.seqlora import SeqLora
 
 class Mtl(SeqLora):
     """All tasks' examples shuffled together, each visited as often as its task has epochs; trained once, when
-    the last task has come. Multi-task learning is no method of continual learning but what TRACE (2310.06762)
-    measures them by.
+    the last task has come. Multi-task learning is not a method of continual learning; TRACE (2310.06762)
+    measures those methods by it.
 
     Tasks before the last leave an empty update and are not evaluated, so the matrix has its last row alone:
-    OP is there, backward transfer and forgetting are not defined. In epoch e those tasks take part that have
+    OP is defined, backward transfer and forgetting are not. In epoch e those tasks take part that have
     more than e epochs. A task added to a finished run trains all again.
     Cost: the sum of all tasks' steps, at once.
     """

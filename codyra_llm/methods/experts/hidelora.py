@@ -56,9 +56,8 @@ class HideLora(Single):
         """Take the prompts' statistics from the base, then go on from the last task's adapter."""
         super().begin_task(model, task)  # B = 0, so the features are the base's
         self._examples = task.encode(task.records())
-        self._gaussians = Gaussians.load(task.state).with_task(
-            over_prompts(model, task, self._examples, pooled_states)
-        )
+        features = over_prompts(model, task, self._examples, pooled_states)  # [n, h]
+        self._gaussians = Gaussians.load(task.state).with_task(features)
         self._old = task.state["adapted"].to(model.device) if task.index else None  # [tasks, h]
         past = [task.archive.load(k).adapters for k in range(task.index)]
         self._past = {}

@@ -60,9 +60,8 @@ class PromptAttention(nn.Module):
         *_, key = keys = state["keys"].to(self.key)
         self.old = keys[:-1]
         self.key.copy_(key)
-        self.query.load_state_dict(
-            {k.removeprefix("query."): v for k, v in state.items() if k.startswith("query.")}
-        )
+        own = {k.removeprefix("query."): v for k, v in state.items() if k.startswith("query.")}
+        self.query.load_state_dict(own)
 
     def state(self) -> dict[str, Tensor]:
         """What `load` reads: keys and the query net."""
@@ -107,9 +106,8 @@ class Sapt(Single):
             self._means[f"mean.{past}"] = mean = task.state[f"mean.{past}"]
             stored = task.sample(self.config.replay_examples, self.seed, past)
             features = over_prompts(model, task, stored, pooled_embeddings)
-            self._replayed.append(
-                (features, functional.pad(mean, (0, task.index + 1 - len(mean))).to(features))
-            )
+            padded_mean = functional.pad(mean, (0, task.index + 1 - len(mean)))
+            self._replayed.append((features, padded_mean.to(features)))
 
     def before_step(self, groups, step: int, steps: int, schedule: str) -> None:
         """Remember the step, by which the stored prompts are drawn."""
@@ -127,9 +125,8 @@ class Sapt(Single):
         terms = []
         for past, (features, mean) in enumerate(self._replayed):
             draw = generator("replay", self.seed, self._index, self._step, past)
-            chosen = torch.randperm(len(features), generator=draw)[: self.config.replay_batch].to(
-                features.device
-            )
+            order = torch.randperm(len(features), generator=draw)
+            chosen = order[: self.config.replay_batch].to(features.device)
             terms.append(attention_divergence(model.prompt_attention(features[chosen]), mean))
         return {"attention": self.config.kl_ratio * torch.stack(terms).sum()}
 

@@ -67,11 +67,10 @@ class Gem(EpisodicMemory):
         earlier = [
             flat(gradients.mean(self.draw(examples, past))) for past, examples in enumerate(self._memories)
         ]
-        matrix, grads = torch.stack(earlier), gradients.step
-        products, gram = matrix @ flat(grads), matrix @ matrix.T
-        v = multipliers(
-            *(t.double().cpu().numpy() for t in (gram, products)), self.config.margin, self.config.epsilon
-        )
+        matrix, grads = torch.stack(earlier), gradients.step  # G [t, n]
+        products = (matrix @ flat(grads)).double().cpu().numpy()  # G g [t]
+        gram = (matrix @ matrix.T).double().cpu().numpy()  # G Gᵀ [t, t]
+        v = multipliers(gram, products, self.config.margin, self.config.epsilon)
         add(grads, torch.from_numpy(v).to(matrix) @ matrix)
 
 

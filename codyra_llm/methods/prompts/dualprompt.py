@@ -140,16 +140,9 @@ class DualPrompt(PromptMethod):
     def _show(self, model, general: Tensor, expert: Tensor) -> None:
         """`general` [layers, 2, H_kv, P, d] to all rows, `expert` [B, layers, 2, H_kv, P, d] row by row."""
         general = general.expand(len(expert), *general.shape)
-        prefix_attention.show(
-            model,
-            dict(
-                zip(
-                    self.config.general_layers + self.config.expert_layers,
-                    (*general.unbind(1), *expert.unbind(1)),
-                    strict=True,
-                )
-            ),
-        )
+        layers = self.config.general_layers + self.config.expert_layers
+        prefixes = (*general.unbind(1), *expert.unbind(1))
+        prefix_attention.show(model, dict(zip(layers, prefixes, strict=True)))
 
     def _mean_query(self, model, task: Task) -> Tensor:
         """The mean direction of the training prompts' queries [h], as long as a uniform key is."""

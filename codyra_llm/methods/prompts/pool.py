@@ -37,7 +37,7 @@ class PromptMethod(Method):
         if families.takes_embeddings(config):
             return []
         return [
-            f"method.name: {self.name} puts prompts that are no tokens before a text, and every layer of a "
+            f"method.name: {self.name} puts prompts that are not tokens before a text, and every layer of a "
             f"{config.model_type} adds embeddings of the tokens themselves; choose another method"
         ]
 

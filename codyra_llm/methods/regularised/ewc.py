@@ -49,12 +49,11 @@ class Ewc(SeqLora):
         """γ F + F_new by parameter."""
         names = [name for name, p in model.named_parameters() if p.requires_grad]
         found = fisher(gradients, task.sample(self.config.examples, self.seed))
-        before = [
-            task.state.get(name, torch.zeros(())).to(f.device) for name, f in zip(names, found, strict=True)
-        ]
-        return {
-            name: self.config.decay * old + new for name, old, new in zip(names, before, found, strict=True)
-        }
+        state = {}
+        for name, new in zip(names, found, strict=True):
+            old = task.state.get(name, torch.zeros(())).to(new.device)
+            state[name] = self.config.decay * old + new
+        return state
 
 
 def fisher(gradients, examples: list) -> list[Tensor]:

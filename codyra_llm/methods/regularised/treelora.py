@@ -61,24 +61,20 @@ class TreeLora(SeqLora):
         if not (self._saved and self.config.weight):
             return
         chosen = {site: bandit.select() for site, bandit in self._bandits.items()}
-        found = torch.stack(
-            [distance(self._means[site], self._saved[site][k]) for site, k in chosen.items()]
-        ).tolist()
-        for (site, k), residual in zip(chosen.items(), found, strict=True):
+        distances = [distance(self._means[site], self._saved[site][k]) for site, k in chosen.items()]
+        residuals = torch.stack(distances).tolist()  # one transfer for all sites
+        for (site, k), residual in zip(chosen.items(), residuals, strict=True):
             self._bandits[site].observe(k, residual)
             self._write(site, blend(flat[site], self._saved[site][k], self.config.weight))
 
     def progress(self) -> dict[str, Tensor]:
         """The running means, the number of steps in them, and the bandits' pulls and costs."""
-        bandits = {
-            f"bandit.{site}": torch.tensor([bandit.pulls, bandit.costs], dtype=torch.float64)
-            for site, bandit in self._bandits.items()
-        }
-        return {
-            "seen": torch.tensor(self._seen),
-            **bandits,
-            **{f"mean.{site}": m for site, m in self._means.items()},
-        }
+        state = {"seen": torch.tensor(self._seen)}
+        for site, bandit in self._bandits.items():
+            state[f"bandit.{site}"] = torch.tensor([bandit.pulls, bandit.costs], dtype=torch.float64)
+        for site, mean in self._means.items():
+            state[f"mean.{site}"] = mean
+        return state
 
     def resume(self, progress: dict[str, Tensor]) -> None:
         """Put them back."""

@@ -117,12 +117,10 @@ class Codyra(Method):
         """Set κ of this step."""
         threshold = self.config.threshold
         for group in groups:
-            if "kappa" in group:
-                group["kappa"] = (
-                    vanishing_rate(step, steps, threshold.dense)
-                    if "drop" in group
-                    else shrink(threshold, step, steps, schedule)
-                )
+            if "drop" in group:  # the random control
+                group["kappa"] = vanishing_rate(step, steps, threshold.dense)
+            elif "kappa" in group:
+                group["kappa"] = shrink(threshold, step, steps, schedule)
 
     def rewrite(self, step: int, steps: int):
         """Align all adapters when the sparse phase begins."""

@@ -102,7 +102,7 @@ class Ilora(IloraMixed):
 
 
 def hidden_states(model: nn.Module, batch: Batch, lengths: list[int]) -> list[Tensor]:
-    """Of the embeddings and every layer, [n, h] at the n positions that are no pads."""
+    """Of the embeddings and every layer, [n, h] at the n positions that are not padding."""
     backbone = families.backbone(model)
     states = backbone(input_ids=batch.ids, use_cache=False, output_hidden_states=True).hidden_states
     width = batch.ids.shape[1]

@@ -49,7 +49,9 @@ class IloraMixed(SeqLora):
     def train_data(self, stream, index: int):
         """The task's records and the first part of every earlier task's."""
         records, epochs = super().train_data(stream, index)
-        memory = [r for past in range(index) for r in head(stream.records(past, "train"), self.config.ratio)]
+        memory = []
+        for past in range(index):
+            memory += head(stream.records(past, "train"), self.config.ratio)
         return records + memory, [range(len(records) + len(memory))] * len(epochs)
 
     def loss(self, model, batch) -> dict[str, Tensor]:

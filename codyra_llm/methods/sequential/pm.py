@@ -66,11 +66,8 @@ class PerturbMerge(SeqLora):
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
         """Find α, and keep what later tasks need to find theirs."""
-        self._alpha, state = (
-            self._by_inputs(model, task)
-            if self.config.curvature == "inputs"
-            else self._by_fisher(model, task)
-        )
+        by_inputs = self.config.curvature == "inputs"
+        self._alpha, state = self._by_inputs(model, task) if by_inputs else self._by_fisher(model, task)
         return {**state, "alpha": torch.tensor(self._alpha)}
 
     def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
@@ -132,8 +129,10 @@ def optimum_terms(
 def relative_energies(layer: LoraLinear, new: SecondMoment, old: SecondMoment) -> tuple[float, float]:
     """E_new|ΔW x|² and E_old|ΔW x|², both as shares of E_old|W x|²; zeros where that is 0."""
     new, old = new.to(layer.lora_A), old.to(layer.lora_A)
-    gram, relative = layer.lora_B.T @ layer.lora_B, share(layer, old)
-    return tuple((relative * (gram * moment.between(layer.lora_A)).sum()).item() for moment in (new, old))
+    gram, relative = layer.lora_B.T @ layer.lora_B, share(layer, old)  # [r, r]
+    of_new = relative * (gram * new.between(layer.lora_A)).sum()
+    of_old = relative * (gram * old.between(layer.lora_A)).sum()
+    return of_new.item(), of_old.item()
 
 
 def coefficient(numerator: float, denominator: float) -> float:

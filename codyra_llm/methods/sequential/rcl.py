@@ -50,6 +50,5 @@ class Rcl(SeqLora):
 
 def _variant(root: Path) -> Path:
     """The default folder: inside `root`, as in mini-TRACE, or a sibling, as in TRACE."""
-    return (
-        root / REASONING_VARIANT if (root / REASONING_VARIANT).is_dir() else root.parent / REASONING_VARIANT
-    )
+    inside = root / REASONING_VARIANT
+    return inside if inside.is_dir() else root.parent / REASONING_VARIANT

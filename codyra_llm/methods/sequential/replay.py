@@ -34,10 +34,13 @@ class Replay(SeqLora):
 
     def epochs_apart(self, stream, index: int) -> int:
         """1 where the memory has an epoch of its own."""
-        return int(self.config.when == "after" and bool(self._memory(stream, index)))
+        apart = self.config.when == "after" and self._memory(stream, index)
+        return 1 if apart else 0
 
     def _memory(self, stream, index: int) -> list[dict]:
-        memory = [r for past in range(index) for r in head(stream.records(past, "train"), self.config.ratio)]
+        memory = []
+        for past in range(index):
+            memory += head(stream.records(past, "train"), self.config.ratio)
         return memory + (stream.extra("Lima") if self.config.lima else [])
 
 

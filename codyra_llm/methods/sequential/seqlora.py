@@ -25,7 +25,7 @@ class SeqLora(Method):
 
     @property
     def mode(self):
-        """ "add" with a fresh adapter per task, else "replace"."""
+        """What an archived update means: "add" with a fresh adapter per task, else "replace"."""
         return "add" if self.config.fresh else "replace"
 
     @property

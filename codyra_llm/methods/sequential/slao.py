@@ -49,7 +49,7 @@ class Slao(SeqLora):
         return {site: layer.lora_B.detach().clone() for site, layer in sites(model).items()}
 
     def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
-        """The running mean of B over the tasks."""
+        """The trained A with B^m, into which the trained B is merged by 1/√t."""
         merged = {
             site: adapter._replace(b=merged_columns(self._merged.get(site), adapter.b, index + 1))
             for site, adapter in adapters.items()

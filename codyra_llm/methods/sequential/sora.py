@@ -62,6 +62,5 @@ class Sora(SeqLora):
 
     def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
         """The ranks whose gate is not zero."""
-        return Update(
-            {site: survivors(adapter) for site, adapter in adapters.items()}, self.spec().scale, self.mode
-        )
+        kept = {site: survivors(adapter) for site, adapter in adapters.items()}
+        return Update(kept, self.spec().scale, self.mode)
