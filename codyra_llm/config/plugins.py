@@ -142,7 +142,7 @@ def _installed(kind: str, name: str) -> bool:
         _register(kind, name, found[0].load())
     except Exception as error:
         raise Fault(
-            f"{kind} '{name}' of package {packages} can't be loaded ({type(error).__name__}: {error}); mend "
+            f"{kind} '{name}' of package {packages} can't be loaded ({type(error).__name__}: {error}); fix "
             "or uninstall the package"
         ) from error
     version = found[0].dist.version if found[0].dist else "unknown"

@@ -58,8 +58,8 @@ def unwritable(path: Path, error: Exception) -> Fault:
     """What to say of a path that can't be written, and what to do."""
     reason = getattr(error, "strerror", None) or str(error)
     return Fault(
-        f"{path} can't be written ({reason}); free some space or correct the path, then give the same command "
-        f"again: it goes on from what is there"
+        f"{path} can't be written ({reason}); free some space or correct the path, then give the same "
+        "command again: it goes on from what is there"
     )
 
 
@@ -135,7 +135,8 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def append_jsonl(path: Path, row: dict) -> None:
-    """Not synced, and a crash may cut the last line off: for records that are made again from there."""
+    """Add a row to a JSONL file. Not synced, and a crash may cut the last line off: for records that a
+    resumed run writes again from there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
@@ -146,7 +147,7 @@ def append_jsonl(path: Path, row: dict) -> None:
 
 def read_jsonl(path: Path) -> list[dict]:
     """The rows of a JSONL file; none where there is no file. A last line cut off by a crash is left out.
-    Raises Fault for any other line that is no row."""
+    Raises Fault for any other line that is not JSON."""
     if not path.is_file():
         return []
     rows = []

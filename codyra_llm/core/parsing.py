@@ -185,7 +185,7 @@ def read_text(file: Path, expected: str) -> str:
 
 
 def decoded(data: bytes, source: str) -> str:
-    """UTF-8 as text, without its byte order mark. Raises Fault, which names `source`, where it is none."""
+    """UTF-8 as text, without its byte order mark. Raises Fault, which names `source`, for other bytes."""
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -204,15 +204,16 @@ def read_yaml(file: Path, expected: str) -> dict:
 
 
 def read_json(file: Path, expected: str) -> Any:
-    """The value in a JSON file. Raises Fault where it is no JSON, repeats a key within an object or nests too
-    deeply.
+    """The value in a JSON file. Raises Fault where it is not JSON, repeats a key within an object or nests
+    too deeply.
     """
     return parse_json(read_text(file, expected), str(file), expected)
 
 
 def read_items(file: Path, expected: str) -> Iterator[Any]:
-    """The values of a JSON list, one after the other, of a file that need not fit into memory. Raises Fault,
-    when it comes to it, with what `read_json` says of the file, and where it holds no list."""
+    """The values of a JSON list, one after the other, of a file that need not fit into memory. Raises Fault
+    with what `read_json` says of the file, and where it holds something other than a list; by then the values
+    before the fault have been given."""
     count = 0
     try:
         with open(file, encoding="utf-8-sig", newline="") as stream:

@@ -68,7 +68,7 @@ def sentences(error: ValidationError, schema: type[BaseModel], prefix: tuple = (
 
 
 def _fields(schema: type[BaseModel], loc: tuple) -> list[str]:
-    """Names of the keys at `loc`, of which parts that are no fields are keys of a mapping."""
+    """Names of the keys at `loc`; parts of it that are not fields are keys of a mapping, and are skipped."""
     for part in loc:
         if part in schema.model_fields:
             schema = next(_sections(schema.model_fields[part].annotation), schema)

@@ -143,7 +143,7 @@ class Columns:
         return list(dict.fromkeys(name for one in self.templates for name in one.columns))
 
     def _answer(self, row: dict) -> object:
-        """The answer, as the label that a number stands for; ABSENT, or what is no text, as it is."""
+        """The answer, as the label that a number stands for; ABSENT, and what is not text, as it is."""
         value = _single(field(row, self.task.answer))
         if not self.labels or value in self.labels or not isinstance(value, str):
             return value

@@ -101,7 +101,7 @@ def _known(name: str, variant: str | None, out: Path, source: str | None) -> Non
 
 
 def _located(source: str, temporary: Path, out: Path) -> Path:
-    """The archive or folder that `source` is, brought here where it is none."""
+    """The archive or folder that `source` names; downloaded if it is an address or an id of the hub."""
     if Path(source).expanduser().exists():
         return Path(source).expanduser()
     if re.match(r"https?://", source):

@@ -37,7 +37,7 @@ class Found(NamedTuple):
 
 
 def rows(path: Path, expected: str, reading: Reading = PLAIN) -> list:
-    """The rows of a file. Raises Fault where it is none that is known, or can't be read."""
+    """The rows of a file. Raises Fault for a file of an unknown kind, or one that can't be read."""
     return found(path, expected, reading).rows
 
 
@@ -143,7 +143,8 @@ def _tsv(path: Path, text: str, expected: str, reading: Reading) -> Found:
 
 
 def _delimiter(text: str, used: frozenset[str] | None) -> str:
-    """That by which the first line names most of the columns that are used; the comma before others."""
+    """The delimiter with which the first line names most of the columns that are used; a tie goes to the
+    comma."""
 
     def fit(delimiter: str) -> tuple[int, bool]:
         names = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])

@@ -67,7 +67,7 @@ class Stream:
         ]
 
     def extra(self, name: str) -> list[dict]:
-        """The training records of a set that is none of the tasks, e.g. Lima."""
+        """The training records of a set that is not one of the tasks, e.g. Lima."""
         return self._read(name, "train")
 
     def hashes(self) -> dict[str, str]:

@@ -26,7 +26,7 @@ from codyra_llm.models.weights import stored, stored_shapes, weight_files
 
 def base_of(folder: Path, given: str | None) -> str:
     """The base that the adapter in `folder` belongs to: the one `given`, or the one that its config names.
-    Raises Fault, before anything is loaded, for a folder that is no LoRA adapter of that base alone."""
+    Raises Fault, before anything is loaded, for a folder that is not a plain LoRA adapter of that base."""
     try:
         import peft  # noqa: F401
     except ImportError:

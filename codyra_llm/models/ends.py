@@ -36,7 +36,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     chat = [{"role": "user", "content": "A question"}, {"role": "assistant", "content": SAID}]
     try:
         written = render_chat(tokenizer, chat, ask=False)
-    except (Failed, ValueError, TypeError):  # several and none for chats; one that is no text
+    except (Failed, ValueError, TypeError):  # several templates, none of them for chats; one that is not text
         return None
     after = written.rpartition(SAID)[2].lstrip()
     special = _special(tokenizer)

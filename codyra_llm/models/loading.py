@@ -179,8 +179,8 @@ def config_faults(folder: Path, config: dict) -> list[str]:
 
 @contextmanager
 def _one_tower(folder: Path) -> Iterator[dict]:
-    """What transformers must be given to load the text model alone, and within it no word of its that other
-    towers' weights are left over."""
+    """What transformers needs to load the text model alone; within the block it does not report that other
+    towers' weights are unused."""
     family = families.family_in(folder)
     if family.tower is None:
         yield {"config": read_config(folder)}

@@ -63,7 +63,7 @@ def leftovers(folder: Path) -> list[str]:
 
 def stored(file: Path) -> dict[str, tuple[list[int], str]]:
     """(shape, dtype) by name of the tensors in a safetensors file, from its header. Raises Fault for a file
-    that is none, or that ends before its last tensor."""
+    of another kind, or one that ends before its last tensor."""
     with open(file, "rb") as stream:
         begins = stream.read(9)
     # A header of 640 bytes begins as a pickle does, but only safetensors have a JSON object after its length.
@@ -101,7 +101,7 @@ def describe(folder: Path) -> tuple[PreTrainedConfig, dict[str, torch.Size]]:
 
 
 def header_faults(folder: Path) -> list[str]:
-    """What is wrong with config and weights as far as headers tell; empty where every weight is there in its
+    """What the headers show to be wrong with config and weights; empty where every weight is there in its
     shape.
     """
     try:

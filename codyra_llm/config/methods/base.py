@@ -60,7 +60,7 @@ class TargetsConfig(MethodConfig, frozen=True):
 
 
 def _numbers(text: str) -> list[int]:
-    """The layers of '0-3,8'. Raises ValueError for what is no such text."""
+    """The layers of '0-3,8'. Raises ValueError for other texts."""
     found = []
     for part in text.replace(" ", "").split(","):
         ends = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)

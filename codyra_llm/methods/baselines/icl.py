@@ -41,7 +41,7 @@ class Icl(NoMethod):
     each for three classes, all different where there are many), those that fit into max_prompt_tokens /
     (2·shots) tokens first, and what is longer loses its beginning. What a model writes after its answer,
     mostly a further example, is cut where TRACE cuts it; for the tasks with letters that is after the first
-    character that is no blank (TRACE: the first token), for tasks that are not TRACE's at the blank line
+    character that is not a blank (TRACE: the first token), for tasks that are not TRACE's at the blank line
     between examples.
     Cost: prompts up to twice as long, in evaluation; their common beginning is encoded once per batch.
     """

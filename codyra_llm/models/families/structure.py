@@ -38,7 +38,7 @@ def family_named(model_type: object) -> Family:
 
 def family_in(folder: Path) -> Family:
     """The family of a folder of weights, by its config.json where there is one. Raises Fault for a config
-    that is none."""
+    that can't be read."""
     file = folder / "config.json"
     if not file.is_file():
         return LLAMA
