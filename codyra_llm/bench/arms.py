@@ -26,9 +26,8 @@ NOTES = {
     "ours": "LoRA with w by the hand-written functions; on a GPU with fused norms, as in training",
 }
 
-Numbers = dict[
-    str, tuple[Tensor, Tensor, Tensor]
-]  # site -> A [r, in], w [r], B [out, r]; all random, B not zero
+# By site A [r, in], w [r] and B [out, r]; all are random, B is not zero.
+Numbers = dict[str, tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass
@@ -48,12 +47,15 @@ class Arm:
         return shared_inputs(self.model)
 
     def context(self, device: torch.device) -> AbstractContextManager:
+        """Where the arm runs: under autocast, if it asks for it."""
         return torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()
 
     def parameters(self) -> list[nn.Parameter]:
+        """The masters that train."""
         return [p for triple in self.masters.values() for p in triple if p is not None]
 
     def forget_gradients(self) -> None:
+        """Before a measurement that makes them anew."""
         for p in self.parameters():
             p.grad = None
 
@@ -64,11 +66,9 @@ class Arm:
             for name, p in zip(("dA", "dw", "dB"), triple, strict=True):
                 if p is not None:
                     grad = torch.zeros_like(p) if p.grad is None else p.grad
-                    grad = (
-                        grad.double() * self.folded[site].double()
-                        if name == "dB" and self.folded
-                        else grad.double()
-                    )
+                    grad = grad.double()
+                    if name == "dB" and self.folded:
+                        grad = grad * self.folded[site].double()
                     parts.setdefault(name, []).append(grad.flatten())
         return {name: torch.cat(grads) for name, grads in parts.items()}
 
@@ -79,6 +79,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 
 def targets(base: nn.Module) -> list[str]:
+    """The projections that this model has, by the last part of their names."""
     present = {name.rpartition(".")[2] for name in families.projections(base)}
     return [name for name in families.of(base.config).projections if name in present]
 
@@ -100,15 +101,21 @@ def draw(base: nn.Module, rank: int) -> Numbers:
     return numbers
 
 
+def _rank(numbers: Numbers) -> int:
+    """The rank of the factors, which all sites share."""
+    _, w, _ = next(iter(numbers.values()))
+    return len(w)
+
+
 def frozen(base: nn.Module, numbers: Numbers) -> Arm:
+    """The base alone: the floor that no adapter can be faster than."""
     return Arm(shared_copy(base))
 
 
 def weighted(base: nn.Module, numbers: Numbers, fused: bool) -> Arm:
+    """Our adapters with rank weights, by the fused functions or in plain autograd."""
     model = shared_copy(base)
-    attach(
-        model, targets(model), AdapterSpec(len(next(iter(numbers.values()))[1]), SCALE, importance="constant")
-    )
+    attach(model, targets(model), AdapterSpec(_rank(numbers), SCALE, importance="constant"))
     share_inputs(model, fused)
     if fused and next(base.parameters()).is_cuda:
         fused_norm.replace(model)  # as training does on a GPU
@@ -121,6 +128,7 @@ def weighted(base: nn.Module, numbers: Numbers, fused: bool) -> Arm:
 
 
 def peft(base: nn.Module, numbers: Numbers, strong: bool) -> Arm:
+    """The same ΔW by PEFT. `strong`: with what it can be told to do better. Raises Fault without peft."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -128,7 +136,7 @@ def peft(base: nn.Module, numbers: Numbers, strong: bool) -> Arm:
             "the arms peft and peft-strong need the package peft; install codyra-llm[peft], or leave them "
             "out with --arms"
         ) from None
-    model, rank = shared_copy(base), len(next(iter(numbers.values()))[1])
+    model, rank = shared_copy(base), _rank(numbers)
     config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=targets(model))
     get_peft_model(model, config, autocast_adapter_dtype=not strong)  # puts its layers into `model`
     masters, folded = {}, {}
@@ -136,7 +144,8 @@ def peft(base: nn.Module, numbers: Numbers, strong: bool) -> Arm:
         for site, (a, w, b) in numbers.items():
             layer, folded[site] = model.get_submodule(site), SCALE * w
             down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            down.copy_(a), up.copy_(b * folded[site])
+            down.copy_(a)
+            up.copy_(b * folded[site])
             masters[site] = (down, None, up)
     dtype = next(base.parameters()).dtype
     return Arm(model, masters, folded, dtype if dtype in LOW and not strong else None)

@@ -83,9 +83,12 @@ def measure(options: Options) -> dict:
     rows = {}
     for task in options.tasks or NEW:
         records = read_split(root, task, "test")[: options.examples]
-        prompts = [ids for ids, _ in encoder.prompts([record["prompt"] for record in records])]
+        encoded = encoder.prompts([record["prompt"] for record in records])
+        prompts = [ids for ids, _ in encoded]
         rows[task] = _task(model, prompts, NEW.get(task, 40), tokenizer.eos_token_id)
-    total = {key: sum(row[key] for row in rows.values()) for key in next(iter(rows.values()))}
+    total = dict.fromkeys(next(iter(rows.values())), 0)
+    for row in rows.values():
+        total = {key: value + row[key] for key, value in total.items()}
     return {
         "level": "eval",
         "machine": machine(options),

@@ -30,6 +30,7 @@ class Decoder(nn.Module):
         self.states = states
 
     def forward(self, **_) -> SimpleNamespace:
+        """The states, as a decoder returns them."""
         return SimpleNamespace(last_hidden_state=self.states)
 
 
@@ -44,10 +45,12 @@ class Head(nn.Module):
 
 
 def full(head: Head, batch: Batch, labels: Tensor) -> Tensor:
+    """Logits at all positions, and transformers' own loss."""
     return ForCausalLMLoss(head.lm_head(head.states), labels, head.lm_head.out_features)
 
 
 def labelled(head: Head, batch: Batch, labels: Tensor) -> Tensor:
+    """Logits at labelled positions, all at once."""
     rows, columns = (labels[:, 1:] != -100).nonzero(as_tuple=True)
     return functional.cross_entropy(
         head.lm_head(head.states[rows, columns]).float(), labels[rows, columns + 1]
@@ -55,6 +58,7 @@ def labelled(head: Head, batch: Batch, labels: Tensor) -> Tensor:
 
 
 def ours(head: Head, batch: Batch, labels: Tensor) -> Tensor:
+    """Logits at labelled positions, in chunks."""
     return batch.cross_entropy(head)
 
 

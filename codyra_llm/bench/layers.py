@@ -36,6 +36,7 @@ class Linear(nn.Module):
         self.q_proj = nn.Linear(width, out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """One projection."""
         return self.q_proj(x)
 
 
@@ -49,6 +50,7 @@ class Block(nn.Module):
         self.decoder = AutoModel.from_config(self.config)
 
     def forward(self, x: Tensor) -> Tensor:
+        """All layers of a decoder."""
         return self.decoder(inputs_embeds=x, use_cache=False).last_hidden_state
 
 

@@ -2,6 +2,7 @@
 their memory.
 """
 
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -40,7 +41,8 @@ class Options:
 
     def chosen(self, known: Sequence[str]) -> list[str]:
         """The arms to run, in the level's order."""
-        if unknown := [name for name in self.arms or () if name not in known]:
+        unknown = [name for name in self.arms or () if name not in known]
+        if unknown:
             raise Fault(f"--arms: '{unknown[0]}' is not an arm of this level; choose from {', '.join(known)}")
         return [name for name in known if self.arms is None or name in self.arms]
 
@@ -80,11 +82,9 @@ def compare(
     rows = {}
     for name, c in contestants.items():
         rows[name] = {
-            "speedup": _spread([b / a for a, b in zip(times[name], times[reference], strict=True)]),
+            "speedup": _spread(_ratios(times[reference], times[name])),
             "over": reference,
-            "over_floor": median([a / b for a, b in zip(times[name], times["frozen"], strict=True)])
-            if "frozen" in times
-            else None,
+            "over_floor": median(_ratios(times[name], times["frozen"])) if "frozen" in times else None,
             "milliseconds": _spread([1000 * t for t in times[name]]),
             "seconds": sum(times[name]),
             "peak_bytes": peak_bytes(partial(c.run, largest), options.device),
@@ -94,15 +94,18 @@ def compare(
     return rows
 
 
+def _ratios(above: list[float], below: list[float]) -> list[float]:
+    """Round by round, so that a drift of the machine cancels."""
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
 def gate(contestants: dict[str, Contestant], dtype: torch.dtype) -> dict[str, float]:
     """Each arm's largest relative distance ‖x - x₆₄‖ / ‖x₆₄‖ over its output and its gradients by kind."""
     errors, faults = {}, []
     for name, c in contestants.items():
         found = c.outcome()
         distances = {key: _distance(value, c.expected[key]) for key, value in found.items()}
-        worst = max(
-            distances, key=lambda key: (distances[key] != distances[key], distances[key])
-        )  # NaN is the worst
+        worst = max(distances, key=lambda key: (math.isnan(distances[key]), distances[key]))
         errors[name] = distances[worst]
         if not errors[name] <= TOLERANCE[dtype]:
             faults.append(
@@ -176,7 +179,8 @@ def machine(options: Options) -> dict:
 def show(result: dict, console: Console) -> None:
     """The table of one level: ratios first. Columns that no arm fills are left out."""
     rows = {name: _cells(row) for name, row in result["arms"].items()}
-    titles = [title for title in next(iter(rows.values())) if any(cells[title] for cells in rows.values())]
+    filled = {title for cells in rows.values() for title, text in cells.items() if text}
+    titles = [title for title in next(iter(rows.values())) if title in filled]
     table = Table(
         Column("arm", no_wrap=True),
         *(Column(title, justify="right", no_wrap=True) for title in titles),
@@ -199,7 +203,7 @@ def report(result: dict, console: Console) -> None:
 
 
 def _cells(row: dict) -> dict[str, str]:
-    def told(spread: dict[str, float], form: str) -> str:
+    def with_range(spread: dict[str, float], form: str) -> str:
         return f"{spread['median']:{form}} ({spread['p20']:{form}}-{spread['p80']:{form}})"
 
     def filled(value: float | None, form: str) -> str:
@@ -207,7 +211,7 @@ def _cells(row: dict) -> dict[str, str]:
 
     saved = None if row["saved_bytes"] is None else row["saved_bytes"] / 1e6
     return {
-        f"speed over\n{row['over']} (p20-p80)": told(row["speedup"], ".2f"),
+        f"speed over\n{row['over']} (p20-p80)": with_range(row["speedup"], ".2f"),
         "time over\nfloor": filled(row["over_floor"], ".2f"),
         "tokens/s": filled(row.get("tokens_per_second"), ".0f"),
         "median\nms": f"{row['milliseconds']['median']:.1f}",

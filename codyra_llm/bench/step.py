@@ -31,9 +31,8 @@ BATCHES = {
     "peft-strong": f"{OURS}, so what is left between it and ours is the LoRA layer",
 }
 
-Losses = Callable[
-    [nn.Module, list[Encoded]], Iterator[Tensor]
-]  # the losses of a global batch's pieces; they sum to its loss
+# The losses of a global batch's pieces, which sum to its loss.
+Losses = Callable[[nn.Module, list[Encoded]], Iterator[Tensor]]
 
 
 def measure(options: Options) -> dict:
@@ -46,10 +45,8 @@ def measure(options: Options) -> dict:
     largest, checked = sizes.index(max(sizes)), batches[sizes.index(min(sizes))][:GATE]
     base = loading.load(folder, options.dtype).to(options.device).train()
     numbers, pad = draw(base, RANK), tokenizer.pad_token_id
-    limit, packed = (
-        options.tokens or default_tokens(options.device),
-        packed_attention.pays(base, options.device),
-    )
+    limit = options.tokens or default_tokens(options.device)
+    packed = packed_attention.pays(base, options.device)
     peft = partial(_peft_losses, limit=limit, pad=pad, device=options.device)
     ours = partial(_our_losses, limit=limit, pad=pad, device=options.device, packed=packed)
     contestants, expected = {}, {}
@@ -122,9 +119,8 @@ def _our_losses(
 ) -> Iterator[Tensor]:
     weights = example_weights(batch, range(len(batch)), "token")
     for chosen in micro_batches([len(e) for e in batch], 1, limit, packed)[0]:
-        yield (
-            collate(batch, chosen, [weights[i] for i in chosen], pad, packed).to(device).cross_entropy(model)
-        )
+        piece = collate(batch, chosen, [weights[i] for i in chosen], pad, packed)
+        yield piece.to(device).cross_entropy(model)
 
 
 def _peft_losses(
@@ -145,10 +141,15 @@ def _padded(examples: list[Encoded], pad: int, device: torch.device) -> dict[str
     def stack(rows: list[list[int]], value: int) -> Tensor:
         return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value).to(device)
 
+    ids, seen, labels = [], [], []
+    for example in examples:
+        ids.append(example.prompt + example.answer)
+        seen.append([1] * len(example))
+        labels.append([-100] * len(example.prompt) + example.answer)
     return {
-        "input_ids": stack([e.prompt + e.answer for e in examples], pad),
-        "attention_mask": stack([[1] * len(e) for e in examples], 0),
-        "labels": stack([[-100] * len(e.prompt) + e.answer for e in examples], -100),
+        "input_ids": stack(ids, pad),
+        "attention_mask": stack(seen, 0),
+        "labels": stack(labels, -100),
     }
 
 

@@ -42,6 +42,8 @@ PROBE = Task(metrics=("exact_match",))  # of general ability, where a benchmark 
 
 
 class Benchmark(Strict, frozen=True):
+    """A benchmark.yaml: its tasks, their orders, and the protocols that they are trained and scored under."""
+
     tasks: dict[str, Task] = Field(min_length=1)
     others: Task | None = Field(
         default=None,
@@ -100,12 +102,8 @@ class Benchmark(Strict, frozen=True):
         """Scores 0..100 of each example by metric, in the order of the task's metrics. All three of equal
         length. Raises Fault where a metric from outside the package fails.
         """
-        return {
-            metric: list(values)
-            for metric, values in self.score_each(
-                name, zip(prompts, predictions, answers, strict=True)
-            ).items()
-        }
+        scores = self.score_each(name, zip(prompts, predictions, answers, strict=True))
+        return {metric: list(values) for metric, values in scores.items()}
 
     def score_each(self, name: str, rows: Iterable[tuple[str, str, str]]) -> dict[str, "array[float]"]:
         """`score` of (prompt, prediction, answer) that come one after the other and are not kept."""
@@ -124,9 +122,11 @@ class Benchmark(Strict, frozen=True):
                 f"{nearest(data.protocol, self.protocols)} Known: {', '.join(self.protocols)}"
             )
         if isinstance(data.tasks, int):
-            return faults + [
-                f"data.tasks: there is no order {data.tasks}; choose from {sorted(self.orders)}"
-            ] * (data.tasks not in self.orders)
+            if data.tasks not in self.orders:
+                faults.append(
+                    f"data.tasks: there is no order {data.tasks}; choose from {sorted(self.orders)}"
+                )
+            return faults
         return faults + self.strangers(data.tasks, "data.tasks: {} is not a task of " + data.benchmark)
 
     def strangers(self, names: Sequence[str], sentence: str) -> list[str]:

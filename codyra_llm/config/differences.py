@@ -21,6 +21,7 @@ NO_RESULT = (
     *(f"open_ended.judge.{key}" for key in JudgeSection.model_fields),
 )
 
+BY_TASK = ("data.epochs.", "eval.max_new_tokens.")  # what is given for each task
 PLACES = ("data.root", "data.benchmark", "model.path")  # known by the content of what lies there
 
 
@@ -32,11 +33,9 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     if new.tasks[: len(old.tasks)] != old.tasks:
         lines.append(f"data.tasks was {old.tasks}, now {new.tasks}")
     for key in sorted(before.keys() | after.keys()):
+        section = next((section for section in BY_TASK if key.startswith(section)), None)
         free = key in (*NO_RESULT, *PLACES, "data.tasks")
-        added = (
-            key.startswith(("data.epochs.", "eval.max_new_tokens."))
-            and key.rpartition(".")[2] not in old.tasks
-        )
+        added = section is not None and key.removeprefix(section) not in old.tasks
         kept = key == "model.dtype" and after.get(key) == "auto"  # a run keeps the one it began in
         if not (free or added or kept) and before.get(key) != after.get(key):
             lines.append(f"{key} was {before.get(key)!r}, now {after.get(key)!r}")
@@ -47,8 +46,7 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """A nested mapping as one, keys joined by dots."""
     if not isinstance(value, dict):
         return {prefix: value}
-    return {
-        k: v
-        for key, inner in value.items()
-        for k, v in flat(inner, f"{prefix}.{key}" if prefix else key).items()
-    }
+    found = {}
+    for key, inner in value.items():
+        found |= flat(inner, f"{prefix}.{key}" if prefix else key)
+    return found

@@ -81,7 +81,8 @@ def _section(name: str, given: dict[str, Any]) -> list[str]:
     lines = [_line(key, value, _meaning(schema, key)) for key, value in given.items()]
     for key in NEXT[name]:
         lines.append(_line(key, schema.model_fields[key].default, _meaning(schema, key), comment=True))
-    return [f"{'' if given else '# '}{name}:", *lines]
+    head = f"{name}:" if given else f"# {name}:"
+    return [head, *lines]
 
 
 def _settings(schema: type[BaseModel], skip: str) -> list[str]:
@@ -97,7 +98,7 @@ def _meaning(schema: type[BaseModel], key: str) -> str:
 
 
 def _line(key: str, value: Any, meaning: str, comment: bool = False, indent: str = "  ") -> str:
-    text = f"{'# ' * comment}{indent}{key}: {_yaml(value)}"
+    text = f"{'# ' if comment else ''}{indent}{key}: {_yaml(value)}"
     return f"{text:<{WIDTH}}  # {' '.join(meaning.split())}"
 
 

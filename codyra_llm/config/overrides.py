@@ -38,7 +38,7 @@ def override(raw: dict, overrides: Sequence[str]) -> dict:
 
 
 def split_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
-    """Keys and values of `a.b=value` texts. Raises one Fault with all that are none."""
+    """Keys and values of `a.b=value` texts. Raises one Fault that lists all texts of another form."""
     faults = [
         f"'{item}' is not an override; write key=value, e.g. optim.lr=1e-4"
         for item in overrides

@@ -55,8 +55,10 @@ def _load(path: Path) -> None:
     except Exception as error:
         for name in _registered() - before:
             _drop(name)
-        told = error.messages[0] if isinstance(error, Fault) else f"{type(error).__name__}: {error}"
-        raise Fault(f"--plugin: {path} can't be loaded ({told}{_place(error, path)}); correct it") from error
+        reason = error.messages[0] if isinstance(error, Fault) else f"{type(error).__name__}: {error}"
+        raise Fault(
+            f"--plugin: {path} can't be loaded ({reason}{_place(error, path)}); correct it"
+        ) from error
     added = _registered() - before
     if not added:
         raise Fault(
@@ -140,7 +142,7 @@ def _installed(kind: str, name: str) -> bool:
         _register(kind, name, found[0].load())
     except Exception as error:
         raise Fault(
-            f"{kind} '{name}' of package {packages} can't be loaded ({type(error).__name__}: {error}); mend "
+            f"{kind} '{name}' of package {packages} can't be loaded ({type(error).__name__}: {error}); fix "
             "or uninstall the package"
         ) from error
     version = found[0].dist.version if found[0].dist else "unknown"
@@ -217,12 +219,12 @@ def _remedy(origin: Origin) -> str:
 def changed(recorded: dict[str, Origin], now: dict[str, Origin], where: str) -> list[str]:
     """A sentence for each plug-in whose file is another than the one that `where` was made with; it may have
     moved."""
-    pairs = [
-        (name, origin.get("sha256"), now.get(name, {}).get("sha256")) for name, origin in recorded.items()
-    ]
-    return [
-        f"{where} was made with another version of {name} (sha256 {was[:12]}, now "
-        f"{(now_ or 'none')[:12]}); give the file as it was"
-        for name, was, now_ in pairs
-        if was and was != now_
-    ]
+    sentences = []
+    for name, origin in recorded.items():
+        before, after = origin.get("sha256"), now.get(name, {}).get("sha256")
+        if before and before != after:
+            sentences.append(
+                f"{where} was made with another version of {name} (sha256 {before[:12]}, now "
+                f"{(after or 'none')[:12]}); give the file as it was"
+            )
+    return sentences

@@ -3,7 +3,7 @@ once.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from codyra_llm.config.sections import (
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.parsing import WrittenPath, shown
 from codyra_llm.core.schema import Positive, Strict, sentences
+
+FILE_NAME = re.compile(r"[^/\\.\x00-\x1f][^/\\\x00-\x1f]{0,99}")  # what a task's name becomes
 
 
 class Recipe(Strict, frozen=True):
@@ -64,11 +66,9 @@ class Recipe(Strict, frozen=True):
 
     @property
     def tasks(self) -> list[str]:
-        return (
-            list(self.benchmark.orders[self.data.tasks])
-            if isinstance(self.data.tasks, int)
-            else self.data.tasks
-        )
+        """The names of the tasks, in the order of the stream."""
+        given = self.data.tasks
+        return list(self.benchmark.orders[given]) if isinstance(given, int) else given
 
     @property
     def epochs(self) -> list[int]:
@@ -87,78 +87,78 @@ class Recipe(Strict, frozen=True):
                 missing = fault.messages
             if missing:
                 raise ValueError("\n".join(missing))
-        tasks, faults = self.tasks, []
-        if not tasks or len(set(tasks)) < len(tasks):
-            faults.append(f"data.tasks: {tasks} must name at least one task, and each once")
-        for key, value, most in (
-            ("data.epochs", self.data.epochs, 1000),
-            ("eval.max_new_tokens", self.eval.max_new_tokens, 1 << 20),
-        ):
-            if isinstance(value, dict):
-                faults += [
-                    f"{key}: '{name}' is not a task of this recipe.{nearest(name, tasks)}"
-                    for name in value
-                    if name not in tasks
-                ]
-            numbers = value.values() if isinstance(value, dict) else [value]
-            faults += [
-                f"{key}: {n} must be at least 1, and at most {most:,d}"
-                for n in numbers
-                if n is not None and not 1 <= n <= most
-            ]
-        faults += [
-            f"data.tasks: {shown(name)} becomes a file name; leave out '/', control characters and a '.' in "
-            "front"
-            for name in tasks
-            if not re.fullmatch(r"[^/\\.\x00-\x1f][^/\\\x00-\x1f]{0,99}", name)
+        faults = [
+            *_task_faults(self.tasks),
+            *_number_faults("data.epochs", self.data.epochs, 1000, self.tasks),
+            *_number_faults("eval.max_new_tokens", self.eval.max_new_tokens, 1 << 20, self.tasks),
         ]
-        faults += ["data.tasks: 'base' is the name of the stage before all tasks; rename it"] * (
-            "base" in tasks
-        )
-        faults += [
-            f"data.tasks: there are {len(tasks)}, and files of a run are numbered up to 99; leave some out"
-        ] * (len(tasks) > 100)
         if faults:
             raise ValueError("\n".join(faults))
         return self
 
     def resolved(self) -> "Recipe":
         """The same recipe with every null that the benchmark knows filled in; valid, and equal to itself
-        resolved. Raises Fault for names that the benchmark has not."""
+        resolved. Raises Fault for names that the benchmark lacks."""
         known = self.benchmark
-        if missing := known.lacks(self.data):
+        missing = known.lacks(self.data)
+        if missing:
             raise Fault(*missing)
         name = self.data.protocol or next(iter(known.protocols))
-        protocol, root = known.protocols[name], self.data.root or str(benchmark_folder(self.data.benchmark))
-        given = self.data.epochs if isinstance(self.data.epochs, dict) else {}
-        epochs = (
-            self.data.epochs
-            if isinstance(self.data.epochs, int)
-            else {t: given.get(t, known.task(t).epochs) for t in self.tasks}
-        )
-        limit = self.eval.max_new_tokens
-        limits = (
-            limit
-            if isinstance(limit, int)
-            else {
-                t: (limit or {}).get(t, known.task(t).max_new_tokens or protocol.max_new_tokens)
-                for t in self.tasks
-            }
-        )
+        protocol, tasks = known.protocols[name], self.tasks
+        root = self.data.root or str(benchmark_folder(self.data.benchmark))
+        epochs = _for_each(self.data.epochs, {task: known.task(task).epochs for task in tasks})
+        longest = {task: known.task(task).max_new_tokens or protocol.max_new_tokens for task in tasks}
+        limits = _for_each(self.eval.max_new_tokens, longest)
+        data = _filled(self.data, protocol, root=root, protocol=name, tasks=tasks, epochs=epochs)
         return self.model_copy(
             update={
-                "data": _filled(
-                    self.data, protocol, root=root, protocol=name, tasks=self.tasks, epochs=epochs
-                ),
+                "data": data,
                 "optim": _filled(self.optim, protocol),
                 "eval": _filled(self.eval, protocol, max_new_tokens=limits),
             }
         )
 
 
+def _task_faults(tasks: list[str]) -> Iterator[str]:
+    """What is wrong with the names of a recipe's tasks."""
+    if not tasks or len(set(tasks)) < len(tasks):
+        yield f"data.tasks: {tasks} must name at least one task, and each once"
+    for name in tasks:
+        if not FILE_NAME.fullmatch(name):
+            yield (
+                f"data.tasks: {shown(name)} becomes a file name; leave out '/', control characters and a '.' "
+                "in front"
+            )
+    if "base" in tasks:
+        yield "data.tasks: 'base' is the name of the stage before all tasks; rename it"
+    if len(tasks) > 100:
+        yield f"data.tasks: there are {len(tasks)}, and files of a run are numbered up to 99; leave some out"
+
+
+def _number_faults(
+    key: str, value: int | dict[str, int] | None, most: int, tasks: list[str]
+) -> Iterator[str]:
+    """What is wrong with a setting that is one number, or a number by task."""
+    by_name = value if isinstance(value, dict) else {}
+    for name in by_name:
+        if name not in tasks:
+            yield f"{key}: '{name}' is not a task of this recipe.{nearest(name, tasks)}"
+    for number in by_name.values() if isinstance(value, dict) else [value]:
+        if number is not None and not 1 <= number <= most:
+            yield f"{key}: {number} must be at least 1, and at most {most:,d}"
+
+
 def by_task(value: int | dict[str, int], task: str) -> int:
     """The value for one task of a setting that is one number or a number by task."""
     return value if isinstance(value, int) else value[task]
+
+
+def _for_each(given: int | dict[str, int] | None, defaults: dict[str, int]) -> int | dict[str, int]:
+    """One number for all tasks as it is; else a number for every task, its default where none is given."""
+    if isinstance(given, int):
+        return given
+    chosen = given or {}
+    return {task: chosen.get(task, default) for task, default in defaults.items()}
 
 
 def _filled(section: BaseModel, protocol: Any, /, **known: Any) -> BaseModel:

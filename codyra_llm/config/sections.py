@@ -48,9 +48,9 @@ class JudgeSection(Strict, frozen=True):
     @classmethod
     def _holds_no_secret(cls, given: Any) -> Any:
         names = map(str, given) if isinstance(given, dict) else ()
-        if found := [
-            name for name in names if name != "key_variable" and re.search("key|token$|secret|passw", name)
-        ]:
+        secret = re.compile("key|token$|secret|passw")
+        found = [name for name in names if name != "key_variable" and secret.search(name)]
+        if found:
             raise ValueError(
                 f"'{found[0][:100]}' does not belong in a recipe, which is copied into runs and exports; put "
                 "the key into an environment variable and give that one's name as 'key_variable'"
@@ -60,10 +60,8 @@ class JudgeSection(Strict, frozen=True):
     @field_validator("key_variable")
     @classmethod
     def _names_a_variable(cls, name: str | None) -> str | None:
-        if name is not None and not re.fullmatch(
-            r"[A-Z][A-Z0-9_]{0,63}", name
-        ):  # does not repeat what may be the key
-            raise ValueError(
+        if name is not None and not re.fullmatch(r"[A-Z][A-Z0-9_]{0,63}", name):
+            raise ValueError(  # without the value, which may be the key itself
                 "this is no name of an environment variable in capitals, such as OPENAI_API_KEY; give the "
                 "name, not the key"
             )
@@ -76,7 +74,8 @@ class JudgeSection(Strict, frozen=True):
         try:
             parts = urlsplit(url or "http://none")
             scheme, host = parts.scheme, parts.hostname or ""
-            if number := ":" in host or re.fullmatch(r"[\d.]+", host):
+            number = ":" in host or re.fullmatch(r"[\d.]+", host)
+            if number:
                 ip_address(host)
             wrong = (
                 parts.port == 0

@@ -47,6 +47,8 @@ class Splits(Strict, frozen=True):
 
 
 class Columns(Strict, frozen=True):
+    """Which columns or fields hold prompt and answer."""
+
     prompt: str = Field(default="prompt", description="column or field that holds the prompt")
     answer: str = Field(default="answer", description="the one that holds the answer")
 
@@ -61,12 +63,16 @@ class Labels(Strict, frozen=True):
     @classmethod
     def _texts(cls, value: Any) -> Any:
         given = value if isinstance(value, list) else [value]
-        if wrong := [label for label in given if isinstance(label, bool) or not isinstance(label, str | int)]:
+        # True and False are integers to Python; as YAML's yes and no they are labels that lost their quotes.
+        wrong = [label for label in given if isinstance(label, bool) or not isinstance(label, str | int)]
+        if wrong:
             raise ValueError(f"{shown(wrong[0])} is not the text of a label; put it in quotes")
         return [str(label) for label in given]
 
 
 class DatasetSource(Strict, frozen=True):
+    """Data that `datasets` reads, from the hub or a folder."""
+
     path: PathText = Field(description="id on the hub, or a folder below data.root that `datasets` reads")
     name: str | None = Field(default=None, description="the data set's configuration")
     revision: str | None = Field(default=None, description="branch, tag or commit")
@@ -145,14 +151,14 @@ class Task(Strict, frozen=True):
     @field_validator("metrics")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if unknown := [name for name in value if not plugins.has_metric(name)]:
-            raise ValueError(
-                "\n".join(
-                    f"{shown(name)} is not a metric.{nearest(name, METRICS)} Known: {', '.join(METRICS)}; "
-                    "one of your own is given by --plugin FILE"
-                    for name in unknown
-                )
-            )
+        faults = [
+            f"{shown(name)} is not a metric.{nearest(name, METRICS)} Known: {', '.join(METRICS)}; one of "
+            "your own is given by --plugin FILE"
+            for name in value
+            if not plugins.has_metric(name)
+        ]
+        if faults:
+            raise ValueError("\n".join(faults))
         return value
 
     @model_validator(mode="after")
@@ -176,8 +182,9 @@ class Task(Strict, frozen=True):
             yield f"{names} {verb} with 'files' or 'dataset'; give one, or leave it out"
         if self.files and self.dataset:
             yield "'files' and 'dataset' both say where the data is; leave one out"
-        if self.dataset and (found := [key for key in ("delimiter", "records") if key in given]):
-            yield f"'{found[0]}' is about files, and the data is a 'dataset'; leave it out"
+        of_files = [key for key in ("delimiter", "records") if key in given]
+        if self.dataset and of_files:
+            yield f"'{of_files[0]}' is about files, and the data is a 'dataset'; leave it out"
         if self.messages and self.format == "alpaca":
             yield "'messages' and 'format: alpaca' both say what the prompt is; leave one out"
         chat = "messages" if self.messages else f"format: {self.format}"

@@ -29,17 +29,22 @@ class Part:
 
     @property
     def columns(self) -> list[str]:
+        """The columns that the part names."""
         return [piece for piece in self.pieces if isinstance(piece, Column)]
 
     def stays(self, text_of: Callable[[str], str]) -> bool:
+        """Whether it is written: an optional part needs a column with text."""
         return not self.optional or any(text_of(column).strip() for column in self.columns)
 
     def written(self, text_of: Callable[[str], str]) -> str:
+        """The part with the columns' texts."""
         return "".join(text_of(piece) if isinstance(piece, Column) else piece for piece in self.pieces)
 
 
 @dataclass(frozen=True)
 class Template:
+    """A prompt as lines of text and columns."""
+
     lines: tuple[tuple[Part, ...], ...]
 
     @property
@@ -49,7 +54,7 @@ class Template:
         return tuple(dict.fromkeys(every))
 
     def fill(self, text_of: Callable[[str], str]) -> str:
-        """The prompt, where `text_of` gives a column's text; empty for what a record has not."""
+        """The prompt, where `text_of` gives a column's text; empty for what a record lacks."""
         lines = [_line(parts, text_of) for parts in self.lines]
         return "\n".join(line for line in lines if line is not None)
 

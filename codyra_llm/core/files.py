@@ -20,15 +20,15 @@ CHUNK = 1 << 24  # bytes per read when hashing and copying
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name next to `path` to write a file or folder to; it becomes `path` when the block ends
-    well, and is on the disk then, with the mode that the umask asks for (safetensors writes 0600 whatever it
-    is). Raises Fault where the disk is full or refuses."""
+    """Gives a temporary name next to `path` to write a file or folder to. When the block succeeds it is
+    synced to disk and renamed to `path`, with the mode that the umask asks for (safetensors writes 0600
+    whatever the umask). Raises Fault where the disk is full or can't be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(temporary)  # of a process that had this number before
+        _remove(temporary)  # left by a process that had the same id
         yield temporary
-        for file in [p for p in temporary.rglob("*") if p.is_file()] if temporary.is_dir() else [temporary]:
+        for file in _files(temporary):
             file.chmod(0o666 & ~umask())
             sync(file)
         if path.is_dir():
@@ -41,6 +41,11 @@ def replacing(path: Path) -> Iterator[Path]:
         _remove(temporary)
 
 
+def _files(path: Path) -> list[Path]:
+    """`path` itself, or all files in that folder."""
+    return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+
+
 def umask() -> int:
     """The process's umask, which can only be read by setting it: to the strictest one for that moment, so
     that a file which another thread makes meanwhile is too private rather than too open."""
@@ -50,10 +55,11 @@ def umask() -> int:
 
 
 def unwritable(path: Path, error: Exception) -> Fault:
+    """What to say of a path that can't be written, and what to do."""
     reason = getattr(error, "strerror", None) or str(error)
     return Fault(
-        f"{path} can't be written ({reason}); free some space or mend the place, then give the same command "
-        f"again: it goes on from what is there"
+        f"{path} can't be written ({reason}); free some space or correct the path, then give the same "
+        "command again: it goes on from what is there"
     )
 
 
@@ -74,6 +80,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def is_leftover(name: str) -> bool:
+    """Whether this is a temporary name that `replacing` makes."""
     return re.fullmatch(r"\..+\.\d+", name) is not None
 
 
@@ -102,28 +109,34 @@ def await_file(path: Path, seconds: float = 90) -> None:
 
 
 def to_json(value: Any) -> str:
+    """`value` as the text of a JSON file."""
     return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
 
 
 def to_jsonl(rows: list[dict]) -> str:
+    """The rows as the text of a JSONL file."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
     write_text(path, to_json(value))
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
+    """Write a JSONL file, whole or not at all."""
     write_text(path, to_jsonl(rows))
 
 
 def append_jsonl(path: Path, row: dict) -> None:
-    """Not synced, and a crash may cut the last line off: for records that are made again from there."""
+    """Add a row to a JSONL file. Not synced, and a crash may cut the last line off: for records that a
+    resumed run writes again from there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
@@ -134,13 +147,12 @@ def append_jsonl(path: Path, row: dict) -> None:
 
 def read_jsonl(path: Path) -> list[dict]:
     """The rows of a JSONL file; none where there is no file. A last line cut off by a crash is left out.
-    Raises Fault for any other line that is no row."""
+    Raises Fault for any other line that is not JSON."""
     if not path.is_file():
         return []
     rows = []
-    for number, line in enumerate(
-        path.read_bytes().split(b"\n")[:-1], 1
-    ):  # splitlines() would split at U+2028 too
+    lines = path.read_bytes().split(b"\n")[:-1]  # splitlines() would split at U+2028 too
+    for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
         except (ValueError, RecursionError):

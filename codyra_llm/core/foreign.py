@@ -83,8 +83,8 @@ class _Worker:
             return []
         code = pickle.dumps((kind, shared))
         with self.lock:
-            if reason := self.stopped.get(code):
-                raise Failed(reason, True)
+            if code in self.stopped:
+                raise Failed(self.stopped[code], True)
             self._start()
             self._send(pickle.dumps((code, list(items))))
             answers, how, text = [], foreign_worker.FINE, ""

@@ -27,30 +27,31 @@ Answer = tuple[bytes, str]
 
 
 def main() -> None:
+    """Answer requests from standard input until it ends."""
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # what a library prints must not pass for an answer
     # A launcher or Ctrl-C tells the whole group to stop; the process that asks decides when this one ends.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     # The kernel ends the process when the timer runs out, inside of any function, whoever else is there.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
-    purses: dict[bytes, Purse] = {}
+    budgets: dict[bytes, CpuBudget] = {}
     while size := requests.read(8):
         code, items = pickle.loads(requests.read(int.from_bytes(size)))
         kind, shared = pickle.loads(code)
         one = KINDS[kind]()
         _limit_memory()
-        purse = purses.setdefault(code, Purse())
+        budget = budgets.setdefault(code, CpuBudget())
         for item in items:
-            with purse:
+            with budget:
                 answer = _answered(one, shared, item)
             _write(answers, *answer)
             if answer[0] != FINE:
                 break
 
 
-class Purse:
+class CpuBudget:
     """The CPU time that one template or pattern may take: `SECONDS` at once, and `EACH` for every item on the
     whole, so that many items that are each just fast enough end as well."""
 
@@ -101,7 +102,8 @@ def _write(answers: BinaryIO, how: bytes, text: str) -> None:
 def _measured(text: str, most: int) -> Answer:
     if len(text) > most:
         return STOPPED, f"it writes {len(text):,d} characters, expected at most {most:,d}"
-    if found := re.search("[\ud800-\udfff]", text):
+    found = re.search("[\ud800-\udfff]", text)
+    if found:
         return REFUSED, f"it writes half of a surrogate pair, {found[0]!a}"
     return FINE, text
 

@@ -23,9 +23,8 @@ READ = 1 << 20  # characters of a long file at a time
 ITEM = 1 << 24  # characters of one value of a list; a record has at most a million, escaped 6 million
 _BLANK = re.compile(r"[ \t\n\r]*")
 
-UNPRINTABLE = re.compile(
-    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]"
-)  # control characters, halves of surrogate pairs
+# Control characters, halves of surrogate pairs.
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 100
@@ -63,18 +62,23 @@ def writable(path: str) -> str:
 WrittenPath = Annotated[PathText, AfterValidator(writable)]
 
 
+def _without_dates(resolvers: list[tuple[str, re.Pattern]]) -> list[tuple[str, re.Pattern]]:
+    """YAML reads 2024-05-01 as a date; here it stays text."""
+    return [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+
+
 class _Loader(yaml.SafeLoader):
     """Plain values alone: no tags, no dates, no repeated keys, and neither deep nor endless."""
 
     yaml_implicit_resolvers = {
-        first: [(tag, form) for tag, form in known if not tag.endswith(":timestamp")]
-        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        first: _without_dates(known) for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
-        if tag := getattr(event, "tag", None):
+        tag = getattr(event, "tag", None)
+        if tag:
             raise _error(f"the tag {shown(tag)} asks for more than plain values", event.start_mark)
         self.depth += 1
         if self.depth > DEPTH:
@@ -94,10 +98,10 @@ class _Loader(yaml.SafeLoader):
                 raise _error(
                     f"it holds more than {NODES} values, with its aliases written out", node.start_mark
                 )
-            inner = [] if isinstance(one, yaml.ScalarNode) else one.value
-            pending += (
-                [part for pair in inner for part in pair] if isinstance(one, yaml.MappingNode) else inner
-            )
+            if isinstance(one, yaml.MappingNode):
+                pending += [part for pair in one.value for part in pair]
+            elif isinstance(one, yaml.SequenceNode):
+                pending += one.value
         return node
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
@@ -110,11 +114,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = set()
         for key_node, _ in node.value:
-            key = (
-                key_node.value
-                if key_node.tag.endswith(":merge")
-                else self.construct_object(key_node, deep=True)
-            )
+            is_merge = key_node.tag.endswith(":merge")
+            key = key_node.value if is_merge else self.construct_object(key_node, deep=True)
             if not isinstance(key, str) or len(key) > 100 or UNPRINTABLE.search(key) or "\n" in key:
                 raise _error(
                     f"the key {shown(key)} is no text of at most 100 letters; put it in quotes, or shorten "
@@ -152,7 +153,8 @@ def parse_yaml(text: str, source: str) -> Any:
         ) from None
     except (yaml.YAMLError, ValueError) as error:  # characters that YAML forbids; numbers that Python refuses
         raise Fault(f"{source} is not valid YAML: {' '.join(str(error).split())}; correct it") from None
-    if faults := list(_unusable(value)):
+    faults = list(_unusable(value))
+    if faults:
         raise Fault(*(f"{source}: {fault}" for fault in faults))
     return value
 
@@ -183,7 +185,7 @@ def read_text(file: Path, expected: str) -> str:
 
 
 def decoded(data: bytes, source: str) -> str:
-    """UTF-8 as text, without its byte order mark. Raises Fault, which names `source`, where it is none."""
+    """UTF-8 as text, without its byte order mark. Raises Fault, which names `source`, for other bytes."""
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -202,15 +204,16 @@ def read_yaml(file: Path, expected: str) -> dict:
 
 
 def read_json(file: Path, expected: str) -> Any:
-    """The value in a JSON file. Raises Fault where it is no JSON, repeats a key within an object or nests too
-    deeply.
+    """The value in a JSON file. Raises Fault where it is not JSON, repeats a key within an object or nests
+    too deeply.
     """
     return parse_json(read_text(file, expected), str(file), expected)
 
 
 def read_items(file: Path, expected: str) -> Iterator[Any]:
-    """The values of a JSON list, one after the other, of a file that need not fit into memory. Raises Fault,
-    when it comes to it, with what `read_json` says of the file, and where it holds no list."""
+    """The values of a JSON list, one after the other, of a file that need not fit into memory. Raises Fault
+    with what `read_json` says of the file, and where it holds something other than a list; by then the values
+    before the fault have been given."""
     count = 0
     try:
         with open(file, encoding="utf-8-sig", newline="") as stream:
@@ -302,9 +305,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict:
     value = dict(pairs)
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(
-            f"the key {next(shown(n) for n in names if names.count(n) > 1)} is there twice in one object"
-        )
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {shown(repeated)} is there twice in one object")
     return value
 
 

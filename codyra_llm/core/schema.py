@@ -2,7 +2,7 @@
 sentences.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -28,12 +28,17 @@ class Strict(BaseModel, frozen=True):
         assert info.field_name  # this is called for fields alone
         kinds = list(_kinds(cls.model_fields[info.field_name].annotation))
         if (int in kinds or float in kinds) and bool not in kinds:
-            inner = (
-                value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-            )
-            if found := [v for v in inner if isinstance(v, bool)]:
-                raise ValueError(f"{str(found[0]).lower()} is not a number; give one")
+            for one in _elements(value):
+                if isinstance(one, bool):
+                    raise ValueError(f"{str(one).lower()} is not a number; give one")
         return value
+
+
+def _elements(value: Any) -> Iterable[Any]:
+    """What a mapping or a list holds; anything else alone."""
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else [value]
 
 
 def sentences(error: ValidationError, schema: type[BaseModel], prefix: tuple = ()) -> list[str]:
@@ -63,7 +68,7 @@ def sentences(error: ValidationError, schema: type[BaseModel], prefix: tuple = (
 
 
 def _fields(schema: type[BaseModel], loc: tuple) -> list[str]:
-    """Names of the keys at `loc`, of which parts that are no fields are keys of a mapping."""
+    """Names of the keys at `loc`; parts of it that are not fields are keys of a mapping, and are skipped."""
     for part in loc:
         if part in schema.model_fields:
             schema = next(_sections(schema.model_fields[part].annotation), schema)

@@ -18,7 +18,8 @@ def flat(tensors: list[Tensor]) -> Tensor:
 
 def unflatten(vector: Tensor, like: list[Tensor]) -> list[Tensor]:
     """The vector cut into the shapes of `like`."""
-    return [part.view_as(t) for part, t in zip(vector.split([t.numel() for t in like]), like, strict=True)]
+    parts = vector.split([tensor.numel() for tensor in like])
+    return [part.view_as(tensor) for part, tensor in zip(parts, like, strict=True)]
 
 
 def generator(*key: int | str) -> torch.Generator:

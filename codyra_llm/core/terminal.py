@@ -25,7 +25,7 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """`printable`, and line breaks as blanks."""
+    """`printable`, with line breaks as spaces."""
     return printable(" ".join(text.splitlines()))
 
 
@@ -45,6 +45,7 @@ class Unbroken:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
+        """Write `text`, or nothing once the stream is lost."""
         try:
             return self._stream.write(text)
         except OSError as error:
@@ -52,6 +53,7 @@ class Unbroken:
             return len(text)
 
     def flush(self) -> None:
+        """Flush what was written, or nothing once the stream is lost."""
         try:
             self._stream.flush()
         except OSError as error:
@@ -101,5 +103,6 @@ class Terminal(Console):
         super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """As rich does, with text made `printable` and rich's own control codes left alone."""
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else printable(text), style, control)

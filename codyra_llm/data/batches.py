@@ -48,9 +48,10 @@ class Batch:
         """Where the tokens of the examples, of these lengths, stand in the flattened rows, without pads and
         without the first of each: BOS, or what attends as BOS does."""
         width = self.ids.shape[1]
-        starts = (
-            range(0, self.ids.numel(), width) if self.segments is None else accumulate([0, *lengths[:-1]])
-        )
+        if self.segments is None:  # one example per row
+            starts = range(0, self.ids.numel(), width)
+        else:
+            starts = accumulate([0, *lengths[:-1]])
         places = [torch.arange(start + 1, start + n) for start, n in zip(starts, lengths, strict=True)]
         return torch.cat(places).to(self.ids.device)
 
@@ -61,18 +62,14 @@ class Batch:
             embedded = model.get_input_embeddings()(self.ids)
             embedded = torch.cat([front.to(embedded.dtype), embedded], 1)
             whole = families.backbone(model)(inputs_embeds=embedded, use_cache=False).last_hidden_state
-            states = whole[:, front.shape[1] :]
+            states = whole[:, front.shape[1] :]  # [R, T, h]
             return states.flatten(0, 1).index_select(0, self.predictors)
-        packing = (
-            {}
-            if self.segments is None
-            else {
-                "position_ids": self.positions,
-                **packed_attention.arguments(self.segments, self.ends),
-            }
-        )
+        packing = {}
+        if self.segments is not None:
+            packing = packed_attention.arguments(self.segments, self.ends)
+            packing["position_ids"] = self.positions
         backbone = families.backbone(model)
-        states = backbone(input_ids=self.ids, use_cache=False, **packing).last_hidden_state
+        states = backbone(input_ids=self.ids, use_cache=False, **packing).last_hidden_state  # [R, T, h]
         return states.flatten(0, 1).index_select(0, self.predictors)
 
     def cross_entropy(self, model: nn.Module, front: Tensor | None = None) -> Tensor:
@@ -108,16 +105,18 @@ def collate(
 ) -> Batch:
     """The batch of examples `chosen`; a weight of 0 marks a filler that keeps the ranks in step."""
     own = [encoded[i] for i in chosen]
-    lengths = [len(e) for e in own]
-    shape = (1, sum(lengths)) if packed else (len(own), max(lengths))
+    lengths = [len(example) for example in own]
+    shape = (1, sum(lengths)) if packed else (len(own), max(lengths))  # [R, T]
+    # Where each example begins in the flattened rows.
     starts = accumulate([0, *lengths[:-1]]) if packed else range(0, math.prod(shape), shape[1])
     ids, predictors, targets, shares = torch.full(shape, pad), [], [], []
-    for start, e, weight in zip(starts, own, weights, strict=True):
-        tokens, first = e.prompt + e.answer, max(len(e.prompt), 1)  # nothing predicts the first token of all
-        ids.view(-1)[start : start + len(e)] = torch.tensor(tokens)
-        predictors.extend(range(start + first - 1, start + len(e) - 1))
+    for start, example, weight in zip(starts, own, weights, strict=True):
+        tokens, end = example.prompt + example.answer, start + len(example)
+        first = max(len(example.prompt), 1)  # the first labelled token; nothing predicts the first of all
+        ids.view(-1)[start:end] = torch.tensor(tokens)
+        predictors.extend(range(start + first - 1, end - 1))
         targets += tokens[first:]
-        shares += [weight] * (len(e) - first)
+        shares += [weight] * (len(example) - first)
     return Batch(
         ids,
         torch.cat([torch.arange(n) for n in lengths])[None] if packed else None,
@@ -156,7 +155,9 @@ def micro_batches(
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     ranks = [list(_cut(order[rank::world], lengths, tokens, packed)) for rank in range(world)]
     steps = max(map(len, ranks))
-    return [steps_of_rank + [[] for _ in range(steps - len(steps_of_rank))] for steps_of_rank in ranks]
+    for own in ranks:
+        own.extend([] for _ in range(steps - len(own)))
+    return ranks
 
 
 def default_tokens(device: torch.device) -> int:

@@ -1,7 +1,8 @@
 """A report on a folder of tasks: sizes, duplicates, overlaps between splits, faults."""
 
 import itertools
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from codyra_llm.config.benchmark import PROBE, load_benchmark
 from codyra_llm.config.sections import FILE
 from codyra_llm.config.task import Task
 from codyra_llm.core.errors import Fault
-from codyra_llm.core.terminal import Terminal
+from codyra_llm.core.terminal import REPLACEMENT, Terminal
 from codyra_llm.data.examples import label_names
 from codyra_llm.data.records import SPLITS, read_split
 from codyra_llm.data.sources import read, remarks
@@ -43,9 +44,11 @@ def task_folders(folder: Path) -> list[Path]:
     """The folders in `folder` that hold at least one split, sorted by name."""
     if not folder.is_dir():
         return []
-    return sorted(
-        sub for sub in folder.iterdir() if any((sub / f"{split}.json").is_file() for split in SPLITS)
-    )
+    return sorted(sub for sub in folder.iterdir() if _holds_a_split(sub))
+
+
+def _holds_a_split(folder: Path) -> bool:
+    return any((folder / f"{split}.json").is_file() for split in SPLITS)
 
 
 def variants(root: Path) -> list[Path]:
@@ -72,37 +75,16 @@ def check_task(
         try:
             records = read(split)
         except Fault as fault:
-            told = report["faults"]  # a file that is cut into splits is read for each of them
-            told += [message for message in fault.messages if message not in told]
+            known = report["faults"]  # a file that is cut into splits is read for each of them
+            known += [message for message in fault.messages if message not in known]
             continue
-        splits[split] = stats = statistics(records)
+        splits[split] = statistics(records)
         prompts[split] = {record["prompt"] for record in records}
-        for count, what in (
-            (stats["duplicates"], "repeat an earlier prompt of the split"),
-            (
-                stats["empty_prompts"],
-                "have an empty prompt, which only a tokenizer that adds BOS can answer to",
-            ),
-            (
-                stats["padded_answers"],
-                "have an answer that begins or ends with white space, which decoding may drop, so that it "
-                "never matches where a metric compares exactly",
-            ),
-            (stats["empty_answers"], "have an empty answer and can't be scored"),
-            (
-                sum(record["answer"] not in labels for record in records) if labels else 0,
-                "have an answer that is none of the labels",
-            ),
-            (
-                len(records) if {record["answer"] for record in records} == {"-1"} else 0,
-                "have the answer -1, the mark of labels that are kept secret, and can't be scored",
-            ),
-            (stats["replacement_characters"], "hold U+FFFD, left by a lossy decoding"),
-        ):
-            if count:
-                report["warnings"].append(f"{name}/{split}: {count} of {len(records)} records {what}.")
+        for count, what in doubtful(records, splits[split], labels):
+            report["warnings"].append(f"{name}/{split}: {count} of {len(records)} records {what}.")
     for a, b in itertools.combinations(prompts, 2):
-        if shared := len(prompts[a] & prompts[b]):
+        shared = len(prompts[a] & prompts[b])
+        if shared:
             overlap[f"{a}/{b}"] = shared
             report["warnings"].append(
                 f"{name}: {a} and {b} share {shared} prompts "
@@ -111,18 +93,52 @@ def check_task(
     return {"splits": splits, "overlap": overlap}
 
 
+def doubtful(records: list[dict], stats: dict, labels: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+    """What a user should look at in one split: how many records, and what is the matter with them. `stats`:
+    their `statistics`; `labels`: the answers of a task that classifies."""
+    answers = [record["answer"] for record in records]
+    strangers = [answer for answer in answers if labels and answer not in labels]
+    secret = answers if set(answers) == {"-1"} else []
+    found = (
+        (stats["duplicates"], "repeat an earlier prompt of the split"),
+        (stats["empty_prompts"], "have an empty prompt, which only a tokenizer that adds BOS can answer to"),
+        (
+            stats["padded_answers"],
+            "have an answer that begins or ends with white space, which decoding may drop, so that it "
+            "never matches where a metric compares exactly",
+        ),
+        (stats["empty_answers"], "have an empty answer and can't be scored"),
+        (len(strangers), "have an answer that is none of the labels"),
+        (len(secret), "have the answer -1, the mark of labels that are kept secret, and can't be scored"),
+        (stats["replacement_characters"], "hold U+FFFD, left by a lossy decoding"),
+    )
+    for count, what in found:
+        if count:
+            yield count, what
+
+
 def statistics(records: list[dict]) -> dict:
     """Counts and lengths (in characters) of one split."""
-    prompts, answers = ([record[field] for record in records] for field in ("prompt", "answer"))
+    counts: Counter[str] = Counter()
+    for record in records:
+        prompt, answer = record["prompt"], record["answer"]
+        if not prompt.strip():
+            counts["empty prompt"] += 1
+        if not answer.strip():
+            counts["empty answer"] += 1
+        elif answer != answer.strip():
+            counts["padded answer"] += 1
+        if REPLACEMENT in prompt or REPLACEMENT in answer:
+            counts["replacement"] += 1
+    prompts = [record["prompt"] for record in records]
+    answers = [record["answer"] for record in records]
     return {
         "records": len(records),
         "duplicates": len(records) - len(set(prompts)),
-        "empty_prompts": sum(not prompt.strip() for prompt in prompts),
-        "padded_answers": sum(answer.strip() not in ("", answer) for answer in answers),
-        "empty_answers": sum(not answer.strip() for answer in answers),
-        "replacement_characters": sum(
-            "\ufffd" in p or "\ufffd" in a for p, a in zip(prompts, answers, strict=True)
-        ),
+        "empty_prompts": counts["empty prompt"],
+        "padded_answers": counts["padded answer"],
+        "empty_answers": counts["empty answer"],
+        "replacement_characters": counts["replacement"],
         "prompt_mean": round(sum(map(len, prompts)) / len(records), 1),
         "prompt_max": max(map(len, prompts)),
         "answer_mean": round(sum(map(len, answers)) / len(records), 1),

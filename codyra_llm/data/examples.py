@@ -143,7 +143,7 @@ class Columns:
         return list(dict.fromkeys(name for one in self.templates for name in one.columns))
 
     def _answer(self, row: dict) -> object:
-        """The answer, as the label that a number stands for; ABSENT, or what is no text, as it is."""
+        """The answer, as the label that a number stands for; ABSENT, and what is not text, as it is."""
         value = _single(field(row, self.task.answer))
         if not self.labels or value in self.labels or not isinstance(value, str):
             return value
@@ -177,9 +177,11 @@ class Chats:
         self.task, self.render, self.every = task, render, every
 
     def lacking(self, rows: list, where: str) -> Iterator[str]:
+        """None: what a chat lacks is found record by record."""
         return iter(())
 
     def skips(self, row: object) -> bool:
+        """None is left out."""
         return False
 
     def key(self, row: dict) -> str:
@@ -195,13 +197,13 @@ class Chats:
         except Wrong as wrong:
             return [], [f"{where}: {wrong}"]
         except Failed as error:
-            told = (
+            sentence = (
                 f"{where}: the model's chat template refuses '{self.task.chat}' ({error.reason}); correct "
                 "it, or choose another model."
             )
             if error.stopped:  # it would be at every other record too
-                raise Fault(told) from None
-            return [], [told]
+                raise Fault(sentence) from None
+            return [], [sentence]
         faults = [fault for example in examples for fault in record_faults(example, split, where)]
         return ([] if faults else examples), faults
 

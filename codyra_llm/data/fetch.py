@@ -40,6 +40,7 @@ MOST_BYTES = 1 << 33  # of an archive, and of what is unpacked from it
 MOST_FILES = 100_000
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+# What unpacking a broken archive raises; RuntimeError: a zip with a password.
 BROKEN = (
     zipfile.BadZipFile,
     tarfile.TarError,
@@ -48,7 +49,7 @@ BROKEN = (
     EOFError,
     NotImplementedError,
     RuntimeError,
-)  # RuntimeError: a zip with a password
+)
 
 
 class Member(NamedTuple):
@@ -100,7 +101,7 @@ def _known(name: str, variant: str | None, out: Path, source: str | None) -> Non
 
 
 def _located(source: str, temporary: Path, out: Path) -> Path:
-    """The archive or folder that `source` is, brought here where it is none."""
+    """The archive or folder that `source` names; downloaded if it is an address or an id of the hub."""
     if Path(source).expanduser().exists():
         return Path(source).expanduser()
     if re.match(r"https?://", source):
@@ -257,7 +258,7 @@ def _tar_file(archive: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
 
 
 def _link(name: str, archive: Path) -> Fault:
-    return Fault(f"{archive}: {shown(name)} is a link or a device, which TRACE has not; nothing was unpacked")
+    return Fault(f"{archive}: {shown(name)} is a link or a device, and TRACE has none; nothing was unpacked")
 
 
 def _safe(name: str, archive: Path) -> tuple[str, ...]:

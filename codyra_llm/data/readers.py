@@ -37,7 +37,7 @@ class Found(NamedTuple):
 
 
 def rows(path: Path, expected: str, reading: Reading = PLAIN) -> list:
-    """The rows of a file. Raises Fault where it is none that is known, or can't be read."""
+    """The rows of a file. Raises Fault for a file of an unknown kind, or one that can't be read."""
     return found(path, expected, reading).rows
 
 
@@ -143,7 +143,8 @@ def _tsv(path: Path, text: str, expected: str, reading: Reading) -> Found:
 
 
 def _delimiter(text: str, used: frozenset[str] | None) -> str:
-    """That by which the first line names most of the columns that are used; the comma before others."""
+    """The delimiter with which the first line names most of the columns that are used; a tie goes to the
+    comma."""
 
     def fit(delimiter: str) -> tuple[int, bool]:
         names = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
@@ -225,7 +226,11 @@ def class_names(table) -> list[dict]:
     from datasets import ClassLabel
 
     classes = {key: kind.names for key, kind in table.features.items() if isinstance(kind, ClassLabel)}
-    return [{**row, **{key: _name(row[key], names) for key, names in classes.items()}} for row in table]
+    rows = []
+    for row in table:
+        named = {key: _name(row[key], names) for key, names in classes.items()}
+        rows.append({**row, **named})
+    return rows
 
 
 def _name(number: int | None, names: list[str]) -> object:

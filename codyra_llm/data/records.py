@@ -19,10 +19,8 @@ from codyra_llm.core.parsing import parse_json, read_text, shown
 SPLITS = ("train", "eval", "test")
 SURROGATE = re.compile("[\ud800-\udfff]")  # valid in JSON escapes, but no tokenizer can encode it
 
-LONGEST = {
-    "prompt": 1_000_000,
-    "answer": 50_000,
-}  # characters; TRACE has 164,000 and 18,000, and ROUGE is quadratic
+# Characters; TRACE has up to 164,000 and 18,000, and ROUGE is quadratic.
+LONGEST = {"prompt": 1_000_000, "answer": 50_000}
 
 ABSENT, HIDDEN = object(), object()  # in place of a value: there is none; a label of -1
 
@@ -38,21 +36,21 @@ def read_split(root: Path, task: str, split: str) -> list[dict]:
     if not os.path.isfile(path):
         raise Fault(missing(root, task, path))
     records = parse(path)
-    refuse(
-        [
-            fault
-            for i, record in enumerate(records)
-            for fault in record_faults(record, split, f"{path}: record {i}")
-        ],
-        path,
-        len(records),
-    )
-    return [{part: str(record[part]) for part in LONGEST} for record in records]
+    faults = []
+    for i, record in enumerate(records):
+        faults += record_faults(record, split, f"{path}: record {i}")
+    refuse(faults, path, len(records))
+    return [_with_texts(record) for record in records]
+
+
+def _with_texts(record: dict) -> dict[str, str]:
+    return {part: str(record[part]) for part in LONGEST}
 
 
 def refuse(faults: list[str], where: str | Path, count: int) -> None:
     """Raise Fault with the first of the faults that `count` records have, and the number of the others."""
-    if (rest := len(faults) - NAMED) > 0:
+    rest = len(faults) - NAMED
+    if rest > 0:
         faults = [*faults[:NAMED], f"{where}: {rest} more faults in {count} records; correct these too."]
     if faults:
         raise Fault(*faults)
@@ -93,15 +91,16 @@ def parse(path: Path, expected: str = '{"prompt": ..., "answer": ...} records') 
 
 def remarks(root: Path, task: str) -> list[str]:
     """What is read otherwise than a file's name says, of files that can be read."""
-    told = []
+    found = []
     for split in SPLITS:
         path = root / task / f"{split}.json"
         try:
             lines = path.is_file() and has_lines(read_text(path, "one list of records"))
         except Fault:  # reported where the file is read
             continue
-        told += [f"{path} {LINES}"] * lines
-    return told
+        if lines:
+            found.append(f"{path} {LINES}")
+    return found
 
 
 def has_lines(text: str) -> bool:
@@ -156,7 +155,8 @@ def as_text(value: object) -> object:
 
 
 def text_faults(value: object, field: str, part: str, learnt: bool, where: str) -> Iterator[str]:
-    """What is wrong with the value of a field as the `part` of an example that is said: prompt or answer."""
+    """What is wrong with the value of a field that becomes this `part` of an example, prompt or answer.
+    `learnt`: whether the record trains."""
     most = LONGEST[part]
     if not isinstance(value, str):
         yield f"{where}: '{field}' is {_not_a_text(value, field, part)}"

@@ -38,23 +38,24 @@ def read(root: Path, name: str, task: Task, split: str, render: Render = plain) 
     table = tables.get(split) or tables.get("train")
     if not table:
         raise Fault(f"tasks.{name}: it has neither {split} nor train data; give one of them in {FILE}")
-    if not (rows := table.read()):
+    rows = table.read()
+    if not rows:
         raise Fault(f"{table.where} holds no record; give some, or leave task '{name}' out")
     maker = _maker(root, name, task, render, every=task.train_on == "assistant" and split == "train")
-    if faults := [*maker.lacking(rows, table.where)]:
+    faults = list(maker.lacking(rows, table.where))
+    if faults:
         raise Fault(*faults)
-    of = split if split in tables else "train"
-    kept = [(i, row) for i, row in enumerate(rows) if of != "train" or not maker.skips(row)]
-    made = [maker.make(row, of, f"{table.where}: record {i}") for i, row in kept]
+    source = split if split in tables else "train"  # the split whose rows are read
+    kept = [(i, row) for i, row in enumerate(rows) if source != "train" or not maker.skips(row)]
+    made = [maker.make(row, source, f"{table.where}: record {i}") for i, row in kept]
     refuse([fault for _, faults in made for fault in faults], table.where, len(rows))
+    # Splits that are not given are cut out of train, so of its rows some belong to others.
     missing = [key for key in SHARES if key not in tables]
-    splits = divided([maker.key(row) for _, row in kept], missing)
-    examples = [
-        example
-        for (own_examples, _), own in zip(made, splits, strict=True)
-        for example in own_examples
-        if of != "train" or own == split
-    ]
+    assigned = divided([maker.key(row) for _, row in kept], missing)
+    examples = []
+    for (of_row, _), goes_to in zip(made, assigned, strict=True):
+        if source != "train" or goes_to == split:
+            examples += of_row
     if not examples:
         raise Fault(
             f"{table.where} has too few different prompts to be divided into {', '.join(SPLITS)}; give a "
@@ -76,7 +77,7 @@ def remarks(root: Path, name: str, task: Task) -> list[str]:
     """What is read otherwise than a file's name says, and what is left out, a sentence each; of files that
     can be read.
     """
-    told = [] if task.declared else records.remarks(root, name)
+    notes = [] if task.declared else records.remarks(root, name)
     for split, file in task.files or ():
         if not file:
             continue
@@ -85,12 +86,13 @@ def remarks(root: Path, name: str, task: Task) -> list[str]:
             maker = _maker(root, name, task, plain)
         except Fault:  # reported where the file is read
             continue
-        told.append(found.remark)
-        if split == "train" and (skipped := sum(map(maker.skips, found.rows))):
-            told.append(
-                f"{root / file}: {skipped} of {len(found.rows)} records have no answer, and are left out"
+        notes.append(found.remark)
+        skipped = [row for row in found.rows if split == "train" and maker.skips(row)]
+        if skipped:
+            notes.append(
+                f"{root / file}: {len(skipped)} of {len(found.rows)} records have no answer, and are left out"
             )
-    return [f"tasks.{name}: {remark}" for remark in dict.fromkeys(told) if remark]
+    return [f"tasks.{name}: {remark}" for remark in dict.fromkeys(notes) if remark]
 
 
 def place(root: Path, name: str, task: Task, split: str) -> str:
@@ -134,14 +136,14 @@ def _tables(root: Path, name: str, task: Task) -> dict[str, Table]:
     source = task.dataset
     found = _dataset(_local(root, source.path), source, name)
     wanted = {split: chosen for split, chosen in source.splits if chosen}
-    if unknown := [chosen for chosen in wanted.values() if chosen not in found]:
-        raise Fault(
-            *(
-                f"tasks.{name}.dataset.splits: '{chosen}' is not a split of "
-                f"{source.path}.{nearest(chosen, found)} Known: {', '.join(found)}"
-                for chosen in unknown
-            )
-        )
+    faults = [
+        f"tasks.{name}.dataset.splits: '{chosen}' is not a split of {source.path}.{nearest(chosen, found)} "
+        f"Known: {', '.join(found)}"
+        for chosen in wanted.values()
+        if chosen not in found
+    ]
+    if faults:
+        raise Fault(*faults)
     wanted = wanted or {split: chosen for split, chosen in HUB.items() if chosen in found}
     return {
         split: Table(f"{source.path} ({chosen})", partial(class_names, found[chosen]))
@@ -162,12 +164,8 @@ def _dataset(path: str, source: DatasetSource, name: str):
     try:
         with without_data_bars():
             return load_dataset(path, source.name, revision=source.revision)
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        DatasetsError,
-    ) as error:  # RuntimeError: a data set in a script
+    # RuntimeError: a data set in a script.
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise Fault(
             f"tasks.{name}.dataset: '{source.path}' can't be read ({reason}); check the name, the "

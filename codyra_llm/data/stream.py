@@ -31,6 +31,7 @@ class Stream:
 
     @cached_property
     def epochs(self) -> list[int]:
+        """By task, in the order of the stream."""
         given = self.data.epochs
         return [given if isinstance(given, int) else given[task] for task in self.tasks]
 
@@ -53,7 +54,7 @@ class Stream:
                     sources.place(self.root, name, self.benchmark.task(name), key) for key in ("eval", "test")
                 )
                 raise Fault(
-                    f"{own} has no prompt that {Path(test).name} has not; give an eval split of its own"
+                    f"{own} has no prompt that {Path(test).name} lacks; give an eval split of its own"
                 )
         return rows[: self.data.max_train_examples] if split == "train" else rows
 
@@ -66,15 +67,13 @@ class Stream:
         ]
 
     def extra(self, name: str) -> list[dict]:
-        """The training records of a set that is none of the tasks, e.g. Lima."""
+        """The training records of a set that is not one of the tasks, e.g. Lima."""
         return self._read(name, "train")
 
     def hashes(self) -> dict[str, str]:
         """sha256 by split of the tasks' data: of TRACE's files; of declared sources, which may be no files,
         of the examples that were read from them."""
-        return {
-            key: value for task in self.tasks for split in SPLITS for key, value in [self._hash(task, split)]
-        }
+        return dict(self._hash(task, split) for task in self.tasks for split in SPLITS)
 
     def _hash(self, task: str, split: str) -> tuple[str, str]:
         if not self.benchmark.task(task).declared:

@@ -20,28 +20,31 @@ from codyra_llm.formats.adapter_files import (
     vocabulary,
 )
 from codyra_llm.models import families, loading
-from codyra_llm.models.families.config_file import size_faults, told
+from codyra_llm.models.families.config_file import explain_errors, size_faults
 from codyra_llm.models.weights import stored, stored_shapes, weight_files
 
 
 def base_of(folder: Path, given: str | None) -> str:
     """The base that the adapter in `folder` belongs to: the one `given`, or the one that its config names.
-    Raises Fault, before anything is loaded, for a folder that is no LoRA adapter of that base alone."""
+    Raises Fault, before anything is loaded, for a folder that is not a plain LoRA adapter of that base."""
     try:
         import peft  # noqa: F401
     except ImportError:
         raise Fault(
             f"{folder} is a PEFT adapter, and the package peft is not installed; install codyra-llm[peft]"
         ) from None
-    if faults := size_faults(folder):
+    faults = size_faults(folder)
+    if faults:
         raise Fault(*faults)
     config = read_mapping(folder / CONFIG, "the adapter's config")
-    if (kind := config.get("peft_type")) != "LORA":
+    kind = config.get("peft_type")
+    if kind != "LORA":
         raise Fault(
             f"{folder} is an adapter of peft_type {kind}, expected LORA, which can be merged into its base; "
             "merge it where it was made, and give the merged folder"
         )
-    if faults := adapter_file_faults(folder):
+    faults = adapter_file_faults(folder)
+    if faults:
         raise Fault(*faults)
     named = config.get("base_model_name_or_path")
     if named is not None and not isinstance(named, str):
@@ -60,7 +63,8 @@ def base_of(folder: Path, given: str | None) -> str:
             ) from None
     base = loading.resolve(given or named)
     names = [name for file in weight_files(base) for name in stored(file)]
-    if faults := config_faults(folder, config, module_names(names)):
+    faults = config_faults(folder, config, module_names(names))
+    if faults:
         raise Fault(*faults)
     _check_shapes(folder, base)
     return given or named
@@ -79,7 +83,7 @@ def build(base: Path, adapter: Path, dtype: torch.dtype, attention: str | None) 
         model.resize_token_embeddings(rows, mean_resizing=False)
     if any(of_vocabulary(name) for name in stored(adapter / WEIGHTS)):
         _untie(model)
-    with told(
+    with explain_errors(
         f"{adapter} can't be merged into {base}",
         "give the base that it was trained on with --base, or merge it where it was made",
     ):
@@ -111,7 +115,7 @@ def _check_shapes(folder: Path, base: Path) -> None:
         if weight is None and _part(module) in others:
             continue  # no text reaches it
         if weight is None:
-            faults.append(f"{folder} adapts {shown(module)}, which the base {base} has not")
+            faults.append(f"{folder} adapts {shown(module)}, which the base {base} lacks")
         elif shape[1 if rest == "A" else 0] != weight[1 if rest == "A" else 0]:
             faults.append(
                 f"{folder} has {shown(name)} of shape {shape}, and the weight of the base {base} has {weight}"

@@ -31,6 +31,7 @@ def _heads() -> set[str]:
 
 
 def is_adapter(folder: Path) -> bool:
+    """Whether the folder holds a PEFT adapter."""
     return (folder / CONFIG).is_file()
 
 
@@ -92,14 +93,17 @@ def _alphas(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def _patterns(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The regular expressions of a config, as PEFT puts them together."""
     for key in ("target_modules", "exclude_modules", "target_parameters"):
-        if isinstance(pattern := config.get(key), str):
+        pattern = config.get(key)
+        if isinstance(pattern, str):
             yield key, pattern
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(key)
         for name in patterns if isinstance(patterns, dict) else ():
             yield key, rf"(.*\.)?({name})"
-    layers = config.get("layers_pattern") or []
-    for name in [layers] if isinstance(layers, str) else layers if isinstance(layers, list) else ():
+    layers = config.get("layers_pattern")
+    if isinstance(layers, str):
+        layers = [layers]
+    for name in layers if isinstance(layers, list) else ():
         yield "layers_pattern", rf".*\.{name}\.(\d+)\..*"
 
 

@@ -94,8 +94,9 @@ def write_gguf(
     """Write the model in `base`, each weight as `changed(name, stored)` gives it, to `file`. Matrices are
     stored as `kind` (of TYPES), cast once from float32; norms and biases in float32. One weight is held at a
     time. `reads`: the tokenizer's folder, if not the base's. Raises Fault for what `faults` tells."""
-    if told := faults(base):
-        raise Fault(*told)
+    wrong = faults(base)
+    if wrong:
+        raise Fault(*wrong)
     config, tokenizer = families.text_config(base), load_tokenizer(reads or base)
     architecture = _architecture(config)
     writer = GGUFWriter(file, architecture)
@@ -106,16 +107,11 @@ def write_gguf(
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     reader = WeightReader(base)
-
-    def data(own: str) -> tuple[np.ndarray, GGMLQuantizationType]:
-        weight = changed(reader.stored_as[own], reader.get(own)).float()
-        return _stored_as(_arranged(own, weight, config), kind)
-
     kept = {own: _tensor_name(own, names) for own in reader.handle_of if _kept(own, config)}
-    for own, called in kept.items():
+    # The file begins with the shape and place of every tensor; the tensors follow, one at a time.
+    for own, name_there in kept.items():
         shape = reader.slice(own).get_shape()
-        stands = _type_of(shape, kind)
-        writer.add_tensor_info(called, *_info(shape, stands))
+        writer.add_tensor_info(name_there, *_info(shape, _type_of(shape, kind)))
     factors = _frequency_factors(config)
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", *_info(list(factors.shape), GGMLQuantizationType.F32))
@@ -123,7 +119,8 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for own in kept:
-        writer.write_tensor_data(data(own)[0])
+        weight = changed(reader.stored_as[own], reader.get(own)).float()
+        writer.write_tensor_data(_quantised(_arranged(own, weight, config), kind))
     if factors is not None:
         writer.write_tensor_data(factors)
     writer.close()
@@ -149,7 +146,8 @@ def _write_config(writer: GGUFWriter, config: PreTrainedConfig, architecture: st
     if architecture in PERIODS:
         writer.add_sliding_window(config.sliding_window)
     for cap in ("attn", "final"):
-        if value := getattr(config, f"{cap}_logit_softcapping", None):
+        value = getattr(config, f"{cap}_logit_softcapping", None)
+        if value:
             getattr(writer, f"add_{cap}_logit_softcapping")(value)
     if "sliding_attention" in config.rope_parameters:
         writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
@@ -178,6 +176,7 @@ def _arranged(own: str, weight: Tensor, config: PreTrainedConfig) -> Tensor:
     family = families.of(config)
     if family.gguf == "llama" and (".q_proj." in own or ".k_proj." in own):
         heads = config.num_attention_heads if ".q_proj." in own else config.num_key_value_heads
+        # transformers rotates row i of a head with row i + d/2, llama.cpp row 2i with row 2i + 1.
         halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
         return halves.swapaxes(1, 2).reshape(weight.shape)
     if family.norm == "1+w" and own.endswith("norm.weight"):
@@ -194,20 +193,20 @@ def _type_of(shape: list[int], kind: str) -> GGMLQuantizationType:
 
 
 def _info(
-    shape: list[int], stands: GGMLQuantizationType
+    shape: list[int], stored: GGMLQuantizationType
 ) -> tuple[tuple[int, ...], np.dtype, int, GGMLQuantizationType | None]:
     """Shape, dtype, bytes and type of a tensor as GGUFWriter takes them."""
     plain = {GGMLQuantizationType.F32: np.dtype(np.float32), GGMLQuantizationType.F16: np.dtype(np.float16)}
-    if stands in plain:
-        return tuple(shape), plain[stands], int(np.prod(shape)) * plain[stands].itemsize, None
-    size, count = gguf.GGML_QUANT_SIZES[stands]
+    if stored in plain:
+        return tuple(shape), plain[stored], int(np.prod(shape)) * plain[stored].itemsize, None
+    size, count = gguf.GGML_QUANT_SIZES[stored]  # numbers of a block, and the bytes that it takes
     row = shape[-1] // size * count
-    return (*shape[:-1], row), np.dtype(np.uint8), int(np.prod(shape[:-1])) * row, stands
+    return (*shape[:-1], row), np.dtype(np.uint8), int(np.prod(shape[:-1])) * row, stored
 
 
-def _stored_as(weight: Tensor, kind: str) -> tuple[np.ndarray, GGMLQuantizationType]:
-    stands = _type_of(list(weight.shape), kind)
-    return gguf.quantize(weight.contiguous().numpy(), stands), stands
+def _quantised(weight: Tensor, kind: str) -> np.ndarray:
+    """A weight as its type in the file stores it, cast once from float32."""
+    return gguf.quantize(weight.contiguous().numpy(), _type_of(list(weight.shape), kind))
 
 
 def _frequency_factors(config: PreTrainedConfig) -> np.ndarray | None:

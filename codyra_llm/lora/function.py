@@ -43,12 +43,9 @@ def shadow(factors: Factors, scale: float, dtype: torch.dtype) -> Shadow:
     """
     a = torch.cat([a for a, _, _ in factors]).to(dtype)
     wa = torch.cat([scaled(a, w, scale, 0) for a, w, _ in factors]).to(dtype)
-    return Shadow(
-        a,
-        wa,
-        tuple(b.detach().to(dtype) for _, _, b in factors),
-        tuple(scaled(b, w, scale, 1).to(dtype) for _, w, b in factors),
-    )
+    b = tuple(b.detach().to(dtype) for _, _, b in factors)
+    wb = tuple(scaled(b, w, scale, 1).to(dtype) for _, w, b in factors)
+    return Shadow(a, wa, b, wb)
 
 
 def scaled(factor: Tensor, w: Tensor | None, scale: float, rank_dim: int) -> Tensor:
@@ -76,6 +73,7 @@ class SharedLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, dropped: Tensor | None, group: Group, *factors: Tensor | None):
+        """(y_1, y_2, …); x, x̃ and H are kept for backward."""
         outputs, hidden = _forward(group, x, x if dropped is None else dropped)
         ctx.group = group
         ctx.save_for_backward(x, dropped, hidden, *factors)
@@ -84,6 +82,7 @@ class SharedLinears(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys: Tensor):
+        """The gradients of x, x̃ and all factors, from dY_k [N, out_k]."""
         x, dropped, hidden, *factors = ctx.saved_tensors
         grads = _factor_grads(ctx.group, dys, x if dropped is None else dropped, hidden, _triples(factors))
         dx = d_dropped = None
@@ -105,6 +104,7 @@ class GatedMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, pair: Group, down: Group, act: nn.Module, *factors: Tensor | None):
+        """y [N, h]; x, gate, up and both H are kept for backward."""
         (gate, up), hidden = _forward(pair, x, x)
         inner = act(gate) * up
         (y,), hidden_down = _forward(down, inner, inner)
@@ -115,6 +115,7 @@ class GatedMlp(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
+        """The gradients of x and of all nine factors, from dY [N, h]."""
         x, gate, up, hidden, hidden_down, *factors = ctx.saved_tensors
         pair, down = ctx.groups
         factors = _triples(factors)
@@ -136,12 +137,13 @@ def _triples(factors: Sequence[Tensor | None]) -> Factors:
 
 
 def _forward(group: Group, x: Tensor, source: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-    """(y_1, …) and H [N, R]."""
-    hidden = source @ group.shadow.a.T
-    parts = hidden.split([wb.shape[1] for wb in group.shadow.wb], 1)
+    """(y_1, …) and H [N, R] of x and source [N, in]."""
+    hidden = source @ group.shadow.a.T  # [N, R]: one product for all layers
+    parts = hidden.split([wb.shape[1] for wb in group.shadow.wb], 1)  # each [N, r_k]
     outputs = []
     for h, wb, weight, bias in zip(parts, group.shadow.wb, group.weights, group.biases, strict=True):
-        y = h @ wb.T if bias is None else torch.addmm(bias, h, wb.T)
+        y = h @ wb.T if bias is None else torch.addmm(bias, h, wb.T)  # [N, out_k]
+        # The frozen product comes second and in place: one pass over y less (see `SharedLinears`).
         outputs.append(y.addmm_(x, weight().T))
     return tuple(outputs), hidden
 
@@ -154,11 +156,12 @@ class _Grads(NamedTuple):
 def _factor_grads(
     group: Group, dys: Sequence[Tensor], source: Tensor, hidden: Tensor, factors: Factors
 ) -> _Grads:
-    parts = [dy @ b for dy, b in zip(dys, group.shadow.b, strict=True)]
-    g = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    """The factors' gradients and G, from dY_k [N, out_k], x̃ `source` [N, in] and H `hidden` [N, R]."""
+    parts = [dy @ b for dy, b in zip(dys, group.shadow.b, strict=True)]  # G_k, each [N, r_k]
+    g = parts[0] if len(parts) == 1 else torch.cat(parts, 1)  # [N, R]
     ranks = [b.shape[1] for b in group.shadow.b]
-    products = _master(g.T, source)
-    ps = [_master(dy.T, h) for dy, h in zip(dys, hidden.split(ranks, 1), strict=True)]
+    products = _master(g.T, source)  # Q [R, in]
+    ps = [_master(dy.T, h) for dy, h in zip(dys, hidden.split(ranks, 1), strict=True)]  # P_k [out_k, r_k]
     if group.leave:
         group.leave(products, ps)
         return _Grads([None] * (3 * len(dys)), g)

@@ -79,17 +79,18 @@ class LoraLinear(nn.Linear):
         self.lora_A.copy_((torch.rand(self.lora_A.shape, generator=draw) * 2 - 1) * bound)
         self.lora_B.zero_()
         if self.lora_w is not None:
-            value = self.spec.importance_value
-            fixed = self.spec.importance == "constant"
-            shape = self.lora_w.shape
-            self.lora_w.copy_(
-                torch.full(shape, value) if fixed else value * torch.randn(shape, generator=draw)
-            )
+            value, shape = self.spec.importance_value, self.lora_w.shape
+            if self.spec.importance == "constant":
+                self.lora_w.fill_(value)
+            else:
+                self.lora_w.copy_(value * torch.randn(shape, generator=draw))
 
     def forward(self, x: Tensor) -> Tensor:
+        """y [..., out] of x [..., in], computed by `shared`."""
         return self.shared.output(self, x)
 
     def extra_repr(self) -> str:
+        """What printing the model shows of it."""
         return f"{super().extra_repr()}, rank={self.spec.rank}, scale={self.spec.scale}"
 
 
@@ -111,17 +112,24 @@ def attach(
     blocks of these numbers (None: in all). Raises Fault for a target found nowhere."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     present = {name.rpartition(".")[2] for name in linears}
-    if missing := [t for t in targets if t not in present]:
-        raise Fault(
-            *(f"method.targets: the model has no projection '{t}'.{nearest(t, present)}" for t in missing)
-        )
-    found = {name: linear for name, linear in linears.items() if name.rpartition(".")[2] in targets}
-    chosen = {
-        name: linear for name, linear in found.items() if layers is None or block_number(name) in layers
-    }
-    for name, linear in chosen.items():
+    faults = [
+        f"method.targets: the model has no projection '{target}'.{nearest(target, present)}"
+        for target in targets
+        if target not in present
+    ]
+    if faults:
+        raise Fault(*faults)
+    for name, linear in linears.items():
         parent, _, leaf = name.rpartition(".")
+        if leaf not in targets or (layers is not None and block_number(name) not in layers):
+            continue
         setattr(model.get_submodule(parent), leaf, kind(linear, spec))
+
+
+def train_only_b(model: nn.Module) -> None:
+    """From here on every adapter's A stays as it is, for methods that choose it before training."""
+    for layer in sites(model).values():
+        layer.lora_A.requires_grad_(False)
 
 
 def sites(model: nn.Module) -> dict[str, LoraLinear]:
@@ -131,10 +139,12 @@ def sites(model: nn.Module) -> dict[str, LoraLinear]:
 
 def snapshot(model: nn.Module) -> dict[str, Factors]:
     """A copy of the factors at every site, without gradient."""
-    return {
-        site: tuple(None if f is None else f.detach().clone() for f in layer.factors)
-        for site, layer in sites(model).items()
-    }
+    return {site: _copied(layer.factors) for site, layer in sites(model).items()}
+
+
+def _copied(factors: Factors) -> Factors:
+    a, w, b = factors
+    return a.detach().clone(), None if w is None else w.detach().clone(), b.detach().clone()
 
 
 @contextmanager

@@ -32,12 +32,14 @@ class MixtureLinear(LoraLinear):
     def hold(self, adapters: list[Adapter]) -> None:
         """Keep these frozen adapters of earlier tasks in front of the own one."""
         a, b = self.lora_A.detach(), self.lora_B.detach()
-        old_a, old_b = [x.a.to(a) for x in adapters], [self.spec.scale * x.b.to(b) for x in adapters]
-        self.register_buffer("old_a", torch.cat([a[:0], *old_a]).to(self.dtype), persistent=False)  # [R, in]
-        self.register_buffer(
-            "old_b", torch.cat([b[:, :0], *old_b], 1).to(self.dtype), persistent=False
-        )  # s·B [out, R]
-        self.parts = [len(x.a) for x in adapters] + self.own_parts
+        rows = [adapter.a.to(a) for adapter in adapters]
+        columns = [self.spec.scale * adapter.b.to(b) for adapter in adapters]
+        # The empty a[:0] and b[:, :0] give the shape where there is no earlier task.
+        old_a = torch.cat([a[:0], *rows])  # [R, in]
+        old_b = torch.cat([b[:, :0], *columns], 1)  # s·B [out, R]
+        self.register_buffer("old_a", old_a.to(self.dtype), persistent=False)
+        self.register_buffer("old_b", old_b.to(self.dtype), persistent=False)
+        self.parts = [len(adapter.a) for adapter in adapters] + self.own_parts
         repeats = torch.tensor(self.parts, device=a.device)  # here, since a forward would wait for the copy
         self.register_buffer("repeats", repeats, persistent=False)
 
@@ -48,6 +50,7 @@ class MixtureLinear(LoraLinear):
 
     @property
     def mixes(self) -> bool:
+        """Whether adapters are added; False: the plain base."""
         return self.rows is not None
 
     def weights(self, hidden: Tensor) -> Tensor:
@@ -55,14 +58,16 @@ class MixtureLinear(LoraLinear):
         return self.rows
 
     def forward(self, x: Tensor) -> Tensor:
+        """y [rows, T, out] of x [rows, T, in]."""
         x, weight = x.to(self.dtype), self.frozen(self.dtype)
         if not self.mixes:
             return functional.linear(x, weight, self.bias)
         a = torch.cat([self.old_a, self.lora_A.to(x.dtype)])
         b = torch.cat([self.old_b, (self.spec.scale * self.lora_B).to(x.dtype)], 1)
-        hidden = functional.dropout(x, self.spec.dropout, self.training) @ a.T
-        m = self.weights(hidden).to(x.dtype).repeat_interleave(self.repeats, 1, output_size=len(a))
-        added = (hidden * m[:, None]) @ b.T
+        hidden = functional.dropout(x, self.spec.dropout, self.training) @ a.T  # [rows, T, R]
+        m = self.weights(hidden).to(x.dtype)  # [rows, K]
+        m = m.repeat_interleave(self.repeats, 1, output_size=len(a))  # [rows, R]: a weight for every rank
+        added = (hidden * m[:, None]) @ b.T  # [rows, T, out]
         y = torch.addmm(added.flatten(0, 1), x.flatten(0, 1), weight.T).view_as(added)  # small product first
         return y if self.bias is None else y + self.bias
 

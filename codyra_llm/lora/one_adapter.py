@@ -65,14 +65,15 @@ def _concatenated(terms: list[Update]) -> dict[str, tuple[Tensor, Tensor]]:
         for site, (a, b, w) in update.adapters.items():
             if len(a):
                 parts.setdefault(site, []).append((a, update.scale * (b if w is None else b * w)))
-    return {
-        site: (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], 1))
-        for site, pairs in parts.items()
-    }
+    joined = {}
+    for site, pairs in parts.items():
+        rows, columns = zip(*pairs, strict=True)
+        joined[site] = torch.cat(rows), torch.cat(columns, 1)
+    return joined
 
 
 def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A [rank, in] and B [out, rank] with zeros for the ranks that the site has not."""
+    """A [rank, in] and B [out, rank] with zeros for the ranks that the site lacks."""
     more = rank - len(a)
     return (
         torch.cat([a, a.new_zeros(more, a.shape[1])]),

@@ -53,6 +53,7 @@ class ProximalAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
+        """AdamW's step, then the operator or the masks on the groups that carry them."""
         loss = super().step(closure)
         for group in self.param_groups:
             kappa, drop, values = group.get("kappa", 0.0), group.get("drop"), group["params"]

@@ -29,7 +29,9 @@ class AdaptedLayer(Protocol):
     stand_in: tuple | None
     dtype: torch.dtype
 
-    def frozen(self, dtype: torch.dtype) -> Tensor: ...
+    def frozen(self, dtype: torch.dtype) -> Tensor:
+        """W [out, in] in this dtype."""
+        ...
 
 
 class SharedInput:
@@ -56,6 +58,7 @@ class SharedInput:
 
     @property
     def layers(self) -> list[AdaptedLayer]:
+        """Those that still exist, in order."""
         found = [layer() for layer in self._layers]
         return [layer for layer in found if layer is not None]
 
@@ -72,12 +75,11 @@ class SharedInput:
         layers = self.layers
         if len(layers) == 1:
             return self.compute(x)[0]
+        # The same tensor in the same version, or it was written to since the first layer was called.
         kept = self._input is not None and self._input[0] is x and self._input[1] == x._version
         if not kept or id(layer) not in self._outputs:
-            self._input, self._outputs = (
-                (x, x._version),
-                dict(zip(map(id, layers), self.compute(x), strict=True)),
-            )
+            self._input = x, x._version
+            self._outputs = dict(zip(map(id, layers), self.compute(x), strict=True))
         y = self._outputs.pop(id(layer))
         if not self._outputs:
             self._input = None
@@ -88,9 +90,8 @@ class SharedInput:
         layers = self.layers
         dtype, spec = layers[0].dtype, layers[0].spec
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # dtypes are explicit here, and autocast knows no addmm_
+        # Dtypes are explicit here, and autocast knows no addmm_.
+        with torch.autocast(x.device.type, enabled=False):
             drops = spec.dropout and layers[0].training
             dropped = functional.dropout(flat, spec.dropout) if drops else None
             if self.fused:
@@ -100,6 +101,7 @@ class SharedInput:
         return [y.view(*x.shape[:-1], y.shape[-1]) for y in out]
 
     def masters(self) -> list[Tensor | None]:
+        """A_1, w_1, B_1, A_2, … as the functions take them."""
         return [factor for layer in self.layers for factor in layer.factors]
 
     def group(self, dtype: torch.dtype) -> Group:
@@ -161,9 +163,10 @@ def share_inputs(model: nn.Module, fused: bool = True, across: bool = True) -> N
     family = families.of(model.config)
     for block in list(model.modules()):
         for names in family.siblings if across else ():
-            layers = [child for name in names if hasattr(child := getattr(block, name, None), "shared")]
-            if layers:
-                SharedInput(layers)
+            children = [getattr(block, name, None) for name in names]
+            adapted = [child for child in children if hasattr(child, "shared")]
+            if adapted:
+                SharedInput(adapted)  # sets itself as `shared` of each
         if fused and across and _is_adapted_mlp(block, family.gated_mlp):
             block.forward = _MlpForward(block, family.gated_mlp)
     for shared in shared_inputs(model):

@@ -20,34 +20,60 @@ def make_shadows(shared: Sequence[SharedInput]) -> None:
     would make for itself when it is called."""
     alike = _grouped(shared, lambda group: (group.layers[0].dtype, group.layers[0].spec.scale))
     for (dtype, scale), groups in alike.items():
-        factors = [[layer.factors for layer in group.layers] for group in groups]
+        factors = [_factors(group) for group in groups]
         for group, made in zip(groups, shadows(factors, scale, dtype), strict=True):
             group.keep(dtype, made)
+
+
+def _factors(group: SharedInput) -> Factors:
+    return [layer.factors for layer in group.layers]
 
 
 @torch.no_grad()
 def shadows(groups: Sequence[Factors], scale: float, dtype: torch.dtype) -> list[Shadow]:
     """`function.shadow` of every group. Those of one input size lie in one tensor, each as adjacent rows."""
-    a, wa = {}, {}
-    numbered = range(len(groups))
-    for _, same in _grouped(numbered, lambda i: _kind(groups[i][0][0], 1)).items():
+    a, wa = _row_shadows(groups, scale, dtype)
+    b, wb = _column_shadows(groups, scale, dtype)
+    made = []
+    for i, group in enumerate(groups):
+        own_b = tuple(b[i, k] for k in range(len(group)))
+        own_wb = tuple(wb[i, k] for k in range(len(group)))
+        made.append(Shadow(a[i], wa[i], own_b, own_wb))
+    return made
+
+
+def _row_shadows(
+    groups: Sequence[Factors], scale: float, dtype: torch.dtype
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Every group's A [R, in] and s·diag(w) A, by its number."""
+    plain, weighted = {}, {}
+    for same in _grouped(range(len(groups)), lambda i: _kind(groups[i][0][0], 1)).values():
         factors = [triple for i in same for triple in groups[i]]
-        rows, ranks = torch.cat([f[0] for f in factors]), [sum(len(f[0]) for f in groups[i]) for i in same]
-        weighted = rows * _weights(factors, scale)[:, None]
-        a |= dict(zip(same, rows.to(dtype).split(ranks), strict=True))
-        wa |= dict(zip(same, weighted.to(dtype).split(ranks), strict=True))
-    b, wb = {}, {}
-    flat = [(i, k) for i in numbered for k in range(len(groups[i]))]
-    for _, same in _grouped(flat, lambda at: _kind(groups[at[0]][at[1]][2], 0, 1)).items():
+        ranks = [_rank(groups[i]) for i in same]
+        rows = torch.cat([a for a, _, _ in factors])  # [Σ R, in]
+        products = rows * _weights(factors, scale)[:, None]
+        plain |= dict(zip(same, rows.to(dtype).split(ranks), strict=True))
+        weighted |= dict(zip(same, products.to(dtype).split(ranks), strict=True))
+    return plain, weighted
+
+
+def _column_shadows(
+    groups: Sequence[Factors], scale: float, dtype: torch.dtype
+) -> tuple[dict[tuple[int, int], Tensor], dict[tuple[int, int], Tensor]]:
+    """Every layer's B [out, r] and s·B diag(w), by the numbers of its group and of itself in it."""
+    plain, weighted = {}, {}
+    places = [(i, k) for i, group in enumerate(groups) for k in range(len(group))]
+    for same in _grouped(places, lambda at: _kind(groups[at[0]][at[1]][2], 0, 1)).values():
         factors = [groups[i][k] for i, k in same]
-        stack = torch.stack([f[2] for f in factors])
-        weighted = stack * _weights(factors, scale).view(len(stack), 1, -1)
-        b |= dict(zip(same, stack.to(dtype), strict=True))
-        wb |= dict(zip(same, weighted.to(dtype), strict=True))
-    return [
-        Shadow(a[i], wa[i], *(tuple(part[i, k] for k in range(len(groups[i]))) for part in (b, wb)))
-        for i in numbered
-    ]
+        stack = torch.stack([b for _, _, b in factors])  # [n, out, r]
+        products = stack * _weights(factors, scale).view(len(stack), 1, -1)
+        plain |= dict(zip(same, stack.to(dtype), strict=True))
+        weighted |= dict(zip(same, products.to(dtype), strict=True))
+    return plain, weighted
+
+
+def _rank(group: Factors) -> int:
+    return sum(len(a) for a, _, _ in group)
 
 
 @contextmanager

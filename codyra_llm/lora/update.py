@@ -22,6 +22,7 @@ class Adapter(NamedTuple):
         return scale * (self.b if self.w is None else self.b * self.w) @ self.a
 
     def to(self, device: torch.device) -> "Adapter":
+        """The same factors on a device."""
         return Adapter(*(None if factor is None else factor.to(device) for factor in self))
 
 
@@ -40,4 +41,5 @@ class Update:
 
 
 def negative(update: Update) -> Update:
+    """The update whose ΔW takes this one's away again."""
     return Update(update.adapters, -update.scale, update.mode)

@@ -30,9 +30,8 @@ class Task:
     archive: Archive
     stream: "Stream"
     encode: Callable[[list[dict]], list["Encoded"]]
-    batches: Callable[
-        [list["Encoded"]], Iterator["Batch"]
-    ]  # all of them in micro-batches, on every rank alike
+    # All of the examples in micro-batches, the same on every rank.
+    batches: Callable[[list["Encoded"]], Iterator["Batch"]]
     state: dict[str, Tensor]  # what `end_task` of the task before returned
 
     def records(self, past: int | None = None) -> list[dict]:
@@ -45,9 +44,8 @@ class Task:
         """
         records = self.records(past)
         draw = generator("sample", seed, self.index if past is None else past)
-        return self.encode(
-            [records[i] for i in torch.randperm(len(records), generator=draw)[:count].tolist()]
-        )
+        chosen = torch.randperm(len(records), generator=draw)[:count].tolist()
+        return self.encode([records[i] for i in chosen])
 
 
 class Condition:

@@ -24,6 +24,7 @@ class HfMetric(evaluate.Metric):
 
     @property
     def name(self) -> str:
+        """As results name it."""
         return self.metric.metric
 
     def _build_data_dir(self) -> str:

@@ -26,11 +26,17 @@ def _words(text: str) -> list[str]:
 
 def _of_length(n: int, texts: list[list[str]]) -> float:
     """Of a source, a prediction and references, their n-grams' share in SARI."""
-    grams = [list(zip(*(words[i:] for i in range(n)), strict=False)) for words in texts]
+    grams = [_grams(words, n) for words in texts]
     distinct = [set(of_text) for of_text in grams]
-    if len(texts) == 3 and all(len(a) == len(b) for a, b in zip(grams, distinct, strict=True)):
+    once_each = all(len(a) == len(b) for a, b in zip(grams, distinct, strict=True))
+    if len(texts) == 3 and once_each:
         return _sari_sets(*distinct)
     return _sari_counts(*map(Counter, grams))
+
+
+def _grams(words: list[str], n: int) -> list[tuple[str, ...]]:
+    shifted = (words[i:] for i in range(n))
+    return list(zip(*shifted, strict=False))
 
 
 def _sari_sets(source: set, prediction: set, reference: set) -> float:

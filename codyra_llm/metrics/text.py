@@ -32,6 +32,7 @@ class ExampleMean:
 
     @staticmethod
     def example(prompt: str, prediction: str, answer: str) -> float:
+        """The score of one prediction, within `bounds`."""
         raise NotImplementedError
 
     @classmethod
@@ -79,7 +80,8 @@ class ExactMatch(ExampleMean):
 
     @staticmethod
     def example(prompt: str, prediction: str, answer: str) -> float:
-        return 100.0 * (prediction == answer != "")
+        """100 or 0."""
+        return 100.0 if prediction == answer != "" else 0.0
 
 
 class ExactMatchTreelora(ExampleMean):
@@ -96,8 +98,9 @@ class ExactMatchTreelora(ExampleMean):
 
     @staticmethod
     def example(prompt: str, prediction: str, answer: str) -> float:
+        """100 or 0."""
         answer = answer.strip()
-        return 100.0 * (prediction.strip()[: len(answer)] == answer != "")
+        return 100.0 if prediction.strip()[: len(answer)] == answer != "" else 0.0
 
 
 class FirstChar(ExampleMean):
@@ -107,6 +110,7 @@ class FirstChar(ExampleMean):
 
     @staticmethod
     def example(prompt: str, prediction: str, answer: str) -> float:
+        """100 or 0."""
         return ExactMatch.example(prompt, prediction[:1], answer[:1])
 
 
@@ -119,6 +123,7 @@ class FirstCharTreelora(ExampleMean):
 
     @staticmethod
     def example(prompt: str, prediction: str, answer: str) -> float:
+        """100 or 0."""
         return ExactMatchTreelora.example(
             prompt, prediction.strip()[:1] or "N/A", answer.strip()[:1] or "N/A"
         )
@@ -137,6 +142,7 @@ class RougeL(ExampleMean):
 
     @staticmethod
     def example(prompt: str, prediction: str, answer: str) -> float:
+        """0 to 100."""
         return _rouge_l(prediction, answer)
 
 
@@ -151,6 +157,7 @@ class RougeLTreelora(ExampleMean):
 
     @staticmethod
     def example(prompt: str, prediction: str, answer: str) -> float:
+        """0 to 100."""
         return _rouge_l(prediction + "\n", answer + "\n") if prediction and answer else 0.0
 
 
@@ -163,6 +170,7 @@ class ReasonRougeL(ExampleMean):
 
     @staticmethod
     def example(prompt: str, prediction: str, answer: str) -> float:
+        """0 to 100."""
         return _rouge_l(prediction[2:], answer[2:])
 
 
@@ -178,6 +186,7 @@ class EditSimilarity(ExampleMean):
 
     @staticmethod
     def example(prompt: str, prediction: str, answer: str) -> float:
+        """0 to 100, a whole number."""
         a, b = literals(prediction), literals(answer)
         return float(round(100 * Indel.normalized_similarity(a, b))) if a and b else 0.0
 
@@ -194,6 +203,7 @@ class EditSimilarityDifflib(ExampleMean):
 
     @staticmethod
     def example(prompt: str, prediction: str, answer: str) -> float:
+        """0 to 100, a whole number."""
         a, b = literals(prediction), literals(answer)
         return float(round(100 * difflib.SequenceMatcher(None, a, b).ratio())) if a and b else 0.0
 
@@ -213,6 +223,7 @@ class Sari(ExampleMean):
 
     @staticmethod
     def example(prompt: str, prediction: str, answer: str) -> float:
+        """0 to 100."""
         return sari(prompt, prediction, [answer])
 
 

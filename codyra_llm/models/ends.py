@@ -19,8 +19,8 @@ def answer_ends(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[i
     `generate` stops (chat models name several); what the chat template writes after an answer; and what ends
     a turn in the family's own chats, which a tokenizer may have without a template."""
     file = folder / "generation_config.json"
-    told = read_json(file if file.is_file() else folder / "config.json", "the model's own")
-    named = told.get("eos_token_id", families.text_part(told).get("eos_token_id"))
+    config = read_json(file if file.is_file() else folder / "config.json", "the model's own")
+    named = config.get("eos_token_id", families.text_part(config).get("eos_token_id"))
     listed = named if isinstance(named, list) else [named]
     known = _special(tokenizer)
     turns = {known.get(token) for token in families.family_in(folder).turn_ends}
@@ -36,7 +36,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     chat = [{"role": "user", "content": "A question"}, {"role": "assistant", "content": SAID}]
     try:
         written = render_chat(tokenizer, chat, ask=False)
-    except (Failed, ValueError, TypeError):  # several and none for chats; one that is no text
+    except (Failed, ValueError, TypeError):  # several templates, none of them for chats; one that is not text
         return None
     after = written.rpartition(SAID)[2].lstrip()
     special = _special(tokenizer)

@@ -14,6 +14,7 @@ class FusedRMSNorm(nn.Module):
     variance_epsilon: float
 
     def forward(self, x: Tensor) -> Tensor:
+        """x / √(mean x² + ε) · weight over the last dimension, in one kernel."""
         return functional.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
 
 
@@ -25,7 +26,7 @@ def use(model: PreTrainedModel) -> None:
 
 def replace(model: nn.Module) -> None:
     """Every norm that the family says may be fused becomes so around the same weight; the state dict stays.
-    Gemma's, (1 + w) · x / rms(x), are none of them."""
+    Gemma's, (1 + w) · x / rms(x), are not among them."""
     kinds = families.of(model.config).fused_norms
     for module in model.modules():
         if type(module).__name__ in kinds:

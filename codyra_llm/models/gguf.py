@@ -23,7 +23,7 @@ from transformers import (
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import file_sha256, replacing, write_json
 from codyra_llm.core.parsing import read_json
-from codyra_llm.models.families.config_file import told
+from codyra_llm.models.families.config_file import explain_errors
 from codyra_llm.models.saved import write_model
 from codyra_llm.runtime.quiet import without_weight_bars
 
@@ -62,7 +62,9 @@ def convert(gguf: Path, out: Path) -> Path:
     if out.exists() and not earlier and (not out.is_dir() or any(out.iterdir())):
         raise Fault(f"{out} already exists and holds something else: remove it or choose another folder.")
     dtype, pre_tokenizer = inspect(gguf)
-    with told(f"{gguf} can't be converted", "expected the GGUF file of a whole model; download it again"):
+    with explain_errors(
+        f"{gguf} can't be converted", "expected the GGUF file of a whole model; download it again"
+    ):
         model = plain_model(gguf, dtype)
         tokenizer = plain_tokenizer(gguf, pre_tokenizer, model.config.vocab_size)
     with replacing(out) as folder:
@@ -83,7 +85,7 @@ def inspect(gguf: Path) -> tuple[torch.dtype, str]:
     """The dtype to store and the pre-tokeniser's GGUF name ("" for SentencePiece); Fault where conversion
     would err.
     """
-    with told(f"{gguf} can't be read as GGUF", "expected a whole GGUF file; download it again"):
+    with explain_errors(f"{gguf} can't be read as GGUF", "expected a whole GGUF file; download it again"):
         return _inspect(gguf, GGUFReader(gguf))
 
 
@@ -141,10 +143,9 @@ def plain_model(gguf: Path, dtype: torch.dtype) -> PreTrainedModel:
             f"{gguf} lacks {len(missing)} weights, such as {', '.join(sorted(missing)[:3])}: "
             "expected a whole model; download it again."
         )
-    vars(model.config).pop("_model_name_or_path", None)  # GGUF's title, which is no path
-    model.config.rms_norm_eps = float(
-        f"{model.config.rms_norm_eps:.6g}"
-    )  # from float32: 9.999999747e-06 is 1e-05
+    vars(model.config).pop("_model_name_or_path", None)  # GGUF's title, not a path
+    # GGUF has it in float32: 9.999999747e-06 is 1e-05.
+    model.config.rms_norm_eps = float(f"{model.config.rms_norm_eps:.6g}")
     return model
 
 

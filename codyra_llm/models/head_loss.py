@@ -23,8 +23,9 @@ class WeightedCrossEntropy(torch.autograd.Function):
 
         dL/dz = weights·(p - y)     dL/d(x Wᵀ + b) = dL/dz·(1 - (z/cap)²)
 
-    are at hand while a chunk's logits are, so the forward leaves dL/dx (and dL/dW, dL/db where they train)
-    and the backward only scales. Peak memory, without the result: two float32 chunks and one in x's dtype.
+    can be computed while a chunk's logits exist, so forward computes dL/dx (and dL/dW, dL/db where they
+    train) and backward only scales them. Peak memory, without the result: two float32 chunks and one in x's
+    dtype.
     """
 
     @staticmethod
@@ -37,13 +38,14 @@ class WeightedCrossEntropy(torch.autograd.Function):
         weights: Tensor,
         cap: float | None,
     ) -> Tensor:
+        """Σ_i weight_i · CE_i, a scalar; the gradients are computed here, while a chunk's logits exist."""
         precise = torch.promote_types(hidden.dtype, torch.float32)
         loss, rows = hidden.new_zeros((), dtype=precise), max(MIN_ROWS, CHUNK // len(weight))
         dx, dw, db = _empty_gradients(ctx.needs_input_grad, hidden, weight, bias, precise)
         for part in (slice(i, i + rows) for i in range(0, len(targets), rows)):
-            x, y, share = hidden[part], targets[part], weights[part].to(precise)
-            z = _logits(x, weight, bias, cap, precise)
-            norm = z.logsumexp(1, keepdim=True)
+            x, y, share = hidden[part], targets[part], weights[part].to(precise)  # [n, h], [n], [n]
+            z = _logits(x, weight, bias, cap, precise)  # [n, V]
+            norm = z.logsumexp(1, keepdim=True)  # [n, 1]
             loss += share @ (norm - z.gather(1, y[:, None])).squeeze(1)
             if any(ctx.needs_input_grad):
                 d = _logit_gradient(z, norm, y, share, cap)
@@ -61,6 +63,7 @@ class WeightedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, scale: Tensor):
+        """What forward computed, times the gradient of the scalar."""
         dx, dw, db = ctx.saved_tensors
         return (
             None if dx is None else dx * scale,
@@ -113,14 +116,13 @@ class Distillation(torch.autograd.Function):
         cap: float | None,
         reverse: bool,
     ) -> Tensor:
+        """T² Σ_i weight_i · KL_i, a scalar; the gradient is computed here, while a chunk's logits exist."""
         precise = torch.promote_types(hidden.dtype, torch.float32)
         kl = _reverse_kl if reverse else _forward_kl
         loss, rows = hidden.new_zeros((), dtype=precise), max(MIN_ROWS, CHUNK // (2 * len(weight)))
-        dx = (
-            torch.empty_like(hidden, memory_format=torch.contiguous_format)
-            if ctx.needs_input_grad[0]
-            else None
-        )
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         for part in (slice(i, i + rows) for i in range(0, len(hidden), rows)):
             z, share = _logits(hidden[part], weight, bias, cap, precise), weights[part].to(precise)
             log_q = _logits(taught[part], weight, bias, cap, precise).div_(temperature).log_softmax(1)
@@ -137,6 +139,7 @@ class Distillation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, scale: Tensor):
+        """What forward computed, times the gradient of the scalar."""
         (dx,) = ctx.saved_tensors
         return (None if dx is None else dx * scale, *[None] * 7)
 

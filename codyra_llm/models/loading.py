@@ -49,7 +49,8 @@ def resolve(path: str, revision: str | None = None) -> Path:
         cache = Path(os.environ.get("CODYRA_CACHE", "~/.cache/codyra_llm")).expanduser()
         return convert(local, cache / f"gguf-{file_sha256(local)[:16]}")
     folder = local if local.is_dir() else download(path, revision)
-    if faults := missing_files(folder):
+    faults = missing_files(folder)
+    if faults:
         raise Fault(*faults)
     return folder
 
@@ -135,8 +136,11 @@ def check(
     model will have, if not its config's.
     """
     reads = reads or folder
-    if wrong := [fault for place in dict.fromkeys((folder, reads)) for fault in size_faults(place)]:
-        return wrong
+    too_large = size_faults(folder)
+    if reads != folder:
+        too_large += size_faults(reads)
+    if too_large:
+        return too_large
     try:
         config = read_json(folder / "config.json", "the model's config")
     except Fault as fault:
@@ -153,8 +157,10 @@ def check(
             f"{reads} has no tokenizer.json or tokenizer.model: expected the tokenizer next to the model; "
             "copy it there.",
         ]
-    if wrong := [] if faults else header_faults(folder):
-        return wrong
+    # Weights are compared with the model that the config describes, so only where it describes one.
+    broken = [] if faults else header_faults(folder)
+    if broken:
+        return broken
     tokens = rows or families.text_part(config).get("vocab_size")
     return faults + tokenizer_faults(reads, tokens, chat_template)
 
@@ -173,8 +179,8 @@ def config_faults(folder: Path, config: dict) -> list[str]:
 
 @contextmanager
 def _one_tower(folder: Path) -> Iterator[dict]:
-    """What transformers must be given to load the text model alone, and within it no word of its that other
-    towers' weights are left over."""
+    """What transformers needs to load the text model alone; within the block it does not report that other
+    towers' weights are unused."""
     family = families.family_in(folder)
     if family.tower is None:
         yield {"config": read_config(folder)}

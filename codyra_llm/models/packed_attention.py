@@ -81,13 +81,14 @@ def packed(
     `sliding_window` counts the token itself; `softcap` c makes scores s into c·tanh(s/c).
     """
     if not _has_kernel(query.device, query.dtype, query.shape[-1], softcap, dropout):
+        # A loop over the segments; query heads that share a key head get copies of it.
         groups = query.shape[1] // key.shape[1]
         rows = (query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1))
-        parts = zip(*(row.split(segments, 2) for row in rows), strict=True)
+        parts = zip(*(row.split(segments, 2) for row in rows), strict=True)  # each [1, H, n, d]
         out = [_segment(q, k, v, scaling, dropout, sliding_window, softcap) for q, k, v in parts]
         return torch.cat(out, 2).transpose(1, 2), None
-    left = sliding_window - 1 if sliding_window and sliding_window < max_length_q else -1
-    rows = (row[0].transpose(0, 1) for row in (query, key, value))
+    left = sliding_window - 1 if sliding_window and sliding_window < max_length_q else -1  # -1: no window
+    rows = (row[0].transpose(0, 1) for row in (query, key, value))  # the kernel's layout, [T, H, d]
     out = varlen_attn(
         *rows,
         cu_seq_lens_q,
@@ -113,7 +114,7 @@ def _segment(
         return functional.scaled_dot_product_attention(
             q, k, v, mask, dropout, is_causal=mask is None, scale=scaling
         )
-    scores = softcap * torch.tanh(q @ k.transpose(2, 3) * (scaling / softcap))
+    scores = softcap * torch.tanh(q @ k.transpose(2, 3) * (scaling / softcap))  # [1, H, n, n]
     scores = scores.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(~mask, -torch.inf)
     return functional.dropout(scores.softmax(-1).to(q.dtype), dropout) @ v
 

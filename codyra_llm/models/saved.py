@@ -108,14 +108,10 @@ def _write_index(base: Path, folder: Path, files: list[Path]) -> None:
 def _name_dtype(file: Path, dtype: torch.dtype) -> None:
     """Have a config say that its weights are in `dtype`; untouched where it does already."""
     config, name = read_json(file, "the model's config"), str(dtype).removeprefix("torch.")
-    parts = [config, *(value for key, value in config.items() if key.endswith("_config"))]
-    keys = [
-        (part, key)
-        for part in parts
-        if isinstance(part, dict)
-        for key in ("dtype", "torch_dtype")
-        if key in part
-    ] or [(config, "torch_dtype")]
+    sections = [value for key, value in config.items() if key.endswith("_config")]
+    parts = [part for part in (config, *sections) if isinstance(part, dict)]
+    keys = [(part, key) for part in parts for key in ("dtype", "torch_dtype") if key in part]
+    keys = keys or [(config, "torch_dtype")]
     if all(part.get(key) == name for part, key in keys):
         return
     for part, key in keys:
@@ -151,15 +147,15 @@ def size(base: Path, dtype: torch.dtype | None = None) -> int:
 def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """A model without files of its own (of a GGUF file, or made here) as a folder that transformers 4 and 5,
     and what builds on either, read alike: config and tokenizer in the layout of published checkpoints."""
-    if (
-        not torch.cuda.is_available()
-    ):  # transformers imports DeepSpeed here where there is one, which else warns of a CPU
+    # transformers imports DeepSpeed here where it is installed, which would warn of a CPU.
+    if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with without_weight_bars():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    for name, told in (("config.json", published_config), ("tokenizer_config.json", _published_tokenizer)):
-        content = told(json.loads((folder / name).read_text(encoding="utf-8")))
+    rewrites = {"config.json": published_config, "tokenizer_config.json": _published_tokenizer}
+    for name, rewrite in rewrites.items():
+        content = rewrite(json.loads((folder / name).read_text(encoding="utf-8")))
         (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ from codyra_llm.core import foreign
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import file_sha256
 from codyra_llm.core.parsing import shown
-from codyra_llm.models.families.config_file import read_config, told
+from codyra_llm.models.families.config_file import explain_errors, read_config
 
 DATE = "26 Jul 2024"  # the day that chat templates take for today, so that a run's prompts don't change
 
@@ -41,7 +41,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     is masked by position, so a pad token that is also EOS hides no EOS from the loss.
     """
     config = read_config(folder) if (folder / "config.json").is_file() else None
-    with told(
+    with explain_errors(
         f"{folder} has a tokenizer that can't be read",
         "expected the model's own tokenizer; download it again",
     ):
@@ -54,7 +54,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             truncation_side="left",
         )
         tokenizer("a\n")  # some faults show in use
-    if tokenizer.pad_token_id is None and (fallback := tokenizer.eos_token or tokenizer.unk_token):
+    fallback = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None and fallback:
         tokenizer.pad_token = fallback
     return tokenizer
 
@@ -103,7 +104,8 @@ def chat_faults(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
             f"{folder} has chat templates {', '.join(sorted(templates))} and none of them is the default: "
             f"copy the one that is meant to {folder}/chat_template.jinja, or turn chat_template off."
         ]
-    if not isinstance(template := tokenizer.get_chat_template(), str):
+    template = tokenizer.get_chat_template()
+    if not isinstance(template, str):
         return [
             f"{folder} has the chat template {shown(template)}: expected text; turn chat_template off, or "
             "use the model's own template."
@@ -159,11 +161,14 @@ def render_chats(
         "date_string": DATE,
     }
     # A key that is null is left out, as apply_chat_template does: templates ask whether it is there.
-    given = [
-        [{key: value for key, value in message.items() if value is not None} for message in chat]
-        for chat in chats
-    ]
+    given = []
+    for chat in chats:
+        given.append([_without_nulls(message) for message in chat])
     return foreign.write_chats(shared, given)
+
+
+def _without_nulls(message: dict) -> dict:
+    return {key: value for key, value in message.items() if value is not None}
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

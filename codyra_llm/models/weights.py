@@ -4,6 +4,7 @@ config's shapes.
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -13,7 +14,7 @@ from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.files import CHUNK
 from codyra_llm.core.parsing import read_json, shown
 from codyra_llm.models import families
-from codyra_llm.models.families.config_file import told
+from codyra_llm.models.families.config_file import explain_errors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -36,19 +37,19 @@ def weight_files(folder: Path) -> list[Path]:
         raise Fault(
             f"{index} has no mapping 'weight_map': expected the file of every weight; download it again."
         )
-    if outside := [
-        name
-        for name in shards.values()
-        if not isinstance(name, str)
-        or Path(name).name != name
-        or "\0" in name
-        or not name.endswith(".safetensors")
-    ]:
+    outside = [name for name in shards.values() if not _is_own_shard(name)]
+    if outside:
         raise Fault(
             f"{index} names {shown(outside[0])}: expected *.safetensors files of its own folder alone; don't "
             "use this model unless you know who made it."
         )
     return sorted({folder / name for name in shards.values()})
+
+
+def _is_own_shard(name: Any) -> bool:
+    if not isinstance(name, str) or "\0" in name:
+        return False
+    return Path(name).name == name and name.endswith(".safetensors")
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -62,7 +63,7 @@ def leftovers(folder: Path) -> list[str]:
 
 def stored(file: Path) -> dict[str, tuple[list[int], str]]:
     """(shape, dtype) by name of the tensors in a safetensors file, from its header. Raises Fault for a file
-    that is none, or that ends before its last tensor."""
+    of another kind, or one that ends before its last tensor."""
     with open(file, "rb") as stream:
         begins = stream.read(9)
     # A header of 640 bytes begins as a pickle does, but only safetensors have a JSON object after its length.
@@ -72,7 +73,7 @@ def stored(file: Path) -> dict[str, tuple[list[int], str]]:
             "again with save_pretrained where you trust it."
         )
     with (
-        told(f"{file} is no whole safetensors file", "download it again"),
+        explain_errors(f"{file} is no whole safetensors file", "download it again"),
         safe_open(file, framework="pt") as opened,
     ):
         parts = {name: opened.get_slice(name) for name in opened.keys()}
@@ -89,16 +90,18 @@ def describe(folder: Path) -> tuple[PreTrainedConfig, dict[str, torch.Size]]:
     """The config of the folder's text model, and the shapes by name of the weights that it describes. Raises
     Fault for one that describes no model."""
     config, where = families.text_config(folder), f"{folder}/config.json describes no model"
-    with told(where, "expected the model's own config; download it again"), torch.device("meta"):
+    with explain_errors(where, "expected the model's own config; download it again"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     if (folder / "generation_config.json").is_file():
-        with told(f"{folder}/generation_config.json can't be read", "remove it, or download it again"):
+        with explain_errors(
+            f"{folder}/generation_config.json can't be read", "remove it, or download it again"
+        ):
             GenerationConfig.from_pretrained(folder, local_files_only=True)
     return config, {name: value.shape for name, value in model.state_dict().items()}
 
 
 def header_faults(folder: Path) -> list[str]:
-    """What is wrong with config and weights as far as headers tell; empty where every weight is there in its
+    """What the headers show to be wrong with config and weights; empty where every weight is there in its
     shape.
     """
     try:
@@ -108,7 +111,8 @@ def header_faults(folder: Path) -> list[str]:
         return fault.messages
     tied = {f"{families.of(config).head}.weight"} if config.tie_word_embeddings else set()
     out = _two_heads(folder) if tied & found.keys() else []
-    if missing := sorted(wanted.keys() - found.keys() - tied):
+    missing = sorted(wanted.keys() - found.keys() - tied)
+    if missing:
         out.append(
             f"{folder} lacks {len(missing)} weights, such as {', '.join(missing[:3])}: expected the whole "
             "model that config.json describes; download it again."

@@ -71,6 +71,7 @@ class Line:
         self.told = time.monotonic()
 
     def begin(self, piece: Piece, place: tuple[str, str]) -> None:
+        """Show the next piece; what the last one took goes into the forecast."""
         now = time.monotonic()
         with self.lock:
             if was := self.phase:
@@ -79,6 +80,7 @@ class Line:
             self.phase = Phase(piece, place, self.forecast.due.pop(piece, 0.0), now, what)
 
     def count(self, done: int, total: int, row: dict) -> None:
+        """Show how much of the piece is done; on a log print a line now and then."""
         now = time.monotonic()
         with self.lock:
             phase = self.phase
@@ -106,6 +108,7 @@ class Line:
         return ", ".join(part[1] for part in parts)
 
     def shown(self) -> Text:
+        """The line as rich draws it, cut to the terminal."""
         return Text(self.words(console.width - 1), no_wrap=True, overflow="crop")
 
     def _parts(self) -> list[tuple[str, str, int]]:

@@ -25,6 +25,7 @@ class Forecast:
         ] = {}  # by kind, and by kind and name: amount, seconds
 
     def done(self, piece: Piece, amount: float, seconds: float) -> None:
+        """Take a piece off what is due, and learn from how long it took."""
         self.due.pop(piece, None)
         for key in ((piece.kind, piece.name), (piece.kind, None)):
             before = self.spent.get(key, (0.0, 0.0))

@@ -57,14 +57,16 @@ class Watch:
         threading.Thread(target=self._run, daemon=True).start()
 
     def at(self, place: str) -> None:
+        """This process has come to `place`."""
         self.own.place, self.own.moves, self.moved = place, self.own.moves + 1, time.monotonic()
 
     def tell(self) -> None:
+        """Send this process's heartbeat."""
         self.own.beats += 1
         self.store.set(str(self.rank), json.dumps(asdict(self.own)))
 
     def look(self, ranks: range) -> None:
-        """Read the heartbeats of `ranks`, as far as they have sent any."""
+        """Read the heartbeats of those `ranks` that have sent one."""
         for rank in ranks:
             if rank != self.rank and self.store.check([str(rank)]):
                 sign = Sign(**json.loads(self.store.get(str(rank))))

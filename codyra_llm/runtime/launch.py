@@ -39,9 +39,8 @@ def accelerator() -> Accelerator:
     # minutes.
     backend = {"backend": "gloo"} if cpu and (zero or many) else {}
     group = InitProcessGroupKwargs(timeout=timedelta(hours=2), **backend)
-    made = Accelerator(
-        mixed_precision="no", cpu=cpu and not zero, kwargs_handlers=[group]
-    )  # cpu=True drops DeepSpeed
+    # Not cpu=True with ZeRO, which would drop DeepSpeed.
+    made = Accelerator(mixed_precision="no", cpu=cpu and not zero, kwargs_handlers=[group])
     if zero:
         config = made.state.deepspeed_plugin.deepspeed_config
         if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":

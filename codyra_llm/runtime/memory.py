@@ -29,7 +29,8 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         fresh = {id(s): s for s in _storages(out) if id(s) not in self._held}
-        for storage in _storages((args, kwargs)) if fresh else ():  # a view of what was there before
+        # A view of an argument is not new memory.
+        for storage in _storages((args, kwargs)) if fresh else ():
             fresh.pop(id(storage), None)
         for key, storage in fresh.items():
             size = storage.nbytes()
@@ -65,7 +66,7 @@ def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
 
 class ProcessPeak:
     """The most memory that this process holds, in bytes: from the allocator on a GPU; on a CPU the resident
-    set (Linux tells it) above what was there when this object was made, which leaves the libraries out."""
+    set (known on Linux) above what was there when this object was made, which leaves the libraries out."""
 
     STATUS = Path("/proc/self/status")
 
@@ -74,6 +75,7 @@ class ProcessPeak:
         self.before = 0 if device.type == "cuda" else self._resident("VmRSS")
 
     def restart(self) -> None:
+        """Begin a new measurement."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         elif self.before is not None:
@@ -83,7 +85,7 @@ class ProcessPeak:
                 self.before = None
 
     def read(self) -> int | None:
-        """Since `restart`; None where the system does not tell."""
+        """Since `restart`; None where the system doesn't report it."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return None if self.before is None else self._resident("VmHWM") - self.before

@@ -77,12 +77,12 @@ def log_level(name: str, level: int) -> Iterator[None]:
 def without_messages(name: str, words: str) -> Iterator[None]:
     """Within this block the logger of this name writes no message that contains these words."""
 
-    def tells(record: logging.LogRecord) -> bool:
+    def passes(record: logging.LogRecord) -> bool:
         return words not in record.getMessage()
 
     logger = logging.getLogger(name)
-    logger.addFilter(tells)
+    logger.addFilter(passes)
     try:
         yield
     finally:
-        logger.removeFilter(tells)
+        logger.removeFilter(passes)

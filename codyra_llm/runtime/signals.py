@@ -12,7 +12,7 @@ _asked: list[str] = []
 _noted: tuple[int, int] | None = None  # this process's id and its parent's
 _interrupted: float | None = None  # when the first Ctrl-C came
 AGAIN = 1.0  # seconds after which another Ctrl-C is a second one: a launcher passes the first one on as well
-TOLD = (
+MESSAGE = (
     "stopping as soon as everything is saved; the same command resumes. Ctrl-C again ends at once, unsaved\n"
 )
 
@@ -39,7 +39,7 @@ def _interrupt(received: int, frame: FrameType | None) -> None:
         _interrupted = now
         ask("Ctrl-C")
         if os.environ.get("RANK", "0") == "0":
-            os.write(2, TOLD.encode())  # a buffered stream may be in the middle of a line of its own
+            os.write(2, MESSAGE.encode())  # a buffered stream may be in the middle of a line of its own
     elif now - _interrupted > AGAIN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
@@ -53,19 +53,20 @@ def note_parent() -> None:
 
 
 def orphaned() -> bool:
-    """Whether what started this process is gone, as far as `note_parent`, or else the first call, saw it.
-
-    A process that was forked after that has a parent of its own, which is looked up again."""
+    """Whether the parent that `note_parent`, or else the first call, saw is gone. A process that was forked
+    since then has another parent, which is looked up again."""
     if _noted is None or _noted[0] != os.getpid():
         note_parent()
     return _noted != (os.getpid(), os.getppid())
 
 
 def ask(reason: str) -> None:
+    """Set the flag, as a signal does."""
     _asked.append(reason)
 
 
 def asked() -> bool:
+    """Whether the flag is set."""
     return bool(_asked)
 
 

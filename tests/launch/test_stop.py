@@ -71,8 +71,8 @@ def test_a_signal_to_the_command(number, straight, tmp_path):
     told = process.communicate(timeout=60)[1]
     assert process.returncode == signals.EXIT
     if number == signal.SIGINT:
-        assert told.startswith(signals.TOLD)
-        told = told.removeprefix(signals.TOLD)
+        assert told.startswith(signals.MESSAGE)
+        told = told.removeprefix(signals.MESSAGE)
     assert_saved(told, load_recipe(tmp_path / "recipe.json"), other, folder)
 
 

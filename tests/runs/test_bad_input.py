@@ -177,7 +177,7 @@ row("a warm-up that never ends")(
 )
 row("a warm-up of half a step")(lambda p: p.recipe(optim={"warmup": 1.5}))
 row("layers that are none")(lambda p: p.recipe(method={"name": "seqlora", "layers": "last"}))
-row("a layer that the model has not")(lambda p: p.recipe(method={"name": "seqlora", "layers": "0-2"}))
+row("a layer that the model lacks")(lambda p: p.recipe(method={"name": "seqlora", "layers": "0-2"}))
 row("a plug-in that isn't there")(lambda p: [*p.recipe(), "--plugin", "nowhere.py"])
 row("a plug-in with a mistake")(lambda p: [*p.recipe(), "--plugin", p.write("m.py", "import os\n\nx = y\n")])
 row("a plug-in that registers nothing")(lambda p: [*p.recipe(), "--plugin", p.write("m.py", "x = 1\n")])
@@ -332,7 +332,7 @@ row("base weights that were changed")(
 )
 row("a folder that is no run")(lambda p: ["report", p.data])
 row("a report of an unknown kind")(lambda p: ["report", p.run, "--out", p.out.with_suffix(".pdff")])
-row("a figure that is none")(
+row("a figure that doesn't exist")(
     lambda p: ["report", p.run, "--out", p.out.with_suffix(".pdf"), "--figure", "matrx"]
 )
 row("a sweep of which nothing is finished")(

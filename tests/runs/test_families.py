@@ -348,7 +348,7 @@ def test_an_adapter_of_the_text_model_does_not_fit_the_whole(made, toy_stream, t
     asked = recipe(made("gemma3_text"), toy_stream, tmp_path / "run", {"name": "seqlora"})
     ran = run(asked)
     write_peft(prepare(ran.recipe), ran.archive(), 2, None, tmp_path / "peft")
-    with pytest.raises(Fault, match="adapts 'model.layers.0.* which the base .* has not"):
+    with pytest.raises(Fault, match="adapts 'model.layers.0.* which the base .* lacks"):
         base_of(tmp_path / "peft", str(made("gemma3")))
 
 

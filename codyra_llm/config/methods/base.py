@@ -8,9 +8,8 @@ from pydantic import Field, field_validator
 from codyra_llm.core.parsing import shown
 from codyra_llm.core.schema import Fraction, Strict
 
-Count = Annotated[
-    int, Field(le=1 << 16)
-]  # ranks, widths, examples in memory: more is a slip, and would exhaust it
+# Ranks, widths, examples in memory: more is a slip, and would exhaust it.
+Count = Annotated[int, Field(le=1 << 16)]
 Layer = Annotated[int, Field(ge=0, le=9999)]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -52,7 +51,8 @@ class TargetsConfig(MethodConfig, frozen=True):
     @field_validator("targets")
     @classmethod
     def _known(cls, value: list[str]) -> list[str]:
-        if unknown := [name for name in value if name not in PROJECTIONS]:
+        unknown = [name for name in value if name not in PROJECTIONS]
+        if unknown:
             raise ValueError(f"unknown projections {unknown}; choose from {', '.join(PROJECTIONS)}")
         if len(set(value)) < len(value):
             raise ValueError("a projection is named twice")
@@ -60,7 +60,7 @@ class TargetsConfig(MethodConfig, frozen=True):
 
 
 def _numbers(text: str) -> list[int]:
-    """The layers of '0-3,8'. Raises ValueError for what is no such text."""
+    """The layers of '0-3,8'. Raises ValueError for other texts."""
     found = []
     for part in text.replace(" ", "").split(","):
         ends = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)

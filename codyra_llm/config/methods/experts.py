@@ -9,16 +9,22 @@ from codyra_llm.core.schema import Fraction, NotNegative, Positive
 
 
 class ExpertConfig(LoraConfig, frozen=True):
+    """Settings of methods with an adapter per task."""
+
     rank: Count = Field(default=8, ge=1, description="rank r of every task's adapter")
     alpha: Positive = Field(default=32.0, description="scale s = alpha / rank")
 
 
 class ColorConfig(ExpertConfig, frozen=True):
+    """Settings of `Color` in methods/experts/color.py, which explains them."""
+
     name: Literal["color"] = "color"
     centroids: Count = Field(default=5, ge=1, description="k-means centroids per task")
 
 
 class DualLoraConfig(InputsConfig, ExpertConfig, frozen=True):
+    """Settings of `DualLora` in methods/experts/duallora.py, which explains them."""
+
     name: Literal["duallora"] = "duallora"
     rank: Count = Field(
         default=8,
@@ -28,11 +34,15 @@ class DualLoraConfig(InputsConfig, ExpertConfig, frozen=True):
 
 
 class GainLoraConfig(InputsConfig, ExpertConfig, frozen=True):
+    """Settings of `GainLora` in methods/experts/gainlora.py, which explains them."""
+
     name: Literal["gainlora"] = "gainlora"
     hidden: Count = Field(default=100, ge=1, description="inner width of a gate")
 
 
 class HideLoraConfig(ExpertConfig, frozen=True):
+    """Settings of `HideLora` in methods/experts/hidelora.py, which explains them."""
+
     name: Literal["hidelora"] = "hidelora"
     weight: NotNegative = Field(default=0.01, description="weight of the contrastive term")
     temperature: Positive = Field(default=0.8, description="τ, divisor of the cosines in it")
@@ -46,6 +56,8 @@ class HideLoraConfig(ExpertConfig, frozen=True):
 
 
 class SaptConfig(ExpertConfig, frozen=True):
+    """Settings of `Sapt` in methods/experts/sapt.py, which explains them."""
+
     name: Literal["sapt"] = "sapt"
     hidden: Count = Field(default=100, ge=1, description="inner width of the query net")
     kl_ratio: NotNegative = Field(
@@ -58,4 +70,6 @@ class SaptConfig(ExpertConfig, frozen=True):
 
 
 class SingleConfig(ExpertConfig, frozen=True):
+    """Settings of `Single` in methods/experts/single.py, which explains them."""
+
     name: Literal["single"] = "single"

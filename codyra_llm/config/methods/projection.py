@@ -22,10 +22,14 @@ class MemoryConfig(SequentialConfig, frozen=True):
 
 
 class AGemConfig(MemoryConfig, frozen=True):
+    """Settings of `AGem` in methods/projection/agem.py, which explains them."""
+
     name: Literal["agem"] = "agem"
 
 
 class GemConfig(MemoryConfig, frozen=True):
+    """Settings of `Gem` in methods/projection/gem.py, which explains them."""
+
     name: Literal["gem"] = "gem"
     margin: NotNegative = Field(
         default=0.5, description="γ: lowest multiplier of every earlier gradient, once one is in conflict"
@@ -36,11 +40,15 @@ class GemConfig(MemoryConfig, frozen=True):
 
 
 class InfLoraConfig(InputsConfig, SequentialConfig, frozen=True):
+    """Settings of `InfLora` in methods/projection/inflora.py, which explains them."""
+
     name: Literal["inflora"] = "inflora"
     fresh: Literal[True] = Field(default=True, description="must stay true: every task has an A of its own")
 
 
 class KeepLoraConfig(SequentialConfig, frozen=True):
+    """Settings of `KeepLora` in methods/projection/keeplora.py, which explains them."""
+
     name: Literal["keeplora"] = "keeplora"
     fresh: Literal[True] = Field(default=True, description="must stay true: every task has an A of its own")
     energy_weights: Fraction = Field(
@@ -68,6 +76,8 @@ class KeepLoraConfig(SequentialConfig, frozen=True):
 
 
 class OgdConfig(SequentialConfig, frozen=True):
+    """Settings of `Ogd` in methods/projection/ogd.py, which explains them."""
+
     name: Literal["ogd"] = "ogd"
     fresh: Literal[False] = Field(
         default=False, description="must stay false: directions belong to one adapter for all tasks"
@@ -84,6 +94,8 @@ class OgdConfig(SequentialConfig, frozen=True):
 
 
 class OsftConfig(TargetsConfig, frozen=True):
+    """Settings of `Osft` in methods/projection/osft.py, which explains them."""
+
     name: Literal["osft"] = "osft"
     preserved: Fraction = Field(
         default=0.5, lt=1, description="share of W's singular directions, the leading ones, that stay"
@@ -91,6 +103,8 @@ class OsftConfig(TargetsConfig, frozen=True):
 
 
 class OsftLoraConfig(SequentialConfig, frozen=True):
+    """Settings of `OsftLora` in methods/projection/osft_lora.py, which explains them."""
+
     name: Literal["osft_lora"] = "osft_lora"
     fresh: Literal[True] = Field(
         default=True, description="must stay true: the directions are those of the merged W"

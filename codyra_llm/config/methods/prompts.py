@@ -20,6 +20,8 @@ Layer = Annotated[int, Field(ge=0)]
 
 
 class DualPromptConfig(PromptConfig, frozen=True):
+    """Settings of `DualPrompt` in methods/prompts/dualprompt.py, which explains them."""
+
     name: Literal["dualprompt"] = "dualprompt"
     general_layers: list[Layer] = Field(
         default=[0, 1], min_length=1, description="layers of the general prefix, from 0"
@@ -47,6 +49,8 @@ class DualPromptConfig(PromptConfig, frozen=True):
 
 
 class L2pConfig(PromptConfig, frozen=True):
+    """Settings of `L2p` in methods/prompts/l2p.py, which explains them."""
+
     name: Literal["l2p"] = "l2p"
     pool: Count = Field(default=10, ge=1, description="M, prompts in the pool")
     length: Count = Field(default=5, ge=1, description="tokens of each prompt")
@@ -69,6 +73,8 @@ class L2pConfig(PromptConfig, frozen=True):
 
 
 class PpConfig(PromptConfig, frozen=True):
+    """Settings of `ProgressivePrompts` in methods/prompts/pp.py, which explains them."""
+
     name: Literal["pp"] = "pp"
     length: Count = Field(default=20, ge=1, description="tokens of each task's prompt")
     mlp: bool = Field(

@@ -10,6 +10,8 @@ from codyra_llm.core.schema import Fraction, NotNegative, Positive
 
 
 class CLoraConfig(SequentialConfig, frozen=True):
+    """Settings of `CLora` in methods/regularised/clora.py, which explains them."""
+
     name: Literal["clora"] = "clora"
     fresh: Literal[False] = Field(
         default=False, description="must stay false: the factors are shared by all tasks"
@@ -26,6 +28,8 @@ class CLoraConfig(SequentialConfig, frozen=True):
 
 
 class DreamConfig(StartConfig, frozen=True):
+    """Settings of `Dream` in methods/regularised/dream.py, which explains them."""
+
     name: Literal["dream"] = "dream"
     weight: NotNegative = Field(
         default=1.0, description="β of the dreamt batch's term, once per optimizer step"
@@ -99,6 +103,8 @@ class SdftConfig(StartConfig, frozen=True):
 
 
 class EwcConfig(StartConfig, frozen=True):
+    """Settings of `Ewc` in methods/regularised/ewc.py, which explains them."""
+
     name: Literal["ewc"] = "ewc"
     fresh: Literal[False] = Field(
         default=False, description="must stay false: F belongs to one adapter for all tasks"
@@ -115,6 +121,8 @@ class EwcConfig(StartConfig, frozen=True):
 
 
 class EwcLoraConfig(StartConfig, frozen=True):
+    """Settings of `EwcLora` in methods/regularised/ewclora.py, which explains them."""
+
     name: Literal["ewclora"] = "ewclora"
     fresh: Literal[True] = Field(
         default=True, description="must stay true: what is held back is a task's own update"
@@ -131,18 +139,24 @@ class EwcLoraConfig(StartConfig, frozen=True):
 
 
 class HideLoraRepoConfig(SequentialConfig, frozen=True):
+    """Settings of `HideLoraRepo` in methods/regularised/hidelora_treelora_repo.py, which explains them."""
+
     name: Literal["hidelora_treelora_repo"] = "hidelora_treelora_repo"
     weight: NotNegative = Field(default=0.5, description="weight of the contrastive term, per optimizer step")
     temperature: Positive = Field(default=0.8, description="divisor of the similarities")
 
 
 class LwfConfig(StartConfig, frozen=True):
+    """Settings of `Lwf` in methods/regularised/lwf.py, which explains them."""
+
     name: Literal["lwf"] = "lwf"
     weight: NotNegative = Field(default=1.0, description="α of α·T²·KL(teacher ‖ student)")
     temperature: Positive = Field(default=2.0, description="T that divides both models' logits")
 
 
 class OLoraConfig(SequentialConfig, frozen=True):
+    """Settings of `OLora` in methods/regularised/olora.py, which explains them."""
+
     name: Literal["olora"] = "olora"
     fresh: bool = Field(
         default=True,
@@ -171,6 +185,8 @@ class OLoraConfig(SequentialConfig, frozen=True):
 
 
 class TreeLoraConfig(SequentialConfig, frozen=True):
+    """Settings of `TreeLora` in methods/regularised/treelora.py, which explains them."""
+
     name: Literal["treelora"] = "treelora"
     weight: Fraction = Field(
         default=0.1,
@@ -185,6 +201,8 @@ class TreeLoraConfig(SequentialConfig, frozen=True):
 
 
 class TreeLoraRepoConfig(SequentialConfig, frozen=True):
+    """Settings of `TreeLoraRepo` in methods/regularised/treelora_repo.py, which explains them."""
+
     name: Literal["treelora_repo"] = "treelora_repo"
     weight: NotNegative = Field(
         default=0.5, description="weight of the regulariser at the end of an epoch's ramp from 0"

@@ -61,6 +61,8 @@ class StartConfig(SequentialConfig, frozen=True):
 
 
 class SeqLoraConfig(StartConfig, frozen=True):
+    """Settings of `SeqLora` in methods/sequential/seqlora.py, which explains them."""
+
     name: Literal["seqlora"] = "seqlora"
 
 
@@ -129,6 +131,8 @@ class RankWeightsConfig(LoraConfig, frozen=True):
 
 
 class CodyraConfig(RankWeightsConfig, frozen=True):
+    """Settings of `Codyra` in methods/sequential/codyra.py, which explains them."""
+
     name: Literal["codyra"] = "codyra"
     selection: Literal["threshold", "random", "none"] = Field(
         default="threshold",
@@ -160,6 +164,8 @@ class OldInputsConfig(LoraConfig, frozen=True):
 
 
 class CodyraDriftConfig(OldInputsConfig, RankWeightsConfig, frozen=True):
+    """Settings of `CodyraDrift` in methods/sequential/codyra_drift.py, which explains them."""
+
     name: Literal["codyra_drift"] = "codyra_drift"
     drift_weight: NotNegative = Field(
         default=10.0,
@@ -194,6 +200,8 @@ class CodyraDriftConfig(OldInputsConfig, RankWeightsConfig, frozen=True):
 
 
 class IloraConfig(LoraConfig, frozen=True):
+    """Settings of `Ilora` in methods/sequential/ilora.py, which explains them."""
+
     name: Literal["ilora"] = "ilora"
     alpha: Positive | None = Field(
         default=None, description="scale s = alpha / rank; null: alpha = rank, so s = 1"
@@ -215,6 +223,8 @@ class IloraConfig(LoraConfig, frozen=True):
 
 
 class IloraMixedConfig(LoraConfig, frozen=True):
+    """Settings of `IloraMixed` in methods/sequential/ilora_mixed.py, which explains them."""
+
     name: Literal["ilora_mixed"] = "ilora_mixed"
     alpha: Positive | None = Field(
         default=None, description="scale s = alpha / rank; null: alpha = rank, so s = 1"
@@ -231,6 +241,8 @@ class IloraMixedConfig(LoraConfig, frozen=True):
 
 
 class RclConfig(SequentialConfig, frozen=True):
+    """Settings of `Rcl` in methods/sequential/rcl.py, which explains them."""
+
     name: Literal["rcl"] = "rcl"
     folder: str | None = Field(
         default=None,
@@ -240,6 +252,8 @@ class RclConfig(SequentialConfig, frozen=True):
 
 
 class ReplayConfig(StartConfig, frozen=True):
+    """Settings of `Replay` in methods/sequential/replay.py, which explains them."""
+
     name: Literal["replay"] = "replay"
     ratio: Fraction = Field(
         default=0.1, description="share of each earlier task's training set that is kept (its first part)"
@@ -253,6 +267,8 @@ class ReplayConfig(StartConfig, frozen=True):
 
 
 class SoraConfig(SequentialConfig, frozen=True):
+    """Settings of `Sora` in methods/sequential/sora.py, which explains them."""
+
     name: Literal["sora"] = "sora"
     fresh: Literal[False] = Field(
         default=False,
@@ -273,6 +289,8 @@ class SoraConfig(SequentialConfig, frozen=True):
 
 
 class SlaoConfig(SequentialConfig, frozen=True):
+    """Settings of `Slao` in methods/sequential/slao.py, which explains them."""
+
     name: Literal["slao"] = "slao"
     fresh: Literal[False] = Field(
         default=False, description="must stay false: each task starts from the last one's factors"
@@ -283,6 +301,8 @@ class SlaoConfig(SequentialConfig, frozen=True):
 
 
 class PmConfig(OldInputsConfig, StartConfig, frozen=True):
+    """Settings of `PerturbMerge` in methods/sequential/pm.py, which explains them."""
+
     name: Literal["pm"] = "pm"
     fresh: Literal[True] = Field(
         default=True, description="must stay true: what is weighed is a task's update"

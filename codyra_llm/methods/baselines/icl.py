@@ -41,7 +41,7 @@ class Icl(NoMethod):
     each for three classes, all different where there are many), those that fit into max_prompt_tokens /
     (2·shots) tokens first, and what is longer loses its beginning. What a model writes after its answer,
     mostly a further example, is cut where TRACE cuts it; for the tasks with letters that is after the first
-    character that is no blank (TRACE: the first token), for tasks that are not TRACE's at the blank line
+    character that is not a blank (TRACE: the first token), for tasks that are not TRACE's at the blank line
     between examples.
     Cost: prompts up to twice as long, in evaluation; their common beginning is encoded once per batch.
     """
@@ -51,10 +51,12 @@ class Icl(NoMethod):
     config: IclConfig
 
     def train_data(self, stream, index: int):
+        """The records to show; nothing trains."""
         shown = self.config.shots and stream.tasks[index] != NOT_SHOWN
         return stream.records(index, "train") if shown else [], []
 
     def present(self, stream, encoder, task: int, prompts: list[str]) -> list[str]:
+        """Demonstrations in front of each prompt, balanced over the answers."""
         asked = set(prompts)
         records = [r for r in self.train_data(stream, task)[0] if r["prompt"] not in asked]
         if not records:
@@ -71,6 +73,7 @@ class Icl(NoMethod):
         return [front + code + prompt.removeprefix(own) for prompt in prompts]
 
     def read(self, task: str, prediction: str) -> str:
+        """The output up to where a demonstration would end."""
         if not self.config.shots:
             return prediction
         if task in LETTER:

@@ -7,11 +7,11 @@ from codyra_llm.methods.sequential.seqlora import SeqLora
 
 class Mtl(SeqLora):
     """All tasks' examples shuffled together, each visited as often as its task has epochs; trained once, when
-    the last task has come. Multi-task learning is no method of continual learning but what TRACE (2310.06762)
-    measures them by.
+    the last task has come. Multi-task learning is not a method of continual learning; TRACE (2310.06762)
+    measures those methods by it.
 
     Tasks before the last leave an empty update and are not evaluated, so the matrix has its last row alone:
-    OP is there, backward transfer and forgetting are not defined. In epoch e those tasks take part that have
+    OP is defined, backward transfer and forgetting are not. In epoch e those tasks take part that have
     more than e epochs. A task added to a finished run trains all again.
     Cost: the sum of all tasks' steps, at once.
     """
@@ -21,12 +21,18 @@ class Mtl(SeqLora):
     mode, carries_optimizer, merge_factor = "replace", False, 1.0
 
     def begin_task(self, model, task: Task) -> None:
+        """A fresh adapter."""
         Method.begin_task(self, model, task)
 
     def train_data(self, stream, index: int):
+        """At the last task the records of all; in epoch e those of tasks with more than e epochs."""
         if index + 1 < len(stream.tasks):
             return stream.records(index, "train"), []
         order = sorted(range(len(stream.tasks)), key=lambda i: -stream.epochs[i])
-        parts = [(stream.records(i, "train"), stream.epochs[i]) for i in order]
-        ends = [sum(len(part) for part, epochs in parts if epochs > epoch) for epoch in range(parts[0][1])]
-        return [record for part, _ in parts for record in part], [range(end) for end in ends]
+        # The tasks of most epochs come first, so that every epoch takes a first part of the records.
+        records, takes_part = [], [0] * stream.epochs[order[0]]
+        for i in order:
+            records += stream.records(i, "train")
+            for epoch in range(stream.epochs[i]):
+                takes_part[epoch] = len(records)
+        return records, [range(count) for count in takes_part]

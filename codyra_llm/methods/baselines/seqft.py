@@ -31,24 +31,30 @@ class SeqFt(Method):
 
     @property
     def carries_optimizer(self) -> bool:
+        """Whether Adam's moments go on into the next task."""
         return self.config.carry_optimizer
 
     def attach(self, model) -> None:
+        """All parameters train, in float32."""
         self._dtype = next(model.parameters()).dtype
         model.float().requires_grad_(True)
 
     def begin_task(self, model, task: Task) -> None:
+        """Go on with the weights that the task before left."""
         if task.index:
             restore(model, task.archive.load(task.index - 1))
 
     def loss(self, model, batch) -> dict[str, Tensor]:
+        """Cross entropy, with the model's products in its own dtype."""
         with torch.autocast(batch.ids.device.type, self._dtype, enabled=self._dtype != torch.float32):
             hidden = batch.hidden(model)
         return {"loss": batch.cross_entropy_of(model, hidden.float())}
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        """Take the trained weights, in the model's dtype, for `consolidate`."""
         self._trained = {name: p.detach().to(self._dtype).cpu() for name, p in model.named_parameters()}
         return {}
 
     def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
+        """The weights as a whole."""
         return Update(adapters, 1.0, self.mode, self._trained)

@@ -28,6 +28,7 @@ class Color(Single):
     task_id, grows, max_zero_stage = False, True, 0
 
     def begin_task(self, model, task: Task) -> None:
+        """Find the centroids of the task's prompts."""
         super().begin_task(model, task)  # B = 0, so the features are the base's
         features = over_prompts(model, task, task.encode(task.records()), pooled_states)
         self._found = kmeans(
@@ -35,14 +36,17 @@ class Color(Single):
         ).float()
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        """All tasks' centroids, [tasks, k, h]."""
         old = [task.state["centroids"]] if task.index else []
         return {"centroids": torch.cat([*old, self._found[None]])}  # [tasks, k, h]
 
     def install(self, model, task: Task) -> None:
+        """In addition, all centroids in one table."""
         super().install(model, task)
         self._centroids = task.state["centroids"].flatten(0, 1).double()
 
     def mixture(self, model, prompts, task) -> Tensor:
+        """The adapter of the task whose centroid is nearest."""
         features = pooled_states(model, *padded(prompts, model.device)).cpu().double()
         nearest = torch.cdist(features, self._centroids).argmin(1) // self.config.centroids
         return self.only(nearest.to(model.device))

@@ -26,14 +26,17 @@ class DualLinear(MixtureLinear):
 
     @property
     def own_parts(self) -> list[int]:
+        """The ranks of O and of R."""
         return [self.spec.rank // 2, self.spec.rank - self.spec.rank // 2]
 
     @property
     def mixes(self) -> bool:
+        """Whether gates are there, or prompts to take them from."""
         return self.rows is not None or self.prompts is not None
 
     @torch.no_grad()
     def weights(self, hidden: Tensor) -> Tensor:
+        """The gates of the rows [rows, tasks + 1], O's a one; taken from the prompts where these are set."""
         if self.prompts is not None:
             squares = mean_state(hidden, self.prompts).square()  # A x̄ = the mean of A x
             *old, _orthogonal, new = (part.sum(1) for part in squares.split(self.parts, 1))
@@ -70,15 +73,19 @@ class DualLora(Single):
     task_id, grows, max_zero_stage, packs = False, True, 0, False
 
     def attach(self, model) -> None:
+        """`DualLinear` on all targets."""
         attach(model, self.config.targets, self.spec(), DualLinear, self.config.layers)
 
     @torch.no_grad()
     def begin_task(self, model, task: Task) -> None:
+        """Choose A_t, and read what old tasks' inputs span."""
         super().begin_task(model, task)
         self._put(model, task, task.index)
         self._later, half = task.index > 0, self.config.rank // 2
         for layer in sites(model).values():
-            layer.lora_A[half:], layer.lora_B[:, half:] = 0, 0  # no gate for what is not there yet
+            # No gate for what is not there yet.
+            layer.lora_A[half:] = 0
+            layer.lora_B[:, half:] = 0
         old, self._old = loaded(task.state), {}
         for name, covariance, layers in self._covariances(model, task):
             free = old.get(name, Subspace.nothing(len(covariance)))
@@ -89,6 +96,7 @@ class DualLora(Single):
                 self._old[layer] = basis
 
     def loss(self, model, batch) -> dict[str, Tensor]:
+        """Cross entropy under the gates of each row's prompt."""
         gate_by(model, prompt_mask(batch))
         return super().loss(model, batch)
 
@@ -114,15 +122,18 @@ class DualLora(Single):
                 layer.lora_B[:, :half] = b
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        """M with this task's inputs in addition."""
         return grown(self.config, task, self._covariances(model, task))
 
     def install(self, model, task: Task) -> None:
+        """All adapters up to this task, frozen."""
         self.attach(model)
         self._put(model, task, task.index + 1)
         model.requires_grad_(False)
 
     @torch.no_grad()
     def condition(self, model, prompts: list[list[int]], task: int | None) -> Condition:
+        """Take the gates in a pass over the prompts."""
         ids, mask = padded(prompts, model.device)
         gate_by(model, mask)
         families.backbone(model)(input_ids=ids, use_cache=False)
@@ -139,7 +150,8 @@ class DualLora(Single):
         updates, half = [task.archive.load(k) for k in range(count)], self.config.rank // 2
         held = updates[:-1] if count > task.index else updates
         for name, layer in mixtures(model).items():
-            layer.hold([Adapter(x.a[half:], x.b[:, half:], None) for x in (u.adapters[name] for u in held)])
+            whole = [update.adapters[name] for update in held]
+            layer.hold([Adapter(adapter.a[half:], adapter.b[:, half:], None) for adapter in whole])
         restore(model, updates[-1])
 
     def _covariances(self, model: nn.Module, task: Task):

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from codyra_llm.config.methods.experts import GainLoraConfig
 from codyra_llm.core.tensors import generator
-from codyra_llm.lora.layer import attach, sites
+from codyra_llm.lora.layer import attach, train_only_b
 from codyra_llm.lora.mixture import MixtureLinear, mixtures, weigh
 from codyra_llm.methods.base import Task
 from codyra_llm.methods.experts.single import Single
@@ -45,6 +45,7 @@ class PromptGates(nn.Module):
             parameter.copy_(values[-1])
 
     def state(self) -> dict[str, Tensor]:
+        """All tasks' u [tasks, hidden, h], v [tasks, h, hidden] and keys [tasks, h]."""
         parameters = (("u", self.u), ("v", self.v), ("keys", self.key))
         return {name: torch.cat([getattr(self, f"old_{name}"), p.detach()[None]]) for name, p in parameters}
 
@@ -54,16 +55,12 @@ class PromptGates(nn.Module):
         drawn, U(-1, 1)."""
         draw = generator("gates", *key)
         drawn = [2 * torch.rand(p.shape, generator=draw) - 1 for p in (self.u, self.v, self.key)]
-        if state:
-            last = {name: state[name][-1:] for name in ("u", "v")}
-        else:
-            last = {
-                "u": drawn[0][None] / math.sqrt(self.u.shape[1]),
-                "v": drawn[1][None] / math.sqrt(self.v.shape[1]),
-            }
-        old = [state] if state else []
-        new = {**last, "keys": drawn[2][None]}
-        self.load({name: torch.cat([*(s[name].to(t) for s in old), t]) for name, t in new.items()})
+        u, v, key = (tensor[None] for tensor in drawn)  # [1, …]: one task
+        if not state:
+            self.load({"u": u / math.sqrt(u.shape[2]), "v": v / math.sqrt(v.shape[2]), "keys": key})
+            return
+        new = {"u": state["u"][-1:], "v": state["v"][-1:], "keys": key}
+        self.load({name: torch.cat([state[name].to(tensor), tensor]) for name, tensor in new.items()})
 
     def inner(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """What the last task's V and key read: SiLU(U e) [n, hidden] and f(e) [n, h]."""
@@ -83,11 +80,13 @@ def gates_of(model: nn.Module) -> PromptGates:
 
 
 class GainLora(Single):
-    """y = W x + Σ_k a_k(prompt)·s·B_k A_k x, a_k as `PromptGates` has it, one gate for all layers. U_t, V_t
-    and c_t start from task t-1's (c_t from the direction that f says most in on the task's prompts, off M₃),
-    and their steps are projected off what earlier tasks' prompts were at their inputs: ΔU (I - M₁M₁ᵀ), ΔV (I
-    - M₂M₂ᵀ), Δc (I - M₃M₃ᵀ). So f_t says to those prompts what f_{t-1} said, c_t is orthogonal to it, and a_t
-    is zero there.
+    """y = W x + Σ_k a_k(prompt)·s·B_k A_k x, a_k as `PromptGates` has it, one gate for all layers. U_t and
+    V_t start from task t-1's, c_t from the leading direction of f on the task's prompts, off M₃. Their steps
+    are projected off what earlier tasks' prompts were at their inputs:
+
+        ΔU (I - M₁M₁ᵀ)     ΔV (I - M₂M₂ᵀ)     Δc (I - M₃M₃ᵀ)
+
+    So f_t gives those prompts what f_{t-1} gave, c_t is orthogonal to it, and a_t is zero there.
 
     Source: GainLoRA (Liang and Li, 2505.15424) and its released code (T5; hidden 100, SiLU, ε 0.995 for gates
     and inputs, rank 8, alpha 32, learning rate 3e-4, q and v), in its form on InfLoRA: A_t and its memory are
@@ -110,13 +109,14 @@ class GainLora(Single):
     task_id, grows, max_zero_stage, packs = False, True, 0, False
 
     def attach(self, model) -> None:
+        """Mixing layers whose B trains, and the gates."""
         attach(model, self.config.targets, self.spec(), MixtureLinear, self.config.layers)
-        for layer in sites(model).values():
-            layer.lora_A.requires_grad_(False)
+        train_only_b(model)
         model.prompt_gates = self._fresh(model)
 
     @torch.no_grad()
     def begin_task(self, model, task: Task) -> None:
+        """Start the task's gate, and choose its A in what earlier tasks leave free."""
         super().begin_task(model, task)
         updates = [task.archive.load(k).adapters for k in range(task.index)]
         for name, layer in mixtures(model).items():
@@ -136,6 +136,7 @@ class GainLora(Single):
                 layer.lora_A.copy_(rows)
 
     def before_step(self, groups, step: int, steps: int, schedule: str) -> None:
+        """Remember the gates, so that `after_step` knows how far they moved."""
         self._held = [p.detach().clone() for p, _ in self._steps]
 
     @torch.no_grad()
@@ -146,10 +147,12 @@ class GainLora(Single):
             p.copy_(held + space.free(moved.T).T.reshape(p.shape))
 
     def loss(self, model, batch) -> dict[str, Tensor]:
+        """Cross entropy under the gates of each row's prompt."""
         weigh(model, gates_of(model)(mean_embeddings(model, batch.ids, prompt_mask(batch))))
         return super().loss(model, batch)
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        """The gates, and M₁, M₂, M₃ and the inputs' memories grown by this task."""
         state = {f"gates.{key}": value for key, value in self._gates.state().items()}
         for name, read in self._gate_covariances(model, task).items():
             state |= self._spaces[name].grown(read, energy_at(self.config, task)).state(name)
@@ -157,11 +160,13 @@ class GainLora(Single):
         return state | grown(self.config, only, self._covariances(model, task))
 
     def install(self, model, task: Task) -> None:
+        """In addition, the gates of all tasks."""
         super().install(model, task)
         self._answering = self._fresh(model)
         self._answering.load(of_gates(task.state))
 
     def mixture(self, model, prompts, task) -> Tensor:
+        """The gates of each prompt."""
         return self._answering(mean_embeddings(model, *padded(prompts, model.device)))
 
     def _fresh(self, model: nn.Module) -> PromptGates:

@@ -53,18 +53,21 @@ class HideLora(Single):
     task_id, grows, max_zero_stage, packs = False, True, 0, False
 
     def begin_task(self, model, task: Task) -> None:
+        """Take the prompts' statistics from the base, then go on from the last task's adapter."""
         super().begin_task(model, task)  # B = 0, so the features are the base's
         self._examples = task.encode(task.records())
-        self._gaussians = Gaussians.load(task.state).with_task(
-            over_prompts(model, task, self._examples, pooled_states)
-        )
+        features = over_prompts(model, task, self._examples, pooled_states)  # [n, h]
+        self._gaussians = Gaussians.load(task.state).with_task(features)
         self._old = task.state["adapted"].to(model.device) if task.index else None  # [tasks, h]
         past = [task.archive.load(k).adapters for k in range(task.index)]
-        self._past = {site: mean_adapter([x[site] for x in past]) for site in past[0]} if past else {}
+        self._past = {}
+        for site in past[0] if past else ():
+            self._past[site] = mean_adapter([adapters[site] for adapters in past])
         if task.index:
             restore(model, task.archive.load(task.index - 1))
 
     def loss(self, model, batch) -> dict[str, Tensor]:
+        """Cross entropy, and the contrastive term against the earlier tasks' means."""
         if self._old is None or not self.config.weight:
             return super().loss(model, batch)
         states = families.backbone(model)(input_ids=batch.ids, use_cache=False).last_hidden_state
@@ -77,6 +80,7 @@ class HideLora(Single):
 
     @torch.no_grad()
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        """The statistics, and the mean feature under the adapter as it is archived."""
         for site, past in self._past.items():  # features are those of the adapter that is archived
             layer = sites(model)[site]
             layer.lora_A.lerp_(past.a.to(layer.lora_A), self.config.momentum)
@@ -86,6 +90,7 @@ class HideLora(Single):
         return {**self._gaussians.state(), "adapted": torch.cat([*old, adapted])}  # [tasks, h]
 
     def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
+        """The adapter moved towards the mean of the earlier ones."""
         if self._past:
             adapters = {site: self._moved(x, self._past[site]) for site, x in adapters.items()}
         return super().consolidate(adapters, index)
@@ -95,10 +100,12 @@ class HideLora(Single):
         return Adapter(adapter.a.lerp(past.a, m), adapter.b.lerp(past.b, m), None)
 
     def install(self, model, task: Task) -> None:
+        """In addition, the classifier that infers the task."""
         super().install(model, task)
         self._tells = Gaussians.load(task.state).classifier(self.config.shrinkage)
 
     def mixture(self, model, prompts, task) -> Tensor:
+        """The adapter of the inferred task."""
         features = pooled_states(model, *padded(prompts, model.device))
         return self.only(self._tells(features).to(model.device))
 

@@ -21,9 +21,9 @@ def kmeans(x: Tensor, k: int, *key: int | str, rounds: int = 100) -> Tensor:
     centroids = x[chosen].clone()
     for _ in range(rounds):
         nearest = torch.cdist(x, centroids).argmin(1)
-        moved = torch.stack(
-            [x[nearest == c].mean(0) if (nearest == c).any() else centroids[c] for c in range(k)]
-        )
+        moved = centroids.clone()
+        for c in nearest.unique().tolist():  # the others have no point, and stay
+            moved[c] = x[nearest == c].mean(0)
         if torch.equal(moved, centroids):
             break
         centroids = moved
@@ -47,6 +47,7 @@ class Gaussians:
         return cls(state["means"].double(), state["scatter"].double(), int(state["count"]))
 
     def state(self) -> dict[str, Tensor]:
+        """What `load` reads."""
         return {
             "means": self.means.float(),
             "scatter": self.scatter.float(),
@@ -68,9 +69,8 @@ class Gaussians:
         size = len(self.scatter)
         covariance = self.scatter / max(self.count - len(self.means), 1)
         level = (covariance.trace() / size).clamp_min(torch.finfo(torch.float32).tiny)
-        factor = torch.linalg.cholesky(
-            (1 - shrinkage) * covariance + shrinkage * level * torch.eye(size).double()
-        )
+        shrunk = (1 - shrinkage) * covariance + shrinkage * level * torch.eye(size).double()
+        factor = torch.linalg.cholesky(shrunk)
 
         def white(x: Tensor) -> Tensor:
             return torch.linalg.solve_triangular(factor, x.T, upper=False).T

@@ -35,6 +35,7 @@ class PromptAttention(nn.Module):
 
     @property
     def keys(self) -> Tensor:
+        """All tasks' keys, [tasks, h]."""
         return torch.cat([self.old, self.key[None]])
 
     def forward(self, pooled: Tensor) -> Tensor:
@@ -59,11 +60,11 @@ class PromptAttention(nn.Module):
         *_, key = keys = state["keys"].to(self.key)
         self.old = keys[:-1]
         self.key.copy_(key)
-        self.query.load_state_dict(
-            {k.removeprefix("query."): v for k, v in state.items() if k.startswith("query.")}
-        )
+        own = {k.removeprefix("query."): v for k, v in state.items() if k.startswith("query.")}
+        self.query.load_state_dict(own)
 
     def state(self) -> dict[str, Tensor]:
+        """What `load` reads: keys and the query net."""
         return {"keys": self.keys.detach(), **{f"query.{k}": v for k, v in self.query.state_dict().items()}}
 
 
@@ -87,10 +88,12 @@ class Sapt(Single):
     old_data, task_id, grows, max_zero_stage, packs = True, False, True, 0, False
 
     def attach(self, model) -> None:
+        """Mixing layers, and the attention that weighs them."""
         attach(model, self.config.targets, self.spec(), MixtureLinear, self.config.layers)
         model.prompt_attention = self._fresh(model)
 
     def begin_task(self, model, task: Task) -> None:
+        """Hold the earlier adapters, append a key, and read the stored prompts of earlier tasks."""
         super().begin_task(model, task)
         updates = [task.archive.load(k).adapters for k in range(task.index)]
         for name, layer in mixtures(model).items():
@@ -103,36 +106,39 @@ class Sapt(Single):
             self._means[f"mean.{past}"] = mean = task.state[f"mean.{past}"]
             stored = task.sample(self.config.replay_examples, self.seed, past)
             features = over_prompts(model, task, stored, pooled_embeddings)
-            self._replayed.append(
-                (features, functional.pad(mean, (0, task.index + 1 - len(mean))).to(features))
-            )
+            padded_mean = functional.pad(mean, (0, task.index + 1 - len(mean)))
+            self._replayed.append((features, padded_mean.to(features)))
 
     def before_step(self, groups, step: int, steps: int, schedule: str) -> None:
+        """Remember the step, by which the stored prompts are drawn."""
         self._step = step
 
     def loss(self, model, batch) -> dict[str, Tensor]:
+        """Cross entropy under the attention of each row's prompt."""
         weigh(model, model.prompt_attention(pooled_embeddings(model, batch.ids, prompt_mask(batch))).exp())
         return super().loss(model, batch)
 
     def penalty(self, model) -> dict[str, Tensor]:
+        """kl_ratio Σ KL(a_j ‖ w') over earlier tasks."""
         if not (self._replayed and self.config.kl_ratio):
             return {}
         terms = []
         for past, (features, mean) in enumerate(self._replayed):
             draw = generator("replay", self.seed, self._index, self._step, past)
-            chosen = torch.randperm(len(features), generator=draw)[: self.config.replay_batch].to(
-                features.device
-            )
+            order = torch.randperm(len(features), generator=draw)
+            chosen = order[: self.config.replay_batch].to(features.device)
             terms.append(attention_divergence(model.prompt_attention(features[chosen]), mean))
         return {"attention": self.config.kl_ratio * torch.stack(terms).sum()}
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        """Keys and query net, and the mean attention of the prompts of every task."""
         features = over_prompts(model, task, task.encode(task.records()), pooled_embeddings)
         with torch.no_grad():
             mean = model.prompt_attention(features).exp().mean(0)
         return {**model.prompt_attention.state(), **self._means, f"mean.{task.index}": mean}
 
     def install(self, model, task: Task) -> None:
+        """In addition, the attention."""
         super().install(model, task)
         self._attention = self._fresh(model)
         self._attention.load(task.state)
@@ -142,6 +148,7 @@ class Sapt(Single):
         return PromptAttention(embeddings.embedding_dim, self.config.hidden, embeddings.weight.device)
 
     def mixture(self, model, prompts, task) -> Tensor:
+        """The attention of each prompt."""
         return self._attention(pooled_embeddings(model, *padded(prompts, model.device))).exp()
 
 

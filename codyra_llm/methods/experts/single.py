@@ -25,15 +25,18 @@ class Single(Method):
     mode, merges, task_id, grows, max_zero_stage = "apart", False, True, True, 2
 
     def spec(self) -> AdapterSpec:
+        """Plain LoRA of scale alpha / rank."""
         return AdapterSpec(self.config.rank, self.config.alpha / self.config.rank, self.config.dropout)
 
     def install(self, model, task: Task) -> None:
+        """The adapters of all tasks learnt so far."""
         self.learnt = task.index + 1
         adapters = [task.archive.load(k).adapters for k in range(self.learnt)]
         attach_mixture(model, self.config.targets, self.spec(), adapters, self.config.layers)
 
     @torch.no_grad()
     def condition(self, model, prompts: list[list[int]], task: int | None) -> Condition:
+        """Weigh the adapters by each prompt, as `mixture` says."""
         weigh(model, None)  # what is read from the prompts is the base's
         weigh(model, self.mixture(model, prompts, task))
         return Condition(select=lambda rows: select(model, rows))

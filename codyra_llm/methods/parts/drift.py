@@ -53,23 +53,30 @@ def share(layer: LoraLinear, moment: SecondMoment) -> Tensor:
 
 @torch.no_grad()
 def _group(inputs: list[tuple[SecondMoment, list[LoraLinear]]]) -> _Group:
-    shares = [torch.stack([share(layer, moment) for layer in layers]) for moment, layers in inputs]
-    return _Group(
-        stacked([moment for moment, _ in inputs]), [layers for _, layers in inputs], torch.stack(shares)
-    )
+    moments, layers = zip(*inputs, strict=True)
+    shares = [_shares(moment, own) for moment, own in inputs]
+    return _Group(stacked(list(moments)), list(layers), torch.stack(shares))
+
+
+def _shares(moment: SecondMoment, layers: list[LoraLinear]) -> Tensor:
+    return torch.stack([share(layer, moment) for layer in layers])
 
 
 def _drift(group: _Group) -> Tensor:
-    rows = torch.stack([torch.cat([layer.lora_A for layer in layers]) for layers in group.layers])
+    rows = torch.stack([_all_rows(layers) for layers in group.layers])  # [n, Σ r, in]
     read = group.moments.between(rows)  # [n, Σ r, Σ r], of which the blocks of one layer each count
     total, start = 0.0, 0
     for j, layer in enumerate(group.layers[0]):
-        columns = torch.stack([_weighted(layers[j]) for layers in group.layers])
+        columns = torch.stack([_weighted(layers[j]) for layers in group.layers])  # [n, out, r]
         own = slice(start, start + layer.lora_A.shape[0])
-        drift = (columns.mT @ columns * read[:, own, own]).sum((1, 2))
+        drift = (columns.mT @ columns * read[:, own, own]).sum((1, 2))  # [n]: tr(B A Σ Aᵀ Bᵀ)
         total = total + (group.shares[:, j] * drift).sum()
         start = own.stop
     return total
+
+
+def _all_rows(layers: list[LoraLinear]) -> Tensor:
+    return torch.cat([layer.lora_A for layer in layers])
 
 
 def _weighted(layer: LoraLinear) -> Tensor:

@@ -22,11 +22,11 @@ def first_tokens(lengths: Tensor, width: int) -> Tensor:
 
 
 def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """ids [R, T], padded on the right, and the mask of what is no pad."""
-    ids = nn.utils.rnn.pad_sequence(
-        [torch.tensor(p, dtype=torch.long) for p in prompts], batch_first=True
-    ).to(device)
-    return ids, first_tokens(torch.tensor([len(p) for p in prompts], device=device), ids.shape[1])
+    """ids [R, T], padded on the right, and the mask of the tokens that are not padding."""
+    rows = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # [R]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+    return ids, first_tokens(lengths, ids.shape[1])
 
 
 def prompt_mask(batch: "Batch") -> Tensor:

@@ -20,9 +20,8 @@ if TYPE_CHECKING:
     from codyra_llm.data.batches import Batch
 
 
-Covariance = tuple[
-    str, Tensor, list[LoraLinear]
-]  # first site's name, C [in, in] float64 on the CPU, all that read it
+# Name of the first site that reads an input, its C [in, in] in float64 on the CPU, and all that read it.
+Covariance = tuple[str, Tensor, list[LoraLinear]]
 
 
 def loaded(state: dict[str, Tensor]) -> dict[str, Subspace]:
@@ -92,9 +91,8 @@ def input_covariances(
     for start in range(0, len(found), config.inputs_at_once):
         portion = found[start : start + config.inputs_at_once]
         sums = covariances(model, [layers[names[0]] for names in portion], task, examples, before)
-        yield from (
-            (names[0], c, [layers[name] for name in names]) for names, c in zip(portion, sums, strict=True)
-        )
+        for names, covariance in zip(portion, sums, strict=True):
+            yield names[0], covariance, [layers[name] for name in names]
 
 
 @torch.no_grad()

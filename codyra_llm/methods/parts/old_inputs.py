@@ -50,6 +50,7 @@ class OldInputs:
         return self.recovered(product / self.sources, trace / self.sources)
 
     def recovered(self, product: Tensor, trace: Tensor) -> SecondMoment:
+        """The second moment that a sketch's product and trace stand for."""
         return recovered(product, trace, sketching(len(product), self.config.sketch))
 
     def state(self) -> dict[str, Tensor]:
@@ -89,15 +90,10 @@ def moments(config: OldInputsConfig, model: nn.Module, task: Task, examples: lis
     omegas = [sketching(layer.in_features, config.sketch) for layer in layers]
     reading = [None if omega is None else omega.to(layers[0].lora_A) for omega in omegas]
     device = layers[0].weight.device
-    sums = [
-        torch.zeros(
-            layer.in_features,
-            layer.in_features if omega is None else omega.shape[1],
-            dtype=torch.float64,
-            device=device,
-        )
-        for layer, omega in zip(layers, omegas, strict=True)
-    ]
+    sums = []
+    for layer, omega in zip(layers, omegas, strict=True):
+        width = layer.in_features if omega is None else omega.shape[1]
+        sums.append(torch.zeros(layer.in_features, width, dtype=torch.float64, device=device))
     traces = torch.zeros(len(layers) + 1, dtype=torch.float64, device=device)  # and the count of tokens
 
     def take(i: int, x: Tensor) -> None:

@@ -45,9 +45,9 @@ class Subspace(NamedTuple):
         """With the fewest leading left singular vectors of P C more that make it hold `energy` of ‖C‖_F²."""
         vectors, squares = self._singular(covariance)
         total = covariance.square().sum()
-        held = (total - squares.sum()) / total + torch.cat(
-            [squares.new_zeros(1), (squares / total).cumsum(0)]
-        )
+        # What the basis holds already, then with one more direction, two more, …
+        more = torch.cat([squares.new_zeros(1), (squares / total).cumsum(0)])
+        held = (total - squares.sum()) / total + more
         count = min(int((held < energy - 1e-12).sum()), self._free_size)
         return self._using(vectors[:, :count])
 
@@ -69,14 +69,14 @@ class Subspace(NamedTuple):
             return self
         if self.complement:
             left = self.basis - more @ (more.T @ self.basis)
-            return Subspace(
-                torch.linalg.svd(left, full_matrices=False)[0][:, : self._free_size - more.shape[1]], True
-            )
-        size, k = len(self.basis), self.basis.shape[1] + more.shape[1]
-        q = torch.linalg.qr(torch.cat([self.basis, more], 1), mode="complete" if k > size / 2 else "reduced")[
-            0
-        ]
-        return Subspace(q[:, k:], True) if k > size / 2 else Subspace(q[:, :k])
+            vectors = torch.linalg.svd(left, full_matrices=False)[0]
+            return Subspace(vectors[:, : self._free_size - more.shape[1]], True)
+        used = torch.cat([self.basis, more], 1)  # [in, k]
+        size, k = used.shape
+        if k <= size / 2:
+            return Subspace(torch.linalg.qr(used)[0])
+        # The complement is smaller now: the columns of Q after the first k span it.
+        return Subspace(torch.linalg.qr(used, mode="complete")[0][:, k:], True)
 
 
 def symmetric_root(covariance: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ class AGem(EpisodicMemory):
     )
 
     def edit_gradients(self, gradients) -> None:
+        """Take out the part of the step that raises the loss on the memories' mean gradient."""
         if not self._memories:
             return
         reference = flat(gradients.mean(self.draw([e for examples in self._memories for e in examples])))

@@ -23,12 +23,14 @@ class EpisodicMemory(SeqLora):
     max_zero_stage = 0
 
     def begin_task(self, model, task: Task) -> None:
+        """Draw the memory of every earlier task."""
         super().begin_task(model, task)
         kept = range(task.index) if self.config.memory else ()
         self._memories = [task.sample(self.config.memory, self.seed, past) for past in kept]
         self._index = task.index
 
     def before_step(self, groups, step: int, steps: int, schedule: str) -> None:
+        """Remember the step, by which batches of the memory are drawn."""
         self._step = step
 
     def draw(self, examples: list, *key: int) -> list:
@@ -59,16 +61,16 @@ class Gem(EpisodicMemory):
     )
 
     def edit_gradients(self, gradients) -> None:
+        """Add what keeps the step from raising any earlier task's loss, to first order."""
         if not self._memories:
             return
         earlier = [
             flat(gradients.mean(self.draw(examples, past))) for past, examples in enumerate(self._memories)
         ]
-        matrix, grads = torch.stack(earlier), gradients.step
-        products, gram = matrix @ flat(grads), matrix @ matrix.T
-        v = multipliers(
-            *(t.double().cpu().numpy() for t in (gram, products)), self.config.margin, self.config.epsilon
-        )
+        matrix, grads = torch.stack(earlier), gradients.step  # G [t, n]
+        products = (matrix @ flat(grads)).double().cpu().numpy()  # G g [t]
+        gram = (matrix @ matrix.T).double().cpu().numpy()  # G Gᵀ [t, t]
+        v = multipliers(gram, products, self.config.margin, self.config.epsilon)
         add(grads, torch.from_numpy(v).to(matrix) @ matrix)
 
 
@@ -88,5 +90,6 @@ def multipliers(gram: np.ndarray, products: np.ndarray, margin: float, epsilon: 
 
 
 def add(grads: list[Tensor], vector: Tensor) -> None:
+    """Add the parts of a vector [n] to the gradients, in place."""
     for grad, part in zip(grads, unflatten(vector, grads), strict=True):
         grad += part

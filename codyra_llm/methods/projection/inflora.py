@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from codyra_llm.config.methods.projection import InfLoraConfig
-from codyra_llm.lora.layer import sites
 from codyra_llm.methods.base import Task
 from codyra_llm.methods.parts.inputs import free_rows, grown, input_covariances, loaded
 from codyra_llm.methods.parts.subspace import Subspace
-from codyra_llm.methods.sequential.seqlora import SeqLora
+from codyra_llm.methods.projection.fixed_rows import FixedRows
 
 
-class InfLora(SeqLora):
+class InfLora(FixedRows):
     """ΔW_t = s·B_t A_t, A_t = U_rᵀ/√3 frozen; U_r: leading left singular vectors of P C, C = mean of x xᵀ
     over the task's inputs, P the projector on what old inputs leave free (`Subspace`, which grows by DualGPM
     after each task).
@@ -39,16 +38,10 @@ class InfLora(SeqLora):
     name, Config = "inflora", InfLoraConfig
     summary = "fresh LoRA per task with A in the inputs that old tasks leave free"
     config: InfLoraConfig
-    max_zero_stage = 2  # passes over data need whole parameters
-    grows = True
-
-    def attach(self, model) -> None:
-        super().attach(model)
-        for layer in sites(model).values():
-            layer.lora_A.requires_grad_(False)
 
     @torch.no_grad()
     def begin_task(self, model, task: Task) -> None:
+        """Choose A in the task's inputs, off those of earlier tasks."""
         super().begin_task(model, task)  # B = 0: the inputs are those of the model as it stands
         old = loaded(task.state)
         for name, covariance, layers in input_covariances(self.config, model, task, self.seed):
@@ -58,4 +51,5 @@ class InfLora(SeqLora):
                 layer.lora_A.copy_(rows)
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        """The old inputs' subspaces, grown by this task's."""
         return grown(self.config, task, input_covariances(self.config, model, task, self.seed))

@@ -13,12 +13,12 @@ from codyra_llm.methods.base import Task
 from codyra_llm.methods.parts.inputs import distinct_inputs, free_rows, input_covariances, loaded
 from codyra_llm.methods.parts.subspace import Subspace, symmetric_root
 from codyra_llm.methods.parts.weight_gradients import mean_gradients
-from codyra_llm.methods.sequential.seqlora import SeqLora
+from codyra_llm.methods.projection.fixed_rows import FixedRows
 
 KEYS = "method.energy_weights or method.energy_old"
 
 
-class KeepLora(SeqLora):
+class KeepLora(FixedRows):
     """ΔW_t = s·B_t A_t, A_t = U_rᵀ frozen, B_t from zero; U_r: the leading left singular vectors of (I - M
     Mᵀ) Gᵀ, G [out, in] the mean gradient by W over the task where it begins. M holds W₀'s leading input
     directions (`energy_weights` of ‖W₀‖_F²), and after each task the fewest directions more that make it hold
@@ -40,16 +40,10 @@ class KeepLora(SeqLora):
     name, Config = "keeplora", KeepLoraConfig
     summary = "fresh LoRA per task, A from its gradient outside of W's and old inputs' directions"
     config: KeepLoraConfig
-    max_zero_stage = 2  # passes over data need whole parameters
-    grows = True
-
-    def attach(self, model) -> None:
-        super().attach(model)
-        for layer in sites(model).values():
-            layer.lora_A.requires_grad_(False)
 
     @torch.no_grad()
     def begin_task(self, model, task: Task) -> None:
+        """Choose A in the task's gradient, off W's and the old inputs' directions."""
         super().begin_task(model, task)
         self._kept, rank = loaded(task.state), self.config.rank
         for site, layer, gradient in self._gradients(model, task):
@@ -61,6 +55,7 @@ class KeepLora(SeqLora):
             layer.lora_A.copy_(rows)
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        """The kept directions, grown by this task's."""
         state = {}
         for site, features in self._features(model, task):
             state |= self._kept[site].grown(features, self.config.energy_old).state(site)

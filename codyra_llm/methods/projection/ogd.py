@@ -37,10 +37,12 @@ class Ogd(SeqLora):
     max_zero_stage = 0
 
     def begin_task(self, model, task: Task) -> None:
+        """Read the kept directions. Raises Fault where they would not fit."""
         super().begin_task(model, task)
         trained = [p for p in model.parameters() if p.requires_grad]
         size, rows = sum(p.numel() for p in trained), len(task.stream.tasks) * self.config.examples
-        if (needed := 4e-9 * size * rows) > self.config.max_gigabytes:
+        needed = 4e-9 * size * rows  # float32, in GB
+        if needed > self.config.max_gigabytes:
             raise Fault(
                 f"method.examples: {self.config.examples} directions of {size / 1e6:.1f} M parameters for "
                 f"each of {len(task.stream.tasks)} tasks take {needed:.1f} GB, more than "
@@ -49,18 +51,21 @@ class Ogd(SeqLora):
         self._basis = task.state.get("basis", torch.zeros(0, size)).to(trained[0])
 
     def edit_gradients(self, gradients) -> None:
+        """Project the step's gradient off the kept directions."""
         if len(self._basis):
             self._before = [p.detach().clone() for p in gradients.parameters]
             _write(gradients.step, project(flat(gradients.step), self._basis))
 
     @torch.no_grad()
     def after_step(self, gradients) -> None:
+        """Project the step itself, which Adam has scaled."""
         if len(self._basis):
             before = flat(self._before)
             moved = flat(gradients.parameters) - before
             _write(gradients.parameters, before + project(moved, self._basis))
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        """The directions with this task's logit gradients, orthonormal rows [k, n]."""
         examples = task.sample(self.config.examples, self.seed) if self.config.examples else []
         directions = map(flat, gradients.each(examples, true_logits))
         return {"basis": extended(self._basis, directions, len(examples))}

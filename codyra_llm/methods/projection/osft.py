@@ -44,6 +44,7 @@ class AwayFromKept(Method):
 
     @torch.no_grad()
     def edit_gradients(self, gradients) -> None:
+        """Project the gradients of A and B off the kept directions."""
         for layer, kept in self._kept.items():
             layer.lora_A.grad = kept.rows(layer.lora_A.grad)
             layer.lora_B.grad = kept.columns(layer.lora_B.grad)
@@ -71,11 +72,11 @@ class Osft(AwayFromKept):
 
     Source: OSFT (Nayak et al., 2504.07097), by its abstract and as PEFT implements it (`osf`, a share of half
     preserved): a test compares the two. There the gradients alone are projected; AdamW's steps leave the
-    complement all the same, so the factors are too, as the paper's own trainer is said to do. Left out: the
-    paper's choice of the share by layer, from the cosine between what a layer reads and says, and a share
-    that grows with the tasks. With model.dtype bfloat16 W_hi is rounded once more while a task trains; the
-    archive holds W_hi + U_lo S_lo V_loᵀ summed in float32 and rounded once, as whole weights of the
-    projections. Cost per step: the factors' products, for square W as many as W's own, and the two
+    complement all the same, so here the factors are projected as well, as the paper's trainer is said to do.
+    Left out: the paper's choice of the share by layer, from the cosine between a layer's input and output,
+    and a share that grows with the tasks. With model.dtype bfloat16 W_hi is rounded once more while a task
+    trains; the archive holds W_hi + U_lo S_lo V_loᵀ summed in float32 and rounded once, as whole weights of
+    the projections. Cost per step: the factors' products, for square W as many as W's own, and the two
     projections, 4·k·r·(in + out) per site. Per task: an SVD of W per site on the device. Memory: U, S, V of
     all sites in float32, with gradients and moments for what trains; W_hi once more on the CPU. On disk a
     copy of the projections per task. In training time 1.1 times seqlora's on the quickstart.
@@ -87,14 +88,17 @@ class Osft(AwayFromKept):
     separable, mode, archives_weights = False, "replace", True
 
     def spec(self) -> AdapterSpec:
+        """An adapter with weights on its ranks; how many depends on each W."""
         return AdapterSpec(1, importance="constant")  # each layer has a rank of its own
 
     def attach(self, model) -> None:
+        """`ResidualLinear` on all targets."""
         kind = partial(ResidualLinear, preserved=self.config.preserved)
         attach(model, self.config.targets, self.spec(), kind, self.config.layers)
 
     @torch.no_grad()
     def begin_task(self, model, task: Task) -> None:
+        """Split each W: the leading directions stay in W, the others become the adapter."""
         if task.index:
             restore(model, task.archive.load(task.index - 1))
         self._kept: dict[LoraLinear, Kept] = {}
@@ -110,6 +114,7 @@ class Osft(AwayFromKept):
             layer.lora_B.copy_(split.u)
 
     def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
+        """W as a whole, put together again."""
         whole = {}
         for site, adapter in adapters.items():
             high, dtype = self._high[site]

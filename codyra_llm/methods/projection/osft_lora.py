@@ -26,6 +26,7 @@ class OsftLora(AwayFromKept, SeqLora):
 
     @torch.no_grad()
     def begin_task(self, model, task: Task) -> None:
+        """Take A off the leading directions of each W."""
         super().begin_task(model, task)
         self._kept: dict[LoraLinear, Kept] = {}
         for layer in sites(model).values():

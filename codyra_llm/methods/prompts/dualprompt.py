@@ -50,9 +50,11 @@ class DualPrompt(PromptMethod):
     grows = True
 
     def check(self, config, attention: str | None) -> list[str]:
+        """Layers past the model's last, heads of several shapes, and an attention that takes no prefix."""
         c, depth, faults = self.config, config.num_hidden_layers, []
         for key in ("general_layers", "expert_layers"):
-            if beyond := [i for i in getattr(c, key) if i >= depth]:
+            beyond = [i for i in getattr(c, key) if i >= depth]
+            if beyond:
                 faults.append(
                     f"method.{key}: {beyond} are not layers of the model, which has 0 to {depth - 1}; name "
                     "others"
@@ -71,6 +73,7 @@ class DualPrompt(PromptMethod):
         return faults
 
     def attach(self, model) -> None:
+        """Prefixes of keys and values, [layers, 2, kv_heads, length, head_dim], and the task's key [h]."""
         prefix_attention.use(model)
         c, config = self.config, model.config
         first = families.attention_shapes(config)[0]
@@ -85,6 +88,7 @@ class DualPrompt(PromptMethod):
 
     @torch.no_grad()
     def begin_task(self, model, task: Task) -> None:
+        """Start prefixes from the task before, or from the keys and values of random tokens."""
         c, held, self.queries = self.config, model.prompts, Queries()
         if task.state:
             held["general"].copy_(task.state["general"])
@@ -100,6 +104,7 @@ class DualPrompt(PromptMethod):
         )
 
     def loss(self, model, batch) -> dict:
+        """Cross entropy under both prefixes, and the pull of the key to the prompts' queries."""
         held, prompts = model.prompts, prompts_of(batch)
         prefix_attention.show(model, {})  # the query is the bare model's
         near = cosine(self.queries(model, prompts), held["key"][None]).squeeze(1)
@@ -110,6 +115,7 @@ class DualPrompt(PromptMethod):
         }
 
     def end_task(self, model, task: Task, gradients) -> dict:
+        """The general prefix, and all tasks' expert prefixes and keys."""
         held, before, self.queries = model.prompts, task.state, Queries()
         experts, keys = held["expert"][None].cpu(), held["key"][None].cpu()
         return {
@@ -119,10 +125,12 @@ class DualPrompt(PromptMethod):
         }
 
     def install(self, model, task: Task) -> None:
+        """Put the prefixes into the model's attention."""
         super().install(model, task)
         prefix_attention.use(model)
 
     def condition(self, model, prompts, task) -> Condition:
+        """The expert whose key is nearest to each prompt's query."""
         held = model.prompts
         prefix_attention.show(model, {})
         nearest = cosine(query(model, prompts), held["matches"]).argmax(1)
@@ -132,16 +140,9 @@ class DualPrompt(PromptMethod):
     def _show(self, model, general: Tensor, expert: Tensor) -> None:
         """`general` [layers, 2, H_kv, P, d] to all rows, `expert` [B, layers, 2, H_kv, P, d] row by row."""
         general = general.expand(len(expert), *general.shape)
-        prefix_attention.show(
-            model,
-            dict(
-                zip(
-                    self.config.general_layers + self.config.expert_layers,
-                    (*general.unbind(1), *expert.unbind(1)),
-                    strict=True,
-                )
-            ),
-        )
+        layers = self.config.general_layers + self.config.expert_layers
+        prefixes = (*general.unbind(1), *expert.unbind(1))
+        prefix_attention.show(model, dict(zip(layers, prefixes, strict=True)))
 
     def _mean_query(self, model, task: Task) -> Tensor:
         """The mean direction of the training prompts' queries [h], as long as a uniform key is."""

@@ -41,6 +41,7 @@ class L2p(PromptMethod):
     config: L2pConfig
 
     def attach(self, model) -> None:
+        """The pool [M, length, h] and its keys [M, h]."""
         c, hidden = self.config, model.config.hidden_size
         model.prompts = nn.ParameterDict(
             {"prompts": zeros(model, c.pool, c.length, hidden), "match": zeros(model, c.pool, hidden)}
@@ -48,6 +49,7 @@ class L2p(PromptMethod):
 
     @torch.no_grad()
     def begin_task(self, model, task: Task) -> None:
+        """Go on with the pool, or start it from random tokens' embeddings."""
         c, held, self.queries = self.config, model.prompts, Queries()
         start = task.state or {
             "prompts": random_embeddings(model, c.pool * c.length, "l2p", self.seed).view_as(held["prompts"]),
@@ -57,6 +59,7 @@ class L2p(PromptMethod):
             held[key].copy_(value)
 
     def loss(self, model, batch) -> dict:
+        """Cross entropy after the chosen prompts, and the pull of their keys to the queries."""
         held = model.prompts
         near = self._near(model, self.queries(model, prompts_of(batch)))
         front = held["prompts"][near.indices].flatten(1, 2)
@@ -64,10 +67,12 @@ class L2p(PromptMethod):
         return {"loss": batch.cross_entropy(model, front), "pull": -self.config.pull * pull}
 
     def end_task(self, model, task: Task, gradients) -> dict:
+        """The pool and its keys."""
         self.queries = Queries()
         return dict(model.prompts.items())
 
     def condition(self, model, prompts, task) -> Condition:
+        """The chosen prompts in front of each prompt."""
         near = self._near(model, query(model, prompts))
         return Condition(model.prompts["prompts"][near.indices].flatten(1, 2))
 

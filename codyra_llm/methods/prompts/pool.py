@@ -3,6 +3,7 @@ about.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,10 +33,11 @@ class PromptMethod(Method):
         self.queries = Queries()
 
     def check(self, config, attention: str | None) -> list[str]:
+        """A model that adds token embeddings in every layer takes no prompt without tokens."""
         if families.takes_embeddings(config):
             return []
         return [
-            f"method.name: {self.name} puts prompts that are no tokens before a text, and every layer of a "
+            f"method.name: {self.name} puts prompts that are not tokens before a text, and every layer of a "
             f"{config.model_type} adds embeddings of the tokens themselves; choose another method"
         ]
 
@@ -46,15 +48,19 @@ class PromptMethod(Method):
         ]
 
     def progress(self) -> dict[str, Tensor]:
+        """The queries that were computed."""
         return self.queries.state()
 
     def resume(self, progress: dict[str, Tensor]) -> None:
+        """Put them back."""
         self.queries.load_state(progress)
 
     def consolidate(self, adapters, index: int) -> Update:
+        """No update of weights: the prompts are the method's state."""
         return Update({}, 1.0, "apart")
 
     def install(self, model, task: Task) -> None:
+        """Put the state into the model as frozen prompts."""
         model.prompts = nn.ParameterDict(
             {key: nn.Parameter(value, requires_grad=False) for key, value in task.state.items()}
         ).to(model.device)
@@ -68,7 +74,8 @@ class Queries:
 
     def __call__(self, model: nn.Module, prompts: Sequence[list[int]]) -> Tensor:
         keys = [tuple(prompt) for prompt in prompts]
-        if missing := [key for key in dict.fromkeys(keys) if key not in self.known]:
+        missing = [key for key in dict.fromkeys(keys) if key not in self.known]
+        if missing:
             self.known.update(zip(missing, query(model, missing), strict=True))
         return torch.stack([self.known[key].to(model.device) for key in keys])
 
@@ -78,11 +85,12 @@ class Queries:
             return {}
         return {
             "queries": torch.stack(list(self.known.values())),
-            "lengths": torch.tensor([len(k) for k in self.known]),
-            "tokens": torch.tensor([i for key in self.known for i in key]),
+            "lengths": torch.tensor(list(map(len, self.known))),
+            "tokens": torch.tensor(list(chain.from_iterable(self.known))),
         }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
+        """Put back what `state` gave."""
         if state:
             keys = state["tokens"].split(state["lengths"].tolist())
             self.known = dict(zip((tuple(key.tolist()) for key in keys), state["queries"], strict=True))

@@ -42,11 +42,9 @@ class Prompt(nn.Module):
         draw, linear = generator(*key), [m for m in self.modules() if isinstance(m, nn.Linear)]
         for layer in linear:
             for p in layer.parameters():
-                p.copy_(
-                    (torch.rand(p.shape, generator=draw) * 2 - 1)
-                    * layer.in_features**-0.5
-                    * (layer is not linear[-1])
-                )
+                p.copy_((torch.rand(p.shape, generator=draw) * 2 - 1) * layer.in_features**-0.5)
+        for p in linear[-1].parameters() if linear else ():
+            p.zero_()
 
 
 class ProgressivePrompts(PromptMethod):
@@ -68,26 +66,32 @@ class ProgressivePrompts(PromptMethod):
     grows = True
 
     def attach(self, model) -> None:
+        """The task's `Prompt`."""
         model.prompts = Prompt(model, self.config)
 
     def begin_task(self, model, task: Task) -> None:
+        """Start the new prompt from random tokens, before the earlier ones."""
         start = random_embeddings(model, self.config.length, "pp", self.seed, task.index)
         model.prompts.reset(start, "pp mlp", self.seed, task.index)
         if task.state:
             model.prompts.earlier = task.state["prompts"].to(model.prompts.earlier)
 
     def param_groups(self, model, lr: float) -> list[dict]:
+        """The prompt at its own learning rate, without weight decay; the MLP at the optimizer's."""
         prompt, *mlp = model.prompts.parameters()
         own = {"params": [prompt], "lr": self.config.prompt_lr, "weight_decay": 0.0}
         return [own, {"params": mlp, "lr": lr}] if mlp else [own]
 
     def loss(self, model, batch) -> dict:
+        """Cross entropy after all prompts."""
         return {"loss": batch.cross_entropy(model, _for_all(model.prompts(), len(batch.ids)))}
 
     def end_task(self, model, task: Task, gradients) -> dict:
+        """All prompts, the newest first; the MLP is dropped."""
         return {"prompts": model.prompts().detach()}
 
     def condition(self, model, prompts, task) -> Condition:
+        """All prompts in front of each prompt."""
         return Condition(_for_all(model.prompts["prompts"], len(prompts)))
 
 

@@ -29,6 +29,7 @@ class RoutedLinear(LoraLinear):
 
     @property
     def sources(self) -> tuple[Tensor, ...]:
+        """A, w and B: the masters that `factors` are made from."""
         return self.lora_A, self.lora_w, self.lora_B
 
     @torch.no_grad()
@@ -58,36 +59,45 @@ class CLora(SeqLora):
     max_zero_stage = 2  # factors are composed from whole parameters
 
     def attach(self, model) -> None:
+        """`RoutedLinear` on all targets."""
         attach(model, self.config.targets, self.spec(), RoutedLinear, self.config.layers)
 
     def begin_task(self, model, task: Task) -> None:
+        """Go on with A, R and B of the task before; remember its R."""
         if task.index:
             load_factors(model, task.state)
         else:
             super().begin_task(model, task)
         self._layers = list(sites(model).values())
-        self._old = torch.stack(
-            [layer.lora_w.detach() for layer in self._layers]
-        )  # R_old [sites, r, r], at first 0
+        # R_old [sites, r, r], at first 0.
+        self._old = torch.stack([layer.lora_w.detach() for layer in self._layers])
         self._later = task.index > 0
 
     def param_groups(self, model, lr: float) -> list[dict]:
+        """R at the optimizer's rate without weight decay; A and B at their share of it, or frozen."""
         share = self.config.factor_lr if self._later else 1.0
-        factors = [
-            p.requires_grad_(share > 0) for layer in self._layers for p in (layer.lora_A, layer.lora_B)
-        ]
         routes = {"params": [layer.lora_w for layer in self._layers], "lr": lr, "weight_decay": 0.0}
-        return [routes] + [{"params": factors, "lr": share * lr}] * (share > 0)
+        factors = []
+        for layer in self._layers:
+            factors += [layer.lora_A, layer.lora_B]
+        for factor in factors:
+            factor.requires_grad_(share > 0)
+        if share == 0:
+            return [routes]
+        return [routes, {"params": factors, "lr": share * lr}]
 
     def penalty(self, model) -> dict[str, Tensor]:
+        """λ‖R_oldᵀ R_δ‖_F², summed over sites, from the second task on."""
         if not (self._later and self.config.weight):
             return {}
         delta = torch.stack([layer.lora_w for layer in self._layers]) - self._old
         return {"routing": self.config.weight * (self._old.mT @ delta).square().sum()}
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        """A, R and B as they are, since the archive holds B R in place of both."""
         return trained_factors(model)
 
     def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
+        """ΔW = s·(B R) A as plain factors."""
         plain = {site: Adapter(x.a, x.b @ x.w, None) for site, x in adapters.items()}
         return Update(plain, self.spec().scale, self.mode)

@@ -40,20 +40,24 @@ class Dream(SeqLora):
     grows = True
 
     def begin_task(self, model, task: Task) -> None:
+        """Keep the factors as they are for the teacher, and have the model write its sequences."""
         super().begin_task(model, task)
         self._index, self._step = task.index, 0
         self._before = snapshot(model)
         self._dreams = self._dreamt(model, [task.state[f"prefix.{k}"].tolist() for k in range(task.index)])
 
     def before_step(self, groups, step: int, steps: int, schedule: str) -> None:
+        """Remember the step, by which the dreamt batch is drawn."""
         self._step = step
 
     def penalty(self, model) -> dict[str, Tensor]:
+        """β times the term of one dreamt batch."""
         if not (self._dreams and self.config.weight):
             return {}
         return {"dream": self.config.weight * self._term(model, self._drawn(model))}
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        """How the task's prompts begin: the start of later dreams of it."""
         prompts = [example.prompt for example in task.encode(task.records())]
         prefix = common_prefix(prompts)[: self.config.prefix_tokens] or [first_token(model)]
         return {**task.state, f"prefix.{task.index}": torch.tensor(prefix)}

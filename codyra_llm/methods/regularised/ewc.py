@@ -30,6 +30,7 @@ class Ewc(SeqLora):
     max_zero_stage = 2  # the penalty reads whole parameters
 
     def begin_task(self, model, task: Task) -> None:
+        """Keep F and θ*, the parameters as the task before left them."""
         super().begin_task(model, task)
         self._anchors: dict[str, tuple[Tensor, Tensor]] = {}  # (F, θ*) by parameter, none in the first task
         for name, p in model.named_parameters():
@@ -37,6 +38,7 @@ class Ewc(SeqLora):
                 self._anchors[name] = task.state[name].to(p.device), p.detach().clone()
 
     def penalty(self, model) -> dict[str, Tensor]:
+        """λ/2 Σ F (θ - θ*)²."""
         terms = [
             (fisher * (model.get_parameter(name) - start).square()).sum()
             for name, (fisher, start) in self._anchors.items()
@@ -44,14 +46,14 @@ class Ewc(SeqLora):
         return {"ewc": self.config.weight / 2 * torch.stack(terms).sum()} if terms else {}
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        """γ F + F_new by parameter."""
         names = [name for name, p in model.named_parameters() if p.requires_grad]
         found = fisher(gradients, task.sample(self.config.examples, self.seed))
-        before = [
-            task.state.get(name, torch.zeros(())).to(f.device) for name, f in zip(names, found, strict=True)
-        ]
-        return {
-            name: self.config.decay * old + new for name, old, new in zip(names, before, found, strict=True)
-        }
+        state = {}
+        for name, new in zip(names, found, strict=True):
+            old = task.state.get(name, torch.zeros(())).to(new.device)
+            state[name] = self.config.decay * old + new
+        return state
 
 
 def fisher(gradients, examples: list) -> list[Tensor]:

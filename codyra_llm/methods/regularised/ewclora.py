@@ -31,15 +31,18 @@ class EwcLora(SeqLora):
     max_zero_stage = 2  # the penalty reads whole parameters
 
     def begin_task(self, model, task: Task) -> None:
+        """Put the Fisher information of W next to the layers."""
         super().begin_task(model, task)
         layers = sites(model)
         self._held = [(layers[site], f.to(layers[site].lora_B)) for site, f in task.state.items()]
 
     def penalty(self, model) -> dict[str, Tensor]:
+        """λ/2 Σ F ΔW²."""
         terms = [held_back(layer, fisher) for layer, fisher in self._held]
         return {"ewc": self.config.weight / 2 * torch.stack(terms).sum()} if terms else {}
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        """γ F + F_new by site, [out, in]."""
         found = weight_fisher(model, task, task.sample(self.config.examples, self.seed))
         nothing = torch.zeros(())
         return {

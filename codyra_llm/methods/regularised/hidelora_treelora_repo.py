@@ -29,11 +29,15 @@ class HideLoraRepo(SeqLora):
     max_zero_stage = 2  # the penalty reads whole parameters
 
     def penalty(self, model) -> dict[str, Tensor]:
+        """The contrastive term of the rows of A, summed over sites."""
         c = self.config
         if not c.weight:
             return {}
-        stacks = (torch.stack([layer.lora_A for layer in group.values()]) for group in by_shape(sites(model)))
-        return {"contrast": c.weight * sum(contrast(a, c.temperature) for a in stacks)}
+        total = 0.0
+        for group in by_shape(sites(model)):
+            a = torch.stack([layer.lora_A for layer in group.values()])
+            total = total + contrast(a, c.temperature)
+        return {"contrast": c.weight * total}
 
 
 def contrast(a: Tensor, temperature: float) -> Tensor:

@@ -29,10 +29,12 @@ class Lwf(SeqLora):
     max_zero_stage = 2  # the teacher is a copy of whole parameters
 
     def begin_task(self, model, task: Task) -> None:
+        """Keep the factors as they are: with them the adapters are the teacher."""
         super().begin_task(model, task)
         self._teacher = snapshot(model) if task.index else None
 
     def loss(self, model, batch) -> dict[str, Tensor]:
+        """Cross entropy, and α·T²·KL(teacher ‖ student) on the same tokens."""
         if not self._teacher:
             return super().loss(model, batch)
         with torch.no_grad(), stand_in(model, self._teacher):

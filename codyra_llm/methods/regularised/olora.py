@@ -5,6 +5,7 @@ from torch import Tensor
 
 from codyra_llm.config.methods.regularised import OLoraConfig
 from codyra_llm.lora.layer import sites
+from codyra_llm.lora.update import Adapter
 from codyra_llm.methods.base import Task
 from codyra_llm.methods.regularised.shapes import by_shape
 from codyra_llm.methods.sequential.seqlora import SeqLora
@@ -31,6 +32,7 @@ class OLora(SeqLora):
     max_zero_stage = 2  # the penalty reads whole parameters
 
     def begin_task(self, model, task: Task) -> None:
+        """Stack all earlier tasks' A by shape."""
         super().begin_task(model, task)
         past = range(task.index if self.config.lambda_orthogonal else 0)
         before = [task.archive.load(k).adapters for k in past]
@@ -38,20 +40,31 @@ class OLora(SeqLora):
         self._groups = []
         for group in by_shape(sites(model)):
             layers = list(group.values())
-            rows = [torch.cat([adapters[site].a for adapters in before]) for site in group] if before else []
-            self._groups.append((layers, torch.stack(rows).to(layers[0].lora_A) if rows else None))
+            old = _earlier_rows(before, list(group)).to(layers[0].lora_A) if before else None
+            self._groups.append((layers, old))
 
     def penalty(self, model) -> dict[str, Tensor]:
+        """The mean overlap of the task's A with the earlier ones, and the norms of its factors."""
         c, terms = self.config, {}
         if any(old is not None for _, old in self._groups):
-            stacks = ((old, torch.stack([layer.lora_A for layer in layers])) for layers, old in self._groups)
-            total = sum(overlap(old, new, c.overlap) for old, new in stacks)
+            total = 0.0
+            for layers, old in self._groups:
+                new = torch.stack([layer.lora_A for layer in layers])
+                total = total + overlap(old, new, c.overlap)
             terms["orthogonal"] = c.lambda_orthogonal / self._pairs * total
         if c.lambda_norm:
             terms["norm"] = c.lambda_norm * sum(
                 layer.lora_A.norm() + layer.lora_B.norm() for layers, _ in self._groups for layer in layers
             )
         return terms
+
+
+def _earlier_rows(before: list[dict[str, Adapter]], names: list[str]) -> Tensor:
+    """All earlier tasks' A at these sites, one below the other: [sites, tasks·r, in]."""
+    rows = []
+    for name in names:
+        rows.append(torch.cat([adapters[name].a for adapters in before]))
+    return torch.stack(rows)
 
 
 def overlap(old: Tensor, new: Tensor, kind: str) -> Tensor:

@@ -31,9 +31,9 @@ def grow(signatures: Tensor, arms: list[int]) -> Node:
     # decides for them.
     order = torch.argsort((apart / apart.max()).round(decimals=5), stable=True).tolist()
     half = (len(arms) + 1) // 2
-    return Node(
-        arms, spread, [grow(signatures, [arms[i] for i in part]) for part in (order[:half], order[half:])]
-    )
+    near = [arms[i] for i in order[:half]]
+    far = [arms[i] for i in order[half:]]
+    return Node(arms, spread, [grow(signatures, near), grow(signatures, far)])
 
 
 class Bandit:
@@ -58,6 +58,7 @@ class Bandit:
         return min(node.arms, key=lambda k: self.pulls[k])
 
     def observe(self, arm: int, cost: float) -> None:
+        """Count a pull of the arm, and what it cost."""
         self.pulls[arm] += 1
         self.costs[arm] += cost
 

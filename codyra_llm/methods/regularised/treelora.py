@@ -37,6 +37,7 @@ class TreeLora(SeqLora):
     max_zero_stage = 0
 
     def begin_task(self, model, task: Task) -> None:
+        """Read the earlier tasks' mean gradients; one bandit per site."""
         super().begin_task(model, task)
         self._layers, self._epochs = sites(model), task.stream.epochs[task.index]
         self._saved = {site: old.to(self._layers[site].lora_A) for site, old in task.state.items()}
@@ -45,10 +46,12 @@ class TreeLora(SeqLora):
         }
 
     def before_step(self, groups: list[dict], step: int, steps: int, schedule: str) -> None:
+        """Begin the running mean again with every epoch."""
         if step % (steps // self._epochs) == 0:
             self._means, self._seen = dict.fromkeys(self._layers, 0.0), 0
 
     def edit_gradients(self, gradients) -> None:
+        """Update the running mean, choose a task per site, and blend its gradient in."""
         flat = {
             site: torch.cat([layer.lora_A.grad.flatten(), layer.lora_B.grad.flatten()])
             for site, layer in self._layers.items()
@@ -58,25 +61,23 @@ class TreeLora(SeqLora):
         if not (self._saved and self.config.weight):
             return
         chosen = {site: bandit.select() for site, bandit in self._bandits.items()}
-        found = torch.stack(
-            [distance(self._means[site], self._saved[site][k]) for site, k in chosen.items()]
-        ).tolist()
-        for (site, k), residual in zip(chosen.items(), found, strict=True):
+        distances = [distance(self._means[site], self._saved[site][k]) for site, k in chosen.items()]
+        residuals = torch.stack(distances).tolist()  # one transfer for all sites
+        for (site, k), residual in zip(chosen.items(), residuals, strict=True):
             self._bandits[site].observe(k, residual)
             self._write(site, blend(flat[site], self._saved[site][k], self.config.weight))
 
     def progress(self) -> dict[str, Tensor]:
-        bandits = {
-            f"bandit.{site}": torch.tensor([bandit.pulls, bandit.costs], dtype=torch.float64)
-            for site, bandit in self._bandits.items()
-        }
-        return {
-            "seen": torch.tensor(self._seen),
-            **bandits,
-            **{f"mean.{site}": m for site, m in self._means.items()},
-        }
+        """The running means, the number of steps in them, and the bandits' pulls and costs."""
+        state = {"seen": torch.tensor(self._seen)}
+        for site, bandit in self._bandits.items():
+            state[f"bandit.{site}"] = torch.tensor([bandit.pulls, bandit.costs], dtype=torch.float64)
+        for site, mean in self._means.items():
+            state[f"mean.{site}"] = mean
+        return state
 
     def resume(self, progress: dict[str, Tensor]) -> None:
+        """Put them back."""
         self._seen = int(progress["seen"])
         self._means = {
             site: progress[f"mean.{site}"].to(layer.lora_A) for site, layer in self._layers.items()
@@ -86,6 +87,7 @@ class TreeLora(SeqLora):
             bandit.pulls = list(map(int, pulls))
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        """The mean gradients of all tasks by site, [tasks, n]."""
         return {
             site: torch.cat([self._saved[site], mean[None]]) if self._saved else mean[None]
             for site, mean in self._means.items()

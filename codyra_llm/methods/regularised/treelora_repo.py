@@ -36,17 +36,16 @@ class TreeLoraRepo(SeqLora):
     max_zero_stage = 2  # whole parameters are read
 
     def begin_task(self, model, task: Task) -> None:
+        """Group the sites by shape, and read what the earlier tasks left."""
         super().begin_task(model, task)
         self._index, self._epochs = task.index, task.stream.epochs[task.index]
         self._groups = by_shape(sites(model))
-        self._saved = [
-            torch.stack([task.state[site] for site in group], 1).to(next(iter(group.values())).lora_A)
-            if task.index
-            else None
-            for group in self._groups
-        ]  # [t, D, F]
+        self._saved: list[Tensor | None] = [None] * len(self._groups)  # each [t, D, F]
+        if task.index:
+            self._saved = [_stored(task.state, group) for group in self._groups]
 
     def before_step(self, groups: list[dict], step: int, steps: int, schedule: str) -> None:
+        """Take the step's A into the running mean, and draw a task for it."""
         per_epoch = steps // self._epochs
         if step % per_epoch == 0:
             self._draws = [Draw(saved, per_epoch) for saved in self._saved]
@@ -59,6 +58,7 @@ class TreeLoraRepo(SeqLora):
                 self._previous.append(draw.signatures(random))
 
     def loss(self, model, batch) -> dict[str, Tensor]:
+        """Cross entropy, and the release's regulariser at the step's place in the ramp."""
         terms = super().loss(model, batch)
         if self._index and self._ramp and model.training:
             s = sum(
@@ -69,6 +69,7 @@ class TreeLoraRepo(SeqLora):
         return terms
 
     def progress(self) -> dict[str, Tensor]:
+        """What the draws have counted in this epoch."""
         return {
             f"{i}.{key}": torch.as_tensor(getattr(draw, key))
             for i, draw in enumerate(self._draws)
@@ -76,24 +77,29 @@ class TreeLoraRepo(SeqLora):
         }
 
     def resume(self, progress: dict[str, Tensor]) -> None:
+        """Put it back."""
         self._draws = [Draw(saved, int(progress[f"{i}.steps"])) for i, saved in enumerate(self._saved)]
         for i, draw in enumerate(self._draws):
             for key in draw.counted:
                 value = progress[f"{i}.{key}"]
-                setattr(
-                    draw,
-                    key,
-                    value.to(next(iter(self._groups[i].values())).lora_A.device)
-                    if value.dim()
-                    else value.item(),
-                )
+                device = _first(self._groups[i]).lora_A.device
+                setattr(draw, key, value.to(device) if value.dim() else value.item())
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        """The mean A of all tasks by site, [tasks, F]."""
         state = {}
         for group, draw, saved in zip(self._groups, self._draws, self._saved, strict=True):
             now = draw.current[None] if saved is None else torch.cat([saved, draw.current[None]])
             state |= {site: now[:, d] for d, site in enumerate(group)}
         return state
+
+
+def _stored(state: dict[str, Tensor], group: dict[str, LoraLinear]) -> Tensor:
+    return torch.stack([state[site] for site in group], 1).to(_first(group).lora_A)
+
+
+def _first(group: dict[str, LoraLinear]) -> LoraLinear:
+    return next(iter(group.values()))
 
 
 class Draw:
@@ -102,8 +108,9 @@ class Draw:
     def __init__(self, saved: Tensor | None, steps: int):
         self.saved, self.steps, self.tau = saved, steps, -1
         self.current: Tensor | float = 0.0
-        self.counted = ["steps", "tau", "current"] + ["pulls", "similarity"] * (saved is not None)
+        self.counted = ["steps", "tau", "current"]
         if saved is not None:
+            self.counted += ["pulls", "similarity"]
             self.pulls, self.similarity = torch.zeros(2, *saved.shape[:2], device=saved.device)
             self.children = first_split(saved)
 
@@ -165,7 +172,9 @@ def first_split(saved: Tensor) -> list[tuple[list[int], float | None]]:
         return []
     at_root = similarities(tasks, 0)
     high = (at_root >= at_root.median()).tolist()
-    parts = [[k for k in tasks if high[k]], [k for k in tasks if not high[k]]]
+    similar = [k for k in tasks if high[k]]
+    others = [k for k in tasks if not high[k]]
+    parts = [similar, others]
     if not all(parts):
         parts = [tasks[: len(tasks) // 2], tasks[len(tasks) // 2 :]]
     inner = [saved.shape[1] > 1 and len(part) > 1 for part in parts]

@@ -55,15 +55,16 @@ class Codyra(Method):
 
     @property
     def max_zero_stage(self) -> int:
-        return (
-            0 if self.config.selection == "random" else 3
-        )  # its masks have the parameters' shapes, ZeRO's shards not
+        """0 with random masks, which have the parameters' shapes and not those of ZeRO's shards."""
+        return 0 if self.config.selection == "random" else 3
 
     @property
     def merge_factor(self) -> float:
+        """`merge_scale`: the control that shrinks every update."""
         return self.config.merge_scale
 
     def foresee(self, model, steps: list[int], schedule: str) -> list[str]:
+        """Warn where the threshold will prune nothing, or everything."""
         if self.config.selection != "threshold":
             return []
         found = (self._pruned(n, schedule) for n in sorted(set(steps)))
@@ -73,9 +74,11 @@ class Codyra(Method):
         """Where a task of `steps` is pruned of nothing, or of all that training does not raise again."""
         c = self.config
         total = sum(shrink(c.threshold, step, steps, schedule) for step in range(steps))
-        largest = (
-            1.0 if c.align else c.importance_value * (NORMAL_MAX if c.importance_init == "normal" else 1)
-        )
+        largest = c.importance_value  # that an importance w starts at
+        if c.align:
+            largest = 1.0
+        elif c.importance_init == "normal":
+            largest *= NORMAL_MAX
         if not total:
             return f"the threshold will prune nothing in {steps} steps: all its κ are 0"
         if total < largest:
@@ -86,12 +89,14 @@ class Codyra(Method):
         )
 
     def spec(self) -> AdapterSpec:
+        """An adapter with an importance w per rank, or plain LoRA without selection."""
         c = self.config
         if c.selection == "none":
             return AdapterSpec(c.rank, c.scale, c.dropout)
         return AdapterSpec(c.rank, c.scale, c.dropout, c.importance_init, c.importance_value)
 
     def param_groups(self, model, lr: float) -> list[dict]:
+        """A and B, and w as a group that carries its threshold κ, or the masks of the random control."""
         if self.config.selection == "none":
             return super().param_groups(model, lr)
         layers = sites(model).values()
@@ -109,20 +114,21 @@ class Codyra(Method):
         return [{"params": [p for layer in layers for p in (layer.lora_A, layer.lora_B)], "lr": lr}, group]
 
     def before_step(self, groups: list[dict], step: int, steps: int, schedule: str) -> None:
+        """Set κ of this step."""
         threshold = self.config.threshold
         for group in groups:
-            if "kappa" in group:
-                group["kappa"] = (
-                    vanishing_rate(step, steps, threshold.dense)
-                    if "drop" in group
-                    else shrink(threshold, step, steps, schedule)
-                )
+            if "drop" in group:  # the random control
+                group["kappa"] = vanishing_rate(step, steps, threshold.dense)
+            elif "kappa" in group:
+                group["kappa"] = shrink(threshold, step, steps, schedule)
 
     def rewrite(self, step: int, steps: int):
+        """Align all adapters when the sparse phase begins."""
         aligns = self.config.align and self.config.selection != "none"
         return all_aligned if aligns and step == int(self.config.threshold.dense * steps) else None
 
     def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
+        """The ranks whose w is not zero."""
         return super().consolidate({site: survivors(x) for site, x in adapters.items()}, index)
 
     def _lots(self, weights: list) -> list:
@@ -136,6 +142,7 @@ class Codyra(Method):
 
 
 def all_aligned(adapters: dict[str, Adapter]) -> dict[str, Adapter]:
+    """`aligned` at every site."""
     return {site: aligned(adapter) for site, adapter in adapters.items()}
 
 

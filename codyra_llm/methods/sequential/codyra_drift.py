@@ -46,6 +46,7 @@ class CodyraDrift(Codyra):
         return 0 if self.config.selection in ("ratio", "random") else 2
 
     def foresee(self, model, steps: list[int], schedule: str) -> list[str]:
+        """In addition, what the second moments take in memory, and the penalty in operations."""
         sizes = {
             name: kept_numbers(layer.in_features, self.config.sketch) for name, layer in sites(model).items()
         }
@@ -60,6 +61,7 @@ class CodyraDrift(Codyra):
         ]
 
     def begin_task(self, model, task: Task) -> None:
+        """Read the old inputs' second moments, and set up the penalty on them."""
         super().begin_task(model, task)  # ΔW = 0: inputs are those of the model as it stands
         self._model, self._masks = model, None
         self._inputs = {names[0]: names for names in distinct_inputs(model)}
@@ -72,9 +74,11 @@ class CodyraDrift(Codyra):
         self._new = self._moments(model, task) if self.config.selection == "ratio" and self._old else {}
 
     def penalty(self, model) -> dict[str, Tensor]:
+        """μ times the relative drift of old outputs."""
         return {"drift": self.config.drift_weight * self._drift()} if self._drift else {}
 
     def before_step(self, groups: list[dict], step: int, steps: int, schedule: str) -> None:
+        """Set κ of this step; with `ratio` of the ranks that the prices have condemned."""
         if self.config.selection != "ratio":
             super().before_step(groups, step, steps, schedule)
         elif self._masks:
@@ -84,23 +88,28 @@ class CodyraDrift(Codyra):
                     group["kappa"] = vanishing_rate(step, steps, self.config.threshold.dense)
 
     def rewrite(self, step: int, steps: int):
+        """Price the ranks when the sparse phase begins, or align them as codyra does."""
         if self.config.selection != "ratio":
             return super().rewrite(step, steps)
         return self._priced if self._old and step == int(self.config.threshold.dense * steps) else None
 
     def progress(self) -> dict[str, Tensor]:
+        """The masks of the ranks that go."""
         return dict(self._masks or {})
 
     def resume(self, progress: dict[str, Tensor]) -> None:
+        """Put them back."""
         self._masks = {site: progress[site] for site in sites(self._model)} if progress else None
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        """The old inputs' second moments with this task's in addition."""
         moments = task_moments(self.config, model, task, self.seed)
         self._new = {name: self._kept.recovered(*moment) for name, moment in moments.items()}
         self._kept.add(moments)
         return self._kept.state()
 
     def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
+        """The update, merged in closed form against old inputs (`spared`)."""
         update = super().consolidate(adapters, index)
         if not (self.config.merge_weight and self._old):
             return update

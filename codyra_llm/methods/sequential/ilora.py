@@ -37,21 +37,26 @@ class Ilora(IloraMixed):
 
     @torch.no_grad()
     def begin_task(self, model, task: Task) -> None:
+        """In addition, draw the buffer of earlier tasks' examples."""
         super().begin_task(model, task)
         self._index = task.index
         self._buffer = task.encode(self._reservoir(task)) if task.index else []
 
     def train_data(self, stream, index: int):
+        """The task's own records; replay is a batch of its own in every step."""
         return super(IloraMixed, self).train_data(stream, index)
 
     def before_step(self, groups, step: int, steps: int, schedule: str) -> None:
+        """Remember the step, by which the replayed batch is drawn."""
         self._step = step
 
     def loss(self, model, batch) -> dict[str, Tensor]:
+        """Cross entropy of the task's own batch."""
         return super(IloraMixed, self).loss(model, batch)
 
     @torch.no_grad()
     def edit_gradients(self, gradients) -> None:
+        """Add the replayed batch's gradient, half of either, with the distance to the slow adapter."""
         if not self._buffer:
             return
         draw = generator("replayed", self.seed, self._index, self._step)
@@ -97,7 +102,7 @@ class Ilora(IloraMixed):
 
 
 def hidden_states(model: nn.Module, batch: Batch, lengths: list[int]) -> list[Tensor]:
-    """Of the embeddings and every layer, [n, h] at the n positions that are no pads."""
+    """Of the embeddings and every layer, [n, h] at the n positions that are not padding."""
     backbone = families.backbone(model)
     states = backbone(input_ids=batch.ids, use_cache=False, output_hidden_states=True).hidden_states
     width = batch.ids.shape[1]

@@ -34,6 +34,7 @@ class IloraMixed(SeqLora):
 
     @torch.no_grad()
     def begin_task(self, model, task: Task) -> None:
+        """Load the fast adapter, which trains, and the slow one, which is archived."""
         if task.index:
             restore(model, task.archive.load(task.index - 1))
         else:
@@ -46,11 +47,15 @@ class IloraMixed(SeqLora):
         self._own = len(task.records())
 
     def train_data(self, stream, index: int):
+        """The task's records and the first part of every earlier task's."""
         records, epochs = super().train_data(stream, index)
-        memory = [r for past in range(index) for r in head(stream.records(past, "train"), self.config.ratio)]
+        memory = []
+        for past in range(index):
+            memory += head(stream.records(past, "train"), self.config.ratio)
         return records + memory, [range(len(records) + len(memory))] * len(epochs)
 
     def loss(self, model, batch) -> dict[str, Tensor]:
+        """Cross entropy, and the distance between the two adapters' hidden states on replayed examples."""
         if self._first or not self.config.weight or not model.training:
             return super().loss(model, batch)
         hidden, distance = batch.hidden(model), batch.weights.new_zeros(())
@@ -68,12 +73,14 @@ class IloraMixed(SeqLora):
 
     @torch.no_grad()
     def after_step(self, gradients) -> None:
+        """slow ← λ·slow + (1-λ)·fast."""
         for site, layer in sites(gradients.model).items():
             a, _, b = self._slow[site]
             a.lerp_(layer.lora_A, 1 - self.config.decay)
             b.lerp_(layer.lora_B, 1 - self.config.decay)
 
     def progress(self) -> dict[str, Tensor]:
+        """The slow adapter."""
         return {
             f"{site}.{key}": factor
             for site, (a, _, b) in self._slow.items()
@@ -81,11 +88,13 @@ class IloraMixed(SeqLora):
         }
 
     def resume(self, progress: dict[str, Tensor]) -> None:
+        """Put it back."""
         for site, (a, _, b) in self._slow.items():
             a.copy_(progress[f"{site}.a"])
             b.copy_(progress[f"{site}.b"])
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        """The fast adapter, where the next task goes on."""
         return {
             f"{site}.{key}": factor
             for site, layer in sites(model).items()
@@ -93,6 +102,7 @@ class IloraMixed(SeqLora):
         }
 
     def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
+        """The slow adapter is the update."""
         slow = {
             site: Adapter(a.float().cpu(), b.float().cpu(), None) for site, (a, _, b) in self._slow.items()
         }

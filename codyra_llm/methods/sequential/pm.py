@@ -35,9 +35,9 @@ class PerturbMerge(SeqLora):
     of a site's inputs, each site's share of what it says, and W*_i is taken to be W_{t-1}, so α = q_t/(q_t +
     μ q_old) with q = Σ_sites c tr(ΔW Σ ΔWᵀ). That is the scalar case of codyra_drift's merge, which chooses a
     matrix. A task that is learnt so well that its gradients vanish has next to no Fisher information, and
-    gets next to no α; inputs has not that. Cost: none per step; per task `max_examples` backward passes
-    (fisher), or a forward pass. State: two numbers per weight of the sites in float32 (fisher), or
-    codyra_drift's. In training time 1.3 (inputs 1.1) times seqlora's on the quickstart.
+    gets next to no α; `inputs` does not suffer from that. Cost: none per step; per task `max_examples`
+    backward passes (fisher), or a forward pass. State: two numbers per weight of the sites in float32
+    (fisher), or codyra_drift's. In training time 1.3 (inputs 1.1) times seqlora's on the quickstart.
     """
 
     name, Config = "pm", PmConfig
@@ -46,6 +46,7 @@ class PerturbMerge(SeqLora):
     max_zero_stage = 2  # passes over data need whole parameters
 
     def begin_task(self, model, task: Task) -> None:
+        """Read the old inputs' second moments where they measure the curvature."""
         super().begin_task(model, task)
         self._index, self._layers, self._plain = task.index, list(sites(model).values()), self.spec()
         if self.config.curvature == "inputs":
@@ -54,22 +55,23 @@ class PerturbMerge(SeqLora):
                 self._kept.add(sampled_moments(self.config, model, task, self.seed))
 
     def before_step(self, groups, step: int, steps: int, schedule: str) -> None:
+        """Scale the adapters by 1 + ε or 1 - ε, drawn by (seed, task, step)."""
         draw = generator("perturbation", self.seed, self._index, step)
         sign = 2 * int(torch.randint(2, (), generator=draw)) - 1
         self._resize(1 + sign * self.config.perturbation)
 
     def after_step(self, gradients) -> None:
+        """Back to the plain scale."""
         self._resize(1.0)
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
-        self._alpha, state = (
-            self._by_inputs(model, task)
-            if self.config.curvature == "inputs"
-            else self._by_fisher(model, task)
-        )
+        """Find α, and keep what later tasks need to find theirs."""
+        by_inputs = self.config.curvature == "inputs"
+        self._alpha, state = self._by_inputs(model, task) if by_inputs else self._by_fisher(model, task)
         return {**state, "alpha": torch.tensor(self._alpha)}
 
     def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
+        """α times the trained update."""
         merged = {site: adapter._replace(b=self._alpha * adapter.b) for site, adapter in adapters.items()}
         return super().consolidate(merged, index)
 
@@ -127,8 +129,10 @@ def optimum_terms(
 def relative_energies(layer: LoraLinear, new: SecondMoment, old: SecondMoment) -> tuple[float, float]:
     """E_new|ΔW x|² and E_old|ΔW x|², both as shares of E_old|W x|²; zeros where that is 0."""
     new, old = new.to(layer.lora_A), old.to(layer.lora_A)
-    gram, relative = layer.lora_B.T @ layer.lora_B, share(layer, old)
-    return tuple((relative * (gram * moment.between(layer.lora_A)).sum()).item() for moment in (new, old))
+    gram, relative = layer.lora_B.T @ layer.lora_B, share(layer, old)  # [r, r]
+    of_new = relative * (gram * new.between(layer.lora_A)).sum()
+    of_old = relative * (gram * old.between(layer.lora_A)).sum()
+    return of_new.item(), of_old.item()
 
 
 def coefficient(numerator: float, denominator: float) -> float:

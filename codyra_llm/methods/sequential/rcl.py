@@ -28,6 +28,7 @@ class Rcl(SeqLora):
     config: RclConfig
 
     def train_data(self, stream, index: int):
+        """The task's records from TRACE's variant with reasoning. Raises Fault where it has none."""
         own, task = self.config.folder, stream.tasks[index]
         folder = Path(expanded(own)) if own else _variant(stream.root.absolute())
         if not (folder / task / "train.json").is_file():
@@ -39,14 +40,15 @@ class Rcl(SeqLora):
         return records, [range(len(records))] * stream.epochs[index]
 
     def present(self, stream, encoder, task: int, prompts: list[str]) -> list[str]:
+        """Prompts that ask for the reasoning too."""
         return [reasoned_prompt(stream.tasks[task], prompt) for prompt in prompts]
 
     def read(self, task: str, prediction: str) -> str:
+        """The answer without its reasoning."""
         return read_answer(task, prediction)
 
 
 def _variant(root: Path) -> Path:
     """The default folder: inside `root`, as in mini-TRACE, or a sibling, as in TRACE."""
-    return (
-        root / REASONING_VARIANT if (root / REASONING_VARIANT).is_dir() else root.parent / REASONING_VARIANT
-    )
+    inside = root / REASONING_VARIANT
+    return inside if inside.is_dir() else root.parent / REASONING_VARIANT

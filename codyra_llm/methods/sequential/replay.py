@@ -22,6 +22,7 @@ class Replay(SeqLora):
     old_data = grows = True
 
     def train_data(self, stream, index: int):
+        """The task's records and the memory's, mixed or in an epoch of their own at the end."""
         records, epochs = super().train_data(stream, index)
         memory = self._memory(stream, index)
         everything = range(len(records) + len(memory))
@@ -32,10 +33,14 @@ class Replay(SeqLora):
         return records + memory, epochs + [everything[len(records) :]]
 
     def epochs_apart(self, stream, index: int) -> int:
-        return int(self.config.when == "after" and bool(self._memory(stream, index)))
+        """1 where the memory has an epoch of its own."""
+        apart = self.config.when == "after" and self._memory(stream, index)
+        return 1 if apart else 0
 
     def _memory(self, stream, index: int) -> list[dict]:
-        memory = [r for past in range(index) for r in head(stream.records(past, "train"), self.config.ratio)]
+        memory = []
+        for past in range(index):
+            memory += head(stream.records(past, "train"), self.config.ratio)
         return memory + (stream.extra("Lima") if self.config.lima else [])
 
 

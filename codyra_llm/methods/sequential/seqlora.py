@@ -25,21 +25,26 @@ class SeqLora(Method):
 
     @property
     def mode(self):
+        """What an archived update means: "add" with a fresh adapter per task, else "replace"."""
         return "add" if self.config.fresh else "replace"
 
     @property
     def carries_optimizer(self):
+        """Whether Adam's moments go on into the next task."""
         return self.config.carry_optimizer
 
     @property
     def merge_factor(self):
+        """`merge_scale`: the control that shrinks every update."""
         return self.config.merge_scale
 
     def spec(self) -> AdapterSpec:
+        """Plain LoRA of scale alpha / rank."""
         c = self.config
         return AdapterSpec(c.rank, (c.alpha or c.rank) / c.rank, c.dropout)
 
     def begin_task(self, model, task: Task) -> None:
+        """Go on with the last task's adapter, or begin a fresh one."""
         if task.index and not self.config.fresh:
             restore(model, task.archive.load(task.index - 1))
         else:

@@ -33,6 +33,7 @@ class Slao(SeqLora):
 
     @torch.no_grad()
     def begin_task(self, model, task: Task) -> None:
+        """Begin with an orthonormal basis of the last A, and with B as it was trained last."""
         if not task.index:
             super().begin_task(model, task)
             self._merged: dict[str, Tensor] = {}
@@ -44,9 +45,11 @@ class Slao(SeqLora):
             layer.lora_B.copy_(task.state[site])
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        """B as trained, since the archive holds the merged one."""
         return {site: layer.lora_B.detach().clone() for site, layer in sites(model).items()}
 
     def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
+        """The trained A with B^m, into which the trained B is merged by 1/√t."""
         merged = {
             site: adapter._replace(b=merged_columns(self._merged.get(site), adapter.b, index + 1))
             for site, adapter in adapters.items()

@@ -29,20 +29,22 @@ class Sora(SeqLora):
     max_zero_stage = 2  # `end_task` reads whole parameters
 
     def spec(self) -> AdapterSpec:
+        """An adapter with a gate per rank."""
         plain = super().spec()
         return AdapterSpec(plain.rank, plain.scale, plain.dropout, self.config.gate_init)
 
     def begin_task(self, model, task: Task) -> None:
+        """Go on with factors and gates of the task before."""
         if task.index:
             load_factors(model, task.state)
         else:
             super().begin_task(model, task)
 
     def param_groups(self, model, lr: float) -> list[dict]:
+        """A and B, and the gates as a group that carries its threshold κ."""
         layers, own = sites(model).values(), self.config.gate_lr
-        gates = [
-            layer.lora_w.requires_grad_(own != 0) for layer in layers
-        ]  # else they would count in the clipped norm
+        # Without a gradient at rate 0, or they would count in the norm that is clipped.
+        gates = [layer.lora_w.requires_grad_(own != 0) for layer in layers]
         return [
             {"params": [p for layer in layers for p in (layer.lora_A, layer.lora_B)], "lr": lr},
             {
@@ -55,9 +57,10 @@ class Sora(SeqLora):
         ]
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
+        """All ranks, since the archive leaves out those whose gate is zero."""
         return trained_factors(model)
 
     def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
-        return Update(
-            {site: survivors(adapter) for site, adapter in adapters.items()}, self.spec().scale, self.mode
-        )
+        """The ranks whose gate is not zero."""
+        kept = {site: survivors(adapter) for site, adapter in adapters.items()}
+        return Update(kept, self.spec().scale, self.mode)

@@ -63,16 +63,15 @@ FOREIGN = (
 
 
 @contextmanager
-def told(what: str, instead: str) -> Iterator[None]:
+def explain_errors(what: str, instead: str) -> Iterator[None]:
     """A Fault, `what` (the reason): `instead`, in place of what another package raises at a file of the
     user.
     """
     try:
         yield
     except Exception as error:
-        if (
-            not isinstance(error, FOREIGN) and type(error) is not Exception
-        ):  # tokenizers raises Exception itself
+        # tokenizers raises Exception itself; any other kind is a defect here, or Ctrl-C.
+        if not isinstance(error, FOREIGN) and type(error) is not Exception:
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         reason = f"it has no {reason}" if isinstance(error, KeyError) else reason
@@ -93,12 +92,11 @@ def size_faults(folder: Path) -> list[str]:
 def read_config(folder: Path) -> PreTrainedConfig:
     """The config of the model in `folder` as transformers reads it, without the names of a classifier's
     labels. Raises Fault for one that describes no model, or one that nobody could compute with."""
-    if faults := size_faults(folder):
+    faults = size_faults(folder)
+    if faults:
         raise Fault(*faults)
-    where, instead = (
-        f"{folder}/config.json describes no model",
-        "expected the model's own config; download it again",
-    )
+    where = f"{folder}/config.json describes no model"
+    instead = "expected the model's own config; download it again"
     raw = read_mapping(folder / "config.json", "the model's config")
     for key, value in _numbers(raw):
         least, most = BOUNDS[key.rpartition(".")[2]]
@@ -112,7 +110,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     if kind == "mistral" and "layer_types" in kept:  # as AutoConfig reads it
         kept["model_type"] = kind = "ministral"
     known = isinstance(kind, str) and kind in CONFIG_MAPPING
-    with told(where, instead):
+    with explain_errors(where, instead):
         config = (CONFIG_MAPPING[kind] if known else PreTrainedConfig).from_dict(kept)
     config.name_or_path = str(folder)
     return config
@@ -122,15 +120,13 @@ def _numbers(raw: dict) -> Iterator[tuple[str, float]]:
     """The numbers of a config that have bounds, with their keys: its own, and those in the sections of RoPE
     and of towers."""
     parts = {f"{key}.": part for key, part in raw.items() if _is_section(key, part)}
-    inner = {
-        f"{name}{key}.": value
-        for name, section in parts.items()
-        for key, value in section.items()  # RoPE by kind of layer, as in Gemma 3
-        if _is_section(key, value)
-    }
+    inner = {}  # RoPE by kind of layer, as in Gemma 3
+    for name, section in parts.items():
+        inner |= {f"{name}{key}.": value for key, value in section.items() if _is_section(key, value)}
     for name, section in {"": raw, **parts, **inner}.items():
         for key in BOUNDS:
-            if isinstance(value := section.get(key), int | float):
+            value = section.get(key)
+            if isinstance(value, int | float):
                 yield name + key, value
 
 

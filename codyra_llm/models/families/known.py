@@ -82,7 +82,7 @@ def _from_packages() -> None:
             offered = entry.load()
         except Exception as error:  # whatever the import of another package raises
             raise Fault(
-                f"the entry point '{entry.name}' of {GROUP} can't be loaded ({error}); mend or uninstall "
+                f"the entry point '{entry.name}' of {GROUP} can't be loaded ({error}); fix or uninstall "
                 f"the package of {entry.value}"
             ) from None
         if not isinstance(offered, Family):

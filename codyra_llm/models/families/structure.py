@@ -38,7 +38,7 @@ def family_named(model_type: object) -> Family:
 
 def family_in(folder: Path) -> Family:
     """The family of a folder of weights, by its config.json where there is one. Raises Fault for a config
-    that is none."""
+    that can't be read."""
     file = folder / "config.json"
     if not file.is_file():
         return LLAMA
@@ -161,7 +161,8 @@ def shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     """The config of the model's first layers alone."""
     cut = copy.deepcopy(config)
     cut.num_hidden_layers = layers
-    if kinds := getattr(config, "layer_types", None):
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
         cut.layer_types = kinds[:layers]
     if hasattr(config, "num_kv_shared_layers"):
         cut.num_kv_shared_layers = max(0, layers - config.num_hidden_layers + config.num_kv_shared_layers)

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from codyra_llm.config.differences import differences
 from codyra_llm.config.overrides import PROGRAM_KEYS, find_recipe, override
 from codyra_llm.config.recipe import load_recipe, parse_recipe
 from codyra_llm.core.errors import Fault
@@ -127,3 +128,14 @@ def test_broken_files(tmp_path):
 def test_recipes_are_frozen():
     with pytest.raises(ValidationError):
         parse_recipe(MINIMAL).seed = 2
+
+
+@pytest.mark.parametrize("name", ["THREE", "three.v2"])
+def test_a_task_added_at_the_end_is_no_difference(name):
+    def recipe(tasks, **epochs):
+        given = {**dict.fromkeys(tasks, 1), **epochs}
+        return parse_recipe({**MINIMAL, "data": {"root": "d", "tasks": tasks, "epochs": given}})
+
+    old, new = recipe(["ONE", "TWO"]), recipe(["ONE", "TWO", name])
+    assert differences(old, new) == []
+    assert differences(new, recipe(new.tasks, **{name: 2})) == [f"data.epochs.{name} was 1, now 2"]

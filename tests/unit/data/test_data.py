@@ -210,5 +210,5 @@ def test_settings_are_not_chosen_on_prompts_of_the_test_split(tmp_path):
     write("test", ["q", "s"])
     assert prompts("eval") == ["p", "r"] and prompts("test") == ["q", "s"]
     write("test", ["p", "q", "r"])
-    with pytest.raises(Fault, match="eval.json has no prompt that test.json has not"):
+    with pytest.raises(Fault, match="eval.json has no prompt that test.json lacks"):
         prompts("eval")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import bootstrap
 
 from codyra_llm.evaluate.matrix import FORMULAS, summary
 from codyra_llm.evaluate.statistics import summarise, summarise_all
@@ -121,3 +122,15 @@ def test_bootstrap_sets_are_those_of_one_draw_of_all(n):
         low, high = np.percentile(values[drawn].mean(axis=1), [2.5, 97.5])
         assert found[name] == {"mean": values.mean(), "low": low, "high": high, "n": n}
         assert summarise(list(values)) == found[name]
+
+
+def test_the_interval_is_that_of_scipy():
+    """Which needs two values at least, and takes seconds to import in every process that scores."""
+    scores = np.random.default_rng(5).uniform(0, 100, 60)
+    expected = bootstrap(
+        (scores,), np.mean, n_resamples=1000, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    found = summarise(list(scores))
+    width = expected.high - expected.low  # the draws may be others than ours in another version of scipy
+    assert found["low"] == pytest.approx(expected.low, abs=0.1 * width)
+    assert found["high"] == pytest.approx(expected.high, abs=0.1 * width)

@@ -4,6 +4,7 @@ duallora.
 
 import pytest
 import torch
+from scipy.cluster.vq import kmeans2
 from scipy.stats import multivariate_normal
 from torch import nn
 from torch.nn import functional
@@ -96,6 +97,13 @@ def test_kmeans_finds_the_blobs_and_is_a_fixed_point():
     )
     torch.testing.assert_close(found, torch.stack([x[nearest == c].mean(0) for c in range(4)]))
     assert kmeans(x[:1].repeat(6, 1), 3, "test").shape == (3, 3)
+
+
+def test_kmeans_ends_where_another_library_stays():
+    x = torch.randn(200, 5, generator=torch.Generator().manual_seed(1)).double()
+    found = kmeans(x, 4, "test")
+    moved, _ = kmeans2(x.numpy(), found.numpy(), iter=5, minit="matrix")
+    torch.testing.assert_close(torch.from_numpy(moved), found)
 
 
 def test_discriminant_analysis_is_the_largest_likelihood():

@@ -31,7 +31,7 @@ def ended(program: str, **environment: str) -> subprocess.CompletedProcess:
 def test_the_first_asks_and_the_second_ends():
     done = ended(PROGRAM)
     assert done.returncode == -signal.SIGINT
-    assert done.stdout == "still here\n" and done.stderr == signals.TOLD
+    assert done.stdout == "still here\n" and done.stderr == signals.MESSAGE
     assert "the same command resumes" in done.stderr and "again ends at once" in done.stderr
 
 
