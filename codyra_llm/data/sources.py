@@ -11,10 +11,10 @@ from codyra_llm.config.sections import FILE
 from codyra_llm.config.task import DatasetSource, Task
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.data import readers, records
-from codyra_llm.data.chats import Render, plain
 from codyra_llm.data.examples import Chats, Columns, label_names
 from codyra_llm.data.readers import Reading, class_names
 from codyra_llm.data.records import SPLITS, read_split, refuse
+from codyra_llm.data.rendering import Render, plain
 from codyra_llm.runtime.quiet import without_data_bars
 
 SHARES = {"test": 0.2, "eval": 0.1}  # of the distinct prompts in train, for a split that is not given
@@ -29,8 +29,8 @@ class Table(NamedTuple):
 
 
 def read(root: Path, name: str, task: Task, split: str, render: Render = plain) -> list[dict]:
-    """The examples of one split, each {"prompt": str, "answer": str}. Raises Fault with what is wrong with
-    them.
+    """The examples of one split, each {"prompt": str, "answer": str}, and of chats whose earlier turns are
+    learnt `learnt` (data/examples.py). Raises Fault with what is wrong with them.
     """
     if not task.declared:
         return read_split(root, name, split)
@@ -51,9 +51,8 @@ def read(root: Path, name: str, task: Task, split: str, render: Render = plain) 
     splits = divided([maker.key(row) for _, row in kept], missing)
     examples = [
         example
-        for (own_examples, _), own in zip(made, splits, strict=True)
-        for example in own_examples
-        if of != "train" or own == split
+        for (example, _), own in zip(made, splits, strict=True)
+        if example is not None and (of != "train" or own == split)
     ]
     if not examples:
         raise Fault(

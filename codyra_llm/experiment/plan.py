@@ -142,7 +142,7 @@ def _work(setup: Setup, model: nn.Module) -> Work:
                 own = [chosen[i] for i in positions]
                 lengths = [len(data.examples[i]) for i in own]
                 tokens = batch_tokens(lengths, packed)
-                labelled = sum(len(data.examples[i].answer) for i in own)
+                labelled = sum(data.examples[i].targets for i in own)
                 squares = sum(n * n for n in lengths) if packed else max(lengths) * tokens
                 work.pieces.append(Piece(tokens, labelled, squares, index, own))
     if work.pieces:
@@ -182,7 +182,7 @@ def _table(setup: Setup, work: Work) -> Table:
                 str(len(data.epochs)),
                 str(data.steps(recipe.optim.batch_size)),
                 f"{sum(map(len, visited)):,}",
-                f"{sum(len(e.answer) for e in visited):,}",
+                f"{sum(e.targets for e in visited):,}",
                 str(max(map(len, data.examples))),
                 f"{sum(e.cut for e in data.examples) / len(data.examples):.0%}",
             ]
@@ -192,12 +192,16 @@ def _table(setup: Setup, work: Work) -> Table:
 
 def _shown(setup: Setup, example: Encoded) -> Text:
     """The first training example as the model sees it, labelled tokens marked."""
-    decode = setup.tokenizer.decode
+    decode, parts, place = setup.tokenizer.decode, [], 0
+    for start, stop in example.turns:
+        parts += [decode(example.prompt[place:start]), (decode(example.prompt[start:stop]), "bold green")]
+        place = stop
     return Text.assemble(
         "first example, labelled part in green:\n",
-        decode(example.prompt),
+        *parts,
+        decode(example.prompt[place:]),
         (decode(example.answer), "bold green"),
-        f"\n{len(example.prompt)} prompt tokens, {len(example.answer)} labelled: {example.answer[:12]}",
+        f"\n{len(example.prompt)} prompt tokens, {example.targets} labelled: {example.answer[:12]}",
     )
 
 
