@@ -131,7 +131,7 @@ class Task(Strict, frozen=True):
     )
     train_on: Literal["last", "assistant"] = Field(
         default="last",
-        description="of a chat: its last message, or each of the assistant's, as an example of its own",
+        description="of a chat in train: its last message, or all of the assistant's turns at once",
     )
 
     @model_validator(mode="before")

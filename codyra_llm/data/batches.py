@@ -111,12 +111,11 @@ def collate(
     starts = accumulate([0, *lengths[:-1]]) if packed else range(0, math.prod(shape), shape[1])
     ids, predictors, targets, shares = torch.full(shape, pad), [], [], []
     for start, example, weight in zip(starts, own, weights, strict=True):
-        tokens, end = example.prompt + example.answer, start + len(example)
-        first = max(len(example.prompt), 1)  # the first labelled token; nothing predicts the first of all
-        ids.view(-1)[start:end] = torch.tensor(tokens)
-        predictors.extend(range(start + first - 1, end - 1))
-        targets += tokens[first:]
-        shares += [weight] * (len(example) - first)
+        tokens, labelled = example.prompt + example.answer, example.labelled
+        ids.view(-1)[start : start + len(example)] = torch.tensor(tokens)
+        predictors += [start + place - 1 for place in labelled]
+        targets += [tokens[place] for place in labelled]
+        shares += [weight] * len(labelled)
     return Batch(
         ids,
         torch.cat([torch.arange(n) for n in lengths])[None] if packed else None,
@@ -133,7 +132,7 @@ def example_weights(encoded: Sequence[Encoded], chosen: Sequence[int], average: 
     """Weight per labelled token: 1 / (labelled tokens of the global batch), or 1 / (examples · own labelled
     tokens).
     """
-    counts = [len(encoded[i].answer) for i in chosen]
+    counts = [encoded[i].targets for i in chosen]
     total = sum(counts)
     return [1 / total if average == "token" else 1 / (len(chosen) * n) for n in counts]
 

@@ -2,17 +2,12 @@
 writes."""
 
 import json
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import Any, NamedTuple
-
-from transformers import PreTrainedTokenizerBase
 
 from codyra_llm.config.task import Task
 from codyra_llm.core.errors import nearest
-from codyra_llm.core.foreign import Failed
 from codyra_llm.core.parsing import shown
-from codyra_llm.models.tokenizer import render_chat
 
 OPENAI_ROLES = {"developer": "system", "model": "assistant"}  # others are called as templates call them
 SHAREGPT_ROLES = {
@@ -46,38 +41,8 @@ class Chat(NamedTuple):
         return Chat(self.messages[:place], self.tools)
 
 
-Render = Callable[[Chat], str]
-
-
 class Wrong(Exception):
     """What is wrong with a chat, without where it is."""
-
-
-def plain(chat: Chat) -> str:
-    """A chat as text without a model's template: for `codyra-llm data check`."""
-    lines = [f"tools: {_compact(chat.tools)}"] if chat.tools else []
-    for message in chat.messages:
-        calls = f" {_compact(message['tool_calls'])}" if "tool_calls" in message else ""
-        lines.append(f"{message['role']}: {message['content']}{calls}")
-    return "\n".join(lines)
-
-
-def _compact(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, sort_keys=True)
-
-
-def by_template(tokenizer: PreTrainedTokenizerBase) -> Render:
-    """A chat as the model's template writes it, up to where the answer begins."""
-    return partial(_written, tokenizer)
-
-
-def _written(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> str:
-    template = tokenizer.get_chat_template()
-    calls = any("tool_calls" in message for message in chat.messages)
-    for there, word in ((calls, "tool_calls"), (bool(chat.tools), "tools")):
-        if there and word not in template:  # it would leave them out silently
-            raise Failed(f"it writes no {word}", stopped=False)
-    return render_chat(tokenizer, chat.messages, tools=chat.tools)
 
 
 def read_chat(row: object, task: Task) -> Chat:

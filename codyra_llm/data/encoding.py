@@ -1,5 +1,6 @@
 """From texts to token ids, the same for training and for generation."""
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,18 +15,33 @@ from codyra_llm.models.tokenizer import adds_bos, render_chats, template_fault
 if TYPE_CHECKING:
     from codyra_llm.config.sections import DataSection
 
+Span = tuple[int, int]
+
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example in token ids: BOS (where the tokenizer adds one) and prompt, then answer and EOS. Only the
-    answer and EOS are labelled, by position, so pad = EOS does no harm."""
+    """One example in token ids: BOS (where the tokenizer adds one) and prompt, then answer and EOS. Labelled
+    are answer and EOS, and of the prompt the `turns`, which the assistant said earlier in a chat. Labels go
+    by position, so pad = EOS does no harm."""
 
     prompt: list[int]
     answer: list[int]
     cut: bool  # the prompt or the answer was truncated
+    turns: tuple[Span, ...] = ()  # [start, stop) in the prompt, in order
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
+
+    @property
+    def labelled(self) -> list[int]:
+        """The places of the tokens that are to be predicted; nothing predicts the first of all."""
+        spans = (*self.turns, (max(len(self.prompt), 1), len(self)))
+        return [place for start, stop in spans for place in range(start, stop)]
+
+    @property
+    def targets(self) -> int:
+        """The number of tokens that are to be learnt."""
+        return len(self.answer) + sum(stop - start for start, stop in self.turns)
 
 
 class Encoder:
@@ -79,24 +95,51 @@ class Encoder:
         return self._answer(text, self._ids("\n" + text))
 
     def encode(self, records: Sequence[dict]) -> list[Encoded]:
-        """The examples {"prompt", "answer"} as token ids, in order."""
+        """The examples {"prompt", "answer"} as token ids, in order; with `learnt`, spans of characters of the
+        prompt, these are labelled too."""
         prompts = self._all_ids(self._written([record["prompt"] for record in records]))
         continued = self._all_ids(["\n" + record["answer"] for record in records])
         found = []
         for record, prompt_ids, continued_ids in zip(records, prompts, continued, strict=True):
             prompt, prompt_cut = self._prompt(prompt_ids)
             answer, answer_cut = self._answer(record["answer"], continued_ids)
-            found.append(Encoded(prompt, answer, prompt_cut or answer_cut))
+            turns = self._turns(record["prompt"], record["learnt"], prompt_ids) if "learnt" in record else ()
+            found.append(Encoded(prompt, answer, prompt_cut or answer_cut, turns))
         return found
 
     def _prompt(self, ids: list[int]) -> tuple[list[int], bool]:
-        if self.bos and ids[:1] == self.bos:  # Py150's texts begin with "<s>"
-            ids = ids[len(self.bos) :]
+        kept = self._kept(ids)
+        return self.bos + [token for part in kept for token in ids[part]], len(kept) > 1
+
+    def _kept(self, ids: list[int]) -> list[slice]:
+        """Which of a prompt's ids are kept after BOS: all, or a head, maybe empty, and a tail."""
+        first = len(self.bos) if self.bos and ids[:1] == self.bos else 0  # Py150's texts begin with "<s>"
         room = self.data.max_prompt_tokens - len(self.bos)
-        if len(ids) <= room:
-            return self.bos + ids, False
+        if len(ids) - first <= room:
+            return [slice(first, len(ids))]
         head = room // 2 if self.data.truncation == "middle" else 0
-        return self.bos + ids[:head] + ids[len(ids) - (room - head) :], True
+        return [slice(first, first + head), slice(len(ids) - (room - head), len(ids))]
+
+    def _turns(self, prompt: str, spans: Sequence[Span], ids: list[int]) -> tuple[Span, ...]:
+        """Where spans of a prompt's characters stand in the ids that are kept of it. A turn that is not kept
+        as a whole, or that nothing is kept before, is not learnt."""
+        if not spans:
+            return ()
+        offsets = self.tokenizer(
+            prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        ).offset_mapping
+        begins, ends = zip(*offsets, strict=True)
+        found, place = [], len(self.bos)
+        kept = self._kept(ids)
+        bare = len(kept) > 1 or not self.bos  # whether a part's first token has nothing of a prompt before it
+        for part in kept:
+            first = part.start + 1 if bare else part.start
+            for start, stop in spans:
+                own = bisect_right(ends, start), bisect_left(begins, stop)
+                if first <= own[0] and own[1] <= part.stop:
+                    found.append((place + own[0] - part.start, place + own[1] - part.start))
+            place += part.stop - part.start
+        return tuple(found)
 
     def _answer(self, text: str, continued: list[int]) -> tuple[list[int], bool]:
         """`continued`: the ids of the answer after a newline."""

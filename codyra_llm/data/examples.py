@@ -3,6 +3,7 @@ chats."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from codyra_llm.config.sections import FILE
 from codyra_llm.config.task import Task
@@ -10,11 +11,12 @@ from codyra_llm.config.template import Template
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.foreign import Failed
 from codyra_llm.core.parsing import parse_json, read_text, shown
-from codyra_llm.data.chats import Chat, Render, Wrong, plain, read_chat
+from codyra_llm.data.chats import Chat, Wrong, read_chat
 from codyra_llm.data.records import ABSENT, HIDDEN, as_text, record_faults, text_faults
+from codyra_llm.data.rendering import Render, plain
 
-Example = dict[str, str]
-Made = tuple[list[Example], list[str]]
+Example = dict[str, Any]
+Made = tuple[Example | None, list[str]]
 
 
 def label_names(root: Path, name: str, task: Task) -> tuple[str, ...]:
@@ -92,13 +94,15 @@ class Columns:
         """The example that a row is, and what is wrong with it."""
         names = (self.task.columns.prompt, self.task.answer)
         if not isinstance(row, dict):
-            return [], record_faults(row, split, where, names)
+            return None, record_faults(row, split, where, names)
         if self.templates:
             faults = [*self._unwritable(row, where)] or [*self._unsaid(row, where)]
         else:
             faults = [*self._column(row, names[0], "prompt", split, where)]
         faults += self._column(row, names[1], "answer", split, where)
-        return ([] if faults else [{"prompt": self._prompt(row), "answer": str(self._answer(row))}]), faults
+        if faults:
+            return None, faults
+        return {"prompt": self._prompt(row), "answer": str(self._answer(row))}, []
 
     def _prompt(self, row: dict) -> str:
         if not self.templates:
@@ -173,7 +177,7 @@ class Chats:
     """Rows that hold a chat: everything before the last message is the prompt, the last the answer."""
 
     def __init__(self, task: Task, render: Render, every: bool):
-        """`every`: whether each text of the assistant's is an answer, or the last alone."""
+        """`every`: whether the assistant's earlier turns are learnt too."""
         self.task, self.render, self.every = task, render, every
 
     def lacking(self, rows: list, where: str) -> Iterator[str]:
@@ -186,16 +190,16 @@ class Chats:
 
     def key(self, row: dict) -> str:
         """What identifies the prompt of a faultless row, before any model writes it."""
-        chat = read_chat(row, self.task)
-        return plain(chat.before(len(chat.messages) - 1))
+        return plain(_asked(read_chat(row, self.task)))
 
     def make(self, row: object, split: str, where: str) -> Made:
-        """The examples that a row is, and what is wrong with it."""
+        """The example that a row is, and what is wrong with it. Where earlier turns are learnt, `learnt` has
+        their places in the prompt, [start, stop) in characters.
+        """
         try:
-            chat = read_chat(row, self.task)
-            examples = [self._example(chat, place) for place in self._answers(chat)]
+            example = self._example(read_chat(row, self.task))
         except Wrong as wrong:
-            return [], [f"{where}: {wrong}"]
+            return None, [f"{where}: {wrong}"]
         except Failed as error:
             sentence = (
                 f"{where}: the model's chat template refuses '{self.task.chat}' ({error.reason}); correct "
@@ -203,20 +207,16 @@ class Chats:
             )
             if error.stopped:  # it would be at every other record too
                 raise Fault(sentence) from None
-            return [], [sentence]
-        faults = [fault for example in examples for fault in record_faults(example, split, where)]
-        return ([] if faults else examples), faults
+            return None, [sentence]
+        faults = record_faults(example, split, where)
+        return (None if faults else example), faults
 
-    def _answers(self, chat: Chat) -> list[int]:
-        """The places of the messages that are answers."""
-        last = len(chat.messages) - 1
-        if not self.every:
-            return [last]
-        return [
-            place
-            for place, message in enumerate(chat.messages)
-            if place and message["role"] == "assistant" and "tool_calls" not in message and message["content"]
-        ]
+    def _example(self, chat: Chat) -> Example:
+        asked = _asked(chat)
+        example = {"prompt": self.render(asked), "answer": chat.messages[-1]["content"]}
+        return {**example, "learnt": self.render.turns(asked)} if self.every else example
 
-    def _example(self, chat: Chat, place: int) -> Example:
-        return {"prompt": self.render(chat.before(place)), "answer": chat.messages[place]["content"]}
+
+def _asked(chat: Chat) -> Chat:
+    """The chat without its last message, which is the answer."""
+    return chat.before(len(chat.messages) - 1)

@@ -11,10 +11,10 @@ from codyra_llm.config.sections import FILE
 from codyra_llm.config.task import DatasetSource, Task
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.data import readers, records
-from codyra_llm.data.chats import Render, plain
 from codyra_llm.data.examples import Chats, Columns, label_names
 from codyra_llm.data.readers import Reading, class_names
 from codyra_llm.data.records import SPLITS, read_split, refuse
+from codyra_llm.data.rendering import Render, plain
 from codyra_llm.runtime.quiet import without_data_bars
 
 SHARES = {"test": 0.2, "eval": 0.1}  # of the distinct prompts in train, for a split that is not given
@@ -29,8 +29,8 @@ class Table(NamedTuple):
 
 
 def read(root: Path, name: str, task: Task, split: str, render: Render = plain) -> list[dict]:
-    """The examples of one split, each {"prompt": str, "answer": str}. Raises Fault with what is wrong with
-    them.
+    """The examples of one split, each {"prompt": str, "answer": str}, and of chats whose earlier turns are
+    learnt `learnt` (data/examples.py). Raises Fault with what is wrong with them.
     """
     if not task.declared:
         return read_split(root, name, split)
@@ -53,9 +53,9 @@ def read(root: Path, name: str, task: Task, split: str, render: Render = plain) 
     missing = [key for key in SHARES if key not in tables]
     assigned = divided([maker.key(row) for _, row in kept], missing)
     examples = []
-    for (of_row, _), goes_to in zip(made, assigned, strict=True):
-        if source != "train" or goes_to == split:
-            examples += of_row
+    for (example, _), goes_to in zip(made, assigned, strict=True):
+        if example is not None and (source != "train" or goes_to == split):
+            examples.append(example)
     if not examples:
         raise Fault(
             f"{table.where} has too few different prompts to be divided into {', '.join(SPLITS)}; give a "

@@ -10,8 +10,8 @@ from codyra_llm.config.benchmark import load_benchmark
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import file_sha256
 from codyra_llm.data import sources
-from codyra_llm.data.chats import Render, plain
 from codyra_llm.data.records import SPLITS
+from codyra_llm.data.rendering import Render, plain
 
 if TYPE_CHECKING:
     from codyra_llm.config.sections import DataSection

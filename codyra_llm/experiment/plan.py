@@ -22,13 +22,14 @@ from codyra_llm.experiment.trackers import check as check_trackers
 from codyra_llm.lora.layer import sites
 from codyra_llm.lora.shared import share_inputs
 from codyra_llm.methods.base import Method
-from codyra_llm.models import families, fused_norm, packed_attention, saved
+from codyra_llm.models import families, fused_norm, loading, packed_attention, saved
 from codyra_llm.runtime import launch
 from codyra_llm.runtime.forecast import duration
 from codyra_llm.train.estimate import (
     MEASURED_LAYERS,
     Timed,
     activation_bytes,
+    depth,
     matmul_speed,
     step_flops,
     step_seconds,
@@ -92,9 +93,15 @@ def plan(recipe: Recipe, console: Console) -> None:
         console.print(line)
 
 
-def skeleton(setup: Setup, layers: int | None = None, device: torch.device | str = "meta") -> nn.Module:
+def skeleton(
+    setup: Setup,
+    layers: int | None = None,
+    device: torch.device | str = "meta",
+    adapted: range | None = None,
+) -> nn.Module:
     """The model as it trains, without weights (meta device); on another device with random ones, and with
-    only its first `layers` layers."""
+    only its first `layers` layers. `adapted`: the layers with adapters, where the method has such a choice;
+    None: those of the recipe."""
     config = families.text_config(setup.base)
     if layers is not None:
         config = families.shortened(config, layers)
@@ -105,23 +112,22 @@ def skeleton(setup: Setup, layers: int | None = None, device: torch.device | str
     if launch.device().type == "cuda":
         fused_norm.replace(model)
     if setup.method.trains:
-        method = setup.method if layers is None else _everywhere(setup)
+        method = setup.method if adapted is None else _moved(setup, adapted)
         method.attach(model)
         share_inputs(model, setup.recipe.model.fused)
-        if (
-            not setup.method.merges
-        ):  # what it adds in front of the model, or next to it, is small and not counted
-            model.enable_input_require_grads()
     if setup.recipe.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        loading.checkpoint_layers(model)
+    if setup.method.trains and not setup.method.merges:
+        # What it adds in front of the model, or next to it, is small and not counted.
+        model.enable_input_require_grads()
     return model.train()
 
 
-def _everywhere(setup: Setup) -> Method:
-    """The method with adapters on all layers: the first few, which are timed, may have none otherwise."""
+def _moved(setup: Setup, layers: range) -> Method:
+    """The method with adapters on these layers."""
     config = setup.recipe.method
-    everywhere = {"layers": None} if hasattr(config, "layers") else {}
-    return METHODS[config.name](config.model_copy(update=everywhere), setup.recipe.seed)
+    update = {"layers": [*layers]} if hasattr(config, "layers") else {}
+    return METHODS[config.name](config.model_copy(update=update), setup.recipe.seed)
 
 
 def _work(setup: Setup, model: nn.Module) -> Work:
@@ -142,7 +148,7 @@ def _work(setup: Setup, model: nn.Module) -> Work:
                 own = [chosen[i] for i in positions]
                 lengths = [len(data.examples[i]) for i in own]
                 tokens = batch_tokens(lengths, packed)
-                labelled = sum(len(data.examples[i].answer) for i in own)
+                labelled = sum(data.examples[i].targets for i in own)
                 squares = sum(n * n for n in lengths) if packed else max(lengths) * tokens
                 work.pieces.append(Piece(tokens, labelled, squares, index, own))
     if work.pieces:
@@ -182,7 +188,7 @@ def _table(setup: Setup, work: Work) -> Table:
                 str(len(data.epochs)),
                 str(data.steps(recipe.optim.batch_size)),
                 f"{sum(map(len, visited)):,}",
-                f"{sum(len(e.answer) for e in visited):,}",
+                f"{sum(e.targets for e in visited):,}",
                 str(max(map(len, data.examples))),
                 f"{sum(e.cut for e in data.examples) / len(data.examples):.0%}",
             ]
@@ -192,12 +198,16 @@ def _table(setup: Setup, work: Work) -> Table:
 
 def _shown(setup: Setup, example: Encoded) -> Text:
     """The first training example as the model sees it, labelled tokens marked."""
-    decode = setup.tokenizer.decode
+    decode, parts, place = setup.tokenizer.decode, [], 0
+    for start, stop in example.turns:
+        parts += [decode(example.prompt[place:start]), (decode(example.prompt[start:stop]), "bold green")]
+        place = stop
     return Text.assemble(
         "first example, labelled part in green:\n",
-        decode(example.prompt),
+        *parts,
+        decode(example.prompt[place:]),
         (decode(example.answer), "bold green"),
-        f"\n{len(example.prompt)} prompt tokens, {len(example.answer)} labelled: {example.answer[:12]}",
+        f"\n{len(example.prompt)} prompt tokens, {example.targets} labelled: {example.answer[:12]}",
     )
 
 
@@ -267,15 +277,15 @@ def _training(setup: Setup, model: nn.Module, work: Work, device: torch.device) 
     operations = step_flops(model, tokens, squares, labelled)
     middle = work.pieces[len(work.pieces) // 2]
     of_two = [step_flops(model, p.tokens, p.squares, p.labelled) for p in (work.pieces[-1], middle)]
-    layers = model.config.num_hidden_layers
+    layers = depth(model)
     speed = matmul_speed(model, work.pieces[-1].tokens, setup.dtype, device)
-    if of_two[0] / speed * MEASURED_LAYERS[1] / layers > LONGEST:
+    if of_two[0] / speed * MEASURED_LAYERS[1] / sum(layers) > LONGEST:
         told = f"{operations:.2g} operations of matrix products, {speed:.2g} a second measured here"
         said = f"time to train, at least: {duration(operations / speed)} ({told}, one process)"
         return Training(steps, tokens, operations / speed, said)
 
-    def make(count: int) -> nn.Module:
-        made = skeleton(setup, count, device)
+    def make(count: int, adapted: range | None) -> nn.Module:
+        made = skeleton(setup, count, device, adapted)
         for name, layer in sites(made).items():
             layer.reset(0, name)
         if packed_attention.used(model):

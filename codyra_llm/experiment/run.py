@@ -28,7 +28,7 @@ from codyra_llm.experiment.setup import Setup, prepare
 from codyra_llm.lora.merge import report as update_report
 from codyra_llm.lora.shared import share_inputs
 from codyra_llm.lora.update import Adapter, Update
-from codyra_llm.models import fused_norm
+from codyra_llm.models import fused_norm, loading
 from codyra_llm.models.tokenizer import tokenizer_hash
 from codyra_llm.models.weights import WeightReader, fingerprint
 from codyra_llm.report import card
@@ -170,7 +170,7 @@ def _train(setup: Setup, folder: RunFolder, acc: Accelerator, archive: Archive, 
     share_inputs(model, recipe.model.fused, across=launch.zero_stage(acc) < 3)
     method.begin_task(model, task)
     if recipe.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        loading.checkpoint_layers(model)
     trainer = Trainer(acc, method, model, recipe.optim, setup.tokenizer.pad_token_id, recipe.data.batching)
     if method.carries_optimizer and index:
         trainer.load_state(

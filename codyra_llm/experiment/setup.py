@@ -19,9 +19,9 @@ from codyra_llm.config.registry import METHODS
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.parsing import expanded
 from codyra_llm.data.batches import Batch, collate, default_tokens, micro_batches
-from codyra_llm.data.chats import Render, by_template, plain
 from codyra_llm.data.encoding import Encoded, Encoder
 from codyra_llm.data.records import read_split
+from codyra_llm.data.rendering import ByTemplate, Render, plain
 from codyra_llm.data.stream import Stream
 from codyra_llm.evaluate import suite
 from codyra_llm.evaluate.questions import find_questions
@@ -241,6 +241,7 @@ def _shared_names(recipe: Recipe, general: set[str]) -> list[str]:
 def _render(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Render, list[str]]:
     """The function that writes the chats of tasks with `messages`, and the faults found with it."""
     chats = ", ".join(task for task in recipe.tasks if recipe.benchmark.task(task).chat)
+    every = [task for task in recipe.tasks if recipe.benchmark.task(task).train_on == "assistant"]
     if not (chats and tokenizer):
         return plain, []
     if not tokenizer.chat_template:
@@ -250,7 +251,12 @@ def _render(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> tuple[
         ]
     if faults := chat_faults(Path(recipe.model.path), tokenizer):
         return plain, faults
-    return by_template(tokenizer), [
+    if every and not tokenizer.is_fast:
+        return plain, [
+            f"tasks.{every[0]}.train_on: the tokenizer of {recipe.model.path} does not say where its tokens "
+            "stand in a text, so turns inside a chat can't be marked; set it to last, or choose another model"
+        ]
+    return ByTemplate(tokenizer), [
         f"data.chat_template: the chats of {chats} are written by the template already, and their prompts "
         "would be once more; set it to false"
     ] * recipe.data.chat_template

@@ -128,6 +128,14 @@ def missing_files(folder: Path) -> list[str]:
     return faults
 
 
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Keep of every layer only what it reads, and compute the rest again in backward. transformers asks for
+    the embeddings' gradient too, which only re-entrant checkpoints need; without it backward ends at the
+    first layer that trains, and the layers before it are computed once."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()
+
+
 def check(
     folder: Path, chat_template: bool = False, reads: Path | None = None, rows: int | None = None
 ) -> list[str]:

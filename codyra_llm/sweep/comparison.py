@@ -1,8 +1,8 @@
 """The comparison that a sweep was made for: its finished runs, arm by arm, every mean with an interval.
 
-Over seeds where an arm has several: Student's t at 95 %. Where it has one: the percentile bootstrap over test
-examples, the same draws in every cell of a task and in every arm, so that a difference between arms is a
-paired one.
+Over seeds and orders of the tasks where an arm has several: Student's t at 95 %. Where it has one run: the
+percentile bootstrap over test examples, the same draws in every cell of a task and in every arm. A difference
+between arms is a paired one: of runs with the same seed and order, or of the same draws.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from rich.table import Column, Table
 from codyra_llm.core.files import read_jsonl
 from codyra_llm.evaluate.matrix import summary as summarise
 from codyra_llm.evaluate.statistics import MEASURES, interval, measures
+from codyra_llm.report.groups import POOLED, order_of
 from codyra_llm.store.folder import RunFolder
 from codyra_llm.sweep.spec import Run, Settings, Sweep
 
@@ -24,18 +25,15 @@ RESAMPLES = 1000
 
 
 def compare(sweep: Sweep) -> dict:
-    """`{"baseline", "by", "rows", "tries", "runs"}` of the finished runs; `rows` is empty if there are
-    none."""
-    runs, groups = [run for run in sweep.runs() if run.finished], {}
-    for run in runs:
-        groups.setdefault((run.arm, _rest(run.settings)), []).append(run)
+    """`{"baseline", "by", "rows", "by_order", "tries", "runs"}` of the finished runs; `rows` is empty if
+    there are none, `by_order` if all learn the tasks in one order."""
+    runs = [run for run in sweep.runs() if run.finished]
+    pooled, by_order = _grouped(runs, over_orders=True), _grouped(runs, over_orders=False)
     return {
         "baseline": sweep.baseline,
         "by": sweep.by,
-        "rows": [
-            _row(arm, rest, members, groups.get((sweep.baseline, rest), [])) | {"chosen": sweep.chosen(arm)}
-            for (arm, rest), members in groups.items()
-        ],
+        "rows": _rows(sweep, pooled),
+        "by_order": _rows(sweep, by_order) if len(by_order) > len(pooled) else [],
         "tries": [
             {"arm": run.arm, "settings": run.settings, sweep.by: run.folder.summary[sweep.by]}
             for run in sweep.tries
@@ -45,13 +43,38 @@ def compare(sweep: Sweep) -> dict:
     }
 
 
+Groups = dict[tuple, list[Run]]  # by arm, point but for seed and order, and tasks
+
+
+def _grouped(runs: list[Run], over_orders: bool) -> Groups:
+    """Runs of an arm at one point of the grid that differ in seed alone; `over_orders`: or also in the order
+    of the same tasks."""
+    groups: Groups = {}
+    for run in runs:
+        tasks = sorted(run.recipe.tasks) if over_orders else run.recipe.tasks
+        groups.setdefault((run.arm, _rest(run.settings), tuple(tasks)), []).append(run)
+    return groups
+
+
+def _rows(sweep: Sweep, groups: Groups) -> list[dict]:
+    """A row for each group. Those of other tasks, or in another order, say which."""
+    streams = {tasks for _, _, tasks in groups}
+    found = []
+    for (arm, rest, tasks), members in groups.items():
+        order = f"order {order_of(members[0].recipe)}" if len(streams) > 1 else ""
+        settings = ", ".join(filter(None, (rest, order)))
+        row = _row(arm, settings, members, groups.get((sweep.baseline, rest, tasks), []))
+        found.append(row | {"chosen": sweep.chosen(arm)})
+    return found
+
+
 def _rest(settings: Settings) -> str:
-    return ", ".join(f"{key}={value}" for key, value in settings.items() if key != "seed")
+    return ", ".join(f"{key}={value}" for key, value in settings.items() if key not in POOLED)
 
 
 def _row(arm: str, rest: str, runs: list[Run], baseline: list[Run]) -> dict:
-    """The measures of one arm over its seeds, their differences to the baseline's of the same seeds, and the
-    costs.
+    """The measures of one arm over its runs, their differences to the baseline's of the same seeds and
+    orders, and the costs.
     """
     found = [measures(run.folder.summary) for run in runs]
     pairs = [(a, b) for a in runs for b in baseline if a.settings == b.settings]
@@ -65,7 +88,9 @@ def _row(arm: str, rest: str, runs: list[Run], baseline: list[Run]) -> dict:
     return {
         "arm": arm,
         "settings": rest,
-        "seeds": len(runs),
+        "runs": len(runs),
+        "seeds": len({run.recipe.seed for run in runs}),
+        "orders": len({tuple(run.recipe.tasks) for run in runs}),
         **{name: interval([f[name] for f in found], alone.get(name)) for name in MEASURES},
         "difference": {name: interval([d[name] for d in differences], drawn.get(name)) for name in MEASURES}
         if pairs and runs != baseline
@@ -200,7 +225,9 @@ def render(found: dict, name: str) -> str:
         "| " + " | ".join(COLUMNS) + " |",
         "|---" * len(COLUMNS) + "|",
     ]
-    lines += ["| " + " | ".join(show(row) for show in COLUMNS.values()) + " |" for row in found["rows"]]
+    lines += _lines(found["rows"])
+    if found["by_order"]:
+        lines += ["", "By order of the tasks, over seeds:", "", *lines[4:6], *_lines(found["by_order"])]
     if found["tries"]:
         lines += [
             "",
@@ -218,13 +245,25 @@ def render(found: dict, name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _lines(rows: list[dict]) -> list[str]:
+    return ["| " + " | ".join(show(row) for show in COLUMNS.values()) + " |" for row in rows]
+
+
 def _caption(found: dict) -> str:
     if not found["rows"]:
         return "No run is finished yet"
-    over = sorted({row["op"]["over"] for row in found["rows"] if row["op"] and row["op"]["over"]})
-    seeds = sorted({row["seeds"] for row in found["rows"]})
-    interval = f", ± half the width of a 95 % interval over {' or '.join(over)}" if over else ""
+    over = {row["op"]["over"] for row in found["rows"] if row["op"] and row["op"]["over"]}
+    several = any(row["orders"] > 1 for row in found["rows"])
+    kinds = sorted("runs" if several and kind == "seeds" else kind for kind in over)
+    interval = f", ± half the width of a 95 % interval over {' or '.join(kinds)}" if over else ""
+    orders = f" and {_counted(found['rows'], 'order')}" if several else ""
     return (
-        f"Means over {'/'.join(map(str, seeds))} seed{'s' * (seeds != [1])}{interval}; time and peak memory "
-        f"of training as multiples of {found['baseline']}'s"
+        f"Means over {_counted(found['rows'], 'seed')}{orders}{interval}; time and peak memory of training "
+        f"as multiples of {found['baseline']}'s"
     )
+
+
+def _counted(rows: list[dict], what: str) -> str:
+    """`2 seeds`, or `1/2 seeds` where rows differ."""
+    numbers = sorted({row[f"{what}s"] for row in rows})
+    return f"{'/'.join(map(str, numbers))} {what}{'' if numbers == [1] else 's'}"

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,14 +27,31 @@ UNMASKED = "sdpa_unmasked"
 MEASURED_LAYERS = (2, 4)
 
 
+class Depth(NamedTuple):
+    """How many layers have adapters, how many have none though backward goes through them, and how many come
+    before the first of these, where backward ends."""
+
+    adapted: int
+    passed: int
+    ended: int
+
+
+def depth(model: nn.Module) -> Depth:
+    """Of a model as it trains."""
+    trains = [any(p.requires_grad for p in block.parameters()) for block in families.blocks(model)]
+    whole = getattr(model, "_require_grads_hooks", None)  # what trains may stand in front of the layers
+    ended = 0 if whole or True not in trains else trains.index(True)
+    return Depth(sum(trains), len(trains) - sum(trains) - ended, ended)
+
+
 def activation_bytes(model: nn.Module, batch: Batch, device: torch.device) -> int:
     """Peak bytes of forward and backward of one micro-batch, without the weights: activations, gradients,
     shadows of adapters.
 
     `model` is a skeleton on the meta device as it trains (adapters, checkpointing, train mode) and is turned
     into fake tensors of `device`: every operation gives tensors of the right shape, dtype and lifetime, and
-    none has memory. Of a deep model 2 and 4 layers run, and the rest follows on a straight line, since every
-    layer leaves the same.
+    none has memory. Of a deep model 2 and 4 layers run, and the rest follows on a straight line, where every
+    layer leaves the same: where all have adapters, or none.
     """
     layers, windows = families.blocks(model), families.windows(model.config)
     whole = all(batch.ids.shape[1] <= window for window in windows)
@@ -48,7 +65,7 @@ def activation_bytes(model: nn.Module, batch: Batch, device: torch.device) -> in
         model.to_empty(device=device)
         batch = batch.to(device)
         try:
-            if len(layers) <= MEASURED_LAYERS[1]:
+            if len(layers) <= MEASURED_LAYERS[1] or len(layers) not in depth(model):
                 return _peak(model, batch)
             peaks = []
             for count in MEASURED_LAYERS:
@@ -87,19 +104,26 @@ def step_flops(model: nn.Module, tokens: int, squares: int, labelled: int) -> in
 
     Per token and frozen weight 2 forward and 2 for the input's gradient, per adapter's weight 6; attention in
     full squares, without what a causal kernel or a sliding window skips; the head at the labelled positions.
-    Gradient checkpointing runs the layers' forward twice.
+    Gradient checkpointing runs the layers' forward twice. Layers where backward has ended have a forward
+    alone.
     """
     c, again = model.config, any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    frozen = sum(m.weight.numel() for m in families.blocks(model).modules() if isinstance(m, nn.Linear))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad and p.ndim == 2)
-    width = sum(shape.heads * shape.head_dim for shape in families.attention_shapes(c))
-    products = 2 * squares * width  # of QKᵀ, and of the weights with V
+    ended, trained = depth(model).ended, _trained(model)
+    weights = [_linear_weights(block) for block in families.blocks(model)]
+    widths = [2 * squares * shape.heads * shape.head_dim for shape in families.attention_shapes(c)]
+    forward = 2 * tokens * sum(weights) + 2 * sum(widths)  # of QKᵀ, and of the weights with V
     backward = 4 if c._attn_implementation == "eager" else 5  # fused kernels compute QKᵀ again
-    return (
-        tokens * ((4 + 2 * again) * frozen + (6 + 2 * again) * trained)
-        + (2 + backward + 2 * again) * products
-        + 4 * labelled * c.hidden_size * c.vocab_size
-    )
+    returning = (2 + 2 * again) * tokens * sum(weights[ended:]) + (backward + 2 * again) * sum(widths[ended:])
+    adapters = (6 + 2 * again) * tokens * trained
+    return forward + returning + adapters + 4 * labelled * c.hidden_size * c.vocab_size
+
+
+def _trained(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad and p.ndim == 2)
+
+
+def _linear_weights(block: nn.Module) -> int:
+    return sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
 
 
 @dataclass
@@ -121,14 +145,30 @@ def total_seconds(big: Timed, typical: Timed, count: int, operations: float) -> 
     return count * start + operations * each
 
 
-def step_seconds(make: Callable[[int], nn.Module], batch: Batch, layers: int) -> float:
-    """Seconds of forward and backward of one micro-batch in a model of so many `layers`, measured on models
-    of fewer. `make(count)` gives one with `count` layers, random weights and adapters, on its device."""
-    if layers <= MEASURED_LAYERS[1]:
-        return _seconds(make(layers), batch)
+Make = Callable[[int, range | None], nn.Module]
+
+
+def step_seconds(make: Make, batch: Batch, layers: Depth) -> float:
+    """Seconds of forward and backward of one micro-batch in a model of these `layers`, measured on models of
+    fewer. `make(count, adapted)` gives one with `count` layers, random weights and adapters, on its device:
+    in the `adapted` layers, by None in those that the recipe asks for."""
+    if sum(layers) <= MEASURED_LAYERS[1]:
+        return _seconds(make(sum(layers), None), batch)
     few, more = MEASURED_LAYERS
-    times = [_seconds(make(count), batch) for count in MEASURED_LAYERS]
-    return times[1] + (layers - more) * max(0.0, times[1] - times[0]) / (more - few)
+    start, whole = (_seconds(make(count, range(count)), batch) for count in MEASURED_LAYERS)
+
+    def each(seconds: float) -> float:
+        """Of one of the layers that `more` have in addition to `few` with adapters, which take `start`."""
+        return max(0.0, seconds - start) / (more - few)
+
+    if not layers.adapted:  # what trains stands in front of them, and all are alike
+        return start + (sum(layers) - few) * each(whole)
+    total = start + (layers.adapted - few) * each(whole)
+    if layers.passed:
+        total += layers.passed * each(_seconds(make(more, range(few)), batch))
+    if layers.ended:
+        total += layers.ended * each(_seconds(make(more, range(more - few, more)), batch))
+    return total
 
 
 def _seconds(model: nn.Module, batch: Batch, rounds: int = 3) -> float:

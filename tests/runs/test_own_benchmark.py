@@ -7,11 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import call
 from own_benchmark import PROTOCOL, faults, folder
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from codyra_llm.config.benchmark import benchmark_folder, load_benchmark
 from codyra_llm.config.recipe import load_recipe
+from codyra_llm.core.files import read_jsonl
 from codyra_llm.experiment import run as runs
 from codyra_llm.store.folder import RunFolder
 
@@ -256,3 +260,54 @@ def test_data_as_people_have_it_is_planned_and_run(capsys, tmp_path, tiny_llama)
         and answer == ("no" if "\nh\n" in prompt else "yes")
         for prompt, answer in answered.items()
     )
+
+
+def test_all_turns_of_chats_are_learnt(capsys, tmp_path, tiny_llama):
+    """The first step's loss is the base's mean over the tokens of all turns, each predicted from what the
+    template writes before it; in transformers' logits. The last turn is what is asked for."""
+    base, place = shutil.copytree(tiny_llama, tmp_path / "base"), tmp_path / "chats"
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+    (base / "chat_template.jinja").write_text(
+        template + "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    said = [["a", "yes", "b", "no, never"], ["c", "d"], ["e", "one", "f", "two", "g", "three"]]
+    roles = ["user", "assistant"] * 3
+    chats = [[{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)] for texts in said]
+    name = folder(
+        place,
+        tasks={
+            "talk": {
+                "metrics": ["exact_match"],
+                "files": dict.fromkeys(("train", "eval", "test"), "chats.jsonl"),
+                "format": "openai",
+                "train_on": "assistant",
+            }
+        },
+        protocols={"short": {**PROTOCOL, "max_prompt_tokens": 300, "max_answer_tokens": 50}},
+    )
+    (place / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"model: {{path: {base}, dtype: float32}}\ndata: {{benchmark: {name}}}\n"
+        f"method: {{name: seqlora, rank: 2}}\ncheckpoint: false\noutput: {tmp_path / 'run'}\n"
+    )
+    code, out, err = call(capsys, "plan", recipe)
+    assert code == 0 and "[user]a<eos>[assistant]yes<eos>" in out, err
+    run = runs.run(load_recipe(recipe))
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    losses = []
+    for chat in chats:
+        for place, message in enumerate(chat):
+            if message["role"] == "assistant":
+                written = tokenizer.apply_chat_template(
+                    chat[:place], tokenize=False, add_generation_prompt=True
+                )
+                prompt = [tokenizer.bos_token_id, *tokenizer(written, add_special_tokens=False).input_ids]
+                answer = tokenizer(message["content"] + "<eos>", add_special_tokens=False).input_ids
+                logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+                losses += cross_entropy(logits, torch.tensor(answer), reduction="none").tolist()
+    (row,) = read_jsonl(run.path / "log.jsonl")
+    assert row["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    assert [row["answer"] for row in run.predictions(1, "talk", "talk")] == [texts[-1] for texts in said]

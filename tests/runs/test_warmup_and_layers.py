@@ -1,19 +1,25 @@
 """optim.warmup and method.layers in whole runs: what is logged, and which weights change."""
 
+from io import StringIO
+
 import contract
 import pytest
 import torch
 from helpers import learnt, tiny_recipe, weights
-from transformers import AutoModelForCausalLM
+from rich.console import Console
+from tiny import save_tiny
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from codyra_llm.config.methods.base import LoraConfig
 from codyra_llm.config.recipe import load_recipe, parse_recipe
 from codyra_llm.config.registry import METHODS
 from codyra_llm.core.errors import Fault
-from codyra_llm.experiment.plan import training
+from codyra_llm.experiment import plan
 from codyra_llm.experiment.run import run
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.lora.layer import block_number
+from codyra_llm.train import estimate
 
 LORA = [name for name in METHODS if issubclass(METHODS.settings(name), LoraConfig)]
 
@@ -76,7 +82,27 @@ def test_the_other_layers_of_the_merged_model_are_the_bases(tiny_llama, toy_stre
     assert {block_number(name) for name in changed} == {0} and len(changed) == 7
 
 
-def test_a_plan_counts_what_is_adapted(tiny_llama, toy_stream, tmp_path):
-    """Its timing takes all layers, since the first may have no adapter."""
-    asked = tiny_recipe(tiny_llama, toy_stream, tmp_path / "run", method__layers=[1])
-    assert training(asked).steps == 12
+def test_a_plan_counts_what_is_adapted(tiny_llama, toy_stream, tmp_path, monkeypatch):
+    """Of a model of which only a few layers are timed, with operations for seconds: what is estimated is what
+    PyTorch counts in the whole model."""
+
+    def counted(model, batch):
+        with FlopCounterMode(display=False) as counter:
+            batch.cross_entropy(model).backward()
+        return counter.get_total_flops()
+
+    monkeypatch.setattr(estimate, "_seconds", counted)
+    config = LlamaConfig.from_pretrained(tiny_llama, num_hidden_layers=6)
+    base = save_tiny(tmp_path / "deep", LlamaForCausalLM, config)
+    for layers in ("5", "1,4"):
+        changes = {"method__layers": layers, "model__fused": False, "data__max_train_examples": 8}
+        asked = tiny_recipe(base, toy_stream, tmp_path / "run", **changes)
+        setup = prepare(asked)
+        model = plan.skeleton(setup, 6, "cpu")
+        work = plan._work(setup, model)
+        whole = sum(counted(model, plan._batch(setup, work, piece, packed=False)) for piece in work.pieces)
+        found = plan.training(asked)
+        assert found.steps == 4 and found.seconds == pytest.approx(whole, rel=0.02)
+        console = Console(file=StringIO(), width=300)
+        plan.plan(asked, console)
+        assert "memory, estimated" in console.file.getvalue()

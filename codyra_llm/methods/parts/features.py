@@ -78,7 +78,7 @@ def over_prompts(
     """`feature(model, ids, mask)` of every example's prompt, in their order: [n, h]; without dropout."""
     training, found, order = model.training, [], []
     model.eval()
-    for batch in task.batches([replace(e, answer=[]) for e in examples]):
+    for batch in task.batches([replace(e, answer=[], turns=()) for e in examples]):
         lengths = torch.tensor([len(examples[i].prompt) for i in batch.examples], device=batch.ids.device)
         found.append(feature(model, batch.ids, first_tokens(lengths, batch.ids.shape[1])))
         order += batch.examples

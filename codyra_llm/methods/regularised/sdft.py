@@ -31,7 +31,7 @@ class Sdft(SeqLora):
     adapter in place of all weights, and `probe`: the method can't work where the base makes nothing of a
     demonstration, so before the first task the cross entropy of `probe` gold answers is measured with and
     without it. A demonstration that doesn't fit into `data.max_prompt_tokens` loses the beginning of its
-    prompt. Cost per step: up to `answer_tokens` forwards of one token per micro-batch, and the teacher's
+    prompt; of a chat, the last answer is learnt. Cost per step: up to `answer_tokens` forwards of one token per micro-batch, and the teacher's
     forward; one more copy of the adapter.
     """
 
@@ -101,7 +101,7 @@ class Sdft(SeqLora):
     def _token_weights(self, batch: Batch, answers: list[list[int]]) -> Tensor:
         """The weight of every drawn token: the example's share of the global batch over the tokens of its
         answer that count."""
-        counts = [len(self._asked[i]) - max(len(self._asked[i].prompt), 1) for i in batch.examples]
+        counts = [len(self._asked[i].labelled) for i in batch.examples]
         shares = [part.sum() for part in batch.weights.split(counts)]
         found = []
         for share, answer in zip(shares, answers, strict=True):

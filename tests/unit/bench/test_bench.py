@@ -15,11 +15,15 @@ from codyra_llm.data.batches import collate, example_weights
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.lora.layer import AdapterSpec, attach, sites
 from codyra_llm.lora.shared import share_inputs
+from codyra_llm.models import families
+from codyra_llm.models.loading import checkpoint_layers
 from codyra_llm.runtime.memory import Meter, ProcessPeak, peak_bytes, saved_bytes
 from codyra_llm.train import estimate
 from codyra_llm.train.estimate import (
+    Depth,
     Timed,
     activation_bytes,
+    depth,
     matmul_speed,
     step_flops,
     step_seconds,
@@ -205,20 +209,20 @@ def test_the_meter_sees_what_autograd_keeps_and_backward():
     assert peak_bytes(lambda: torch.ones(7), CPU) == 28
 
 
-def training_model(folder, kind, layers=2, checkpointing=False, fused=True, attention=None):
-    """The model of `folder` with adapters, on `kind` of tensors, as it trains."""
+def training_model(folder, kind, layers=2, checkpointing=False, fused=True, attention=None, adapted=None):
+    """The model of `folder` with adapters, on `kind` of tensors, as it trains; `adapted`: in these layers."""
     config = AutoConfig.from_pretrained(folder)
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = (config.layer_types * layers)[:layers]
     with torch.device(kind):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).requires_grad_(False)
-    attach(model, list(PROJECTIONS), AdapterSpec(4, importance="constant"))
+    attach(model, list(PROJECTIONS), AdapterSpec(4, importance="constant"), layers=adapted)
     for name, layer in sites(model).items() if kind == "cpu" else ():
         layer.reset(0, name)
     share_inputs(model, fused)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(model)
     return model.train()
 
 
@@ -236,6 +240,8 @@ def batch(rows=3, prompt=50, answer=10):
         {"attention": "eager"},
         {"layers": 9},
         {"layers": 9, "checkpointing": True},
+        {"layers": 9, "adapted": [5, 8]},
+        {"layers": 9, "adapted": [5, 8], "checkpointing": True},
     ],
     ids=str,
 )
@@ -267,6 +273,27 @@ def test_counted_operations_are_those_that_run(family, checkpointing, request):
     assert step_flops(model, 3 * 60, 3 * 60**2, 30) == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
+@pytest.mark.parametrize("adapted", [[0], [5], [2, 4], [5, 0]], ids=str)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_backward_ends_at_the_first_layer_with_adapters(checkpointing, adapted, tiny_llama):
+    """Against PyTorch's own counter; and how far it goes, against the layers whose input gets a gradient."""
+    model = training_model(
+        tiny_llama, "cpu", 6, checkpointing, fused=False, attention="eager", adapted=adapted
+    )
+    reached = set()
+    for number, block in enumerate(families.blocks(model)):
+        block.mlp.gate_proj.register_full_backward_hook(lambda *_, number=number: reached.add(number))
+    with FlopCounterMode(display=False) as counter:
+        batch(3, 50, 10).cross_entropy(model).backward()
+    counted = counter.get_total_flops()
+    assert step_flops(model, 3 * 60, 3 * 60**2, 30) == pytest.approx(counted, rel=0.05)
+    first = min(adapted)
+    assert depth(model) == (len(adapted), 6 - first - len(adapted), first)
+    assert reached == set(range(first, 6))
+    model.enable_input_require_grads()  # as where what trains stands in front of the layers
+    assert depth(model) == (len(adapted), 6 - len(adapted), 0)
+
+
 def test_the_probe_gives_the_speed_of_a_product():
     model = SimpleNamespace(config=SimpleNamespace(hidden_size=64, intermediate_size=128))
     assert 1e7 < matmul_speed(model, 32, torch.float32, CPU, 0.01) < 1e14
@@ -285,18 +312,25 @@ def test_two_timed_micro_batches_say_how_long_all_take():
 
 
 def test_seconds_of_many_layers_follow_from_a_few(tiny_llama, monkeypatch):
+    """0.3 s in front of them; 0.1 s in each with adapters, 0.06 in one that backward goes through, 0.02 in
+    one before."""
     asked = []
 
-    def make(count):
+    def make(count, adapted):
         asked.append(count)
-        return count
+        own = range(count) if adapted is None else adapted
+        return 0.3 + 0.1 * len(own) + 0.02 * own.start + 0.06 * (count - own.stop)
 
-    monkeypatch.setattr(estimate, "_seconds", lambda count, batch: 0.3 + 0.1 * count)
-    assert step_seconds(make, None, 32) == pytest.approx(3.5) and asked == [2, 4]
-    assert step_seconds(make, None, 3) == pytest.approx(0.6) and asked == [2, 4, 3]
+    monkeypatch.setattr(estimate, "_seconds", lambda seconds, batch: seconds)
+    assert step_seconds(make, None, Depth(32, 0, 0)) == pytest.approx(3.5) and asked == [2, 4]
+    assert step_seconds(make, None, Depth(3, 0, 0)) == pytest.approx(0.6) and asked == [2, 4, 3]
+    assert step_seconds(make, None, Depth(0, 32, 0)) == pytest.approx(3.5)  # made alike by prompt methods
+    for some in (Depth(1, 9, 0), Depth(1, 0, 9), Depth(3, 7, 10), Depth(30, 1, 1)):
+        expected = 0.3 + 0.1 * some.adapted + 0.06 * some.passed + 0.02 * some.ended
+        assert step_seconds(make, None, some) == pytest.approx(expected)
     monkeypatch.undo()
     model = training_model(tiny_llama, "cpu")
-    assert 0 < step_seconds(lambda count: model, batch(3, 50, 10), 2) < 60
+    assert 0 < step_seconds(lambda count, adapted: model, batch(3, 50, 10), Depth(2, 0, 0)) < 60
 
 
 def test_options_take_the_device_there_is():

@@ -16,7 +16,7 @@ from own_benchmark import PROTOCOL, ROWS, faults, folder, task, written
 from codyra_llm.config.benchmark import Benchmark, Protocol, load_benchmark
 from codyra_llm.config.recipe import parse_recipe
 from codyra_llm.config.task import Task
-from codyra_llm.data.chats import by_template
+from codyra_llm.data.rendering import ByTemplate
 from codyra_llm.data.sources import divided, read
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.metrics.text import METRICS
@@ -149,7 +149,7 @@ def test_chats_are_written_by_the_template_and_split_without_it(tmp_path, tiny_l
     chats(tmp_path / "c.jsonl")
     found, tokenizer = task(files="c.jsonl", messages="chat"), load_tokenizer(tiny_llama)
     tokenizer.chat_template = TEMPLATE
-    told = read(tmp_path, "T", found, "test", by_template(tokenizer))
+    told = read(tmp_path, "T", found, "test", ByTemplate(tokenizer))
     assert len(told) == 2 and {row["prompt"] for row in told} < {
         f"<bos>[system]Be kind.[user]Say {i}[assistant]" for i in range(10)
     }
@@ -170,7 +170,7 @@ def test_chats_are_written_by_the_template_and_split_without_it(tmp_path, tiny_l
         {"chat": "a"},
     ]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    messages = faults(read, tmp_path, "T", found, "train", by_template(tokenizer))
+    messages = faults(read, tmp_path, "T", found, "train", ByTemplate(tokenizer))
     assert len(messages) == 3 and "record 0: the model's chat template refuses 'chat' (late)" in messages[0]
     assert all(f"record {i}: 'chat' must be a list of messages" in messages[i] for i in (1, 2))
 

@@ -6,7 +6,7 @@ import json
 import pytest
 from own_benchmark import faults, task
 
-from codyra_llm.data.chats import by_template
+from codyra_llm.data.rendering import ByTemplate
 from codyra_llm.data.sources import read
 from codyra_llm.models.tokenizer import load_tokenizer
 
@@ -28,7 +28,7 @@ def written(path, records):
 def render(tiny_llama):
     tokenizer = load_tokenizer(tiny_llama)
     tokenizer.chat_template = TEMPLATE
-    return by_template(tokenizer)
+    return ByTemplate(tokenizer)
 
 
 def test_alpaca_has_two_prompts(tmp_path):
@@ -192,11 +192,18 @@ def test_a_template_that_writes_no_tool_calls_is_refused(tmp_path, tiny_llama):
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     written(tmp_path / "a.jsonl", [openai(TURNS[2][1])])
     found = task(files="a.jsonl", format="openai")
-    (message,) = faults(read, tmp_path, "T", found, "train", by_template(tokenizer))
+    (message,) = faults(read, tmp_path, "T", found, "train", ByTemplate(tokenizer))
     assert "the model's chat template refuses 'messages' (it writes no tool_calls); correct it, or" in message
 
 
-def test_every_text_of_the_assistants_is_learnt_and_the_last_is_scored(tmp_path, render):
+def test_every_turn_of_the_assistants_is_learnt_and_the_last_is_scored(tmp_path, tiny_llama):
+    """In one sequence, each turn with its end, that of a tool call too."""
+    tokenizer = load_tokenizer(tiny_llama)
+    end = "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    tokenizer.chat_template = TEMPLATE.replace(
+        "{% endfor %}{% endfor %}{% if", f"{{% endfor %}}{end}{{% endfor %}}{{% if"
+    )
+    render = ByTemplate(tokenizer)
     chat = [
         SYSTEM,
         USER,
@@ -210,19 +217,12 @@ def test_every_text_of_the_assistants_is_learnt_and_the_last_is_scored(tmp_path,
     written(tmp_path / "e.jsonl", chats[:1])
     files = {"train": "a.jsonl", "eval": "e.jsonl", "test": "e.jsonl"}
     found = read(tmp_path, "T", task(files=files, format="openai", train_on="assistant"), "train", render)
-    assert [row["answer"] for row in found] == ["assistant", "b", "d0", "assistant", "b", "d1"]
-    whole = render(found_chat(chats[0]))
-    for row in found[:3]:  # each example is the beginning of the whole chat, up to its answer
-        assert whole.startswith(row["prompt"] + row["answer"])
-    assert found[0]["prompt"] == "[system]system[user]user[assistant]"
+    assert [row["answer"] for row in found] == ["d0", "d1"]
+    for row in found:
+        learnt = [row["prompt"][start:stop] for start, stop in row["learnt"]]
+        assert learnt == ["assistant<eos>", '!add{"a": 1}<eos>', "b<eos>"]
     last = read(tmp_path, "T", task(files=files, format="openai", train_on="assistant"), "test", render)
-    assert [row["answer"] for row in last] == ["d0"]
-
-
-def found_chat(record):
-    from codyra_llm.data.chats import read_chat
-
-    return read_chat(record, task(files="a.jsonl", format="openai"))
+    assert last == [{"prompt": found[0]["prompt"], "answer": "d0"}]
 
 
 def test_turns_of_one_chat_stay_in_one_split(tmp_path, render):
@@ -239,4 +239,4 @@ def test_turns_of_one_chat_stay_in_one_split(tmp_path, render):
         for split in ("train", "eval", "test")
     ]
     assert [len(first) for first in firsts] == [14, 2, 4] and len(set.union(*firsts)) == 20
-    assert len(read(tmp_path, "T", found, "train", render)) == 28
+    assert len(read(tmp_path, "T", found, "train", render)) == 14

@@ -221,6 +221,56 @@ def test_intervals_over_test_examples(sweep_file):
     assert ewc["difference"]["op"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "over": "test examples"}
 
 
+def test_runs_are_pooled_over_seeds_and_orders(sweep_file):
+    """Against scipy over all runs of an arm, paired by seed and order; and order by order."""
+    orders = [["ONE", "TWO"], ["TWO", "ONE"]]
+    asked = load_sweep(sweep_file(grid={"seed": [1, 2], "data.tasks": orders}))
+    rng, ops = np.random.default_rng(3), {}
+    for run in asked.runs():
+        matrix = rng.uniform(0, 100, (2, 2)).tolist()
+        run.folder.open(run.recipe.resolved(), {"base": "x"})
+        found = summarise(run.recipe.tasks, matrix, None)
+        cost = {"trained": 10, "seconds": 1.0, "peak_bytes": None}
+        write_json(run.folder.path / "summary.json", {**found, "general": {}, "costs": cost})
+        ops[run.arm, run.settings["seed"], run.recipe.tasks[0]] = np.mean(matrix[-1])
+    found = comparison.compare(asked)
+    points = [(seed, first) for seed in (1, 2) for first in ("ONE", "TWO")]
+    values = {arm: np.array([ops[arm, *point] for point in points]) for arm in ("seqlora", "ewc")}
+    base, ewc = found["rows"]
+    for row, arm in ((base, "seqlora"), (ewc, "ewc")):
+        bounds = ttest_1samp(values[arm], 0).confidence_interval(0.95)
+        assert (row["op"]["mean"], row["op"]["low"], row["op"]["high"]) == pytest.approx(
+            (values[arm].mean(), *bounds)
+        )
+        assert (row["runs"], row["seeds"], row["orders"], row["settings"]) == (4, 2, 2, "")
+    paired, own = ttest_1samp(values["ewc"] - values["seqlora"], 0), ewc["difference"]["op"]
+    assert (own["mean"], own["low"], own["high"]) == pytest.approx(
+        ((values["ewc"] - values["seqlora"]).mean(), *paired.confidence_interval(0.95))
+    )
+    by_order = {(row["arm"], row["settings"]): row["op"]["mean"] for row in found["by_order"]}
+    assert by_order == {
+        (arm, f"order {','.join(order)}"): pytest.approx(np.mean([ops[arm, s, order[0]] for s in (1, 2)]))
+        for arm in ("seqlora", "ewc")
+        for order in orders
+    }
+    text = comparison.render(found, "x")
+    assert "Means over 2 seeds and 2 orders, ± half the width of a 95 % interval over runs" in text
+    head, _, rest = text.partition("By order of the tasks, over seeds:")
+    assert head.count("| ewc |") == 1 and rest.count("| ewc order ") == 2
+
+
+def test_other_tasks_are_no_other_order(sweep_file):
+    asked = load_sweep(sweep_file(grid={"data.tasks": [["ONE"], ["TWO"]]}, arms={"seqlora": {}}))
+    for run in asked.runs():
+        run.folder.open(run.recipe.resolved(), {"base": "x"})
+        found = summarise(run.recipe.tasks, [[50.0]], None)
+        write_json(run.folder.path / "summary.json", {**found, "general": {}, "costs": None})
+        row = {"after": run.recipe.tasks[0], "step": 1, "task": run.recipe.tasks[0], "kind": "task"}
+        run.folder.add_scores({**row, "headline": "exact_match"}, [{"exact_match": 50.0}])
+    found = comparison.compare(asked)
+    assert [row["settings"] for row in found["rows"]] == ["order ONE", "order TWO"] and not found["by_order"]
+
+
 def test_arms_with_other_seeds_are_compared_over_those_they_share(sweep_file):
     asked = load_sweep(sweep_file(grid={"seed": [1, 2, 3]}))
     cells = {(1, "ONE"): [0.0, 100.0], (2, "ONE"): [0.0, 100.0], (2, "TWO"): [0.0, 100.0]}
@@ -252,6 +302,7 @@ def test_the_table_fits_a_terminal():
         "arm": "hidelora_treelora_repo",
         "settings": "",
         "seeds": 3,
+        "orders": 1,
         **dict.fromkeys(MEASURES, value),
         "difference": dict.fromkeys(MEASURES, value),
         "costs": None,

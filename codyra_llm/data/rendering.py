@@ -1,0 +1,107 @@
+"""Chats as text: by a model's chat template, or without one; and where in that text the assistant's turns
+stand.
+"""
+
+import json
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from codyra_llm.core.foreign import Failed
+from codyra_llm.data.chats import Chat, Wrong
+from codyra_llm.models.ends import end_of_turn
+from codyra_llm.models.tokenizer import render_chats
+
+Span = tuple[int, int]  # the first character, and the one after the last
+
+
+class Render:
+    """Chats as lines, without a model's template: for `codyra-llm data check`."""
+
+    def __call__(self, chat: Chat) -> str:
+        """What stands before the assistant's next turn."""
+        lines = [f"tools: {_compact(chat.tools)}"] if chat.tools else []
+        for message in chat.messages:
+            calls = f" {_compact(message['tool_calls'])}" if "tool_calls" in message else ""
+            lines.append(f"{message['role']}: {message['content']}{calls}")
+        return "\n".join(lines)
+
+    def turns(self, chat: Chat) -> list[Span]:
+        """Where in what is written of `chat` its assistant's turns stand; none without a template."""
+        return []
+
+
+plain = Render()
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+class ByTemplate(Render):
+    """Chats as the model's template writes them, up to where the answer begins."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        end = end_of_turn(tokenizer)
+        self.end = None if end is None else tokenizer.convert_ids_to_tokens(end)
+
+    def __call__(self, chat: Chat) -> str:
+        return self._beginnings(chat, [len(chat.messages)])[0]
+
+    def turns(self, chat: Chat) -> list[Span]:
+        """The assistant's turns from where each would be generated up to the token that ends it, this one
+        included. Raises Wrong where the template writes a turn, or what stands before it, otherwise when the
+        chat goes on: then no one sequence holds what the model reads and writes at each turn.
+        """
+        places = [
+            place for place, message in enumerate(chat.messages) if place and message["role"] == "assistant"
+        ]
+        if not places:
+            return []
+        *before, whole = self._beginnings(chat, [*places, len(chat.messages)])
+        spans = [
+            self._turn(chat.messages[place], number, written, whole)
+            for number, (place, written) in enumerate(zip(places, before, strict=True), 1)
+        ]
+        return [span for span in spans if span]
+
+    def _turn(self, message: dict, number: int, before: str, whole: str) -> Span | None:
+        """Where a turn of the assistant's stands in `whole`, after what is `before` it; None if it is
+        empty."""
+        said, start = message["content"].strip(), len(before)
+        after = whole[start:].lstrip()
+        if not whole.startswith(before) or not after.startswith(said):
+            raise Wrong(
+                f"the model's chat template writes the assistant's turn {number}, or what stands before it, "
+                "otherwise when the chat goes on (such as without its reasoning), so that it can't be learnt "
+                "together with later ones; set train_on to last, or change the text"
+            )
+        if "tool_calls" in message:
+            return start, self._end_of_call(number, start + len(said), whole)
+        if not said:
+            return None
+        stop = len(whole) - len(after) + len(said)
+        rest = whole[stop:].lstrip()
+        ended = self.end is not None and rest.startswith(self.end)
+        return start, len(whole) - len(rest) + len(self.end) if ended else stop
+
+    def _end_of_call(self, number: int, start: int, whole: str) -> int:
+        """Where the turn ends that calls a tool, in words that only the template knows."""
+        stop = whole.find(self.end, start) if self.end else -1
+        if stop < 0:
+            raise Wrong(
+                f"the assistant's turn {number} calls a tool, and the model's chat template marks no end of "
+                "it, so that it can't be learnt; set train_on to last, or choose another model"
+            )
+        return stop + len(self.end)
+
+    def _beginnings(self, chat: Chat, places: Sequence[int]) -> list[str]:
+        """What is written before the message at each of `places`."""
+        template = self.tokenizer.get_chat_template()
+        calls = any("tool_calls" in message for message in chat.messages)
+        for there, word in ((calls, "tool_calls"), (bool(chat.tools), "tools")):
+            if there and word not in template:  # it would leave them out silently
+                raise Failed(f"it writes no {word}", stopped=False)
+        shortened = [chat.messages[:place] for place in places]
+        return render_chats(self.tokenizer, shortened, tools=chat.tools)
