@@ -31,8 +31,8 @@ class Sdft(SeqLora):
     adapter in place of all weights, and `probe`: the method can't work where the base makes nothing of a
     demonstration, so before the first task the cross entropy of `probe` gold answers is measured with and
     without it. A demonstration that doesn't fit into `data.max_prompt_tokens` loses the beginning of its
-    prompt; of a chat, the last answer is learnt. Cost per step: up to `answer_tokens` forwards of one token per micro-batch, and the teacher's
-    forward; one more copy of the adapter.
+    prompt; of a chat, the last answer is learnt. Cost per step: up to `answer_tokens` forwards of one token
+    per micro-batch, and the teacher's forward; one more copy of the adapter.
     """
 
     name, Config = "sdft", SdftConfig
