@@ -91,27 +91,29 @@ def evaluate(
     """
     from codyra_llm.checkpoints.evaluate import evaluate as score_checkpoint
     from codyra_llm.checkpoints.source import Wanted
+    from codyra_llm.experiment.observers import Display
     from codyra_llm.runtime.launch import leave
 
-    if overrides and (stray := [item for item in overrides if "=" not in item]):
+    given = overrides or []
+    refuse_stray(given)
+    signals.listen()
+    own, abilities = _listed(tasks), _listed(general_tasks)
+    wanted = Wanted(data, own, general, abilities, base, out, given, benchmark)
+    score_checkpoint(checkpoint, wanted, [Display()])
+    leave()
+
+
+def refuse_stray(overrides: list[str]) -> None:
+    """Raises Fault for a word that is no key=value."""
+    stray = [item for item in overrides if "=" not in item]
+    if stray:
         raise Fault(
             f"'{stray[0]}' is neither an option nor an override; write key=value, e.g. eval.max_examples=10"
         )
-    signals.listen()
-    score_checkpoint(
-        checkpoint,
-        Wanted(
-            data,
-            tasks.split(",") if tasks else None,
-            general,
-            general_tasks.split(",") if general_tasks else None,
-            base,
-            out,
-            overrides or [],
-            benchmark,
-        ),
-    )
-    leave()
+
+
+def _listed(names: str | None) -> list[str] | None:
+    return names.split(",") if names else None
 
 
 def generate(

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -19,6 +19,9 @@ from codyra_llm.commands.common import (
 from codyra_llm.core.errors import Fault
 from codyra_llm.runtime import signals
 
+if TYPE_CHECKING:
+    from codyra_llm.store.folder import RunFolder
+
 
 def run(
     recipe: RecipeArg,
@@ -34,14 +37,30 @@ def run(
     Example: codyra-llm run recipes/quickstart.yaml method.rank=8 output=runs/rank8
     """
     from codyra_llm.config.recipe import load_recipe
+    from codyra_llm.experiment.observers import Display
     from codyra_llm.experiment.run import run as run_recipe
-    from codyra_llm.runtime.launch import ask_deepspeed, leave
+    from codyra_llm.runtime.launch import ask_deepspeed, is_first, leave
 
     if deepspeed_config:
         ask_deepspeed(deepspeed_config)
     signals.listen()
-    run_recipe(load_recipe(recipe, overrides or []))
+    folder = run_recipe(load_recipe(recipe, overrides or []), [Display()])
+    if is_first():
+        _show(folder)
     leave()
+
+
+def _show(folder: "RunFolder") -> None:
+    """The score matrix of a finished run, and of one on mini-TRACE what it says in short."""
+    from codyra_llm.report.in_short import in_short
+    from codyra_llm.report.summary import summarised
+    from codyra_llm.report.text import table
+
+    summary = summarised(folder)
+    console.print(table(summary))
+    lines = in_short(folder.recipe, summary)
+    if lines:
+        console.print(lines)
 
 
 def plan(recipe: RecipeArg, overrides: Overrides = None, plugin: Plugins = None) -> None:

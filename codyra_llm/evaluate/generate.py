@@ -17,7 +17,8 @@ from codyra_llm.evaluate import static_steps
 from codyra_llm.evaluate.budget import batches, budget, within_memory
 from codyra_llm.methods.base import Condition
 from codyra_llm.models import families
-from codyra_llm.runtime import display, heartbeat, signals
+from codyra_llm.runtime import heartbeat, signals
+from codyra_llm.store import observer
 
 UNRECORDED = 4  # first steps of every batch: after them many answers, such as a letter, are at their end
 LEAST_SHARED = 16  # tokens; a shorter prefix does not pay a forward pass of its own
@@ -184,7 +185,7 @@ def answers(
     lengths = [len(p) for p in prompts]
     own: list[tuple[int, str]] = []
     answered = 0
-    display.count(0, len(prompts))
+    observer.counted(0, len(prompts))
 
     def answer(chosen: list[int]) -> list[list[int]]:
         batch = [prompts[i] for i in chosen]
@@ -193,11 +194,11 @@ def answers(
     for number, chosen in enumerate(list(batches(lengths, new, held.tokens, held.step))):
         if number % acc.num_processes == acc.process_index:
             signals.check()
-            heartbeat.at(f"batch {number + 1} of answers")
+            observer.at(f"batch {number + 1} of answers")
             for part, ids in within_memory(chosen, lengths, new, held, answer):
                 own += zip(part, encoder.texts(ids), strict=True)
         answered += len(chosen)
-        display.count(answered, len(prompts))
+        observer.counted(answered, len(prompts))
     with heartbeat.waiting():
         found = dict(gather_object(own))
     by_text = {text: found[i] for i, text in enumerate(distinct)}

@@ -34,9 +34,11 @@ from codyra_llm.models import families, fused_norm, loading, packed_attention, s
 from codyra_llm.models.ends import answer_ends
 from codyra_llm.models.tokenizer import chat_faults, load_tokenizer, tokenizer_folder
 from codyra_llm.models.weights import WeightReader, fingerprint, formats
-from codyra_llm.runtime import heartbeat, launch, precision, signals
+from codyra_llm.runtime import launch, precision, signals
+from codyra_llm.store import observer
 from codyra_llm.store.archive import Archive
 from codyra_llm.store.folder import RunFolder
+from codyra_llm.store.rows import Stage
 from codyra_llm.train.trainer import TaskData
 
 PROBE_TOKENS = 32  # general-ability probes have short answers
@@ -73,25 +75,28 @@ class Setup:
         """Raises Fault where the updates of `folder` were made on other base weights than the recipe's path
         now holds, or by another version of the method.
         """
-        if faults := plugins.changed(folder.origins, self.origins, str(folder.path)):
+        faults = plugins.changed(folder.origins, self.origins, str(folder.path))
+        if faults:
             raise Fault(*faults)
-        if (now := fingerprint(self.base)) != (was := folder.archive().base):
+        now, was = fingerprint(self.base), folder.archive().base
+        if now != was:
             raise Fault(
                 f"{folder.path} was made on other base weights ({was[:12]}, now {now[:12]}); restore the "
                 f"model at model.path ({self.recipe.model.path})"
             )
 
-    def stage(
-        self, folder: RunFolder, after: int, device: torch.device
+    def loaded(
+        self, folder: RunFolder, stage: Stage, device: torch.device
     ) -> tuple[PreTrainedModel, Callable | None]:
-        """The model that answers after task `after`, and for methods that don't merge what makes the
-        condition of a batch, `(prompts, task) -> Condition`."""
+        """The model that answers at `stage` of the run in `folder`, and for methods that don't merge what
+        makes the condition of a batch, `(prompts, task) -> Condition`."""
         archive = folder.archive()
-        model = self.model(archive, after).to(device).eval()
+        model = self.model(archive, stage.index).to(device).eval()
         fused_norm.use(model)
-        if self.method.merges or after < 0:
+        if self.method.merges or stage.step == 0:
             return model, None
-        self.method.install(model, self.task(model, archive, after, folder.load_state(after)))
+        state = folder.load_state(stage.index)
+        self.method.install(model, self.task(model, archive, stage.index, state))
         return model, lambda prompts, task: self.method.condition(
             model, prompts, task if self.method.task_id else None
         )
@@ -104,7 +109,7 @@ class Setup:
             packed, pad = packed_attention.used(model), self.tokenizer.pad_token_id
             for chosen in micro_batches([len(e) for e in examples], 1, tokens, packed)[0]:
                 signals.check()
-                heartbeat.at(f"passes over data of task {self.recipe.tasks[index]}")
+                observer.at(f"passes over data of task {self.recipe.tasks[index]}")
                 yield collate(examples, chosen, [0.0] * len(chosen), pad, packed).to(model.device)
 
         return Task(index, archive, self.stream, self.encoder.encode, batches, state)

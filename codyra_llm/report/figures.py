@@ -253,15 +253,15 @@ def stream(series: Sequence[Series]) -> "Figure":
 def kept(runs: list[Run]) -> dict[str, dict[int, float]]:
     """Share of the ranks kept, by projection and layer, over all tasks and runs; empty without ranks."""
     counts: dict[tuple[str, int], list[tuple[int, int]]] = {}
-    for row in (row for run in runs for row in run.folder.updates if row["rank"] is not None):
-        layers = [int(part) for part in row["site"].split(".") if part.isdecimal()]
-        if layers:
-            place = row["site"].rpartition(".")[2], layers[0]
-            counts.setdefault(place, []).append((row["kept"], row["rank"]))
+    rows = [row for run in runs for row in run.folder.updates]
+    for row in rows:
+        layers = [int(part) for part in row.site.split(".") if part.isdecimal()]
+        if layers and row.rank is not None:
+            counts.setdefault((row.projection, layers[0]), []).append((row.kept or 0, row.rank))
     out: dict[str, dict[int, float]] = {}
     for (projection, layer), pairs in sorted(counts.items()):
-        share = sum(k for k, _ in pairs) / sum(r for _, r in pairs)
-        out.setdefault(projection, {})[layer] = share
+        kept, rank = map(sum, zip(*pairs, strict=True))
+        out.setdefault(projection, {})[layer] = kept / rank
     return out
 
 

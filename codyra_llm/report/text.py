@@ -8,6 +8,7 @@ from codyra_llm.config.registry import METHODS
 from codyra_llm.evaluate.matrix import FORMULAS
 from codyra_llm.report import judged
 from codyra_llm.report.summary import MEASURES, by_projection
+from codyra_llm.store.rows import UpdateRow
 
 
 def methods_table() -> Table:
@@ -77,7 +78,7 @@ def table(found: dict) -> Table:
     return out
 
 
-def updates_table(rows: list[dict]) -> list[str]:
+def updates_table(rows: list[UpdateRow]) -> list[str]:
     """Lines of a Markdown table of `by_projection`; blank where a row has none."""
     if not rows:
         return []
@@ -87,16 +88,15 @@ def updates_table(rows: list[dict]) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for row in by_projection(rows):
-        ranks = "" if row["rank"] is None else f"{row['kept']} of {row['rank']}"
-        share = "" if row["surviving"] is None else format(row["surviving"], ".4f")
+        ranks = "" if row.rank is None else f"{row.kept} of {row.rank}"
+        share = "" if row.surviving is None else format(row.surviving, ".4f")
         lines.append(
-            f"| {row['task']} | {row['projection']} | {ranks} | {row['norm']:.4f} | {row['drift']:.4f} | "
-            f"{share} |"
+            f"| {row.task} | {row.projection} | {ranks} | {row.norm:.4f} | {row.drift:.4f} | {share} |"
         )
     return lines
 
 
-def render(recipe: Recipe, found: dict, updates: list[dict]) -> str:
+def render(recipe: Recipe, found: dict, updates: list[UpdateRow]) -> str:
     """The report in Markdown: measures with their formulas, the matrix, general ability, what each task
     changed.
     """

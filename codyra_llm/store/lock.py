@@ -1,6 +1,7 @@
 """One run at a time in a folder: a file that says who works there, renewed for as long as it lives."""
 
 import json
+import logging
 import os
 import socket
 import threading
@@ -14,6 +15,7 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import unwritable
 from codyra_llm.core.terminal import one_line
 
+log = logging.getLogger(__name__)
 BEAT = 5.0  # seconds between signs of life
 DEAD = 60.0  # without one for so long, an owner on another machine is dead
 
@@ -91,7 +93,7 @@ class Lease:
 
     def _await_beat(self, first: str) -> None:
         held = f"{self.folder} was held by {_who(self._found())}"
-        print(f"{one_line(held)}; waiting up to {DEAD:.0f} s for a sign of life", flush=True)
+        log.info("%s; waiting up to %.0f s for a sign of life", one_line(held), DEAD)
         end = time.monotonic() + DEAD
         while time.monotonic() < end:
             time.sleep(min(BEAT, DEAD / 4))

@@ -4,6 +4,7 @@ A finished run is not run again, so the same command resumes a sweep that stoppe
 """
 
 import fcntl
+import logging
 import os
 import shlex
 import subprocess
@@ -19,11 +20,10 @@ from codyra_llm.config import plugins
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import write_json
 from codyra_llm.core.parsing import shown
-from codyra_llm.core.terminal import Terminal
 from codyra_llm.runtime import signals
 from codyra_llm.sweep.spec import Run, Sweep
 
-console = Terminal()
+log = logging.getLogger(__name__)
 
 
 def execute(sweep: Sweep, jobs: int | None, launcher: str | None, done: Callable[[], None]) -> None:
@@ -68,7 +68,7 @@ def _run(
     outlives an interrupt, or a sweep that was asked to stop."""
     pending, running, faults = [run for run in runs if not run.finished], [], []
     if len(pending) < len(runs):
-        console.print(f"{len(runs) - len(pending)} of {len(runs)} runs are there already")
+        log.info("%d of %d runs are there already", len(runs) - len(pending), len(runs))
     try:
         while pending or running:
             while pending and places:
@@ -85,9 +85,7 @@ def _run(
                         f"{run.folder.path} failed (exit code {process.returncode}); see "
                         f"{run.beside('log')}, then run the sweep again"
                     )
-                console.print(
-                    f"{run.folder.path}: {'failed' if process.returncode else 'done'}", soft_wrap=True
-                )
+                log.info("%s: %s", run.folder.path, "failed" if process.returncode else "done")
                 done()
     finally:
         for _, _, process in running:
@@ -116,11 +114,11 @@ def _launch(run: Run, place: dict[str, str], launcher: str | None, lock: int) ->
     """One run in a process of its own; what it prints goes to a file next to its folder."""
     write_json(run.beside("json"), run.recipe.model_dump(mode="json"))
     start = shlex.split(launcher) if launcher else [sys.executable]
-    with open(run.beside("log"), "a", encoding="utf-8") as log:
+    with open(run.beside("log"), "a", encoding="utf-8") as output:
         return subprocess.Popen(
             [*start, "-m", "codyra_llm", "run", str(run.beside("json")), *_plugins()],
-            stdout=log,
-            stderr=log,
+            stdout=output,
+            stderr=output,
             env={**os.environ, **place},
             pass_fds=(lock,),
         )

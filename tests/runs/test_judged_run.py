@@ -135,8 +135,8 @@ def test_what_does_not_ask_the_prompts_does_without_their_files(
         main(["export", str(run.path), str(tmp_path / "export")])
     assert end.value.code == 0
     out = evaluate(str(tmp_path / "export"), Wanted(out=tmp_path / "out"))
-    last = {row["task"]: row["score"] for row in run.scores if row["after"] == "TWO"}
-    assert {row["task"]: row["score"] for row in out.scores} == last
+    last = {row.task: row.score for row in run.scores if row.after == "TWO"}
+    assert {row.task: row.score for row in out.scores} == last
     for changed in (
         lambda: evaluate(str(run.path), Wanted(base=str(tiny_llama), out=tmp_path / "both")),
         lambda: runs.run(run.recipe),
