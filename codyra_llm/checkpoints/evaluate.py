@@ -172,7 +172,9 @@ def _manifest(checkpoint: str, setup: Setup, source: Source, base: Setup | None)
     recipe = setup.recipe.model_dump(mode="json")
     if setup.suite:
         recipe["general"]["tasks"] = list(setup.suite)
-    packages = ["torch", "transformers", "accelerate", *["lm_eval"] * bool(setup.suite)]
+    packages = ["torch", "transformers", "accelerate"]
+    if setup.suite:
+        packages.append("lm_eval")
     return {
         "checkpoint": checkpoint,
         "after": source.after,

@@ -17,14 +17,16 @@ def lm_eval_layout(checkpoint: str, setup: Setup, rows: list[ScoreRow]) -> dict:
         errors = {f"{name}_stderr,none": "N/A" for name in row.metrics}
         results[row.task] = {"alias": row.task, **means, **errors}
     counts = {row.task: row.interval["n"] for row in rows}
+    samples = {task: {"original": n, "effective": n} for task, n in counts.items()}
+    higher = {row.task: dict.fromkeys(row.metrics, True) for row in rows}
     return {
         "results": results,
         "group_subtasks": {},
         "configs": {},
         "versions": dict.fromkeys(results, 1),
         "n-shot": dict.fromkeys(results, 0),
-        "higher_is_better": {row.task: dict.fromkeys(row.metrics, True) for row in rows},
-        "n-samples": {task: {"original": n, "effective": n} for task, n in counts.items()},
+        "higher_is_better": higher,
+        "n-samples": samples,
         "config": {
             "model": "hf",
             "model_args": f"pretrained={checkpoint}",

@@ -163,7 +163,8 @@ class Live(HFLM):
         if any(len(row) < width for row in rows):
             mask = tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
             given |= {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-        if self.conditions and (prefix := self.conditions([context]).prefix) is not None:
+        prefix = self.conditions([context]).prefix if self.conditions else None
+        if prefix is not None:
             given = {"inputs_embeds": prefixed(self.model, ids, rows, prefix)}
         return self.model(**given, use_cache=False, logits_to_keep=keep).logits
 

@@ -166,4 +166,6 @@ def _ranks_kept(rows: list[UpdateRow]) -> str:
     ranked = [row for row in rows if row.rank is not None]
     if not ranked:
         return ""
-    return f", {sum(row.kept or 0 for row in ranked)} of {sum(row.rank or 0 for row in ranked)} ranks kept"
+    kept = sum(row.kept or 0 for row in ranked)
+    rank = sum(row.rank or 0 for row in ranked)
+    return f", {kept} of {rank} ranks kept"

@@ -112,20 +112,20 @@ def disagreements(rows: Iterable[Row]) -> list[str]:
     for host, rank, found in rows:
         for key, value in found.items():
             holders.setdefault(key, {}).setdefault(value, {}).setdefault(host, []).append(rank)
-    return [
-        f"{key} differs between processes: "
-        + ", ".join(f"{value} on {_who(hosts)}" for value, hosts in by_value.items())
-        + f"; {REMEDIES[key.split()[0]]}"
-        for key, by_value in holders.items()
-        if len(by_value) > 1
-    ]
+    faults = []
+    for key, by_value in holders.items():
+        if len(by_value) > 1:
+            found = ", ".join(f"{value} on {_who(hosts)}" for value, hosts in by_value.items())
+            faults.append(f"{key} differs between processes: {found}; {REMEDIES[key.split()[0]]}")
+    return faults
 
 
 def summary(acc: Accelerator, setup: Setup, machines: int) -> str:
     """Processes, machines and engine; the effective batch."""
     stage, optim = launch.zero_stage(acc), setup.recipe.optim
+    noun = "machines" if machines > 1 else "machine"
     return (
-        f"{acc.num_processes} processes on {machines} machine{'s' * (machines > 1)} "
+        f"{acc.num_processes} processes on {machines} {noun} "
         f"({f'ZeRO stage {stage}' if stage else 'DDP'}) agree; {optim.batch_size} examples per optimizer "
         f"step over all, up to {optim.micro_batch_tokens or default_tokens(acc.device)} tokens per forward "
         "in each"

@@ -138,7 +138,8 @@ class Setup:
     def longest(self) -> int:
         """Tokens of the longest prompt and answer that evaluation can meet."""
         answers = [self.new_tokens(index) for index in range(len(self.recipe.tasks))]
-        answers += [self.recipe.open_ended.max_new_tokens] * bool(self.prompts)
+        if self.prompts:
+            answers.append(self.recipe.open_ended.max_new_tokens)
         return self.recipe.data.max_prompt_tokens + max(PROBE_TOKENS, *answers)
 
 
@@ -253,12 +254,15 @@ def _render(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> tuple[
             f"model.path: {recipe.model.path} has no chat template to write the messages of {chats} with; "
             f"choose a chat model, or give columns"
         ]
-    if faults := chat_faults(Path(recipe.model.path), tokenizer):
+    faults = chat_faults(Path(recipe.model.path), tokenizer)
+    if faults:
         return plain, faults
-    return by_template(tokenizer), [
-        f"data.chat_template: the chats of {chats} are written by the template already, and their prompts "
-        "would be once more; set it to false"
-    ] * recipe.data.chat_template
+    if recipe.data.chat_template:
+        faults = [
+            f"data.chat_template: the chats of {chats} are written by the template already, and their "
+            "prompts would be once more; set it to false"
+        ]
+    return by_template(tokenizer), faults
 
 
 def _warm_up(recipe: Recipe, index: int, epochs: list[range], apart: int) -> list[str]:
@@ -283,7 +287,8 @@ def _fits(recipe: Recipe, config: PreTrainedConfig) -> list[str]:
             f"method.rank: {rank} is more than the hidden size of the model, {config.hidden_size}, and no "
             "update of its weights can have a higher rank; lower it"
         )
-    if past := [layer for layer in getattr(recipe.method, "layers", None) or () if layer >= count]:
+    past = [layer for layer in getattr(recipe.method, "layers", None) or () if layer >= count]
+    if past:
         faults.append(
             f"method.layers: {', '.join(map(str, past))} is past the model's last layer, {count - 1} (they "
             "are counted from 0); leave it out"
@@ -342,10 +347,8 @@ def data_root(root: str) -> Path:
 
 def _probes() -> dict[str, list[dict]]:
     folder = mini_data() / "general"
-    return {
-        name: read_split(folder, name, "test")
-        for name in sorted(p.parent.name for p in folder.glob("*/test.json"))
-    }
+    names = sorted(file.parent.name for file in folder.glob("*/test.json"))
+    return {name: read_split(folder, name, "test") for name in names}
 
 
 def _written(recipe: Recipe, base: Path, whole: bool) -> int:
@@ -354,7 +357,8 @@ def _written(recipe: Recipe, base: Path, whole: bool) -> int:
     dtype = getattr(torch, recipe.model.dtype)
     checkpoint = saved.size(base) if recipe.checkpoint else 0
     served = saved.size(base, dtype) if recipe.eval.backend == "vllm" else 0
-    return max(checkpoint, served) + whole * len(recipe.tasks) * saved.size(base, dtype)
+    updates = len(recipe.tasks) * saved.size(base, dtype) if whole else 0
+    return max(checkpoint, served) + updates
 
 
 def _disk(output: Path, needed: int) -> list[str]:

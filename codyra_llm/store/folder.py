@@ -67,7 +67,8 @@ class RunFolder:
         """Raises Fault with every plug-in that the run was made with and that is not loaded here."""
         file = self.path / "manifest.json"
         recorded = read_mapping(file, "what the run wrote").get("plugins", {}) if file.is_file() else {}
-        if faults := plugins.missing(recorded, str(self.path)):
+        faults = plugins.missing(recorded, str(self.path))
+        if faults:
             raise Fault(*faults)
 
     @property
@@ -104,16 +105,15 @@ class RunFolder:
         for name in ("recipe.json", "manifest.json"):
             self.seals.check(self.path / name)
         if (self.path / "manifest.json").is_file():
-            if faults := plugins.changed(self.origins, manifest.get("plugins", {}), str(self.path)):
+            faults = plugins.changed(self.origins, manifest.get("plugins", {}), str(self.path))
+            if faults:
                 raise Fault(*faults)
-            if faults := [*differences(self.recipe, recipe), *self._other_files(manifest)]:
-                raise Fault(
-                    *(
-                        f"{self.path} belongs to another recipe: {line}; give another `output`, or remove "
-                        "the folder"
-                        for line in faults
-                    )
-                )
+            faults = [
+                f"{self.path} belongs to another recipe: {line}; give another `output`, or remove the folder"
+                for line in (*differences(self.recipe, recipe), *self._other_files(manifest))
+            ]
+            if faults:
+                raise Fault(*faults)
             told = _other_launch(self.manifest, manifest)
         self._write("recipe.json", to_json(recipe.model_dump(mode="json")))
         self.write_manifest(manifest)

@@ -51,7 +51,8 @@ class Lease:
         """Raise Fault if another process has taken the folder over, as it may when this one was suspended for
         long.
         """
-        if (found := self._found()).get("token") != self.token:
+        found = self._found()
+        if found.get("token") != self.token:
             raise Fault(
                 f"{self.folder} was taken over by {_who(found)} while this process stood still; let that one "
                 "work"
@@ -74,7 +75,8 @@ class Lease:
 
     def _remove_dead(self) -> None:
         """Move the file of an owner that is dead out of the way."""
-        if (first := self._read()) is None:
+        first = self._read()
+        if first is None:
             return
         if self._found().get("place") != _place():
             self._await_beat(first)

@@ -26,7 +26,7 @@ from codyra_llm.sweep.spec import Run, Sweep
 log = logging.getLogger(__name__)
 
 
-def execute(sweep: Sweep, jobs: int | None, launcher: str | None, done: Callable[[], None]) -> None:
+def execute(sweep: Sweep, jobs: int | None, launcher: str | None, done: Callable[[], object]) -> None:
     """Run what is not finished, all tries first; `done()` after each run of the grid. Raises one Fault with
     all runs that failed, or with what is wrong, before anything runs."""
     if launcher and jobs:
@@ -39,9 +39,9 @@ def execute(sweep: Sweep, jobs: int | None, launcher: str | None, done: Callable
         ) from None
     sweep.prepare()  # before the output is made
     with _held(sweep.output) as lock:
-        for runs, then in ((lambda: sweep.tries, lambda: None), (sweep.runs, done)):
-            if faults := _run(runs(), _places(jobs, launcher), launcher, lock, then):
-                raise Fault(*faults)
+        _run(sweep.tries, _places(jobs, launcher), launcher, lock, lambda: None)
+        # Asked for only now, since the tries choose their settings.
+        _run(sweep.runs(), _places(jobs, launcher), launcher, lock, done)
 
 
 @contextmanager
@@ -62,10 +62,10 @@ def _held(output: Path) -> Iterator[int]:
 
 
 def _run(
-    runs: list[Run], places: list[dict], launcher: str | None, lock: int, done: Callable[[], None]
-) -> list[str]:
-    """Run the unfinished ones, as many at a time as there are places; a sentence for each that failed. No run
-    outlives an interrupt, or a sweep that was asked to stop."""
+    runs: list[Run], places: list[dict], launcher: str | None, lock: int, done: Callable[[], object]
+) -> None:
+    """Run the unfinished ones, as many at a time as there are places. Raises one Fault with a sentence for
+    each that failed. No run outlives an interrupt, or a sweep that was asked to stop."""
     pending, running, faults = [run for run in runs if not run.finished], [], []
     if len(pending) < len(runs):
         log.info("%d of %d runs are there already", len(runs) - len(pending), len(runs))
@@ -92,7 +92,8 @@ def _run(
             process.terminate()
         for _, _, process in running:
             process.wait()
-    return faults
+    if faults:
+        raise Fault(*faults)
 
 
 def _places(jobs: int | None, launcher: str | None) -> list[dict[str, str]]:
@@ -104,10 +105,13 @@ def _places(jobs: int | None, launcher: str | None) -> list[dict[str, str]]:
     gpus = [given[i] if given != [""] else str(i) for i in range(torch.cuda.device_count())]
     jobs = jobs or max(len(gpus), 1)
     threads = os.environ.get("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // jobs, 1)))
-    return [
-        {"OMP_NUM_THREADS": threads} | ({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {})
-        for i in range(jobs)
-    ]
+    places = []
+    for i in range(jobs):
+        place = {"OMP_NUM_THREADS": threads}
+        if gpus:
+            place["CUDA_VISIBLE_DEVICES"] = gpus[i % len(gpus)]
+        places.append(place)
+    return places
 
 
 def _launch(run: Run, place: dict[str, str], launcher: str | None, lock: int) -> subprocess.Popen:

@@ -161,6 +161,7 @@ class Trainer:
             if step == 0:
                 self._check_that_all_move()
             eval_loss = self._validated(task, step + 1, steps)
+            kappas = [group.get("kappa", 0.0) for group in self.engine.groups]
             write(
                 LogRow(
                     task=task.name,
@@ -170,7 +171,7 @@ class Trainer:
                     grad_norm=norm,
                     eval_loss=eval_loss,
                     lr=self.engine.groups[0]["lr"],
-                    kappa=max((group.get("kappa", 0.0) for group in self.engine.groups), default=0.0),
+                    kappa=max(kappas, default=0.0),
                     tokens=sum(len(task.examples[i]) for i in chosen),
                     micro_batch_tokens=self.tokens,
                     seconds=round(time.perf_counter() - began, 4),
@@ -285,7 +286,10 @@ class Trainer:
             self._shrink([len(task.examples[i]) for i in chosen], f"task {task.name}, step {step + 1}")
         if following:  # collated while the device still runs this step
             self._ahead = following, self.tokens, list(self._collated(task.examples, following))
-        own = torch.stack([sum(term.get(name, 0.0) for term in losses) for name in losses[0]])
+        sums = []
+        for name in losses[0]:
+            sums.append(sum(terms.get(name, 0.0) for terms in losses))
+        own = torch.stack(sums)
         due = (
             saves is not None
             and self.acc.is_main_process
@@ -329,9 +333,10 @@ class Trainer:
         """Halve the tokens of a micro-batch, down to the longest example alone. Same numbers, so same
         outcome, on all ranks."""
         cut = micro_batches(lengths, self.acc.num_processes, self.tokens, self.packed)
-        largest = max(
-            batch_tokens([lengths[i] for i in positions], self.packed) for rank in cut for positions in rank
-        )
+        largest = 0
+        for positions in chain.from_iterable(cut):
+            held = batch_tokens([lengths[i] for i in positions], self.packed)
+            largest = max(largest, held)
         longest = max(lengths)
         if largest <= longest:
             raise Fault(
@@ -365,10 +370,8 @@ class Trainer:
         filler = min(range(len(chosen)), key=lambda i: lengths[i])
         ranks = micro_batches(lengths, self.acc.num_processes, self.tokens, self.packed)
         for positions in ranks[self.acc.process_index]:
-            own, shares = (
-                [chosen[i] for i in positions] or [chosen[filler]],
-                [weights[i] for i in positions] or [0.0],
-            )
+            own = [chosen[i] for i in positions] or [chosen[filler]]
+            shares = [weights[i] for i in positions] or [0.0]
             yield collate(examples, own, shares, self.pad, self.packed)
 
     @torch.no_grad()
