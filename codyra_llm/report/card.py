@@ -133,7 +133,8 @@ def _licence(base: Path) -> dict[str, str]:
         return {}
     for said in (card, config):
         if isinstance(said.get("license"), str):
-            return {key: text for key in keys if isinstance(text := said.get(key), str)}
+            texts = {key: said.get(key) for key in keys}
+            return {key: text for key, text in texts.items() if isinstance(text, str)}
     return {}
 
 

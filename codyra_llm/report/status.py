@@ -59,10 +59,9 @@ def show(found: dict, console: Console) -> None:
             f"last step: task {tasks.index(row.task) + 1}/{len(tasks)} {row.task}, "
             f"step {row.step}/{row.steps}, loss {row.loss:.3f}, {row.speed:,.0f} tokens/s"
         )
-    lines += [
-        f"after {stage}: {', '.join(f'{task} {score:.1f}' for task, score in row.items())}"
-        for stage, row in found["scores"].items()
-    ]
+    for stage, by_task in found["scores"].items():
+        scores = ", ".join(f"{task} {score:.1f}" for task, score in by_task.items())
+        lines.append(f"after {stage}: {scores}")
     if found["next"]:
         lines.append(
             f"{'next' if found['state'] == 'running' else 'the same command goes on with'}: {found['next']}"
@@ -72,7 +71,8 @@ def show(found: dict, console: Console) -> None:
 
 
 def _recipe(folder: Path, owner: dict | None) -> dict:
-    match found := _mapping(folder / "recipe.json", "what the run wrote"):
+    found = _mapping(folder / "recipe.json", "what the run wrote")
+    match found:
         case {"data": {"tasks": [*tasks]}, "method": {"name": str()}} if all(
             isinstance(task, str) for task in tasks
         ):
@@ -116,17 +116,22 @@ def _next(folder: Path, tasks: list[str], learnt: int, scores: list[ScoreRow]) -
     }
     scored = {(row.after, row.task) for row in scores}
     for stage, names in stages.items():
-        if stage != BASE and (index := tasks.index(stage)) >= learnt:
-            form = re.compile(re.escape(f"{index:02d}-{stage}-") + r"(\d{8})")
-            saved = [
-                int(found[1])
-                for place, _, files in os.walk(folder / "progress")
-                if "complete.json" in files
-                if (found := form.fullmatch(os.path.basename(place)))
-            ]
-            return f"task {index + 1}/{len(tasks)} {stage}, " + (
-                f"after step {max(saved)}" if saved else "from its start"
-            )
-        if missing := [name for name in names if (stage, name) not in scored]:
+        index = tasks.index(stage) if stage != BASE else -1
+        if index >= learnt:
+            step = _saved(folder / "progress", f"{index:02d}-{stage}-")
+            begin = "from its start" if step is None else f"after step {step}"
+            return f"task {index + 1}/{len(tasks)} {stage}, {begin}"
+        missing = [name for name in names if (stage, name) not in scored]
+        if missing:
             return f"{missing[0]} after {stage}, {len(names) - len(missing)} of {len(names)} scored there"
     return "the final checkpoint and the reports"
+
+
+def _saved(folder: Path, prefix: str) -> int | None:
+    """The step of the last whole checkpoint whose name begins so."""
+    steps = []
+    for place, _, files in os.walk(folder):
+        found = re.fullmatch(re.escape(prefix) + r"(\d{8})", os.path.basename(place))
+        if found and "complete.json" in files:
+            steps.append(int(found[1]))
+    return max(steps, default=None)

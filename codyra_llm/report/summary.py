@@ -99,11 +99,10 @@ def _costs(rows: list[CostRow]) -> dict | None:
     if not rows:
         return None
     peaks = [row.peak_bytes for row in rows if row.peak_bytes is not None]
-    return {
-        "trained": max(row.trained for row in rows),
-        "seconds": round(sum(row.seconds for row in rows), 1),
-        "peak_bytes": max(peaks) if len(peaks) == len(rows) else None,
-    }
+    most = max(row.trained for row in rows)
+    seconds = sum(row.seconds for row in rows)
+    peak = max(peaks) if len(peaks) == len(rows) else None
+    return {"trained": most, "seconds": round(seconds, 1), "peak_bytes": peak}
 
 
 class Change(NamedTuple):

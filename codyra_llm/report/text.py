@@ -27,11 +27,7 @@ def methods_table() -> Table:
     yes = {True: "yes", False: ""}
     for m in (method.declared() for method in METHODS.values()):
         stage = m["max_zero_stage"]
-        launches = (
-            "any"
-            if not m["trains"]
-            else "DDP" + ("" if not stage else ", ZeRO-1" + f"..{stage}" * (stage > 1))
-        )
+        launches = _launches(m["trains"], stage)
         out.add_row(
             m["name"],
             m["trains"],
@@ -42,6 +38,15 @@ def methods_table() -> Table:
             launches,
         )
     return out
+
+
+def _launches(trains: str | None, stage: int) -> str:
+    """How a method can be launched, that runs up to this stage of ZeRO."""
+    if not trains:
+        return "any"
+    if not stage:
+        return "DDP"
+    return f"DDP, ZeRO-1..{stage}" if stage > 1 else "DDP, ZeRO-1"
 
 
 def _change(found: dict) -> list[str]:
@@ -134,7 +139,8 @@ def render(recipe: Recipe, found: dict, updates: list[UpdateRow]) -> str:
         ]
         lines += [line for change in _change(found) for line in ("", f"{change}.")]
     lines += judged.lines(found["open_ended"])
-    if costs := found["costs"]:
+    costs = found["costs"]
+    if costs:
         peak = "not measured" if costs["peak_bytes"] is None else f"{costs['peak_bytes'] / 2**20:.0f} MiB"
         lines += [
             "",

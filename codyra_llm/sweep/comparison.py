@@ -61,7 +61,10 @@ def _row(arm: str, rest: str, runs: list[Run], baseline: list[Run]) -> dict:
     pairs = [(own, other) for own in runs for other in baseline if own.settings == other.settings]
     found = [measures(run.folder.summary) for run in runs]
     alone = _drawn(runs[0]) if len(runs) == 1 else {}
-    over_seeds = {name: interval([each[name] for each in found], alone.get(name)) for name in MEASURES}
+    over_seeds = {}
+    for name in MEASURES:
+        values = [each[name] for each in found]
+        over_seeds[name] = interval(values, alone.get(name))
     own_costs = _costs([own for own, _ in pairs])
     other_costs = _costs([other for _, other in pairs])
     return {
@@ -110,8 +113,12 @@ def _resampled(path: Path, count: int) -> dict[str, np.ndarray]:
         scores = np.array([answer[row.headline] for answer in answers], dtype=float)
         cells[row.step, row.task] = scores[_draws(row.task, len(scores))].mean(axis=1)
     samples = [_sample(folder.recipe.tasks, found, cells, count, i) for i in range(RESAMPLES)]
-    known = [name for name in MEASURES if samples[0][name] is not None]
-    return {name: np.array([sample[name] for sample in samples]) for name in known}
+    drawn = {}
+    for name in MEASURES:
+        values = [sample[name] for sample in samples]
+        if values[0] is not None:
+            drawn[name] = np.array(values)
+    return drawn
 
 
 def _sample(

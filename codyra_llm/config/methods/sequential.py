@@ -61,6 +61,8 @@ class StartConfig(SequentialConfig, frozen=True):
 
 
 class SeqLoraConfig(StartConfig, frozen=True):
+    """The settings of seqlora, and of methods that are made from it."""
+
     name: Literal["seqlora"] = "seqlora"
 
 

@@ -161,11 +161,14 @@ def _ranks(updates: list[UpdateRow]) -> Grid | None:
         return None
     tasks, projections = _names(rows)
     parts = {(row.task, row.projection): _kept(row.kept, row.rank) for row in rows}
-    lines = [(name, [parts.get((task, name)) for task in tasks]) for name in projections]
+    lines = []
+    for name in projections:
+        lines.append((name, [parts.get((task, name)) for task in tasks]))
     sums = []
     for task in tasks:
-        own = [row for row in rows if row.task == task]
-        sums.append(_kept(sum(row.kept for row in own), sum(row.rank for row in own)))
+        kept = sum(row.kept for row in rows if row.task == task)
+        rank = sum(row.rank for row in rows if row.task == task)
+        sums.append(_kept(kept, rank))
     lines.append(("all", sums))
     whole = all(row.kept == row.rank for row in rows)
     note = "Every rank was kept." if whole else "Over all layers."
@@ -174,7 +177,9 @@ def _ranks(updates: list[UpdateRow]) -> Grid | None:
 
 def _names(rows: list[Change]) -> tuple[list[str], list[str]]:
     """The tasks and the projections, each once and in the order of the rows."""
-    return list(dict.fromkeys(row.task for row in rows)), list(dict.fromkeys(row.projection for row in rows))
+    tasks = dict.fromkeys(row.task for row in rows)
+    projections = dict.fromkeys(row.projection for row in rows)
+    return list(tasks), list(projections)
 
 
 def _kept(kept: int, rank: int) -> Cell:
@@ -252,9 +257,12 @@ def _curves(log: list[LogRow]) -> list[dict]:
         spans.append((task, first, last))
         first = last + 1
     speeds = [row.speed if row.tokens and row.seconds else None for row in log]
+    losses = [row.loss for row in log]
+    eval_losses = [row.eval_loss for row in log]
+    rates = [row.lr for row in log]
     panels = {
-        "loss": {"loss": [row.loss for row in log], "eval_loss": [row.eval_loss for row in log]},
-        "learning rate": {"lr": [row.lr for row in log]},
+        "loss": {"loss": losses, "eval_loss": eval_losses},
+        "learning rate": {"lr": rates},
         "tokens per second": {"tokens/s": speeds},
     }
     out = []
