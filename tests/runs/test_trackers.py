@@ -80,7 +80,7 @@ def expected(folder) -> list[tuple[dict, int]]:
         for r in folder.log_rows
     ]
     scores = [
-        ({f"{'score' if r['task'] in ('ONE', 'TWO') else 'general'}/{r['task']}": r.score}, 6 * r.step)
+        ({f"{'score' if r.task in ('ONE', 'TWO') else 'general'}/{r.task}": r.score}, 6 * r.step)
         for r in folder.scores
     ]
     return sorted(rows + scores, key=lambda pair: (pair[1], "train/loss" not in pair[0]))
