@@ -1,6 +1,6 @@
-"""How dense the code is: `python .ci/density.py`. By package, the statements with two or more comprehensions and
-the assignments inside expressions (`:=`); the numbers stand in density.json and may only fall, `--write` notes
-lower ones. No function is longer than 60 lines, no file than 450.
+"""How dense the code is: `python .ci/density.py`. By package, the statements with two or more comprehensions
+and the assignments inside expressions (`:=`); the numbers stand in density.json and may only fall, `--write`
+notes lower ones. No function is longer than 60 lines, no file than 450.
 
 Exits with 1 where there is more, and lists it.
 """
