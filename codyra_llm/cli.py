@@ -1,9 +1,14 @@
 """The command line: which commands there are, and how their processes end."""
 
+import inspect
 import os
 import re
 import sys
 import time
+import traceback
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +16,7 @@ from typer.core import TyperCommand
 
 from codyra_llm.commands import begin, checkpoints, files, runs
 from codyra_llm.core.errors import Fault
-from codyra_llm.core.terminal import one_line, unbroken_output, write
+from codyra_llm.core.terminal import log_printed, one_line, unbroken_output, write
 from codyra_llm.core.version import __version__
 from codyra_llm.runtime import quiet, signals
 
@@ -32,6 +37,28 @@ class Command(TyperCommand):
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return [re.sub(r"( \.\.\.[\]}])\.\.\.$", r"\1", piece) for piece in super().collect_usage_pieces(ctx)]
+
+
+Traceback = Annotated[
+    bool, typer.Option("--traceback", help="for an error, show where in the code it was met")
+]
+
+
+def traceable(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the option --traceback, which `main` looks for: an error may come before the command
+    begins."""
+
+    @wraps(command)
+    def run(traceback: bool, **given: Any) -> None:
+        command(**given)
+
+    signature = inspect.signature(command)
+    option = inspect.Parameter(
+        "traceback", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Traceback
+    )
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])  # pyright: ignore
+    run.__annotations__ = {**command.__annotations__, "traceback": Traceback}
+    return run
 
 
 def _show_version(asked: bool) -> None:
@@ -62,25 +89,25 @@ for command in (
     checkpoints.bench,
     runs.methods,
 ):
-    app.command(cls=Command)(command)
+    app.command(cls=Command)(traceable(command))
 
 
-data_app.command("check", cls=Command)(files.data_check)
+data_app.command("check", cls=Command)(traceable(files.data_check))
 
 
-data_app.command("get", cls=Command)(files.data_get)
+data_app.command("get", cls=Command)(traceable(files.data_get))
 
 
-data_app.command("make-mini", cls=Command)(files.make_mini)
+data_app.command("make-mini", cls=Command)(traceable(files.make_mini))
 
 
-benchmark_app.command("new", cls=Command)(files.benchmark_new)
+benchmark_app.command("new", cls=Command)(traceable(files.benchmark_new))
 
 
-recipe_app.command("init", cls=Command)(begin.recipe_init)
+recipe_app.command("init", cls=Command)(traceable(begin.recipe_init))
 
 
-model_app.command("get", cls=Command)(files.model_get)
+model_app.command("get", cls=Command)(traceable(files.model_get))
 
 
 app.add_typer(recipe_app, name="recipe")
@@ -96,18 +123,19 @@ app.add_typer(model_app, name="model")
 
 
 def _run(args: list[str] | None) -> None:
-    """The command. A folder that can't be read or written, or memory that ran out, wherever it is met,
-    becomes a Fault.
+    """The command. A folder of the user's that can't be read or written, or memory that ran out, wherever it
+    is met, becomes a Fault.
     """
     try:
-        with quiet.without_chatter(), unbroken_output():
+        with quiet.without_chatter(), unbroken_output(), log_printed():
             app(args=args, prog_name="codyra-llm")
     except OSError as error:
-        if error.filename is None or error.errno is None:
+        if error.filename is None or error.errno is None or _is_installed(error.filename):
             raise
         raise Fault(
-            f"{error.filename}: {error.strerror}; correct the path, or what may be done there"
-        ) from None
+            f"{error.filename}: {error.strerror}; correct the path, or what may be done there "
+            "(--traceback shows where it was met)"
+        ) from error
     except (RuntimeError, MemoryError) as error:
         if type(error).__name__ not in (
             "OutOfMemoryError",
@@ -118,18 +146,31 @@ def _run(args: list[str] | None) -> None:
             f"memory ran out ({' '.join(str(error).split())[:200]}); lower optim.micro_batch_tokens or "
             "eval.batch_tokens, or turn on model.gradient_checkpointing; the same command goes on from what "
             "is saved"
-        ) from None
+        ) from error
+
+
+def _is_installed(path: Any) -> bool:
+    """Whether a file belongs to this package or to another that is installed: if it can't be read, that is
+    no mistake in what the user gave."""
+    here, packages = Path(__file__).parent, Path(typer.__file__).parents[1]
+    found = Path(os.fsdecode(path)).absolute() if isinstance(path, str | bytes | os.PathLike) else None
+    return found is not None and (found.is_relative_to(here) or found.is_relative_to(packages))
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point. A Fault becomes its sentences on standard error and exit code 2, never a traceback."""
+    """Entry point. A Fault becomes its sentences on standard error and exit code 2, and a traceback with
+    --traceback alone. Any other error is a fault of the program: it keeps its traceback and says so."""
     signals.note_parent()
     try:
         _run(args)
     except Fault as fault:
         _tell(2)
-        if (rank := int(os.environ.get("RANK", "0"))) and _spoken_for():
+        rank = int(os.environ.get("RANK", "0"))
+        if rank and _spoken_for():
             _end(2)
+        if "--traceback" in (sys.argv[1:] if args is None else args):
+            fault.__suppress_context__ = False  # what was met before it became a sentence
+            traceback.print_exception(fault)
         for message in fault.messages:
             who = f"error (rank {rank})" if rank else "error"
             print(f"{who}: {one_line(message)}", file=sys.stderr, flush=True)
@@ -142,20 +183,21 @@ def main(args: list[str] | None = None) -> None:
             flush=True,
         )
         _end(signals.EXIT)
-    except Exception:
+    except Exception as error:
         _look_for_lost()
         _tell(1)
+        error.add_note(
+            "This is a mistake of codyra_llm, of a plug-in or of a library, not of what you gave: please "
+            "report it with these lines and the command."
+        )
         raise
 
 
 def _spoken_for() -> bool:
     """Wait up to 15 s for rank 0 to report this error. True if it did: the others have its exit code, or,
     where the ranks have not met yet, the launcher sent SIGTERM."""
-    before, last, heartbeat = (
-        signals.asked(),
-        time.monotonic() + 15,
-        sys.modules.get("codyra_llm.runtime.heartbeat"),
-    )
+    before, last = signals.asked(), time.monotonic() + 15
+    heartbeat = _module("heartbeat")
     while time.monotonic() < last:
         if (heartbeat and heartbeat.first_ended() == 2) or (signals.asked() and not before):
             return True
@@ -165,7 +207,8 @@ def _spoken_for() -> bool:
 
 def _tell(code: int) -> None:
     """Tell the other processes of the launch that this one ends."""
-    if heartbeat := sys.modules.get("codyra_llm.runtime.heartbeat"):
+    heartbeat = _module("heartbeat")
+    if heartbeat:
         heartbeat.leave(code)
 
 
@@ -173,16 +216,20 @@ def _look_for_lost(keeper: bool = True) -> None:
     """If another process is gone, end this one and name that one: it broke a connection, or made the launcher
     end all.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if (
-        world > 1
-        and (heartbeat := sys.modules.get("codyra_llm.runtime.heartbeat"))
-        and (verdict := heartbeat.lost(world, keeper))
-    ):
-        heartbeat.end(verdict)
+    world, heartbeat = int(os.environ.get("WORLD_SIZE", "1")), _module("heartbeat")
+    if world > 1 and heartbeat:
+        verdict = heartbeat.lost(world, keeper)
+        if verdict:
+            heartbeat.end(verdict)
 
 
 def _end(code: int) -> None:
-    if launch := sys.modules.get("codyra_llm.runtime.launch"):
+    launch = _module("launch")
+    if launch:
         launch.leave(code)
     sys.exit(code)
+
+
+def _module(name: str) -> Any:
+    """A module of `runtime`, where this process has imported it: they are slow to import."""
+    return sys.modules.get(f"codyra_llm.runtime.{name}")

@@ -203,28 +203,37 @@ def _markdown(line: str) -> str:
     return re.sub(r"(`[^`]*`)|(\*|(?<!\w)_|<(?=\w))", lambda found: found[1] or "\\" + found[2], line)
 
 
+NEEDED = ("begin_task", "penalty", "loss", "end_task", "consolidate", "spec")
+
+
 def method_hooks() -> str:
-    """The interface, and some methods that put something of their own in place of each part."""
-    hooks = {
+    """The hooks that most methods are made from."""
+    return hooks_table({name: hook for name, hook in all_hooks().items() if name in NEEDED})
+
+
+def other_hooks() -> str:
+    """The hooks for what few methods do."""
+    return hooks_table({name: hook for name, hook in all_hooks().items() if name not in NEEDED})
+
+
+def all_hooks() -> dict[str, Callable]:
+    """The interface."""
+    return {
         name: hook
         for name, hook in vars(Method).items()
         if inspect.isfunction(hook) and not name.startswith("_")
     }
-    users = {
-        name: [kind.name for kind in METHODS.values() if getattr(kind, name) is not hook]
-        for name, hook in hooks.items()
-    }
-    return rows(
-        "| hook | what it does | e.g. in |",
-        [
-            (
-                f"`{name}({', '.join([*inspect.signature(hook).parameters][1:])})`",
-                " ".join(inspect.getdoc(hook).split()),
-                ", ".join(users[name][-3:]),
-            )
-            for name, hook in hooks.items()
-        ],
-    )
+
+
+def hooks_table(hooks: dict[str, Callable]) -> str:
+    """Each hook, and some methods that put something of their own in its place."""
+    lines = []
+    for name, hook in hooks.items():
+        parameters = [*inspect.signature(hook).parameters][1:]
+        users = [kind.name for kind in METHODS.values() if getattr(kind, name) is not hook]
+        meaning = " ".join(inspect.getdoc(hook).split())
+        lines.append((f"`{name}({', '.join(parameters)})`", meaning, ", ".join(users[-3:])))
+    return rows("| hook | what it does | e.g. in |", lines)
 
 
 def model_families() -> str:
@@ -315,6 +324,7 @@ PARTS: dict[str, Callable[[], str]] = {
         methods_table,
         each_method,
         method_hooks,
+        other_hooks,
         model_families,
         trace_tasks,
         trace_orders,

@@ -82,11 +82,11 @@ def watched(patch: pytest.MonkeyPatch) -> set[tuple[int, int, str]]:
         read.update((current, index, split) for current in now)
         return records(stream, index, split)
 
-    def learning(setup, folder, acc, peak, index):
-        now.append(index)
-        learn(setup, folder, acc, peak, index)
+    def learning(experiment, stage, peak):
+        now.append(stage.index)
+        learn(experiment, stage, peak)
         now.pop()
-        gone(models, f"after task {index} was learnt")
+        gone(models, f"after task {stage.index} was learnt")
 
     patch.setattr(loading, "load", loading_anew)
     patch.setattr(Stream, "records", spying)

@@ -82,12 +82,6 @@ def like(asked, tmp_path) -> RunFolder:
     return RunFolder(tmp_path / "run")
 
 
-def timeless(rows):
-    return sorted(
-        ({k: v for k, v in row.items() if k != "seconds"} for row in rows), key=lambda row: row["task"]
-    )
-
-
 def call(capsys, *args):
     with pytest.raises(SystemExit) as caught:
         main([str(a) for a in args])

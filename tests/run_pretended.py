@@ -18,7 +18,9 @@ from contract import collecting_no_cycles, raw, watched
 
 from codyra_llm.config.recipe import parse_recipe
 from codyra_llm.experiment import run as runs
+from codyra_llm.experiment.experiment import Experiment
 from codyra_llm.runtime.memory import ProcessPeak
+from codyra_llm.store.rows import LogRow
 from codyra_llm.train.engine import Engine
 from codyra_llm.train.trainer import Trainer
 
@@ -38,10 +40,10 @@ class Counted:
         patch.setattr(Engine, "accumulate", lambda *args, **kwargs: self._accumulate(*args, **kwargs))
 
     def _fit(self, trainer, task, seed, log, *others, **options):
-        def logging(row: dict) -> None:
+        def logging(row: LogRow) -> None:
             log(row)
-            if row["step"] > 1:
-                where = {"task": row["task"], "step": row["step"]}
+            if row.step > 1:
+                where = {"task": row.task, "step": row.step}
                 self.steps.append({**where, "micro_batches": self.micro_batches, "waits": by_line()})
             self._restart()
 
@@ -61,16 +63,16 @@ def by_line() -> dict[str, int]:
     return {f"{line} ({kind})": number for (kind, line), number in pretended.waits.items()}
 
 
-def learn_both(setup, acc, folder) -> None:
+def learn_both(experiment: Experiment) -> None:
     """A run without its evaluations, once the launch has found no device to start."""
     torch.cuda.is_available = lambda: True
-    peak = ProcessPeak(acc.device)
+    peak = ProcessPeak(experiment.acc.device)
     for index in range(len(TASKS)):
-        early = setup.method.joint and index + 1 < len(TASKS)
-        if early:
-            runs.pass_over(setup, folder, acc, index)
+        stage = experiment.stage(index)
+        if experiment.method.joint and index + 1 < len(TASKS):
+            runs.pass_over(experiment, stage)
         else:
-            runs.learn(setup, folder, acc, peak, index)
+            runs.learn(experiment, stage, peak)
 
 
 def section(base: str, stream: str, out: Path, name: str) -> dict:

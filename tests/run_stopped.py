@@ -10,15 +10,16 @@ import time
 from codyra_llm.cli import main
 from codyra_llm.runtime import heartbeat, signals
 from codyra_llm.store.folder import RunFolder
+from codyra_llm.store.rows import LogRow
 
 
 def ask_at(task: str, step: int) -> None:
     """From here on this process is asked to stop after that step."""
     log = RunFolder.log
 
-    def asking(folder: RunFolder, row: dict) -> None:
+    def asking(folder: RunFolder, row: LogRow) -> None:
         log(folder, row)
-        if (row["task"], row["step"]) == (task, step):
+        if (row.task, row.step) == (task, step):
             signals.ask("a test")
 
     RunFolder.log = asking

@@ -13,8 +13,8 @@ from codyra_llm.experiment import run
 learn = run.learn
 
 
-def weighed(*arguments) -> None:
-    learn(*arguments)
+def weighed(experiment, stage, peak) -> None:
+    learn(experiment, stage, peak)
     gc.collect()
     with warnings.catch_warnings():  # some objects warn when they are asked for their class
         warnings.simplefilter("ignore")
@@ -22,7 +22,7 @@ def weighed(*arguments) -> None:
             s.data_ptr(): s.nbytes()
             for s in (t.untyped_storage() for t in gc.get_objects() if isinstance(t, torch.Tensor))
         }
-    print(f"after task {arguments[-1]}: {sum(storages.values())} bytes of tensors", flush=True)
+    print(f"after task {stage.index}: {sum(storages.values())} bytes of tensors", flush=True)
 
 
 run.learn = weighed

@@ -42,7 +42,7 @@ def trajectory(folder: RunFolder) -> dict:
     return {
         "machine": machine(),
         "losses": losses,
-        "scores": [[row["step"], row["task"], row["score"]] for row in folder.scores],
+        "scores": [[row.step, row.task, row.score] for row in folder.scores],
         "predictions": predictions(folder.path / "predictions"),
         "updates": {file.name: update(load_file(file)) for file in files},
     }

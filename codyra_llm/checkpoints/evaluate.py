@@ -1,12 +1,12 @@
 """`codyra-llm evaluate`: score a checkpoint that exists, as a run scores its own, without training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -16,25 +16,27 @@ from codyra_llm.checkpoints.lm_eval_layout import lm_eval_layout
 from codyra_llm.checkpoints.source import Source, Wanted, recipe_of, taken_apart, without_tasks
 from codyra_llm.config.benchmark import digest
 from codyra_llm.config.differences import NO_RESULT, PLACES, flat
-from codyra_llm.config.recipe import Recipe
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.files import await_file, file_sha256, write_json
 from codyra_llm.core.version import __version__
 from codyra_llm.evaluate import judge
 from codyra_llm.experiment import open_ended
+from codyra_llm.experiment.experiment import Experiment
+from codyra_llm.experiment.observers import Beats
 from codyra_llm.experiment.preflight import preflight
 from codyra_llm.experiment.scoring import measure
 from codyra_llm.experiment.setup import Setup, prepare
 from codyra_llm.formats.adapter import build
-from codyra_llm.models import loading
+from codyra_llm.models import fused_norm, loading
 from codyra_llm.models.weights import fingerprint
 from codyra_llm.report import judged
 from codyra_llm.report.summary import delta_r
-from codyra_llm.runtime import display, heartbeat, launch, precision
-from codyra_llm.runtime.display import console
-from codyra_llm.runtime.launch import collectively, of_first
+from codyra_llm.runtime import heartbeat, launch, precision
+from codyra_llm.runtime.launch import collectively
 from codyra_llm.store.folder import RunFolder
 from codyra_llm.store.lock import Lease
+from codyra_llm.store.observer import Observer, observing
+from codyra_llm.store.rows import BASE, ScoreRow, Stage
 
 
 @dataclass
@@ -46,10 +48,25 @@ class Checkpoint(Setup):
     def model(self, archive, after, without=None) -> PreTrainedModel:
         return self.build()
 
+    def loaded(self, folder: RunFolder, stage: Stage, device: torch.device) -> tuple[PreTrainedModel, None]:
+        """The model itself, whatever the stage is called."""
+        model = self.build().to(device).eval()
+        fused_norm.use(model)
+        return model, None
 
-def evaluate(checkpoint: str, wanted: Wanted) -> RunFolder:
+
+class Prepared(NamedTuple):
+    """What is scored, where it comes from, its stage, and the base where it is asked for."""
+
+    setup: Setup
+    source: Source
+    stage: Stage
+    base: Setup | None
+
+
+def evaluate(checkpoint: str, wanted: Wanted, observers: Sequence[Observer] = ()) -> RunFolder:
     """Score `checkpoint` (folder, hub id, .gguf, PEFT folder, RUN, RUN@TASK) into `wanted.out`, as far as it
-    isn't yet.
+    isn't yet. `observers` hear how it goes, in the first process.
 
     A checkpoint that a run made is scored as the run did, by the recipe that it carries. Raises one Fault
     with everything that is wrong, before any weights load.
@@ -58,8 +75,9 @@ def evaluate(checkpoint: str, wanted: Wanted) -> RunFolder:
     first = acc.is_local_main_process  # what is converted on first use is made once on each node
     fast = precision.agreed(acc)
     prepared = collectively(first, _prepare, checkpoint, wanted, fast)
-    setup, source, index, base = collectively(not first, _prepare, checkpoint, wanted, fast) or prepared
-    if base and setup.prompts:
+    prepared = collectively(not first, _prepare, checkpoint, wanted, fast) or prepared
+    setup = prepared.setup
+    if prepared.base and setup.prompts:
         collectively(acc.is_main_process, judge.require, setup.recipe.open_ended.judge)
     if acc.num_processes > 1:
         heartbeat.start(acc.process_index, acc.num_processes, setup.recipe.hang_minutes)
@@ -68,84 +86,69 @@ def evaluate(checkpoint: str, wanted: Wanted) -> RunFolder:
     out = RunFolder(lease.folder, lease, acc.is_main_process)
     collectively(acc.is_main_process, lease.take)
     try:
-        with display.running(acc.is_main_process), heartbeat.until_stopped():
-            _measure(checkpoint, wanted, acc, setup, source, index, base, out)
+        listening = [Beats(), *(observers if acc.is_main_process else ())]
+        with observing(setup.recipe.tasks, *listening), heartbeat.until_stopped():
+            _measure(checkpoint, wanted, prepared, acc, out)
     finally:
         lease.release()
     heartbeat.leave(0)
     return out
 
 
-def _measure(
-    checkpoint: str,
-    wanted: Wanted,
-    acc: Accelerator,
-    setup: Setup,
-    source: Source,
-    index: int,
-    base: Setup | None,
-    out: RunFolder,
-) -> None:
-    if source.told and acc.is_main_process:
-        console.print(source.told, soft_wrap=True)
-    collectively(acc.is_main_process, lambda: _claim(out, _manifest(checkpoint, setup, source, base)))
+def _measure(checkpoint: str, wanted: Wanted, prepared: Prepared, acc: Accelerator, out: RunFolder) -> None:
+    setup, source, stage, base = prepared
+    experiment = Experiment(setup, out, acc, models=source.run or out)
+    if source.told:
+        experiment.say(source.told)
+    experiment.on_first(_claim, out, _manifest(checkpoint, setup, source, base))
     collectively(True, await_file, out.path / "manifest.json")
-    known = {"after": source.after or "checkpoint", "step": index + 1 if source.after else 1}
-    had = of_first(len(out.scores) if acc.is_main_process else None)
+    had = experiment.of_first(lambda: len(out.scores))
     if base:
-        measure(base, out, acc, -1, {"after": "base", "step": 0}, (), True, out)
-        open_ended.answer(base, out, acc, -1, {"after": "base", "step": 0}, out)
-    general = (
-        bool(wanted.general)
-        or index in (-1, len(setup.recipe.tasks) - 1)
-        or setup.recipe.general.when == "each"
-    )
-    measure(
-        setup,
-        source.run or out,
-        acc,
-        index,
-        known,
-        _positions(setup.recipe, index, wanted.tasks),
-        general,
-        out,
-    )
+        plain, before = Experiment(base, out, acc, models=out), Stage(0, BASE)
+        measure(plain, before, (), True)
+        open_ended.answer(plain, before)
+    measure(experiment, stage, _positions(prepared, wanted.tasks), _asks_general(prepared, wanted))
     if base:
-        open_ended.answer(setup, source.run or out, acc, index, known, out)
-        open_ended.settle(setup, out, acc)
-    collectively(acc.is_main_process, lambda: _finish(checkpoint, setup, out, known, had))
+        open_ended.answer(experiment, stage)
+        open_ended.settle(experiment)
+    experiment.on_first(_finish, checkpoint, experiment, stage, had)
+    experiment.say(f"evaluation: {out.path}")
 
 
-def _prepare(
-    checkpoint: str, wanted: Wanted, bfloat16: bool | None = None
-) -> tuple[Setup, Source, int, Setup | None]:
-    """What to score, where it comes from, the position of the task after which (-1: none), and the base if it
-    is asked for. `bfloat16`: whether all processes multiply it fast.
-    """
+def _asks_general(prepared: Prepared, wanted: Wanted) -> bool:
+    """Whether to measure general ability: as the run did, or since it is asked for."""
+    recipe = prepared.setup.recipe
+    at_an_end = prepared.source.after is None or prepared.stage.step in (0, len(recipe.tasks))
+    return bool(wanted.general) or at_an_end or recipe.general.when == "each"
+
+
+def _prepare(checkpoint: str, wanted: Wanted, bfloat16: bool | None = None) -> Prepared:
+    """Find out what to score. `bfloat16`: whether all processes multiply it fast."""
     source = taken_apart(checkpoint, wanted)
     recipe = recipe_of(checkpoint, source, wanted)
     setup = prepare(recipe, bool(wanted.base), source.adapter, bfloat16)
-    if unknown := [task for task in wanted.tasks or () if task not in setup.recipe.tasks]:
-        raise Fault(
-            *(
-                f"--tasks: '{task}' is not a task of the recipe that {checkpoint} carries."
-                f"{nearest(task, setup.recipe.tasks)} Known: {', '.join(setup.recipe.tasks)}"
-                for task in unknown
-            )
-        )
-    index = source.run.archive().index(source.after) if source.run else -1
+    tasks = setup.recipe.tasks
+    faults = [
+        f"--tasks: '{task}' is not a task of the recipe that {checkpoint} carries."
+        f"{nearest(task, tasks)} Known: {', '.join(tasks)}"
+        for task in wanted.tasks or ()
+        if task not in tasks
+    ]
+    if faults:
+        raise Fault(*faults)
+    stage = Stage(1, "checkpoint")
+    if source.run:
+        stage = Stage.of(tasks, source.run.archive().index(source.after))
+    elif source.after:
+        stage = Stage.of(tasks, tasks.index(source.after))
+    scored = setup
     if not source.run:
-        index = setup.recipe.tasks.index(source.after) if source.after else -1
-        setup = Checkpoint(**vars(setup), build=lambda: _built(setup, source.adapter))
+        scored = Checkpoint(**vars(setup), build=lambda: _built(setup, source.adapter))
     if not (wanted.base and (setup.recipe.general.data or setup.prompts)):
-        return setup, source, index, None
-    plain = prepare(
-        without_tasks(
-            recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": wanted.base})})
-        ),
-        bfloat16=bfloat16,
-    )
-    return setup, source, index, Checkpoint(**vars(plain), build=lambda: _built(plain, None))
+        return Prepared(scored, source, stage, None)
+    model = recipe.model.model_copy(update={"path": wanted.base})
+    plain = prepare(without_tasks(recipe.model_copy(update={"model": model})), bfloat16=bfloat16)
+    return Prepared(scored, source, stage, Checkpoint(**vars(plain), build=lambda: _built(plain, None)))
 
 
 def _built(setup: Setup, adapter: Path | None) -> PreTrainedModel:
@@ -156,19 +159,22 @@ def _built(setup: Setup, adapter: Path | None) -> PreTrainedModel:
     return build(setup.base, adapter, setup.dtype, attention)
 
 
-def _positions(recipe: Recipe, index: int, names: list[str] | None) -> list[int]:
-    """Which tasks to score: those named, or those that the run scored after task `index`."""
+def _positions(prepared: Prepared, names: list[str] | None) -> list[int]:
+    """Which tasks to score: those named, or those that the run scored at the stage."""
+    recipe, stage = prepared.setup.recipe, prepared.stage
     if names is not None:
         return [recipe.tasks.index(name) for name in names]
-    count = index + 1 if index >= 0 and recipe.eval.tasks == "seen" else len(recipe.tasks)
-    return list(range(count))
+    seen = prepared.source.after is not None and stage.step > 0 and recipe.eval.tasks == "seen"
+    return list(range(stage.step if seen else len(recipe.tasks)))
 
 
 def _manifest(checkpoint: str, setup: Setup, source: Source, base: Setup | None) -> dict:
     recipe = setup.recipe.model_dump(mode="json")
     if setup.suite:
         recipe["general"]["tasks"] = list(setup.suite)
-    packages = ["torch", "transformers", "accelerate", *["lm_eval"] * bool(setup.suite)]
+    packages = ["torch", "transformers", "accelerate"]
+    if setup.suite:
+        packages.append("lm_eval")
     return {
         "checkpoint": checkpoint,
         "after": source.after,
@@ -196,13 +202,14 @@ def _claim(out: RunFolder, manifest: dict) -> None:
     file = out.path / "manifest.json"
     if file.is_file():
         was = out.manifest
-        before, now = (_compared(m) for m in (was, manifest))
-        if faults := [
+        before, now = _compared(was), _compared(manifest)
+        faults = [
             f"{out.path} was begun with {key} {before[key]!r}, now it is {now[key]!r}; give another --out, "
             "or remove the folder"
             for key in sorted(before.keys() & now.keys())
             if before[key] != now[key]
-        ]:
+        ]
+        if faults:
             raise Fault(*faults)
     out.write_manifest(manifest)
 
@@ -235,37 +242,37 @@ def _compared(manifest: dict) -> dict[str, Any]:
     return own | base | settings | scored
 
 
-def _finish(checkpoint: str, setup: Setup, out: RunFolder, known: dict, had: int) -> None:
+def _finish(checkpoint: str, experiment: Experiment, stage: Stage, had: int) -> None:
     """summary.json, and where something was scored the tasks' scores in the layout of lm-eval's result
     files.
     """
+    setup, out = experiment.setup, experiment.store
     rows = out.scores
-    own = [row for row in rows if row["step"] == known["step"] and row["after"] == known["after"]]
-    scored = {
-        row["task"]: {"metric": row["headline"], **row["metrics"][row["headline"]]}
-        for row in own
-        if row["kind"] == "task"
+    own = [row for row in rows if row.stage == stage]
+    tasks = [row for row in own if not row.general]
+    general = _before_and_after(rows, stage)
+    scored = {row.task: {"metric": row.headline, **row.interval} for row in tasks}
+    summary = {
+        "checkpoint": checkpoint,
+        "after": stage.after,
+        "step": stage.step,
+        "tasks": scored,
+        "general": general,
+        "delta_r": delta_r(general),
+        "open_ended": judged.summarise(setup.recipe, out),
+        "mean": fmean(row.score for row in tasks) if tasks else None,
     }
-    general: dict[str, dict] = {}
-    for row in rows:
-        if row["kind"] == "general":
-            general.setdefault(row["task"], {})["after" if row in own else "before"] = row["score"]
-    write_json(
-        out.path / "summary.json",
-        {
-            "checkpoint": checkpoint,
-            **known,
-            "tasks": scored,
-            "general": general,
-            "delta_r": delta_r(general),
-            "open_ended": judged.summarise(setup.recipe, out),
-            "mean": fmean(score["mean"] for score in scored.values()) if scored else None,
-        },
-    )
-    if scored and len(rows) > had:
+    write_json(out.path / "summary.json", summary)
+    if tasks and len(rows) > had:
         stamp = datetime.now().isoformat().replace(":", "-")
-        write_json(
-            out.path / "lm_eval" / f"{known['step']:02d}-{known['after']}" / f"results_{stamp}.json",
-            lm_eval_layout(checkpoint, setup, [row for row in own if row["kind"] == "task"]),
-        )
-    console.print(f"evaluation: {out.path}")
+        file = out.path / "lm_eval" / stage.folder / f"results_{stamp}.json"
+        write_json(file, lm_eval_layout(checkpoint, setup, tasks))
+
+
+def _before_and_after(rows: list[ScoreRow], stage: Stage) -> dict[str, dict[str, float | None]]:
+    """By task of general ability, the score of the base and that of the checkpoint."""
+    found: dict[str, dict[str, float | None]] = {}
+    for row in rows:
+        if row.general:
+            found.setdefault(row.task, {})["after" if row.stage == stage else "before"] = row.score
+    return found

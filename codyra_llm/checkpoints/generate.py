@@ -19,6 +19,7 @@ from codyra_llm.models.ends import answer_ends
 from codyra_llm.models.tokenizer import load_tokenizer, tokenizer_folder
 from codyra_llm.runtime import launch
 from codyra_llm.store.folder import RunFolder
+from codyra_llm.store.rows import Stage
 
 
 @dataclass
@@ -57,9 +58,9 @@ def answer(checkpoint: str, prompt: str, new: int, base: str | None = None) -> s
 def _stage(folder: RunFolder, task: str, device: torch.device) -> Answering:
     setup = prepare(folder.recipe, open_ended=False)
     setup.verify(folder)
-    index = folder.archive().index(task)
-    number = setup.recipe.tasks.index(task) if index >= 0 else None
-    model, conditions = setup.stage(folder, index, device)
+    stage = Stage.of(setup.recipe.tasks, folder.archive().index(task))
+    number = stage.index if stage.step else None
+    model, conditions = setup.loaded(folder, stage, device)
     return Answering(model, setup.encoder, conditions, number)
 
 
@@ -67,7 +68,8 @@ def _plain(source: Source, new: int, device: torch.device) -> Answering:
     base = loading.resolve(source.model)
     reads = tokenizer_folder(source.adapter, base)
     rows = vocabulary(source.adapter) if source.adapter else None
-    if faults := loading.check(base, False, reads, rows):
+    faults = loading.check(base, False, reads, rows)
+    if faults:
         raise Fault(*faults)
     model = (
         build(base, source.adapter, torch.float32, None)

@@ -88,7 +88,8 @@ def _carried(file: Path, checkpoint: str) -> Source:
             "give --data"
         )
     told = ""
-    if unknown := _unknown_method(raw):
+    unknown = _unknown_method(raw)
+    if unknown:
         raw = raw | {"method": {"name": "none"}}
         told = (
             f"{checkpoint}: made by method '{unknown}', which is not known here; scored as a plain model, "

@@ -2,25 +2,46 @@
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from codyra_llm.commands.common import LocalRank, Overrides, PathArg, Plugins, console, path
-from codyra_llm.core.errors import Fault, nearest
+from codyra_llm.core.errors import Fault
 from codyra_llm.core.terminal import write
 from codyra_llm.runtime import signals
 
-FORMATS = {  # the options that each format knows
-    "merged": ("dtype", "without"),
-    "peft": ("rank", "without"),
-    "gguf": ("type", "without"),
-    "stage": (),
-}
-GGUF_TYPES = ("f16", "bf16", "q8_0", "f32")
-DTYPES = ("float32", "bfloat16", "float16")
+Checkpoint = Annotated[
+    str,
+    typer.Argument(
+        metavar="CHECKPOINT|RUN@TASK",
+        help="a model folder, hub id or .gguf, a "
+        "PEFT folder, or a run and the task after which (default: the last)",
+    ),
+]
+Benchmark = Annotated[
+    str | None,
+    typer.Option(help="whose tasks and protocols: trace, olora, superni, or a folder; default: its run's"),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        help="the base: a PEFT adapter is merged into it, and general ability "
+        "is measured on it too, for ΔR; open-ended prompts need it"
+    ),
+]
+Format = Annotated[
+    str,
+    typer.Option(
+        help="merged: a plain model; peft: an adapter on the base; gguf: a file for llama.cpp; "
+        "stage: the part of the run folder that answers, for methods that don't merge"
+    ),
+]
+Rank = Annotated[
+    int | None,
+    typer.Option(min=1, help="peft: cut the sum of the updates to this rank; the card states the error"),
+]
 
 
 def score(
@@ -38,28 +59,17 @@ def score(
     from codyra_llm.evaluate.statistics import predictions, summarise_all
 
     known = load_benchmark(benchmark)
-    if strangers := known.strangers([task], "TASK: {} is not a task of " + benchmark):
+    strangers = known.strangers([task], "TASK: {} is not a task of " + benchmark)
+    if strangers:
         raise Fault(*strangers)
     rows = ((row["prompt"], row["prediction"], row["answer"]) for row in predictions(file))
     print(json.dumps(summarise_all(known.score_each(task, rows)), indent=1))
 
 
 def evaluate(
-    checkpoint: Annotated[
-        str,
-        typer.Argument(
-            metavar="CHECKPOINT|RUN@TASK",
-            help="a model folder, hub id or .gguf, a "
-            "PEFT folder, or a run and the task after which (default: the last)",
-        ),
-    ],
+    checkpoint: Checkpoint,
     overrides: Overrides = None,
-    benchmark: Annotated[
-        str | None,
-        typer.Option(
-            help="whose tasks and protocols: trace, olora, superni, or a folder; default: its run's"
-        ),
-    ] = None,
+    benchmark: Benchmark = None,
     data: Annotated[str | None, typer.Option(help="folder of <task>/test.json; default: its run's")] = None,
     tasks: Annotated[
         str | None, typer.Option(help="e.g. FOMC,Py150; default: as its run did, or all")
@@ -70,13 +80,7 @@ def evaluate(
     general_tasks: Annotated[
         str | None, typer.Option(help="e.g. mmlu,piqa; default: all that are there")
     ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            help="the base: a PEFT adapter is merged into it, and general ability "
-            "is measured on it too, for ΔR; open-ended prompts need it"
-        ),
-    ] = None,
+    base: Base = None,
     out: Annotated[
         Path | None, typer.Option(parser=path, metavar="PATH", help="default: evaluations/<checkpoint>")
     ] = None,
@@ -91,27 +95,29 @@ def evaluate(
     """
     from codyra_llm.checkpoints.evaluate import evaluate as score_checkpoint
     from codyra_llm.checkpoints.source import Wanted
+    from codyra_llm.experiment.observers import Display
     from codyra_llm.runtime.launch import leave
 
-    if overrides and (stray := [item for item in overrides if "=" not in item]):
+    given = overrides or []
+    refuse_stray(given)
+    signals.listen()
+    own, abilities = _listed(tasks), _listed(general_tasks)
+    wanted = Wanted(data, own, general, abilities, base, out, given, benchmark)
+    score_checkpoint(checkpoint, wanted, [Display()])
+    leave()
+
+
+def refuse_stray(overrides: list[str]) -> None:
+    """Raises Fault for a word that is no key=value."""
+    stray = [item for item in overrides if "=" not in item]
+    if stray:
         raise Fault(
             f"'{stray[0]}' is neither an option nor an override; write key=value, e.g. eval.max_examples=10"
         )
-    signals.listen()
-    score_checkpoint(
-        checkpoint,
-        Wanted(
-            data,
-            tasks.split(",") if tasks else None,
-            general,
-            general_tasks.split(",") if general_tasks else None,
-            base,
-            out,
-            overrides or [],
-            benchmark,
-        ),
-    )
-    leave()
+
+
+def _listed(names: str | None) -> list[str] | None:
+    return names.split(",") if names else None
 
 
 def generate(
@@ -143,22 +149,13 @@ def export(
     out: PathArg,
     after: Annotated[str | None, typer.Option(help="task after which; default: the last")] = None,
     without: Annotated[str | None, typer.Option(help="leave this task's update out")] = None,
-    format: Annotated[
-        str,
-        typer.Option(
-            help="merged: a plain model; peft: an adapter on the base; gguf: a file for llama.cpp; "
-            "stage: the part of the run folder that answers, for methods that don't merge"
-        ),
-    ] = "merged",
+    format: Format = "merged",
     dtype: Annotated[
         str | None,
         typer.Option(help="merged: float32, bfloat16 or float16; default: what the base is stored in"),
     ] = None,
     type: Annotated[str | None, typer.Option(help="gguf: f16, bf16, q8_0 or f32; default: f16")] = None,
-    rank: Annotated[
-        int | None,
-        typer.Option(min=1, help="peft: cut the sum of the updates to this rank; the card states the error"),
-    ] = None,
+    rank: Rank = None,
     push: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="upload it to this hub repository")
     ] = None,
@@ -166,69 +163,18 @@ def export(
     plugin: Plugins = None,
 ) -> None:
     """Write the model as it was after any task of a run, rebuilt from the base and the archived updates."""
-    import torch
-
+    from codyra_llm.checkpoints import export as exports
     from codyra_llm.checkpoints import push as hub
-    from codyra_llm.experiment.export import (
-        rank_notes,
-        write_gguf_folder,
-        write_merged,
-        write_peft,
-        write_stage,
-    )
-    from codyra_llm.experiment.setup import prepare
-    from codyra_llm.report import card
     from codyra_llm.store.folder import RunFolder
 
-    _check_export(out, format, {"dtype": dtype, "type": type, "rank": rank, "without": without})
+    asked = exports.Export(after, without, format, dtype, type, rank)
+    exports.check(asked, out)
     if push:
         hub.check(push, public)
-    opened = RunFolder(folder)
-    setup = prepare(opened.recipe, open_ended=False)
-    setup.verify(opened)
-    archive = opened.archive()
-    last = archive.index(after) if after else len(archive.files) - 1
-    if format == "stage":
-        write_stage(opened, last, out, card.render(setup.base, opened, last, None, format))
-    else:
-        left = archive.index(without) if without else None
-        written = partial(card.render, setup.base, opened, last, left, format)
-        if format == "peft":
-            one = write_peft(setup, archive, last, left, out, written, rank)
-            console.print("\n".join(rank_notes(one)), highlight=False)
-        elif format == "gguf":
-            write_gguf_folder(setup, archive, last, left, out, written(), type or "f16")
-        else:
-            write_merged(setup, archive, last, left, out, written(), dtype and getattr(torch, dtype))
-    console.print(
-        f"{format} model after {after or archive.tasks[last]}"
-        + (f" without {without}" if without else "")
-        + f": {out}"
-    )
+    for line in exports.export(RunFolder(folder), asked, out):
+        console.print(line)
     if push:
         console.print(f"pushed: {hub.push(out, push, public)}")
-
-
-def _check_export(out: Path, format: str, given: dict[str, object]) -> None:
-    """Raises Fault for a format or a dtype that is none, for an option of another format, and where `out` is
-    there already."""
-    if format not in FORMATS:
-        raise Fault(
-            f"--format: '{format}' is not a format; choose {', '.join(FORMATS)}.{nearest(format, FORMATS)}"
-        )
-    faults = [
-        f"--{name}: an export as {format} has no such choice; leave it out, or choose another --format"
-        for name, value in given.items()
-        if value is not None and name not in FORMATS[format]
-    ]
-    if (dtype := given["dtype"]) not in (None, *DTYPES):
-        faults.append(f"--dtype: '{dtype}' is not a dtype of exports; choose one of {', '.join(DTYPES)}")
-    if (kind := given["type"]) not in (None, *GGUF_TYPES):
-        faults.append(f"--type: '{kind}' is no type of GGUF exports; choose one of {', '.join(GGUF_TYPES)}")
-    if out.exists():
-        faults.append(f"{out} exists already; give a new name")
-    if faults:
-        raise Fault(*faults)
 
 
 def bench(

@@ -7,9 +7,7 @@ import typer
 
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.parsing import writable
-from codyra_llm.core.terminal import Terminal
-
-console = Terminal()
+from codyra_llm.core.terminal import console as console
 
 
 def path(text: str) -> Path:

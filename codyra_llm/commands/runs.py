@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -19,6 +19,44 @@ from codyra_llm.commands.common import (
 from codyra_llm.core.errors import Fault
 from codyra_llm.runtime import signals
 
+if TYPE_CHECKING:
+    from codyra_llm.store.folder import RunFolder
+
+
+SweepArg = Annotated[
+    Path,
+    typer.Argument(parser=path, metavar="SWEEP", help="a YAML file: recipe, output, set, arms, grid, tune"),
+]
+Launcher = Annotated[
+    str | None,
+    typer.Option(
+        help="start each run with this, one after the other, e.g. "
+        "'accelerate launch --config_file zero2.yaml'"
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        parser=path,
+        metavar="PATH",
+        help="file to write: .html, a page; .csv, .md or .tex, its tables; .pdf, .svg or .png, a figure",
+    ),
+]
+Figure = Annotated[
+    str | None,
+    typer.Option(
+        help="matrix: scores after each task; tradeoff: learning against forgetting; stream: mean score "
+        "along the stream; ranks: kept by layer; default: matrix of one run, tradeoff of several"
+    ),
+]
+PoolOrders = Annotated[
+    bool | None,
+    typer.Option(
+        "--pool-orders/--no-pool-orders",
+        help="runs that differ in the order of their tasks are one group; default: those of a sweep",
+    ),
+]
+
 
 def run(
     recipe: RecipeArg,
@@ -34,14 +72,30 @@ def run(
     Example: codyra-llm run recipes/quickstart.yaml method.rank=8 output=runs/rank8
     """
     from codyra_llm.config.recipe import load_recipe
+    from codyra_llm.experiment.observers import Display
     from codyra_llm.experiment.run import run as run_recipe
-    from codyra_llm.runtime.launch import ask_deepspeed, leave
+    from codyra_llm.runtime.launch import ask_deepspeed, is_first, leave
 
     if deepspeed_config:
         ask_deepspeed(deepspeed_config)
     signals.listen()
-    run_recipe(load_recipe(recipe, overrides or []))
+    folder = run_recipe(load_recipe(recipe, overrides or []), [Display()])
+    if is_first():
+        _show(folder)
     leave()
+
+
+def _show(folder: "RunFolder") -> None:
+    """The score matrix of a finished run, and of one on mini-TRACE what it says in short."""
+    from codyra_llm.report.in_short import in_short
+    from codyra_llm.report.summary import summarised
+    from codyra_llm.report.text import table
+
+    summary = summarised(folder)
+    console.print(table(summary))
+    lines = in_short(folder.recipe, summary)
+    if lines:
+        console.print(lines)
 
 
 def plan(recipe: RecipeArg, overrides: Overrides = None, plugin: Plugins = None) -> None:
@@ -55,23 +109,12 @@ def plan(recipe: RecipeArg, overrides: Overrides = None, plugin: Plugins = None)
 
 
 def sweep(
-    file: Annotated[
-        Path,
-        typer.Argument(
-            parser=path, metavar="SWEEP", help="a YAML file: recipe, output, set, arms, grid, tune"
-        ),
-    ],
+    file: SweepArg,
     overrides: Overrides = None,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="runs at the same time; default: one per GPU, or 1")
     ] = None,
-    launcher: Annotated[
-        str | None,
-        typer.Option(
-            help="start each run with this, one after the other, e.g. "
-            "'accelerate launch --config_file zero2.yaml'"
-        ),
-    ] = None,
+    launcher: Launcher = None,
     report: Annotated[bool, typer.Option("--report", help="run nothing, compare what is finished")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="run nothing, list the runs with their tokens and hours")
@@ -97,7 +140,6 @@ def sweep(
     Naming a method in any layer resets its section; then every layer's method.KEY is set. The comparison is
     in <output>/sweep.md and sweep.json, which are written again after every run.
     """
-    from codyra_llm.core.files import write_json, write_text
     from codyra_llm.sweep import comparison, runner
     from codyra_llm.sweep.spec import load_sweep
 
@@ -108,19 +150,12 @@ def sweep(
         show(foresee(asked), jobs or 1, console)
         return
     signals.listen()
-
-    def write() -> dict:
-        found = comparison.compare(asked)
-        write_json(asked.output / "sweep.json", found)
-        write_text(asked.output / "sweep.md", comparison.render(found, file.stem))
-        return found
-
     try:
         if not report:
-            runner.execute(asked, jobs, launcher, write)
+            runner.execute(asked, jobs, launcher, lambda: comparison.write(asked, file.stem))
     finally:
         if report or asked.output.is_dir():  # a sweep that was refused has none
-            console.print(comparison.table(write()))
+            console.print(comparison.table(comparison.write(asked, file.stem)))
             console.print(f"comparison: {asked.output / 'sweep.md'}")
 
 
@@ -128,28 +163,9 @@ def report(
     folders: Annotated[
         list[Path], typer.Argument(parser=path, metavar="RUN|SWEEP ...", help="run folders, or a sweep's")
     ],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            parser=path,
-            metavar="PATH",
-            help="file to write: .html, a page; .csv, .md or .tex, its tables; .pdf, .svg or .png, a figure",
-        ),
-    ] = None,
-    figure: Annotated[
-        str | None,
-        typer.Option(
-            help="matrix: scores after each task; tradeoff: learning against forgetting; stream: mean score "
-            "along the stream; ranks: kept by layer; default: matrix of one run, tradeoff of several"
-        ),
-    ] = None,
-    pool_orders: Annotated[
-        bool | None,
-        typer.Option(
-            "--pool-orders/--no-pool-orders",
-            help="runs that differ in the order of their tasks are one group; default: those of a sweep",
-        ),
-    ] = None,
+    out: Out = None,
+    figure: Figure = None,
+    pool_orders: PoolOrders = None,
     examples: Annotated[bool, typer.Option(help="show test examples that were forgotten")] = True,
     paper: Annotated[
         bool, typer.Option("--paper", help="add the published TRACE tables, with caveats")
@@ -162,16 +178,12 @@ def report(
     summary.json too.
     Examples: codyra-llm report runs/* --out report.html; codyra-llm report runs/my-sweep --out table.tex
     """
-    from codyra_llm.report import figures, published
-    from codyra_llm.report.grid import markdown
+    from codyra_llm.report import figures
     from codyra_llm.report.groups import collected
     from codyra_llm.report.html import many_runs, page
-    from codyra_llm.report.summary import summarised
-    from codyra_llm.report.text import render, table
 
     members = collected(folders)
-    opened = [member.folder for member in members]
-    if out is None and len(opened) > 1:
+    if out is None and len(members) > 1:
         raise Fault(
             "--out: several runs have no folder in common; name the file to write, e.g. --out report.html"
         )
@@ -183,16 +195,29 @@ def report(
         figures.write(many_runs.opened(members), target, figure, pool_orders)
         console.print(f"figure: {target}")
         return
-    if out is None:
-        summary = summarised(opened[0])
-        beside = f"\n{markdown(published.beside(opened))}" if paper else ""
-        text = render(opened[0].recipe, summary, opened[0].updates) + beside
-        finished = opened[0].summary.get("tasks") == opened[0].recipe.tasks
-        opened[0].write_summary(summary, text) if finished else opened[0].write_report(text)
-        console.print(table(summary))
-    target = out or opened[0].path / "report.html"
+    target = out or _rewrite_reports(members[0].folder, paper)
     page.write(members, target, examples, paper, pool_orders)
     console.print(f"report: {target}")
+
+
+def _rewrite_reports(folder: "RunFolder", paper: bool) -> Path:
+    """Show the run's scores and write its report.md again, and the summary of a finished run; returns where
+    its page is."""
+    from codyra_llm.report import published
+    from codyra_llm.report.grid import markdown
+    from codyra_llm.report.summary import summarised
+    from codyra_llm.report.text import render, table
+
+    summary = summarised(folder)
+    text = render(folder.recipe, summary, folder.updates)
+    if paper:
+        text += f"\n{markdown(published.beside([folder]))}"
+    if folder.summary.get("tasks") == folder.recipe.tasks:
+        folder.write_summary(summary, text)
+    else:
+        folder.write_report(text)
+    console.print(table(summary))
+    return folder.path / "report.html"
 
 
 def status(

@@ -1,5 +1,6 @@
 """What is shown on a terminal: text of others stays text, whatever it holds."""
 
+import logging
 import os
 import re
 import sys
@@ -106,3 +107,29 @@ class Terminal(Console):
         """As rich does, with text made `printable` and rich's own control codes left alone."""
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else printable(text), style, control)
+
+
+console = Terminal()  # one for all output of a command: other writers would run into a display's line
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints log records on the console, a warning with that word in front."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        before = "warning: " if record.levelno >= logging.WARNING else ""
+        console.print(before + record.getMessage(), soft_wrap=True)
+
+
+@contextmanager
+def log_printed() -> Iterator[None]:
+    """Within this block what the library logs, from INFO up, is printed on the console: for commands. Nothing
+    else in the library prints, so that its users decide what they see."""
+    logger, handler = logging.getLogger("codyra_llm"), ConsoleHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

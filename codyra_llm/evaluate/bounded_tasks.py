@@ -64,7 +64,8 @@ def bind(task: "ConfigurableTask", name: str) -> "ConfigurableTask":
             for made, function in zip(pipeline.filters, given["filter"], strict=True)
         ]
     for metric, settings in task._metric_fn_kwargs.items():
-        if patterns := settings.pop("regexes_to_ignore", None):
+        patterns = settings.pop("regexes_to_ignore", None)
+        if patterns:
             task._metric_fn_list[metric] = partial(_ignoring, name, patterns, task._metric_fn_list[metric])
     task.build_all_requests = _told(name, task.build_all_requests)
     task.process_results = _told(name, task.process_results)

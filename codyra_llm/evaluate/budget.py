@@ -102,7 +102,8 @@ def within_memory(
         needed = (max(lengths[i] for i in batch) + new) * len(batch)
         if needed > held.tokens and len(batch) > 1:
             cut = batches([lengths[i] for i in batch], new, held.tokens, held.step)
-            waiting += [[batch[n] for n in part] for part in cut][::-1]
+            for part in reversed(list(cut)):
+                waiting.append([batch[n] for n in part])
             continue
         try:
             found = answer(batch)

@@ -17,7 +17,8 @@ from codyra_llm.evaluate import static_steps
 from codyra_llm.evaluate.budget import batches, budget, within_memory
 from codyra_llm.methods.base import Condition
 from codyra_llm.models import families
-from codyra_llm.runtime import display, heartbeat, signals
+from codyra_llm.runtime import heartbeat, signals
+from codyra_llm.store import observer
 
 UNRECORDED = 4  # first steps of every batch: after them many answers, such as a letter, are at their end
 LEAST_SHARED = 16  # tokens; a shorter prefix does not pay a forward pass of its own
@@ -55,23 +56,15 @@ def generate_ids(
     ends = {ends} if isinstance(ends, int) else ends
     cache = DynamicCache(config=model.config)
     width = max(map(len, prompts))
-    windows = families.windows(model.config)
-    shared = (
-        0 if condition else shared_prefix(prompts, new, windows)
-    )  # a condition may differ from row to row
+    # A condition may differ from row to row, so that no prefix is shared.
+    shared = 0 if condition else shared_prefix(prompts, new, families.windows(model.config))
     tensor = partial(torch.tensor, device=model.device)
     if shared:
-        model(
-            input_ids=tensor([prompts[0][:shared]]), past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        prefix = tensor([prompts[0][:shared]])
+        model(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache.batch_repeat_interleave(len(prompts))
-    ids = tensor([[0] * (width - len(p)) + p[shared:] for p in prompts])
-    front = 0 if condition is None or condition.prefix is None else condition.prefix.shape[1]
-    mask = tensor([[1] * shared + [0] * (width - len(p)) + [1] * (front + len(p) - shared) for p in prompts])
+    given, mask = _prefill(model, prompts, shared, condition)
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
-    given = (
-        {"inputs_embeds": prefixed(model, ids, prompts, condition.prefix)} if front else {"input_ids": ids}
-    )
     batch = _Batch(len(prompts), ends, stop)
     for number in range(new):
         padded = any(len(prompts[row]) < width for row in batch.rows)
@@ -101,6 +94,26 @@ def generate_ids(
             _finish(model, cache, mask, ids, positions, batch, left)
             break
     return batch.out
+
+
+def _prefill(
+    model: PreTrainedModel, prompts: Sequence[list[int]], shared: int, condition: Condition | None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The first inputs of a batch after its `shared` tokens, left-padded, and the mask of all columns of the
+    cache [B, width + a method's prefix]."""
+    width = max(map(len, prompts))
+    prefix = condition.prefix if condition else None
+    front = 0 if prefix is None else prefix.shape[1]
+    ids, mask = [], []
+    for prompt in prompts:
+        pads = [0] * (width - len(prompt))
+        ids.append(pads + prompt[shared:])
+        mask.append([1] * shared + pads + [1] * (front + len(prompt) - shared))
+    ids_bt = torch.tensor(ids, device=model.device)
+    mask_bt = torch.tensor(mask, device=model.device)
+    if prefix is None or not front:
+        return {"input_ids": ids_bt}, mask_bt
+    return {"inputs_embeds": prefixed(model, ids_bt, prompts, prefix)}, mask_bt
 
 
 class _Batch:
@@ -156,12 +169,10 @@ def prefixed(model: PreTrainedModel, ids: Tensor, prompts: Sequence[list[int]], 
     """Embeddings of left-padded ids [B, T] with `prefix` [B, P, h] between pads and prompt: [B, P + T, h]."""
     embedded = model.get_input_embeddings()(ids)
     starts = [ids.shape[1] - len(p) for p in prompts]
-    return torch.stack(
-        [
-            torch.cat([row[:n], own.to(row.dtype), row[n:]])
-            for row, own, n in zip(embedded, prefix, starts, strict=True)
-        ]
-    )
+    rows = []
+    for row, own, start in zip(embedded, prefix, starts, strict=True):
+        rows.append(torch.cat([row[:start], own.to(row.dtype), row[start:]]))
+    return torch.stack(rows)
 
 
 def answers(
@@ -184,7 +195,7 @@ def answers(
     lengths = [len(p) for p in prompts]
     own: list[tuple[int, str]] = []
     answered = 0
-    display.count(0, len(prompts))
+    observer.counted(0, len(prompts))
 
     def answer(chosen: list[int]) -> list[list[int]]:
         batch = [prompts[i] for i in chosen]
@@ -193,11 +204,11 @@ def answers(
     for number, chosen in enumerate(list(batches(lengths, new, held.tokens, held.step))):
         if number % acc.num_processes == acc.process_index:
             signals.check()
-            heartbeat.at(f"batch {number + 1} of answers")
+            observer.at(f"batch {number + 1} of answers")
             for part, ids in within_memory(chosen, lengths, new, held, answer):
                 own += zip(part, encoder.texts(ids), strict=True)
         answered += len(chosen)
-        display.count(answered, len(prompts))
+        observer.counted(answered, len(prompts))
     with heartbeat.waiting():
         found = dict(gather_object(own))
     by_text = {text: found[i] for i, text in enumerate(distinct)}

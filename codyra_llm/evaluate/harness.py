@@ -40,7 +40,9 @@ from codyra_llm.evaluate.suite import Ability, drawn, quiet
 from codyra_llm.methods.base import Condition
 from codyra_llm.models.ends import without_end
 from codyra_llm.models.tokenizer import DATE, render_chats, template_fault
-from codyra_llm.runtime import display, heartbeat, signals
+from codyra_llm.runtime import heartbeat, signals
+from codyra_llm.store import observer
+from codyra_llm.store.rows import GENERAL, ScoreRow, Stage
 
 if TYPE_CHECKING:
     from codyra_llm.config.sections import GeneralSection
@@ -161,7 +163,8 @@ class Live(HFLM):
         if any(len(row) < width for row in rows):
             mask = tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
             given |= {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-        if self.conditions and (prefix := self.conditions([context]).prefix) is not None:
+        prefix = self.conditions([context]).prefix if self.conditions else None
+        if prefix is not None:
             given = {"inputs_embeds": prefixed(self.model, ids, rows, prefix)}
         return self.model(**given, use_cache=False, logits_to_keep=keep).logits
 
@@ -221,17 +224,17 @@ class Live(HFLM):
     ) -> Iterator[tuple[list[int], Any]]:
         """This rank's batches, each of at most `most` rows, with what `answer` says of them."""
         number = answered = 0
-        display.count(0, len(lengths))
+        observer.counted(0, len(lengths))
         for chosen in list(batches(lengths, new, self.held.tokens, self.held.step)):
             for start in range(0, len(chosen), most or len(chosen)):
                 if number % self.acc.num_processes == self.acc.process_index:
                     signals.check()
-                    heartbeat.at(f"batch {number + 1} of general ability")
+                    observer.at(f"batch {number + 1} of general ability")
                     part = chosen[start : start + (most or len(chosen))]
                     yield from within_memory(part, lengths, new, self.held, answer)
                 number += 1
             answered += len(chosen)
-            display.count(answered, len(lengths))
+            observer.counted(answered, len(lengths))
 
     def _gathered(self, found: list[tuple[int, Any]], count: int) -> list[Any]:
         with heartbeat.waiting():
@@ -241,13 +244,16 @@ class Live(HFLM):
 
 @dataclass
 class Measured:
-    """One task: its row of scores.jsonl but for where in the run it stands, its predictions, the harness's
+    """One task: the fields of its row of scores.jsonl but for the stage, its predictions, the harness's
     results.
     """
 
-    row: dict
+    fields: dict[str, Any]
     predictions: list[dict]
     results: dict
+
+    def row(self, stage: Stage) -> ScoreRow:
+        return ScoreRow(after=stage.after, step=stage.step, kind=GENERAL, **self.fields)
 
 
 @quiet()
@@ -275,18 +281,17 @@ def measure(lm: Live, ability: Ability, section: "GeneralSection", chat: bool) -
         (key for key in scores if key.partition(",")[0] == HEADLINES.get(name)), next(iter(scores))
     )
     first, predictions = next(iter(samples)), _predictions(results, headline)
-    row = {
+    fields = {
         "task": name,
-        "kind": "general",
         "headline": headline,
         "score": scores[headline]["mean"],
         "metrics": scores,
-        "empty": sum(not p["prediction"] for p in predictions),
+        "empty": len([row for row in predictions if not row["prediction"]]),
         "source": section.data,
         "shots": results["n-shot"][first],
         "version": results["versions"][first],
     }
-    return Measured(row, predictions, results)
+    return Measured(fields, predictions, results)
 
 
 def _of_task(results: dict, part: str) -> dict[str, dict]:

@@ -166,11 +166,12 @@ def replies(section: JudgeSection, asked: dict[str, str]) -> Iterator[tuple[str,
             for future in as_completed([pool.submit(one, digest) for digest in asked]):
                 if signals.asked():
                     ended.set()
-                if error := future.exception():
-                    if not isinstance(error, Fault):
-                        raise error
+                error = future.exception()
+                if isinstance(error, Fault):
                     faults += error.messages
-                elif reply := future.result():
+                    continue
+                reply = future.result()  # raises any other error
+                if reply:
                     yield reply
         finally:
             ended.set()
@@ -182,9 +183,8 @@ def replies(section: JudgeSection, asked: dict[str, str]) -> Iterator[tuple[str,
 def _ask(client: Any, section: JudgeSection, text: str) -> str:
     from openai import OpenAIError
 
-    given = {
-        key: value for key in ("temperature", "max_tokens") if (value := getattr(section, key)) is not None
-    }
+    asked = {"temperature": section.temperature, "max_tokens": section.max_tokens}
+    given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
     try:
         reply = client.chat.completions.create(
             model=section.model, messages=[{"role": "user", "content": text}], **given

@@ -33,15 +33,15 @@ def summary(tasks: list[str], scores: list[list[float | None]], zero_shot: list[
     if seen:
         last, old = scores[-1], range(seen - 1)
         dropped = [_minus(scores[j][j], last[j]) for j in range(seen)]
-        numbers |= {
-            "op": _mean(last[:seen]),
-            "bwt": _mean(_minus(last[j], scores[j][j]) for j in old),
-            "bwt_treelora": _mean(dropped) if seen > 1 else None,
-            "bwt_treelora_clipped": _mean(d if d is None else max(d, 0.0) for d in dropped)
-            if seen > 1
-            else None,
-            "forgetting": _mean(_minus(_best(row[j] for row in scores[j:-1]), last[j]) for j in old),
-        }
+        gained = [_minus(last[j], scores[j][j]) for j in old]
+        forgotten = []
+        for j in old:
+            best = _best(row[j] for row in scores[j:-1])
+            forgotten.append(_minus(best, last[j]))
+        numbers |= {"op": _mean(last[:seen]), "bwt": _mean(gained), "forgetting": _mean(forgotten)}
+        if seen > 1:
+            clipped = [value if value is None else max(value, 0.0) for value in dropped]
+            numbers |= {"bwt_treelora": _mean(dropped), "bwt_treelora_clipped": _mean(clipped)}
     if zero_shot is not None:
         gains = [_minus(scores[j - 1][j], zero_shot[j]) for j in range(1, seen)]
         numbers["fwt"] = _mean(gain for gain in gains if gain is not None)

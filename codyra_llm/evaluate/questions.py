@@ -40,14 +40,16 @@ def find_questions(section: OpenEndedSection) -> dict[str, list[str]]:
     if faults:
         raise Fault(*faults)
     found = {name: _read(known[name]) for name in dict.fromkeys(section.files or known)}
-    return {
-        name: [prompts[i] for i in drawn(name, {name: len(prompts)}, section.limit, section.seed)[name]]
-        for name, prompts in found.items()
-    }
+    chosen = {}
+    for name, prompts in found.items():
+        places = drawn(name, {name: len(prompts)}, section.limit, section.seed)[name]
+        chosen[name] = [prompts[i] for i in places]
+    return chosen
 
 
 def _read(path: Path) -> list[str]:
-    if not (records := rows(path, RECORD)):
+    records = rows(path, RECORD)
+    if not records:
         raise Fault(f"{path} holds no record, expected {RECORD}; write at least one")
     faults = []
     for number, record in enumerate(records):

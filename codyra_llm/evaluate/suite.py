@@ -154,7 +154,8 @@ def find(section: "GeneralSection") -> dict[str, Ability]:
             faults += fault.messages
             continue
         found[name] = Ability(name, configs, root is not None, section.trust_code)
-        if missing := _missing(found[name]):
+        missing = _missing(found[name])
+        if missing:
             found.pop(name)
             faults += missing if section.tasks is not None else []
     if not (found or faults):
@@ -184,7 +185,8 @@ def parts(spec: dict | Path, root: Path | None, trusted: bool = False) -> dict[s
     out = {}
     for base in bases:
         config = {key: value for key, value in {**base, **own}.items() if key not in ("tag", "group")}
-        if lacking := sorted({"task", "dataset_path"} - config.keys()):
+        lacking = sorted({"task", "dataset_path"} - config.keys())
+        if lacking:
             raise Fault(
                 f"general.data: {spec} is no task of lm-evaluation-harness (it lacks {', '.join(lacking)}); "
                 "write one, or take the file out of the folder"
@@ -217,7 +219,8 @@ def without_punkt(docs: "Dataset") -> "Dataset":
 
 def _local(config: dict[str, Any], root: Path) -> dict[str, Any]:
     kwargs = dict(config.get("dataset_kwargs") or {})
-    if not (files := kwargs.get("data_files")):  # of a trusted file, whose code makes the examples
+    files = kwargs.get("data_files")
+    if not files:  # of a trusted file, whose code makes the examples
         return {}
     part = str(config.get("dataset_name"))
     kwargs["data_files"] = {

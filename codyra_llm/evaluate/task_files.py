@@ -51,7 +51,8 @@ def read_task(file: Path, trusted: bool) -> dict[str, Any]:
                 f"general.data: {file} can't be loaded ({reason}); correct it, or take it out of the folder"
             ) from error
     text = read_text(file, "a task of lm-evaluation-harness")
-    if line := _function(text):
+    line = _function(text)
+    if line:
         raise Fault(
             f"general.data: {file} runs a function (!function, line {line}), and code in a data folder is "
             f"not run unasked; {TRUST}"

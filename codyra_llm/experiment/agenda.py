@@ -7,6 +7,7 @@ from codyra_llm.experiment.scoring import asked, pieces
 from codyra_llm.experiment.setup import Setup
 from codyra_llm.runtime.forecast import Piece
 from codyra_llm.store.folder import RunFolder
+from codyra_llm.store.rows import Stage
 
 SAMPLE = 64  # records of a task that are tokenised to know the mean length
 
@@ -16,10 +17,11 @@ def steps(setup: Setup) -> list[int]:
     size = setup.recipe.optim.batch_size
     if not setup.method.trains:
         return [0] * len(setup.recipe.tasks)
-    return [
-        sum(ceil(len(visited) / size) for visited in setup.method.train_data(setup.stream, index)[1])
-        for index in range(len(setup.recipe.tasks))
-    ]
+    counts = []
+    for index in range(len(setup.recipe.tasks)):
+        _, epochs = setup.method.train_data(setup.stream, index)
+        counts.append(sum(ceil(len(visited) / size) for visited in epochs))
+    return counts
 
 
 def tokens(setup: Setup, index: int) -> float:
@@ -30,35 +32,32 @@ def tokens(setup: Setup, index: int) -> float:
     return sum(map(len, epochs)) * sum(lengths) / max(len(lengths), 1)
 
 
-def stages(setup: Setup) -> dict[str, list[str]]:
+def stages(setup: Setup) -> list[Stage]:
+    """The stages at which the run stops to score, in its order."""
+    count = len(setup.recipe.tasks)
+    last = count if setup.method.trains else 0
+    steps = [0, last] if setup.method.joint else range(last + 1)
+    return [Stage.of(setup.recipe.tasks, step - 1) for step in dict.fromkeys(steps)]
+
+
+def scored(setup: Setup) -> dict[str, list[str]]:
     """By stage, "base" or the task after which, the names of what is scored there, in the order of the
     run.
     """
-    names = ["base", *setup.recipe.tasks]
-    return {
-        names[index + 1]: [
-            piece.name
-            for piece in pieces(setup, index + 1, *asked(setup, index), set())
-            if piece.kind in ("answer", "general")
-        ]
-        for index in _indices(setup)
-    }
-
-
-def _indices(setup: Setup) -> list[int]:
-    """After which tasks the run stops to score; -1: the base."""
-    count = len(setup.recipe.tasks) if setup.method.trains else 0
-    return [index for index in range(-1, count) if index in (-1, count - 1) or not setup.method.joint]
+    found = {}
+    for stage in stages(setup):
+        due = pieces(setup, stage, *asked(setup, stage), set())
+        found[stage.after] = [piece.name for piece in due if piece.kind in ("answer", "general")]
+    return found
 
 
 def ahead(setup: Setup, folder: RunFolder, learnt: int) -> dict[Piece, float]:
     """The pieces that are due when `learnt` tasks are, in their order, and how much each is."""
-    tasks, due, scores = setup.recipe.tasks, {}, folder.scores
-    for index in _indices(setup):
-        if index >= learnt:
-            due[Piece("learn", tasks[index], index + 1)] = tokens(setup, index)
-        done = {row["task"] for row in scores if row["step"] == index + 1}
-        due |= pieces(setup, index + 1, *asked(setup, index), done)
-        if index in (-1, len(tasks) - 1):
-            due |= open_ended.pieces(setup, folder, {"step": index + 1, "after": tasks[index]})
+    due: dict[Piece, float] = {}
+    for stage in stages(setup):
+        if stage.step > learnt:
+            due[Piece("learn", stage.after, stage.step)] = tokens(setup, stage.index)
+        due |= pieces(setup, stage, *asked(setup, stage), folder.scored(stage))
+        if stage.step in (0, len(setup.recipe.tasks)):
+            due |= open_ended.pieces(setup, folder, stage)
     return due

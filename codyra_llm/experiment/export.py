@@ -92,7 +92,8 @@ def _changes(setup: Setup, terms: list[Update]) -> Callable[[str, torch.Tensor],
     known, family = set(WeightReader(setup.base).handle_of), families.family_in(setup.base)
     changed = {f"{site}.weight" for update in terms for site in update.adapters}
     changed |= {name for update in terms for name in update.dense}
-    if missing := sorted(changed - known):
+    missing = sorted(changed - known)
+    if missing:
         raise Fault(
             f"{setup.base} stores no weight {missing[0]}, which the run has trained; restore the model that "
             "the run began with"

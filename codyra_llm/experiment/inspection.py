@@ -21,7 +21,7 @@ Split = tuple[int, str, list[dict]]
 
 def splits(recipe: Recipe, stream: Stream, trains: bool) -> Iterator[Split]:
     """(task's number, split, records) of what a run reads; what can't be read is reported elsewhere."""
-    wanted = [*["train"] * trains, recipe.eval.split]
+    wanted = ["train", recipe.eval.split] if trains else [recipe.eval.split]
     for index in range(len(recipe.tasks)):
         for split in wanted:
             try:
@@ -110,10 +110,12 @@ def hints(
     tokenizer does not add, answers that the tokenizer can't reproduce, and answers that may go past the
     model's last position."""
     told = []
-    if left := leftovers(base):
+    left = leftovers(base)
+    if left:
+        more = ", ..." if len(left) > 3 else ""
         told.append(
             f"{base} holds weights that are not read, as transformers does not read them either: "
-            f"{', '.join(left[:3])}{', ...' if len(left) > 3 else ''}; remove them, or the ones that are "
+            f"{', '.join(left[:3])}{more}; remove them, or the ones that are "
             "read, whichever is out of date"
         )
     family = families.family_in(base)

@@ -4,103 +4,99 @@ judging.
 
 import time
 
-from accelerate import Accelerator
-
 from codyra_llm.config.sections import JudgeSection
 from codyra_llm.evaluate import judge
-from codyra_llm.experiment.scoring import BACKENDS
+from codyra_llm.experiment.experiment import Experiment
 from codyra_llm.experiment.setup import Setup
-from codyra_llm.runtime import display, heartbeat, signals
-from codyra_llm.runtime.display import console
+from codyra_llm.runtime import signals
 from codyra_llm.runtime.forecast import Piece
-from codyra_llm.runtime.launch import collectively, of_first, wait
+from codyra_llm.runtime.launch import of_first
+from codyra_llm.store import observer
 from codyra_llm.store.folder import RunFolder
+from codyra_llm.store.rows import Stage
 from codyra_llm.store.verdicts import Verdicts
 
-SLICE = (
-    8  # questions per parallel request between two meetings of the processes, which wait two hours for one
-)
+# Questions per parallel request between two meetings of the processes, which wait two hours for one.
+SLICE = 8
 
 
-def answer(
-    setup: Setup, folder: RunFolder, acc: Accelerator, index: int, known: dict, out: RunFolder
-) -> None:
-    """Have the model after task `index` of the run in `folder` answer the prompts, as far as `out` lacks its
-    answers.
-
-    `known` ("after", "step"): step 0 is the base, any other the final model.
-    """
-    due = of_first(pieces(setup, out, known) if acc.is_main_process else None)
+def answer(experiment: Experiment, stage: Stage) -> None:
+    """Have the model of `stage`, the base or the final one, answer the prompts that have no answer of it."""
+    setup = experiment.setup
+    due = experiment.of_first(lambda: pieces(setup, experiment.store, stage))
     if not due:
         return
-    display.expect(due)
-    display.begin(Piece("load", "open-ended", known["step"]), known["after"], setup.recipe.tasks)
-    with BACKENDS[setup.recipe.eval.backend](acc, setup, folder, index) as answers:
+    observer.expected(due)
+    observer.stage_begins(stage, Piece("load", "open-ended", stage.step))
+    with experiment.answering(stage) as ask:
         for piece in due:
             signals.check()
             name = piece.name
-            heartbeat.at(f"answers to {name} after {known['after']}")
-            display.begin(piece, known["after"], setup.recipe.tasks)
+            observer.at(f"answers to {name} after {stage.after}")
+            observer.stage_begins(stage, piece)
             began = time.perf_counter()
-            texts = answers(setup.prompts[name], setup.recipe.open_ended.max_new_tokens, None)
-            if acc.is_main_process:
-                _keep(setup, out, name, known, texts)
-                console.print(
-                    f"after {known['after']}: {name}, {len(texts)} answers  "
-                    f"({time.perf_counter() - began:.0f} s)"
-                )
-    wait(acc)
+            texts = ask(setup.prompts[name], setup.recipe.open_ended.max_new_tokens, None)
+            if experiment.first:
+                _keep(setup, experiment.store, name, stage, texts)
+            seconds = time.perf_counter() - began
+            experiment.say(f"after {stage.after}: {name}, {len(texts)} answers  ({seconds:.0f} s)")
+    experiment.wait()
 
 
-def pieces(setup: Setup, out: RunFolder, known: dict) -> dict[Piece, float]:
+def pieces(setup: Setup, folder: RunFolder, stage: Stage) -> dict[Piece, float]:
     """What `answer` still has to do: files of prompts, each with its number of prompts."""
     return {
-        Piece("answer", name, known["step"]): len(prompts)
+        Piece("answer", name, stage.step): len(prompts)
         for name, prompts in setup.prompts.items()
-        if not _answered(setup, out, name, known)
+        if not _answered(folder, name, prompts, stage)
     }
 
 
-def _answered(setup: Setup, out: RunFolder, name: str, known: dict) -> bool:
-    rows = out.answers(name)
-    mine = (
-        all("base" in row for row in rows)
-        if not known["step"]
-        else all(row.get("after") == known["after"] for row in rows)
-    )
-    return mine and [row["prompt"] for row in rows] == setup.prompts[name]
+def _answered(folder: RunFolder, name: str, prompts: list[str], stage: Stage) -> bool:
+    rows = folder.answers(name)
+    if stage.step == 0:
+        mine = all("base" in row for row in rows)
+    else:
+        mine = all(row.get("after") == stage.after for row in rows)
+    return mine and [row["prompt"] for row in rows] == prompts
 
 
-def _keep(setup: Setup, out: RunFolder, name: str, known: dict, texts: list[str]) -> None:
+def _keep(setup: Setup, folder: RunFolder, name: str, stage: Stage, texts: list[str]) -> None:
     """Save the answers next to those of the other model."""
-    prompts, rows = setup.prompts[name], out.answers(name)
+    prompts, rows = setup.prompts[name], folder.answers(name)
     if [row["prompt"] for row in rows] != prompts:
         rows = [{"prompt": prompt} for prompt in prompts]
-    own = [{"final": text, "after": known["after"]} if known["step"] else {"base": text} for text in texts]
-    out.write_answers(name, [{**row, **new} for row, new in zip(rows, own, strict=True)])
+    for row, text in zip(rows, texts, strict=True):
+        row |= {"final": text, "after": stage.after} if stage.step else {"base": text}
+    folder.write_answers(name, rows)
 
 
-def settle(setup: Setup, out: RunFolder, acc: Accelerator) -> None:
+def settle(experiment: Experiment) -> None:
     """Have the judge compare what it has not compared yet, if the recipe names a judge; every verdict is
     saved as it comes.
 
     The first process asks, the others wait. Raises Fault when the endpoint fails.
     """
-    section = setup.recipe.open_ended.judge
-    if setup.prompts and not section.base_url and acc.is_main_process:
-        console.print(
-            f"{', '.join(setup.prompts)}: not judged, as no open_ended.judge.base_url is given",
-            soft_wrap=True,
-        )
-    for name in setup.prompts if section.base_url else ():
-        due = collectively(acc.is_main_process, _due, section, out, name) or []
-        size = SLICE * section.parallel
+    section, names = experiment.recipe.open_ended.judge, list(experiment.setup.prompts)
+    if not section.base_url:
+        if names:
+            experiment.say(f"{', '.join(names)}: not judged, as no open_ended.judge.base_url is given")
+        return
+    folder, size = experiment.store, SLICE * section.parallel
+    for name in names:
+        due = experiment.on_first(_due, section, folder, name) or []
         for start in range(0, of_first(len(due)), size):
-            collectively(acc.is_main_process, _judge, section, out, name, due[start : start + size])
-        if acc.is_main_process:
-            found = judge.tally(judge.outcomes(name, out.pairs(name), Verdicts(out, name).of(section.model)))
-            told = ", ".join(f"{key} {found[key]['n']}" for key in judge.OUTCOMES if key in found)
-            console.print(f"{name}, judged by {section.model}: {told or 'nothing'}", soft_wrap=True)
+            experiment.on_first(_judge, section, folder, name, due[start : start + size])
+        if experiment.first:
+            experiment.say(f"{name}, judged by {section.model}: {_counted(section, folder, name)}")
+
+
+def _counted(section: JudgeSection, folder: RunFolder, name: str) -> str:
+    """How many pairs had each outcome."""
+    verdicts = Verdicts(folder, name).of(section.model)
+    found = judge.tally(judge.outcomes(name, folder.pairs(name), verdicts))
+    counts = [f"{key} {found[key]['n']}" for key in judge.OUTCOMES if key in found]
+    return ", ".join(counts) or "nothing"
 
 
 def _questions(out: RunFolder, name: str) -> dict[str, tuple[str, tuple[str, str]]]:
@@ -121,8 +117,9 @@ def _due(section: JudgeSection, out: RunFolder, name: str) -> list[str]:
 
 def _judge(section: JudgeSection, out: RunFolder, name: str, due: list[str]) -> None:
     asked, verdicts = _questions(out, name), Verdicts(out, name)
-    for digest, said in judge.replies(section, {digest: asked[digest][0] for digest in due}):
-        heartbeat.at(f"verdicts on {name}")
+    texts = {digest: asked[digest][0] for digest in due}
+    for digest, said in judge.replies(section, texts):
+        observer.at(f"verdicts on {name}")
         order = asked[digest][1]
         verdicts.add(
             {

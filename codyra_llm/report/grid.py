@@ -49,12 +49,14 @@ class Grid:
 
     def filled(self) -> "Grid":
         """The grid without its empty columns."""
-        kept = [i for i in range(len(self.columns)) if any(cells[i] is not None for _, cells in self.rows)]
-        return replace(
-            self,
-            columns=[self.columns[i] for i in kept],
-            rows=[(label, [cells[i] for i in kept]) for label, cells in self.rows],
-        )
+        kept = []
+        for i in range(len(self.columns)):
+            if any(cells[i] is not None for _, cells in self.rows):
+                kept.append(i)
+        rows = []
+        for label, cells in self.rows:
+            rows.append((label, [cells[i] for i in kept]))
+        return replace(self, columns=[self.columns[i] for i in kept], rows=rows)
 
 
 def number(value: float | None, form: str = ".1f", **more) -> Cell | None:
@@ -89,14 +91,13 @@ def markdown(grids: Iterable[Grid]) -> str:
     """A section with a table for each."""
     lines = []
     for grid in grids:
-        lines += [
-            f"## {plain(grid.name)}",
-            "",
-            *([plain(grid.note), ""] if grid.note else []),
-            _line([grid.corner, *grid.columns]),
-            "|" + "---|" * (len(grid.columns) + 1),
-        ]
-        lines += [_line([label, *(_words(cell) for cell in cells)]) for label, cells in grid.rows] + [""]
+        lines += [f"## {plain(grid.name)}", ""]
+        if grid.note:
+            lines += [plain(grid.note), ""]
+        lines += [_line([grid.corner, *grid.columns]), "|" + "---|" * (len(grid.columns) + 1)]
+        for label, cells in grid.rows:
+            lines.append(_line([label, *map(_words, cells)]))
+        lines.append("")
     return "\n".join(lines)
 
 

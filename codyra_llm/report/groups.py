@@ -92,11 +92,13 @@ def grouped(runs: list[Run], over_orders: bool = False) -> list[list[Run]]:
     for run in runs:
         group = next((g for g in groups if _same(g[0], run, over_orders)), None)
         if group is None:
-            groups.append(group := [])
-        if twin := next((other for other in group if pairing(other) == pairing(run)), None):
+            group = []
+            groups.append(group)
+        twins = [other for other in group if pairing(other) == pairing(run)]
+        if twins:
             raise Fault(
-                f"{run.folder.path} and {twin.folder.path} have the same recipe and seed {run.recipe.seed}; "
-                f"give one of them"
+                f"{run.folder.path} and {twins[0].folder.path} have the same recipe and seed "
+                f"{run.recipe.seed}; give one of them"
             )
         group.append(run)
     return groups
@@ -161,10 +163,9 @@ def labels(recipes: list[Recipe], over_orders: bool = False) -> list[str]:
     """For each its method and the settings that the first recipe has otherwise; for settings of the method
     itself, the first recipe of that method."""
     known, out = [distinguishing(recipe, over_orders) for recipe in recipes], []
+    first_of: dict[str, dict] = {}  # by method
     for recipe, own in zip(recipes, known, strict=True):
-        first = next(
-            k for k, other in zip(known, recipes, strict=True) if other.method.name == recipe.method.name
-        )
+        first = first_of.setdefault(recipe.method.name, own)
         changed = [
             _setting(key, value, recipe)
             for key, value in own.items()

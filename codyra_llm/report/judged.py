@@ -16,20 +16,16 @@ def summarise(recipe: Recipe, folder: RunFolder) -> dict | None:
     files, all_of = {}, {}
     for name in sorted(path.stem for path in (folder.path / "answers").glob("*.jsonl")):
         pairs, kind = folder.pairs(name), judge.criterion(name)
-        found = (
-            list(judge.outcomes(name, pairs, Verdicts(folder, name).of(asked.judge.model)))
-            if asked.judge.base_url
-            else []
-        )
+        found = []
+        if asked.judge.base_url:
+            found = list(judge.outcomes(name, pairs, Verdicts(folder, name).of(asked.judge.model)))
         files[name] = {"criterion": kind, "answered": len(pairs), **judge.tally(found)}
         all_of.setdefault(kind, []).append((len(pairs), found))
     for kind, parts in all_of.items():
         if len(parts) > 1:
-            files[f"all: {kind}"] = {
-                "criterion": kind,
-                "answered": sum(n for n, _ in parts),
-                **judge.tally(one for _, found in parts for one in found),
-            }
+            answered = sum(count for count, _ in parts)
+            counted = judge.tally(one for _, found in parts for one in found)
+            files[f"all: {kind}"] = {"criterion": kind, "answered": answered, **counted}
     return {"judge": asked.judge.model if asked.judge.base_url else None, "files": files}
 
 
@@ -37,18 +33,11 @@ def grid(found: dict | None) -> Grid | None:
     """The table of `summarise`; its note says so where nothing was judged."""
     if not found or not found["files"]:
         return None
-    lines = [
-        (
-            name,
-            [
-                word(row["criterion"]),
-                number(row["answered"], "d"),
-                number(row["judged"], "d"),
-                *(_share(row.get(outcome)) for outcome in judge.OUTCOMES),
-            ],
-        )
-        for name, row in found["files"].items()
-    ]
+    lines = []
+    for name, row in found["files"].items():
+        counts = [number(row["answered"], "d"), number(row["judged"], "d")]
+        shares = [_share(row.get(outcome)) for outcome in judge.OUTCOMES]
+        lines.append((name, [word(row["criterion"]), *counts, *shares]))
     columns = ["judged by", "answered", "judged", *judge.OUTCOMES]
     return Grid("open-ended answers", "prompts", columns, lines, _note(found)).filled()
 

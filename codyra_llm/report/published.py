@@ -18,18 +18,18 @@ def beside(folders: list[RunFolder]) -> list[Grid]:
     """The two published tables, each with the runs' own values in front, and the caveats. Runs of equal
     recipe but for the seed are one row, as in the report on several runs."""
     data = yaml.safe_load(Path(trace.__file__).with_name("published.yaml").read_text(encoding="utf-8"))
-    groups = grouped([Run(folder, found := summarised(folder), found) for folder in folders])
+    runs = []
+    for folder in folders:
+        summary = summarised(folder)
+        runs.append(Run(folder, summary, summary))
+    groups = grouped(runs)
     names = labels([group[0].recipe for group in groups])
-    own = {
-        f"here: {f'{i} ' * (len(groups) > 1)}{name}": group
-        for i, (name, group) in enumerate(zip(names, groups, strict=True), 1)
-    }
+    if len(groups) > 1:
+        names = [f"{number} {name}" for number, name in enumerate(names, 1)]
+    own = {f"here: {name}": group for name, group in zip(names, groups, strict=True)}
     told = {name: _run(group) for name, group in own.items()} | data["caveats"]
-    return [
-        _treelora(data, own),
-        _trace(data, own),
-        Grid("to compare them", "", ["what to know"], [(name, [word(text)]) for name, text in told.items()]),
-    ]
+    notes = [(name, [word(text)]) for name, text in told.items()]
+    return [_treelora(data, own), _trace(data, own), Grid("to compare them", "", ["what to know"], notes)]
 
 
 def _treelora(data: dict, own: dict[str, list[Run]]) -> Grid:
@@ -38,10 +38,9 @@ def _treelora(data: dict, own: dict[str, list[Run]]) -> Grid:
         (name, [*_own(group, "op", "bwt_treelora", "bwt_treelora_clipped"), *blank])
         for name, group in own.items()
     ]
-    rows += [
-        (name, [None] * 3 + [number(value, ".2f") for pair in pairs for value in pair])
-        for name, pairs in data["treelora"].items()
-    ]
+    for name, pairs in data["treelora"].items():
+        values = [number(value, ".2f") for pair in pairs for value in pair]
+        rows.append((name, [None, None, None, *values]))
     columns = [f"{model}: {measure}" for model in data["models"] for measure in ("OP", "forgetting")]
     return Grid(
         "TreeLoRA and CoDyRA",
@@ -55,13 +54,9 @@ def _treelora(data: dict, own: dict[str, list[Run]]) -> Grid:
 
 def _trace(data: dict, own: dict[str, list[Run]]) -> Grid:
     rows = [(name, [*_own(group, "op", "bwt"), None, _delta_r(group)]) for name, group in own.items()]
-    rows += [
-        (
-            name,
-            [number(value, form) for value, form in zip(values, (".1f", "+.1f", "g", "+.2f"), strict=True)],
-        )
-        for name, values in data["trace"].items()
-    ]
+    for name, values in data["trace"].items():
+        forms = (".1f", "+.1f", "g", "+.2f")
+        rows.append((name, [number(value, form) for value, form in zip(values, forms, strict=True)]))
     return Grid(
         "TRACE",
         "method",
@@ -72,7 +67,11 @@ def _trace(data: dict, own: dict[str, list[Run]]) -> Grid:
 
 
 def _own(group: list[Run], *keys: str) -> list[Cell | None]:
-    return [over([run.summary[key] for run in group], ".2f") for key in keys]
+    summaries = [run.summary for run in group]
+    cells = []
+    for key in keys:
+        cells.append(over([summary[key] for summary in summaries], ".2f"))
+    return cells
 
 
 def _delta_r(group: list[Run]) -> Cell | None:
@@ -90,7 +89,8 @@ def _run(group: list[Run]) -> str:
     order, most = (orders or ["none of the orders of TRACE's eight tasks"])[0], recipe.eval.max_examples
     scored = f"at most {most} examples of each task scored" if most else "all examples scored"
     train = f", at most {recipe.data.max_train_examples} trained on" if recipe.data.max_train_examples else ""
+    seeds = f"{len(group)} seeds" if len(group) > 1 else "1 seed"
     return (
         f"Base {recipe.model.path}, protocol {recipe.data.protocol}, {order}, {recipe.eval.split} split, "
-        f"{scored}{train}, {len(group)} seed{'s' * (len(group) > 1)}."
+        f"{scored}{train}, {seeds}."
     )

@@ -8,12 +8,10 @@ from pathlib import Path
 from rich.console import Console
 
 from codyra_llm.core.errors import Fault
-from codyra_llm.core.files import read_jsonl
 from codyra_llm.core.parsing import read_mapping
 from codyra_llm.runtime.forecast import duration
 from codyra_llm.store.lock import holder
-
-BASE = "base"  # the stage before the first task
+from codyra_llm.store.rows import BASE, LogRow, ScoreRow
 
 
 def look(folder: Path) -> dict:
@@ -22,24 +20,24 @@ def look(folder: Path) -> dict:
     task. Raises Fault where there is no run."""
     owner = holder(folder)
     recipe = _recipe(folder, owner)
-    tasks, scores = recipe["data"]["tasks"], read_jsonl(folder / "scores.jsonl")
+    tasks, scores = recipe["data"]["tasks"], ScoreRow.read(folder / "scores.jsonl")
     learnt = len(list(folder.glob("updates/*.safetensors")))
     summary = _mapping(folder / "summary.json", "what the run wrote")
     finished = summary.get("tasks") == tasks and not (owner and owner["alive"])
     state = (
         "running" if owner and owner["alive"] else "finished" if finished else "died" if owner else "stopped"
     )
-    log = read_jsonl(folder / "log.jsonl")[-1:]
+    log = LogRow.read(folder / "log.jsonl")[-1:]
     by_stage: dict[str, dict[str, float]] = {}
     for row in scores:
-        by_stage.setdefault(row["after"], {})[row["task"]] = row["score"]
+        by_stage.setdefault(row.after, {})[row.task] = row.score
     return {
         "run": str(folder),
         "state": state,
         "method": recipe["method"]["name"],
         "tasks": tasks,
         "learnt": tasks[:learnt],
-        "last": log[0] if log else None,
+        "last": log[0].written() if log else None,
         "holder": owner,
         "written": _written(folder),
         "next": None if finished else _next(folder, tasks, learnt, scores),
@@ -56,15 +54,14 @@ def show(found: dict, console: Console) -> None:
         f"{', '.join(found['learnt']) or 'none'}",
     ]
     if last:
+        row = LogRow.parsed(last, found["run"])
         lines.append(
-            f"last step: task {tasks.index(last['task']) + 1}/{len(tasks)} {last['task']}, step "
-            f"{last['step']}/{last['steps']}, loss {last['loss']:.3f}, "
-            f"{last['tokens'] / max(last['seconds'], 1e-4):,.0f} tokens/s"
+            f"last step: task {tasks.index(row.task) + 1}/{len(tasks)} {row.task}, "
+            f"step {row.step}/{row.steps}, loss {row.loss:.3f}, {row.speed:,.0f} tokens/s"
         )
-    lines += [
-        f"after {stage}: {', '.join(f'{task} {score:.1f}' for task, score in row.items())}"
-        for stage, row in found["scores"].items()
-    ]
+    for stage, by_task in found["scores"].items():
+        scores = ", ".join(f"{task} {score:.1f}" for task, score in by_task.items())
+        lines.append(f"after {stage}: {scores}")
     if found["next"]:
         lines.append(
             f"{'next' if found['state'] == 'running' else 'the same command goes on with'}: {found['next']}"
@@ -74,7 +71,8 @@ def show(found: dict, console: Console) -> None:
 
 
 def _recipe(folder: Path, owner: dict | None) -> dict:
-    match found := _mapping(folder / "recipe.json", "what the run wrote"):
+    found = _mapping(folder / "recipe.json", "what the run wrote")
+    match found:
         case {"data": {"tasks": [*tasks]}, "method": {"name": str()}} if all(
             isinstance(task, str) for task in tasks
         ):
@@ -111,24 +109,29 @@ def _written(folder: Path) -> float:
     return max(times)
 
 
-def _next(folder: Path, tasks: list[str], learnt: int, scores: list[dict]) -> str:
+def _next(folder: Path, tasks: list[str], learnt: int, scores: list[ScoreRow]) -> str:
     """What `codyra-llm run` would do first."""
     stages = _mapping(folder / "manifest.json", "what the run wrote").get("stages") or {
         task: [] for task in tasks
     }
-    scored = {(row["after"], row["task"]) for row in scores}
+    scored = {(row.after, row.task) for row in scores}
     for stage, names in stages.items():
-        if stage != BASE and (index := tasks.index(stage)) >= learnt:
-            form = re.compile(re.escape(f"{index:02d}-{stage}-") + r"(\d{8})")
-            saved = [
-                int(found[1])
-                for place, _, files in os.walk(folder / "progress")
-                if "complete.json" in files
-                if (found := form.fullmatch(os.path.basename(place)))
-            ]
-            return f"task {index + 1}/{len(tasks)} {stage}, " + (
-                f"after step {max(saved)}" if saved else "from its start"
-            )
-        if missing := [name for name in names if (stage, name) not in scored]:
+        index = tasks.index(stage) if stage != BASE else -1
+        if index >= learnt:
+            step = _saved(folder / "progress", f"{index:02d}-{stage}-")
+            begin = "from its start" if step is None else f"after step {step}"
+            return f"task {index + 1}/{len(tasks)} {stage}, {begin}"
+        missing = [name for name in names if (stage, name) not in scored]
+        if missing:
             return f"{missing[0]} after {stage}, {len(names) - len(missing)} of {len(names)} scored there"
     return "the final checkpoint and the reports"
+
+
+def _saved(folder: Path, prefix: str) -> int | None:
+    """The step of the last whole checkpoint whose name begins so."""
+    steps = []
+    for place, _, files in os.walk(folder):
+        found = re.fullmatch(re.escape(prefix) + r"(\d{8})", os.path.basename(place))
+        if found and "complete.json" in files:
+            steps.append(int(found[1]))
+    return max(steps, default=None)

@@ -1,6 +1,7 @@
 """From score rows to the summary, the table in the terminal and the report in Markdown; needs no model."""
 
 from statistics import fmean
+from typing import NamedTuple
 
 from codyra_llm.config.recipe import Recipe
 from codyra_llm.config.registry import METHODS
@@ -9,6 +10,7 @@ from codyra_llm.metrics.text import versioned
 from codyra_llm.report import judged
 from codyra_llm.report.grid import Cell, number
 from codyra_llm.store.folder import RunFolder
+from codyra_llm.store.rows import CostRow, ScoreRow, UpdateRow
 
 MEASURES = ("op", "bwt", "bwt_treelora", "bwt_treelora_clipped", "forgetting", "fwt")
 
@@ -20,46 +22,40 @@ def summarised(folder: RunFolder) -> dict:
     return found | {"open_ended": judged.summarise(recipe, folder)}
 
 
-def _interval(row: dict | None) -> dict | None:
-    return row and row.get("metrics", {}).get(row["headline"])
-
-
-def scored(row: dict | None, **more) -> Cell | None:
+def scored(row: ScoreRow | None, marked: bool = False) -> Cell | None:
     """The cell of one row of scores.jsonl, with the interval over test examples below."""
-    if row is None or row["score"] is None:
+    if row is None or row.score is None:
         return None
-    known = _interval(row) or {}
+    known = row.interval
     low, high = known.get("low"), known.get("high")
     return number(
-        row["score"],
+        row.score,
         low=low,
         high=high,
         small="" if low is None else f"{low:.0f}–{high:.0f}",
-        heat=row["score"],
-        hint=f"{known['n']} examples, {row['headline']}" if "n" in known else "",
-        **more,
+        heat=row.score,
+        hint=f"{known['n']} examples, {row.headline}" if "n" in known else "",
+        marked=marked,
     )
 
 
-def summarise_run(recipe: Recipe, trains: bool, rows: list[dict], costs: list[dict]) -> dict:
+def summarise_run(recipe: Recipe, trains: bool, rows: list[ScoreRow], costs: list[CostRow]) -> dict:
     """summary.json: tasks, matrix, the measures, general ability before and after, and what training took:
     the most parameters trained at once, seconds, and the peak of memory in bytes."""
     tasks = recipe.tasks
-    cells = {(row["step"], row["task"]): row["score"] for row in rows if row["kind"] == "task"}
-    by_step = [[cells.get((step, task)) for task in tasks] for step in range(len(tasks) + 1)]
-    zero_shot = by_step[0] if any(value is not None for value in by_step[0]) else None
-    known = [value for value in by_step[0] if value is not None]
-    measured = [step for step in range(1, len(by_step)) if any(value is not None for value in by_step[step])]
-    found = summary(tasks, by_step[1 : max(measured, default=0) + 1], zero_shot)
-    if (
-        not trains and zero_shot
-    ):  # a model that never changes has one row, and forgets nothing that could be measured
+    of_tasks = [row for row in rows if not row.general]
+    before, after = _matrix(tasks, of_tasks)
+    known = [value for value in before if value is not None]
+    zero_shot = before if known else None
+    found = summary(tasks, after, zero_shot)
+    if not trains and zero_shot:
+        # A model that never changes has one row, and forgets nothing that could be measured.
         found["op"] = fmean(known) if len(known) == len(tasks) else None
-    metrics = {row["task"]: versioned(row["headline"]) for row in rows if row["kind"] == "task"}
-    general = {row["task"]: {} for row in rows if row["kind"] == "general"}
+    metrics = {row.task: versioned(row.headline) for row in of_tasks}
+    general: dict[str, dict] = {}
     for row in rows:
-        if row["kind"] == "general":
-            general[row["task"]]["before" if row["step"] == 0 else "after"] = row["score"]
+        if row.general:
+            general.setdefault(row.task, {})["before" if row.step == 0 else "after"] = row.score
     return {
         "method": recipe.method.name,
         "protocol": recipe.data.protocol,
@@ -70,6 +66,20 @@ def summarise_run(recipe: Recipe, trains: bool, rows: list[dict], costs: list[di
         "delta_r": delta_r(general),
         "costs": _costs(costs),
     }
+
+
+def _matrix(tasks: list[str], rows: list[ScoreRow]) -> tuple[list[float | None], list[list[float | None]]]:
+    """The scores of the base on each task, and those after each task up to the last that was scored; None
+    where a task was not."""
+    cells = {(row.step, row.task): row.score for row in rows}
+    by_step: list[list[float | None]] = []
+    last = 0
+    for step in range(len(tasks) + 1):
+        scores = [cells.get((step, task)) for task in tasks]
+        by_step.append(scores)
+        if scores.count(None) < len(scores):
+            last = step
+    return by_step[0], by_step[1 : last + 1]
 
 
 def delta_r(general: dict[str, dict]) -> dict | None:
@@ -85,39 +95,45 @@ def delta_r(general: dict[str, dict]) -> dict | None:
     return {"value": fmean(changes), "members": members} if members else None
 
 
-def _costs(rows: list[dict]) -> dict | None:
+def _costs(rows: list[CostRow]) -> dict | None:
     if not rows:
         return None
-    peaks = [row["peak_bytes"] for row in rows]
-    return {
-        "trained": max(row["trained"] for row in rows),
-        "seconds": round(sum(row["seconds"] for row in rows), 1),
-        "peak_bytes": None if None in peaks else max(peaks),
-    }
+    peaks = [row.peak_bytes for row in rows if row.peak_bytes is not None]
+    most = max(row.trained for row in rows)
+    seconds = sum(row.seconds for row in rows)
+    peak = max(peaks) if len(peaks) == len(rows) else None
+    return {"trained": most, "seconds": round(seconds, 1), "peak_bytes": peak}
 
 
-def by_projection(rows: list[dict]) -> list[dict]:
-    """What each task changed, per projection over the layers: ranks `kept` of `rank` (None without ranks),
+class Change(NamedTuple):
+    """What one task changed in one projection, over the layers: ranks `kept` of `rank` (None without ranks),
     mean ‖ΔW‖ (`norm`), mean `drift`, and the share of the updates that survived the cast (`surviving`,
     weighted by ‖ΔW‖²)."""
-    groups: dict[tuple[str, str], list[dict]] = {}
+
+    task: str
+    projection: str
+    kept: int | None
+    rank: int | None
+    norm: float
+    drift: float
+    surviving: float | None
+
+
+def by_projection(rows: list[UpdateRow]) -> list[Change]:
+    """The changes of each task, projection by projection, in the order of the rows."""
+    groups: dict[tuple[str, str], list[UpdateRow]] = {}
     for row in rows:
-        groups.setdefault((row["task"], row["site"].rpartition(".")[2]), []).append(row)
-    out = []
-    for (task, projection), members in groups.items():
-        ranked = members[0]["rank"] is not None
-        moved = sum(m["update_norm"] ** 2 for m in members)
-        out.append(
-            {
-                "task": task,
-                "projection": projection,
-                "kept": sum(m["kept"] for m in members) if ranked else None,
-                "rank": sum(m["rank"] for m in members) if ranked else None,
-                "norm": fmean(m["update_norm"] for m in members),
-                "drift": fmean(m["drift"] for m in members),
-                "surviving": sum((m["surviving"] or 0) * m["update_norm"] ** 2 for m in members) / moved
-                if moved and ranked
-                else None,
-            }
-        )
-    return out
+        groups.setdefault((row.task, row.projection), []).append(row)
+    return [_change(task, projection, members) for (task, projection), members in groups.items()]
+
+
+def _change(task: str, projection: str, rows: list[UpdateRow]) -> Change:
+    norm = fmean(row.update_norm for row in rows)
+    drift = fmean(row.drift for row in rows)
+    if rows[0].rank is None:
+        return Change(task, projection, None, None, norm, drift, None)
+    moved = sum(row.update_norm**2 for row in rows)
+    survived = sum((row.surviving or 0) * row.update_norm**2 for row in rows)
+    kept = sum(row.kept or 0 for row in rows)
+    rank = sum(row.rank or 0 for row in rows)
+    return Change(task, projection, kept, rank, norm, drift, survived / moved if moved else None)

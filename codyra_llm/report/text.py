@@ -8,6 +8,7 @@ from codyra_llm.config.registry import METHODS
 from codyra_llm.evaluate.matrix import FORMULAS
 from codyra_llm.report import judged
 from codyra_llm.report.summary import MEASURES, by_projection
+from codyra_llm.store.rows import UpdateRow
 
 
 def methods_table() -> Table:
@@ -26,11 +27,7 @@ def methods_table() -> Table:
     yes = {True: "yes", False: ""}
     for m in (method.declared() for method in METHODS.values()):
         stage = m["max_zero_stage"]
-        launches = (
-            "any"
-            if not m["trains"]
-            else "DDP" + ("" if not stage else ", ZeRO-1" + f"..{stage}" * (stage > 1))
-        )
+        launches = _launches(m["trains"], stage)
         out.add_row(
             m["name"],
             m["trains"],
@@ -41,6 +38,15 @@ def methods_table() -> Table:
             launches,
         )
     return out
+
+
+def _launches(trains: str | None, stage: int) -> str:
+    """How a method can be launched, that runs up to this stage of ZeRO."""
+    if not trains:
+        return "any"
+    if not stage:
+        return "DDP"
+    return f"DDP, ZeRO-1..{stage}" if stage > 1 else "DDP, ZeRO-1"
 
 
 def _change(found: dict) -> list[str]:
@@ -77,7 +83,7 @@ def table(found: dict) -> Table:
     return out
 
 
-def updates_table(rows: list[dict]) -> list[str]:
+def updates_table(rows: list[UpdateRow]) -> list[str]:
     """Lines of a Markdown table of `by_projection`; blank where a row has none."""
     if not rows:
         return []
@@ -87,16 +93,15 @@ def updates_table(rows: list[dict]) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for row in by_projection(rows):
-        ranks = "" if row["rank"] is None else f"{row['kept']} of {row['rank']}"
-        share = "" if row["surviving"] is None else format(row["surviving"], ".4f")
+        ranks = "" if row.rank is None else f"{row.kept} of {row.rank}"
+        share = "" if row.surviving is None else format(row.surviving, ".4f")
         lines.append(
-            f"| {row['task']} | {row['projection']} | {ranks} | {row['norm']:.4f} | {row['drift']:.4f} | "
-            f"{share} |"
+            f"| {row.task} | {row.projection} | {ranks} | {row.norm:.4f} | {row.drift:.4f} | {share} |"
         )
     return lines
 
 
-def render(recipe: Recipe, found: dict, updates: list[dict]) -> str:
+def render(recipe: Recipe, found: dict, updates: list[UpdateRow]) -> str:
     """The report in Markdown: measures with their formulas, the matrix, general ability, what each task
     changed.
     """
@@ -134,7 +139,8 @@ def render(recipe: Recipe, found: dict, updates: list[dict]) -> str:
         ]
         lines += [line for change in _change(found) for line in ("", f"{change}.")]
     lines += judged.lines(found["open_ended"])
-    if costs := found["costs"]:
+    costs = found["costs"]
+    if costs:
         peak = "not measured" if costs["peak_bytes"] is None else f"{costs['peak_bytes'] / 2**20:.0f} MiB"
         lines += [
             "",

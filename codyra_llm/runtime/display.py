@@ -1,27 +1,20 @@
-"""The display of a run: on a terminal one line that is kept up to date, elsewhere a log line now and then.
-
-Only the process that called `running` writes; in all others every function here does nothing.
-"""
+"""The display of a run: on a terminal one line that is kept up to date, elsewhere a line now and then."""
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import RLock
 
 from rich.cells import cell_len
 from rich.live import Live
 from rich.text import Text
 
-from codyra_llm.core.terminal import Terminal
+from codyra_llm.core.terminal import console
 from codyra_llm.runtime import heartbeat
 from codyra_llm.runtime.forecast import Forecast, Piece, duration
 
-EVERY = 30.0  # seconds between lines of a log
+EVERY = 30.0  # seconds between lines where there is no terminal
 REFRESH = 2  # per second, of the line on a terminal
-
-console = Terminal()  # one for all output during a run: other writers would run into the line
 
 WORDS = {
     "learn": ("", ""),
@@ -47,7 +40,7 @@ class Phase:
     total: int = 0
     start: tuple[float, int] = (0.0, 0)
     last: tuple[float, int] = (0.0, 0)
-    row: dict = field(default_factory=dict)
+    loss: float | None = None
     tokens: int = 0
 
     @property
@@ -70,28 +63,43 @@ class Line:
         self.phase: Phase | None = None
         self.told = time.monotonic()
 
+    def expect(self, due: dict[Piece, float]) -> None:
+        """Add pieces that are still to do, each with its amount; see `Forecast`."""
+        with self.lock:
+            self.forecast.due |= due
+
     def begin(self, piece: Piece, place: tuple[str, str]) -> None:
         """Show the next piece; what the last one took goes into the forecast."""
         now = time.monotonic()
         with self.lock:
-            if was := self.phase:
+            was = self.phase
+            if was:
                 self.forecast.done(was.piece, was.done, now - was.began)
             what = tuple(words.format(piece.name) for words in WORDS[piece.kind])
             self.phase = Phase(piece, place, self.forecast.due.pop(piece, 0.0), now, what)
 
-    def count(self, done: int, total: int, row: dict) -> None:
-        """Show how much of the piece is done; on a log print a line now and then."""
+    def count(self, done: int, total: int, loss: float | None = None, tokens: int = 0) -> None:
+        """Show how much of the piece is done, of an optimizer step its loss and tokens too; on a log print a
+        line now and then."""
         now = time.monotonic()
         with self.lock:
             phase = self.phase
+            if phase is None:
+                return
             if phase.total != total or done < phase.last[1]:
                 phase.start, phase.tokens = (now, done), 0
-            phase.counts, phase.total, phase.last, phase.row = True, total, (now, done), row
-            phase.tokens += row.get("tokens", 0)
-        edge = bool(row) and (done - phase.start[1] == 1 or done == total)
+            phase.counts, phase.total, phase.last, phase.loss = True, total, (now, done), loss
+            phase.tokens += tokens
+        edge = loss is not None and (done - phase.start[1] == 1 or done == total)
         if not console.is_interactive and (edge or now - self.told >= EVERY):
             self.told = now
             console.print(self.words(), soft_wrap=True)
+
+    def note(self, what: str) -> None:
+        """What is done of the piece where there is nothing to count."""
+        with self.lock:
+            if self.phase:
+                self.phase.what, self.phase.counts, self.phase.loss = (what, what), False, None
 
     def words(self, width: int | None = None) -> str:
         """The line: in long words where they fit into `width` columns, else in short ones, the least
@@ -121,12 +129,14 @@ class Line:
         if phase.counts:
             counted = f"{phase.last[1]}/{phase.total}"
             parts.append((f"{UNITS[phase.piece.kind]} {counted}", counted, 2))
-        if "loss" in phase.row:
-            parts.append((f"loss {phase.row['loss']:.3f}",) * 2 + (3,))
+        if phase.loss is not None:
+            loss = f"loss {phase.loss:.3f}"
+            parts.append((loss, loss, 3))
             speed = f"{phase.tokens / max(phase.last[0] - phase.start[0], 1e-9):,.0f} tok"
             parts.append((f"{speed}ens/s", f"{speed}/s", 6))
         parts += self._times(phase)
-        if ranks := heartbeat.alive():
+        ranks = heartbeat.alive()
+        if ranks:
             here = f"{ranks[0]}/{ranks[1]} ranks"
             parts.append((f"{here} alive", here, 7 if ranks[0] == ranks[1] else 1))
         return parts
@@ -151,66 +161,15 @@ class Line:
         return parts
 
 
-_line: Line | None = None
-
-
-@contextmanager
-def running(speaks: bool) -> Iterator[None]:
-    """Within this block this process, if it `speaks`, shows how far it is; all other output appears above
-    the line.
-    """
-    global _line
-    if not speaks:
-        yield
-        return
-    _line = Line()
-    shown = (
-        Live(
-            get_renderable=_line.shown,
-            console=console,
-            transient=True,
-            refresh_per_second=REFRESH,
-            redirect_stderr=sys.stderr.isatty(),
-        )
-        if console.is_interactive
-        else nullcontext()
+def live(line: Line) -> Live | None:
+    """What keeps the line up to date on a terminal, between `start` and `stop`; None where there is none.
+    Whatever else is printed meanwhile appears above the line."""
+    if not console.is_interactive:
+        return None
+    return Live(
+        get_renderable=line.shown,
+        console=console,
+        transient=True,
+        refresh_per_second=REFRESH,
+        redirect_stderr=sys.stderr.isatty(),
     )
-    try:
-        with shown:
-            console.show_cursor(True)  # a process that is killed would leave it hidden
-            yield
-    finally:
-        _line = None
-
-
-def expect(due: dict[Piece, float]) -> None:
-    """Add pieces that are still to do, each with its amount; see `Forecast`."""
-    if _line:
-        with _line.lock:
-            _line.forecast.due |= due
-
-
-def measured(piece: Piece, amount: float, seconds: float) -> None:
-    """Add the seconds that an earlier process took for a piece."""
-    if _line:
-        _line.forecast.done(piece, amount, seconds)
-
-
-def begin(piece: Piece, after: str, tasks: list[str]) -> None:
-    """The piece at hand from here on, after or at the task of that name."""
-    if _line:
-        short = f"{tasks.index(after) + 1}/{len(tasks)} {after}" if after in tasks else after
-        _line.begin(piece, (f"task {short}" if after in tasks else short, short))
-
-
-def count(done: int, total: int, row: dict | None = None) -> None:
-    """How much of the piece is done, for the first time before any; `row`: of log.jsonl."""
-    if _line:
-        _line.count(done, total, row or {})
-
-
-def note(what: str) -> None:
-    """What is done of the piece where there is nothing to count."""
-    if _line:
-        with _line.lock:
-            _line.phase.what, _line.phase.counts, _line.phase.row = (what, what), False, {}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers.integrations import unset_hf_deepspeed_config
 
@@ -64,6 +64,11 @@ def accelerator() -> Accelerator:
 def device() -> torch.device:
     """The device of this process: its GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def is_first() -> bool:
+    """Whether this process is the first of its launch."""
+    return PartialState().is_main_process
 
 
 def leave_out_cudnn_attention() -> None:

@@ -132,7 +132,8 @@ def _metadata(path: Path) -> dict[str, str]:
         raise Fault(
             f"{path} is damaged ({error}); restore it from a copy, or remove it and what was made after it"
         ) from None
-    if missing := {"parent", "lineage", "mode", "scale", "sites"} - meta.keys():
+    missing = {"parent", "lineage", "mode", "scale", "sites"} - meta.keys()
+    if missing:
         raise Fault(
             f"{path} is no update of a run (its header lacks {', '.join(sorted(missing))}); restore it from "
             "a copy"

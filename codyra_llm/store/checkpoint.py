@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 import time
@@ -16,13 +17,13 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import file_sha256, replacing, write_json
 from codyra_llm.core.parsing import read_mapping
 from codyra_llm.core.tensors import save_tensors
-from codyra_llm.runtime import heartbeat
-from codyra_llm.runtime.display import console
+from codyra_llm.store import observer
 
 if TYPE_CHECKING:
     from codyra_llm.config.sections import SaveSection
 
 
+log = logging.getLogger(__name__)
 SHARD = 2 << 30  # bytes of tensors per file
 MARK = "complete.json"  # written last: the hashes of the files
 
@@ -83,7 +84,7 @@ class Progress:
                 self.check(path)
                 return path
             except Fault as fault:
-                console.print(f"{fault}; going on from what is before it", soft_wrap=True)
+                log.info("%s; going on from what is before it", fault)
         return None
 
     def check(self, path: Path) -> None:
@@ -108,7 +109,7 @@ class Progress:
     def _shard(self, folder: Path, number: int, tensors: dict[str, Tensor]) -> tuple[str, str]:
         """Write one file; its name and hash."""
         name = f"{number:03d}.safetensors"
-        heartbeat.at(f"file {number + 1} of a checkpoint of {self.name}")
+        observer.at(f"file {number + 1} of a checkpoint of {self.name}")
         save_tensors(tensors, folder / name)
         return name, file_sha256(folder / name)
 

@@ -1,10 +1,10 @@
 """The run folder: everything that must survive a restart, and the names of its files."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from codyra_llm.config import plugins
 from codyra_llm.config.differences import differences
@@ -18,13 +18,14 @@ from codyra_llm.core.files import (
     to_json,
     to_jsonl,
     write_json,
-    write_jsonl,
     write_text,
 )
 from codyra_llm.core.parsing import read_mapping
+from codyra_llm.store import observer
 from codyra_llm.store.checksums import NAME as SEALS
 from codyra_llm.store.checksums import Seals
 from codyra_llm.store.lock import Lease
+from codyra_llm.store.rows import CostRow, LogRow, Row, ScoreRow, Stage, UpdateRow
 
 # Reports and `status` read a run without tensors, and torch is slow to import.
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from codyra_llm.store.archive import Archive
     from codyra_llm.store.checkpoint import Progress
 
+R = TypeVar("R", bound=Row)
 OWN = ("lease.json", SEALS, "recipe.json")  # may be in a folder that is about to become a run's
 
 
@@ -48,9 +50,6 @@ class RunFolder:
         """`lease`: the lock, held by the one process that may write. In a launch of several only that process
         `checks` hashes: on a network file system others may see the new file and the old hash for a while."""
         self.path, self.lease, self.seals = path, lease, Seals(path, checks)
-        self.hear: Callable[[dict], None] = lambda row: (
-            None
-        )  # is called with each row of log.jsonl and scores.jsonl
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -68,7 +67,8 @@ class RunFolder:
         """Raises Fault with every plug-in that the run was made with and that is not loaded here."""
         file = self.path / "manifest.json"
         recorded = read_mapping(file, "what the run wrote").get("plugins", {}) if file.is_file() else {}
-        if faults := plugins.missing(recorded, str(self.path)):
+        faults = plugins.missing(recorded, str(self.path))
+        if faults:
             raise Fault(*faults)
 
     @property
@@ -105,16 +105,15 @@ class RunFolder:
         for name in ("recipe.json", "manifest.json"):
             self.seals.check(self.path / name)
         if (self.path / "manifest.json").is_file():
-            if faults := plugins.changed(self.origins, manifest.get("plugins", {}), str(self.path)):
+            faults = plugins.changed(self.origins, manifest.get("plugins", {}), str(self.path))
+            if faults:
                 raise Fault(*faults)
-            if faults := [*differences(self.recipe, recipe), *self._other_files(manifest)]:
-                raise Fault(
-                    *(
-                        f"{self.path} belongs to another recipe: {line}; give another `output`, or remove "
-                        "the folder"
-                        for line in faults
-                    )
-                )
+            faults = [
+                f"{self.path} belongs to another recipe: {line}; give another `output`, or remove the folder"
+                for line in (*differences(self.recipe, recipe), *self._other_files(manifest))
+            ]
+            if faults:
+                raise Fault(*faults)
             told = _other_launch(self.manifest, manifest)
         self._write("recipe.json", to_json(recipe.model_dump(mode="json")))
         self.write_manifest(manifest)
@@ -178,7 +177,8 @@ class RunFolder:
         """Raise Fault where a task was evaluated that is not among the first `learnt`: its update was
         lost.
         """
-        if lost := [row["after"] for row in self.scores if row["step"] > learnt]:
+        lost = [row.after for row in self.scores if row.step > learnt]
+        if lost:
             raise Fault(
                 f"{self.path / 'updates'} has no update of {lost[0]}, after which scores.jsonl has scores; "
                 "restore it from a copy, or begin again in another output"
@@ -190,29 +190,35 @@ class RunFolder:
         shutil.rmtree(self.path / "progress", ignore_errors=True)
 
     @property
-    def scores(self) -> list[dict]:
-        return self._rows("scores")
+    def scores(self) -> list[ScoreRow]:
+        return self._rows(ScoreRow, "scores.jsonl")
 
-    def add_scores(self, row: dict, predictions: list[dict]) -> None:
+    def add_scores(self, row: ScoreRow, predictions: list[dict]) -> None:
         """Write predictions, then scores: a score without its predictions can't be checked."""
-        name = self._predictions(row["step"], row["after"], row["task"]).relative_to(self.path).as_posix()
+        name = self._predictions(row.stage, row.task).relative_to(self.path).as_posix()
         self._write(name, to_jsonl(predictions))
-        self._write("scores.jsonl", to_jsonl([*self.scores, row]))
-        self.hear(row)
+        self._write_rows("scores.jsonl", [*self.scores, row])
+        observer.scored(row)
 
-    def predictions(self, step: int, after: str, task: str) -> list[dict]:
-        """Prompt, prediction, answer and scores of the examples of `task`, as answered after the step; [] if
-        it wasn't.
+    def scored(self, stage: Stage) -> set[str]:
+        """The tasks that have scores of this stage."""
+        return {row.task for row in self.scores if row.step == stage.step}
+
+    def predictions(self, stage: Stage, task: str) -> list[dict]:
+        """Prompt, prediction, answer and scores of the examples of `task`, as answered at the stage; [] if
+        they weren't.
         """
-        self.seals.check(self._predictions(step, after, task))
-        return read_jsonl(self._predictions(step, after, task))
+        self.seals.check(self._predictions(stage, task))
+        return read_jsonl(self._predictions(stage, task))
 
-    def _predictions(self, step: int, after: str, task: str) -> Path:
-        return self.path / "predictions" / f"{step:02d}-{after}" / f"{task}.jsonl"
+    def _predictions(self, stage: Stage, task: str) -> Path:
+        return self.path / "predictions" / stage.folder / f"{task}.jsonl"
 
     def answers(self, name: str) -> list[dict]:
         """{"prompt", "base", "final", "after"} for each answered open-ended prompt of file `name`."""
-        return self._rows(f"answers/{name}")
+        file = self.path / "answers" / f"{name}.jsonl"
+        self.seals.check(file)
+        return read_jsonl(file)
 
     def write_answers(self, name: str, rows: list[dict]) -> None:
         self._write(f"answers/{name}.jsonl", to_jsonl(rows))
@@ -224,42 +230,42 @@ class RunFolder:
     def restart_log(self, task: str, step: int) -> None:
         """Remove from the log what an earlier attempt at `task` wrote after `step`."""
         self.may_write()
-        write_jsonl(
-            self.path / "log.jsonl",
-            [row for row in self.log_rows if row["task"] != task or row["step"] <= step],
-        )
+        kept = [row.written() for row in self.log_rows if row.task != task or row.step <= step]
+        write_text(self.path / "log.jsonl", to_jsonl(kept))
 
-    def log(self, row: dict) -> None:
+    def log(self, row: LogRow) -> None:
         self.may_write()
-        append_jsonl(self.path / "log.jsonl", row)
-        self.hear(row)
+        append_jsonl(self.path / "log.jsonl", row.written())
+        observer.row_logged(row)
 
     @property
-    def log_rows(self) -> list[dict]:
-        return read_jsonl(self.path / "log.jsonl")
+    def log_rows(self) -> list[LogRow]:
+        return LogRow.read(self.path / "log.jsonl")
 
     @property
-    def updates(self) -> list[dict]:
-        return self._rows("updates")
+    def updates(self) -> list[UpdateRow]:
+        return self._rows(UpdateRow, "updates.jsonl")
 
-    def add_update_report(self, task: str, rows: list[dict]) -> None:
-        self._replace("updates", task, rows)
-
-    @property
-    def costs(self) -> list[dict]:
-        return self._rows("costs")
-
-    def add_costs(self, task: str, row: dict) -> None:
-        self._replace("costs", task, [row])
-
-    def _replace(self, name: str, task: str, rows: list[dict]) -> None:
+    def add_update_report(self, task: str, rows: list[UpdateRow]) -> None:
         """Put `rows` in place of those of an earlier attempt at `task`."""
-        kept = [row for row in self._rows(name) if row["task"] != task]
-        self._write(f"{name}.jsonl", to_jsonl(kept + [{"task": task, **row} for row in rows]))
+        kept = [row for row in self.updates if row.task != task]
+        self._write_rows("updates.jsonl", kept + rows)
 
-    def _rows(self, name: str) -> list[dict]:
-        self.seals.check(self.path / f"{name}.jsonl")
-        return read_jsonl(self.path / f"{name}.jsonl")
+    @property
+    def costs(self) -> list[CostRow]:
+        return self._rows(CostRow, "costs.jsonl")
+
+    def add_costs(self, row: CostRow) -> None:
+        """Put `row` in place of that of an earlier attempt at its task."""
+        kept = [other for other in self.costs if other.task != row.task]
+        self._write_rows("costs.jsonl", [*kept, row])
+
+    def _rows(self, kind: type[R], name: str) -> list[R]:
+        self.seals.check(self.path / name)
+        return kind.read(self.path / name)
+
+    def _write_rows(self, name: str, rows: Sequence[Row]) -> None:
+        self._write(name, to_jsonl([row.written() for row in rows]))
 
     def _mapping(self, name: str) -> dict:
         self.seals.check(self.path / name)

@@ -1,6 +1,7 @@
 """One run at a time in a folder: a file that says who works there, renewed for as long as it lives."""
 
 import json
+import logging
 import os
 import socket
 import threading
@@ -14,6 +15,7 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import unwritable
 from codyra_llm.core.terminal import one_line
 
+log = logging.getLogger(__name__)
 BEAT = 5.0  # seconds between signs of life
 DEAD = 60.0  # without one for so long, an owner on another machine is dead
 
@@ -49,7 +51,8 @@ class Lease:
         """Raise Fault if another process has taken the folder over, as it may when this one was suspended for
         long.
         """
-        if (found := self._found()).get("token") != self.token:
+        found = self._found()
+        if found.get("token") != self.token:
             raise Fault(
                 f"{self.folder} was taken over by {_who(found)} while this process stood still; let that one "
                 "work"
@@ -72,7 +75,8 @@ class Lease:
 
     def _remove_dead(self) -> None:
         """Move the file of an owner that is dead out of the way."""
-        if (first := self._read()) is None:
+        first = self._read()
+        if first is None:
             return
         if self._found().get("place") != _place():
             self._await_beat(first)
@@ -91,7 +95,7 @@ class Lease:
 
     def _await_beat(self, first: str) -> None:
         held = f"{self.folder} was held by {_who(self._found())}"
-        print(f"{one_line(held)}; waiting up to {DEAD:.0f} s for a sign of life", flush=True)
+        log.info("%s; waiting up to %.0f s for a sign of life", one_line(held), DEAD)
         end = time.monotonic() + DEAD
         while time.monotonic() < end:
             time.sleep(min(BEAT, DEAD / 4))

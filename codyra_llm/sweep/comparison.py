@@ -14,7 +14,7 @@ import numpy as np
 from rich.box import SIMPLE
 from rich.table import Column, Table
 
-from codyra_llm.core.files import read_jsonl
+from codyra_llm.core.files import write_json, write_text
 from codyra_llm.evaluate.matrix import summary as summarise
 from codyra_llm.evaluate.statistics import MEASURES, interval, measures
 from codyra_llm.report.groups import POOLED, order_of
@@ -29,18 +29,26 @@ def compare(sweep: Sweep) -> dict:
     there are none, `by_order` if all learn the tasks in one order."""
     runs = [run for run in sweep.runs() if run.finished]
     pooled, by_order = _grouped(runs, over_orders=True), _grouped(runs, over_orders=False)
+    tries = []
+    for run in sweep.tries:
+        if run.finished:
+            tries.append({"arm": run.arm, "settings": run.settings, sweep.by: run.folder.summary[sweep.by]})
     return {
         "baseline": sweep.baseline,
         "by": sweep.by,
         "rows": _rows(sweep, pooled),
         "by_order": _rows(sweep, by_order) if len(by_order) > len(pooled) else [],
-        "tries": [
-            {"arm": run.arm, "settings": run.settings, sweep.by: run.folder.summary[sweep.by]}
-            for run in sweep.tries
-            if run.finished
-        ],
+        "tries": tries,
         "runs": [{"arm": run.arm, "settings": run.settings, **run.folder.summary} for run in runs],
     }
+
+
+def write(sweep: Sweep, title: str) -> dict:
+    """Compare what is finished, and write sweep.json and sweep.md with that title; returns the comparison."""
+    found = compare(sweep)
+    write_json(sweep.output / "sweep.json", found)
+    write_text(sweep.output / "sweep.md", render(found, title))
+    return found
 
 
 Groups = dict[tuple, list[Run]]  # by arm, point but for seed and order, and tasks
@@ -76,28 +84,41 @@ def _row(arm: str, rest: str, runs: list[Run], baseline: list[Run]) -> dict:
     """The measures of one arm over its runs, their differences to the baseline's of the same seeds and
     orders, and the costs.
     """
+    pairs = [(own, other) for own in runs for other in baseline if own.settings == other.settings]
     found = [measures(run.folder.summary) for run in runs]
-    pairs = [(a, b) for a in runs for b in baseline if a.settings == b.settings]
-    differences = [
-        {k: _minus(measures(a.folder.summary)[k], measures(b.folder.summary)[k]) for k in MEASURES}
-        for a, b in pairs
-    ]
     alone = _drawn(runs[0]) if len(runs) == 1 else {}
-    one, other = map(_drawn, pairs[0]) if len(pairs) == 1 else ({}, {})
-    drawn = {k: one[k] - other[k] for k in one.keys() & other.keys()}
+    over_seeds = {}
+    for name in MEASURES:
+        values = [each[name] for each in found]
+        over_seeds[name] = interval(values, alone.get(name))
+    own_costs = _costs([own for own, _ in pairs])
+    other_costs = _costs([other for _, other in pairs])
     return {
         "arm": arm,
         "settings": rest,
         "runs": len(runs),
         "seeds": len({run.recipe.seed for run in runs}),
         "orders": len({tuple(run.recipe.tasks) for run in runs}),
-        **{name: interval([f[name] for f in found], alone.get(name)) for name in MEASURES},
-        "difference": {name: interval([d[name] for d in differences], drawn.get(name)) for name in MEASURES}
-        if pairs and runs != baseline
-        else None,
+        **over_seeds,
+        "difference": _difference(pairs) if pairs and runs != baseline else None,
         "costs": _costs(runs),
-        "relative": _relative(_costs([a for a, _ in pairs]), _costs([b for _, b in pairs])),
+        "relative": _relative(own_costs, other_costs),
     }
+
+
+def _difference(pairs: list[tuple[Run, Run]]) -> dict:
+    """By measure the mean difference over the pairs, and its interval."""
+    own = [measures(one.folder.summary) for one, _ in pairs]
+    baseline = [measures(other.folder.summary) for _, other in pairs]
+    drawn = {}
+    if len(pairs) == 1:
+        one, other = map(_drawn, pairs[0])
+        drawn = {name: one[name] - other[name] for name in one.keys() & other.keys()}
+    found = {}
+    for name in MEASURES:
+        values = [_minus(a[name], b[name]) for a, b in zip(own, baseline, strict=True)]
+        found[name] = interval(values, drawn.get(name))
+    return found
 
 
 def _minus(a: float | None, b: float | None) -> float | None:
@@ -113,34 +134,37 @@ def _resampled(path: Path, count: int) -> dict[str, np.ndarray]:
     """The measures, [RESAMPLES] each, of test sets drawn with replacement from that of the run of `count`
     tasks at `path`; without those not measured."""
     folder = RunFolder(path)
-    tasks, found, cells = folder.recipe.tasks, folder.summary, {}
+    found = folder.summary
+    cells = {}
     for row in folder.scores:
-        file = path / "predictions" / f"{row['step']:02d}-{row['after']}" / f"{row['task']}.jsonl"
-        scores = np.array([r[row["headline"]] for r in read_jsonl(file)], dtype=float)
-        cells[row["step"], row["task"]] = scores[_draws(row["task"], len(scores))].mean(axis=1)
-    steps = len(found["matrix"])
+        answers = folder.predictions(row.stage, row.task)
+        scores = np.array([answer[row.headline] for answer in answers], dtype=float)
+        cells[row.step, row.task] = scores[_draws(row.task, len(scores))].mean(axis=1)
+    samples = [_sample(folder.recipe.tasks, found, cells, count, i) for i in range(RESAMPLES)]
+    drawn = {}
+    for name in MEASURES:
+        values = [sample[name] for sample in samples]
+        if values[0] is not None:
+            drawn[name] = np.array(values)
+    return drawn
 
-    def cell(step: int, task: str, i: int) -> float | None:
+
+def _sample(
+    tasks: list[str], found: dict, cells: dict[tuple[int, str], np.ndarray], count: int, i: int
+) -> dict[str, float | None]:
+    """The measures of draw `i`, from the means [RESAMPLES] of each step and task."""
+
+    def cell(step: int, task: str) -> float | None:
         return float(cells[step, task][i]) if (step, task) in cells else None
 
-    def sample(i: int) -> dict[str, float | None]:
-        out = summarise(
-            tasks, [[cell(step, task, i) for task in tasks] for step in range(1, steps + 1)], None
-        )
-        if not steps and found["op"] is not None:
-            out["op"] = fmean(cell(0, task, i) for task in tasks)
-        return measures(
-            out
-            | {
-                "general": {
-                    name: {"before": cell(0, name, i), "after": cell(count, name, i)}
-                    for name in found["general"]
-                }
-            }
-        )
-
-    samples = [sample(i) for i in range(RESAMPLES)]
-    return {name: np.array([s[name] for s in samples]) for name in MEASURES if samples[0][name] is not None}
+    matrix = []
+    for step in range(1, len(found["matrix"]) + 1):
+        matrix.append([cell(step, task) for task in tasks])
+    out = summarise(tasks, matrix, None)
+    if not matrix and found["op"] is not None:
+        out["op"] = fmean(cell(0, task) for task in tasks)
+    general = {name: {"before": cell(0, name), "after": cell(count, name)} for name in found["general"]}
+    return measures(out | {"general": general})
 
 
 def _draws(task: str, n: int) -> np.ndarray:
@@ -155,18 +179,17 @@ def _costs(runs: list[Run]) -> dict | None:
     costs = [run.folder.summary.get("costs") for run in runs]
     if not costs or None in costs:
         return None
-    return {
-        key: None if any(c[key] is None for c in costs) else fmean(c[key] for c in costs)
-        for key in ("trained", "seconds", "peak_bytes")
-    }
+    means = {}
+    for key in ("trained", "seconds", "peak_bytes"):
+        values = [cost[key] for cost in costs]
+        means[key] = None if None in values else fmean(values)
+    return means
 
 
 def _relative(own: dict | None, baseline: dict | None) -> dict | None:
-    return (
-        {key: own[key] / baseline[key] if own[key] and baseline[key] else None for key in own}
-        if own and baseline
-        else None
-    )
+    if not own or not baseline:
+        return None
+    return {key: own[key] / baseline[key] if own[key] and baseline[key] else None for key in own}
 
 
 COLUMNS: dict[str, Callable[[dict], str]] = {
@@ -236,12 +259,11 @@ def render(found: dict, name: str) -> str:
             f"| arm | try | {found['by']} | chosen |",
             "|---|---|---|---|",
         ]
-        chosen = {row["arm"]: row["chosen"] for row in found["rows"]}
-        lines += [
-            f"| {x['arm']} | {', '.join(f'{k}={v}' for k, v in x['settings'].items()) or 'as it is'} | "
-            f"{x[found['by']]:.1f} | {'yes' if chosen.get(x['arm']) == x['settings'] else ''} |"
-            for x in found["tries"]
-        ]
+    chosen = {row["arm"]: row["chosen"] for row in found["rows"]}
+    for tried in found["tries"]:
+        settings = ", ".join(f"{key}={value}" for key, value in tried["settings"].items())
+        mark = "yes" if chosen.get(tried["arm"]) == tried["settings"] else ""
+        lines.append(f"| {tried['arm']} | {settings or 'as it is'} | {tried[found['by']]:.1f} | {mark} |")
     return "\n".join(lines) + "\n"
 
 
@@ -252,7 +274,8 @@ def _lines(rows: list[dict]) -> list[str]:
 def _caption(found: dict) -> str:
     if not found["rows"]:
         return "No run is finished yet"
-    over = {row["op"]["over"] for row in found["rows"] if row["op"] and row["op"]["over"]}
+    known = [row["op"] for row in found["rows"] if row["op"]]
+    over = {value["over"] for value in known if value["over"]}
     several = any(row["orders"] > 1 for row in found["rows"])
     kinds = sorted("runs" if several and kind == "seeds" else kind for kind in over)
     interval = f", ± half the width of a 95 % interval over {' or '.join(kinds)}" if over else ""

@@ -4,6 +4,7 @@ A finished run is not run again, so the same command resumes a sweep that stoppe
 """
 
 import fcntl
+import logging
 import os
 import shlex
 import subprocess
@@ -19,14 +20,13 @@ from codyra_llm.config import plugins
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import write_json
 from codyra_llm.core.parsing import shown
-from codyra_llm.core.terminal import Terminal
 from codyra_llm.runtime import signals
 from codyra_llm.sweep.spec import Run, Sweep
 
-console = Terminal()
+log = logging.getLogger(__name__)
 
 
-def execute(sweep: Sweep, jobs: int | None, launcher: str | None, done: Callable[[], None]) -> None:
+def execute(sweep: Sweep, jobs: int | None, launcher: str | None, done: Callable[[], object]) -> None:
     """Run what is not finished, all tries first; `done()` after each run of the grid. Raises one Fault with
     all runs that failed, or with what is wrong, before anything runs."""
     if launcher and jobs:
@@ -39,9 +39,9 @@ def execute(sweep: Sweep, jobs: int | None, launcher: str | None, done: Callable
         ) from None
     sweep.prepare()  # before the output is made
     with _held(sweep.output) as lock:
-        for runs, then in ((lambda: sweep.tries, lambda: None), (sweep.runs, done)):
-            if faults := _run(runs(), _places(jobs, launcher), launcher, lock, then):
-                raise Fault(*faults)
+        _run(sweep.tries, _places(jobs, launcher), launcher, lock, lambda: None)
+        # Asked for only now, since the tries choose their settings.
+        _run(sweep.runs(), _places(jobs, launcher), launcher, lock, done)
 
 
 @contextmanager
@@ -62,13 +62,13 @@ def _held(output: Path) -> Iterator[int]:
 
 
 def _run(
-    runs: list[Run], places: list[dict], launcher: str | None, lock: int, done: Callable[[], None]
-) -> list[str]:
-    """Run the unfinished ones, as many at a time as there are places; a sentence for each that failed. No run
-    outlives an interrupt, or a sweep that was asked to stop."""
+    runs: list[Run], places: list[dict], launcher: str | None, lock: int, done: Callable[[], object]
+) -> None:
+    """Run the unfinished ones, as many at a time as there are places. Raises one Fault with a sentence for
+    each that failed. No run outlives an interrupt, or a sweep that was asked to stop."""
     pending, running, faults = [run for run in runs if not run.finished], [], []
     if len(pending) < len(runs):
-        console.print(f"{len(runs) - len(pending)} of {len(runs)} runs are there already")
+        log.info("%d of %d runs are there already", len(runs) - len(pending), len(runs))
     try:
         while pending or running:
             while pending and places:
@@ -85,16 +85,15 @@ def _run(
                         f"{run.folder.path} failed (exit code {process.returncode}); see "
                         f"{run.beside('log')}, then run the sweep again"
                     )
-                console.print(
-                    f"{run.folder.path}: {'failed' if process.returncode else 'done'}", soft_wrap=True
-                )
+                log.info("%s: %s", run.folder.path, "failed" if process.returncode else "done")
                 done()
     finally:
         for _, _, process in running:
             process.terminate()
         for _, _, process in running:
             process.wait()
-    return faults
+    if faults:
+        raise Fault(*faults)
 
 
 def _places(jobs: int | None, launcher: str | None) -> list[dict[str, str]]:
@@ -106,21 +105,24 @@ def _places(jobs: int | None, launcher: str | None) -> list[dict[str, str]]:
     gpus = [given[i] if given != [""] else str(i) for i in range(torch.cuda.device_count())]
     jobs = jobs or max(len(gpus), 1)
     threads = os.environ.get("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // jobs, 1)))
-    return [
-        {"OMP_NUM_THREADS": threads} | ({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {})
-        for i in range(jobs)
-    ]
+    places = []
+    for i in range(jobs):
+        place = {"OMP_NUM_THREADS": threads}
+        if gpus:
+            place["CUDA_VISIBLE_DEVICES"] = gpus[i % len(gpus)]
+        places.append(place)
+    return places
 
 
 def _launch(run: Run, place: dict[str, str], launcher: str | None, lock: int) -> subprocess.Popen:
     """One run in a process of its own; what it prints goes to a file next to its folder."""
     write_json(run.beside("json"), run.recipe.model_dump(mode="json"))
     start = shlex.split(launcher) if launcher else [sys.executable]
-    with open(run.beside("log"), "a", encoding="utf-8") as log:
+    with open(run.beside("log"), "a", encoding="utf-8") as output:
         return subprocess.Popen(
             [*start, "-m", "codyra_llm", "run", str(run.beside("json")), *_plugins()],
-            stdout=log,
-            stderr=log,
+            stdout=output,
+            stderr=output,
             env={**os.environ, **place},
             pass_fds=(lock,),
         )

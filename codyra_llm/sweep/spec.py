@@ -69,15 +69,15 @@ class SweepFile(Strict, frozen=True):
         faults = [
             f"grid.{key}: {values} must hold at least one value, and each once"
             for key, values in self.grid.items()
-            if not values
-            or any(v in values[:i] or str(v) in map(str, values[:i]) for i, v in enumerate(values))
+            if not values or _repeats(values)
         ]
         faults += [
             f"arms: {name!r} becomes a folder; name it in letters, digits, '.', '_' and '-'"
             for name in self.arms
             if not re.fullmatch(r"\w[\w.-]*", name)
         ]
-        if (runs := len(self.arms) * prod(map(len, self.grid.values()))) > MOST:
+        runs = len(self.arms) * prod(map(len, self.grid.values()))
+        if runs > MOST:
             faults.append(
                 f"grid: it asks for {runs:,d} runs, at most {MOST:,d} are possible; give fewer values"
             )
@@ -89,14 +89,19 @@ class SweepFile(Strict, frozen=True):
             for name in tries
             if name not in self.arms
         ]
-        if len({len(settings) for settings in tries.values()}) > 1:
-            faults.append(
-                "tune.tries: every arm must have as many tries as the others, here it is "
-                + ", ".join(f"{name} {len(settings)}" for name, settings in tries.items())
-            )
+        counts = {name: len(settings) for name, settings in tries.items()}
+        if len(set(counts.values())) > 1:
+            has = ", ".join(f"{name} {count}" for name, count in counts.items())
+            faults.append(f"tune.tries: every arm must have as many tries as the others, here it is {has}")
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+
+def _repeats(values: list) -> bool:
+    """Whether a value is there twice, or two that are written alike and would share a folder."""
+    written = [str(value) for value in values]
+    return any(value in values[:i] or written[i] in written[:i] for i, value in enumerate(values))
 
 
 @dataclass(frozen=True)
@@ -120,14 +125,13 @@ class Run:
         if not (self.folder.path / "recipe.json").is_file():
             return False
         was, recipe = self.folder.recipe, self.recipe.resolved()
-        if other := differences(was, recipe):
-            raise Fault(
-                *(
-                    f"{self.folder.path} was run with other settings: {line}; give the arm another name, or "
-                    "remove the folder"
-                    for line in other
-                )
-            )
+        faults = [
+            f"{self.folder.path} was run with other settings: {line}; give the arm another name, or remove "
+            "the folder"
+            for line in differences(was, recipe)
+        ]
+        if faults:
+            raise Fault(*faults)
         return (
             was.tasks == recipe.tasks
             and bool(self.folder.summary)

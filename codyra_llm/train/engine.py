@@ -265,7 +265,8 @@ class Engine:
 
     def _parts(self, p: nn.Parameter, key: str) -> Iterator[tuple[slice, Tensor]]:
         """Under ZeRO 1 and 2: which elements of p this process steps, if any, and where their moment lies."""
-        if (held := p._hp_mapping) is not None:
+        held = p._hp_mapping
+        if held is not None:
             own, place = held.lp_fragment_address, held.hp_fragment_address
             state = self.inner.state[self._flat()[held.param_group_index]]
             yield slice(own.start, own.start + own.numel), state[key].narrow(0, place.start, place.numel)
@@ -291,5 +292,6 @@ class Engine:
             for held in (zero.__dict__, inner.state, inner.param_groups):
                 held.clear()
         self.model, self.shared, self.whole = None, [], []
-        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps what lay between small pieces
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):  # glibc keeps what lay between small pieces
             libc.malloc_trim(0)

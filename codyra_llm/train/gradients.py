@@ -9,7 +9,8 @@ from codyra_llm.core.tensors import flat, unflatten
 from codyra_llm.data.batches import Batch
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.lora.layer import without_dropout
-from codyra_llm.runtime import heartbeat, signals
+from codyra_llm.runtime import signals
+from codyra_llm.store import observer
 from codyra_llm.train.engine import Engine
 
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -73,7 +74,7 @@ class Gradients:
         found = [torch.zeros_like(p) for p in parameters]
         with without_dropout(self.model):
             for batch in batches:
-                heartbeat.at("gradients for the method")
+                observer.at("gradients for the method")
                 grads = torch.autograd.grad(loss(self.model, batch), parameters, allow_unused=True)
                 for into, grad in zip(found, grads, strict=True):
                     if grad is not None:

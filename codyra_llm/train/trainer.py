@@ -1,5 +1,6 @@
 """The only training loop: one task, from encoded examples to the adapters that it leaves."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -30,12 +31,15 @@ from codyra_llm.lora.proximal import ProximalAdamW, rate_factor
 from codyra_llm.lora.update import Adapter
 from codyra_llm.methods.base import Method
 from codyra_llm.models import packed_attention
-from codyra_llm.runtime import heartbeat, signals
+from codyra_llm.runtime import signals
 from codyra_llm.runtime.launch import wait
-from codyra_llm.store import checkpoint
+from codyra_llm.store import checkpoint, observer
 from codyra_llm.store.checkpoint import Progress
+from codyra_llm.store.rows import LogRow
 from codyra_llm.train.engine import Engine
 from codyra_llm.train.gradients import Gradients
+
+log = logging.getLogger(__name__)
 
 
 class Objective(nn.Module):
@@ -128,14 +132,14 @@ class Trainer:
         self,
         task: TaskData,
         seed: int,
-        log: Callable[[dict], None],
+        write: Callable[[LogRow], None],
         saves: Progress | None = None,
         start: int = 0,
     ) -> dict[str, Adapter]:
         """Train on `task` from step `start` on; returns the adapters of its last step, or of its best where
         `keep_best` is set.
 
-        `log` gets one row per optimizer step; `saves`, checkpoints where they are due. Raises Fault when a
+        `write` gets one row per optimizer step; `saves`, checkpoints where they are due. Raises Fault when a
         loss is not finite, before anything is updated by it, and Stopped after a checkpoint when any process
         was asked to stop.
         """
@@ -144,35 +148,34 @@ class Trainer:
         batches = pairwise(chain(task.batches(seed, self.optim.batch_size), [None]))
         for step, (chosen, following) in islice(enumerate(batches), start, None):
             began = time.perf_counter()
-            heartbeat.at(f"task {task.name}, step {step + 1}")
+            observer.at(f"task {task.name}, step {step + 1}")
             phase = task.phase(step, self.optim.batch_size)
             factor = rate_factor(self.optim.schedule, *phase, self.optim.warmup)
             for group, rate in zip(self.engine.groups, self.rates, strict=True):
                 group["lr"] = rate * factor
             self.method.before_step(self.engine.groups, step, steps, self.optim.schedule)
-            if rewritten := self.method.rewrite(step, steps):
+            rewritten = self.method.rewrite(step, steps)
+            if rewritten:
                 self.engine.rewrite(rewritten)
-            row, asked, due = self._step(task, chosen, step, seed, saves, following)
+            terms, norm, asked, due = self._step(task, chosen, step, seed, saves, following)
             if step == 0:
                 self._check_that_all_move()
-            if (every := self.optim.validate_every) and ((step + 1) % every == 0 or step + 1 == steps):
-                row["eval_loss"] = self.validate(task.validation)
-                if self.optim.keep_best and row["eval_loss"] < self.best:
-                    self.best = row["eval_loss"]
-                    self.kept = {key: value.detach().cpu().clone() for key, value in self.engine.values()}
-            kappa = max((group.get("kappa", 0.0) for group in self.engine.groups), default=0.0)
-            log(
-                {
-                    "task": task.name,
-                    "step": step + 1,
-                    "steps": steps,
-                    **row,
-                    "lr": self.engine.groups[0]["lr"],
-                    "kappa": kappa,
-                    "tokens": sum(len(task.examples[i]) for i in chosen),
-                    "micro_batch_tokens": self.tokens,
-                    "seconds": round(time.perf_counter() - began, 4),
-                }
+            eval_loss = self._validated(task, step + 1, steps)
+            kappas = [group.get("kappa", 0.0) for group in self.engine.groups]
+            write(
+                LogRow(
+                    task=task.name,
+                    step=step + 1,
+                    steps=steps,
+                    terms=terms,
+                    grad_norm=norm,
+                    eval_loss=eval_loss,
+                    lr=self.engine.groups[0]["lr"],
+                    kappa=max(kappas, default=0.0),
+                    tokens=sum(len(task.examples[i]) for i in chosen),
+                    micro_batch_tokens=self.tokens,
+                    seconds=round(time.perf_counter() - began, 4),
+                )
             )
             if saves and (due or asked):
                 self.save(saves, step + 1)
@@ -182,6 +185,18 @@ class Trainer:
         if self.kept:
             self.engine.load_state(self.kept.items())
         return self.engine.adapters()
+
+    def _validated(self, task: TaskData, step: int, steps: int) -> float | None:
+        """The loss on the eval split after `step` of `steps`, where one is due; keeps what trains where it is
+        the best so far."""
+        every = self.optim.validate_every
+        if not every or (step % every and step < steps):
+            return None
+        loss = self.validate(task.validation)
+        if self.optim.keep_best and loss < self.best:
+            self.best = loss
+            self.kept = {key: value.detach().cpu().clone() for key, value in self.engine.values()}
+        return loss
 
     def free(self) -> None:
         """Free the model and everything that was made for it; the trainer can't be used afterwards."""
@@ -256,9 +271,9 @@ class Trainer:
         seed: int,
         saves: Progress | None,
         following: list[int] | None = None,
-    ) -> tuple[dict[str, float], bool, bool]:
-        """One optimizer step: its log row; whether any process was asked to stop, and whether a checkpoint is
-        due. `following`: the examples of the next step.
+    ) -> tuple[dict[str, float], float | None, bool, bool]:
+        """One optimizer step: its loss terms and the gradients' norm; whether any process was asked to stop,
+        and whether a checkpoint is due. `following`: the examples of the next step.
         """
         while True:  # until the micro-batches of all ranks fit into their memories
             torch.manual_seed(
@@ -271,7 +286,10 @@ class Trainer:
             self._shrink([len(task.examples[i]) for i in chosen], f"task {task.name}, step {step + 1}")
         if following:  # collated while the device still runs this step
             self._ahead = following, self.tokens, list(self._collated(task.examples, following))
-        own = torch.stack([sum(term.get(name, 0.0) for term in losses) for name in losses[0]])
+        sums = []
+        for name in losses[0]:
+            sums.append(sum(terms.get(name, 0.0) for terms in losses))
+        own = torch.stack(sums)
         due = (
             saves is not None
             and self.acc.is_main_process
@@ -294,7 +312,7 @@ class Trainer:
         late = self.engine.step()
         norm = late if norm is None else norm
         self.method.after_step(self.gradients)
-        return {**dict(zip(losses[0], totals, strict=True)), "grad_norm": norm}, bool(asked), bool(due)
+        return dict(zip(losses[0], totals, strict=True)), norm, bool(asked), bool(due)
 
     def _attempt(self, examples: list[Encoded], chosen: list[int]) -> tuple[list[Batch], list[dict] | None]:
         """Forward and backward of this rank's share: the micro-batches and their losses, None where memory
@@ -315,9 +333,10 @@ class Trainer:
         """Halve the tokens of a micro-batch, down to the longest example alone. Same numbers, so same
         outcome, on all ranks."""
         cut = micro_batches(lengths, self.acc.num_processes, self.tokens, self.packed)
-        largest = max(
-            batch_tokens([lengths[i] for i in positions], self.packed) for rank in cut for positions in rank
-        )
+        largest = 0
+        for positions in chain.from_iterable(cut):
+            held = batch_tokens([lengths[i] for i in positions], self.packed)
+            largest = max(largest, held)
         longest = max(lengths)
         if largest <= longest:
             raise Fault(
@@ -326,9 +345,12 @@ class Trainer:
                 "on model.gradient_checkpointing or lower data.max_prompt_tokens"
             )
         self.tokens = max(longest, largest // 2)
-        self.acc.print(
-            f"{one_line(where)}: out of memory, going on with optim.micro_batch_tokens at {self.tokens}"
-        )
+        if self.acc.is_main_process:
+            log.info(
+                "%s: out of memory, going on with optim.micro_batch_tokens at %d",
+                one_line(where),
+                self.tokens,
+            )
 
     def _micro(self, examples: list[Encoded], chosen: list[int]) -> Iterator[Batch]:
         """This rank's micro-batches of a global batch, on the device."""
@@ -348,10 +370,8 @@ class Trainer:
         filler = min(range(len(chosen)), key=lambda i: lengths[i])
         ranks = micro_batches(lengths, self.acc.num_processes, self.tokens, self.packed)
         for positions in ranks[self.acc.process_index]:
-            own, shares = (
-                [chosen[i] for i in positions] or [chosen[filler]],
-                [weights[i] for i in positions] or [0.0],
-            )
+            own = [chosen[i] for i in positions] or [chosen[filler]]
+            shares = [weights[i] for i in positions] or [0.0]
             yield collate(examples, own, shares, self.pad, self.packed)
 
     @torch.no_grad()

@@ -5,11 +5,11 @@ refused.
 import json
 
 import pytest
-from helpers import learnt, timeless
+from helpers import learnt
 
 from codyra_llm.checkpoints.evaluate import evaluate
 from codyra_llm.checkpoints.source import Wanted
-from codyra_llm.core.files import read_jsonl
+from codyra_llm.store.rows import ScoreRow
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_two_processes_equal_one(merging, tiny_llama, toy_stream, tmp_path, fork
     words = ["evaluate", checkpoint, "--general", general, "--base", base, "--out", tmp_path / "two"]
     done = forked.command(*words, *own)
     assert done.returncode == 0, done.stderr
-    rows = read_jsonl(tmp_path / "two" / "scores.jsonl")
-    assert len(rows) == 4 and timeless(rows) == timeless(one.scores) and len(one.pairs("helpful")) == 5
+    rows = ScoreRow.read(tmp_path / "two" / "scores.jsonl")
+    assert len(rows) == 4 and rows == one.scores and len(one.pairs("helpful")) == 5
     for file in [*(one.path / "predictions").rglob("*.jsonl"), one.path / "answers" / "helpful.jsonl"]:
         assert (tmp_path / "two" / file.relative_to(one.path)).read_text() == file.read_text()

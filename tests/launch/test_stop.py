@@ -42,8 +42,8 @@ def assert_saved(told: str, asked, other: RunFolder, folder: RunFolder) -> None:
     assert not (folder.path / "lease.json").exists() and len(list((folder.path / "progress").iterdir())) == 1
     run.run(asked)
     assert (folder.path / "scores.jsonl").read_bytes() == (other.path / "scores.jsonl").read_bytes()
-    assert [(r["task"], r["step"], r["loss"]) for r in folder.log_rows] == [
-        (r["task"], r["step"], r["loss"]) for r in other.log_rows
+    assert [(r.task, r.step, r.loss) for r in folder.log_rows] == [
+        (r.task, r.step, r.loss) for r in other.log_rows
     ]
 
 

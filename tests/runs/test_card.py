@@ -46,11 +46,9 @@ def test_the_card_of_every_export_holds_what_its_stage_scored(run, tmp_path):
     ):
         found = read(export(run, tmp_path / name, *options))
         assert results(found) == {
-            (row["task"], "test", row["headline"], f"{row['headline']}@1"): pytest.approx(
-                row["score"], abs=1e-4
-            )
+            (row.task, "test", row.headline, f"{row.headline}@1"): pytest.approx(row.score, abs=1e-4)
             for row in run.scores
-            if row["step"] == step
+            if row.step == step
         }
         assert len(results(found)) == step and ("Measures over the stream" in found.text) == (step == 2)
         assert f"({step} of 2 tasks)" in found.text and "first 5 examples" in found.text

@@ -8,11 +8,13 @@ from io import StringIO
 import pytest
 from helpers import tiny_recipe
 
+from codyra_llm.core.terminal import console, log_printed
 from codyra_llm.experiment import run
 from codyra_llm.experiment.agenda import ahead, steps, tokens
+from codyra_llm.experiment.observers import Display
 from codyra_llm.experiment.setup import prepare
-from codyra_llm.runtime import display
 from codyra_llm.store import folder as runs
+from codyra_llm.store.observer import Observer
 
 
 @pytest.mark.parametrize(
@@ -25,23 +27,45 @@ from codyra_llm.store import folder as runs
         {"method": "none", "general__data": "mini"},
     ],
 )
-def test_a_run_does_what_was_expected_of_it(changes, tiny_llama, toy_stream, tmp_path, monkeypatch):
-    """The pieces, the steps and the tokens that are foreseen are those that come."""
+def test_a_run_does_what_was_expected_of_it(changes, tiny_llama, toy_stream, tmp_path, capsys):
+    """The pieces, the steps and the tokens that are foreseen are those that come; an observer hears them all,
+    and without a display nothing is printed."""
     asked = tiny_recipe(tiny_llama, toy_stream, tmp_path / "run", checkpoint=False, **changes)
-    begun, begin = [], display.Line.begin
-    monkeypatch.setattr(
-        display.Line, "begin", lambda line, piece, place: (begun.append(piece), begin(line, piece, place))
-    )
-    folder = run.run(asked)
+
+    class Begun(Observer):
+        def __init__(self):
+            self.pieces, self.scores, self.rows, self.calls = [], [], [], []
+
+        def run_begins(self, tasks):
+            self.calls.append(tasks)
+
+        def run_ends(self):
+            self.calls.append("end")
+
+        def stage_begins(self, stage, piece):
+            assert piece.stage == stage.step
+            self.pieces.append(piece)
+
+        def scored(self, row):
+            self.scores.append(row)
+
+        def row_logged(self, row):
+            self.rows.append(row)
+
+    heard = Begun()
+    folder = run.run(asked, [heard])
+    begun = heard.pieces
+    assert heard.scores == folder.scores and heard.rows == folder.log_rows
+    assert heard.calls == [asked.resolved().tasks, "end"] and capsys.readouterr().out == ""
     fresh = prepare(asked)
     assert (
         set(begun[:-1]) == set(ahead(fresh, runs.RunFolder(tmp_path / "none"), 0))
         and begun[-1].kind == "close"
     )
     assert len(begun) == len(set(begun)) and not ahead(fresh, folder, 2)
-    trained = {task: [row for row in folder.log_rows if row["task"] == task] for task in fresh.recipe.tasks}
+    trained = {task: [row for row in folder.log_rows if row.task == task] for task in fresh.recipe.tasks}
     assert steps(fresh) == [len(rows) for rows in trained.values()]
-    counted = [sum(row["tokens"] for row in rows) for rows in trained.values()]
+    counted = [sum(row.tokens for row in rows) for rows in trained.values()]
     assert [tokens(fresh, index) * bool(rows) for index, rows in enumerate(trained.values())] == counted
 
 
@@ -55,8 +79,9 @@ def test_a_run_on_a_terminal_ends_as_any_other(tiny_llama, toy_stream, tmp_path,
         "is_interactive": True,
         "_width": 60,
     }.items():
-        monkeypatch.setattr(display.console, name, value)
-    other = run.run(asked.model_copy(update={"output": str(tmp_path / "terminal")}))
+        monkeypatch.setattr(console, name, value)
+    with log_printed():
+        other = run.run(asked.model_copy(update={"output": str(tmp_path / "terminal")}), [Display()])
     assert (other.path / "scores.jsonl").read_bytes() == (folder.path / "scores.jsonl").read_bytes()
     assert other.archive().lineage == folder.archive().lineage  # hashes of the weights
     told = [line for line in screened.getvalue().splitlines() if "after " in line and "(exact_match" in line]

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import export, learnt, timeless
+from helpers import export, learnt
 
 from codyra_llm.checkpoints.evaluate import evaluate
 from codyra_llm.checkpoints.source import Wanted
@@ -28,13 +28,13 @@ def merging(tiny_llama, toy_stream, tmp_path_factory):
 
 
 def last_row(run, step=2):
-    return timeless(row for row in run.scores if row["step"] == step)
+    return [row for row in run.scores if row.step == step]
 
 
 def test_what_a_run_made_scores_as_in_the_run(merging, tmp_path):
     """From checkpoint/, from an export, from RUN and RUN@TASK: rows and predictions are the run's own."""
     export(merging, tmp_path / "merged"), export(merging, tmp_path / "one", "--after", "ONE")
-    assert [row["score"] for row in last_row(merging)] != [row["score"] for row in last_row(merging, 1)] + [0]
+    assert [row.score for row in last_row(merging)] != [row.score for row in last_row(merging, 1)] + [0]
     for number, (checkpoint, step) in enumerate(
         [
             (merging.path / "checkpoint", 2),
@@ -46,9 +46,9 @@ def test_what_a_run_made_scores_as_in_the_run(merging, tmp_path):
         ]
     ):
         out = evaluate(str(checkpoint), Wanted(out=tmp_path / str(number)))
-        assert timeless(out.scores) == last_row(merging, step), checkpoint
+        assert out.scores == last_row(merging, step), checkpoint
         for row in out.scores:
-            where = row["step"], row["after"], row["task"]
+            where = row.stage, row.task
             assert (
                 out.predictions(*where) == merging.predictions(*where) and len(out.predictions(*where)) == 5
             )
@@ -60,9 +60,9 @@ def test_a_method_that_does_not_merge_scores_as_in_its_run(tiny_llama, toy_strea
     )
     for step, task in enumerate(("ONE", "TWO"), 1):
         out = evaluate(f"{run.path}@{task}", Wanted(out=tmp_path / task))
-        assert timeless(out.scores) == last_row(run, step)
+        assert out.scores == last_row(run, step)
     base = evaluate(f"{run.path}@base", Wanted(out=tmp_path / "base"))
-    assert [(row["after"], row["task"]) for row in base.scores] == [("base", "ONE"), ("base", "TWO")]
+    assert [(row.after, row.task) for row in base.scores] == [("base", "ONE"), ("base", "TWO")]
 
 
 def test_a_peft_adapter_is_merged_into_its_base(merging, tiny_llama, toy_stream, tmp_path, monkeypatch):
@@ -88,7 +88,7 @@ def test_a_peft_adapter_is_merged_into_its_base(merging, tiny_llama, toy_stream,
         torch.testing.assert_close(merged[name], tensor, rtol=1e-4, atol=1e-5)
     base = AutoModelForCausalLM.from_pretrained(tiny_llama).state_dict()
     assert any(not torch.allclose(base[name], tensor, atol=1e-3) for name, tensor in own.items())
-    assert [row["task"] for row in out.scores] == ["ONE", "TWO"]
+    assert [row.task for row in out.scores] == ["ONE", "TWO"]
     with pytest.raises(Fault, match="/gone"):
         evaluate(str(tmp_path / "adapter"), Wanted(out=tmp_path / "other"))
     (tmp_path / "adapter" / "adapter_config.json").write_text(
@@ -106,8 +106,8 @@ def test_anybodys_checkpoint_and_what_is_missing(tiny_llama, toy_stream, tmp_pat
     lengths = ["data.max_prompt_tokens=12", "eval.max_new_tokens=3", "eval.max_examples=5"]
     wanted = Wanted(data=str(toy_stream), tasks=["ONE"], out=tmp_path / "out", overrides=lengths)
     out = evaluate(str(tiny_llama), wanted)
-    expected = {row["task"]: row["score"] for row in none.scores}
-    assert [(row["task"], row["after"], row["score"]) for row in out.scores] == [
+    expected = {row.task: row.score for row in none.scores}
+    assert [(row.task, row.after, row.score) for row in out.scores] == [
         ("ONE", "checkpoint", expected["ONE"])
     ]
     with monkeypatch.context() as patch:
@@ -117,7 +117,7 @@ def test_anybodys_checkpoint_and_what_is_missing(tiny_llama, toy_stream, tmp_pat
         str(tiny_llama),
         Wanted(data=str(toy_stream), tasks=["ONE", "TWO"], out=tmp_path / "out", overrides=lengths),
     )
-    assert [row["task"] for row in both.scores] == ["ONE", "TWO"] and both.scores[0] == out.scores[0]
+    assert [row.task for row in both.scores] == ["ONE", "TWO"] and both.scores[0] == out.scores[0]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["mean"] == pytest.approx(sum(expected.values()) / 2)
     files = sorted((tmp_path / "out" / "lm_eval" / "01-checkpoint").glob("results_*.json"))
@@ -161,11 +161,11 @@ def test_general_ability_alone_against_the_base(merging, tiny_llama, toy_stream,
         )
     finally:
         (tmp_path / "carried.json").rename(merging.path / "checkpoint" / "codyra_llm.json")
-    assert [(row["step"], row["after"], row["task"], row["kind"]) for row in out.scores] == [
+    assert [(row.step, row.after, row.task, row.kind) for row in out.scores] == [
         (0, "base", "boolq_closed_book", "general"),
         (1, "checkpoint", "boolq_closed_book", "general"),
     ]
-    before, after = (row["score"] for row in out.scores)
+    before, after = (row.score for row in out.scores)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["delta_r"] == {"value": after - before, "members": ["boolq_closed_book"]}
     assert len(read_jsonl(out.path / "predictions" / "01-checkpoint" / "boolq_closed_book.jsonl")) == 8
@@ -196,16 +196,14 @@ def test_general_ability_in_a_run(tiny_llama, toy_stream, tmp_path):
             method,
             general={"data": str(tmp_path), "limit": 4, "when": "each"},
         )
-        rows = [row for row in run.scores if row["kind"] == "general"]
-        assert [row["after"] for row in rows] == ["base", "ONE", "TWO"]
-        assert {row["metrics"]["acc,none"]["n"] for row in rows} == {4}
-        prompts = [
-            [p["prompt"] for p in run.predictions(row["step"], row["after"], row["task"])] for row in rows
-        ]
+        rows = [row for row in run.scores if row.kind == "general"]
+        assert [row.after for row in rows] == ["base", "ONE", "TWO"]
+        assert {row.metrics["acc,none"]["n"] for row in rows} == {4}
+        prompts = [[p["prompt"] for p in run.predictions(row.stage, row.task)] for row in rows]
         assert prompts[0] == prompts[1] == prompts[2] and len(set(prompts[0])) == 4
         summary = json.loads((run.path / "summary.json").read_text())
         assert summary["delta_r"] == {
-            "value": rows[2]["score"] - rows[0]["score"],
+            "value": rows[2].score - rows[0].score,
             "members": ["boolq_closed_book"],
         }
         assert (
@@ -279,4 +277,4 @@ def test_a_checkpoint_does_not_bring_its_own_code(merging, tmp_path):
         evaluate(str(theirs), Wanted(out=tmp_path / "out"))
     assert not (tmp_path / "ran").exists()
     out = evaluate(str(theirs), Wanted(tasks=["ONE"], out=tmp_path / "out", overrides=["general.data=null"]))
-    assert [row["task"] for row in out.scores] == ["ONE"]
+    assert [row.task for row in out.scores] == ["ONE"]

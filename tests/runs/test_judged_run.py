@@ -1,6 +1,7 @@
 """Open-ended prompts: answers side by side, a judge's known preferences counted, and its key nowhere."""
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -62,10 +63,11 @@ def asking(folder, url=None):
 
 
 def test_a_run_answers_judges_and_reports_and_writes_no_key(
-    tiny_llama, toy_stream, questions, tmp_path, monkeypatch, capsys
+    tiny_llama, toy_stream, questions, tmp_path, monkeypatch, capsys, caplog
 ):
     """Without an endpoint nothing is judged and the report says so; with one the same run goes on to it; a
     task more gives other final answers, and `evaluate` the same ones as the run."""
+    caplog.set_level(logging.INFO, "codyra_llm")
     run = learnt(
         tiny_llama, toy_stream, tmp_path / "run", {"name": "seqlora", "rank": 4}, open_ended=asking(questions)
     )
@@ -106,7 +108,7 @@ def test_a_run_answers_judges_and_reports_and_writes_no_key(
         r["base"] for r in rows
     ]
     printed = capsys.readouterr()
-    assert KEY not in printed.out + printed.err
+    assert KEY not in printed.out + printed.err + caplog.text and "judged by the-judge" in caplog.text
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 30 and not [path for path in files if KEY.encode() in path.read_bytes()]
 
@@ -135,8 +137,8 @@ def test_what_does_not_ask_the_prompts_does_without_their_files(
         main(["export", str(run.path), str(tmp_path / "export")])
     assert end.value.code == 0
     out = evaluate(str(tmp_path / "export"), Wanted(out=tmp_path / "out"))
-    last = {row["task"]: row["score"] for row in run.scores if row["after"] == "TWO"}
-    assert {row["task"]: row["score"] for row in out.scores} == last
+    last = {row.task: row.score for row in run.scores if row.after == "TWO"}
+    assert {row.task: row.score for row in out.scores} == last
     for changed in (
         lambda: evaluate(str(run.path), Wanted(base=str(tiny_llama), out=tmp_path / "both")),
         lambda: runs.run(run.recipe),

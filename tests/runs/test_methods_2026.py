@@ -15,6 +15,7 @@ from codyra_llm.experiment import run as runs
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.methods.parts.inputs import loaded
 from codyra_llm.methods.sequential.slao import merged_columns, orthonormal_rows
+from codyra_llm.store.rows import Stage
 
 
 def test_slao_merges_what_it_trained(run):
@@ -132,7 +133,7 @@ def test_gainlora_shuts_new_gates_on_old_prompts(run):
     own."""
     folder = run({"name": "gainlora", "energy_first": 0.9999, "hidden": 60, "inputs_at_once": 3})
     setup = prepare(folder.recipe)
-    model, _ = setup.stage(folder, 2, torch.device("cpu"))
+    model, _ = setup.loaded(folder, Stage.of(folder.recipe.tasks, 2), torch.device("cpu"))
     means = []
     for index in range(3):
         prompts = [setup.encoder.prompt(r["prompt"])[0] for r in setup.stream.records(index, "train")]

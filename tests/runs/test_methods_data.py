@@ -19,7 +19,6 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import read_jsonl
 from codyra_llm.data.batches import collate
 from codyra_llm.experiment import run as runs
-from codyra_llm.experiment import scoring
 from codyra_llm.experiment.export import write_peft
 from codyra_llm.experiment.plan import plan
 from codyra_llm.experiment.setup import prepare
@@ -71,18 +70,22 @@ def test_killed_after_the_second_task_and_restarted_equals_straight_through(
 ):
     changes = {"method": name, **config(name), **THREE}
     straight = runs.run(tiny_recipe(tiny_llama, reasoned, tmp_path / "straight", **changes))
-    evaluate = scoring.evaluate
+    evaluate, learn = runs.evaluate, runs.learn
 
-    def dies(*args):  # the last is the task's index
-        if args[-1] == {"icl": -1}.get(name, 2):
+    def dies(experiment, stage):
+        if stage.index == {"icl": -1}.get(name, 2):
             raise KeyboardInterrupt
-        evaluate(*args)
+        evaluate(experiment, stage)
+
+    def dies_learning(experiment, stage, peak):
+        if stage.index == 2:
+            raise KeyboardInterrupt
+        learn(experiment, stage, peak)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(runs, "evaluate", dies)
         if name != "icl":  # before it has learnt the last task, too
-            learn = runs.learn
-            patch.setattr(runs, "learn", lambda *args: (dies if args[-1] == 2 else learn)(*args))
+            patch.setattr(runs, "learn", dies_learning)
         runs.run(tiny_recipe(tiny_llama, reasoned, tmp_path / "killed", **changes))
     killed = runs.run(tiny_recipe(tiny_llama, reasoned, tmp_path / "killed", **changes))
     found, expected = weights(killed), weights(straight)
@@ -94,7 +97,7 @@ def test_killed_after_the_second_task_and_restarted_equals_straight_through(
     assert all(
         torch.equal(found[f][k], tensor) for f, tensors in expected.items() for k, tensor in tensors.items()
     )
-    assert [r["score"] for r in straight.scores] == [r["score"] for r in killed.scores]
+    assert [r.score for r in straight.scores] == [r.score for r in killed.scores]
 
 
 # icl
@@ -187,7 +190,7 @@ def test_mtl_trains_anew_when_a_task_is_added(tiny_llama, toy_stream, tmp_path):
         runs.run(tiny_recipe(tiny_llama, toy_stream, tmp_path / name, method="mtl", **three))
         for name in ("grown", "fresh")
     )
-    assert [(r["step"], r["task"]) for r in grown.scores] == [
+    assert [(r.step, r.task) for r in grown.scores] == [
         (2, "ONE"),
         (2, "TWO"),
         (3, "ONE"),
@@ -409,16 +412,14 @@ def test_seqft_reports_every_parameter_and_refuses_what_needs_parts(tuned, tiny_
     rows = run.updates
     assert len(rows) == 2 * len(left[0])
     for row in rows:
-        name = f"{row['site']}.weight"
+        name = f"{row.site}.weight"
         base = (
             AutoModelForCausalLM.from_pretrained(tiny_llama).get_parameter(name)
-            if row["task"] == "ONE"
+            if row.task == "ONE"
             else left[0][name]
         )
-        new = left[row["task"] == "TWO"][name]
-        assert (
-            row["update_norm"] == pytest.approx((new - base).norm().item(), rel=1e-4) and row["rank"] is None
-        )
+        new = left[row.task == "TWO"][name]
+        assert row.update_norm == pytest.approx((new - base).norm().item(), rel=1e-4) and row.rank is None
     assert "| TWO | embed_tokens |  | " in (run.path / "report.md").read_text()
     with pytest.raises(Fault, match="seqft keeps no part of a task's own"):
         export(run.path, tmp_path / "less", without="ONE")

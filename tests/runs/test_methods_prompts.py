@@ -46,10 +46,10 @@ def test_killed_and_restarted_equals_straight_through_and_a_stage_answers(
     straight = run.run(recipe(tiny_llama, toy_stream, tmp_path / "straight", name, **short))
     learn = run.learn
 
-    def dies(setup, folder, acc, peak, index):
-        if index == 2:
+    def dies(experiment, stage, peak):
+        if stage.index == 2:
             raise KeyboardInterrupt
-        learn(setup, folder, acc, peak, index)
+        learn(experiment, stage, peak)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(run, "learn", dies)
@@ -57,7 +57,7 @@ def test_killed_and_restarted_equals_straight_through_and_a_stage_answers(
     killed = run.run(recipe(tiny_llama, toy_stream, tmp_path / "killed", name, **short))
     for one, two in zip(states(straight), states(killed), strict=True):
         assert one and one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-    assert [r["score"] for r in straight.scores] == [r["score"] for r in killed.scores]
+    assert [r.score for r in straight.scores] == [r.score for r in killed.scores]
     grows = [sum(v.numel() for v in state.values()) for state in states(straight)]
     assert METHODS[name].grows == (grows[0] < grows[1] < grows[2]) and (
         METHODS[name].grows or len(set(grows)) == 1

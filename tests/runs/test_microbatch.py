@@ -2,6 +2,7 @@
 agree.
 """
 
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -43,15 +44,16 @@ def assert_same_weights(one, two, **tolerance):
 
 @pytest.mark.parametrize("batching", ["buckets", "packed"])
 def test_the_run_is_that_of_a_small_micro_batch(
-    batching, tiny_llama, toy_stream, tmp_path, monkeypatch, capsys
+    batching, tiny_llama, toy_stream, tmp_path, monkeypatch, caplog
 ):
     """Dropout is on: a step begun again has the random numbers of its beginning. The halved value stays."""
+    caplog.set_level(logging.INFO, "codyra_llm")
     changes = {**ONE_TASK, "data__batching": batching, "method__dropout": 0.3}
     monkeypatch.setattr(Batch, "cross_entropy", out_of_memory(lambda batch: batch.ids.numel() > 150))
     fitted = run.run(tiny_recipe(tiny_llama, toy_stream, tmp_path / "fitted", **changes))
     tokens = [row["micro_batch_tokens"] for row in read_jsonl(fitted.path / "log.jsonl")]
     assert len(set(tokens)) == 1 and 75 <= tokens[0] <= 150
-    told = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
+    told = [line for line in caplog.messages if "out of memory" in line]
     line = "task THREE, step 1: out of memory, going on with optim.micro_batch_tokens at"
     assert told and all(line in x for x in told)
     monkeypatch.setattr(Batch, "cross_entropy", PLAIN)

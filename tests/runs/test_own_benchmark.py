@@ -18,6 +18,7 @@ from codyra_llm.config.recipe import load_recipe
 from codyra_llm.core.files import read_jsonl
 from codyra_llm.experiment import run as runs
 from codyra_llm.store.folder import RunFolder
+from codyra_llm.store.rows import Stage
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def test_a_new_benchmark_is_run_and_reported(made, capsys, tmp_path):
     place, _, run = made
     assert run.summary["tasks"] == ["letters", "replies"] and run.summary["protocol"] == "default"
     assert run.summary["metrics"] == ["exact_match@1", "exact_match@1"] and len(run.summary["matrix"]) == 2
-    assert [list(row["metrics"]) for row in run.scores if row["task"] == "replies"][0] == [
+    assert [list(row.metrics) for row in run.scores if row.task == "replies"][0] == [
         "rouge_l",
         "exact_match",
     ]
@@ -131,11 +132,11 @@ def test_a_run_goes_on_with_the_metrics_it_began_with(made, tmp_path):
 def test_evaluate_and_score_on_the_new_benchmark(made, capsys, tmp_path, tiny_llama):
     place, _, run = made
     assert call(capsys, "evaluate", run.path / "checkpoint", "--out", tmp_path / "a")[0] == 0
-    own = {row["task"]: row["metrics"] for row in run.scores if row["step"] == 2}
-    assert {row["task"]: row["metrics"] for row in RunFolder(tmp_path / "a").scores} == own
+    own = {row.task: row.metrics for row in run.scores if row.step == 2}
+    assert {row.task: row.metrics for row in RunFolder(tmp_path / "a").scores} == own
     assert call(capsys, "evaluate", tiny_llama, "--benchmark", place, "--out", tmp_path / "b")[0] == 0
-    base = {row["task"]: row["metrics"] for row in run.scores if row["step"] == 0}
-    assert {row["task"]: row["metrics"] for row in RunFolder(tmp_path / "b").scores} == base
+    base = {row.task: row.metrics for row in run.scores if row.step == 0}
+    assert {row.task: row.metrics for row in RunFolder(tmp_path / "b").scores} == base
     code, _, err = call(
         capsys, "evaluate", f"{run.path}@letters", "--benchmark", "trace", "--out", tmp_path / "c"
     )
@@ -164,9 +165,9 @@ def test_an_export_is_scored_on_its_benchmark_at_another_place(made, capsys, tmp
     code, told, _ = call(capsys, "evaluate", checkpoint, "--benchmark", moved, "--out", tmp_path / "out")
     assert code == 0 and "another benchmark" not in told
     out = RunFolder(tmp_path / "out")
-    assert [
-        (row["after"], len(out.predictions(row["step"], row["after"], row["task"]))) for row in out.scores
-    ] == [("replies", 3)] * 2
+    assert [(row.after, len(out.predictions(row.stage, row.task))) for row in out.scores] == [
+        ("replies", 3)
+    ] * 2
     assert out.manifest["recipe"]["data"]["root"] == str(moved)
 
 
@@ -186,8 +187,7 @@ def test_a_run_goes_on_and_is_scored_with_base_data_and_benchmark_at_other_place
     )
     assert code == 0 and "another benchmark" not in told
     scores = [
-        [{k: v for k, v in row.items() if k != "seconds"} for row in folder.scores if row["step"] == 1]
-        for folder in (run, RunFolder(tmp_path / "out"))
+        [row for row in folder.scores if row.step == 1] for folder in (run, RunFolder(tmp_path / "out"))
     ]
     assert scores[0] == scores[1] and RunFolder(tmp_path / "out").manifest["recipe"]["data"]["root"] == str(
         moved
@@ -211,7 +211,7 @@ def test_an_export_of_another_benchmark_is_scored_on_this_one(made, capsys, tmp_
     )
     assert code == 0 and f"scored by the protocol of {other}, not by its run's recipe" in told
     (row,) = RunFolder(tmp_path / "out").scores
-    assert (row["task"], list(row["metrics"]), row["metrics"]["first_char"]["n"]) == (
+    assert (row.task, list(row.metrics), row.metrics["first_char"]["n"]) == (
         "letters",
         ["first_char"],
         4,
@@ -254,7 +254,7 @@ def test_data_as_people_have_it_is_planned_and_run(capsys, tmp_path, tiny_llama)
     assert "has semicolons between its columns" in out and "has one record in each line" in out
     run = runs.run(load_recipe(tmp_path / "recipe.yaml"))
     assert run.summary["tasks"] == ["sort", "follow"] and len(run.summary["matrix"]) == 2
-    answered = {row["prompt"]: row["answer"] for row in run.predictions(1, "sort", "sort")}
+    answered = {row["prompt"]: row["answer"] for row in run.predictions(Stage(1, "sort"), "sort")}
     assert len(answered) == 2 and all(
         prompt in (f"Sort: t{i}\nno, yes:" if i % 2 else f"Sort: t{i}\nh\nno, yes:" for i in range(12))
         and answer == ("no" if "\nh\n" in prompt else "yes")

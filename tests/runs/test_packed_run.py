@@ -39,7 +39,7 @@ def test_a_packed_run_is_the_padded_run(name, request, toy_stream, tmp_path, mon
         )
         logs.append(read_jsonl(folder.path / "log.jsonl"))
         tensors.append(load_file(folder.path / "updates" / "00-THREE.safetensors"))
-        scores.append([row["score"] for row in folder.scores])
+        scores.append([row.score for row in folder.scores])
     assert max(map(len, calls)) > 1 and all(sum(segments) <= 150 for segments in calls)
     for key, tensor in tensors[0].items():
         torch.testing.assert_close(tensors[1][key], tensor, rtol=2e-3, atol=2e-4)

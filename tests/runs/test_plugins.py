@@ -71,8 +71,8 @@ def test_every_command_knows_it(place, made, capsys, tmp_path):
         code, _, err = call(capsys, *words, *option)
         assert code == 0, (words, err)
     rows = RunFolder(tmp_path / "stage").scores
-    own = [row for row in made.scores if row["step"] == 2]
-    assert [(row["task"], row["score"]) for row in rows] == [(row["task"], row["score"]) for row in own]
+    own = [row for row in made.scores if row.step == 2]
+    assert [(row.task, row.score) for row in rows] == [(row.task, row.score) for row in own]
     card = (tmp_path / "export" / "README.md").read_text()
     assert (
         "method mine by --plugin mine.py, sha256 " in card
@@ -118,5 +118,5 @@ def test_a_merged_checkpoint_needs_no_method(place, made, capsys, tmp_path, tiny
     code, out, err = call(capsys, "evaluate", done.path / "checkpoint", "--out", tmp_path / "scores")
     assert code == 0, err
     assert "made by method 'mine', which is not known here; scored as a plain model" in " ".join(out.split())
-    found = {row["task"]: row["score"] for row in RunFolder(tmp_path / "scores").scores}
-    assert found == {row["task"]: row["score"] for row in done.scores if row["step"] == 2}
+    found = {row.task: row.score for row in RunFolder(tmp_path / "scores").scores}
+    assert found == {row.task: row.score for row in done.scores if row.step == 2}

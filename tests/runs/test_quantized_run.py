@@ -70,10 +70,10 @@ def test_updates_go_to_the_original_weights_and_each_task_quantises_anew(
     again = recipe(tiny_llama, toy_stream, tmp_path / "restarted")
     learn = run.learn
 
-    def dies(setup, folder, acc, peak, index):
-        if index == 1:
+    def dies(experiment, stage, peak):
+        if stage.index == 1:
             raise KeyboardInterrupt
-        learn(setup, folder, acc, peak, index)
+        learn(experiment, stage, peak)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(run, "learn", dies)

@@ -23,7 +23,7 @@ def test_a_real_run_writes_its_page_and_the_command_writes_it_anew(tiny_llama, t
     }
     folder = run.run(parse_recipe(raw))
     first = (folder.path / "report.html").read_text(encoding="utf-8")
-    assert all(f"{row['score']:.1f}" in Page(first).texts for row in folder.scores)
+    assert all(f"{row.score:.1f}" in Page(first).texts for row in folder.scores)
     summary = (folder.path / "summary.json").read_bytes()
     for name in ("report.html", "report.md"):
         (folder.path / name).unlink()

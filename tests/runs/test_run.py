@@ -18,6 +18,7 @@ from codyra_llm.lora.layer import sites
 from codyra_llm.lora.update import Adapter
 from codyra_llm.runtime import signals
 from codyra_llm.store.archive import Archive
+from codyra_llm.store.rows import LogRow
 from codyra_llm.train.trainer import Trainer
 
 
@@ -34,14 +35,11 @@ def test_run_folder_is_whole(finished):
     assert summary["tasks"] == ["ONE", "TWO"] and summary["matrix"][0][1] is None
     assert len(finished.scores) == 2 + 1 + 2
     for row in finished.scores:
-        lines = finished.path / "predictions" / f"{row['step']:02d}-{row['after']}" / f"{row['task']}.jsonl"
+        lines = finished.path / "predictions" / f"{row.step:02d}-{row.after}" / f"{row.task}.jsonl"
         scored = [json.loads(line) for line in lines.read_text().splitlines()]
-        metric = row["metrics"][row["headline"]]
-        assert (
-            metric["mean"]
-            == pytest.approx(sum(r[row["headline"]] for r in scored) / len(scored))
-            == row["score"]
-        )
+        metric = row.metrics[row.headline]
+        mean = sum(r[row.headline] for r in scored) / len(scored)
+        assert metric["mean"] == pytest.approx(mean) == row.score
         assert metric["low"] <= metric["mean"] <= metric["high"] and metric["n"] == len(scored) == 6
     logs = [json.loads(line) for line in (finished.path / "log.jsonl").read_text().splitlines()]
     assert [(r["task"], r["step"]) for r in logs] == [(t, s) for t in ("ONE", "TWO") for s in range(1, 7)]
@@ -104,11 +102,11 @@ def test_killed_and_restarted_equals_straight_through(method, tiny_llama, toy_st
     straight = run.run(tiny_recipe(tiny_llama, toy_stream, tmp_path / "straight", **method))
     learn = run.learn
 
-    def dies(setup, folder, acc, peak, index):
-        if index == 1:
-            folder.log({"task": "TWO", "step": 1})  # as far as it got
+    def dies(experiment, stage, peak):
+        if stage.index == 1:
+            experiment.store.log(LogRow("TWO", 1, 6, {"loss": 1.0}))  # as far as it got
             raise KeyboardInterrupt
-        learn(setup, folder, acc, peak, index)
+        learn(experiment, stage, peak)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(run, "learn", dies)
@@ -117,7 +115,7 @@ def test_killed_and_restarted_equals_straight_through(method, tiny_llama, toy_st
     for name, tensors in weights(straight).items():
         for key, tensor in tensors.items():
             assert torch.equal(tensor, weights(killed)[name][key]), (name, key)
-    assert [r["score"] for r in straight.scores] == [r["score"] for r in killed.scores]
+    assert [r.score for r in straight.scores] == [r.score for r in killed.scores]
     steps = [[(r["task"], r["step"]) for r in read_jsonl(f.path / "log.jsonl")] for f in (straight, killed)]
     assert steps[0] == steps[1]
 
@@ -126,9 +124,9 @@ def test_scores_at_the_ends_are_the_diagonal_and_the_last_row(tiny_llama, toy_st
     asked = {"data__tasks": ["ONE", "TWO", "THREE"], "checkpoint": False, "eval__max_examples": 1}
     each = run.run(tiny_recipe(tiny_llama, toy_stream, tmp_path / "each", **asked))
     ends = run.run(tiny_recipe(tiny_llama, toy_stream, tmp_path / "ends", **asked, eval__when="ends"))
-    scored = {(row["step"], row["task"]): row["score"] for row in ends.scores}
+    scored = {(row.step, row.task): row.score for row in ends.scores}
     assert list(scored) == [(1, "ONE"), (2, "TWO"), (3, "ONE"), (3, "TWO"), (3, "THREE")]
-    assert scored.items() <= {(row["step"], row["task"]): row["score"] for row in each.scores}.items()
+    assert scored.items() <= {(row.step, row.task): row.score for row in each.scores}.items()
     few, all_of_them = (json.loads((f.path / "summary.json").read_text()) for f in (ends, each))
     assert few["forgetting"] is None and all_of_them["forgetting"] is not None
     assert all(few[name] == all_of_them[name] for name in ("op", "bwt", "bwt_treelora"))
@@ -357,7 +355,7 @@ def test_bfloat16_sums_in_float32_and_casts_once(tiny_llama, toy_stream, tmp_pat
         assert (error <= exact.abs() * 2**-8 * (1 + 1e-3) + 1e-9).all(), (
             "one rounding to bfloat16 and no more"
         )
-    shares = [row["surviving"] for row in folder.updates if row["kept"]]
+    shares = [row.surviving for row in folder.updates if row.kept]
     assert shares and all(0.5 < share < 1.5 for share in shares) and any(share != 1 for share in shares)
 
 
@@ -367,11 +365,11 @@ def test_threshold_and_schedule_reach_the_optimizer(tiny_llama, toy_stream, tmp_
     gone = run.run(
         tiny_recipe(tiny_llama, toy_stream, tmp_path / "gone", method__threshold__budget=50.0, **one)
     )
-    assert all(row["kept"] == 0 and row["update_norm"] == 0 for row in gone.updates)
+    assert all(row.kept == 0 and row.update_norm == 0 for row in gone.updates)
     ends = [
         run.run(
             tiny_recipe(tiny_llama, toy_stream, tmp_path / s, method="seqlora", optim__schedule=s, **one)
         ).updates
         for s in ("constant", "cosine")
     ]
-    assert ends[0][0]["update_norm"] > 1.2 * ends[1][0]["update_norm"]
+    assert ends[0][0].update_norm > 1.2 * ends[1][0].update_norm

@@ -2,6 +2,7 @@
 does.
 """
 
+import logging
 import os
 
 import pytest
@@ -28,7 +29,8 @@ def ended(asked, monkeypatch, name: str, then) -> None:
         run.run(asked)
 
 
-def test_a_run_at_every_moment(tiny_llama, toy_stream, tmp_path, monkeypatch, capsys):
+def test_a_run_at_every_moment(tiny_llama, toy_stream, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "codyra_llm")
     asked, seen = (
         tiny_recipe(tiny_llama, toy_stream, tmp_path / "run", eval__zero_shot=True, checkpoint=False),
         [],
@@ -47,7 +49,7 @@ def test_a_run_at_every_moment(tiny_llama, toy_stream, tmp_path, monkeypatch, ca
     assert after["state"] == "stopped" and after["holder"] is None
 
     def fourth(folder, row):  # all processes agree after the next
-        if (row["task"], row["step"]) == ("TWO", 4):
+        if (row.task, row.step) == ("TWO", 4):
             seen.append(look(folder.path))
             signals.ask("a test")
 
@@ -67,16 +69,16 @@ def test_a_run_at_every_moment(tiny_llama, toy_stream, tmp_path, monkeypatch, ca
         main(["report", str(tmp_path / "run")])
     assert (tmp_path / "run" / "report.md").is_file() and not (tmp_path / "run" / "summary.json").is_file()
     assert look(tmp_path / "run")["state"] == "stopped"  # a report on the way finishes nothing
-    capsys.readouterr()
+    caplog.clear()
 
     ended(asked, monkeypatch, "add_scores", first)
-    assert "TWO: going on after step 5" in capsys.readouterr().out
+    assert "TWO: going on after step 5" in caplog.text
     assert look(tmp_path / "run")["next"] == "TWO after TWO, 1 of 2 scored there"
     folder = run.run(asked)
     done = look(folder.path)
     assert (done["state"], done["next"], done["learnt"]) == ("finished", None, ["ONE", "TWO"])
     assert done["scores"] == {
-        stage: {row["task"]: row["score"] for row in folder.scores if row["after"] == stage}
+        stage: {row.task: row.score for row in folder.scores if row.after == stage}
         for stage in ("base", "ONE", "TWO")
     }
     newest = max(p.stat().st_mtime for p in folder.path.rglob("*") if p.is_file())

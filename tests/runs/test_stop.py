@@ -3,6 +3,7 @@ same end.
 """
 
 import json
+import logging
 import shutil
 import sys
 
@@ -59,17 +60,16 @@ def test_asked_outside_of_training(place, straight, tmp_path, monkeypatch, tiny_
 
 @pytest.mark.parametrize("fault", ["a byte", "a file", "the mark", "other updates"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
-    fault, straight, tmp_path, monkeypatch, capsys
+    fault, straight, tmp_path, monkeypatch, caplog
 ):
+    caplog.set_level(logging.INFO, "codyra_llm")
     asked, other = straight
     asked = asked.model_copy(update={"save": SaveSection(minutes=1e-9, keep=2)})
     folder = like(asked, tmp_path)
     log = RunFolder.log
     with monkeypatch.context() as patch, pytest.raises(signals.Stopped):
         patch.setattr(signals, "_asked", [])
-        patch.setattr(
-            RunFolder, "log", lambda f, row: (log(f, row), row["step"] == 4 and signals.ask("a test"))
-        )
+        patch.setattr(RunFolder, "log", lambda f, row: (log(f, row), row.step == 4 and signals.ask("a test")))
         run.run(load_recipe(tmp_path / "recipe.json"))
     before, last = sorted((folder.path / "progress").iterdir())
     assert (before.name, last.name) == ("00-ONE-00000004", "00-ONE-00000005")
@@ -85,7 +85,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     else:
         mark.write_text(mark.read_text().replace('"parent": "', '"parent": "0'))
     run.run(load_recipe(tmp_path / "recipe.json"))
-    told = capsys.readouterr().out
+    told = caplog.text
     assert (
         "00-ONE-00000005" in told
         and "going on from what is before it" in told

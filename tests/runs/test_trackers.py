@@ -8,7 +8,7 @@ from helpers import tiny_recipe
 
 from codyra_llm.config.sections import GeneralSection
 from codyra_llm.core.errors import Fault
-from codyra_llm.experiment import run, trackers
+from codyra_llm.experiment import observers, run
 from codyra_llm.experiment.plan import plan
 from codyra_llm.models import loading
 from codyra_llm.runtime import signals
@@ -57,7 +57,7 @@ def told(monkeypatch):
 
     monkeypatch.setattr("accelerate.tracking.LOGGER_TYPE_TO_CLASS", kinds := dict(LOGGER_TYPE_TO_CLASS))
     monkeypatch.setattr("accelerate.accelerator.LOGGER_TYPE_TO_CLASS", kinds)
-    monkeypatch.setattr(trackers, "LOGGER_TYPE_TO_CLASS", kinds)
+    monkeypatch.setattr(observers, "LOGGER_TYPE_TO_CLASS", kinds)
     register_tracker_class(Notebook)
     return made
 
@@ -69,18 +69,18 @@ def expected(folder) -> list[tuple[dict, int]]:
     rows = [
         (
             {
-                "train/loss": r["loss"],
-                "train/grad_norm": r["grad_norm"],
-                "train/lr": r["lr"],
-                "train/kappa": r["kappa"],
-                "train/task": 1 + (r["task"] == "TWO"),
+                "train/loss": r.loss,
+                "train/grad_norm": r.grad_norm,
+                "train/lr": r.lr,
+                "train/kappa": r.kappa,
+                "train/task": 1 + (r.task == "TWO"),
             },
-            r["step"] + 6 * (r["task"] == "TWO"),
+            r.step + 6 * (r.task == "TWO"),
         )
         for r in folder.log_rows
     ]
     scores = [
-        ({f"{'score' if r['task'] in ('ONE', 'TWO') else 'general'}/{r['task']}": r["score"]}, 6 * r["step"])
+        ({f"{'score' if r.task in ('ONE', 'TWO') else 'general'}/{r.task}": r.score}, 6 * r.step)
         for r in folder.scores
     ]
     return sorted(rows + scores, key=lambda pair: (pair[1], "train/loss" not in pair[0]))
@@ -104,9 +104,7 @@ def test_it_hears_all_and_changes_nothing(straight, told, tmp_path):
     assert told[0] == ("begin", "codyra-llm", str(folder.path / "trackers")) and told[-1] == ("end",)
     assert told[1][1]["optim.lr"] == 1e-2 and told[1][1]["data.tasks"] == "['ONE', 'TWO']"
     speeds = {entry[1]: entry[0]["train/tokens_per_second"] for entry in told if "train/loss" in entry[0]}
-    assert speeds == {
-        r["step"] + 6 * (r["task"] == "TWO"): r["tokens"] / r["seconds"] for r in folder.log_rows
-    }
+    assert speeds == {r.step + 6 * (r.task == "TWO"): r.tokens / r.seconds for r in folder.log_rows}
 
 
 @pytest.mark.parametrize(
@@ -121,7 +119,7 @@ def test_a_run_that_goes_on(how, then, straight, told, tmp_path, monkeypatch):
 
     def ends(folder, row):
         log(folder, row)
-        if (row["task"], row["step"]) == ("TWO", 4):
+        if (row.task, row.step) == ("TWO", 4):
             if how == "killed":
                 raise KeyboardInterrupt
             signals.ask("a test")
@@ -152,7 +150,7 @@ def test_two_kills_tell_no_step_twice(straight, told, tmp_path, monkeypatch):
 
         def ends(folder, row, last=last):
             log(folder, row)
-            if (row["task"], row["step"]) == ("TWO", last):
+            if (row.task, row.step) == ("TWO", last):
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -164,7 +162,7 @@ def test_two_kills_tell_no_step_twice(straight, told, tmp_path, monkeypatch):
 
 def test_a_tracker_that_cannot_begin_is_one_sentence(straight, told, tmp_path, monkeypatch):
     asked, _ = straight
-    kinds = trackers.LOGGER_TYPE_TO_CLASS
+    kinds = observers.LOGGER_TYPE_TO_CLASS
 
     class Shut(kinds["notebook"]):
         name = "shut"
@@ -180,10 +178,10 @@ def test_a_tracker_that_cannot_begin_is_one_sentence(straight, told, tmp_path, m
 
 
 def test_a_tracker_that_fails_is_told_no_more_and_the_run_goes_on(
-    straight, told, tmp_path, monkeypatch, capsys
+    straight, told, tmp_path, monkeypatch, caplog
 ):
     asked, other = straight
-    kinds = trackers.LOGGER_TYPE_TO_CLASS
+    kinds = observers.LOGGER_TYPE_TO_CLASS
     calls: list = []
 
     class Shaky(kinds["notebook"]):
@@ -198,12 +196,12 @@ def test_a_tracker_that_fails_is_told_no_more_and_the_run_goes_on(
     folder = run.run(like(asked, tmp_path / "run", "shaky", "notebook"))
     assert calls[-1] == 3 and heard(told) == expected(other)
     assert (folder.path / "scores.jsonl").read_bytes() == (other.path / "scores.jsonl").read_bytes()
-    assert capsys.readouterr().out.count("warning: shaky failed ([401] the server is away)") == 1
+    assert caplog.text.count("shaky failed ([401] the server is away)") == 1
 
 
 def test_what_is_not_there_is_refused_before_weights_load(straight, tmp_path, monkeypatch):
     asked, _ = straight
-    monkeypatch.setattr(trackers, "get_available_trackers", lambda: [])
+    monkeypatch.setattr(observers, "get_available_trackers", lambda: [])
     monkeypatch.setattr(loading, "load", lambda *given: pytest.fail("weights were loaded"))
     for action in (run.run, lambda wanted: plan(wanted, None)):
         with pytest.raises(Fault) as found:

@@ -30,7 +30,7 @@ def test_the_learning_rate_that_is_logged(tiny_llama, toy_stream, tmp_path):
     folder = run(tiny_recipe(tiny_llama, toy_stream, tmp_path / "run", checkpoint=False, **changes))
     cosine = [1, 0.5 + 0.5 * 2**-0.5, 0.5, 0.5 - 0.5 * 2**-0.5]
     for task in ("ONE", "TWO"):
-        rates = [row["lr"] for row in folder.log_rows if row["task"] == task]
+        rates = [row.lr for row in folder.log_rows if row.task == task]
         assert rates == pytest.approx([1e-2 * f for f in (1 / 3, 2 / 3, *cosine)])
 
 
@@ -65,7 +65,7 @@ def test_only_these_layers_are_adapted(name, tiny_llama, toy_stream, tmp_path):
     asked["method"]["layers"] = "1"
     asked["data"] |= {"tasks": ["ONE", "TWO"], "epochs": 1}
     folder = run(parse_recipe(asked))
-    found = {block_number(row["site"]) for row in folder.updates}
+    found = {block_number(row.site) for row in folder.updates}
     held = {block_number(key) for update in weights(folder).values() for key in update}
     assert found == {1} and held - {None} == {1}
     assert folder.summary["op"] is not None

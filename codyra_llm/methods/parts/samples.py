@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from codyra_llm.core.tensors import generator
 from codyra_llm.data.encoding import Encoded
-from codyra_llm.runtime import heartbeat, signals
+from codyra_llm.runtime import signals
+from codyra_llm.store import observer
 
 TOGETHER = 32  # sequences drawn by one generator, whatever the number of processes
 
@@ -26,7 +27,7 @@ def self_sampled(
     model.eval()
     for start in range(rank * TOGETHER, count, world * TOGETHER):
         signals.check()
-        heartbeat.at("sequences that the base writes")
+        observer.at("sequences that the base writes")
         draw = generator("self-sampled", seed, start)
         rows = _continued(model, _starts(model, min(TOGETHER, count - start), draw), length, draw)
         found += [Encoded(row[:-1], row[-1:], cut=False) for row in rows.tolist()]
@@ -45,7 +46,7 @@ def continued(model: nn.Module, prefix: list[int], count: int, length: int, *key
     model.eval()
     for start in range(0, count, TOGETHER):
         signals.check()
-        heartbeat.at("sequences that the model writes")
+        observer.at("sequences that the model writes")
         draw = generator("continued", *key, start)
         ids = torch.tensor([prompt] * min(TOGETHER, count - start))
         for row in _continued(model, ids, length, draw)[:, len(prompt) :].tolist():

@@ -42,24 +42,29 @@ def panel(scores: dict[int, tuple[float, float | None, float | None]], learnt: i
     `learnt`.
     """
     x, y = Scale(0, max(steps, 1), 30, 230), Scale(0, 100, 104, 8)
-    known = [(step, *score) for step, score in sorted(scores.items())]
-    framed = [(s, low, high) for s, _, low, high in known if low is not None and high is not None]
-    around = [(x(s), y(high)) for s, _, high in framed] + [(x(s), y(low)) for s, low, _ in reversed(framed)]
-    parts = ([k for k in known if k[0] <= learnt], [k for k in known if k[0] >= learnt])
+    known = sorted(scores.items())
+    values = [(step, value) for step, (value, _, _) in known]
+    upper = [(x(step), y(high)) for step, (_, low, high) in known if low is not None and high is not None]
+    lower = [(x(step), y(low)) for step, (_, low, high) in known if low is not None and high is not None]
+    before = [pair for pair in values if pair[0] <= learnt]
+    after = [pair for pair in values if pair[0] >= learnt]
+    dots = [{"x": x(step), "y": y(value), "title": f"after {step}: {value:.1f}"} for step, value in values]
     every = math.ceil((steps + 1) / 10)
+    xs = [(x(step), str(step)) for step in range(0, steps + 1, every)]
     return {
-        "before": _line(parts[0], x, y) if len(parts[0]) > 1 else "",
-        "after": _line(parts[1], x, y),
-        "band": points(*zip(*around, strict=True)) if len(framed) > 1 else "",
+        "before": _line(before, x, y) if len(before) > 1 else "",
+        "after": _line(after, x, y),
+        "band": points(*zip(*upper, *reversed(lower), strict=True)) if len(upper) > 1 else "",
         "learnt": x(learnt),
-        "dots": [{"x": x(s), "y": y(v), "title": f"after {s}: {v:.1f}"} for s, v, *_ in known],
-        "xs": [(x(s), str(s)) for s in range(0, steps + 1, every)],
-        "ys": [(y(v), str(v)) for v in (0, 50, 100)],
+        "dots": dots,
+        "xs": xs,
+        "ys": [(y(value), str(value)) for value in (0, 50, 100)],
     }
 
 
-def _line(known: Sequence[tuple], x: Scale, y: Scale) -> str:
-    return points((x(k[0]) for k in known), (y(k[1]) for k in known))
+def _line(known: Sequence[tuple[float, float]], x: Scale, y: Scale) -> str:
+    xs = [x(step) for step, _ in known]
+    return points(xs, [y(value) for _, value in known])
 
 
 def curve(
@@ -76,39 +81,35 @@ def curve(
     lines = []
     for number, line in enumerate(series.values()):
         for _, first, last in tasks:
-            if own := [(s, v) for s, v in line if first <= s <= last]:
-                lines.append(
-                    {"number": number, "points": points((x(s) for s, _ in own), (y(v) for _, v in own))}
-                )
-    spans = [(label, x(first), x(last + 1)) for label, first, last in tasks]
-    return {
-        "lines": lines,
-        "names": list(series),
-        "ys": [(y(v), f"{v:g}") for v in marks],
-        "tasks": [
-            {
-                "x": a,
-                "middle": round((a + b) / 2, 1),
-                "title": label,
-                "label": label if len(label) * LETTER < b - a else str(i),
-            }
-            for i, (label, a, b) in enumerate(spans, 1)
-        ],
-    }
+            own = [(step, value) for step, value in line if first <= step <= last]
+            if own:
+                lines.append({"number": number, "points": _line(own, x, y)})
+    spans = []
+    for number, (label, first, last) in enumerate(tasks, 1):
+        start, end = x(first), x(last + 1)
+        fits = len(label) * LETTER < end - start
+        middle = round((start + end) / 2, 1)
+        spans.append({"x": start, "middle": middle, "title": label, "label": label if fits else str(number)})
+    ys = [(y(value), f"{value:g}") for value in marks]
+    return {"lines": lines, "names": list(series), "ys": ys, "tasks": spans}
 
 
 def thinned(line: list[tuple[float, float]], most: int = 60) -> list[tuple[float, float]]:
     """Means of as many neighbours as leave at most `most` points, each at the middle of its neighbours."""
     size = math.ceil(len(line) / most) or 1
     parts = [line[i : i + size] for i in range(0, len(line), size)]
-    return [(sum(s for s, _ in part) / len(part), sum(v for _, v in part) / len(part)) for part in parts]
+    means = []
+    for part in parts:
+        steps, values = zip(*part, strict=True)
+        means.append((sum(steps) / len(part), sum(values) / len(part)))
+    return means
 
 
 def scatter(groups: list[list[tuple[float, float]]], means: list[tuple[float, float] | None]) -> dict:
     """Runs as small dots, the mean of each group as a large one with the group's number; labels are kept
     apart.
     """
-    shown = [p for group in groups for p in group]
+    shown = [point for group in groups for point in group]
     xs, ys = (ticks(min(values), max(values)) for values in zip(*shown, strict=True))
     x, y = Scale(xs[0], xs[-1], 60, 620), Scale(ys[0], ys[-1], 20, 310)
     dots = [{"number": i, "x": x(a), "y": y(b)} for i, group in enumerate(groups, 1) for a, b in group]
@@ -119,12 +120,9 @@ def scatter(groups: list[list[tuple[float, float]]], means: list[tuple[float, fl
             label = _free(at, placed)
             placed.append(label)
             marks.append({"number": number, "x": at[0], "y": at[1], "label": label})
-    return {
-        "dots": dots,
-        "means": marks,
-        "xs": [(x(v), f"{v:g}") for v in xs],
-        "ys": [(y(v), f"{v:g}") for v in ys],
-    }
+    x_marks = [(x(value), f"{value:g}") for value in xs]
+    y_marks = [(y(value), f"{value:g}") for value in ys]
+    return {"dots": dots, "means": marks, "xs": x_marks, "ys": y_marks}
 
 
 def _free(at: tuple[float, float], placed: list[tuple[float, float]]) -> tuple[float, float]:
@@ -134,6 +132,10 @@ def _free(at: tuple[float, float], placed: list[tuple[float, float]]) -> tuple[f
         for reach in (13, 20, 27)
         for dx, dy in ((1, -0.6), (-1, -0.6), (1, 0.8), (-1, 0.8), (0, -1.1), (0, 1.2))
     ]
-    apart = (p for p in places if all(abs(p[0] - q[0]) > 12 or abs(p[1] - q[1]) > 11 for q in placed))
-    left, top = next(apart, places[0])
+    left, top = next((place for place in places if _apart(place, placed)), places[0])
     return round(left, 1), round(top, 1)
+
+
+def _apart(place: tuple[float, float], placed: list[tuple[float, float]]) -> bool:
+    """Whether a label there overlaps none of those placed."""
+    return all(abs(place[0] - left) > 12 or abs(place[1] - top) > 11 for left, top in placed)

@@ -1,6 +1,7 @@
 """Test examples that a run could answer and then could not."""
 
 from codyra_llm.store.folder import RunFolder
+from codyra_llm.store.rows import Stage
 
 SHOWN, PROMPT, ANSWER = 3, 700, 400  # examples per task; letters kept of each text
 
@@ -13,12 +14,13 @@ def forgotten(folder: RunFolder, found: dict) -> list[dict]:
     """Per task but the last, the examples whose score fell most from just after the task to the end of the
     run: `{"task", "metric", "fell", "of", "shown": [{"prompt", "answer", "before", "after", "scores"}]}`."""
     steps, tasks, out = len(found["matrix"]), found["tasks"], []
-    metrics = {row["task"]: row["headline"] for row in folder.scores}
+    metrics = {row.task: row.headline for row in folder.scores}
     for step, task in enumerate(tasks[: max(steps - 1, 0)], 1):
         if task not in metrics:  # then there are no predictions either
             continue
         metric = metrics[task]
-        first, last = (folder.predictions(at, tasks[at - 1], task) for at in (step, steps))
+        first = folder.predictions(Stage.of(tasks, step - 1), task)
+        last = folder.predictions(Stage.of(tasks, steps - 1), task)
         pairs = [
             (a, b)
             for a, b in zip(first, last, strict=False)

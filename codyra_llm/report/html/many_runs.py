@@ -61,22 +61,16 @@ def content(members: list[Member], over_orders: bool = False, numbered: bool = T
 def _settings(names: list[str], recipes: list[Recipe], over_orders: bool) -> Grid | None:
     """Every setting in which two groups differ."""
     known = [distinguishing(recipe, over_orders) for recipe in recipes]
-    keys = [
-        key
-        for key in dict.fromkeys(key for k in known for key in k)
-        if any(key in k and k[key] != other[key] for k in known for other in known if key in other)
-    ]
-    return (
-        Grid(
-            "settings",
-            "setting",
-            [name.partition(" ")[0] for name in names],
-            [(key, [word(_said(k[key])) if key in k else None for k in known]) for key in keys],
-            "In which the groups, here by their numbers, differ; seeds and output aside.",
-        )
-        if keys
-        else None
-    )
+    lines = []
+    for key in dict.fromkeys(key for settings in known for key in settings):
+        texts = [_said(settings[key]) if key in settings else None for settings in known]
+        if len(set(texts) - {None}) > 1:
+            lines.append((key, [word(text) if text is not None else None for text in texts]))
+    if not lines:
+        return None
+    numbers = [name.partition(" ")[0] for name in names]
+    note = "In which the groups, here by their numbers, differ; seeds and output aside."
+    return Grid("settings", "setting", numbers, lines, note)
 
 
 def _said(value: object) -> str:
@@ -93,45 +87,20 @@ def _facts(groups: list[list[Run]], over_orders: bool) -> list[str]:
         if run.summary["matrix"] and len(run.summary["matrix"]) < len(run.recipe.tasks)
     ]
     splits = {run.recipe.eval.split for run in runs}
-    return [
-        line
-        for line in (
-            (
-                f"Runs with the same recipe but for {seeds} are a group. ± is half the 95 % interval over "
-                f"{over} (Student's t), sd the standard deviation; a group of one run has neither."
-            ),
-            f"Scored on the {' and '.join(sorted(splits))} split." if splits != {"test"} else "",
-            f"Not finished: {', '.join(map(str, short))}." if short else "",
-        )
-        if line
+    lines = [
+        f"Runs with the same recipe but for {seeds} are a group. ± is half the 95 % interval over {over} "
+        "(Student's t), sd the standard deviation; a group of one run has neither."
     ]
+    if splits != {"test"}:
+        lines.append(f"Scored on the {' and '.join(sorted(splits))} split.")
+    if short:
+        lines.append(f"Not finished: {', '.join(map(str, short))}.")
+    return lines
 
 
 def _leaderboard(names: list[str], groups: list[list[Run]]) -> Grid:
     columns = ["runs", *MEASURES.values(), "parameters trained", "seconds", "peak memory, MiB"]
-    lines = []
-    for name, group in zip(names, groups, strict=True):
-        costs = [run.summary["costs"] or {} for run in group]
-        trained, seconds, peak = (
-            [cost.get(key) for cost in costs] for key in ("trained", "seconds", "peak_bytes")
-        )
-        lines.append(
-            (
-                name,
-                [
-                    Cell(len(group), str(len(group))),
-                    *(
-                        over(values, heat=_mean(values) if key in ("op", "learnt", "general") else None)
-                        for key in MEASURES
-                        for values in [[run.measures[key] for run in group]]
-                    ),
-                    *(
-                        number(_mean(values, unit), ",.0f")
-                        for values, unit in ((trained, 1), (seconds, 1), (peak, 2**20))
-                    ),
-                ],
-            )
-        )
+    lines = [(name, _line(group)) for name, group in zip(names, groups, strict=True)]
     op = 1 + list(MEASURES).index("op")
     lines.sort(key=lambda line: -line[1][op].value if line[1][op] else float("inf"))
     return Grid(
@@ -144,6 +113,18 @@ def _leaderboard(names: list[str], groups: list[list[Run]]) -> Grid:
         BETTER,
         _whence(names, groups),
     ).filled()
+
+
+def _line(group: list[Run]) -> list[Cell | None]:
+    """The cells of a group's line in the leaderboard."""
+    cells: list[Cell | None] = [Cell(len(group), str(len(group)))]
+    for key in MEASURES:
+        values = [run.measures[key] for run in group]
+        cells.append(over(values, heat=_mean(values) if key in ("op", "learnt", "general") else None))
+    for key, unit in (("trained", 1), ("seconds", 1), ("peak_bytes", 2**20)):
+        costs = [(run.summary["costs"] or {}).get(key) for run in group]
+        cells.append(number(_mean(costs, unit), ",.0f"))
+    return cells
 
 
 def _whence(names: list[str], groups: list[list[Run]]) -> dict[str, Whence]:
@@ -161,18 +142,12 @@ def _tasks(names: list[str], groups: list[list[Run]]) -> Grid:
     tasks = list(dict.fromkeys(task for group in groups for task in group[0].recipe.tasks))
     lines = []
     for name, group in zip(names, groups, strict=True):
-        ends = [
-            dict(
-                zip(
-                    run.summary["tasks"],
-                    (run.summary["matrix"] or [run.summary["zero_shot"] or []])[-1],
-                    strict=False,
-                )
-            )
-            for run in group
-        ]
-        columns = [[end.get(task) for end in ends] for task in tasks]
-        lines.append((name, [over(values, heat=_mean(values)) for values in columns]))
+        ends = [_last_scores(run) for run in group]
+        cells = []
+        for task in tasks:
+            values = [end.get(task) for end in ends]
+            cells.append(over(values, heat=_mean(values)))
+        lines.append((name, cells))
     return Grid(
         "final scores",
         "group",
@@ -184,6 +159,12 @@ def _tasks(names: list[str], groups: list[list[Run]]) -> Grid:
     )
 
 
+def _last_scores(run: Run) -> dict[str, float | None]:
+    """The scores after the last task, by task; of a method that trains nothing, those of the base."""
+    rows = run.summary["matrix"] or [run.summary["zero_shot"] or []]
+    return dict(zip(run.summary["tasks"], rows[-1], strict=False))
+
+
 def _differences(names: list[str], groups: list[list[Run]], over_orders: bool) -> Grid | None:
     """Each group less its baseline, run by run of the same seed and order."""
     lines = []
@@ -192,21 +173,17 @@ def _differences(names: list[str], groups: list[list[Run]], over_orders: bool) -
         known = {pairing(run, over_orders): run.measures for run in baseline}
         own = [(run.measures, pairing(run, over_orders)) for run in group]
         pairs = [(measured, known[key]) for measured, key in own if key in known]
-        if pairs and group is not baseline:
-            values = [[_less(a[key], b[key]) for a, b in pairs] for key in MEASURES]
-            lines.append((name, [Cell(len(pairs), str(len(pairs))), *map(_difference, values)]))
-    return (
-        Grid(
-            "paired differences",
-            f"less {names[0]}",
-            ["pairs", *MEASURES.values()],
-            lines,
-            "Means over the seeds and orders that both have. Marked: the 95 % interval leaves 0 out.",
-            whence=_whence(names, groups),
-        ).filled()
-        if lines
-        else None
-    )
+        if not pairs or group is baseline:
+            continue
+        cells: list[Cell | None] = [Cell(len(pairs), str(len(pairs)))]
+        for key in MEASURES:
+            cells.append(_difference([_less(a[key], b[key]) for a, b in pairs]))
+        lines.append((name, cells))
+    if not lines:
+        return None
+    note = "Means over the seeds and orders that both have. Marked: the 95 % interval leaves 0 out."
+    columns, corner = ["pairs", *MEASURES.values()], f"less {names[0]}"
+    return Grid("paired differences", corner, columns, lines, note, whence=_whence(names, groups)).filled()
 
 
 def _less(a: float | None, b: float | None) -> float | None:
@@ -222,19 +199,13 @@ def _difference(values: list[float | None]) -> Cell | None:
 
 def _runs(names: list[str], groups: list[list[Run]]) -> Grid:
     shared = Path(*_common([run.folder.path.parts for group in groups for run in group]))
-    lines = [
-        (
-            str(run.folder.path.relative_to(shared)),
-            [
-                word(name),
-                Cell(run.recipe.seed, str(run.recipe.seed)),
-                *(number(v, ".2f") for v in run.measures.values()),
-            ],
-        )
-        for name, group in zip(names, groups, strict=True)
-        for run in group
-    ]
-    told = {str(run.folder.path.relative_to(shared)): whence([run]) for group in groups for run in group}
+    lines, told = [], {}
+    for name, group in zip(names, groups, strict=True):
+        for run in group:
+            place = str(run.folder.path.relative_to(shared))
+            measured = [number(value, ".2f") for value in run.measures.values()]
+            lines.append((place, [word(name), Cell(run.recipe.seed, str(run.recipe.seed)), *measured]))
+            told[place] = whence([run])
     return Grid("runs", "run", ["group", "seed", *MEASURES.values()], lines, whence=told).filled()
 
 
@@ -250,14 +221,10 @@ def _common(paths: list[tuple[str, ...]]) -> list[str]:
 
 def _scatter(groups: list[list[Run]]) -> dict | None:
     """Plasticity (just learnt: mean of the diagonal) against stability (forgetting)."""
-    points = [
-        [
-            (m["learnt"], m["forgetting"])
-            for m in (run.measures for run in group)
-            if m["learnt"] is not None and m["forgetting"] is not None
-        ]
-        for group in groups
-    ]
+    points = []
+    for group in groups:
+        pairs = [(run.measures["learnt"], run.measures["forgetting"]) for run in group]
+        points.append([pair for pair in pairs if None not in pair])
     means = [_middle(group) for group in points]
     return scatter(points, means) if any(points) else None
 

@@ -12,8 +12,11 @@ from codyra_llm.report import judged
 from codyra_llm.report.grid import Cell, Grid, number, word
 from codyra_llm.report.html.charts import curve, panel, thinned
 from codyra_llm.report.html.forgotten import forgotten
-from codyra_llm.report.summary import MEASURES, _interval, by_projection, scored, summarised
+from codyra_llm.report.summary import MEASURES, Change, by_projection, scored, summarised
 from codyra_llm.store.folder import RunFolder
+from codyra_llm.store.rows import CostRow, LogRow, ScoreRow, UpdateRow
+
+Rows = dict[tuple[int, str], ScoreRow]  # by step and task
 
 
 def content(folder: RunFolder, examples: bool) -> dict:
@@ -21,7 +24,7 @@ def content(folder: RunFolder, examples: bool) -> dict:
     show.
     """
     recipe, found, updates, log = folder.recipe, summarised(folder), folder.updates, folder.log_rows
-    rows = {(row["step"], row["task"]): row for row in folder.scores}
+    rows = {(row.step, row.task): row for row in folder.scores}
     manifest = folder.manifest if (folder.path / "manifest.json").is_file() else {}
     return {
         "title": f"{recipe.method.name} on {len(recipe.tasks)} tasks",
@@ -45,31 +48,21 @@ def content(folder: RunFolder, examples: bool) -> dict:
 
 def _facts(folder: RunFolder, found: dict, manifest: dict) -> list[str]:
     recipe, steps = folder.recipe, len(found["matrix"])
-    trains = METHODS[recipe.method.name].trains
-    short = trains and steps < len(recipe.tasks)
-    counts = [
-        f"{row['task']} {row['empty']} of {row['metrics'][row['headline']]['n']}"
-        for row in folder.scores
-        if row["step"] == steps and row.get("empty")
-    ]
-    return [
-        line
-        for line in (
-            f"Base model {recipe.model.path}, protocol {recipe.data.protocol}, seed {recipe.seed}"
-            + (
-                f", {manifest['dtype']} on {manifest['device']}"
-                if {"dtype", "device"} <= manifest.keys()
-                else ""
-            ),
-            "Scored on the eval split, not on test." if recipe.eval.split == "eval" else "",
-            f"At most {recipe.eval.max_examples} examples per task were scored."
-            if recipe.eval.max_examples
-            else "",
-            f"Not finished: {steps} of {len(recipe.tasks)} tasks are learnt and scored." if short else "",
-            f"Empty answers in the last row: {', '.join(counts)}." if counts else "",
-        )
-        if line
-    ]
+    base = f"Base model {recipe.model.path}, protocol {recipe.data.protocol}, seed {recipe.seed}"
+    if {"dtype", "device"} <= manifest.keys():
+        base += f", {manifest['dtype']} on {manifest['device']}"
+    lines = [base]
+    if recipe.eval.split == "eval":
+        lines.append("Scored on the eval split, not on test.")
+    if recipe.eval.max_examples:
+        lines.append(f"At most {recipe.eval.max_examples} examples per task were scored.")
+    if METHODS[recipe.method.name].trains and steps < len(recipe.tasks):
+        lines.append(f"Not finished: {steps} of {len(recipe.tasks)} tasks are learnt and scored.")
+    empty = [row for row in folder.scores if row.step == steps and row.empty]
+    if empty:
+        counts = ", ".join(f"{row.task} {row.empty} of {row.interval['n']}" for row in empty)
+        lines.append(f"Empty answers in the last row: {counts}.")
+    return lines
 
 
 def _measures(found: dict) -> Grid:
@@ -83,38 +76,40 @@ def _measures(found: dict) -> Grid:
     )
 
 
-def _scores(found: dict, rows: dict) -> Grid:
+def _scores(found: dict, rows: Rows) -> Grid:
     tasks = found["tasks"]
-    lines = [(0, "before training")] * bool(found["zero_shot"])
-    lines += [(i, f"{i} {task}") for i, task in enumerate(tasks[: len(found["matrix"])], 1)]
-    cells = [
-        (label, [scored(rows.get((step, task)), marked=step == i) for i, task in enumerate(tasks, 1)])
-        for step, label in lines
-    ]
+    labels = ["before training"]
+    labels += [f"{i} {task}" for i, task in enumerate(tasks[: len(found["matrix"])], 1)]
+    lines = []
+    for step, label in enumerate(labels):
+        cells = [scored(rows.get((step, task)), marked=step == i) for i, task in enumerate(tasks, 1)]
+        if any(cells):
+            lines.append((label, cells))
     metrics = ", ".join(f"{task}: {metric}" for task, metric in zip(tasks, found["metrics"], strict=True))
     return Grid(
         "scores",
         "after",
         tasks,
-        [line for line in cells if any(line[1])],
+        lines,
         f"Below each score its 95 % interval over test examples; marked: the task just learnt. {metrics}.",
     )
 
 
-def _panels(found: dict, rows: dict) -> list[dict]:
+def _panels(found: dict, rows: Rows) -> list[dict]:
     """Per task its score after each step; none where no task was scored twice."""
     steps, out = len(found["matrix"]), []
     for learnt, task in enumerate(found["tasks"][:steps], 1):
         known = {
             step: _framed(row)
             for (step, name), row in rows.items()
-            if name == task and step <= steps and row["score"] is not None
+            if name == task and step <= steps and row.score is not None
         }
         ends = [known[step][0] for step in (learnt, steps) if step in known]
+        change = " → ".join(f"{value:.1f}" for value in dict.fromkeys(ends))
         out.append(
             {
                 "task": task,
-                "change": " → ".join(f"{v:.1f}" for v in dict.fromkeys(ends)),
+                "change": change,
                 "seen": len(known),
                 **panel(known, learnt, steps),
             }
@@ -122,51 +117,35 @@ def _panels(found: dict, rows: dict) -> list[dict]:
     return out if any(p["seen"] > 1 for p in out) else []
 
 
-def _framed(row: dict) -> tuple[float, float | None, float | None]:
+def _framed(row: ScoreRow) -> tuple[float, float | None, float | None]:
     """A score and the bounds of its interval, where it has one."""
-    interval = _interval(row) or {"low": None, "high": None}
-    return row["score"], interval["low"], interval["high"]
+    return row.score, row.interval.get("low"), row.interval.get("high")
 
 
-def _general(found: dict, rows: dict) -> Grid | None:
+def _general(found: dict, rows: Rows) -> Grid | None:
+    if not found["general"]:
+        return None
     last = max((step for step, _ in rows), default=0)
     lines = []
     for name, scores in found["general"].items():
+        before = scored(rows.get((0, name)))
+        after = scored(rows.get((last, name))) if last else None
         change = scores["after"] - scores["before"] if scores.keys() >= {"before", "after"} else None
-        lines.append(
-            (
-                name,
-                [
-                    scored(rows.get((0, name))),
-                    scored(rows.get((last, name))) if last else None,
-                    number(change, "+.1f"),
-                ],
-            )
-        )
-    return (
-        Grid("general ability", "probe", ["before", "after", "change"], lines, _general_note(found, rows))
-        if lines
-        else None
-    )
+        lines.append((name, [before, after, number(change, "+.1f")]))
+    columns = ["before", "after", "change"]
+    return Grid("general ability", "probe", columns, lines, _general_note(found, rows))
 
 
-def _general_note(found: dict, rows: dict) -> str:
-    kinds = {name: row for (_, name), row in rows.items() if row["kind"] == "general"}
-    told = [
-        f"{name}: {row['headline']}, {row['shots']}-shot" for name, row in kinds.items() if "shots" in row
-    ]
+def _general_note(found: dict, rows: Rows) -> str:
+    last = {name: row for (_, name), row in rows.items() if row.shots is not None}
+    how = [f"{name}: {row.headline}, {row.shots}-shot" for name, row in last.items()]
+    sentences = ["Tasks that are not trained on, with 95 % intervals over their examples."]
+    sentences.append(f"By lm-evaluation-harness: {'; '.join(how)}." if how else "Exact match on probes.")
     change = found["delta_r"]
-    return " ".join(
-        [
-            "Tasks that are not trained on, with 95 % intervals over their examples.",
-            f"By lm-evaluation-harness: {'; '.join(told)}." if told else "Exact match on probes.",
-            *(
-                [f"ΔR, the mean change over {', '.join(change['members'])}: {change['value']:+.2f}."]
-                if change
-                else []
-            ),
-        ]
-    )
+    if change:
+        members = ", ".join(change["members"])
+        sentences.append(f"ΔR, the mean change over {members}: {change['value']:+.2f}.")
+    return " ".join(sentences)
 
 
 def _site(site: str) -> tuple[str, str]:
@@ -175,23 +154,32 @@ def _site(site: str) -> tuple[str, str]:
     return layer[1] if layer else "–", site.rpartition(".")[2]
 
 
-def _ranks(updates: list[dict]) -> Grid | None:
+def _ranks(updates: list[UpdateRow]) -> Grid | None:
     """Ranks kept per projection and task, and of all."""
-    rows = [row for row in by_projection(updates) if row["rank"] is not None]
-    tasks, projections = (list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "projection"))
-    parts = {(row["task"], row["projection"]): (row["kept"], row["rank"]) for row in rows}
-    lines = [
-        (name, [_kept(*parts[task, name]) if (task, name) in parts else None for task in tasks])
-        for name in projections
-    ]
-    sums = [
-        [sum(v) for v in zip(*(part for (t, _), part in parts.items() if t == task), strict=True)]
-        for task in tasks
-    ]
-    lines.append(("all", [_kept(*both) for both in sums]))
-    whole = all(row["kept"] == row["rank"] for row in rows)
+    rows = [row for row in by_projection(updates) if row.rank is not None]
+    if not rows:
+        return None
+    tasks, projections = _names(rows)
+    parts = {(row.task, row.projection): _kept(row.kept, row.rank) for row in rows}
+    lines = []
+    for name in projections:
+        lines.append((name, [parts.get((task, name)) for task in tasks]))
+    sums = []
+    for task in tasks:
+        kept = sum(row.kept for row in rows if row.task == task)
+        rank = sum(row.rank for row in rows if row.task == task)
+        sums.append(_kept(kept, rank))
+    lines.append(("all", sums))
+    whole = all(row.kept == row.rank for row in rows)
     note = "Every rank was kept." if whole else "Over all layers."
-    return Grid("ranks kept", "projection", tasks, lines, note) if rows else None
+    return Grid("ranks kept", "projection", tasks, lines, note)
+
+
+def _names(rows: list[Change]) -> tuple[list[str], list[str]]:
+    """The tasks and the projections, each once and in the order of the rows."""
+    tasks = dict.fromkeys(row.task for row in rows)
+    projections = dict.fromkeys(row.projection for row in rows)
+    return list(tasks), list(projections)
 
 
 def _kept(kept: int, rank: int) -> Cell:
@@ -200,127 +188,126 @@ def _kept(kept: int, rank: int) -> Cell:
     )
 
 
-def _rank_maps(updates: list[dict]) -> list[Grid]:
+def _rank_maps(updates: list[UpdateRow]) -> list[Grid]:
     """Per task, layer × projection; none where every rank was kept."""
-    rows = [row for row in updates if row["rank"] is not None]
-    if all(row["kept"] == row["rank"] for row in rows):
+    rows = [row for row in updates if row.rank is not None]
+    if all(row.kept == row.rank for row in rows):
         return []
-    maps = []
-    for task, members in groupby(rows, key=lambda row: row["task"]):
-        cells = {_site(row["site"]): row for row in members}
-        layers, names = (list(dict.fromkeys(keys)) for keys in zip(*cells, strict=True))
-        ranks = sorted({row["rank"] for row in cells.values()})
-        maps.append(
-            Grid(
-                f"ranks kept: {task}",
-                "layer",
-                [name.removesuffix("_proj") for name in names],
-                [(layer, [_mapped(cells.get((layer, name))) for name in names]) for layer in layers],
-                f"of {' or '.join(map(str, ranks))}",
-            )
-        )
-    return maps
+    return [_rank_map(task, list(members)) for task, members in groupby(rows, key=lambda row: row.task)]
 
 
-def _mapped(row: dict | None) -> Cell | None:
+def _rank_map(task: str, members: list[UpdateRow]) -> Grid:
+    cells = {_site(row.site): row for row in members}
+    layers = list(dict.fromkeys(layer for layer, _ in cells))
+    names = list(dict.fromkeys(name for _, name in cells))
+    ranks = sorted({row.rank for row in members})
+    columns = [name.removesuffix("_proj") for name in names]
+    lines = []
+    for layer in layers:
+        lines.append((layer, [_mapped(cells.get((layer, name))) for name in names]))
+    return Grid(f"ranks kept: {task}", "layer", columns, lines, f"of {' or '.join(map(str, ranks))}")
+
+
+def _mapped(row: UpdateRow | None) -> Cell | None:
     if row is None:
         return None
-    return Cell(
-        row["kept"],
-        str(row["kept"]),
-        heat=100 * row["kept"] / row["rank"] if row["rank"] else 0,
-        hint=f"{row['site']}: {row['kept']} of {row['rank']}",
-    )
+    heat = 100 * row.kept / row.rank if row.rank else 0
+    return Cell(row.kept, str(row.kept), heat=heat, hint=f"{row.site}: {row.kept} of {row.rank}")
 
 
 CHANGES = {
-    "norm": ("norm of the update", "‖ΔW‖, mean over the layers"),
-    "drift": ("cumulative drift", "‖W - W₀‖ after the task, mean over the layers"),
+    "norm": ("norm of the update", "‖ΔW‖, mean over the layers", ".3f"),
+    "drift": ("cumulative drift", "‖W - W₀‖ after the task, mean over the layers", ".3f"),
     "surviving": (
         "surviving share",
         "How much of the update is left once the sum is rounded to the model's dtype",
+        ".4f",
     ),
 }
 
 
-def _changes(updates: list[dict]) -> list[Grid]:
+def _changes(updates: list[UpdateRow]) -> list[Grid]:
     rows = by_projection(updates)
-    tasks, projections = (list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "projection"))
-    found = {(row["task"], row["projection"]): row for row in rows}
+    tasks, projections = _names(rows)
     grids = []
-    for key, (name, note) in CHANGES.items():
-        values = [row[key] for row in rows if row[key] is not None]
-        top = max(values, default=0) or 1
-        # What survives is near 1 where all is well, and at most by rounding above it.
-        lines = [
-            (
-                task,
-                [
-                    number(
-                        row[key] if row else None,
-                        ".4f" if key == "surviving" else ".3f",
-                        heat=min(100.0, 100 * (row[key] or 0) / top) if row else None,
-                    )
-                    for row in (found.get((task, p)) for p in projections)
-                ],
-            )
-            for task in tasks
-        ]
-        grids += [Grid(name, "task", projections, lines, note)] * bool(values)
+    for key, (name, note, form) in CHANGES.items():
+        values = {(row.task, row.projection): getattr(row, key) for row in rows}
+        known = [value for value in values.values() if value is not None]
+        if not known:
+            continue
+        top = max(known) or 1
+        lines = []
+        for task in tasks:
+            of_task = [values.get((task, projection)) for projection in projections]
+            lines.append((task, [_changed(value, top, form) for value in of_task]))
+        grids.append(Grid(name, "task", projections, lines, note))
     return grids
 
 
-def _curves(log: list[dict]) -> list[dict]:
+def _changed(value: float | None, top: float, form: str) -> Cell | None:
+    # What survives is near 1 where all is well, and at most by rounding above it.
+    return number(value, form, heat=min(100.0, 100 * (value or 0) / top))
+
+
+def _curves(log: list[LogRow]) -> list[dict]:
     """Loss (and on the eval split), learning rate and tokens per second over the steps of the stream."""
     spans, first = [], 0
-    for task, rows in groupby(log, key=lambda row: row["task"]):
+    for task, rows in groupby(log, key=lambda row: row.task):
         last = first + len(list(rows)) - 1
         spans.append((task, first, last))
         first = last + 1
-    speed = [
-        {"tokens/s": row["tokens"] / row["seconds"]} if row.get("tokens") and row.get("seconds") else {}
-        for row in log
-    ]
+    speeds = [row.speed if row.tokens and row.seconds else None for row in log]
+    losses = [row.loss for row in log]
+    eval_losses = [row.eval_loss for row in log]
+    rates = [row.lr for row in log]
+    panels = {
+        "loss": {"loss": losses, "eval_loss": eval_losses},
+        "learning rate": {"lr": rates},
+        "tokens per second": {"tokens/s": speeds},
+    }
     out = []
-    for title, keys, rows in (
-        ("loss", ("loss", "eval_loss"), log),
-        ("learning rate", ("lr",), log),
-        ("tokens per second", ("tokens/s",), speed),
-    ):
-        series = {key: [point for _, a, b in spans for point in _points(rows, key, a, b)] for key in keys}
-        if series := {key: line for key, line in series.items() if line}:
+    for title, values_of in panels.items():
+        series = {key: _line(values, spans) for key, values in values_of.items()}
+        series = {key: line for key, line in series.items() if line}
+        if series:
             out.append({"title": title, **curve(series, spans, from_zero=True)})
     return out
 
 
-def _points(rows: list[dict], key: str, first: int, last: int) -> list[tuple[float, float]]:
-    found = [(i, rows[i].get(key)) for i in range(first, last + 1)]
-    return thinned([(i, value) for i, value in found if value is not None and math.isfinite(value)])
+def _line(values: list[float | None], spans: list[tuple[str, int, int]]) -> list[tuple[float, float]]:
+    """The points of one line: means of neighbours, task by task."""
+    points = []
+    for _, first, last in spans:
+        known = []
+        for i in range(first, last + 1):
+            value = values[i]
+            if value is not None and math.isfinite(value):
+                known.append((i, value))
+        points += thinned(known)
+    return points
 
 
-def _costs(costs: list[dict], log: list[dict]) -> Grid | None:
+def _costs(costs: list[CostRow], log: list[LogRow]) -> Grid | None:
     """Per task, from costs.jsonl and the log: what training took."""
-    known, lines = {row["task"]: row for row in costs}, []
-    logged = {task: list(rows) for task, rows in groupby(log, key=lambda row: row["task"])}
-    for task in {**logged, **known}:
-        row, steps = known.get(task, {}), logged.get(task, [])
-        tokens, seconds = (sum(step.get(key, 0) for step in steps) for key in ("tokens", "seconds"))
-        peak = row.get("peak_bytes")
-        lines.append(
-            (
-                task,
-                [
-                    number(row.get("trained"), ",d"),
-                    number(len(steps) or None, "d"),
-                    number(tokens or None, ",d"),
-                    number(row.get("seconds", seconds or None)),
-                    number(tokens / seconds if seconds else None, ",.0f"),
-                    number(None if peak is None else peak / 2**20, ",.0f"),
-                ],
-            )
-        )
+    known = {row.task: row for row in costs}
+    logged = {task: list(rows) for task, rows in groupby(log, key=lambda row: row.task)}
+    lines = [(task, _cost(known.get(task), logged.get(task, []))) for task in {**logged, **known}]
     columns = ["parameters trained", "steps", "tokens", "seconds", "tokens/s", "peak memory, MiB"]
     return Grid("costs of training", "task", columns, lines).filled() if lines else None
+
+
+def _cost(row: CostRow | None, steps: list[LogRow]) -> list[Cell | None]:
+    tokens = sum(step.tokens for step in steps)
+    seconds = sum(step.seconds for step in steps)
+    peak = row.peak_bytes if row else None
+    return [
+        number(row.trained if row else None, ",d"),
+        number(len(steps) or None, "d"),
+        number(tokens or None, ",d"),
+        number(row.seconds if row else seconds or None),
+        number(tokens / seconds if seconds else None, ",.0f"),
+        number(None if peak is None else peak / 2**20, ",.0f"),
+    ]
 
 
 def _command(manifest: dict) -> str:

@@ -1,6 +1,7 @@
 """Names and texts of others on a terminal: shown as they are, obeyed by nobody."""
 
 import io
+import logging
 import os
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from rich.text import Text
 
 import codyra_llm
 from codyra_llm.core.errors import Fault
-from codyra_llm.core.terminal import Terminal, one_line, printable, unbroken_output, write
+from codyra_llm.core.terminal import Terminal, log_printed, one_line, printable, unbroken_output, write
 
 EVIL = "[/b][red]\x1b[2J\u202etxt\x9b"
 HARMLESS = "[/b][red]\ufffd[2J\ufffdtxt\ufffd"
@@ -84,3 +85,16 @@ def test_exit_codes_pass():
         with pytest.raises(SystemExit) as ended, unbroken_output():
             raise SystemExit(code)
         assert ended.value.code == code
+
+
+def test_commands_print_what_is_logged_and_nobody_else_does(capsys):
+    logger = logging.getLogger("codyra_llm.a.module")
+    before = logging.getLogger("codyra_llm").level, list(logging.getLogger("codyra_llm").handlers)
+    logger.info("unheard")
+    with log_printed():
+        logger.info("%s: learnt", EVIL)
+        logger.warning("a tracker failed")
+        logger.debug("a detail")
+    logger.info("unheard")
+    assert capsys.readouterr().out == f"{HARMLESS}: learnt\nwarning: a tracker failed\n"
+    assert (logging.getLogger("codyra_llm").level, logging.getLogger("codyra_llm").handlers) == before

@@ -18,6 +18,7 @@ from codyra_llm.experiment.setup import prepare
 from codyra_llm.models import loading
 from codyra_llm.models.tokenizer import load_tokenizer
 from codyra_llm.report.summary import delta_r
+from codyra_llm.store.rows import Stage
 
 GOALS = [
     ("open a jar", "turn the lid", "sing to it", 0),
@@ -39,6 +40,7 @@ doc_to_target: "{{answer}}"
 generation_kwargs: {until: ["STOP"], max_gen_toks: 6, do_sample: false}
 metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """
+STAGE = Stage(0, "base")
 
 
 @pytest.fixture
@@ -101,10 +103,10 @@ def test_multiple_choice_by_hand(tiny_llama, live, root):
         picked.append(choices[sums.index(max(sums))])
         right.append(float(sums.index(max(sums)) == answer))
     measured = measure(lm, found["piqa"], section, False)
-    score = measured.row["metrics"]["acc,none"]
+    score = measured.row(STAGE).metrics["acc,none"]
     mean = sum(right) / 3
     error = math.sqrt(sum((r - mean) ** 2 for r in right) / 2 / 3)
-    assert score["mean"] == measured.row["score"] == pytest.approx(100 * mean) and score["n"] == 3
+    assert score["mean"] == measured.row(STAGE).score == pytest.approx(100 * mean) and score["n"] == 3
     assert score["stderr"] == pytest.approx(100 * error) and score["low"] <= score["mean"] <= score["high"]
     assert [p["prediction"] for p in measured.predictions] == picked
     assert [p["answer"] for p in measured.predictions] == [goal[1 + goal[3]] for goal in GOALS]
@@ -138,7 +140,7 @@ def test_generation_by_hand_with_a_task_of_ones_own(tiny_llama, live, tmp_path):
     section = GeneralSection(data=str(tmp_path), tasks=["continue"])
     measured = measure(lm, suite.find(section)["continue"], section, False)
     assert [p["prediction"] for p in measured.predictions] == answers
-    assert measured.row["score"] == 50 and measured.row["metrics"]["exact_match,none"][
+    assert measured.row(STAGE).score == 50 and measured.row(STAGE).metrics["exact_match,none"][
         "stderr"
     ] == pytest.approx(50)
 
@@ -220,8 +222,8 @@ def test_a_group_is_one_score(tiny_llama, live, tmp_path):
     for config in ability.configs.values():
         config["generation_kwargs"] = {"until": ["Q"], "max_gen_toks": 4, "do_sample": False}
     measured = measure(lm, ability, section, False)
-    assert measured.row["score"] == 0 and measured.row["shots"] == 3
-    assert measured.row["metrics"]["exact_match,get-answer"] == {
+    assert measured.row(STAGE).score == 0 and measured.row(STAGE).shots == 3
+    assert measured.row(STAGE).metrics["exact_match,get-answer"] == {
         "mean": 0,
         "stderr": 0,
         "low": 0,

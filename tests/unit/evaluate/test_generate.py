@@ -15,9 +15,10 @@ from codyra_llm.data.encoding import Encoder
 from codyra_llm.evaluate import generate
 from codyra_llm.evaluate.budget import batches
 from codyra_llm.evaluate.generate import generate_ids, shared_prefix
-from codyra_llm.experiment.backends import torch_answering
+from codyra_llm.experiment.experiment import Experiment, torch_answering
 from codyra_llm.models import loading
 from codyra_llm.models.tokenizer import load_tokenizer
+from codyra_llm.store.rows import Stage
 
 NEW, SEED = 24, 2
 FAMILIES = ["tiny_llama", "tiny_gemma2", "tiny_gemma3"]
@@ -35,8 +36,9 @@ def cut(row, eos):
 def test_the_model_is_let_go_with_the_answers():
     """The next model comes while `ask` is still at hand."""
     model = torch.nn.Linear(1, 1)
-    held, setup = weakref.ref(model), SimpleNamespace(stage=lambda *_, models=[model]: (models.pop(), None))
-    with torch_answering(Accelerator(), setup, None, 0) as ask:
+    held, models = weakref.ref(model), [model]
+    setup = SimpleNamespace(loaded=lambda *_: (models.pop(), None))
+    with torch_answering(Experiment(setup, None, Accelerator(), None), Stage(1, "ONE")) as ask:
         del model
         assert held() is not None
     assert held() is None and callable(ask)

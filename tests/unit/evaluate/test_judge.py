@@ -16,8 +16,9 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import read_jsonl
 from codyra_llm.evaluate import judge
 from codyra_llm.evaluate.questions import find_questions
-from codyra_llm.experiment import open_ended
-from codyra_llm.experiment import run as runs
+from codyra_llm.experiment import experiment, open_ended
+from codyra_llm.experiment.experiment import Experiment
+from codyra_llm.experiment.preflight import refuse_launch
 from codyra_llm.report import judged
 from codyra_llm.runtime import launch, signals
 from codyra_llm.store.folder import RunFolder
@@ -29,7 +30,7 @@ PAIRS = (
 
 
 def settle(setup, out):
-    open_ended.settle(setup, out, SimpleNamespace(is_main_process=True))
+    open_ended.settle(Experiment(setup, out, SimpleNamespace(is_main_process=True), out))
 
 
 @pytest.fixture
@@ -190,7 +191,7 @@ def test_the_other_processes_never_wait_for_more_than_a_slice(answered, monkeypa
         setup, out = answered(judge_recipe(server.url, parallel=2))
         plain = launch.collectively
         monkeypatch.setattr(
-            open_ended, "collectively", lambda *given: (plain(*given), met.append(len(server.asked)))[0]
+            experiment, "collectively", lambda *given: (plain(*given), met.append(len(server.asked)))[0]
         )
         settle(setup, out)
         assert met == [0, 16, 18]
@@ -226,11 +227,11 @@ def test_without_prompts_and_on_other_nodes_no_key_is_asked_for(
         ),
     )
     method = SimpleNamespace(name="seqlora", max_zero_stage=3, carries_optimizer=False)
-    monkeypatch.setattr(runs.launch, "zero_stage", lambda acc: 0)
+    monkeypatch.setattr(launch, "zero_stage", lambda acc: 0)
     given = SimpleNamespace(recipe=judge_recipe("http://127.0.0.1:9/v1"), prompts={"p": []}, method=method)
-    runs._refuse_launch(given, SimpleNamespace(is_main_process=False))
+    refuse_launch(given, SimpleNamespace(is_main_process=False))
     with pytest.raises(Fault, match="holds no key"):
-        runs._refuse_launch(given, SimpleNamespace(is_main_process=True))
+        refuse_launch(given, SimpleNamespace(is_main_process=True))
 
 
 def test_judging_stops_when_asked_and_keeps_what_it_has(answered, monkeypatch):

@@ -118,7 +118,7 @@ def test_stopped_after_the_choice_and_restarted(method, tiny_llama, toy_stream, 
 
     def asking(folder, row):
         log(folder, row)
-        if (row["task"], row["step"]) == ("TWO", 4):  # of 6: the choice is made before the fourth
+        if (row.task, row.step) == ("TWO", 4):  # of 6: the choice is made before the fourth
             signals.ask("a test")
 
     with monkeypatch.context() as patch, pytest.raises(signals.Stopped):
@@ -132,7 +132,7 @@ def test_stopped_after_the_choice_and_restarted(method, tiny_llama, toy_stream, 
             assert all(torch.equal(a, b) for a, b in zip(adapter, two[site], strict=True)), site
     kept = sum(len(adapter.a) for adapter in one.values())
     assert 0 < kept < 3 * len(one)
-    assert [row["score"] for row in straight.scores] == [row["score"] for row in again.scores]
+    assert [row.score for row in straight.scores] == [row.score for row in again.scores]
 
 
 def test_the_parts_alone(tiny_llama, toy_stream, tmp_path):

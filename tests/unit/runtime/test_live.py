@@ -4,6 +4,8 @@ left.
 
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import StringIO
 
 import pytest
@@ -11,9 +13,12 @@ import torch.distributed as dist
 from rich.cells import cell_len
 from rich.console import Console
 
+from codyra_llm.experiment.observers import Display
 from codyra_llm.runtime import display, heartbeat
 from codyra_llm.runtime.forecast import Forecast, Piece, duration
 from codyra_llm.runtime.heartbeat import Watch
+from codyra_llm.store import observer
+from codyra_llm.store.rows import LogRow, Stage
 
 TASKS = ["ONE", "TWO", "20Minuten"]
 ERASE = "\r\x1b[2K"
@@ -42,10 +47,22 @@ def screen(monkeypatch, width: int = 60, **options) -> StringIO:
     return made.file
 
 
+@contextmanager
+def shown() -> Iterator[display.Line]:
+    """Within this block a display hears what is reported."""
+    made = Display()
+    with observer.observing(TASKS, made):
+        yield made.line
+
+
+def step(number: int, total: int, loss: float = 1.5, tokens: int = 100) -> None:
+    observer.row_logged(LogRow("ONE", number, total, {"loss": loss}, tokens=tokens))
+
+
 def train(clock: Clock, seconds: float, first: int, last: int, total: int) -> None:
-    for step in range(first, last + 1):
+    for number in range(first, last + 1):
         clock.now += seconds
-        display.count(step, total, {"loss": 1.5, "tokens": 100})
+        step(number, total)
 
 
 @pytest.mark.parametrize(
@@ -88,31 +105,31 @@ def test_the_line_of_a_task(clock, monkeypatch):
     measured.
     """
     screen(monkeypatch)
-    with display.running(True):
-        display.expect(
+    with shown() as line:
+        observer.expected(
             {
                 Piece("learn", "TWO", 2): 1e4,
                 Piece("learn", "20Minuten", 3): 72e4,
                 Piece("answer", "TWO", 2): 9.0,
             }
         )
-        display.begin(Piece("learn", "TWO", 2), "TWO", TASKS)
-        assert display._line.words() == "task 2/3 TWO"
-        display.count(0, 100)
+        observer.stage_begins(Stage(2, "TWO"), Piece("learn", "TWO", 2))
+        assert line.words() == "task 2/3 TWO"
+        observer.counted(0, 100)
         train(clock, 1.0, 1, 40, 100)
         own = "task 2/3 TWO, step 40/100, loss 1.500, 100 tokens/s, 1 min left"
-        assert display._line.words() == f"{own}, at least 2 h 1 min in all"
+        assert line.words() == f"{own}, at least 2 h 1 min in all"
         clock.now += 20  # it counts down while nothing is heard
-        assert ", 40 s left, at least 2 h 1 min in all" in display._line.words()
-        assert display._line.words(60) == "2/3 TWO, 40/100, loss 1.500, 100 tok/s, 40 s, all >2 h 1 min"
-        assert display._line.words(45) == "2/3 TWO, 40/100, loss 1.500, all >2 h 1 min"
-        assert display._line.words(30) == "2/3 TWO, 40/100, loss 1.500"
-        assert all(cell_len(display._line.words(width)) <= width for width in range(7, 130))
-        display.note("consolidating")
-        assert display._line.words(40) == "task 2/3 TWO, consolidating"
-        display.begin(Piece("answer", "TWO", 2), "TWO", TASKS)
+        assert ", 40 s left, at least 2 h 1 min in all" in line.words()
+        assert line.words(60) == "2/3 TWO, 40/100, loss 1.500, 100 tok/s, 40 s, all >2 h 1 min"
+        assert line.words(45) == "2/3 TWO, 40/100, loss 1.500, all >2 h 1 min"
+        assert line.words(30) == "2/3 TWO, 40/100, loss 1.500"
+        assert all(cell_len(line.words(width)) <= width for width in range(7, 130))
+        observer.noted("consolidating")
+        assert line.words(40) == "task 2/3 TWO, consolidating"
+        observer.stage_begins(Stage(2, "TWO"), Piece("answer", "TWO", 2))
         assert (
-            display._line.words() == "task 2/3 TWO, answers to TWO, at least 1 h 12 min in all"
+            line.words() == "task 2/3 TWO, answers to TWO, at least 1 h 12 min in all"
         )  # 60 s for 1e4 tokens
 
 
@@ -121,25 +138,25 @@ def test_a_task_that_went_on_counts_what_it_did(clock, monkeypatch):
     it.
     """
     screen(monkeypatch)
-    with display.running(True):
-        display.expect({Piece("learn", "ONE", 1): 1e4, Piece("learn", "TWO", 2): 1e4})
-        display.begin(Piece("learn", "ONE", 1), "ONE", TASKS)
-        display.count(40, 100)
+    with shown() as line:
+        observer.expected({Piece("learn", "ONE", 1): 1e4, Piece("learn", "TWO", 2): 1e4})
+        observer.stage_begins(Stage(1, "ONE"), Piece("learn", "ONE", 1))
+        observer.counted(40, 100)
         train(clock, 1.0, 41, 100, 100)
-        display.begin(Piece("load", "tasks", 1), "ONE", TASKS)
-        assert display._line.forecast.left() == (pytest.approx(100.0), True)
+        observer.stage_begins(Stage(1, "ONE"), Piece("load", "tasks", 1))
+        assert line.forecast.left() == (pytest.approx(100.0), True)
 
 
 @pytest.mark.parametrize("kind", [{}, {"force_terminal": True, "_environ": {"TERM": "dumb"}}])
 def test_a_log_gets_a_line_now_and_then(kind, clock, monkeypatch):
     out = screen(monkeypatch, **kind)
-    with display.running(True):
-        display.begin(Piece("learn", "ONE", 1), "ONE", TASKS)
-        display.count(0, 100)
+    with shown():
+        observer.stage_begins(Stage(1, "ONE"), Piece("learn", "ONE", 1))
+        observer.counted(0, 100)
         train(clock, 1.0, 1, 100, 100)
-        display.begin(Piece("answer", "ONE", 1), "ONE", TASKS)
+        observer.stage_begins(Stage(1, "ONE"), Piece("answer", "ONE", 1))
         for answered in range(0, 50, 10):
-            display.count(answered, 50)
+            observer.counted(answered, 50)
             clock.now += 8.0
         display.console.print("said by others")
     lines = out.getvalue().splitlines()
@@ -160,13 +177,13 @@ def test_what_is_printed_stands_above_the_line(options, monkeypatch):
         monkeypatch, **{"width": 60, "force_terminal": True, "_environ": {"TERM": "xterm"}} | options
     )
     monkeypatch.setattr(display, "REFRESH", 50)
-    with display.running(True):
-        display.begin(Piece("learn", "ONE", 1), "ONE", TASKS)
+    with shown():
+        observer.stage_begins(Stage(1, "ONE"), Piece("learn", "ONE", 1))
         time.sleep(0.1)
         display.console.print("one")
         print("two")  # what libraries print
-        display.count(0, 4)
-        display.count(1, 4, {"loss": 1.0, "tokens": 5})
+        observer.counted(0, 4)
+        step(1, 4, 1.0, 5)
     said = out.getvalue()
     assert f"task 1/3 ONE{ERASE}one\ntask 1/3 ONE{ERASE}two\ntask 1/3 ONE{ERASE}1/3 ONE, 1/4" in said
     assert said.endswith("\x1b[2K") and said.rindex("\x1b[?25h") > said.rindex("\x1b[?25l")
@@ -174,12 +191,12 @@ def test_what_is_printed_stands_above_the_line(options, monkeypatch):
     assert max(map(len, drawn)) < display.console.width  # the cursor stays in the row
 
 
-def test_who_does_not_speak_is_silent(capsys):
-    with display.running(False):
-        display.expect({Piece("learn", "ONE", 1): 1.0})
-        display.begin(Piece("learn", "ONE", 1), "ONE", TASKS)
-        display.count(1, 2, {"loss": 1.0, "tokens": 5})
-        display.note("consolidating")
+def test_without_a_display_nothing_is_printed(capsys):
+    with observer.observing(TASKS, observer.Observer()):
+        observer.expected({Piece("learn", "ONE", 1): 1.0})
+        observer.stage_begins(Stage(1, "ONE"), Piece("learn", "ONE", 1))
+        step(1, 2, 1.0, 5)
+        observer.noted("consolidating")
     assert capsys.readouterr().out == ""
 
 
@@ -190,14 +207,12 @@ def test_ranks_alive(clock, monkeypatch):
     monkeypatch.setattr(Watch, "_run", lambda one: None)
     two = [Watch(store, rank, 2, hung=60) for rank in range(2)]
     monkeypatch.setattr(heartbeat, "_watch", two[0])
-    with display.running(True):
-        display.begin(Piece("learn", "ONE", 1), "ONE", TASKS)
-        display.count(0, 9)
-        assert display._line.words() == "task 1/3 ONE, step 0/9, 2/2 ranks alive"
+    with shown() as line:
+        observer.stage_begins(Stage(1, "ONE"), Piece("learn", "ONE", 1))
+        observer.counted(0, 9)
+        assert line.words() == "task 1/3 ONE, step 0/9, 2/2 ranks alive"
         two[0].look(range(2))  # both say the same yet
         assert heartbeat.alive() == (2, 2)
         two[0].seen[1] = two[0].seen[1][0], two[0].seen[1][1] - heartbeat.BROKEN
         train(clock, 1.0, 1, 3, 9)
-        assert (
-            heartbeat.alive() == (1, 2) and display._line.words(36) == "1/3 ONE, 3/9, loss 1.500, 1/2 ranks"
-        )
+        assert heartbeat.alive() == (1, 2) and line.words(36) == "1/3 ONE, 3/9, loss 1.500, 1/2 ranks"

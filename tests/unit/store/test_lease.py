@@ -1,6 +1,7 @@
 """One run at a time in a folder, and a dead owner keeps nobody out."""
 
 import json
+import logging
 import os
 import threading
 import time
@@ -38,11 +39,12 @@ def elsewhere(folder, beat: int) -> None:
     (folder / "lease.json").write_text(json.dumps(own))
 
 
-def test_another_machines_silence_is_waited_for(tmp_path, capsys):
+def test_another_machines_silence_is_waited_for(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "codyra_llm")
     elsewhere(tmp_path, 1)
     mine = Lease(tmp_path)
     mine.take()
-    assert "was held by process" in capsys.readouterr().out
+    assert "was held by process" in caplog.text
     mine.release()
 
 

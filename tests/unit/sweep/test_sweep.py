@@ -16,6 +16,7 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import write_json, write_jsonl
 from codyra_llm.evaluate.matrix import summary as summarise
 from codyra_llm.evaluate.statistics import MEASURES
+from codyra_llm.store.rows import ScoreRow
 from codyra_llm.sweep import comparison, runner
 from codyra_llm.sweep.spec import load_sweep
 
@@ -168,7 +169,7 @@ def faked(sweep, scores: dict[tuple[str, int], dict[tuple[int, str], list[float]
         write_json(run.folder.path / "summary.json", {**found, "general": {}, "costs": cost})
         for (step, task), values in cells.items():
             after = ("ONE", "TWO")[step - 1]
-            row = {"after": after, "step": step, "task": task, "kind": "task", "headline": "exact_match"}
+            row = ScoreRow(after, step, task, "task", "exact_match", means[step, task])
             run.folder.add_scores(row, [{"exact_match": v} for v in values])
 
 

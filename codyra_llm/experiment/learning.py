@@ -1,0 +1,171 @@
+"""One task of a run: from what is on disk to an update on disk."""
+
+import time
+from typing import NamedTuple
+
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from codyra_llm.core.files import await_file
+from codyra_llm.experiment.experiment import Experiment
+from codyra_llm.experiment.setup import Setup
+from codyra_llm.lora.merge import report as update_report
+from codyra_llm.lora.shared import share_inputs
+from codyra_llm.lora.update import Adapter, Update
+from codyra_llm.models import fused_norm, loading
+from codyra_llm.models.weights import WeightReader
+from codyra_llm.runtime import launch, signals
+from codyra_llm.runtime.forecast import Piece
+from codyra_llm.runtime.launch import collectively, of_first
+from codyra_llm.runtime.memory import ProcessPeak
+from codyra_llm.store import observer
+from codyra_llm.store.archive import Archive
+from codyra_llm.store.rows import CostRow, LogRow, Stage, UpdateRow
+from codyra_llm.train.trainer import TaskData, Trainer
+
+OPTIMIZER = "optimizer."  # in a task's state: Adam's moments
+
+
+class Learnt(NamedTuple):
+    """The result of training on one task."""
+
+    update: Update
+    state: dict[str, Tensor]  # the method's
+    trained: int  # parameters
+    seconds: float
+
+
+def learn(experiment: Experiment, stage: Stage, peak: ProcessPeak) -> None:
+    """Train on the task of `stage`: its update, the method's state, costs and log end in the folder."""
+    store = experiment.store
+    archive = store.archive()
+    observer.stage_begins(stage, Piece("learn", stage.after, stage.step))
+    peak.restart()
+    learnt = _train(experiment, stage, archive)  # from here on its model is freed
+    peaks = gather_object([peak.read()])
+    if experiment.first:
+        most = None if None in peaks else max(peaks)
+        store.add_costs(CostRow(stage.after, learnt.trained, round(learnt.seconds, 3), most))
+        rows = _archive(experiment, stage, archive, learnt)
+        experiment.say(f"{stage.after}: learnt in {learnt.seconds:.0f} s{_ranks_kept(rows)}")
+        store.clear_progress()
+    experiment.wait()
+    if learnt.state:
+        collectively(True, await_file, store.state(stage.index))
+    collectively(True, await_file, archive.path(stage.index, stage.after))
+
+
+def pass_over(experiment: Experiment, stage: Stage) -> None:
+    """Leave an empty update for a task that a joint method learns later."""
+    archive = experiment.store.archive()
+    if experiment.first:
+        archive.append(stage.after, Update({}, 1.0, experiment.method.mode))
+    experiment.wait()
+    collectively(True, await_file, archive.path(stage.index, stage.after))
+
+
+def task_data(setup: Setup, index: int) -> TaskData:
+    """What the method trains on at task `index`, encoded."""
+    records, epochs = setup.method.train_data(setup.stream, index)
+    checked = setup.stream.records(index, "eval") if setup.recipe.optim.validate_every else []
+    return TaskData(
+        setup.recipe.tasks[index],
+        index,
+        setup.encoder.encode(records),
+        epochs,
+        setup.encoder.encode(checked) if checked else [],
+        setup.method.epochs_apart(setup.stream, index),
+    )
+
+
+def _train(experiment: Experiment, stage: Stage, archive: Archive) -> Learnt:
+    """Run the method on the stage's task, on a model that is made for it and freed when this returns."""
+    setup, recipe, method = experiment.setup, experiment.recipe, experiment.method
+    model = _start(experiment, stage, archive)
+    began = time.perf_counter()
+    before = experiment.store.load_state(stage.index - 1)
+    carried = {key: value for key, value in before.items() if key.startswith(OPTIMIZER)}
+    state = {key: value for key, value in before.items() if key not in carried}
+    task = setup.task(model, archive, stage.index, state)
+    fused_norm.use(model)
+    method.attach(model)
+    share_inputs(model, recipe.model.fused, across=launch.zero_stage(experiment.acc) < 3)
+    method.begin_task(model, task)
+    if recipe.model.gradient_checkpointing:
+        loading.checkpoint_layers(model)
+    pad = setup.tokenizer.pad_token_id
+    trainer = Trainer(experiment.acc, method, model, recipe.optim, pad, recipe.data.batching)
+    if method.carries_optimizer and stage.index:
+        trainer.load_state({key.removeprefix(OPTIMIZER): value for key, value in carried.items()})
+    adapters = _fit(experiment, stage, archive, trainer)
+    observer.at(f"task {stage.after}, its end")
+    observer.noted("consolidating")
+    left = method.end_task(model, task, trainer.gradients)
+    if method.carries_optimizer:
+        left |= {OPTIMIZER + key: value for key, value in trainer.state().items()}
+    update = method.consolidate(adapters, stage.index)
+    trainer.free()
+    return Learnt(update, left, trainer.trained, trainer.earlier + time.perf_counter() - began)
+
+
+def _start(experiment: Experiment, stage: Stage, archive: Archive) -> nn.Module:
+    """The model that the stage's task starts from, packed if the recipe says so, on the device."""
+    setup, acc = experiment.setup, experiment.acc
+    before = stage.index - 1 if setup.method.mode == "add" else -1
+    model = setup.model(archive, before)
+    kind = setup.recipe.model.quantization
+    if kind:
+        from codyra_llm.models.quantize import quantize  # bitsandbytes is an extra
+
+        quantize(model, kind)
+    return model.to(acc.device) if launch.zero_stage(acc) < 3 else model  # stage 3 moves it in shards
+
+
+def _fit(experiment: Experiment, stage: Stage, archive: Archive, trainer: Trainer) -> dict[str, Adapter]:
+    """Train from the last checkpoint inside the task on, if there is one."""
+    setup, store = experiment.setup, experiment.store
+    saves = store.progress(stage.index, stage.after, archive.lineage[-1])
+    found = of_first(saves.newest() if experiment.first else None)
+    start = trainer.resume(found) if found else 0
+    if experiment.first:
+        store.restart_log(stage.after, start)
+    if start:
+        experiment.say(f"{stage.after}: going on after step {start}")
+    data = task_data(setup, stage.index)
+    observer.counted(start, data.steps(setup.recipe.optim.batch_size))
+
+    def write(row: LogRow) -> None:
+        if experiment.first:
+            store.log(row)
+
+    return trainer.fit(data, setup.recipe.seed, write, saves, start)
+
+
+def _archive(experiment: Experiment, stage: Stage, archive: Archive, learnt: Learnt) -> list[UpdateRow]:
+    """Write what the task left; returns the rows of its update report."""
+    setup, store, update = experiment.setup, experiment.store, learnt.update
+    before = archive.terms(stage.index - 1)
+    after = {"add": [*before, update], "replace": [update], "apart": [update]}[update.mode]
+    rank = getattr(setup.recipe.method, "rank", None)
+    reader, device = WeightReader(setup.base), launch.device()
+    rows = []
+    for change in update_report(reader, before, after, rank, setup.dtype, device):
+        signals.check()
+        observer.at(f"task {stage.after}, the update of {change.site}")
+        rows.append(UpdateRow(stage.after, *change))
+    store.add_update_report(stage.after, rows)
+    if learnt.state:
+        store.save_state(stage.index, learnt.state)
+    store.may_write()
+    archive.append(stage.after, update)  # last, since a task counts as done when its update exists
+    return rows
+
+
+def _ranks_kept(rows: list[UpdateRow]) -> str:
+    """How many ranks the update kept, for the line that says what was learnt."""
+    ranked = [row for row in rows if row.rank is not None]
+    if not ranked:
+        return ""
+    kept = sum(row.kept or 0 for row in ranked)
+    rank = sum(row.rank or 0 for row in ranked)
+    return f", {kept} of {rank} ranks kept"
