@@ -187,8 +187,7 @@ def report(
         summary = summarised(opened[0])
         beside = f"\n{markdown(published.beside(opened))}" if paper else ""
         text = render(opened[0].recipe, summary, opened[0].updates) + beside
-        finished = opened[0].summary.get("tasks") == opened[0].recipe.tasks
-        opened[0].write_summary(summary, text) if finished else opened[0].write_report(text)
+        opened[0].write_summary(summary, text) if opened[0].finished else opened[0].write_report(text)
         console.print(table(summary))
     target = out or opened[0].path / "report.html"
     page.write(members, target, examples, paper, pool_orders)

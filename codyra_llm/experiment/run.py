@@ -121,6 +121,7 @@ def _foresee(setup: Setup, folder: RunFolder, learnt: int) -> None:
 
 def _claim(setup: Setup, acc: Accelerator, folder: RunFolder, base: str) -> None:
     folder.clear_up()
+    folder.check_results()
     if told := folder.open(setup.recipe, _manifest(setup, acc, base)):
         console.print(told, soft_wrap=True)
 
@@ -275,6 +276,7 @@ def _checkpoint(setup: Setup, folder: RunFolder) -> None:
 
 def finish(setup: Setup, folder: RunFolder) -> None:
     """Write the reports, and the summary last: a run with a summary is finished."""
+    folder.close_log()
     page.write([folder], folder.path / "report.html")
     summary = summarised(folder)
     folder.write_summary(summary, render(setup.recipe, summary, folder.updates))

@@ -17,14 +17,13 @@ from codyra_llm.core.files import (
     remove_leftovers,
     to_json,
     to_jsonl,
-    write_json,
     write_jsonl,
     write_text,
 )
 from codyra_llm.core.parsing import read_mapping
 from codyra_llm.store.checksums import NAME as SEALS
 from codyra_llm.store.checksums import Seals
-from codyra_llm.store.lock import Lease
+from codyra_llm.store.lock import Lease, holder
 
 # Reports and `status` read a run without tensors, and torch is slow to import.
 if TYPE_CHECKING:
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from codyra_llm.store.archive import Archive
     from codyra_llm.store.checkpoint import Progress
 
+LOG, SUMMARY = "log.jsonl", "summary.json"
 OWN = ("lease.json", SEALS, "recipe.json")  # may be in a folder that is about to become a run's
 
 
@@ -184,6 +184,13 @@ class RunFolder:
                 "restore it from a copy, or begin again in another output"
             )
 
+    def check_results(self) -> None:
+        """Raise one Fault that names every file of results which was changed, damaged or lost: scores, the
+        predictions that they were computed from, answers, costs, and what the run was given. For whoever
+        reports on a run or goes on with it. Updates and states are checked as they are read, and a summary
+        can be made again from the rest."""
+        self.seals.check_all(but=("state", SUMMARY))
+
     def clear_progress(self) -> None:
         """Remove the checkpoints inside a task, once it is learnt."""
         self.may_write()
@@ -224,19 +231,25 @@ class RunFolder:
     def restart_log(self, task: str, step: int) -> None:
         """Remove from the log what an earlier attempt at `task` wrote after `step`."""
         self.may_write()
+        self.seals.forget(self.path / LOG)  # it grows from here on
         write_jsonl(
-            self.path / "log.jsonl",
+            self.path / LOG,
             [row for row in self.log_rows if row["task"] != task or row["step"] <= step],
         )
 
+    def close_log(self) -> None:
+        """Note the hash of the log, which is whole now."""
+        if (self.path / LOG).is_file():
+            self._write(LOG, to_jsonl(self.log_rows))
+
     def log(self, row: dict) -> None:
         self.may_write()
-        append_jsonl(self.path / "log.jsonl", row)
+        append_jsonl(self.path / LOG, row)
         self.hear(row)
 
     @property
     def log_rows(self) -> list[dict]:
-        return read_jsonl(self.path / "log.jsonl")
+        return read_jsonl(self.path / LOG)
 
     @property
     def updates(self) -> list[dict]:
@@ -273,13 +286,27 @@ class RunFolder:
     @property
     def summary(self) -> dict:
         """Empty until the run is finished."""
-        file = self.path / "summary.json"
+        file = self.path / SUMMARY
+        if file.is_file() and not self.seals.holds(file):
+            raise Fault(
+                f"{file} was changed or damaged since it was written; `codyra-llm report {self.path}` writes it "
+                "again"
+            )
         return read_mapping(file, "what the run wrote") if file.is_file() else {}
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end and nobody works on it; its summary may have been damaged
+        since."""
+        file, owner = self.path / SUMMARY, holder(self.path)
+        if not file.is_file() or (owner and owner["alive"]):
+            return False
+        return not self.seals.holds(file) or self.summary.get("tasks") == self.recipe.tasks
 
     def write_summary(self, summary: dict, report: str) -> None:
         """The summary last: whoever finds it finds a finished run."""
         self.write_report(report)
-        write_json(self.path / "summary.json", summary)
+        self._write(SUMMARY, to_json(summary))
 
     def write_report(self, report: str) -> None:
         self.may_write()

@@ -14,7 +14,6 @@ import numpy as np
 from rich.box import SIMPLE
 from rich.table import Column, Table
 
-from codyra_llm.core.files import read_jsonl
 from codyra_llm.evaluate.matrix import summary as summarise
 from codyra_llm.evaluate.statistics import MEASURES, interval, measures
 from codyra_llm.store.folder import RunFolder
@@ -90,8 +89,8 @@ def _resampled(path: Path, count: int) -> dict[str, np.ndarray]:
     folder = RunFolder(path)
     tasks, found, cells = folder.recipe.tasks, folder.summary, {}
     for row in folder.scores:
-        file = path / "predictions" / f"{row['step']:02d}-{row['after']}" / f"{row['task']}.jsonl"
-        scores = np.array([r[row["headline"]] for r in read_jsonl(file)], dtype=float)
+        rows = folder.predictions(row["step"], row["after"], row["task"])
+        scores = np.array([r[row["headline"]] for r in rows], dtype=float)
         cells[row["step"], row["task"]] = scores[_draws(row["task"], len(scores))].mean(axis=1)
     steps = len(found["matrix"])
 
