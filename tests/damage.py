@@ -130,7 +130,9 @@ class Damaged:
             return self._said(file, shown, command)
         if code == 0 and shown == wanted:
             return "harmless"
-        return "unsealed" if (run, file) in UNSEALED else f"{command}: other words without a warning"
+        newest = max((self.out / run).glob("updates/*"), default=None)
+        before = (run, self.out / run / file) == ("half", newest)  # the folder is as before it was written
+        return "unsealed" if before or (run, file) in UNSEALED else f"{command}: other words without a warning"
 
     def _said(self, file: str, words: str, command: str) -> str:
         named = Path(file).name in words or str(self.out / NAME) in words

@@ -331,6 +331,7 @@ def _manifest(setup: Setup, acc: Accelerator, base: str) -> dict:
         "python": sys.version.split()[0],
         **{name: version(name) for name in names},
         "device": gpu or "cpu",
+        **({} if gpu else precision.arithmetic()),
         "dtype": str(setup.dtype),
         "world_size": acc.num_processes,
         "zero_stage": launch.zero_stage(acc),

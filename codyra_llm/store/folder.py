@@ -175,9 +175,16 @@ class RunFolder:
         return Progress(self.path / "progress", index, task, parent, self.recipe.save, self.may_write)
 
     def check_scores(self, learnt: int) -> None:
-        """Raise Fault where a task was evaluated that is not among the first `learnt`: its update was
-        lost.
+        """Raise Fault where an update was lost: its task was evaluated and is not among the first `learnt`, or
+        others follow it.
         """
+        names = sorted(file.name for file in self.path.glob("updates/*.safetensors"))
+        for number, name in enumerate(names):
+            if int(name.partition("-")[0]) != number:
+                raise Fault(
+                    f"{self.path / 'updates'} has no update of task {number + 1}, but {name}; restore it from a "
+                    "copy, or begin again in another output"
+                )
         if lost := [row["after"] for row in self.scores if row["step"] > learnt]:
             raise Fault(
                 f"{self.path / 'updates'} has no update of {lost[0]}, after which scores.jsonl has scores; "
