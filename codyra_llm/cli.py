@@ -162,6 +162,7 @@ def main(args: list[str] | None = None) -> None:
     --traceback alone. Any other error is a fault of the program: it keeps its traceback and says so."""
     signals.note_parent()
     try:
+        _need_utf8_names()
         _run(args)
     except Fault as fault:
         _tell(2)
@@ -191,6 +192,16 @@ def main(args: list[str] | None = None) -> None:
             "report it with these lines and the command."
         )
         raise
+
+
+def _need_utf8_names() -> None:
+    """Raises Fault where this process can't name every file: a task "Größe" would then be one that is not
+    there."""
+    if (encoding := sys.getfilesystemencoding()) != "utf-8":
+        raise Fault(
+            f"file names are {encoding} here, by the locale and PYTHONUTF8={os.environ.get('PYTHONUTF8', '')}; "
+            "set PYTHONUTF8=1, or a locale such as LC_ALL=C.UTF-8"
+        )
 
 
 def _spoken_for() -> bool:

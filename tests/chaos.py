@@ -179,7 +179,7 @@ def chaos() -> None:
     for name, default in (("kills", 100), ("seed", 0), ("processes", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     out = given.out or Path(tempfile.mkdtemp(prefix="chaos"))
     out.mkdir(parents=True, exist_ok=True)
     run = Chaos(load_recipe(given.recipe, given.overrides), out, given.seed, given.processes)

@@ -258,7 +258,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--twice", action="store_true", help="end the second run as well, half as far on")
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     out = given.out or Path(tempfile.mkdtemp(prefix="crash"))
     out.mkdir(parents=True, exist_ok=True)
     points = Points(load_recipe(given.recipe, given.overrides), out)

@@ -199,6 +199,7 @@ def _claim(out: RunFolder, manifest: dict) -> None:
     asked.
     """
     out.clear_up()
+    out.check_results()
     file = out.path / "manifest.json"
     if file.is_file():
         was = out.manifest

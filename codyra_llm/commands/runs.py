@@ -212,7 +212,7 @@ def _rewrite_reports(folder: "RunFolder", paper: bool) -> Path:
     text = render(folder.recipe, summary, folder.updates)
     if paper:
         text += f"\n{markdown(published.beside([folder]))}"
-    if folder.summary.get("tasks") == folder.recipe.tasks:
+    if folder.finished:
         folder.write_summary(summary, text)
     else:
         folder.write_report(text)

@@ -142,6 +142,7 @@ def _observed(experiment: Experiment, added: Sequence[Observer]) -> Iterator[Non
 def _claim(experiment: Experiment, base: str) -> None:
     store = experiment.store
     store.clear_up()
+    store.check_results()
     remark = store.open(experiment.recipe, _manifest(experiment.setup, experiment.acc, base))
     if remark:
         experiment.say(remark)
@@ -176,6 +177,7 @@ def _checkpoint(experiment: Experiment, last: Stage) -> None:
 def _report(experiment: Experiment) -> None:
     """Write the reports, and the summary last: a run with a summary is finished."""
     store = experiment.store
+    store.close_log()
     page.write([store], store.path / "report.html")
     summary = summarised(store)
     store.write_summary(summary, render(experiment.recipe, summary, store.updates))
@@ -193,6 +195,7 @@ def _manifest(setup: Setup, acc: Accelerator, base: str) -> dict:
         "python": sys.version.split()[0],
         **{name: version(name) for name in names},
         "device": gpu or "cpu",
+        **({} if gpu else precision.arithmetic()),
         "dtype": str(setup.dtype),
         "world_size": acc.num_processes,
         "zero_stage": launch.zero_stage(acc),

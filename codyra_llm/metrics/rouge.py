@@ -50,6 +50,8 @@ def common_subsequence(x: Sequence[str], y: Sequence[str]) -> list[str]:
     """The longest common subsequence that a walk back through the table ends with where ties go left, along
     y.
     """
+    if x == y:  # the walk keeps to the diagonal
+        return list(x)
     rows = _rows(x, y)
     i, j, length = len(x), len(y), _length(rows[-1], len(y))
     found: list[str] = []

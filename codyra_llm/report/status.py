@@ -10,6 +10,7 @@ from rich.console import Console
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.parsing import read_mapping
 from codyra_llm.runtime.forecast import duration
+from codyra_llm.store.folder import RunFolder
 from codyra_llm.store.lock import holder
 from codyra_llm.store.rows import BASE, LogRow, ScoreRow
 
@@ -17,11 +18,14 @@ from codyra_llm.store.rows import BASE, LogRow, ScoreRow
 def look(folder: Path) -> dict:
     """State (running, stopped, died, finished), tasks and those learnt, the last row of the log, who holds
     the folder, when it was last written (s since 1970), what the run goes on with, the scores by stage and
-    task. Raises Fault where there is no run."""
+    task. Raises Fault where there is no run, and where one that is not at work has lost results."""
     owner = holder(folder)
     recipe = _recipe(folder, owner)
     tasks, scores = recipe["data"]["tasks"], ScoreRow.read(folder / "scores.jsonl")
     learnt = len(list(folder.glob("updates/*.safetensors")))
+    if not (owner and owner["alive"]):  # one that is at work checks what it reads itself
+        RunFolder(folder).check_results()
+        RunFolder(folder).check_scores(learnt)
     summary = _mapping(folder / "summary.json", "what the run wrote")
     finished = summary.get("tasks") == tasks and not (owner and owner["alive"])
     state = (

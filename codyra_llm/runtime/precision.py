@@ -1,8 +1,5 @@
 """Whether this machine multiplies bfloat16 faster than float32."""
 
-import time
-from functools import cache
-
 import torch
 from accelerate import Accelerator
 
@@ -10,7 +7,6 @@ from codyra_llm.runtime.launch import of_first
 
 # What `torch.cpu.get_capabilities` calls instructions that multiply bfloat16: Intel's and AMD's, and Arm's.
 INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")
-FASTER = 1.25  # times float32's speed that the probe must find: below that, rounding buys nothing
 
 
 def agreed(acc: Accelerator) -> bool | None:
@@ -20,32 +16,18 @@ def agreed(acc: Accelerator) -> bool | None:
     return of_first(multiplies_bfloat16() if acc.is_main_process else None)
 
 
-@cache
 def multiplies_bfloat16() -> bool:
     """Whether bfloat16 is worth its rounding here: on a GPU if it has units for it, on a CPU if it has
-    instructions for it and a probe of about 50 ms finds them faster."""
+    instructions for it and PyTorch the library that uses them. Nothing is timed: what a busy machine finds fast
+    changes from one moment to the next, and two runs of one recipe would have other bits."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return _has_instructions() and _probe() >= FASTER
-
-
-def _has_instructions() -> bool:
     capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in INSTRUCTIONS)
+    has_instructions = any(capabilities.get(name, False) for name in INSTRUCTIONS)
+    return has_instructions and torch.backends.mkldnn.is_available()
 
 
-def _probe(rows: int = 256, width: int = 1024) -> float:
-    """How many times as fast a product is in bfloat16 as in float32: the best of three of each, in turn, so
-    that another program's load meets both."""
-    best = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
-    inputs = {
-        kind: (torch.ones(rows, width, dtype=kind), torch.ones(width, width, dtype=kind)) for kind in best
-    }
-    for x, w in inputs.values():
-        torch.nn.functional.linear(x[:8], w)  # the first call of a kernel makes it
-    for _ in range(3):
-        for kind, (x, w) in inputs.items():
-            began = time.perf_counter()
-            torch.nn.functional.linear(x, w)
-            best[kind] = min(best[kind], time.perf_counter() - began)
-    return best[torch.float32] / best[torch.bfloat16]
+def arithmetic() -> dict[str, str | int]:
+    """What the order of sums on a CPU, and so the last bits of results, depends on: the instructions that
+    PyTorch's kernels use, and the number of threads."""
+    return {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}

@@ -1,6 +1,6 @@
 """The sha256 of a folder's files, which shows whether one was cut short, altered or lost."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,8 +15,8 @@ class Seals:
     """`seals.json` of a folder: for each file the hashes that it may have. One process writes; one without
     `checks` accepts files as they are.
 
-    Both hashes, the old one ('' if there is no file) and the new one, are recorded before the rename, so a
-    crash at any moment leaves a file that matches one of them.
+    Both hashes, the old one ('' if there is no file) and the new one, are recorded before the rename, and the
+    new one alone after it, so a crash at any moment leaves a file that matches one of them.
     """
 
     def __init__(self, folder: Path, checks: bool = True):
@@ -33,16 +33,42 @@ class Seals:
             yield temporary
             new, old = file_sha256(temporary), _present(path)
             self._note(path, [new, old])
-        if not old:  # from here on a missing file is a lost one
-            self._note(path, [new])
+        # From here on a missing file is a lost one, and one that is as it was before is damaged: half of a file
+        # to which a line was added may be just that.
+        self._note(path, [new])
 
     def check(self, path: Path) -> None:
         """Raise Fault unless the file is as it was written; a file without a recorded hash passes."""
-        hashes = self.noted.get(self._name(path)) if self.checks else None
-        if hashes is None or _present(path) in hashes:
-            return
+        if not self.holds(path):
+            raise Fault(self._wrong(path))
+
+    def holds(self, path: Path) -> bool:
+        """Whether the file is as it was written, or has no recorded hash."""
+        return not self.checks or self._fits(path) or self._fits(path)  # it may just have been replaced
+
+    def _fits(self, path: Path) -> bool:
+        hashes = self.noted.get(self._name(path))
+        return hashes is None or _present(path) in hashes
+
+    def check_all(self, but: Container[str]) -> None:
+        """`check` of every file that has a recorded hash, except for those below the folders `but`. Raises one
+        Fault that names each file which is not as it was written."""
+        noted = self.noted if self.checks else {}
+        files = [self.folder / name for name in noted if name.partition("/")[0] not in but]
+        suspect = [file for file in files if _present(file) not in noted[self._name(file)]]
+        # A run that is at work may have replaced them since its hashes were read here.
+        if damaged := [file for file in suspect if not self.holds(file)]:
+            raise Fault(*map(self._wrong, damaged))
+
+    def forget(self, path: Path) -> None:
+        """Have no hash for a file that is about to be appended to."""
+        noted = self.noted
+        if noted.pop(self._name(path), None):
+            write_json(self.file, noted)
+
+    def _wrong(self, path: Path) -> str:
         what = "was changed or damaged since it was written" if path.is_file() else "is missing"
-        raise Fault(
+        return (
             f"{path} {what} ({self.file} has its hash); restore it from a copy, or begin again in another "
             "output"
         )

@@ -17,14 +17,13 @@ from codyra_llm.core.files import (
     remove_leftovers,
     to_json,
     to_jsonl,
-    write_json,
     write_text,
 )
 from codyra_llm.core.parsing import read_mapping
 from codyra_llm.store import observer
 from codyra_llm.store.checksums import NAME as SEALS
 from codyra_llm.store.checksums import Seals
-from codyra_llm.store.lock import Lease
+from codyra_llm.store.lock import Lease, holder
 from codyra_llm.store.rows import CostRow, LogRow, Row, ScoreRow, Stage, UpdateRow
 
 # Reports and `status` read a run without tensors, and torch is slow to import.
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from codyra_llm.store.checkpoint import Progress
 
 R = TypeVar("R", bound=Row)
+LOG, SUMMARY = "log.jsonl", "summary.json"
 OWN = ("lease.json", SEALS, "recipe.json")  # may be in a folder that is about to become a run's
 
 
@@ -174,15 +174,29 @@ class RunFolder:
         return Progress(self.path / "progress", index, task, parent, self.recipe.save, self.may_write)
 
     def check_scores(self, learnt: int) -> None:
-        """Raise Fault where a task was evaluated that is not among the first `learnt`: its update was
-        lost.
+        """Raise Fault where an update was lost: its task was evaluated and is not among the first `learnt`, or
+        others follow it.
         """
+        names = sorted(file.name for file in self.path.glob("updates/*.safetensors"))
+        for number, name in enumerate(names):
+            if int(name.partition("-")[0]) != number:
+                raise Fault(
+                    f"{self.path / 'updates'} has no update of task {number + 1}, but {name}; restore it from a "
+                    "copy, or begin again in another output"
+                )
         lost = [row.after for row in self.scores if row.step > learnt]
         if lost:
             raise Fault(
                 f"{self.path / 'updates'} has no update of {lost[0]}, after which scores.jsonl has scores; "
                 "restore it from a copy, or begin again in another output"
             )
+
+    def check_results(self) -> None:
+        """Raise one Fault that names every file of results which was changed, damaged or lost: scores, the
+        predictions that they were computed from, answers, costs, and what the run was given. For whoever
+        reports on a run or goes on with it. Updates and states are checked as they are read, and a summary
+        can be made again from the rest."""
+        self.seals.check_all(but=("state", SUMMARY))
 
     def clear_progress(self) -> None:
         """Remove the checkpoints inside a task, once it is learnt."""
@@ -230,17 +244,23 @@ class RunFolder:
     def restart_log(self, task: str, step: int) -> None:
         """Remove from the log what an earlier attempt at `task` wrote after `step`."""
         self.may_write()
+        self.seals.forget(self.path / LOG)  # it grows from here on
         kept = [row.written() for row in self.log_rows if row.task != task or row.step <= step]
-        write_text(self.path / "log.jsonl", to_jsonl(kept))
+        write_text(self.path / LOG, to_jsonl(kept))
+
+    def close_log(self) -> None:
+        """Note the hash of the log, which is whole now."""
+        if (self.path / LOG).is_file():
+            self._write_rows(LOG, self.log_rows)
 
     def log(self, row: LogRow) -> None:
         self.may_write()
-        append_jsonl(self.path / "log.jsonl", row.written())
+        append_jsonl(self.path / LOG, row.written())
         observer.row_logged(row)
 
     @property
     def log_rows(self) -> list[LogRow]:
-        return LogRow.read(self.path / "log.jsonl")
+        return LogRow.read(self.path / LOG)
 
     @property
     def updates(self) -> list[UpdateRow]:
@@ -279,13 +299,27 @@ class RunFolder:
     @property
     def summary(self) -> dict:
         """Empty until the run is finished."""
-        file = self.path / "summary.json"
+        file = self.path / SUMMARY
+        if file.is_file() and not self.seals.holds(file):
+            raise Fault(
+                f"{file} was changed or damaged since it was written; `codyra-llm report {self.path}` writes it "
+                "again"
+            )
         return read_mapping(file, "what the run wrote") if file.is_file() else {}
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end and nobody works on it; its summary may have been damaged
+        since."""
+        file, owner = self.path / SUMMARY, holder(self.path)
+        if not file.is_file() or (owner and owner["alive"]):
+            return False
+        return not self.seals.holds(file) or self.summary.get("tasks") == self.recipe.tasks
 
     def write_summary(self, summary: dict, report: str) -> None:
         """The summary last: whoever finds it finds a finished run."""
         self.write_report(report)
-        write_json(self.path / "summary.json", summary)
+        self._write(SUMMARY, to_json(summary))
 
     def write_report(self, report: str) -> None:
         self.may_write()

@@ -2,6 +2,7 @@
 damages."""
 
 import random
+from collections import Counter
 
 import pytest
 from crash_points import MODES, Points
@@ -39,5 +40,7 @@ def test_damage_to_any_file_changes_no_result_without_a_word(tiny_llama, toy_str
     damaged = Damaged(recipe, tmp_path)
     cases = list(damaged.cases())
     assert len(cases) > 80
-    found = {case: damaged.check(*case) for case in random.Random(0).sample(cases, 16)}
-    assert set(found.values()) <= set(FINE), found
+    found = Counter()
+    for case in random.Random(0).sample(cases, 12):
+        found += damaged.check(*case)
+    assert found.keys() <= set(FINE), found

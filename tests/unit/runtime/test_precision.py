@@ -1,4 +1,6 @@
-"""`model.dtype: auto`: what the hardware multiplies faster, unless the base or the run says otherwise."""
+"""`model.dtype: auto`: what the hardware multiplies faster, by its instructions, unless the base or the run says otherwise."""
+
+import time
 
 import pytest
 import torch
@@ -21,43 +23,45 @@ def low_llama(tiny_llama, tmp_path_factory):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Sets what this machine has: instructions, and how many times as fast the probe finds bfloat16."""
+    """Sets what this machine has: instructions, and whether PyTorch has oneDNN, which uses them."""
     if torch.cuda.is_available():
-        pytest.skip("a GPU decides, and no probe of the CPU")
+        pytest.skip("a GPU decides, and no instructions of the CPU")
 
-    def set_to(instructions: list[str], faster: float) -> None:
+    def set_to(instructions: list[str], library: bool = True) -> None:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(instructions, True))
-        monkeypatch.setattr(precision, "_probe", lambda: faster)
-        precision.multiplies_bfloat16.cache_clear()
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: library)
 
-    yield set_to
-    precision.multiplies_bfloat16.cache_clear()
+    return set_to
 
 
 @pytest.mark.parametrize(
-    "instructions, faster, fast",
+    "instructions, library, fast",
     [
-        (["avx2", "avx512_f"], 9.0, False),  # converts to float32 and back
-        (["avx512_bf16"], 2.0, True),
-        (["amx_bf16"], 12.0, True),
-        (["bf16"], 3.0, True),  # Arm
-        (["amx_bf16"], 1.1, False),  # a library that does not use them
+        (["avx2", "avx512_f"], True, False),  # converts to float32 and back
+        (["avx512_bf16"], True, True),
+        (["amx_bf16"], True, True),
+        (["bf16"], True, True),  # Arm
+        (["bf16"], False, False),  # a build that does not use them
     ],
 )
-def test_instructions_and_a_probe_decide(machine, instructions, faster, fast):
-    machine(instructions, faster)
+def test_instructions_decide(machine, instructions, library, fast):
+    machine(instructions, library)
     assert precision.multiplies_bfloat16() == fast
 
 
-def test_the_probe_compares_two_speeds():
-    assert 0.01 < precision._probe() < 1000
+def test_no_clock_decides(machine, monkeypatch):
+    """A busy machine must choose as an idle one does."""
+    machine(["avx512_bf16"])
+    for name in ("perf_counter", "monotonic", "time", "process_time", "thread_time"):
+        monkeypatch.setattr(time, name, lambda: pytest.fail("the clock was asked"))
+    assert precision.multiplies_bfloat16()
 
 
 @pytest.mark.parametrize("asked, low", [("auto", True), ("float32", False), ("bfloat16", True)])
 def test_auto_is_bfloat16_where_it_is_fast_and_the_base_is_not_float32(
     machine, low_llama, tiny_llama, toy_stream, tmp_path, asked, low
 ):
-    machine(["avx512_bf16"], 2.0)
+    machine(["avx512_bf16"])
     chosen = prepare(tiny_recipe(low_llama, toy_stream, tmp_path / "run", model__dtype=asked))
     assert chosen.recipe.model.dtype == ("bfloat16" if low else "float32")
     assert chosen.dtype == (torch.bfloat16 if low else torch.float32)
@@ -67,11 +71,11 @@ def test_auto_is_bfloat16_where_it_is_fast_and_the_base_is_not_float32(
 
 def test_a_run_keeps_what_it_began_in_on_another_machine(machine, low_llama, toy_stream, tmp_path):
     recipe = tiny_recipe(low_llama, toy_stream, tmp_path / "run", eval__max_examples=1)
-    machine(["amx_bf16"], 10.0)
+    machine(["amx_bf16"])
     began = runs.run(recipe)
     assert began.recipe.model.dtype == "bfloat16"
     scores = began.scores
-    machine([], 1.0)
+    machine([])
     assert prepare(recipe).dtype == torch.bfloat16
     assert prepare(replace_output(recipe, tmp_path / "other")).dtype == torch.float32
     assert runs.run(recipe).scores == scores

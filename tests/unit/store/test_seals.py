@@ -114,3 +114,43 @@ def test_lines_that_are_no_rows(tmp_path):
     file.write_bytes(b'{"a": 1}\n{"a": \xff\n{"a": 3}\n')
     with pytest.raises(Fault, match="line 2"):
         read_jsonl(file)
+
+
+def test_every_damaged_file_is_named_at_once(tmp_path):
+    sealed = Seals(tmp_path)
+    for name in (
+        "scores.jsonl",
+        "predictions/01-ONE/ONE.jsonl",
+        "state/00.bin",
+        "summary.json",
+        "costs.jsonl",
+    ):
+        write(sealed, name, name)
+    RunFolder(tmp_path).check_results()
+    (tmp_path / "predictions" / "01-ONE" / "ONE.jsonl").unlink()
+    for name in ("scores.jsonl", "state/00.bin", "summary.json"):
+        (tmp_path / name).write_text("other")
+    with pytest.raises(Fault) as raised:
+        RunFolder(tmp_path).check_results()
+    first, second = raised.value.messages
+    assert "scores.jsonl was changed or damaged" in first and "ONE.jsonl is missing" in second
+    with pytest.raises(Fault, match="codyra-llm report .* writes it again"):
+        RunFolder(tmp_path).summary
+
+
+def test_a_file_as_it_was_before_its_last_change_is_damaged(tmp_path):
+    sealed = Seals(tmp_path)
+    write(sealed, "costs.jsonl", "one\n")
+    write(sealed, "costs.jsonl", "one\ntwo\n")
+    (tmp_path / "costs.jsonl").write_text("one\n")  # half of it
+    with pytest.raises(Fault, match="costs.jsonl was changed or damaged"):
+        Seals(tmp_path).check(tmp_path / "costs.jsonl")
+
+
+def test_a_file_that_grows_has_no_hash(tmp_path):
+    sealed = Seals(tmp_path)
+    write(sealed, "log.jsonl", "one\n")
+    sealed.forget(tmp_path / "log.jsonl")
+    (tmp_path / "log.jsonl").write_text("one\ntwo\n")
+    sealed.check(tmp_path / "log.jsonl")
+    sealed.forget(tmp_path / "log.jsonl")
