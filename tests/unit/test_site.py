@@ -27,7 +27,7 @@ def test_every_page_is_in_the_nav():
     text = re.sub(r"!!python/\S+", "", CONFIG.read_text(encoding="utf-8"))
     names = list(named(yaml.safe_load(text)["nav"]))
     assert len(names) == len(set(names))
-    at_top = {"index.md", "contributing.md", "changelog.md"}  # docs/site.py makes them
+    at_top = {"index.md", "contributing.md", "changelog.md"}  # docs/mkdocs_hooks.py makes them
     assert set(names) == at_top | {page.name for page in PAGES if page.parent.name == "docs"}
 
 
