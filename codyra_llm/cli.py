@@ -178,11 +178,12 @@ def main(args: list[str] | None = None) -> None:
         _end(2)
     except signals.Stopped as stopped:
         _look_for_lost(keeper=False)
-        print(
-            f"stopped ({one_line(str(stopped))}), all is saved; the same command goes on",
-            file=sys.stderr,
-            flush=True,
-        )
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # all of them stop at the same place
+            print(
+                f"stopped ({one_line(str(stopped))}), all is saved; the same command goes on",
+                file=sys.stderr,
+                flush=True,
+            )
         _end(signals.EXIT)
     except Exception as error:
         _look_for_lost()

@@ -1,6 +1,6 @@
 """Run a recipe, the first process asked to stop after a step: `run_stopped.py TASK STEP run RECIPE
 [KEY=VALUE ...]`. With `kill` before TASK the last process is killed there instead, without a word, as soon as
-its sign of life has said where."""
+its sign of life has said where; with `wait` nothing stops there, but the first process takes a minute."""
 
 import os
 import signal
@@ -25,6 +25,18 @@ def ask_at(task: str, step: int) -> None:
     RunFolder.log = asking
 
 
+def wait_at(task: str, step: int) -> None:
+    """From here on that step takes a minute."""
+    log = RunFolder.log
+
+    def waiting(folder: RunFolder, row: dict) -> None:
+        log(folder, row)
+        if (row["task"], row["step"]) == (task, step):
+            time.sleep(60)
+
+    RunFolder.log = waiting
+
+
 def die_at(task: str, step: int) -> None:
     """From here on this process, if it is the last of its launch, is killed at that step."""
     at = heartbeat.at
@@ -44,9 +56,10 @@ def die_at(task: str, step: int) -> None:
 
 def run(words: list[str]) -> None:
     """What this file does as a program."""
-    dies = words[0] == "kill"
-    task, step, *command = words[1:] if dies else words
-    (die_at if dies else ask_at)(task, int(step))
+    kinds = {"kill": die_at, "wait": wait_at}
+    at = kinds.get(words[0], ask_at)
+    task, step, *command = words[1:] if words[0] in kinds else words
+    at(task, int(step))
     main(command)
 
 

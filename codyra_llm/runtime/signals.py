@@ -26,23 +26,38 @@ def listen() -> None:
     global _interrupted
     _asked.clear()
     _interrupted = None
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda received, frame: ask(signal.Signals(received).name))
+    signal.signal(signal.SIGUSR1, lambda received, frame: ask("SIGUSR1"))
+    signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGINT, _interrupt)
 
 
 def _interrupt(received: int, frame: FrameType | None) -> None:
     """The first Ctrl-C asks and says so; another one ends the process as if nothing listened."""
     global _interrupted
-    now = time.monotonic()
     if _interrupted is None:
-        _interrupted = now
+        _interrupted = time.monotonic()
         ask("Ctrl-C")
         if os.environ.get("RANK", "0") == "0":
             os.write(2, MESSAGE.encode())  # a buffered stream may be in the middle of a line of its own
-    elif now - _interrupted > AGAIN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
+    elif _is_second():
+        _end_at_once()
+
+
+def _terminate(received: int, frame: FrameType | None) -> None:
+    """SIGTERM asks. torchrun passes the first Ctrl-C on as it is, and a second one as SIGTERM."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and _is_second():
+        _end_at_once()
+    ask("SIGTERM")
+
+
+def _is_second() -> bool:
+    """Whether this moment is past the first Ctrl-C and what a launcher makes of it."""
+    return _interrupted is not None and time.monotonic() - _interrupted > AGAIN
+
+
+def _end_at_once() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def note_parent() -> None:

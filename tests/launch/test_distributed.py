@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from launches import (
     free_port,
     launched,
     refused,
+    rows,
 )
 from safetensors.torch import load_file
 
@@ -34,7 +36,7 @@ from codyra_llm.data.batches import micro_batches
 from codyra_llm.experiment import run as runs
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.lora.proximal import ProximalAdamW
-from codyra_llm.runtime import launch
+from codyra_llm.runtime import launch, signals
 from codyra_llm.runtime.launch import accelerator
 from codyra_llm.train.engine import Engine
 
@@ -335,3 +337,39 @@ def test_a_process_that_is_killed_ends_the_other_with_its_name(
     again = forked.command(*command)
     assert again.returncode == 0 and "THREE: going on after step 2" in again.stdout, again.stderr
     assert_same_run(one_process["codyra"], tmp_path / "run", 0)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("times", [1, 2], ids=["once", "twice"])
+def test_ctrl_c_under_torchrun(times, recipe_files, tmp_path):
+    """As a terminal sends it, to all that the shell started. Once: the step is done, saved, and what to do is
+    said, each in one line. Twice: the step, which would take a minute, is left."""
+    run = tmp_path / "run"
+    waits = ["wait", "ONE", "2" if times == 2 else "0"]
+    words = ["run", recipe_files / "seqlora.yaml", f"output={run}", "data.epochs=50", "eval.zero_shot=false"]
+    with open(tmp_path / "log", "w") as log:
+        launcher = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+            + [str(word) for word in (TESTS / "run_stopped.py", *waits, *words)],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        try:
+            while not (run / "log.jsonl").is_file() or len(rows(run / "log.jsonl")) < 2:
+                time.sleep(0.1)
+                assert launcher.poll() is None, (tmp_path / "log").read_text()
+            os.killpg(launcher.pid, signal.SIGINT)
+            if times == 2:
+                time.sleep(signals.AGAIN + 0.5)
+                assert launcher.poll() is None
+                os.killpg(launcher.pid, signal.SIGINT)
+            assert launcher.wait(timeout=45) == 1
+        finally:
+            launcher.kill()
+    told = (tmp_path / "log").read_text()
+    assert told.count(signals.TOLD) == 1
+    assert told.count("all is saved; the same command goes on") == 2 - times
+    saved = len(list((run / "progress").glob("*")))
+    assert (saved, (run / "lease.json").is_file()) == ((1, False) if times == 1 else (0, True))

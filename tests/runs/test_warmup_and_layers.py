@@ -94,7 +94,7 @@ def test_a_plan_counts_what_is_adapted(tiny_llama, toy_stream, tmp_path, monkeyp
     monkeypatch.setattr(estimate, "_seconds", counted)
     config = LlamaConfig.from_pretrained(tiny_llama, num_hidden_layers=6)
     base = save_tiny(tmp_path / "deep", LlamaForCausalLM, config)
-    for layers in ("5", "1,4"):
+    for layers in ("1,4",):
         changes = {"method__layers": layers, "model__fused": False, "data__max_train_examples": 8}
         asked = tiny_recipe(base, toy_stream, tmp_path / "run", **changes)
         setup = prepare(asked)

@@ -1,5 +1,6 @@
 """Ctrl-C: the first asks and says so, a second one ends the process; in processes of their own."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -33,6 +34,21 @@ def test_the_first_asks_and_the_second_ends():
     assert done.returncode == -signal.SIGINT
     assert done.stdout == "still here\n" and done.stderr == signals.MESSAGE
     assert "the same command resumes" in done.stderr and "again ends at once" in done.stderr
+
+
+def test_a_second_one_that_torchrun_passes_on_as_sigterm():
+    """SIGTERM right after the first, or not from torchrun, asks."""
+    program = PROGRAM.replace(
+        "signal.raise_signal(signal.SIGINT)  # the", "signal.raise_signal(signal.SIGTERM)  # the"
+    )
+    program = program.replace(
+        "AGAIN\nsignal.raise_signal(signal.SIGINT)", "AGAIN\nsignal.raise_signal(signal.SIGTERM)"
+    )
+    assert program.count("SIGTERM") == 2
+    done = ended(program, **os.environ, TORCHELASTIC_RUN_ID="x")
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, "still here\n"), done.stderr
+    done = ended(program)
+    assert (done.returncode, done.stdout) == (0, "still here\nnever\n"), done.stderr
 
 
 def test_of_several_processes_the_first_says_it(monkeypatch):
