@@ -6,6 +6,7 @@ counted by the project's line that asked for it. Fused kernels, memory and colle
 
 import sys
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +14,6 @@ import torch
 from pretended_kernels import KERNELS, attention
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("cuda", 0)
 PACKAGE = str(Path(__file__).parents[1] / "codyra_llm") + "/"
@@ -108,8 +108,8 @@ class Pretending(TorchDispatchMode):
 
 def dispatch(func, args: tuple, kwargs: dict):
     """Do on the CPU what `func` asks for, after what CUDA would say of the devices."""
-    name = func._schema.name.split("::")[-1]
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    name = _name(func)
+    tensors = _tensors([*args, *kwargs.values()])
     here = any(isinstance(tensor, OnDevice) for tensor in tensors)
     target = _target(name, args, kwargs, here)
     if here:
@@ -130,7 +130,37 @@ def dispatch(func, args: tuple, kwargs: dict):
         return written
     if pinned:
         out.pinned = True
-    return tree_map(_on_device, out) if target else out
+    return _mapped(_on_device, out) if target else out
+
+
+@cache
+def _name(func) -> str:
+    return func._schema.name.split("::")[-1]
+
+
+@cache
+def _kernel(func) -> Callable:
+    """What computes an operator here."""
+    return KERNELS.get(str(func), func)
+
+
+def _tensors(values: list | tuple) -> list[Tensor]:
+    """Those among an operator's arguments, some of which are lists of them."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(value)
+    return found
+
+
+def _mapped(change: Callable, value):
+    """`value`, or what a list or tuple holds, each through `change`; pytree's own does far more than that,
+    which is slow at every operator."""
+    if isinstance(value, (list, tuple)):
+        return type(value)([_mapped(change, each) for each in value])
+    return change(value)
 
 
 def _target(name: str, args: tuple, kwargs: dict, here: bool) -> bool:
@@ -143,12 +173,12 @@ def _target(name: str, args: tuple, kwargs: dict, here: bool) -> bool:
 
 def _computed(func, name: str, args: tuple, kwargs: dict):
     """The result on the CPU."""
-    args, kwargs = tree_map(_held, (args, kwargs))
+    args = _mapped(_held, args)
+    kwargs = {key: _mapped(_held, value) for key, value in kwargs.items()}
     if kwargs.get("device") is not None:
         kwargs["device"] = torch.device("cpu")
     kwargs.pop("pin_memory", None)
-    emulated = KERNELS.get(str(func), func)
-    return emulated(*args, **kwargs)
+    return _kernel(func)(*args, **kwargs)
 
 
 def _held(value):

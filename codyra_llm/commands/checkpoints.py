@@ -93,10 +93,11 @@ def evaluate(
     The same command resumes where it stopped. Example: codyra-llm evaluate runs/x/checkpoint --general hub
     general.limit=100
     """
-    from codyra_llm.checkpoints.evaluate import evaluate as score_checkpoint
-    from codyra_llm.checkpoints.source import Wanted
-    from codyra_llm.experiment.observers import Display
-    from codyra_llm.runtime.launch import leave
+    with uncollected():
+        from codyra_llm.checkpoints.evaluate import evaluate as score_checkpoint
+        from codyra_llm.checkpoints.source import Wanted
+        from codyra_llm.experiment.observers import Display
+        from codyra_llm.runtime.launch import leave
 
     given = overrides or []
     refuse_stray(given)
@@ -139,7 +140,8 @@ def generate(
     """Answer a prompt with a checkpoint, or with any stage of a run. Example: codyra-llm generate runs/x@FOMC
     "2+2="
     """
-    from codyra_llm.checkpoints.generate import answer
+    with uncollected():
+        from codyra_llm.checkpoints.generate import answer
 
     write(answer(model, sys.stdin.read() if prompt is None else prompt, max_new_tokens, base))
 

@@ -17,6 +17,7 @@ from codyra_llm.commands.common import (
     path,
 )
 from codyra_llm.core.errors import Fault
+from codyra_llm.core.imports import uncollected
 from codyra_llm.runtime import signals
 
 if TYPE_CHECKING:
@@ -71,10 +72,11 @@ def run(
     with it.
     Example: codyra-llm run recipes/quickstart.yaml method.rank=8 output=runs/rank8
     """
-    from codyra_llm.config.recipe import load_recipe
-    from codyra_llm.experiment.observers import Display
-    from codyra_llm.experiment.run import run as run_recipe
-    from codyra_llm.runtime.launch import ask_deepspeed, is_first, leave
+    with uncollected():
+        from codyra_llm.config.recipe import load_recipe
+        from codyra_llm.experiment.observers import Display
+        from codyra_llm.experiment.run import run as run_recipe
+        from codyra_llm.runtime.launch import ask_deepspeed, is_first, leave
 
     if deepspeed_config:
         ask_deepspeed(deepspeed_config)
@@ -102,8 +104,9 @@ def plan(recipe: RecipeArg, overrides: Overrides = None, plugin: Plugins = None)
     """Resolve and check a recipe without training: tasks, steps, tokens, an example, memory, disk, and every
     fault.
     """
-    from codyra_llm.config.recipe import load_recipe
-    from codyra_llm.experiment.plan import plan as show
+    with uncollected():
+        from codyra_llm.config.recipe import load_recipe
+        from codyra_llm.experiment.plan import plan as show
 
     show(load_recipe(recipe, overrides or []), console)
 

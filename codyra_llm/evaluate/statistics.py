@@ -20,6 +20,7 @@ MEASURES = {
     "general": "general ability",
 }
 
+DRAWN = 2**16  # how many examples the bootstrap draws at once, which bounds its memory
 LONGEST = {"prompt": OF_DATA["prompt"], "prediction": 20_000, "answer": OF_DATA["answer"]}  # characters
 
 
@@ -76,10 +77,12 @@ def summarise_all(
     if n == 0:
         return {name: {"mean": None, "low": None, "high": None, "n": 0} for name in scores}
     random, means = np.random.default_rng(seed), {name: np.empty(resamples) for name in scores}
-    for number in range(resamples):  # one set at a time: all at once are 8 kB for each example
-        drawn = random.integers(n, size=n)
+    at_once = max(DRAWN // n, 1)
+    for first in range(0, resamples, at_once):
+        sets = slice(first, min(first + at_once, resamples))
+        drawn = random.integers(n, size=(sets.stop - first, n))
         for name, values in scores.items():
-            means[name][number] = values[drawn].mean()
+            means[name][sets] = values[drawn].mean(axis=1)
     return {name: _bounds(values, means[name]) for name, values in scores.items()}
 
 

@@ -48,13 +48,13 @@ def imported(code: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
-def after_command(*arguments: object) -> set[str]:
-    """The same after a command that ends well."""
+def after_command(*arguments: object, then: str = "") -> set[str]:
+    """The same after a command that ends well, and some more code."""
     words = [str(argument) for argument in arguments]
     return imported(
         "from codyra_llm.cli import main\n"
         f"try:\n    main({words!r})\n"
-        "except SystemExit as end:\n    assert not end.code, end.code"
+        f"except SystemExit as end:\n    assert not end.code, end.code\n{then}"
     )
 
 
@@ -89,7 +89,9 @@ def test_score(tmp_path):
     assert after_command("score", "20Minuten", tmp_path / "rows.json") == {"sacrebleu"}  # its SARI
 
 
-def test_plan(tiny_llama, toy_stream, tmp_path):
+def test_plan_and_run(tiny_llama, toy_stream, tmp_path):
+    """Extras are left to recipes that ask: notebooks can't start processes after bitsandbytes is imported.
+    What the imports made is not collected again, what the command makes is."""
     recipe = {
         "model": {"path": str(tiny_llama)},
         "data": {"root": str(toy_stream), "tasks": ["ONE"]},
@@ -97,7 +99,11 @@ def test_plan(tiny_llama, toy_stream, tmp_path):
         "output": str(tmp_path / "run"),
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    assert after_command("plan", tmp_path / "recipe.yaml") == MODELS
+    then = (
+        "import gc\nassert gc.isenabled() and gc.get_freeze_count() > 300_000\n"
+        "import codyra_llm.experiment.run"
+    )
+    assert after_command("plan", tmp_path / "recipe.yaml", then=then) == MODELS
 
 
 def test_what_tells_of_runs(run):
@@ -105,11 +111,6 @@ def test_what_tells_of_runs(run):
     assert after_command("status", folder) == set()
     # The run's method is asked whether it trains; its file imports torch.
     assert after_command("report", folder) <= {"huggingface_hub", "torch", "transformers"}
-
-
-def test_a_run_leaves_the_extras_to_recipes_that_ask():
-    """Notebooks can't start processes after bitsandbytes is imported."""
-    assert imported("import codyra_llm.experiment.run") == MODELS
 
 
 def test_a_module_that_is_imported_is_found():

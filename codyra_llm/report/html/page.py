@@ -1,9 +1,10 @@
 """The report as a file: one HTML page that loads nothing, or its tables as CSV, Markdown or LaTeX."""
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.files import replacing
@@ -60,6 +61,12 @@ def html(found: dict, runs: int) -> str:
     """The page. Whatever comes from data, a model or a recipe is escaped: autoescape is on, and nothing is
     marked safe.
     """
+    return _template().render(found, runs=runs, version=__version__)
+
+
+@cache
+def _template() -> Template:
+    """The page's template, compiled once for all runs of a process."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -67,7 +74,7 @@ def html(found: dict, runs: int) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.jinja").render(found, runs=runs, version=__version__)
+    return environment.get_template("page.html.jinja")
 
 
 def grids(found: dict) -> Iterator[Grid]:

@@ -114,7 +114,7 @@ def test_the_interval_of_constant_and_of_no_scores():
 
 @pytest.mark.parametrize("n", [1, 2, 7, 129, 1001])
 def test_bootstrap_sets_are_those_of_one_draw_of_all(n):
-    """Drawn one at a time, so that memory does not grow with them, and the same to the last bit."""
+    """Drawn some at a time, so that memory does not grow with them, and the same to the last bit."""
     scores, other = np.random.default_rng(n).normal(size=(2, n))
     drawn = np.random.default_rng(0).integers(n, size=(1000, n))
     found = summarise_all({"a": list(scores), "b": list(other)})
