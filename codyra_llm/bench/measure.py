@@ -38,6 +38,7 @@ class Options:
     batch: int = 8
     examples: int = 8
     tokens: int | None = None
+    asleep: int = 0  # clock cycles that a GPU sleeps before each arm (`_seconds`)
 
     def chosen(self, known: Sequence[str]) -> list[str]:
         """The arms to run, in the level's order."""
@@ -77,7 +78,7 @@ def compare(
     """
     errors = gate(contestants, options.dtype)
     runs = {name: contestant.run for name, contestant in contestants.items()}
-    times = interleaved(runs, rounds, options.device, different)
+    times = interleaved(runs, rounds, options.device, different, options.asleep)
     reference = next((name for name in ("peft", "full") if name in times), next(iter(times)))
     rows = {}
     for name, c in contestants.items():
@@ -122,7 +123,11 @@ def _distance(found: Tensor, expected: Tensor) -> float:
 
 
 def interleaved(
-    actions: dict[str, Callable[[int], object]], rounds: int, device: torch.device, different: int = 1
+    actions: dict[str, Callable[[int], object]],
+    rounds: int,
+    device: torch.device,
+    different: int = 1,
+    asleep: int = 0,
 ) -> dict[str, list[float]]:
     """Seconds of every arm in every round, after a warm-up over the rounds of `different` work, since a shape
     that is met for the first time costs more. All arms run in every round, another one first each time, so
@@ -134,13 +139,17 @@ def interleaved(
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            times[name].append(_seconds(partial(actions[name], number), device))
+            times[name].append(_seconds(partial(actions[name], number), device, asleep))
     return times
 
 
-def _seconds(action: Callable[[], object], device: torch.device) -> float:
+def _seconds(action: Callable[[], object], device: torch.device, asleep: int = 0) -> float:
+    """Of one call. A GPU first sleeps for so many clock cycles, while the host fills its queue: then the
+    host's own time, which a long training step hides, is in no figure."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if asleep:
+            torch.cuda._sleep(asleep)
         start.record()
         action()
         end.record()

@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from codyra_llm.bench.arms import ARMS, NOTES, Arm, draw, exact
 from codyra_llm.bench.measure import Contestant, Options, compare, machine
@@ -41,10 +42,18 @@ def measure(options: Options) -> dict:
     folder = base_folder(options.model or "mini")
     tokenizer = load_tokenizer(folder)
     batches = _global_batches(options, Encoder(tokenizer, _section(options)))
+    base = loading.load(folder, options.dtype)
+    return steps(base, folder.name, batches, tokenizer.pad_token_id, options)
+
+
+def steps(
+    base: PreTrainedModel, title: str, batches: list[list[Encoded]], pad: int, options: Options
+) -> dict:
+    """Whole training steps of `base` on these global batches. Rows are packed where that is faster."""
+    base = base.to(options.device).train()
     sizes = [sum(map(len, batch)) for batch in batches]
     largest, checked = sizes.index(max(sizes)), batches[sizes.index(min(sizes))][:GATE]
-    base = loading.load(folder, options.dtype).to(options.device).train()
-    numbers, pad = draw(base, RANK), tokenizer.pad_token_id
+    numbers = draw(base, RANK)
     limit = options.tokens or default_tokens(options.device)
     packed = packed_attention.pays(base, options.device)
     peft = partial(_peft_losses, limit=limit, pad=pad, device=options.device)
@@ -67,8 +76,8 @@ def measure(options: Options) -> dict:
     for row in rows.values():
         row["tokens_per_second"] = sum(sizes) * (options.rounds or 1) / row["seconds"]
     shape = [
-        f"{folder.name}",
-        f"{len(batches)} batches of {options.batch}",
+        title,
+        f"{len(batches)} batches of {max(map(len, batches))}",
         f"{sum(sizes)} tokens",
         f"r={RANK}",
     ]

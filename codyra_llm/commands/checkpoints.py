@@ -9,7 +9,7 @@ import typer
 
 from codyra_llm.commands.common import LocalRank, Overrides, PathArg, Plugins, console, path
 from codyra_llm.core.errors import Fault
-from codyra_llm.core.terminal import write
+from codyra_llm.core.terminal import one_line, write
 from codyra_llm.runtime import signals
 
 Checkpoint = Annotated[
@@ -184,7 +184,7 @@ def bench(
         str,
         typer.Argument(
             help="linear, block (a decoder layer), head (with its loss), step (of "
-            "training) or eval (generation)"
+            "training), eval (generation) or gpu (all that a GPU is to settle)"
         ),
     ],
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one")] = None,
@@ -207,6 +207,12 @@ def bench(
         int | None,
         typer.Option(min=16, help="step: padded tokens at once; eval: longest prompt, default 256"),
     ] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=path, metavar="FOLDER", help="gpu: a new folder for what is found")
+    ] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="gpu: small shapes, to try the stages")] = False,
+    seconds: Annotated[float | None, typer.Option(min=1, help="gpu: for all stages, default 600")] = None,
+    stages: Annotated[str | None, typer.Option(help="gpu: names, e.g. facts,linear; default: all")] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Time training against PEFT and a floor, each arm first checked against float64: speed, peak memory,
@@ -215,6 +221,12 @@ def bench(
     Example: codyra-llm bench step --model models/smollm2-135m --data data/LLM-CL-Benchmark_500 --arms
     peft,ours
     """
+    if level == "gpu":
+        _bench_gpu(out, tiny, seconds, stages)
+        return
+    given = {"--out": out, "--tiny": tiny, "--seconds": seconds, "--stages": stages}
+    if astray := [name for name, value in given.items() if value]:
+        raise Fault(f"{astray[0]}: it belongs to `bench gpu`; leave it out for `bench {one_line(level)}`")
     from codyra_llm.bench import measured, options, show
 
     result = measured(
@@ -234,3 +246,11 @@ def bench(
         ),
     )
     print(json.dumps(result, indent=1)) if as_json else show(result, console)
+
+
+def _bench_gpu(out: Path | None, tiny: bool, seconds: float | None, stages: str | None) -> None:
+    if out is None:
+        raise Fault("--out: bench gpu needs a new folder for what it finds; give one, e.g. --out found")
+    from codyra_llm.bench.gpu.stages import bench_gpu
+
+    bench_gpu(out, tiny, seconds or 600, stages.split(",") if stages else None, console)

@@ -24,7 +24,8 @@ class Batch:
 
     ids [R, T]; positions [1, T] or None. A labelled token is a target [M]; the hidden state that predicts it
     stands at `predictors` [M] of the flattened rows. weights [M] sum to 1 over the labelled tokens of the
-    global batch.
+    global batch. Of each example, on the host: its `prompts`, the tokens up to the first that predicts a
+    labelled one, and how many tokens are `labelled`.
     """
 
     ids: Tensor
@@ -33,16 +34,16 @@ class Batch:
     targets: Tensor
     weights: Tensor
     examples: list[int]
+    prompts: list[list[int]]
+    labelled: list[int]
     segments: list[int] | None = None
     ends: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """On the device; to a GPU in one copy that the host does not wait for."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        if device.type == "cuda" and self.ids.device.type == "cpu":
-            moved = in_one_copy(list(tensors.values()), device)
-            return replace(self, **dict(zip(tensors, moved, strict=True)))
-        return replace(self, **{name: value.to(device) for name, value in tensors.items()})
+        moved = in_one_copy(list(tensors.values()), device)
+        return replace(self, **dict(zip(tensors, moved, strict=True)))
 
     def content(self, lengths: Sequence[int]) -> Tensor:
         """Where the tokens of the examples, of these lengths, stand in the flattened rows, without pads and
@@ -61,15 +62,14 @@ class Batch:
         if front is not None:
             embedded = model.get_input_embeddings()(self.ids)
             embedded = torch.cat([front.to(embedded.dtype), embedded], 1)
-            whole = families.backbone(model)(inputs_embeds=embedded, use_cache=False).last_hidden_state
+            whole = packed_attention.states(model, inputs_embeds=embedded)
             states = whole[:, front.shape[1] :]  # [R, T, h]
             return states.flatten(0, 1).index_select(0, self.predictors)
         packing = {}
         if self.segments is not None:
             packing = packed_attention.arguments(self.segments, self.ends)
             packing["position_ids"] = self.positions
-        backbone = families.backbone(model)
-        states = backbone(input_ids=self.ids, use_cache=False, **packing).last_hidden_state  # [R, T, h]
+        states = packed_attention.states(model, input_ids=self.ids, **packing)  # [R, T, h]
         return states.flatten(0, 1).index_select(0, self.predictors)
 
     def cross_entropy(self, model: nn.Module, front: Tensor | None = None) -> Tensor:
@@ -84,7 +84,14 @@ class Batch:
 
 
 def in_one_copy(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """The tensors on a GPU, from one buffer in pinned memory."""
+    """The tensors on the device; from the host to a GPU in one copy that nobody waits for."""
+    if device.type != "cuda" or tensors[0].device.type != "cpu":
+        return [tensor.to(device) for tensor in tensors]
+    return through_pinned(tensors, device)
+
+
+def through_pinned(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """The tensors on a device, from one buffer in pinned memory, where CUDA is there to pin it."""
     starts = list(accumulate((-(-t.nbytes // 8) * 8 for t in tensors), initial=0))  # aligned for any dtype
     buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=torch.cuda.is_available())
     for tensor, start in zip(tensors, starts[:-1], strict=True):
@@ -109,12 +116,13 @@ def collate(
     shape = (1, sum(lengths)) if packed else (len(own), max(lengths))  # [R, T]
     # Where each example begins in the flattened rows.
     starts = accumulate([0, *lengths[:-1]]) if packed else range(0, math.prod(shape), shape[1])
-    ids, predictors, targets, shares = torch.full(shape, pad), [], [], []
+    ids, predictors, targets, shares, prompts = torch.full(shape, pad), [], [], [], []
     for start, example, weight in zip(starts, own, weights, strict=True):
         tokens, labelled = example.prompt + example.answer, example.labelled
         ids.view(-1)[start : start + len(example)] = torch.tensor(tokens)
         predictors += [start + place - 1 for place in labelled]
         targets += [tokens[place] for place in labelled]
+        prompts.append(tokens[: max(len(example.prompt), 1)])
         shares += [weight] * len(labelled)
     return Batch(
         ids,
@@ -123,6 +131,8 @@ def collate(
         torch.tensor(targets, dtype=torch.long),
         torch.tensor(shares, dtype=torch.float32),
         list(chosen),
+        prompts,
+        [n - len(prompt) for n, prompt in zip(lengths, prompts, strict=True)],
         lengths if packed else None,
         packed_attention.segment_ends(lengths) if packed else None,
     )

@@ -1,8 +1,9 @@
-"""Attention over a packed row: examples follow one another, each attends to itself alone, without a T x T
-mask.
+"""Attention in training, without a T x T mask: over a packed row, whose examples follow one another and each
+attend to itself alone, and over rows that are padded on the right.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 
 import torch
@@ -10,12 +11,55 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from codyra_llm.models import families
+from codyra_llm.models import families, prefix_attention
 
 NAME = "packed"
+# By their names, attention functions that are causal where they get no mask.
+WITHOUT_MASK = {"sdpa": sdpa_attention_forward, prefix_attention.NAME: prefix_attention.prefixed}
 FLASH = "flash_attention_2"
 WIDE = ((8, 0), (9, 0), (10, 0))  # compute capabilities whose flash backward takes heads of more than 192
+
+
+def states(model: nn.Module, **given) -> Tensor:
+    """The last hidden states [R, T, h] of rows that are padded on the right, or packed (and then with what
+    `arguments` gives)."""
+    with unmasked(model, _width(given)):
+        return families.backbone(model)(**given, use_cache=False).last_hidden_state
+
+
+def all_states(model: nn.Module, ids: Tensor) -> tuple[Tensor, ...]:
+    """The hidden states [R, T, h] of the embeddings and of every layer, of rows padded on the right."""
+    with unmasked(model, ids.shape[1]):
+        made = families.backbone(model)(input_ids=ids, use_cache=False, output_hidden_states=True)
+    return made.hidden_states
+
+
+def _width(given: dict) -> int:
+    return (given["input_ids"] if "input_ids" in given else given["inputs_embeds"]).shape[1]
+
+
+@contextmanager
+def unmasked(model: nn.Module, width: int) -> Iterator[None]:
+    """Within it the model's layers get no mask, since rows of this `width` that are padded on the right need
+    none: a token attends to those before it. transformers comes to the same end, but looks first whether the
+    positions of such rows restart, and for that the host waits for a GPU.
+
+    Not where a layer has a sliding window as short as the rows, or with an attention that needs its mask."""
+    config = model.config
+    name = getattr(config, "_attn_implementation", None)
+    function = WITHOUT_MASK.get(name)
+    if function is None or any(window <= width for window in families.windows(config)):
+        yield
+        return
+    # transformers makes masks for the names that it knows a kind of mask for, and None for all others.
+    AttentionInterface.register(f"{name}_unmasked", function)
+    config._attn_implementation = f"{name}_unmasked"
+    try:
+        yield
+    finally:
+        config._attn_implementation = name
 
 
 def use(model: PreTrainedModel) -> None:

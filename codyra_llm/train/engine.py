@@ -96,23 +96,25 @@ class Engine:
         clear_device_cache(garbage_collection=True)
 
     @torch.no_grad()
-    def reduce(
-        self, terms: Tensor, said: list[float], with_norm: bool
-    ) -> tuple[list[float], list[float], float | None]:
+    def reduce(self, terms: Tensor, said: list[float]) -> Tensor:
         """Sum over ranks, in one all-reduce, the logged `terms` [n], the ranks' flags (`said`), and the
-        step's gradients (ZeRO has summed its own). Returns the first two on the host, and with them the norm
-        of the gradients if `with_norm` (not under ZeRO): the only time in a step that the host waits for the
-        device."""
+        step's gradients (ZeRO has summed its own). The host does not wait: `read` takes what this returns."""
         finish_gradients(self.shared)
-        many = self.acc.num_processes > 1
-        read = self._summed(terms, said) if many else terms
-        if with_norm and not self.deepspeed:
+        return self._summed(terms, said) if self.acc.num_processes > 1 else terms
+
+    @torch.no_grad()
+    def read(self, reduced: Tensor, said: list[float]) -> tuple[list[float], list[float], float | None]:
+        """The summed terms and flags that `reduce` left, on the host, and with them the norm of the gradients
+        as they are now (None under ZeRO): the only time in a step that the host waits for the device."""
+        if not self.deepspeed:
             self.norm = self._norm()
-            read = torch.cat([read, self.norm[None].to(read)])
+            reduced = torch.cat([reduced, self.norm[None].to(reduced)])
         with heartbeat.waiting():
-            values = read.tolist()
-        norm = values.pop() if self.norm is not None else None
-        return values[: len(terms)], values[len(terms) :] if many else said, norm
+            values = reduced.tolist()
+        norm = None if self.deepspeed else values.pop()
+        if self.acc.num_processes == 1:
+            return values, said, norm
+        return values[: -len(said)], values[-len(said) :], norm
 
     def _summed(self, terms: Tensor, said: list[float]) -> Tensor:
         """`terms` and `said`, one after the other, summed over ranks, and the gradients with them."""
@@ -131,7 +133,7 @@ class Engine:
         return nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
 
     def step(self) -> float | None:
-        """Clip, update, clear. Returns the global gradient norm before clipping, None where `reduce` did."""
+        """Clip, update, clear. Returns the global gradient norm before clipping, None where `read` did."""
         known = self.norm is not None
         if self.deepspeed:
             self.module.step()

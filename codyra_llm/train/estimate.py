@@ -11,17 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from codyra_llm.data.batches import Batch
 from codyra_llm.lora.shared import shared_inputs
 from codyra_llm.lora.together import deferred, finish_gradients, make_shadows
 from codyra_llm.models import families
 from codyra_llm.runtime.memory import Meter
-
-UNMASKED = "sdpa_unmasked"
-
 
 # Even numbers: the layers of some families take turns between two kinds of attention.
 MEASURED_LAYERS = (2, 4)
@@ -53,13 +48,7 @@ def activation_bytes(model: nn.Module, batch: Batch, device: torch.device) -> in
     none has memory. Of a deep model 2 and 4 layers run, and the rest follows on a straight line, where every
     layer leaves the same: where all have adapters, or none.
     """
-    layers, windows = families.blocks(model), families.windows(model.config)
-    whole = all(batch.ids.shape[1] <= window for window in windows)
-    if model.config._attn_implementation == "sdpa" and whole:
-        # transformers makes no mask here, but can't tell that from fake tensors: without the name it would
-        # make one.
-        AttentionInterface.register(UNMASKED, sdpa_attention_forward)
-        model.set_attn_implementation(UNMASKED)
+    layers = families.blocks(model)
     _fix_frequencies(model)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device=device)

@@ -118,7 +118,6 @@ class Trainer:
         groups = method.param_groups(model, optim.lr)
         self.trained = sum(p.numel() for group in groups for p in group["params"])
         self.optimizer = ProximalAdamW(groups, betas=optim.betas, weight_decay=optim.weight_decay)
-        self.edits = type(method).edit_gradients is not Method.edit_gradients
         self._ahead = None, None, []  # examples, tokens and micro-batches of the next step
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.engine = Engine(acc, Objective(model, method), self.optimizer, optim.max_grad_norm)
@@ -296,7 +295,10 @@ class Trainer:
             and saves.due(step + 1 == task.steps(self.optim.batch_size))
         )
         # What all must agree on travels with the losses. A NaN on any rank is a NaN on all.
-        totals, (asked, due), norm = self.engine.reduce(own, [signals.asked(), due], not self.edits)
+        said = [float(signals.asked()), float(due)]
+        reduced = self.engine.reduce(own, said)
+        self.method.edit_gradients(self.gradients)
+        totals, (asked, due), norm = self.engine.read(reduced, said)
         if not all(map(math.isfinite, totals)):
             own = [
                 batch.examples
@@ -308,7 +310,6 @@ class Trainer:
                 f"training examples {gather_object(own)} caused it (counted from 0 in train.json); look at "
                 "them, or lower optim.lr"
             )
-        self.method.edit_gradients(self.gradients)
         late = self.engine.step()
         norm = late if norm is None else norm
         self.method.after_step(self.gradients)

@@ -46,6 +46,7 @@ LAYERS = [
     "codyra_llm.checkpoints",
     "codyra_llm.sweep",
     "codyra_llm.bench",
+    "codyra_llm.bench.gpu",
     "codyra_llm.commands",
     "codyra_llm",
 ]

@@ -20,7 +20,7 @@ from codyra_llm.methods.parts.features import (
     prompt_mask,
     row_weights,
 )
-from codyra_llm.models import families
+from codyra_llm.models import packed_attention
 
 
 class HideLora(Single):
@@ -70,7 +70,7 @@ class HideLora(Single):
         """Cross entropy, and the contrastive term against the earlier tasks' means."""
         if self._old is None or not self.config.weight:
             return super().loss(model, batch)
-        states = families.backbone(model)(input_ids=batch.ids, use_cache=False).last_hidden_state
+        states = packed_attention.states(model, input_ids=batch.ids)
         labelled = states.flatten(0, 1).index_select(0, batch.predictors)
         terms = contrast(mean_state(states, prompt_mask(batch)), self._old, self.config.temperature)
         return {

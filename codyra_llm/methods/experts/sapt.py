@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from codyra_llm.config.methods.experts import SaptConfig
 from codyra_llm.core.tensors import generator
+from codyra_llm.data.batches import in_one_copy
 from codyra_llm.lora.layer import attach
 from codyra_llm.lora.mixture import MixtureLinear, mixtures, weigh
 from codyra_llm.methods.base import Task
@@ -125,8 +126,8 @@ class Sapt(Single):
         terms = []
         for past, (features, mean) in enumerate(self._replayed):
             draw = generator("replay", self.seed, self._index, self._step, past)
-            order = torch.randperm(len(features), generator=draw)
-            chosen = order[: self.config.replay_batch].to(features.device)
+            drawn = torch.randperm(len(features), generator=draw)[: self.config.replay_batch]
+            (chosen,) = in_one_copy([drawn], features.device)
             terms.append(attention_divergence(model.prompt_attention(features[chosen]), mean))
         return {"attention": self.config.kl_ratio * torch.stack(terms).sum()}
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from codyra_llm.data.batches import Batch, in_one_copy
 from codyra_llm.methods.base import Task
-from codyra_llm.models import families
+from codyra_llm.models import packed_attention
 
 if TYPE_CHECKING:
-    from codyra_llm.data.batches import Batch
     from codyra_llm.data.encoding import Encoded
 
 
@@ -24,12 +24,13 @@ def first_tokens(lengths: Tensor, width: int) -> Tensor:
 def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """ids [R, T], padded on the right, and the mask of the tokens that are not padding."""
     rows = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # [R]
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts])  # [R]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    ids, lengths = in_one_copy([ids, lengths], device)
     return ids, first_tokens(lengths, ids.shape[1])
 
 
-def prompt_mask(batch: "Batch") -> Tensor:
+def prompt_mask(batch: Batch) -> Tensor:
     """Mask [R, T] of a training batch's prompt tokens, one example per row: a prompt's last token is the
     first to predict a label."""
     rows, width = batch.ids.shape
@@ -38,7 +39,7 @@ def prompt_mask(batch: "Batch") -> Tensor:
     return first_tokens(last + 1, width)
 
 
-def row_weights(batch: "Batch") -> Tensor:
+def row_weights(batch: Batch) -> Tensor:
     """The share [R] of each example in the global loss; they sum to 1 over the global batch, so a term per
     example that is weighted by them does not depend on how that is cut."""
     rows, width = batch.ids.shape
@@ -54,7 +55,7 @@ def mean_state(states: Tensor, mask: Tensor) -> Tensor:
 
 def pooled_states(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     """Mean of the last hidden states over the prompt, [R, h]."""
-    return mean_state(families.backbone(model)(input_ids=ids, use_cache=False).last_hidden_state, mask)
+    return mean_state(packed_attention.states(model, input_ids=ids), mask)
 
 
 def pooled_embeddings(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from codyra_llm.config.methods.projection import GemConfig
 from codyra_llm.core.tensors import flat, generator, unflatten
+from codyra_llm.data.batches import in_one_copy
 from codyra_llm.methods.base import Task
 from codyra_llm.methods.sequential.seqlora import SeqLora
 
@@ -68,20 +69,23 @@ class Gem(EpisodicMemory):
             flat(gradients.mean(self.draw(examples, past))) for past, examples in enumerate(self._memories)
         ]
         matrix, grads = torch.stack(earlier), gradients.step  # G [t, n]
-        products = (matrix @ flat(grads)).double().cpu().numpy()  # G g [t]
-        gram = (matrix @ matrix.T).double().cpu().numpy()  # G Gᵀ [t, t]
-        v = multipliers(gram, products, self.config.margin, self.config.epsilon)
-        add(grads, torch.from_numpy(v).to(matrix) @ matrix)
+        products, gram = matrix @ flat(grads), matrix @ matrix.T  # G g [t], G Gᵀ [t, t]
+        read = torch.cat([gram, products[:, None]], 1).double().cpu().numpy()
+        v = multipliers(read[:, :-1], read[:, -1], self.config.margin, self.config.epsilon)
+        (shares,) = in_one_copy([torch.from_numpy(v).to(matrix.dtype)], matrix.device)
+        add(grads, shares @ matrix)
 
 
 def multipliers(gram: np.ndarray, products: np.ndarray, margin: float, epsilon: float) -> np.ndarray:
-    """v [t] of g̃ = g + Gᵀ v, from G Gᵀ [t, t] and G g [t]; zeros where no product is negative.
+    """v [t] of g̃ = g + Gᵀ v, from G Gᵀ [t, t] and G g [t]; zeros where no product is negative, and where
+    numbers are not finite, which the loop tells by the loss.
 
     With u = v - γ ≥ 0 and P = G Gᵀ + ε·mean(diag) I = L Lᵀ (Cholesky) the dual is min ‖Lᵀu + L⁻¹(G g + γ P
     1)‖.
     """
     scale = gram.diagonal().mean()
-    if scale == 0 or products.min() >= 0:
+    finite = np.isfinite(gram).all() and np.isfinite(products).all()
+    if not finite or scale == 0 or products.min() >= 0:
         return np.zeros_like(products)
     ridged = gram / scale + epsilon * np.eye(len(gram))
     lower = np.linalg.cholesky(ridged)

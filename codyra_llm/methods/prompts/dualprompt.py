@@ -14,7 +14,6 @@ from codyra_llm.methods.parts.features import cosine, row_weights
 from codyra_llm.methods.prompts.pool import (
     PromptMethod,
     Queries,
-    prompts_of,
     query,
     random_tokens,
     uniform,
@@ -105,7 +104,7 @@ class DualPrompt(PromptMethod):
 
     def loss(self, model, batch) -> dict:
         """Cross entropy under both prefixes, and the pull of the key to the prompts' queries."""
-        held, prompts = model.prompts, prompts_of(batch)
+        held, prompts = model.prompts, batch.prompts
         prefix_attention.show(model, {})  # the query is the bare model's
         near = cosine(self.queries(model, prompts), held["key"][None]).squeeze(1)
         self._show(model, held["general"], held["expert"].expand(len(prompts), *held["expert"].shape))
@@ -146,8 +145,6 @@ class DualPrompt(PromptMethod):
 
     def _mean_query(self, model, task: Task) -> Tensor:
         """The mean direction of the training prompts' queries [h], as long as a uniform key is."""
-        found = [
-            self.queries(model, prompts_of(batch)) for batch in task.batches(task.encode(task.records()))
-        ]
+        found = [self.queries(model, batch.prompts) for batch in task.batches(task.encode(task.records()))]
         mean = functional.normalize(torch.cat(found), dim=-1).mean(0)
         return functional.normalize(mean, dim=0) * (len(mean) / 3) ** 0.5

@@ -9,7 +9,6 @@ from codyra_llm.methods.parts.features import cosine, row_weights
 from codyra_llm.methods.prompts.pool import (
     PromptMethod,
     Queries,
-    prompts_of,
     query,
     random_embeddings,
     uniform,
@@ -61,7 +60,7 @@ class L2p(PromptMethod):
     def loss(self, model, batch) -> dict:
         """Cross entropy after the chosen prompts, and the pull of their keys to the queries."""
         held = model.prompts
-        near = self._near(model, self.queries(model, prompts_of(batch)))
+        near = self._near(model, self.queries(model, batch.prompts))
         front = held["prompts"][near.indices].flatten(1, 2)
         pull = row_weights(batch) @ near.values.sum(1).to(batch.weights)
         return {"loss": batch.cross_entropy(model, front), "pull": -self.config.pull * pull}

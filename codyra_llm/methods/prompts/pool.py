@@ -3,8 +3,6 @@ about.
 """
 
 from collections.abc import Sequence
-from itertools import chain
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +13,6 @@ from codyra_llm.lora.update import Update
 from codyra_llm.methods.base import Method, Task
 from codyra_llm.methods.parts.features import padded, pooled_states
 from codyra_llm.models import families
-
-if TYPE_CHECKING:
-    from codyra_llm.data.batches import Batch
 
 
 class PromptMethod(Method):
@@ -105,14 +100,6 @@ def query(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Tensor:
     found = pooled_states(model.eval(), *padded(prompts, model.device))
     model.train(training)
     return found
-
-
-def prompts_of(batch: "Batch") -> list[list[int]]:
-    """The prompt of each row: its tokens up to the first that predicts a labelled one."""
-    width, last = batch.ids.shape[1], {}
-    for place in batch.predictors.tolist():
-        last.setdefault(place // width, place % width)
-    return [row[: last[number] + 1] for number, row in enumerate(batch.ids.tolist())]
 
 
 def random_tokens(model: nn.Module, count: int, *key: int | str) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from codyra_llm.config.methods.regularised import TreeLoraRepoConfig
 from codyra_llm.core.tensors import generator
+from codyra_llm.data.batches import in_one_copy
 from codyra_llm.lora.layer import LoraLinear, sites
 from codyra_llm.methods.base import Task
 from codyra_llm.methods.regularised.shapes import by_shape
@@ -122,7 +123,7 @@ class Draw:
     def signatures(self, random: torch.Generator) -> Tensor:
         """Draw a task for every site, count what it costs, and return its signatures [D, F]."""
         s = self._scores()
-        uniform = torch.rand(1 + s.shape[1], generator=random).to(s)
+        (uniform,) = in_one_copy([torch.rand(1 + s.shape[1], generator=random).to(s.dtype)], s.device)
         first = pick(s.sum(1, keepdim=True).softmax(0), uniform[:1]).item()
         for tasks, median in self.children:
             if first in tasks:

@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 from codyra_llm.config.methods.sequential import IloraConfig
 from codyra_llm.core.tensors import generator
-from codyra_llm.data.batches import Batch
+from codyra_llm.data.batches import Batch, in_one_copy
 from codyra_llm.lora.layer import stand_in
 from codyra_llm.methods.base import Task
 from codyra_llm.methods.sequential.ilora_mixed import IloraMixed
-from codyra_llm.models import families
+from codyra_llm.models import packed_attention
 
 
 class Ilora(IloraMixed):
@@ -103,9 +103,8 @@ class Ilora(IloraMixed):
 
 def hidden_states(model: nn.Module, batch: Batch, lengths: list[int]) -> list[Tensor]:
     """Of the embeddings and every layer, [n, h] at the n positions that are not padding."""
-    backbone = families.backbone(model)
-    states = backbone(input_ids=batch.ids, use_cache=False, output_hidden_states=True).hidden_states
+    states = packed_attention.all_states(model, batch.ids)
     width = batch.ids.shape[1]
     rows = [torch.arange(i * width, i * width + n) for i, n in enumerate(lengths)]
-    places = torch.cat(rows).to(batch.ids.device)
+    (places,) = in_one_copy([torch.cat(rows)], batch.ids.device)
     return [layer.flatten(0, 1).index_select(0, places) for layer in states]

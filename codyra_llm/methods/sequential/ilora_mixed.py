@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from codyra_llm.config.methods.sequential import IloraMixedConfig
+from codyra_llm.data.batches import in_one_copy
 from codyra_llm.lora.layer import sites, snapshot, stand_in
 from codyra_llm.lora.update import Adapter, Update
 from codyra_llm.methods.base import Method, Task, restore
@@ -59,12 +60,12 @@ class IloraMixed(SeqLora):
         if self._first or not self.config.weight or not model.training:
             return super().loss(model, batch)
         hidden, distance = batch.hidden(model), batch.weights.new_zeros(())
-        old = torch.tensor([i >= self._own for i in batch.examples], device=hidden.device)
-        lengths = torch.tensor(batch.segments or [batch.ids.shape[1]] * len(batch.ids), device=hidden.device)
-        if any(i >= self._own for i in batch.examples):
+        old = [i >= self._own for i in batch.examples]
+        if any(old):
             with torch.no_grad(), stand_in(model, self._slow):
                 slow = batch.hidden(model)
-            replayed = old.repeat_interleave(lengths)[batch.predictors]
+            rows = torch.tensor(old).repeat_interleave(torch.tensor(batch.labelled))
+            (replayed,) = in_one_copy([rows], hidden.device)
             distance = (batch.weights * replayed) @ (hidden - slow).float().square().mean(1)
         return {
             "loss": batch.cross_entropy_of(model, hidden),

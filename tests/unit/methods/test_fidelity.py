@@ -133,7 +133,7 @@ def test_ilora_draws_states_up_to_the_slow_ones_only():
     lengths = [4, 2]
     ids = torch.zeros(2, 4, dtype=torch.long)
     none = torch.zeros(0)
-    batch = Batch(ids, None, none, none, none, [0, 1])
+    batch = Batch(ids, None, none, none, none, [0, 1], [[], []], [0, 0])
     found = method._distance(States([fast, slow]), batch, lengths, 6)
     terms = [
         (h[row, :n] - torch.maximum(h[row, :n], g[row, :n])).square().flatten()

@@ -12,7 +12,7 @@ from codyra_llm.data.encoding import Encoded
 from codyra_llm.evaluate.generate import generate_ids
 from codyra_llm.methods.base import Condition, Task
 from codyra_llm.methods.parts.features import cosine, row_weights
-from codyra_llm.methods.prompts.pool import prompts_of, query
+from codyra_llm.methods.prompts.pool import query
 from codyra_llm.models import loading, prefix_attention
 
 FAMILIES = ["tiny_llama", "tiny_gemma2", "tiny_gemma3"]
@@ -102,7 +102,7 @@ def test_query_at_training_is_the_query_at_test(family, request):
     model = loading.load(request.getfixturevalue(family), torch.float32)
     rows = prompts([3, 20, 11])
     batch = collate(encoded(rows), [2, 0, 1], [1.0] * 3, 0)
-    assert prompts_of(batch) == [rows[2], rows[0], rows[1]]
+    assert batch.prompts == [rows[2], rows[0], rows[1]]
     for name, changes in (("l2p", {}), ("dualprompt", {}), ("dualprompt", {"key_init": "uniform"})):
         made = ready(model, name, rows, **changes)
         made.loss(model.train(), collate(encoded(rows), [0], [1.0], 0))  # leaves a prefix in the layers

@@ -6,10 +6,10 @@ import pytest
 import torch
 from losses import Largest
 from packed import LENGTHS, batch, examples, loaded, loss_and_gradients
-from transformers import AttentionInterface
+from transformers import AttentionInterface, masking_utils
 
 from codyra_llm.data.batches import collate
-from codyra_llm.models import packed_attention
+from codyra_llm.models import families, packed_attention, prefix_attention
 
 
 def assert_same(got, expected, rtol=1e-5, atol=1e-8):
@@ -29,6 +29,32 @@ def test_packed_equals_padded(folder, checkpointing):
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     assert_same(loss_and_gradients(model, batch(examples(), packed=True)), expected, 2e-5, 1e-7)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_padded_rows_need_no_mask(folder, prefixed, checkpointing, monkeypatch):
+    """They are the same to the last bit. And transformers does not ask whether their positions restart, for
+    which the host would wait, where no layer needs a mask of its own."""
+    model, padded = loaded(folder), batch(examples(), packed=False)
+    if prefixed:
+        prefix_attention.use(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    name = model.config._attn_implementation
+    with monkeypatch.context() as patch:
+        patch.setattr(packed_attention, "WITHOUT_MASK", {})
+        expected = loss_and_gradients(model, padded)
+    asked = []
+    ask = masking_utils.find_packed_sequence_indices
+    monkeypatch.setattr(
+        masking_utils, "find_packed_sequence_indices", lambda ids: asked.append(ids) or ask(ids)
+    )
+    found = loss_and_gradients(model, padded)
+    assert torch.equal(found[0], expected[0])
+    assert all(torch.equal(found[1][key], value) for key, value in expected[1].items())
+    masked = name not in packed_attention.WITHOUT_MASK or families.windows(model.config)
+    assert bool(asked) == bool(masked) and model.config._attn_implementation == name
 
 
 def test_the_window_matters(tiny_gemma3):

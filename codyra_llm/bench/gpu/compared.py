@@ -1,0 +1,121 @@
+"""Stages `linear`, `block`, `step`, `gemma` and `head`: the levels of `codyra-llm bench` in full size."""
+
+from collections.abc import Callable
+
+import torch
+
+from codyra_llm.bench import head as heads
+from codyra_llm.bench import layers
+from codyra_llm.bench.gpu.context import Context
+from codyra_llm.bench.gpu.shapes import PAD, examples, model
+from codyra_llm.bench.measure import Options
+from codyra_llm.bench.step import steps
+
+QUEUED = 10_000_000  # clock cycles of sleep: some 6 ms, in which the host queues one linear layer's kernels
+LAYER_QUEUED = 40_000_000
+STEP_ARMS = ("frozen", "peft", "peft-strong", "ours")
+
+
+def options(context: Context, **others) -> Options:
+    return Options(context.device, torch.bfloat16, **others)
+
+
+def linear(context: Context) -> None:
+    """As it runs, and with a queue that is full, so that the host's own time is left out."""
+    shapes = [(8192, 4096, 4096, 16), (8192, 4096, 4096, 64), (2048, 4096, 4096, 16), (8192, 4096, 14336, 16)]
+    for shape in [(64, 32, 32, 4)] if context.tiny else shapes:
+        given = options(context, shape=shape, rounds=2 if context.tiny else 30)
+        compared(context, f"N,in,out,r = {shape}", lambda given=given: layers.linear(given))
+    shape = (64, 32, 32, 4) if context.tiny else shapes[0]
+    given = options(context, shape=shape, rounds=2 if context.tiny else 30, asleep=QUEUED)
+    found = queued(context, f"N,in,out,r = {shape}", lambda: layers.linear(given))
+    if found:
+        context.target("linear layer", found["ours"]["time over floor"])
+
+
+def block(context: Context) -> None:
+    """LLaMA-3-8B's decoder layer: on a GPU the level's own default."""
+    sizes = [(2, 8, 4)] if context.tiny else [(4, 2048, 16), (4, 512, 16)]
+    for shape in sizes:
+        given = options(context, shape=shape, rounds=2 if context.tiny else 15)
+        compared(context, f"rows,T,r = {shape}", lambda given=given: layers.block(given))
+    given = options(context, shape=sizes[0], rounds=2 if context.tiny else 15, asleep=LAYER_QUEUED)
+    found = queued(context, f"rows,T,r = {sizes[0]}", lambda: layers.block(given))
+    if found:
+        context.target("decoder layer", found["ours"]["time over floor"])
+
+
+def queued(context: Context, key: str, level: Callable[[], dict]) -> dict | None:
+    """A comparison without the host's time, which needs a queue: on a CPU there is none."""
+    key = f"{key}, queue filled"
+    return compared(context, key, level) if context.cuda else context.on_gpu(key, level)
+
+
+def compared(context: Context, key: str, level: Callable[[], dict]) -> dict | None:
+    """The arms of one level, in few figures."""
+    return context.tried(key, lambda: few(level()["arms"]))
+
+
+def few(arms: dict[str, dict]) -> dict[str, dict]:
+    """The figures of each arm that a summary needs."""
+    found = {}
+    for name, row in arms.items():
+        figures = {
+            "ms": row["milliseconds"]["median"],
+            f"speed over {row['over']}": row["speedup"]["median"],
+            "time over floor": row["over_floor"],
+            "peak MB": row["peak_bytes"] / 1e6,
+            "off float64": row["error"],
+            "tokens/s": row.get("tokens_per_second"),
+        }
+        found[name] = {key: float(f"{x:.4g}") for key, x in figures.items() if x is not None}
+    return found
+
+
+def step(context: Context) -> None:
+    """Llama-3.2-1B's shape, long and short examples, against PEFT as it comes and at its strongest."""
+    for long in (True, False):
+        kind = "long" if long else "short"
+        found = stepped(context, "llama-3.2-1b", STEP_ARMS, kind)
+        if found and "peft" in found:
+            context.target(f"step over PEFT, {kind} examples", found["ours"]["speed over peft"])
+        if found:
+            strong = found["peft-strong"]["ms"] / found["ours"]["ms"]
+            context.target(f"step over PEFT's strongest, {kind} examples", round(strong, 3))
+
+
+def gemma(context: Context) -> None:
+    """Gemma 2B's shape: its head has 256,000 tokens, which PEFT computes at every position."""
+    stepped(context, "gemma-2b", ("frozen", "peft", "ours"), "short")
+
+
+def stepped(context: Context, shape: str, arms: tuple[str, ...], kind: str) -> dict | None:
+    """Whole steps of these arms; without `peft`, and said so, where it runs out of memory."""
+    count, batch = (4, 2) if context.tiny else (64, 16)
+    given = examples(context, count, kind == "long")
+    batches = [given[i : i + batch] for i in range(0, count, batch)]
+    rounds = 1 if context.tiny else 3
+
+    def measured(chosen: tuple[str, ...]) -> dict:
+        made = options(context, arms=chosen, rounds=rounds)
+        return few(steps(model(context, shape), shape, batches, PAD, made)["arms"])
+
+    key = f"{shape}, {kind} examples"
+    try:
+        found = measured(arms)
+    except torch.OutOfMemoryError as error:
+        context.record(f"{key}, peft", f"ran out of memory: {str(error)[:200]}")
+    else:
+        context.record(key, found)
+        return found
+    finally:
+        context.free()
+    return context.tried(key, lambda: measured(tuple(arm for arm in arms if arm != "peft")))
+
+
+def head(context: Context) -> None:
+    """Vocabularies of LLaMA 3 and of Gemma."""
+    sizes = [(128, 32, 64, 32)] if context.tiny else [(8192, 4096, 128256, 1024), (8192, 2048, 256000, 256)]
+    for shape in sizes:
+        given = options(context, shape=shape, rounds=2 if context.tiny else 10)
+        compared(context, f"N,hidden,vocabulary,labelled = {shape}", lambda given=given: heads.measure(given))

@@ -1,0 +1,96 @@
+"""What a stage knows, and where it writes what it finds, the moment that it is found."""
+
+import gc
+import json
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+
+FINDINGS = "findings.jsonl"
+NEEDS_GPU = "needs a GPU"
+TARGET = "target: "  # begins the keys of findings that a target is for
+
+
+def record(out: Path, stage: str, key: str, value: object) -> None:
+    """Add one line {"stage", "key", "value"} to the findings in `out`."""
+    line = json.dumps({"stage": stage, "key": key, "value": value}, default=str, ensure_ascii=False)
+    with open(out / FINDINGS, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def findings(out: Path) -> list[dict[str, Any]]:
+    """All lines so far."""
+    file = out / FINDINGS
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+@dataclass
+class Context:
+    """One stage's. `tiny`: small shapes, which try the code and measure nothing."""
+
+    stage: str
+    out: Path
+    device: torch.device
+    tiny: bool
+    failed: list[str] = field(default_factory=list)  # keys of parts that raised
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def record(self, key: str, value: object) -> None:
+        record(self.out, self.stage, key, value)
+        print(f"{self.stage}: {key}: {value}", flush=True)
+
+    def target(self, name: str, value: float) -> None:
+        """A figure that a target is for: kept where it was measured on a GPU in full size."""
+        if self.cuda and not self.tiny:
+            self.record(TARGET + name, value)
+
+    def tried(self, key: str, part: Callable[[], object]) -> Any:
+        """What `part` returns, which is a finding, as is an error that it ends with: the stage goes on, and
+        has failed. None after an error."""
+        value = None
+        try:
+            value = part()
+            self.record(key, value)
+        except Exception as error:  # whatever it is, the other parts can still tell something
+            traceback.print_exc()
+            self.failed.append(key)
+            self.record(key, {"failed": f"{type(error).__name__}: {str(error)[:400]}"})
+        self.free()
+        return value
+
+    def on_gpu(self, key: str, part: Callable[[], object]) -> Any:
+        """The same where there is a GPU; elsewhere the finding is that one is needed."""
+        if self.cuda:
+            return self.tried(key, part)
+        return self.record(key, NEEDS_GPU)
+
+    def wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self, action: Callable[[], object], rounds: int = 5) -> float:
+        """Median wall-clock seconds of `action`, the device waited for, after one call that warms up."""
+        action()
+        times = []
+        for _ in range(rounds):
+            self.wait()
+            began = perf_counter()
+            action()
+            self.wait()
+            times.append(perf_counter() - began)
+        return median(times)
+
+    def free(self) -> None:
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()

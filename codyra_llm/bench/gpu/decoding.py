@@ -1,0 +1,89 @@
+"""Stage `decode` and `oom`: how fast answers are decoded, and what happens when memory runs out."""
+
+from time import perf_counter
+
+import torch
+from transformers import PreTrainedModel
+
+from codyra_llm.bench.evaluation import one_by_one
+from codyra_llm.bench.gpu.context import Context
+from codyra_llm.bench.gpu.facts import copy_speed
+from codyra_llm.bench.gpu.shapes import model
+from codyra_llm.bench.gpu.training import training_without_memory, within
+from codyra_llm.evaluate.budget import MOST, STEP, Budget, within_memory
+from codyra_llm.evaluate.generate import generate_ids
+
+NO_END = -1  # a token that no model makes
+TARGETED = (1, 64)  # rows for which there is a target
+
+
+def decode(context: Context) -> None:
+    """Random weights in Llama-3.2-1B's shape, a prompt of 512 tokens per row."""
+    made = model(context, "llama-3.2-1b").eval()
+    weights = sum(p.nbytes for p in made.parameters())
+    floor = 1000 * weights / copy_speed(context)
+    context.record("reading the weights once, ms", round(floor, 4))
+    for rows in (2,) if context.tiny else (1, 16, 64, 128):
+        found = context.tried(f"{rows} rows", lambda rows=rows: decoded(context, made, rows, floor))
+        if found and rows in TARGETED:
+            context.target(f"decoding {rows} rows", found["step over reading the weights"])
+    context.tried("transformers' generate, one row, ms per token", lambda: generated(context, made))
+
+
+def decoded(context: Context, made: PreTrainedModel, rows: int, floor: float) -> dict[str, float]:
+    """ms of a step in the second half of the answers, when steps are recorded; and how much longer prompts of
+    new lengths take than the same again."""
+    width, new = (24, 8) if context.tiny else (512, 128)
+    prompts = random_prompts(rows, width, rows)
+    first, again = (_seconds(context, made, prompts, new) for _ in range(2))
+    half = _seconds(context, made, prompts, new // 2)
+    each = 1000 * (again - half) / (new - new // 2)
+    return {
+        "first call, s": round(first, 3),
+        "second call, s": round(again, 3),
+        "ms per step": round(each, 3),
+        "step over reading the weights": round(each / floor, 3),
+        "new tokens/s": round(rows * new / again),
+    }
+
+
+def _seconds(context: Context, made: PreTrainedModel, prompts: list[list[int]], new: int) -> float:
+    context.wait()
+    began = perf_counter()
+    generate_ids(made, prompts, new, NO_END)
+    context.wait()
+    return perf_counter() - began
+
+
+def generated(context: Context, made: PreTrainedModel) -> float:
+    """For comparison, prompt included."""
+    width, new = (24, 4) if context.tiny else (512, 64)
+    prompts = random_prompts(1, width, 1)
+    return round(1000 * context.seconds(lambda: one_by_one(made, prompts, new, NO_END), 1) / new, 3)
+
+
+def random_prompts(rows: int, width: int, seed: int) -> list[list[int]]:
+    """Of a few lengths up to `width`, as batches of one task have them."""
+    draw = torch.Generator().manual_seed(seed)
+    lengths = [width - i % 8 for i in range(rows)]
+    return [torch.randint(5, 1000, (length,), generator=draw).tolist() for length in lengths]
+
+
+def oom(context: Context) -> None:
+    context.on_gpu("training with 6 GB more than the weights", lambda: training_without_memory(context))
+    context.on_gpu("answering with 3 GB more than the weights", lambda: answering_without_memory(context))
+
+
+def answering_without_memory(context: Context) -> dict:
+    """A batch of 131,072 tokens in 3 GB: it is halved until it fits, and all prompts are answered."""
+    made, prompts = model(context, "llama-3.2-1b").eval(), random_prompts(120, 1000, 0)
+    lengths, held = [len(p) for p in prompts], Budget(MOST["cuda"], STEP["cuda"])
+
+    def answering() -> dict:
+        def answer(chosen: list[int]) -> list[list[int]]:
+            return generate_ids(made, [prompts[i] for i in chosen], 16, NO_END)
+
+        parts = [part for part, _ in within_memory(range(len(prompts)), lengths, 16, held, answer)]
+        return {"prompts": len(prompts), "answered": sum(map(len, parts)), "tokens at once": held.tokens}
+
+    return within(context, 3, answering)

@@ -1,0 +1,84 @@
+"""Stage `plan`: what `plan` estimates of one micro-batch, against what it takes."""
+
+from transformers import PreTrainedModel
+
+from codyra_llm.bench.gpu.context import Context
+from codyra_llm.bench.gpu.shapes import PAD, adapted, config, examples, model, skeleton
+from codyra_llm.data.batches import Batch, collate, example_weights
+from codyra_llm.lora.shared import shared_inputs
+from codyra_llm.models import packed_attention
+from codyra_llm.runtime.memory import peak_bytes
+from codyra_llm.train.estimate import activation_bytes, step_seconds
+
+SHAPE = "llama-3.2-1b"
+CASES = (("padded", False), ("packed", False), ("packed", True))
+
+
+def plan(context: Context) -> None:
+    """The targets are for the worst of the cases."""
+    memory, time = [], []
+    for kind, checkpointing in CASES:
+        key = f"{kind}{', checkpointing' if checkpointing else ''}"
+        packed = kind == "packed"
+        measure = context.on_gpu if packed else context.tried
+        found = measure(key, lambda packed=packed, saves=checkpointing: estimated(context, packed, saves))
+        if found:
+            memory.append(abs(found["peak, off by"]))
+            time.append(abs(found["seconds, off by"]))
+    if len(memory) == len(CASES):
+        context.target("memory that plan estimates, off by", max(memory))
+        context.target("time that plan estimates, off by", max(time))
+
+
+def estimated(context: Context, packed: bool, checkpointing: bool) -> dict[str, float]:
+    """Bytes at the peak, without weights, and seconds of one micro-batch."""
+    batch = micro_batch(context, packed)
+    predicted = activation_bytes(
+        as_trained(skeleton(context, SHAPE), context, packed, checkpointing), batch, context.device
+    )
+
+    def few_layers(count: int) -> PreTrainedModel:
+        return as_trained(model(context, SHAPE, count), context, packed, checkpointing)
+
+    expected = step_seconds(few_layers, batch, config(context, SHAPE).num_hidden_layers)
+    made, there = few_layers(config(context, SHAPE).num_hidden_layers), batch.to(context.device)
+
+    def work() -> None:
+        forget(made)
+        there.cross_entropy(made).backward()
+
+    work()
+    forget(made)
+    peak = peak_bytes(work, context.device)
+    seconds = context.seconds(work, 2 if context.tiny else 5)
+    return {
+        "tokens": batch.ids.numel(),
+        "peak MB": round(peak / 1e6, 2),
+        "peak MB, estimated": round(predicted / 1e6, 2),
+        "peak, off by": round(predicted / peak - 1, 4),
+        "s": round(seconds, 4),
+        "s, estimated": round(expected, 4),
+        "seconds, off by": round(expected / seconds - 1, 4),
+    }
+
+
+def micro_batch(context: Context, packed: bool) -> Batch:
+    given = examples(context, 8 if context.tiny else 48)
+    chosen = range(len(given))
+    return collate(given, chosen, example_weights(given, chosen, "token"), PAD, packed)
+
+
+def as_trained(made: PreTrainedModel, context: Context, packed: bool, checkpointing: bool) -> PreTrainedModel:
+    adapted(made, context)
+    if checkpointing:
+        made.gradient_checkpointing_enable({"use_reentrant": False})
+    if packed:
+        packed_attention.use(made)
+    return made
+
+
+def forget(made: PreTrainedModel) -> None:
+    """Gradients, and what shared inputs keep for a step."""
+    made.zero_grad()
+    for shared in shared_inputs(made):
+        shared.forget()

@@ -1,0 +1,165 @@
+"""Stages `train` and the first half of `oom`: the training loop itself."""
+
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as profiled
+
+import codyra_llm
+from codyra_llm.bench.gpu.context import Context
+from codyra_llm.bench.gpu.shapes import PAD, adapted, examples, model
+from codyra_llm.config.sections import OptimSection
+from codyra_llm.runtime.launch import accelerator
+from codyra_llm.train.trainer import TaskData, Trainer
+
+PACKAGE = str(Path(codyra_llm.__file__).parent) + "/"
+BATCH = 16
+STEPS = 10  # in which waits are counted, and of which the last two are profiled
+
+
+def trainer(context: Context, batching: str, batch: int, tokens: int | None = None) -> Trainer:
+    """As a run of codyra makes it, on Llama-3.2-1B's shape."""
+    made = model(context, "llama-3.2-1b")
+    method = adapted(made, context)
+    optim = OptimSection(
+        lr=1e-4,
+        schedule="constant",
+        batch_size=batch,
+        loss_average="token",
+        betas=(0.9, 0.999),
+        micro_batch_tokens=tokens,
+    )
+    return Trainer(accelerator(), method, made, optim, PAD, batching)
+
+
+def train(context: Context) -> None:
+    """Tokens per second; what the host waits for; which kernels run."""
+    count, batch = (8, 4) if context.tiny else (4 * BATCH, BATCH)
+    for batching, kind in (("auto", "short"), ("buckets", "short"), ("auto", "long")):
+        given, made = examples(context, count, kind == "long"), trainer(context, batching, batch)
+        task = TaskData("T", 0, given, [range(count)] * 3, [])
+        key = f"{kind} examples, batching {batching}"
+        context.tried(f"fit, {key}", lambda made=made, task=task: fitted(made, task))
+        if batching == "auto":
+            watched(context, made, TaskData("T", 0, given[:batch], [range(batch)] * STEPS, []), kind)
+        made.free()
+
+
+def watched(context: Context, made: Trainer, task: TaskData, kind: str) -> None:
+    """What the host waits for, and which kernels run, in steps on the same examples."""
+    found = context.on_gpu(f"host waits of a step, {kind} examples", lambda: waits(made, task))
+    if found is not None:
+        context.target(f"host waits of a step, {kind} examples", sum(found.values()))
+    context.on_gpu(f"kernels of a step, {kind} examples", lambda: kernels(context, made, task, kind))
+
+
+def fitted(made: Trainer, task: TaskData) -> dict:
+    """`Trainer.fit`; figures from its second epoch on."""
+    rows: list[dict] = []
+    made.fit(task, 1, rows.append)
+    warm = rows[len(rows) // len(task.epochs) :]
+    seconds = [row["seconds"] for row in warm]
+    return {
+        "packed": made.packed,
+        "steps": len(rows),
+        "tokens/s": round(sum(row["tokens"] for row in warm) / sum(seconds)),
+        "median step, s": median(seconds),
+        "first and last loss": [rows[0]["loss"], rows[-1]["loss"]],
+    }
+
+
+def waits(made: Trainer, task: TaskData) -> dict[str, int]:
+    """How often the host waits in a step, by the project's line. Of the step with the median number: after
+    the first all adapters are read, to see that they moved, and before one all are aligned."""
+    steps: list[Counter[str]] = [Counter()]
+
+    def told(message: Warning | str, *_, **__) -> None:
+        if "synchroniz" in str(message):
+            steps[-1][_project_line()] += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = told
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            made.fit(task, 1, lambda row: steps.append(Counter()))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    counted = sorted(steps[:-1], key=Counter.total)
+    return dict(counted[len(counted) // 2].most_common())
+
+
+def _project_line() -> str:
+    """The innermost line of the project that this is called from, without this file's."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(PACKAGE) and file != __file__:
+            return f"{file.removeprefix(PACKAGE)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "elsewhere"
+
+
+def kernels(context: Context, made: Trainer, task: TaskData, kind: str) -> dict:
+    """Of the last two steps: the share of the time in which kernels run, how many there are, the longest;
+    none is to be Triton's. The whole profile goes to a file."""
+    seen = profiled(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+    times = []
+
+    def log(row: dict) -> None:
+        if row["step"] == row["steps"] - 2:
+            context.wait()
+            seen.start()
+            times.append(perf_counter())
+
+    made.fit(task, 1, log)
+    context.wait()
+    wall = perf_counter() - times[0]
+    seen.stop()
+    events = seen.key_averages()
+    table = events.table(sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=90)
+    (context.out / f"profile-{kind}.txt").write_text(table, encoding="utf-8")
+    ran = [event for event in events if event.device_type == DeviceType.CUDA]
+    ran.sort(key=lambda event: -event.self_device_time_total)
+    busy = sum(event.self_device_time_total for event in ran) / 1e6
+    return {
+        "wall s of two steps, profiled": round(wall, 4),
+        "share in which kernels run": round(busy / wall, 3),
+        "kernels of two steps": sum(event.count for event in ran),
+        "triton": [event.key for event in ran if "triton" in event.key.lower()],
+        "longest, ms": {event.key[:80]: round(event.self_device_time_total / 1e3, 2) for event in ran[:12]},
+    }
+
+
+def within(context: Context, gigabytes: int, action: Callable[[], dict]) -> dict:
+    """`action` with so much memory in addition to what is allocated now."""
+    total = torch.cuda.get_device_properties(context.device).total_memory
+    allowed = torch.cuda.memory_allocated(context.device) + (gigabytes << 30)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total))
+    try:
+        return action()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def training_without_memory(context: Context) -> dict:
+    """Micro-batches of 131,072 tokens in 6 GB: they are halved until they fit, and the losses are finite."""
+    made, given = trainer(context, "auto", 64, tokens=1 << 17), examples(context, 64, long=True)
+    task, rows = TaskData("T", 0, given, [range(64)] * 2, []), list[dict]()
+
+    def training() -> dict:
+        made.fit(task, 1, rows.append)
+        return {
+            "tokens at once": [row["micro_batch_tokens"] for row in rows],
+            "losses": [row["loss"] for row in rows],
+        }
+
+    return within(context, 6, training)

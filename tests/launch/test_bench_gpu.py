@@ -1,0 +1,61 @@
+"""`codyra-llm bench gpu`: every stage in small shapes on this machine, and stages that end badly."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from codyra_llm.bench.gpu import stages
+from codyra_llm.bench.gpu.context import findings
+from codyra_llm.bench.gpu.targets import ENDED
+
+
+def test_every_stage_ends_well_in_small_shapes(tmp_path):
+    command = [sys.executable, "-m", "codyra_llm", "bench", "gpu", "--tiny", "--out", tmp_path / "found"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "--seconds", "3600"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = findings(tmp_path / "found")
+    ended = {row["stage"]: row["value"]["how"] for row in rows if row["key"] == ENDED}
+    assert ended == dict.fromkeys(stages.STAGES, "ok"), (tmp_path / "found/log.txt").read_text()
+    found = {row["stage"] for row in rows if row["key"] != ENDED}
+    assert found == set(stages.STAGES), "a stage found nothing"
+    assert "needs a GPU" in {row["value"] for row in rows if row["stage"] == "oom" and row["key"] != ENDED}
+    summary = (tmp_path / "found/summary.txt").read_text(encoding="utf-8")
+    assert summary.count("not measured here") == 12 and "reached" not in summary and "missed" not in summary
+
+
+def _nothing():
+    pass
+
+
+def _error():
+    raise SystemExit(1)
+
+
+def _killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _hang():
+    """As a stage hangs: deaf to SIGTERM, with a child of its own."""
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    subprocess.Popen(["sleep", "600"])
+    time.sleep(600)
+
+
+def test_how_a_stage_ended():
+    forked = multiprocessing.get_context("fork")
+    said = [stages.ended(forked.Process(target=f), 60) for f in (_nothing, _error, _killed)]
+    assert said == ["ok", "failed, see log.txt", "killed by signal 9"]
+
+
+def test_a_stage_that_hangs_ends_with_all_that_it_started():
+    process = multiprocessing.get_context("fork").Process(target=_hang)
+    assert stages.ended(process, 5) == "over its 5 s, and stopped"
+    assert not process.is_alive()
+    gone = subprocess.run(["ps", "-o", "pid=", "-g", str(process.pid)], capture_output=True, text=True)
+    assert not gone.stdout.strip(), gone.stdout
