@@ -9,6 +9,7 @@ import typer
 
 from codyra_llm.commands.common import LocalRank, Overrides, PathArg, Plugins, console, path
 from codyra_llm.core.errors import Fault
+from codyra_llm.core.imports import uncollected
 from codyra_llm.core.terminal import one_line, write
 from codyra_llm.runtime import signals
 
