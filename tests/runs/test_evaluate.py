@@ -207,7 +207,7 @@ def test_general_ability_in_a_run(tiny_llama, toy_stream, tmp_path):
             "members": ["boolq_closed_book"],
         }
         assert (
-            f"ΔR {rows[2]['score'] - rows[0]['score']:+.2f}, mean change over boolq_closed_book."
+            f"ΔR {rows[2].score - rows[0].score:+.2f}, mean change over boolq_closed_book."
             in (run.path / "report.md").read_text()
         )
         page = (run.path / "report.html").read_text()

@@ -106,7 +106,7 @@ def stop_inside(patch: pytest.MonkeyPatch, task: str, step: int) -> None:
 
     def asking(folder, row):
         log(folder, row)
-        if (row["task"], row["step"]) == (task, step):
+        if (row.task, row.step) == (task, step):
             signals.ask("a test")
 
     patch.setattr(signals, "_asked", [])

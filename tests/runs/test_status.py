@@ -89,7 +89,7 @@ def test_the_order_of_a_joint_method(tiny_llama, toy_stream, tmp_path, monkeypat
     asked = tiny_recipe(tiny_llama, toy_stream, tmp_path / "run", method="mtl", checkpoint=False)
 
     def second(folder, row):
-        if row["step"] == 2:
+        if row.step == 2:
             signals.ask("a test")
 
     ended(asked, monkeypatch, "log", second)

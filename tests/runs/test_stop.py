@@ -16,7 +16,7 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import read_jsonl
 from codyra_llm.data.batches import Batch
 from codyra_llm.evaluate import generate
-from codyra_llm.experiment import run
+from codyra_llm.experiment import learning, run
 from codyra_llm.runtime import signals
 from codyra_llm.store.checksums import Seals
 from codyra_llm.store.folder import RunFolder
@@ -40,7 +40,7 @@ def test_asked_outside_of_training(place, straight, tmp_path, monkeypatch, tiny_
     where = {
         "generation": (generate, "generate_ids"),
         "a method's passes": (Batch, "cross_entropy"),
-        "consolidation": (run, "update_report"),
+        "consolidation": (learning, "update_report"),
     }[place]
     action = getattr(*where)
 
