@@ -1,8 +1,8 @@
-"""What commands on many files cost, and how it grows: CPU seconds and peak memory of each at two or three sizes.
+"""What commands on many files cost, and how it grows: CPU seconds and peak memory of each at two sizes.
 
-`python tests/costs.py [--only TEXT] [--out FOLDER] [--shrink 1]` prints a line for each size, and the exponent of
-the growth from the one before. `--shrink 10` takes a tenth of every size. CPU seconds are those of a process of
-its own, start-up included, where not said otherwise.
+`python tests/costs.py [--only TEXT] [--out FOLDER] [--shrink 1]` prints a line for each size, and the exponent
+of the growth from the one before. `--shrink 10` takes a tenth of every size. CPU seconds are those of a
+process of its own, start-up included, where not said otherwise.
 """
 
 import argparse
@@ -64,7 +64,12 @@ def measured(program: str, *arguments: object) -> Cost:
         [sys.executable, "-c", PROGRAM.format(program.strip()), *words],
         capture_output=True,
         text=True,
-        env={"PYTHONPATH": f"{ROOT}", "PATH": "/usr/bin:/bin", "HOME": str(Path.home()), "OMP_NUM_THREADS": "1"},
+        env={
+            "PYTHONPATH": f"{ROOT}",
+            "PATH": "/usr/bin:/bin",
+            "HOME": str(Path.home()),
+            "OMP_NUM_THREADS": "1",
+        },
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     told = done.stderr.split()
@@ -86,7 +91,9 @@ def predictions(out: Path, task: str, count: int) -> Path:
     with open(file, "w", encoding="utf-8") as stream:
         for number in range(count):
             wanted = text(draw, answer)
-            found = wanted if draw.random() < 0.3 else f"{wanted[: len(wanted) // 2]}{text(draw, predicted // 2)}"
+            found = (
+                wanted if draw.random() < 0.3 else f"{wanted[: len(wanted) // 2]}{text(draw, predicted // 2)}"
+            )
             row = {"prompt": text(draw, prompt), "prediction": found, "answer": wanted}
             stream.write(("," if number else "[") + json.dumps(row))
         stream.write("]")

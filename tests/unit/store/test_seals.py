@@ -118,7 +118,13 @@ def test_lines_that_are_no_rows(tmp_path):
 
 def test_every_damaged_file_is_named_at_once(tmp_path):
     sealed = Seals(tmp_path)
-    for name in ("scores.jsonl", "predictions/01-ONE/ONE.jsonl", "state/00.bin", "summary.json", "costs.jsonl"):
+    for name in (
+        "scores.jsonl",
+        "predictions/01-ONE/ONE.jsonl",
+        "state/00.bin",
+        "summary.json",
+        "costs.jsonl",
+    ):
         write(sealed, name, name)
     RunFolder(tmp_path).check_results()
     (tmp_path / "predictions" / "01-ONE" / "ONE.jsonl").unlink()
@@ -129,7 +135,7 @@ def test_every_damaged_file_is_named_at_once(tmp_path):
     first, second = raised.value.messages
     assert "scores.jsonl was changed or damaged" in first and "ONE.jsonl is missing" in second
     with pytest.raises(Fault, match="codyra-llm report .* writes it again"):
-        RunFolder(tmp_path).summary
+        _ = RunFolder(tmp_path).summary
 
 
 def test_a_file_as_it_was_before_its_last_change_is_damaged(tmp_path):
