@@ -182,8 +182,8 @@ class RunFolder:
         for number, name in enumerate(names):
             if int(name.partition("-")[0]) != number:
                 raise Fault(
-                    f"{self.path / 'updates'} has no update of task {number + 1}, but {name}; restore it from "
-                    "a copy, or begin again in another output"
+                    f"{self.path / 'updates'} has no update of task {number + 1}, but {name}; restore it "
+                    "from a copy, or begin again in another output"
                 )
         if lost := [row["after"] for row in self.scores if row["step"] > learnt]:
             raise Fault(

@@ -1,5 +1,5 @@
-"""A sample of the environments of `tests/environments.py`: one fresh process in which much is missing at once,
-and a few that are forked.
+"""A sample of the environments of `tests/environments.py`: one fresh process in which much is missing at
+once, and a few that are forked.
 """
 
 import pytest
