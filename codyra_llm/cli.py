@@ -200,8 +200,8 @@ def _need_utf8_names() -> None:
     there."""
     if (encoding := sys.getfilesystemencoding()) != "utf-8":
         raise Fault(
-            f"file names are {encoding} here, by the locale and PYTHONUTF8={os.environ.get('PYTHONUTF8', '')}; "
-            "set PYTHONUTF8=1, or a locale such as LC_ALL=C.UTF-8"
+            f"file names are {encoding} here, by the locale and the environment, expected utf-8; set "
+            "PYTHONUTF8=1, or a locale such as LC_ALL=C.UTF-8"
         )
 
 

@@ -25,8 +25,8 @@ LOCK = "lease.json"
 NAME = "damaged"  # of the folder that is damaged
 PAGE = "shown.html"  # what `report` writes
 FINE = ("said", "harmless", "unsealed")
-# What readers may show as it is: a log that still grows has no hash, and a run without a summary is one that has
-# not ended, which `status` says.
+# What readers may show as it is: a log that still grows has no hash, and a run without a summary is one that
+# has not ended, which `status` says.
 UNSEALED = {("half", "log.jsonl"), ("straight", "summary.json")}
 
 
@@ -81,8 +81,8 @@ class Damaged:
 
     def check(self, run: str, file: str, damage: str) -> Counter[str]:
         """How often the three commands said so ("said"), showed and left what they do without damage
-        ("harmless"), or showed what is left of a file without a hash ("unsealed"); and under a sentence of its
-        own what is wrong."""
+        ("harmless"), or showed what is left of a file without a hash ("unsealed"); and under a sentence of
+        its own what is wrong."""
         folder = self.copy(run)
         DAMAGES[damage](folder / file, random.Random(f"{self.seed} {run} {file} {damage}"))
         seen = self.look(folder)

@@ -6,9 +6,12 @@ that need root say so where they are left out.
 """
 
 import argparse
+import ctypes
 import json
+import multiprocessing
 import os
 import re
+import resource
 import shlex
 import shutil
 import subprocess
@@ -18,9 +21,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from chaos import quiet
 from tiny import SIZES, save_tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from codyra_llm.experiment import run as runs
+
+LOADED = (runs,)  # what the forked processes need is imported once, here
 ROOT = Path(__file__).parents[1]
 TASK = "Größe 数"
 # The commands one after the other, in processes that a fresh one forks, so that packages are imported once.
@@ -40,37 +47,40 @@ for words in commands:
 with open(result, "w") as file:
     json.dump(codes, file)
 """
-NOBODY = "setpriv --reuid 65534 --regid 65534 --clear-groups"
+NOBODY, STRANGER = 65534, 12345  # a user with an entry in passwd, and one without
+OWN_MOUNTS = 0x00020000  # CLONE_NEWNS of unshare(2)
+
+Change = Callable[[Path], object]
 
 
 @dataclass(frozen=True)
 class Case:
-    """An environment: what the shell does before the commands, what it starts them with, where they find and
-    write things, and what they say if they can't work."""
+    """An environment: what the shell does before the commands of a fresh process, or what a forked one does,
+    where the commands find and write things, and what `run` says if it can't work."""
 
     name: str
     before: str = ""
     start: str = ""
     closed: str = ""
+    inside: Change | None = None
     model: str = "model"
     data: str = "data"
     out: str = "run"
     says: str = ""
     needs_root: bool = False
     checks: bool = False  # `plan` and `data check` are given too
-    arrange: Callable[[Path], None] = field(default=lambda folder: None)
+    arrange: Change = field(default=lambda folder: None)
 
 
 def _linked(folder: Path) -> None:
+    (folder / "run").mkdir()
     for name in ("model", "data", "run"):
-        (folder / f"real {name}").mkdir(exist_ok=True) if name == "run" else (folder / name).rename(
-            folder / f"real {name}"
-        )
+        (folder / name).rename(folder / f"real {name}")
         (folder / name).symlink_to(f"real {name}")
 
 
-def _shut(*names: str) -> Callable[[Path], None]:
-    """Nobody may write below these folders."""
+def _shut(*names: str) -> Change:
+    """Only root may write below these folders."""
 
     def arrange(folder: Path) -> None:
         for name in names:
@@ -80,11 +90,40 @@ def _shut(*names: str) -> Callable[[Path], None]:
     return arrange
 
 
-def _mounted(*names: str) -> str:
-    """Within a mount namespace of its own, these folders read-only."""
-    mounts = [f"mkdir -p {name} && mount --bind {name} {name}" for name in names]
-    mounts += [f"mount -o remount,ro,bind {name}" for name in names]
-    return " && ".join(mounts)
+def _become(user: int) -> Change:
+    def change(folder: Path) -> None:
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+
+    return change
+
+
+def _nameless(folder: Path) -> None:
+    for name in ("HOME", "USER", "LOGNAME"):
+        os.environ.pop(name, None)
+    _become(STRANGER)(folder)
+
+
+def _mount(*commands: str) -> Change:
+    """These mounts, for this process alone."""
+
+    def change(folder: Path) -> None:
+        if ctypes.CDLL(None, use_errno=True).unshare(OWN_MOUNTS):
+            raise OSError(ctypes.get_errno(), "unshare")
+        for command in ("mount --make-rprivate /", *commands):
+            subprocess.run(["bash", "-c", command], cwd=folder, check=True)
+
+    return change
+
+
+def _read_only(*names: str) -> Change:
+    binds = [f"mkdir -p {name} && mount --bind {name} {name}" for name in names]
+    return _mount(*binds, *(f"mount -o remount,ro,bind {name}" for name in names))
+
+
+def _files(most: int) -> Change:
+    return lambda folder: resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 ODD = {
@@ -98,15 +137,12 @@ ODD = {
     "an escape sequence": "\x1b[31mred",
     "a leading equals sign": "=1+1",
 }
-UNMADE = "HF_HOME=$PWD/cache"
-
 CASES = [
     Case("nothing changed", checks=True),
     Case("HOME unset", before="unset HOME"),
     Case(
         "HOME unset, a user without an entry in passwd",
-        before=f"unset HOME USER LOGNAME; export {UNMADE}",
-        start="setpriv --reuid 12345 --regid 12345 --clear-groups",
+        inside=_nameless,
         needs_root=True,
     ),
     Case("HOME that can't be written", before="export HOME=/proc/none"),
@@ -118,41 +154,47 @@ CASES = [
     ),
     Case("standard streams in ASCII", before="export PYTHONIOENCODING=ascii"),
     Case("standard streams in Latin-1", before="export PYTHONIOENCODING=latin-1"),
-    Case("umask 077", before="umask 077"),
-    Case("64 file descriptors", before="ulimit -n 64"),
-    Case("32 file descriptors", before="ulimit -n 32"),
-    Case("read-only model and data, by mode", start=NOBODY, needs_root=True, arrange=_shut("model", "data")),
+    Case("umask 077", inside=lambda folder: os.umask(0o077)),
+    Case("64 file descriptors", inside=_files(64)),
+    Case("32 file descriptors", inside=_files(32)),
+    Case(
+        "read-only model and data, by mode",
+        inside=_become(NOBODY),
+        needs_root=True,
+        arrange=_shut("model", "data"),
+    ),
     Case(
         "read-only output, by mode",
-        start=NOBODY,
+        inside=_become(NOBODY),
         needs_root=True,
         arrange=_shut("run"),
-        says=r"run.* can't be written \(Permission denied\)|run: Permission denied",
+        says="run.*Permission denied",
     ),
     Case(
         "a model that may not be read",
-        start=NOBODY,
+        inside=_become(NOBODY),
         needs_root=True,
         arrange=lambda folder: (folder / "model" / "model.safetensors").chmod(0),
         says="model.safetensors.*Permission denied",
     ),
-    Case("read-only model and data, by mount", before=_mounted("model", "data"), needs_root=True),
+    Case("read-only model and data, by mount", inside=_read_only("model", "data"), needs_root=True),
     Case(
         "read-only output, by mount",
-        before=_mounted("run"),
+        inside=_read_only("run"),
         needs_root=True,
         says="run.*Read-only file system",
     ),
-    Case("folders that are symbolic links", arrange=_linked),
+    Case("folders that are symbolic links", arrange=_linked, inside=lambda folder: None),
     Case("TMPDIR that is not there", before="export TMPDIR=/nowhere"),
     Case(
         "TMPDIR that is full",
         before="mkdir tmp && mount -t tmpfs -o size=4k none tmp && head -c 4096 /dev/zero > tmp/x; "
         "export TMPDIR=$PWD/tmp",
+        start="unshare -m",
         needs_root=True,
     ),
-    Case("no /dev/shm", before="mount -t tmpfs -o ro,size=4k none /dev/shm", needs_root=True),
-    Case("no /sys", before="mount -t tmpfs -o ro,size=4k none /sys", needs_root=True),
+    Case("no /dev/shm", inside=_mount("mount -t tmpfs -o ro,size=4k none /dev/shm"), needs_root=True),
+    Case("no /sys", inside=_mount("mount -t tmpfs -o ro,size=4k none /sys"), needs_root=True),
     Case("standard input closed", closed="<&-"),
     Case("standard output closed", closed=">&-"),
     Case("standard error closed", closed="2>&-"),
@@ -160,7 +202,10 @@ CASES = [
     Case("no PATH", before="export PATH="),
     Case("a terminal of one column", before="export COLUMNS=1 TERM=dumb"),
     Case("a time zone that is none", before="export TZ=Nowhere/None"),
-    *(Case(f"names with {kind}", model=f"m{name}", data=f"d{name}", out=name) for kind, name in ODD.items()),
+    *(
+        Case(f"names with {kind}", model=f"m{name}", data=f"d{name}", out=name, inside=lambda folder: None)
+        for kind, name in ODD.items()
+    ),
 ]
 TOGETHER = Case(  # for a quick look: what goes together, at once
     "all of these at once",
@@ -212,20 +257,52 @@ def tried(case: Case, made: Path, folder: Path, seconds: float) -> str:
     for name, target in (("model", case.model), ("data", case.data)):
         shutil.copytree(made / name, folder / target)
     shutil.copy(made / "predictions.json", folder)
+    subprocess.run(["chmod", "-R", "a+rX", folder], check=True)
     asked = commands(case, folder)
     case.arrange(folder)
     folder.chmod(0o777)
+    return (_forked if case.inside else _fresh)(case, folder, asked, seconds) or judged(case, folder)
+
+
+def _forked(case: Case, folder: Path, asked: list[list[str]], seconds: float) -> str:
+    """Each command in a fork of this process, which has loaded all packages; what is wrong, or ''."""
+    codes = {}
+    for words in asked:
+        child = multiprocessing.get_context("fork").Process(target=_inside, args=(case, folder, words))
+        child.start()
+        child.join(seconds)
+        if child.is_alive():
+            child.kill()
+            return f"{words[0]} hangs: more than {seconds:.0f} s"
+        codes[words[0]] = child.exitcode
+    (folder / "codes.json").write_text(json.dumps(codes))
+    return ""
+
+
+def _inside(case: Case, folder: Path, words: list[str]) -> None:
+    os.chdir(folder)
+    log = folder / "said"
+    log.touch()
+    log.chmod(0o666)
+    case.inside(folder)
+    quiet(words, log)
+
+
+def _fresh(case: Case, folder: Path, asked: list[list[str]], seconds: float) -> str:
+    """All commands in forks of one fresh process; what is wrong, or ''."""
     program = shlex.join([sys.executable, "-c", PROGRAM, str(folder / "codes.json"), json.dumps(asked)])
-    streams = case.closed or ""
-    opened = [f"{n}>>{folder}/said" for n in (1, 2) if f"{'' if n == 1 else n}>&-" not in streams.split()]
-    script = f"cd {shlex.quote(str(folder))}\n{case.before}\nexec {case.start} {program} {' '.join(opened)} {streams}"
-    shell = ["unshare", "-m", "bash", "-c"] if case.needs_root and "mount" in case.before else ["bash", "-c"]
+    streams = {1: ">>said", 2: "2>>said"}
+    opened = [
+        to for number, to in streams.items() if {1: ">&-", 2: "2>&-"}[number] not in case.closed.split()
+    ]
+    script = f"cd {shlex.quote(str(folder))}; {case.before}\nexec {program} {' '.join(opened)} {case.closed}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     try:
-        subprocess.run([*shell, script], env=environment, timeout=seconds, stdin=subprocess.DEVNULL)
+        command = [*case.start.split(), "bash", "-c", script]
+        subprocess.run(command, env=environment, timeout=seconds, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
         return f"hangs: more than {seconds:.0f} s"
-    return judged(case, folder)
+    return ""
 
 
 def judged(case: Case, folder: Path) -> str:

@@ -125,8 +125,8 @@ class ModelSection(Strict, frozen=True):
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub id")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
-        description="auto: bfloat16 on a GPU that has it, and on a CPU that has instructions for it for a base "
-        "that is not stored in float32; else float32; a resumed run keeps the dtype that it began with",
+        description="auto: bfloat16 on a GPU that has it, and for a base that is not stored in float32 on a "
+        "CPU with instructions for it; else float32; a resumed run keeps the dtype that it began with",
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
         default=None, description="default: sdpa if the family supports it, else eager (gemma2)"

@@ -1,9 +1,9 @@
 """SARI (Xu et al., 2016, ACL Anthology Q16-1029) in the variant of tensor2tensor, Hugging Face and so
 TRACE.
 
-A source has ten times as many n-grams as a prediction, and nearly all of them are there once and nowhere else.
-Such a one is deleted, rightly, and is only counted: none is built. For an n-gram that is repeated, or that is
-in another text too, so are the two (n-1)-grams within it, and so they are found among few places.
+A source has ten times as many n-grams as a prediction, and nearly all of them are there once and nowhere
+else. Such a one is deleted, rightly, and is only counted: none is built. For an n-gram that is repeated, or
+that is in another text too, so are the two (n-1)-grams within it, and so they are found among few places.
 """
 
 from collections import Counter
@@ -94,7 +94,10 @@ class _Known(NamedTuple):
 def _known(words: list[str], n: int, places: list[int], elsewhere: Set[Gram]) -> _Known:
     """`places`: where an n-gram can begin that is repeated, or one of those `elsewhere`, in order."""
     size = max(len(words) - n + 1, 0)
-    grams = words if n == 1 else [tuple(words[at : at + n]) for at in places]
+    grams: Sequence[Gram] = words
+    if n > 1:
+        columns = ([words[at + offset] for at in places] for offset in range(n))
+        grams = list(zip(*columns, strict=True))
     counts = Counter(grams)
     shared = {gram: count for gram, count in counts.items() if gram in elsewhere}
     wanted = shared.keys() | {gram for gram, count in counts.items() if count > 1}

@@ -45,8 +45,8 @@ class Run:
 
 def collected(paths: Sequence[Path]) -> list[Member]:
     """The runs that the folders are, or that they hold where they are a sweep's: those finished, without its
-    tries, its baseline's first. Raises Fault for a sweep that has none, and for results that were damaged since
-    they were written."""
+    tries, its baseline's first. Raises Fault for a sweep that has none, and for results that were damaged
+    since they were written."""
     found = []
     for path in {path.resolve(): path for path in paths}.values():
         found += _of_sweep(path) if is_sweep(path) else [Member(RunFolder(path))]

@@ -18,8 +18,8 @@ def agreed(acc: Accelerator) -> bool | None:
 
 def multiplies_bfloat16() -> bool:
     """Whether bfloat16 is worth its rounding here: on a GPU if it has units for it, on a CPU if it has
-    instructions for it and PyTorch the library that uses them. Nothing is timed: what a busy machine finds fast
-    changes from one moment to the next, and two runs of one recipe would have other bits."""
+    instructions for it and PyTorch the library that uses them. Nothing is timed: what a busy machine finds
+    fast changes from one moment to the next, and two runs of one recipe would have other bits."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()

@@ -33,8 +33,8 @@ class Seals:
             yield temporary
             new, old = file_sha256(temporary), _present(path)
             self._note(path, [new, old])
-        # From here on a missing file is a lost one, and one that is as it was before is damaged: half of a file
-        # to which a line was added may be just that.
+        # From here on a missing file is a lost one, and one that is as it was before is damaged: half of a
+        # file to which a line was added may be just that.
         self._note(path, [new])
 
     def check(self, path: Path) -> None:
@@ -51,8 +51,8 @@ class Seals:
         return hashes is None or _present(path) in hashes
 
     def check_all(self, but: Container[str]) -> None:
-        """`check` of every file that has a recorded hash, except for those below the folders `but`. Raises one
-        Fault that names each file which is not as it was written."""
+        """`check` of every file that has a recorded hash, except for those below the folders `but`. Raises
+        one Fault that names each file which is not as it was written."""
         noted = self.noted if self.checks else {}
         files = [self.folder / name for name in noted if name.partition("/")[0] not in but]
         suspect = [file for file in files if _present(file) not in noted[self._name(file)]]

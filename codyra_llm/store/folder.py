@@ -174,15 +174,15 @@ class RunFolder:
         return Progress(self.path / "progress", index, task, parent, self.recipe.save, self.may_write)
 
     def check_scores(self, learnt: int) -> None:
-        """Raise Fault where an update was lost: its task was evaluated and is not among the first `learnt`, or
-        others follow it.
+        """Raise Fault where an update was lost: its task was evaluated and is not among the first `learnt`,
+        or others follow it.
         """
         names = sorted(file.name for file in self.path.glob("updates/*.safetensors"))
         for number, name in enumerate(names):
             if int(name.partition("-")[0]) != number:
                 raise Fault(
-                    f"{self.path / 'updates'} has no update of task {number + 1}, but {name}; restore it from a "
-                    "copy, or begin again in another output"
+                    f"{self.path / 'updates'} has no update of task {number + 1}, but {name}; restore it "
+                    "from a copy, or begin again in another output"
                 )
         lost = [row.after for row in self.scores if row.step > learnt]
         if lost:
@@ -302,8 +302,8 @@ class RunFolder:
         file = self.path / SUMMARY
         if file.is_file() and not self.seals.holds(file):
             raise Fault(
-                f"{file} was changed or damaged since it was written; `codyra-llm report {self.path}` writes it "
-                "again"
+                f"{file} was changed or damaged since it was written; `codyra-llm report {self.path}` writes "
+                "it again"
             )
         return read_mapping(file, "what the run wrote") if file.is_file() else {}
 

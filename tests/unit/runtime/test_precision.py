@@ -1,4 +1,4 @@
-"""`model.dtype: auto`: what the hardware multiplies faster, by its instructions, unless the base or the run says otherwise."""
+"""`model.dtype: auto`: what the hardware has instructions for, unless the base or the run says otherwise."""
 
 import time
 

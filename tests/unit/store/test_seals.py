@@ -135,7 +135,7 @@ def test_every_damaged_file_is_named_at_once(tmp_path):
     first, second = raised.value.messages
     assert "scores.jsonl was changed or damaged" in first and "ONE.jsonl is missing" in second
     with pytest.raises(Fault, match="codyra-llm report .* writes it again"):
-        RunFolder(tmp_path).summary
+        _ = RunFolder(tmp_path).summary
 
 
 def test_a_file_as_it_was_before_its_last_change_is_damaged(tmp_path):
