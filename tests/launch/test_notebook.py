@@ -1,0 +1,30 @@
+"""docs/quickstart.ipynb, executed from end to end as a reader would."""
+
+import os
+import re
+import sys
+
+import nbformat
+import pytest
+from commands import ROOT
+from nbclient import NotebookClient
+
+NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
+pytestmark = pytest.mark.skipif(not NOTEBOOK.is_file(), reason="not a checkout")
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("PATH", os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    for cell in notebook.cells:  # what a reader's machine gives differs, so that none is kept
+        assert not cell.get("outputs") and cell.get("execution_count") is None
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    tables = [output.data["text/markdown"] for output in shown if "text/markdown" in output.get("data", {})]
+    plain, ours = re.findall(
+        r", after \| FOMC \| C-STANCE \| NumGLUE-cm\n.*?, bwt (\S+)", tables[0], re.DOTALL
+    )
+    assert float(plain) < float(ours) - 20  # the point of the page
+    assert any("image/svg+xml" in output.get("data", {}) for output in shown)
+    assert shown[-1].text.rpartition("says:")[2].strip()
