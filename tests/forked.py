@@ -75,7 +75,7 @@ class Started:
                 self.codes[process] = os.waitstatus_to_exitcode(status)
         return len(self.codes) < len(self.processes)
 
-    def wait(self, timeout: float = 120) -> Ended:
+    def wait(self, timeout: float = 300) -> Ended:
         """Until all have ended; those that have not after `timeout` seconds are killed: the test fails."""
         end = time.monotonic() + timeout
         while self.running() and time.monotonic() < end:
@@ -127,7 +127,7 @@ class Forked:
         return self.start(work, [{}])
 
     def ranks(
-        self, work: Work, environment: dict[str, str] | None = None, processes: int = 2, timeout: float = 120
+        self, work: Work, environment: dict[str, str] | None = None, processes: int = 2, timeout: float = 300
     ) -> Ended:
         """Processes that get ranks and `environment` (see `zero`), to their end. As with torchrun they
         meet at a store that is none of theirs."""
@@ -143,14 +143,17 @@ class Forked:
         return self.ranks(lambda rank: main([str(word) for word in words]), **options)
 
 
-@cache
 def zero(config: str) -> dict[str, str]:
-    """What `accelerate launch` under this shipped config sets for its processes. DeepSpeed is imported here,
-    so that they need not do so."""
+    """What `accelerate launch` under this shipped config sets for its processes."""
+    return set_by_accelerate(SHIPPED / "accelerate" / f"{config}.yaml")
+
+
+@cache
+def set_by_accelerate(file: Path) -> dict[str, str]:
+    """The same of any config for DeepSpeed, which is imported here, so that the processes need not do so."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed  # noqa: F401
 
-    file = SHIPPED / "accelerate" / f"{config}.yaml"
     words = ["--config_file", str(file), "--main_process_port", "0", "x.py"]
     asked = []
     with pytest.MonkeyPatch.context() as patch:

@@ -80,18 +80,6 @@ def torchrun(recipe: Path, *overrides: str) -> subprocess.CompletedProcess:
     )
 
 
-def accelerate(config: Path, recipe: Path, *overrides: str) -> subprocess.CompletedProcess:
-    return launched(
-        "accelerate.commands.launch",
-        "--config_file",
-        config,
-        "--main_process_port",
-        str(free_port()),
-        recipe,
-        *overrides,
-    )
-
-
 def rows(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 

@@ -1,29 +1,32 @@
-"""Run a recipe and print after each task how many bytes of tensors this process still holds: `run_weighed.py
-run RECIPE [KEY=VALUE ...]`."""
+"""A run that tells after each task how many bytes of tensors its process holds and did not hold before."""
 
 import gc
-import sys
 import warnings
 
 import torch
 
 from codyra_llm.cli import main
-from codyra_llm.experiment import run
-
-learn = run.learn
+from codyra_llm.experiment import run as runs
 
 
-def weighed(experiment, stage, peak) -> None:
-    learn(experiment, stage, peak)
-    gc.collect()
+def weighed(words: list[str]) -> None:
+    """The command, in a process that ends with it."""
+    learn = runs.learn
+
+    def weighing(experiment, stage, peak) -> None:
+        learn(experiment, stage, peak)
+        gc.collect()
+        print(f"after task {stage.index}: {held()} bytes of tensors", flush=True)
+
+    runs.learn = weighing
+    gc.freeze()  # what is there already is no longer listed
+    main(words)
+
+
+def held() -> int:
+    """Bytes of all tensors that the collector lists."""
     with warnings.catch_warnings():  # some objects warn when they are asked for their class
         warnings.simplefilter("ignore")
-        storages = {
-            s.data_ptr(): s.nbytes()
-            for s in (t.untyped_storage() for t in gc.get_objects() if isinstance(t, torch.Tensor))
-        }
-    print(f"after task {stage.index}: {sum(storages.values())} bytes of tensors", flush=True)
-
-
-run.learn = weighed
-main(sys.argv[1:])
+        tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -15,18 +15,18 @@ import pytest
 import run_stopped
 import torch
 import yaml
-from forked import Ended, zero
+from forked import Ended, set_by_accelerate, zero
 from helpers import TESTS
 from launches import (
     METHODS,
     SHIPPED,
-    accelerate,
     assert_same_run,
     free_port,
     launched,
     refused,
     rows,
 )
+from run_weighed import weighed
 from safetensors.torch import load_file
 
 from codyra_llm.config.recipe import load_recipe
@@ -157,7 +157,7 @@ def test_a_deepspeed_file_that_asks_for_nothing_is_refused(text, told, tmp_path,
 
 
 @pytest.mark.distributed
-def test_zero_3_with_every_parameter_in_shards(one_process, recipe_files, tmp_path):
+def test_zero_3_with_every_parameter_in_shards(one_process, recipe_files, tmp_path, forked):
     """The shipped config would keep parameters as small as these whole; a DeepSpeed file of the user's says
     otherwise, and its request for bfloat16 is not followed. Checkpointing gathers the shards a second time.
     No task leaves its model in memory, which DeepSpeed would."""
@@ -178,14 +178,9 @@ def test_zero_3_with_every_parameter_in_shards(one_process, recipe_files, tmp_pa
         "zero3_init_flag": False,
     }
     (tmp_path / "zero3.yaml").write_text(yaml.safe_dump(config))
-    done = accelerate(
-        tmp_path / "zero3.yaml",
-        TESTS / "run_weighed.py",
-        "run",
-        recipe_files / "codyra.yaml",
-        f"output={tmp_path / 'run'}",
-        "model.gradient_checkpointing=true",
-    )
+    words = ["run", recipe_files / "codyra.yaml", f"output={tmp_path / 'run'}"]
+    words = [*map(str, words), "model.gradient_checkpointing=true"]
+    done = forked.ranks(lambda rank: weighed(words), set_by_accelerate(tmp_path / "zero3.yaml"))
     assert done.returncode == 0, done.stderr
     assert_same_run(one_process["codyra"], tmp_path / "run", 3)
     left = {
@@ -265,20 +260,22 @@ def environment(launcher: str) -> dict[str, str]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("first", "then"), [("one", "zero2"), ("zero3", "ddp"), ("zero1", "zero3")])
-def test_a_run_goes_on_under_another_launch(first, then, one_process, recipe_files, tmp_path, forked):
+def test_a_run_goes_on_under_another_launch(one_process, recipe_files, tmp_path, forked):
     """Only the first process is asked to stop; all agree on the step. What it left is of no number of
     processes.
     """
     command = ["run", recipe_files / "codyra.yaml", f"output={tmp_path / 'run'}"]
-    stopped = interrupted(forked, first, "THREE", "2", *command)
-    assert set(stopped.codes) == {75} and "stopped (task THREE, step 3 of " in stopped.stderr, stopped.stderr
-    assert [path.name for path in (tmp_path / "run" / "progress").iterdir()] == ["01-THREE-00000003"]
-    done = forked.command(*command, environment=environment(then))
+    for launcher, task, step in (("one", "ONE", 2), ("zero2", "THREE", 2), ("zero3", "THREE", 4)):
+        stopped = interrupted(forked, launcher, task, str(step), *command)
+        assert set(stopped.codes) == {75}, stopped.stderr
+        assert f"stopped (task {task}, step {step + 1} of " in stopped.stderr, stopped.stderr
+        [left] = (tmp_path / "run" / "progress").iterdir()
+        assert left.name == f"{['ONE', 'THREE'].index(task):02d}-{task}-{step + 1:08d}"
+    assert "THREE: going on after step 3" in stopped.stdout and "equal to rounding only" in stopped.stdout
+    done = forked.command(*command)
     assert done.returncode == 0, done.stderr
-    assert "THREE: going on after step 3" in done.stdout and "equal to rounding only" in done.stdout
-    stage = 0 if then == "ddp" else int(then[4])
-    assert_same_run(one_process["codyra"], tmp_path / "run", stage)
+    assert "THREE: going on after step 5" in done.stdout and "equal to rounding only" in done.stdout
+    assert_same_run(one_process["codyra"], tmp_path / "run", 0)
 
 
 def begun(process: psutil.Process) -> bool:

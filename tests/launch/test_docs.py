@@ -44,6 +44,8 @@ FEW = [
     "general.data=null",
 ]
 TINY = ["data.root=data/LLM-CL-Benchmark_500", "data.tasks=[FOMC,ScienceQA]", *FEW]
+# Of quickstart's method, where a command names no other: how many sequences the base writes by itself.
+QUICK = [*TINY, "method.samples=8"]
 AFTER = {
     "evaluate": ["data.max_prompt_tokens=48", "eval.max_examples=2", "eval.max_new_tokens=3"],
     "sweep": ["--report"],
@@ -114,7 +116,7 @@ def place(tiny_llama, tmp_path_factory):
     (folder / "zero2.json").write_text('{"zero_optimization": {"stage": 2}}')
     (folder / "predictions.json").write_text('[{"prompt": "p", "prediction": "A", "answer": "A"}]')
     done = subprocess.run(
-        ["./launch.sh", "recipes/quickstart.yaml", *TINY],
+        ["./launch.sh", "recipes/quickstart.yaml", *QUICK],
         cwd=folder,
         env=environment(),
         text=True,
@@ -172,7 +174,9 @@ def small(words):
     if words[0] == "codyra-llm":
         if name in ("run", "plan"):
             at = words.index(name) + 2
-            return [*words[:at], *(FEW if "mine/" in words[at - 1] else TINY), *words[at:]]
+            recipe = words[at - 1]
+            few = FEW if "mine/" in recipe else QUICK if "quickstart" in recipe else TINY
+            return [*words[:at], *few, *words[at:]]
         return words + AFTER.get(name, []) + (SHAPES[words[2]] if name == "bench" else [])
     return None
 

@@ -387,6 +387,7 @@ def test_a_slurm_allocation(tiny_llama, toy_stream, launch, tmp_path):
         "data.tasks=[ONE]",
         "data.epochs=1",
         "method.rank=2",
+        "method.samples=8",
         "eval.max_new_tokens=2",
         "eval.max_examples=2",
         "general.data=null",

@@ -84,19 +84,17 @@ def one_process(recipe_files, tmp_path_factory) -> Path:
     return run.run(load_recipe(recipe_files / "codyra.yaml", [f"output={output}"])).path
 
 
-@pytest.mark.parametrize("config", ["zero2", "zero3"])
-def test_two_nodes_equal_one_process(config, one_process, recipe_files, tmp_path):
+def test_two_nodes_equal_one_process(one_process, recipe_files, tmp_path):
+    """Under ZeRO 3, which asks the most of them: each holds half of the weights."""
     done = two_nodes(
         recipe_files / "codyra.yaml",
         f"output={tmp_path / 'run'}",
-        ACCELERATE_CONFIG=str(SHIPPED / "accelerate" / f"{config}.yaml"),
+        ACCELERATE_CONFIG=str(SHIPPED / "accelerate" / "zero3.yaml"),
     )
     assert done.returncode == 0, done.stderr
-    assert (
-        f"2 processes on 2 machines (ZeRO stage {config[4]}) agree; 7 examples per optimizer step over all"
-        in done.stdout
-    )
-    assert_same_run(one_process, tmp_path / "run", int(config[4]))
+    told = "2 processes on 2 machines (ZeRO stage 3) agree; 7 examples per optimizer step over all"
+    assert told in done.stdout
+    assert_same_run(one_process, tmp_path / "run", 3)
 
 
 def test_nodes_that_disagree_are_named(recipe_files, tmp_path):
