@@ -167,7 +167,9 @@ class Method:
         """
 
     def edit_gradients(self, gradients: "Gradients") -> None:
-        """Change the step's gradients, summed over ranks and not yet clipped. Not under ZeRO."""
+        """Change the step's gradients, summed over ranks and not yet clipped. Not under ZeRO. They may not be
+        finite: losses are read afterwards, since the host waits once for them and the norm of what this
+        leaves."""
 
     def after_step(self, gradients: "Gradients") -> None:
         """Change the parameters after the optimizer's step. Not under ZeRO."""

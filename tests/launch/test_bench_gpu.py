@@ -40,11 +40,16 @@ def _killed():
 
 
 def _hang():
-    """As a stage hangs: deaf to SIGTERM, with a child of its own."""
+    """As a stage may: deaf to SIGTERM, with a child of its own."""
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     subprocess.Popen(["sleep", "600"])
     time.sleep(600)
+
+
+def _leave():
+    os.setsid()
+    subprocess.Popen(["sleep", "600"])
 
 
 def test_how_a_stage_ended():
@@ -57,5 +62,16 @@ def test_a_stage_that_hangs_ends_with_all_that_it_started():
     process = multiprocessing.get_context("fork").Process(target=_hang)
     assert stages.ended(process, 5) == "over its 5 s, and stopped"
     assert not process.is_alive()
-    gone = subprocess.run(["ps", "-o", "pid=", "-g", str(process.pid)], capture_output=True, text=True)
-    assert not gone.stdout.strip(), gone.stdout
+    assert not _running(process.pid)
+
+
+def test_what_a_stage_leaves_is_ended_with_it():
+    process = multiprocessing.get_context("fork").Process(target=_leave)
+    assert stages.ended(process, 60) == "ok"
+    assert not _running(process.pid)
+
+
+def _running(session: int) -> list[str]:
+    """The states of a session's processes, without those that are only not collected yet."""
+    asked = subprocess.run(["ps", "-o", "stat=", "-g", str(session)], capture_output=True, text=True)
+    return [state for state in asked.stdout.split() if not state.startswith("Z")]

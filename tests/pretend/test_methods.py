@@ -32,49 +32,17 @@ class Budget(NamedTuple):
 # One wait of a step reads its losses and the norm of its gradients, for the log and to stop at a loss that is
 # not finite. A method that needs more says so here.
 ONE = Budget(1)
-PADDED = "rows are padded, and transformers asks each forward whether they are packed"
-EDITED = "the norm is read again after gradients are edited"
 BUDGETS: dict[str, Budget] = {
-    "seqft": Budget(1, 1, PADDED),
-    "pp": Budget(1, 1, PADDED),
-    "hidelora": Budget(1, 1, PADDED),
-    "gainlora": Budget(1, 1, PADDED),
-    "sapt": Budget(
-        2, 1, f"{PADDED}; which replayed features are drawn goes to the device once per past task"
-    ),
-    "duallora": Budget(2, 1, f"{PADDED}; {EDITED}"),
-    "dualprompt": Budget(1, 3, f"{PADDED}; ids and ends of its rows' prompts are read for the query"),
-    "l2p": Budget(
-        1, 6, f"{PADDED}, the query's too; ids and ends of prompts are read, and copied back for it"
-    ),
-    "ilora": Budget(
-        7,
-        1,
-        f"{PADDED}; {EDITED}; the memory's batch goes through two models, where places of"
-        " tokens are copied to the device",
-    ),
-    "ilora_mixed": Budget(
-        3,
-        2,
-        "which rows are replayed, and their lengths, are copied to the device; with"
-        " replayed rows lengths are read too",
-    ),
-    "ogd": Budget(2, why=EDITED),
-    "agem": Budget(3, why=f"{EDITED}; whether the gradient is projected depends on one product"),
-    "gem": Budget(5, why=f"{EDITED}; a quadratic program is solved on the host: two tensors there, one back"),
-    "treelora": Budget(3, why=f"{EDITED}; a bandit on the host reads the distances"),
-    "treelora_repo": Budget(
-        5, why="two groups of sites, each with random numbers of the host and a drawn task that is read"
-    ),
+    "gem": Budget(2, why="a quadratic program is solved on the host, from one tensor"),
+    "treelora": Budget(2, why="a bandit on the host reads the distances"),
+    "treelora_repo": Budget(3, why="two groups of sites, each with a drawn task that is read"),
     "sdft": Budget(
         2,
-        15,
-        f"{PADDED}, the teacher's and each of three drawn tokens' too; prompts go to the device, and each "
+        13,
+        "prompts go to the device, transformers asks at each of three drawn tokens whether there are pads, and each "
         "token is read to see whether it ends its answer",
     ),
     "codyra": Budget(85, why="once a task pruning reads 3 factors of 14 adapters and writes them back"),
-    "osft": Budget(2, why=EDITED),
-    "osft_lora": Budget(2, why=EDITED),
 }
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
@@ -109,16 +110,15 @@ def ended(process: BaseProcess, seconds: float) -> str:
 
 
 def _stop(process: BaseProcess) -> None:
-    """End the process, and what it started, if it still runs."""
+    """End the process, if it still runs, and what it started."""
+    assert process.pid is not None
     for sign in (signal.SIGTERM, signal.SIGKILL):
-        if not process.is_alive():
-            return
-        assert process.pid is not None
-        if os.getpgid(process.pid) == process.pid:
+        with suppress(ProcessLookupError):  # no process is left of its group, or it has not come to make one
             os.killpg(process.pid, sign)
-        else:  # it has not come to make a group of its own
-            process.kill()
-        process.join(2)
+            process.join(2)
+    if process.is_alive():
+        process.kill()
+        process.join()
 
 
 def _nothing() -> None:

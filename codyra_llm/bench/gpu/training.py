@@ -13,14 +13,13 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiled
 
-import codyra_llm
 from codyra_llm.bench.gpu.context import Context
 from codyra_llm.bench.gpu.shapes import PAD, adapted, examples, model
 from codyra_llm.config.sections import OptimSection
 from codyra_llm.runtime.launch import accelerator
 from codyra_llm.train.trainer import TaskData, Trainer
 
-PACKAGE = str(Path(codyra_llm.__file__).parent) + "/"
+PACKAGE = f"{Path(__file__).parents[2]}/"
 BATCH = 16
 STEPS = 10  # in which waits are counted, and of which the last two are profiled
 

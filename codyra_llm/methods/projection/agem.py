@@ -1,5 +1,7 @@
 """A-GEM: GEM with one reference gradient for all earlier tasks."""
 
+import torch
+
 from codyra_llm.config.methods.projection import AGemConfig
 from codyra_llm.core.tensors import flat
 from codyra_llm.methods.projection.gem import EpisodicMemory, add
@@ -27,5 +29,6 @@ class AGem(EpisodicMemory):
         reference = flat(gradients.mean(self.draw([e for examples in self._memories for e in examples])))
         grads = gradients.step
         along = flat(grads).double() @ reference.double()
-        if along < 0:
-            add(grads, reference * (-along / reference.double().square().sum()).to(reference))
+        share = -along / reference.double().square().sum()
+        share = torch.where(along < 0, share, 0.0)  # on the device, so that the host does not wait to choose
+        add(grads, reference * share.to(reference))
