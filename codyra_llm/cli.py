@@ -198,7 +198,8 @@ def main(args: list[str] | None = None) -> None:
 def _need_utf8_names() -> None:
     """Raises Fault where this process can't name every file: a task "Größe" would then be one that is not
     there."""
-    if (encoding := sys.getfilesystemencoding()) != "utf-8":
+    encoding = sys.getfilesystemencoding()
+    if encoding != "utf-8":
         raise Fault(
             f"file names are {encoding} here, by the locale and the environment, expected utf-8; set "
             "PYTHONUTF8=1, or a locale such as LC_ALL=C.UTF-8"

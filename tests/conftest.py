@@ -37,8 +37,8 @@ pytest.register_assert_rewrite("commands", "fused", "helpers", "launches", "made
 settings.register_profile("any machine", deadline=None)  # a busy one is no fault
 settings.load_profile("any machine")
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it gives
-# No test takes the power away: tests/crash_points.py notes what is synced. Waiting for the disk, ninety times a
-# run, takes longer than the run. A handle that is none still raises.
+# No test takes the power away: tests/crash_points.py notes what is synced. Waiting for the disk, ninety times
+# a run, takes longer than the run. A handle that is none still raises.
 os.fsync = os.fstat
 
 

@@ -44,6 +44,20 @@ Rank = Annotated[
     typer.Option(min=1, help="peft: cut the sum of the updates to this rank; the card states the error"),
 ]
 
+Level = Annotated[
+    str,
+    typer.Argument(
+        help="linear, block (a decoder layer), head (with its loss), step (of training), eval (generation) "
+        "or gpu (all that a GPU is to settle)"
+    ),
+]
+Tokens = Annotated[
+    int | None, typer.Option(min=16, help="step: padded tokens at once; eval: longest prompt, default 256")
+]
+Found = Annotated[
+    Path | None, typer.Option(parser=path, metavar="FOLDER", help="gpu: a new folder for what is found")
+]
+
 
 def score(
     task: str,
@@ -181,13 +195,7 @@ def export(
 
 
 def bench(
-    level: Annotated[
-        str,
-        typer.Argument(
-            help="linear, block (a decoder layer), head (with its loss), step (of "
-            "training), eval (generation) or gpu (all that a GPU is to settle)"
-        ),
-    ],
+    level: Level,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, ...; default: bfloat16 on a GPU")
@@ -204,13 +212,8 @@ def bench(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="step: examples of a global batch")] = 8,
     examples: Annotated[int, typer.Option(min=1, help="step, eval: first examples of each task")] = 8,
-    tokens: Annotated[
-        int | None,
-        typer.Option(min=16, help="step: padded tokens at once; eval: longest prompt, default 256"),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(parser=path, metavar="FOLDER", help="gpu: a new folder for what is found")
-    ] = None,
+    tokens: Tokens = None,
+    out: Found = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="gpu: small shapes, to try the stages")] = False,
     seconds: Annotated[float | None, typer.Option(min=1, help="gpu: for all stages, default 600")] = None,
     stages: Annotated[str | None, typer.Option(help="gpu: names, e.g. facts,linear; default: all")] = None,
@@ -226,7 +229,8 @@ def bench(
         _bench_gpu(out, tiny, seconds, stages)
         return
     given = {"--out": out, "--tiny": tiny, "--seconds": seconds, "--stages": stages}
-    if astray := [name for name, value in given.items() if value]:
+    astray = [name for name, value in given.items() if value]
+    if astray:
         raise Fault(f"{astray[0]}: it belongs to `bench gpu`; leave it out for `bench {one_line(level)}`")
     from codyra_llm.bench import measured, options, show
 

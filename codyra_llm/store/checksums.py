@@ -57,7 +57,8 @@ class Seals:
         files = [self.folder / name for name in noted if name.partition("/")[0] not in but]
         suspect = [file for file in files if _present(file) not in noted[self._name(file)]]
         # A run that is at work may have replaced them since its hashes were read here.
-        if damaged := [file for file in suspect if not self.holds(file)]:
+        damaged = [file for file in suspect if not self.holds(file)]
+        if damaged:
             raise Fault(*map(self._wrong, damaged))
 
     def forget(self, path: Path) -> None:

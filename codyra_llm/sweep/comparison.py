@@ -91,14 +91,16 @@ def _row(arm: str, rest: str, runs: list[Run], baseline: list[Run]) -> dict:
     for name in MEASURES:
         values = [each[name] for each in found]
         over_seeds[name] = interval(values, alone.get(name))
+    seeds = {run.recipe.seed for run in runs}
+    orders = {tuple(run.recipe.tasks) for run in runs}
     own_costs = _costs([own for own, _ in pairs])
     other_costs = _costs([other for _, other in pairs])
     return {
         "arm": arm,
         "settings": rest,
         "runs": len(runs),
-        "seeds": len({run.recipe.seed for run in runs}),
-        "orders": len({tuple(run.recipe.tasks) for run in runs}),
+        "seeds": len(seeds),
+        "orders": len(orders),
         **over_seeds,
         "difference": _difference(pairs) if pairs and runs != baseline else None,
         "costs": _costs(runs),
@@ -268,7 +270,11 @@ def render(found: dict, name: str) -> str:
 
 
 def _lines(rows: list[dict]) -> list[str]:
-    return ["| " + " | ".join(show(row) for show in COLUMNS.values()) + " |" for row in rows]
+    lines = []
+    for row in rows:
+        cells = [show(row) for show in COLUMNS.values()]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def _caption(found: dict) -> str:

@@ -33,7 +33,9 @@ class Depth(NamedTuple):
 
 def depth(model: nn.Module) -> Depth:
     """Of a model as it trains."""
-    trains = [any(p.requires_grad for p in block.parameters()) for block in families.blocks(model)]
+    trains = []
+    for block in families.blocks(model):
+        trains.append(any(p.requires_grad for p in block.parameters()))
     whole = getattr(model, "_require_grads_hooks", None)  # what trains may stand in front of the layers
     ended = 0 if whole or True not in trains else trains.index(True)
     return Depth(sum(trains), len(trains) - sum(trains) - ended, ended)

@@ -27,7 +27,7 @@ class Sdft(SeqLora):
     Source: Shenfeld et al. (2601.19897): on-policy, so that the model moves no further than its own answers
     have to. The wording of the demonstration is theirs, without "including the thinking process"; their
     code skips the first 3 tokens of long answers (`skip`), has α = 0.01, and averages over examples, which
-    here is `data.loss_average: sample` (by tokens, an example's share is that of its gold answer). Ours: an
+    here is `optim.loss_average: sample` (by tokens, an example's share is that of its gold answer). Ours: an
     adapter in place of all weights, and `probe`: the method can't work where the base makes nothing of a
     demonstration, so before the first task the cross entropy of `probe` gold answers is measured with and
     without it. A demonstration that doesn't fit into `data.max_prompt_tokens` loses the beginning of its
