@@ -39,8 +39,8 @@ BUDGETS: dict[str, Budget] = {
     "sdft": Budget(
         2,
         13,
-        "prompts go to the device, transformers asks at each of three drawn tokens whether there are pads, and "
-        "each token is read to see whether it ends its answer",
+        "prompts go to the device, transformers asks at each of three drawn tokens whether there are pads, "
+        "and each token is read to see whether it ends its answer",
     ),
     "codyra": Budget(85, why="once a task pruning reads 3 factors of 14 adapters and writes them back"),
 }
