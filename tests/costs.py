@@ -1,8 +1,8 @@
 """What commands on many files cost, and how it grows: CPU seconds and peak memory of each at two sizes.
 
 `python tests/costs.py [--only TEXT] [--out FOLDER] [--shrink 1]` prints a line for each size, and the
-exponent of the growth from the one before. `--shrink 10` takes a tenth of every size. CPU seconds are those of a
-process of its own, start-up included, where not said otherwise.
+exponent of the growth from the one before. `--shrink 10` takes a tenth of every size. CPU seconds are those
+of a process of its own, start-up included, where not said otherwise.
 """
 
 import argparse

@@ -84,3 +84,12 @@ def test_exit_codes_pass():
         with pytest.raises(SystemExit) as ended, unbroken_output():
             raise SystemExit(code)
         assert ended.value.code == code
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_letter_that_the_stream_lacks_ends_nothing(monkeypatch, encoding):
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding))
+    with unbroken_output():
+        Terminal(width=60).print("Größe 数 ≤ 1")
+    assert written.getvalue().decode(encoding).endswith("\\u6570 \\u2264 1\n")
