@@ -1,5 +1,6 @@
 """What is shown on a terminal: text of others stays text, whatever it holds."""
 
+import io
 import logging
 import os
 import re
@@ -70,11 +71,13 @@ class Unbroken:
 
 @contextmanager
 def unbroken_output() -> Iterator[None]:
-    """Within it nothing fails because standard output can't be written. Raises Fault at the end where that
-    was for another reason than a reader who has seen enough (`| head`)."""
+    """Within it nothing fails because standard output can't be written, or lacks a letter. Raises Fault at
+    the end where the first was for another reason than a reader who has seen enough (`| head`)."""
     if sys.stdout is None:  # closed before the start
         yield
         return
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a letter that its encoding lacks is written as its number
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.stdout = stream = Unbroken(sys.stdout)
     ended = None
     try:

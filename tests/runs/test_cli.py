@@ -1,6 +1,8 @@
 """The command line as a user meets it: in-process, exit codes and output."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,6 +61,17 @@ def test_report_rebuilds_the_summary(capsys, folder):
     (folder / "summary.json").write_text(json.dumps({"tasks": json.loads(summary)["tasks"]}))
     code, out, _ = call(capsys, "report", folder)
     assert code == 0 and "ONE" in out and (folder / "summary.json").read_text() == summary
+
+
+@pytest.mark.parametrize("command", ["run", "report", "status"])
+def test_a_damaged_prediction_of_the_last_task_is_named(capsys, folder, tmp_path, command):
+    copied = Path(shutil.copytree(folder, tmp_path / "copy"))
+    file = copied / "predictions" / "02-TWO" / "TWO.jsonl"
+    file.write_text(file.read_text().replace("next", "nexT", 1))
+    recipe = json.loads((copied / "recipe.json").read_text()) | {"output": str(copied)}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    code, _, err = call(capsys, command, tmp_path / "recipe.json" if command == "run" else copied)
+    assert code == 2 and err.count("\n") == 1 and f"{file} was changed or damaged" in err
 
 
 def test_plan_shows_the_label_mask_and_trains_nothing(capsys, tiny_llama, toy_stream, tmp_path):

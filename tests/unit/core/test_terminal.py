@@ -98,3 +98,12 @@ def test_commands_print_what_is_logged_and_nobody_else_does(capsys):
     logger.info("unheard")
     assert capsys.readouterr().out == f"{HARMLESS}: learnt\nwarning: a tracker failed\n"
     assert (logging.getLogger("codyra_llm").level, logging.getLogger("codyra_llm").handlers) == before
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_letter_that_the_stream_lacks_ends_nothing(monkeypatch, encoding):
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding))
+    with unbroken_output():
+        Terminal(width=60).print("Größe 数 ≤ 1")
+    assert written.getvalue().decode(encoding).endswith("\\u6570 \\u2264 1\n")

@@ -7,7 +7,10 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from fractions import Fraction
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 import evaluate
@@ -20,7 +23,8 @@ from rouge import Rouge
 from codyra_llm.benchmarks import trace
 from codyra_llm.config.benchmark import load_benchmark
 from codyra_llm.metrics.hf import HfMetric
-from codyra_llm.metrics.sari import sari
+from codyra_llm.metrics.rouge import common_subsequence
+from codyra_llm.metrics.sari import _words, sari
 from codyra_llm.metrics.text import METRICS, literals, versioned
 
 TRACE = load_benchmark("trace")
@@ -333,3 +337,62 @@ def test_the_answers_of_the_real_test_set_score_full_marks(task):
     answers = [row["answer"] for row in rows]
     for metric, values in score(task, [row["prompt"] for row in rows], answers, answers).items():
         assert values == pytest.approx([100.0] * len(rows), abs=1.0 if metric == "sari" else 1e-4), metric
+
+
+def plain_sari(source: list[str], prediction: list[str], references: list[list[str]]) -> float:
+    """The definition on words, every n-gram built and counted, sums in the order of the source."""
+    total, times = 0.0, len(references)
+    for n in range(1, 5):
+        given, found = (grams(words, n) for words in (source, prediction))
+        wanted = sum((grams(words, n) for words in references), Counter())
+        kept = {gram: min(count, found[gram]) * times for gram, count in given.items() if found[gram]}
+        gone = {gram: (count - found[gram]) * times for gram, count in given.items() if count > found[gram]}
+        right = [min(count, wanted[gram]) / count for gram, count in kept.items()]
+        rightly_kept = sum(min(count, wanted[gram]) for gram, count in kept.items())
+        to_keep = sum(min(count * times, wanted[gram]) for gram, count in given.items())
+        keep = harmonic(share(reduce(add, right, 0.0), len(kept)), share(rightly_kept, to_keep))
+        shares = [max(count - wanted[gram], 0) / count for gram, count in gone.items()]
+        added, to_add = found.keys() - given.keys(), wanted.keys() - given.keys()
+        hits = len(added & to_add)
+        total += (
+            keep
+            + share(reduce(add, shares, 0.0), len(gone))
+            + harmonic(share(hits, len(added)), share(hits, len(to_add)))
+        ) / 3
+    return 100.0 * total / 4
+
+
+def grams(words: list[str], n: int) -> Counter:
+    return Counter(tuple(words[at : at + n]) for at in range(len(words) - n + 1))
+
+
+def share(part: float, whole: int) -> float:
+    return part / whole if whole else 1.0
+
+
+def harmonic(a: float, b: float) -> float:
+    return 2 * a * b / (a + b) if a + b else 0.0
+
+
+FEW_WORDS = st.lists(st.sampled_from("abcd"), min_size=1, max_size=40)  # so that most n-grams are repeated
+
+
+@given(FEW_WORDS, FEW_WORDS, st.lists(FEW_WORDS, min_size=1, max_size=3))
+def test_sari_is_its_definition_to_the_last_digit(source, prediction, references):
+    texts = [" ".join(words) for words in references]
+    assert sari(" ".join(source), " ".join(prediction), texts) == plain_sari(source, prediction, references)
+
+
+MARKS = st.text(alphabet="ab.,-0159&;<> \n\tÄ'\"_/\u00a0\x1c", max_size=40)
+
+
+@given(MARKS)
+def test_words_are_those_of_sacrebleus_13a(text):
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    assert _words(text) == Tokenizer13a()(text.lower()).split(" ")
+
+
+@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=12))
+def test_a_sequence_shares_all_of_itself(words):
+    assert common_subsequence(words, list(words)) == words

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from codyra_llm.experiment import run as runs
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.runtime import precision
+from codyra_llm.store.folder import _other_launch
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,17 @@ def test_no_clock_decides(machine, monkeypatch):
     for name in ("perf_counter", "monotonic", "time", "process_time", "thread_time"):
         monkeypatch.setattr(time, name, lambda: pytest.fail("the clock was asked"))
     assert precision.multiplies_bfloat16()
+
+
+def test_other_threads_or_instructions_are_told_to_a_run_that_goes_on():
+    was = {"cpu": "AVX2", "threads": 2, "device": "cpu"}
+    assert _other_launch(was, dict(was)) == ""
+    told = _other_launch(was, was | {"cpu": "AVX512", "threads": 1})
+    assert "rounding only: cpu was AVX2, now AVX512, threads was 2, now 1" in told
+    assert precision.arithmetic() == {
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 @pytest.mark.parametrize("asked, low", [("auto", True), ("float32", False), ("bfloat16", True)])
