@@ -118,7 +118,8 @@ def _default(name: str, node: dict, section: dict) -> str:
 
 
 def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    """A value as it is written in a recipe, on one line."""
+    return value.replace("\n", "\\n") if isinstance(value, str) else json.dumps(value)
 
 
 def rows(header: str, found: list) -> str:

@@ -19,7 +19,7 @@ TASKS = ["ONE", "TWO", "THREE"]
 
 # What a method needs to do something on three tiny tasks, and no data other than theirs.
 SETTINGS = {
-    "replay": {"lima": False, "ratio": 0.3},
+    "replay": {"general": None, "ratio": 0.3},
     "ewc": {"examples": 6},
     "ewclora": {"examples": 6, "weight": 1e3},
     "dream": {"samples": 20, "sample_tokens": 6, "batch": 5},

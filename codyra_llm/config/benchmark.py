@@ -67,7 +67,7 @@ class Benchmark(Strict, frozen=True):
     def _names_are_known(self) -> "Benchmark":
         faults = [
             f"orders.{number}: '{name}' is not a task.{nearest(name, self.tasks)} Known: "
-            f"{', '.join(self.tasks)}"
+            f"{', '.join(self.tasks)}. Correct it, or leave 'orders' out, which gives that one order"
             for number, names in self.orders.items()
             for name in names
             if name not in self.tasks

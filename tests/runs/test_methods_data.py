@@ -240,7 +240,7 @@ def test_ilora_mixed_without_memory_of_its_own_is_mixed_replay(tiny_llama, toy_s
             toy_stream,
             tmp_path / "replay",
             method="replay",
-            method__lima=False,
+            method__general=None,
             method__when="mixed",
             **same,
             **THREE,

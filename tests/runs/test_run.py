@@ -95,7 +95,7 @@ def test_the_same_command_again_does_nothing(finished):
         {},
         {"method": "seqlora"},
         {"method": "seqlora", "method__carry_optimizer": True},
-        {"method": "replay", "method__lima": False, "method__ratio": 0.5},
+        {"method": "replay", "method__general": None, "method__ratio": 0.5},
     ],
 )
 def test_killed_and_restarted_equals_straight_through(method, tiny_llama, toy_stream, tmp_path, monkeypatch):

@@ -258,7 +258,12 @@ class ReplayConfig(StartConfig, frozen=True):
     ratio: Fraction = Field(
         default=0.1, description="share of each earlier task's training set that is kept (its first part)"
     )
-    lima: bool = Field(default=True, description="also replay the Lima set, which must be in the data folder")
+    general: str | None = Field(
+        default="Lima",
+        min_length=1,
+        description="a set of general data that is replayed too, all of its training examples: a folder in "
+        "data.root, or a task of the benchmark that is not learnt; null: none",
+    )
     when: Literal["after", "mixed"] = Field(
         default="mixed",
         description="mixed: memory in every epoch; after: one more epoch over the memory when the task's own "

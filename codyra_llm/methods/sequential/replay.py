@@ -1,17 +1,18 @@
 """Replay: sequential LoRA that also visits stored examples of the tasks before."""
 
 from codyra_llm.config.methods.sequential import ReplayConfig
+from codyra_llm.core.errors import Fault
 from codyra_llm.methods.sequential.seqlora import SeqLora
 
 
 class Replay(SeqLora):
-    """The first 10 % of each earlier task, and all of Lima, in every epoch of a task; with `when` after, as
-    in TRACE, in one epoch after the task's own.
+    """The first 10 % of each earlier task, and all of a general set, Lima, in every epoch of a task; with
+    `when` after, as in TRACE, in one epoch after the task's own.
 
     Source: TRACE (2310.06762) and its code, whose learning rate is constant. Ours: one adapter trains, as in
     seqlora; memory mixed in; an epoch apart has a schedule of its own (at the tail of the task's cosine its
-    rate would be next to none); `lima` false where its set is not at hand.
-    Cost: the memory's examples, up to 0.7 of an epoch and Lima, per task (or per epoch with `when` mixed).
+    rate would be next to none); another set as `general`, or none.
+    Cost: the memory's examples, up to 0.7 of an epoch and the general set, per task (or per epoch with `when` mixed).
     """
 
     name, summary, Config = (
@@ -41,7 +42,23 @@ class Replay(SeqLora):
         memory = []
         for past in range(index):
             memory += head(stream.records(past, "train"), self.config.ratio)
-        return memory + (stream.extra("Lima") if self.config.lima else [])
+        return memory + self._general(stream)
+
+    def _general(self, stream) -> list[dict]:
+        name = self.config.general
+        if name is None:
+            return []
+        if name in stream.tasks:
+            raise Fault(
+                f"method.general: '{name}' is one of data.tasks; give a set that is not learnt, or null"
+            )
+        try:
+            return stream.extra(name)
+        except Fault as fault:
+            advice = "; give a set that is there, or null to replay none"
+            raise Fault(
+                *(f"method.general: {message.rstrip('.')}{advice}" for message in fault.messages)
+            ) from None
 
 
 def head(records: list[dict], ratio: float) -> list[dict]:

@@ -5,6 +5,7 @@ from pydantic import ValidationError
 
 from codyra_llm.config.methods.sequential import CodyraConfig, SeqLoraConfig
 from codyra_llm.config.registry import METHODS
+from codyra_llm.core.errors import Fault
 from codyra_llm.lora.proximal import lr_factor
 from codyra_llm.methods.sequential.codyra import PUBLISHED_TOTAL, shrink
 from codyra_llm.train.trainer import TaskData
@@ -13,12 +14,14 @@ from codyra_llm.train.trainer import TaskData
 class Stream:
     """Two tasks of 20 and 16 records, three epochs each, and two records that belong to neither."""
 
-    epochs = [3, 3]
+    epochs, tasks = [3, 3], ["ONE", "TWO"]
 
     def records(self, index, split):
         return [{"prompt": f"{index} {i}", "answer": "x"} for i in range((20, 16)[index])]
 
     def extra(self, name):
+        if name == "gone":
+            raise Fault("x/gone doesn't exist; add it.")
         return [{"prompt": name, "answer": "x"}] * 2
 
 
@@ -30,7 +33,7 @@ def data(**config):
 
 def test_the_memory_epoch_has_a_schedule_of_its_own():
     """At the tail of the task's cosine its rate would be next to none: replay would be off."""
-    task = data(when="after", lima=True)
+    task = data(when="after", general="Lima")
     steps = task.steps(4)
     assert steps == 3 * 4 + 3 and task.apart == 1
     factors = [lr_factor("cosine", *task.phase(step, 4)) for step in range(steps)]
@@ -38,13 +41,25 @@ def test_the_memory_epoch_has_a_schedule_of_its_own():
     assert factors[12:] == [lr_factor("cosine", step, 3) for step in range(3)] and factors[12] == 1
 
 
-@pytest.mark.parametrize("config", [{"when": "mixed"}, {"when": "after", "ratio": 0.0, "lima": False}])
+@pytest.mark.parametrize("config", [{"when": "mixed"}, {"when": "after", "ratio": 0.0, "general": None}])
 def test_without_an_epoch_apart_there_is_one_schedule(config):
     method = METHODS["replay"](METHODS["replay"].Config(**config), 0)
     records, epochs = method.train_data(Stream(), 1)
     task = TaskData("TWO", 1, records, epochs, [], method.epochs_apart(Stream(), 1))
     assert task.apart == 0
     assert [task.phase(step, 4) for step in (0, 7)] == [(0, task.steps(4)), (7, task.steps(4))]
+
+
+def test_a_general_set_is_replayed_by_name():
+    found = {name: data(general=name).examples for name in ("Lima", "mine", None)}
+    assert [row["prompt"] for row in found["mine"][-2:]] == ["mine"] * 2
+    assert found["Lima"][:-2] == found["mine"][:-2] == found[None]
+    for name, told in (
+        ("ONE", "'ONE' is one of data.tasks; give a set"),
+        ("gone", "x/gone doesn't exist; add it; give"),
+    ):
+        with pytest.raises(Fault, match=f"^method.general: {told}.* or null"):
+            data(general=name)
 
 
 def test_replay_mixes_by_default():
