@@ -139,6 +139,7 @@ def _licence(base: Path) -> dict[str, str]:
 
 
 def _result(recipe: Recipe, row: ScoreRow) -> EvalResult:
+    assert row.score is not None, "rows without a score are left out"
     kind = "own-tasks"
     if row.general:
         kind = "general-ability"

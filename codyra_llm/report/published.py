@@ -28,7 +28,7 @@ def beside(folders: list[RunFolder]) -> list[Grid]:
         names = [f"{number} {name}" for number, name in enumerate(names, 1)]
     own = {f"here: {name}": group for name, group in zip(names, groups, strict=True)}
     told = {name: _run(group) for name, group in own.items()} | data["caveats"]
-    notes = [(name, [word(text)]) for name, text in told.items()]
+    notes: list[tuple[str, list[Cell | None]]] = [(name, [word(text)]) for name, text in told.items()]
     return [_treelora(data, own), _trace(data, own), Grid("to compare them", "", ["what to know"], notes)]
 
 

@@ -32,7 +32,7 @@ def look(folder: Path) -> dict:
         "running" if owner and owner["alive"] else "finished" if finished else "died" if owner else "stopped"
     )
     log = LogRow.read(folder / "log.jsonl")[-1:]
-    by_stage: dict[str, dict[str, float]] = {}
+    by_stage: dict[str, dict[str, float | None]] = {}
     for row in scores:
         by_stage.setdefault(row.after, {})[row.task] = row.score
     return {

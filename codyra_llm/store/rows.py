@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import read_jsonl
@@ -11,7 +11,8 @@ BASE = "base"  # the stage before the first task
 TASK, GENERAL = "task", "general"  # kinds of scores
 
 
-class Stage(NamedTuple):
+@dataclass(frozen=True)
+class Stage:
     """A point of a run at which its model can be asked: after `step` tasks, the last of which is `after`
     ("base" where none was learnt; "checkpoint" where a model comes from elsewhere)."""
 

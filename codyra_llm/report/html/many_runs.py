@@ -102,7 +102,7 @@ def _leaderboard(names: list[str], groups: list[list[Run]]) -> Grid:
     columns = ["runs", *MEASURES.values(), "parameters trained", "seconds", "peak memory, MiB"]
     lines = [(name, _line(group)) for name, group in zip(names, groups, strict=True)]
     op = 1 + list(MEASURES).index("op")
-    lines.sort(key=lambda line: -line[1][op].value if line[1][op] else float("inf"))
+    lines.sort(key=lambda line: _below(line[1][op]))
     return Grid(
         "leaderboard",
         "group",
@@ -113,6 +113,11 @@ def _leaderboard(names: list[str], groups: list[list[Run]]) -> Grid:
         BETTER,
         _whence(names, groups),
     ).filled()
+
+
+def _below(cell: Cell | None) -> float:
+    """The place of a line by its OP: the highest first, those without one last."""
+    return float("inf") if cell is None else -float(cell.value)
 
 
 def _line(group: list[Run]) -> list[Cell | None]:

@@ -119,6 +119,7 @@ def _panels(found: dict, rows: Rows) -> list[dict]:
 
 def _framed(row: ScoreRow) -> tuple[float, float | None, float | None]:
     """A score and the bounds of its interval, where it has one."""
+    assert row.score is not None, "rows without a score are left out"
     return row.score, row.interval.get("low"), row.interval.get("high")
 
 
@@ -160,14 +161,14 @@ def _ranks(updates: list[UpdateRow]) -> Grid | None:
     if not rows:
         return None
     tasks, projections = _names(rows)
-    parts = {(row.task, row.projection): _kept(row.kept, row.rank) for row in rows}
+    parts = {(row.task, row.projection): _kept(row.kept or 0, row.rank or 0) for row in rows}
     lines = []
     for name in projections:
         lines.append((name, [parts.get((task, name)) for task in tasks]))
     sums = []
     for task in tasks:
-        kept = sum(row.kept for row in rows if row.task == task)
-        rank = sum(row.rank for row in rows if row.task == task)
+        kept = sum(row.kept or 0 for row in rows if row.task == task)
+        rank = sum(row.rank or 0 for row in rows if row.task == task)
         sums.append(_kept(kept, rank))
     lines.append(("all", sums))
     whole = all(row.kept == row.rank for row in rows)
@@ -200,7 +201,7 @@ def _rank_map(task: str, members: list[UpdateRow]) -> Grid:
     cells = {_site(row.site): row for row in members}
     layers = list(dict.fromkeys(layer for layer, _ in cells))
     names = list(dict.fromkeys(name for _, name in cells))
-    ranks = sorted({row.rank for row in members})
+    ranks = sorted({row.rank or 0 for row in members})
     columns = [name.removesuffix("_proj") for name in names]
     lines = []
     for layer in layers:
@@ -211,8 +212,9 @@ def _rank_map(task: str, members: list[UpdateRow]) -> Grid:
 def _mapped(row: UpdateRow | None) -> Cell | None:
     if row is None:
         return None
-    heat = 100 * row.kept / row.rank if row.rank else 0
-    return Cell(row.kept, str(row.kept), heat=heat, hint=f"{row.site}: {row.kept} of {row.rank}")
+    kept = row.kept or 0
+    heat = 100 * kept / row.rank if row.rank else 0
+    return Cell(kept, str(kept), heat=heat, hint=f"{row.site}: {kept} of {row.rank}")
 
 
 CHANGES = {
