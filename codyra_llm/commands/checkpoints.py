@@ -10,6 +10,7 @@ import typer
 
 from codyra_llm.commands.common import LocalRank, Overrides, PathArg, Plugins, console, path
 from codyra_llm.core.errors import Fault, nearest
+from codyra_llm.core.imports import uncollected
 from codyra_llm.core.terminal import write
 from codyra_llm.runtime import signals
 
