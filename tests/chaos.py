@@ -7,6 +7,7 @@ several processes by more than rounding.
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -156,6 +157,7 @@ class Chaos:
 
 def quiet(arguments: list[str], log: Path) -> None:
     """The command line in a forked process, its words in a file."""
+    gc.freeze()  # its collections need not walk, and so copy, what it was forked with
     torch.set_num_threads(1)  # threads that its parent had are not there
     sys.stdout = sys.stderr = log.open("a", encoding="utf-8", buffering=1)
     main(arguments)

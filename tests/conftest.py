@@ -1,5 +1,6 @@
 """Shared fixtures: tiny models with a real tokenizer and tiny data, made here: no test needs the network."""
 
+import fcntl
 import gc
 import json
 import os
@@ -188,18 +189,34 @@ def launches(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def finished(tiny_llama, toy_stream, tmp_path_factory):
-    """Function from a method's name to its finished run, made once, and what it read of which split while it
-    learnt.
+def shared(tmp_path_factory):
+    """A folder that all processes of the test run share."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_llama, toy_stream, shared):
+    """Function from a method's name to its finished run, made once for all processes, and what it read of
+    which split while it learnt.
     """
     made: dict[str, tuple[RunFolder, set]] = {}
-    out = tmp_path_factory.mktemp("runs")
 
     def run(name: str) -> tuple[RunFolder, set]:
-        if name not in made:
-            with pytest.MonkeyPatch.context() as patch, collecting_no_cycles():
-                read = watched(patch)
-                made[name] = runs.run(parse_recipe(raw(tiny_llama, toy_stream, out / name, name))), read
+        folder, known = shared / name, shared / f"{name}.json"
+        if name in made:
+            return made[name]
+        with open(shared / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not known.is_file():
+                with pytest.MonkeyPatch.context() as patch, collecting_no_cycles():
+                    read = watched(patch)
+                    runs.run(parse_recipe(raw(tiny_llama, toy_stream, folder, name)))
+                known.write_text(json.dumps(sorted(read)), encoding="utf-8")
+        read = json.loads(known.read_text(encoding="utf-8"))
+        made[name] = RunFolder(folder), {tuple(entry) for entry in read}
         return made[name]
 
     return run

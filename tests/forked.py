@@ -2,6 +2,7 @@
 without their imports. tests/launch starts each launcher itself too, once.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -56,6 +57,7 @@ class Started:
             return process
         code = 1
         try:
+            gc.freeze()  # collections of this process need not walk, and so copy, what it was forked with
             become_another(environment, self.files)
             code = work(rank) or 0
         except SystemExit as end:

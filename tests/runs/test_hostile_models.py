@@ -8,13 +8,14 @@ import pytest
 from hostile import LOOPS, Place, Table, adder, refused, told
 
 CASES: Table = {}
+pytestmark = pytest.mark.usefixtures("impatient")
 case = adder(CASES)
 SAID = "{% for m in messages %}{{ m.content }}{% endfor %}"
 TEMPLATE = ("model has a chat template that fails", "turn chat_template off, or use the model's own")
 for name, text, said in (
-    ("loops", LOOPS, "more than 2 s of computing"),
+    ("loops", LOOPS, "more than 0.5 s of computing"),
     ("a product of texts", "{{ 'a' * 10**10 }}", "more than 512 MB"),
-    ("a product of numbers", "{{ (2 ** (10 ** 9)) % 7 }}", "it takes more than 2 s|more than 512 MB"),
+    ("a product of numbers", "{{ (2 ** (10 ** 9)) % 7 }}", "it takes more than 0.5 s|more than 512 MB"),
     ("a long range", "{% for a in range(10**9) %}a{% endfor %}", "Range too big"),
     ("a long join", "{{ (range(99999)|list * 1000)|join('a' * 99999) }}", "more than 512 MB"),
     ("a wide format", "{{ '%1000000000d' % 1 }}", "more than 512 MB"),
@@ -41,7 +42,7 @@ case(
     lambda p: p.template(SAID + "{% if 'Say C' in messages[0].content %}" + LOOPS + "{% endif %}"),
     *TEMPLATE,
     "at the prompt 'Say C",
-    "more than 2 s of computing",
+    "more than 0.5 s of computing",
 )
 case(
     "a template that fails at one prompt alone",

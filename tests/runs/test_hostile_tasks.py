@@ -15,6 +15,7 @@ from codyra_llm.models import loading
 from codyra_llm.models.tokenizer import load_tokenizer
 
 CASES: Table = {}
+pytestmark = pytest.mark.usefixtures("impatient")
 case = adder(CASES)
 FILES = "dataset_kwargs.data_files"
 for name, files, said in (
@@ -111,17 +112,17 @@ for name, keys, *said in (
         "'own' samples its answers, and only greedy tasks are measured; leave it out",
     ),
     ("generation in a list", {"generation_kwargs": [1]}, "generation_kwargs is .1., expected a mapping"),
-    ("a template that loops", {"doc_to_text": LOOPS}, "'own' has the template", "more than 2 s", FIRST),
-    ("a target that loops", {"doc_to_target": LOOPS}, "'own' has the template", "more than 2 s", FIRST),
+    ("a template that loops", {"doc_to_text": LOOPS}, "'own' has the template", "more than 0.5 s", FIRST),
+    ("a target that loops", {"doc_to_target": LOOPS}, "'own' has the template", "more than 0.5 s", FIRST),
     ("a template of a product", {"doc_to_text": "{{ 'a' * 10**10 }}"}, "more than 512 MB", FIRST),
     ("a template of what is private", {"doc_to_text": "{{ ''.__class__.__mro__ }}"}, "is unsafe", FIRST),
     ("a template of no field", {"doc_to_text": "{{ txt }}"}, "'txt' is undefined", FIRST),
     ("a template of no syntax", {"doc_to_text": "{% for %}"}, "Expected an expression", FIRST),
-    ("a description that loops", {"description": LOOPS}, "'own' has the template", "more than 2 s", FIRST),
+    ("a description that loops", {"description": LOOPS}, "'own' has the template", "more than 0.5 s", FIRST),
     (
         "a pattern in a template",
         {"doc_to_text": "{{ ('a' * 50) | regex_replace('(a+)+$x', '') }}"},
-        "more than 2 s",
+        "more than 0.5 s",
         FIRST,
     ),
     ("no template", {"doc_to_text": DROP}, "'own' can't be asked or scored", FIRST),
@@ -139,7 +140,7 @@ for name, keys, *said in (
             ]
         },
         "'own' has a pattern that fails",
-        "more than 2 s",
+        "more than 0.5 s",
         FIRST,
     ),
     (
@@ -181,7 +182,7 @@ for name, keys, *said in (
             ]
         },
         "has a pattern that fails",
-        "2 s",
+        "0.5 s",
         FIRST,
     ),
     (
@@ -194,7 +195,7 @@ for name, keys, *said in (
     case(f"a task with {name}", lambda p, keys=keys: p.suite(**keys), *said)
 for name, keys, *said in (
     ("choices that are no list", {"doc_to_choice": "{{ text }}"}, "'own' can't be asked or scored", FIRST),
-    ("choices that loop", {"doc_to_choice": LOOPS}, "'own' has the template", "more than 2 s", FIRST),
+    ("choices that loop", {"doc_to_choice": LOOPS}, "'own' has the template", "more than 0.5 s", FIRST),
     ("nested choices", {"doc_to_choice": "{{ '[' * 99999 }}"}, "'own' can't be asked or scored", FIRST),
     ("a choice that is not there", {"doc_to_target": 9}, "'own' can't be asked or scored .*index", FIRST),
 ):
