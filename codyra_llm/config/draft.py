@@ -2,6 +2,7 @@
 likely to change next, with defaults and meanings from the schema.
 """
 
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -105,5 +106,7 @@ def _line(key: str, value: Any, meaning: str, comment: bool = False, indent: str
 def _yaml(value: Any) -> str:
     """A value on one line."""
     plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    if isinstance(plain, str) and "\n" in plain:
+        return json.dumps(plain, ensure_ascii=False)  # a text in double quotes is the same in YAML
     text = yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=10**9)
     return re.sub(r"\n(\.\.\.\n)?$", "", text)

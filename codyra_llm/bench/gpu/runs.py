@@ -1,6 +1,5 @@
 """Stages `recipe` and `whole`: runs through the program's own entry."""
 
-import json
 import shutil
 from pathlib import Path
 from statistics import median
@@ -14,7 +13,6 @@ from codyra_llm.bench.gpu.shapes import model
 from codyra_llm.benchmarks.trace.mini import mini_model
 from codyra_llm.config.recipe import parse_recipe
 from codyra_llm.experiment.run import run
-from codyra_llm.store.folder import RunFolder
 
 TASKS = ["C-STANCE", "FOMC", "NumGLUE-cm"]
 
@@ -82,8 +80,8 @@ def told(context: Context, section: dict) -> dict:
     began = perf_counter()
     folder = run(parse_recipe(section))
     total, costs = perf_counter() - began, folder.costs
-    steps = [row["seconds"] for row in _log(folder)]
-    learning = sum(row["seconds"] for row in costs)
+    steps = [row.seconds for row in folder.log_rows]
+    learning = sum(row.seconds for row in costs)
     return {
         "device": folder.manifest["device"],
         "dtype": folder.manifest["dtype"],
@@ -93,15 +91,10 @@ def told(context: Context, section: dict) -> dict:
         "training steps, s": round(sum(steps), 2),
         "the rest of learning, s": round(learning - sum(steps), 2),
         "loads, merges, reports and answers, s": round(total - learning, 2),
-        "peak MB by task": [row["peak_bytes"] and round(row["peak_bytes"] / 1e6, 1) for row in costs],
+        "peak MB by task": [row.peak_bytes and round(row.peak_bytes / 1e6, 1) for row in costs],
         "allocated afterwards, MB": _allocated(context),
     }
 
 
 def _allocated(context: Context) -> float | None:
     return round(torch.cuda.memory_allocated(context.device) / 1e6, 1) if context.cuda else None
-
-
-def _log(folder: RunFolder) -> list[dict]:
-    lines = (folder.path / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]

@@ -17,6 +17,7 @@ from codyra_llm.bench.gpu.context import Context
 from codyra_llm.bench.gpu.shapes import PAD, adapted, examples, model
 from codyra_llm.config.sections import OptimSection
 from codyra_llm.runtime.launch import accelerator
+from codyra_llm.store.rows import LogRow
 from codyra_llm.train.trainer import TaskData, Trainer
 
 PACKAGE = f"{Path(__file__).parents[2]}/"
@@ -113,8 +114,8 @@ def kernels(context: Context, made: Trainer, task: TaskData, kind: str) -> dict:
     seen = profiled(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
     times = []
 
-    def log(row: dict) -> None:
-        if row["step"] == row["steps"] - 2:
+    def log(row: LogRow) -> None:
+        if row.step == row.steps - 2:
             context.wait()
             seen.start()
             times.append(perf_counter())
