@@ -119,8 +119,7 @@ ODD = {
     "emoji": "🙂 né",
     "a leading dash": "-rf",
     "a newline": "two\nlines",
-    "a percent sign and a dollar": "100% $HOME",
-    "an escape sequence": "\x1b[31mred",
+    "a percent sign": "100%",
     "a leading equals sign": "=1+1",
 }
 CASES = [
@@ -192,6 +191,18 @@ CASES = [
     *(
         Case(f"names with {kind}", model=f"m{name}", data=f"d{name}", out=name, inside=lambda folder: None)
         for kind, name in ODD.items()
+    ),
+    Case(
+        "a name with an escape sequence",
+        data="d\x1b[31mred",
+        inside=lambda folder: None,
+        says="data.root: .*holds a control character",
+    ),
+    Case(
+        "a name with $HOME, which recipes write out",
+        data="$HOME",
+        inside=lambda folder: None,
+        says="data.root: there is no folder",
     ),
 ]
 TOGETHER = Case(  # for a quick look: what goes together, at once
