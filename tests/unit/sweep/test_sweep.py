@@ -266,8 +266,9 @@ def test_other_tasks_are_no_other_order(sweep_file):
         run.folder.open(run.recipe.resolved(), {"base": "x"})
         found = summarise(run.recipe.tasks, [[50.0]], None)
         write_json(run.folder.path / "summary.json", {**found, "general": {}, "costs": None})
-        row = {"after": run.recipe.tasks[0], "step": 1, "task": run.recipe.tasks[0], "kind": "task"}
-        run.folder.add_scores({**row, "headline": "exact_match"}, [{"exact_match": 50.0}])
+        task = run.recipe.tasks[0]
+        row = ScoreRow(after=task, step=1, task=task, kind="task", headline="exact_match", score=50.0)
+        run.folder.add_scores(row, [{"exact_match": 50.0}])
     found = comparison.compare(asked)
     assert [row["settings"] for row in found["rows"]] == ["order ONE", "order TWO"] and not found["by_order"]
 
