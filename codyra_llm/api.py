@@ -34,7 +34,7 @@ Place = str | Path
 
 
 class Run:
-    """A run folder: of a finished run, or of one that goes on when its recipe is run again."""
+    """A run folder: of a finished run, or of one that stopped and goes on when its recipe is run again."""
 
     def __init__(self, folder: Place):
         """Raises Fault where there is no run."""
@@ -46,6 +46,7 @@ class Run:
 
     @property
     def path(self) -> Path:
+        """Where the folder is."""
         return self.folder.path
 
     @property
@@ -64,15 +65,15 @@ class Run:
         return self.summary["matrix"]
 
     def stage(self, after: str | None = None) -> Stage:
-        """The stage after a task ("base": before all), by default after the last that is learnt. Raises Fault
-        for a task that is not."""
+        """The stage after a task ("base": before the first), by default after the last that is learnt. Raises
+        Fault for a task that is not learnt."""
         archive = self.folder.archive()
         index = len(archive.files) - 1 if after is None else archive.index(after)
         return Stage.of(self.recipe.tasks, index)
 
     def predictions(self, task: str, after: str | None = None) -> list[dict]:
         """{"prompt", "prediction", "answer", and each metric} of the test examples of `task`, as the model
-        answered after task `after`; empty where it wasn't asked."""
+        answered after task `after`; empty where it wasn't asked. `after` as in `stage`."""
         return self.folder.predictions(self.stage(after), task)
 
     def load(self, after: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -146,7 +147,9 @@ def run_sweep(
 
 
 def write_report(runs: Sequence[Run | Place], out: Place, examples: bool = True, paper: bool = False) -> None:
-    """A report on runs, and on those of sweeps' folders: a page (.html), or its tables (.csv, .md, .tex)."""
+    """Write a report on runs, and on the runs of sweep folders: a page (.html), or its tables (.csv, .md,
+    .tex). `examples`: show test examples that were forgotten; `paper`: add the published TRACE tables. Raises
+    Fault for another suffix, and for a folder that holds no run."""
     folders = [one.path if isinstance(one, Run) else Path(one) for one in runs]
     members = collected(folders)
     pooled = any(member.arm for member in members)

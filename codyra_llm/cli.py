@@ -1,4 +1,4 @@
-"""The command line: which commands there are, and how their processes end."""
+"""The command line: its commands, and how their processes end."""
 
 import inspect
 import os
@@ -40,13 +40,13 @@ class Command(TyperCommand):
 
 
 Traceback = Annotated[
-    bool, typer.Option("--traceback", help="for an error, show where in the code it was met")
+    bool, typer.Option("--traceback", help="for an error, show where in the code it was raised")
 ]
 
 
 def traceable(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the option --traceback, which `main` looks for: an error may come before the command
-    begins."""
+    """The command with the option --traceback added. `main` looks for it in the arguments, since an error may
+    be raised before the command begins."""
 
     @wraps(command)
     def run(traceback: bool, **given: Any) -> None:
@@ -93,39 +93,21 @@ for command in (
 
 
 data_app.command("check", cls=Command)(traceable(files.data_check))
-
-
 data_app.command("get", cls=Command)(traceable(files.data_get))
-
-
 data_app.command("make-mini", cls=Command)(traceable(files.make_mini))
-
-
 benchmark_app.command("new", cls=Command)(traceable(files.benchmark_new))
-
-
 recipe_app.command("init", cls=Command)(traceable(begin.recipe_init))
-
-
 model_app.command("get", cls=Command)(traceable(files.model_get))
 
-
 app.add_typer(recipe_app, name="recipe")
-
-
 app.add_typer(data_app, name="data")
-
-
 app.add_typer(benchmark_app, name="benchmark")
-
-
 app.add_typer(model_app, name="model")
 
 
 def _run(args: list[str] | None) -> None:
-    """The command. A folder of the user's that can't be read or written, or memory that ran out, wherever it
-    is met, becomes a Fault.
-    """
+    """Run the command. A file of the user's that can't be read or written becomes a Fault, and so does
+    running out of memory, wherever in the code it happens."""
     try:
         with quiet.without_chatter(), unbroken_output(), log_printed():
             app(args=args, prog_name="codyra-llm")
@@ -134,13 +116,11 @@ def _run(args: list[str] | None) -> None:
             raise
         raise Fault(
             f"{error.filename}: {error.strerror}; correct the path, or what may be done there "
-            "(--traceback shows where it was met)"
+            "(--traceback shows where it was raised)"
         ) from error
     except (RuntimeError, MemoryError) as error:
-        if type(error).__name__ not in (
-            "OutOfMemoryError",
-            "MemoryError",
-        ):  # the first is torch's, which is slow to import
+        # By name, since OutOfMemoryError is torch's, which is slow to import.
+        if type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):
             raise
         raise Fault(
             f"memory ran out ({' '.join(str(error).split())[:200]}); lower optim.micro_batch_tokens or "
@@ -150,8 +130,8 @@ def _run(args: list[str] | None) -> None:
 
 
 def _is_installed(path: Any) -> bool:
-    """Whether a file belongs to this package or to another that is installed: if it can't be read, that is
-    no mistake in what the user gave."""
+    """Whether a file belongs to this package or to another that is installed: if one of those can't be read,
+    the user is not to blame."""
     here, packages = Path(__file__).parent, Path(typer.__file__).parents[1]
     found = Path(os.fsdecode(path)).absolute() if isinstance(path, str | bytes | os.PathLike) else None
     return found is not None and (found.is_relative_to(here) or found.is_relative_to(packages))
@@ -170,7 +150,7 @@ def main(args: list[str] | None = None) -> None:
         if rank and _spoken_for():
             _end(2)
         if "--traceback" in (sys.argv[1:] if args is None else args):
-            fault.__suppress_context__ = False  # what was met before it became a sentence
+            fault.__suppress_context__ = False  # show the error that became a sentence too
             traceback.print_exception(fault)
         for message in fault.messages:
             who = f"error (rank {rank})" if rank else "error"
@@ -237,6 +217,7 @@ def _look_for_lost(keeper: bool = True) -> None:
 
 
 def _end(code: int) -> None:
+    """End this process with the exit code: at once if it belongs to a process group."""
     launch = _module("launch")
     if launch:
         launch.leave(code)

@@ -25,8 +25,8 @@ def recipe_init(
     yes: Annotated[bool, typer.Option("--yes", help="ask nothing, take the defaults")] = False,
     plugin: Plugins = None,
 ) -> None:
-    """Write a commented recipe from five answers: model, data, method, device and batch, output. What an
-    option gives is not asked.
+    """Write a commented recipe from five answers: model, data, method, device and batch, output. A question
+    whose option is given is not asked.
 
     Example: codyra-llm recipe init mine.yaml --yes --method seqlora
     """
@@ -55,7 +55,7 @@ def recipe_init(
 
 
 def _asked(question: str, default: str, check: Callable) -> str:
-    """The answer; asked again where it is not valid."""
+    """The user's answer; the question is asked again while the answer is not valid."""
 
     def checked(answer: str) -> str:
         check(answer)
@@ -89,5 +89,5 @@ def _device(answer: str) -> tuple[str, int]:
 
 
 def _here() -> str:
-    """The device of this machine, without importing torch: NVIDIA's driver shows its devices here."""
+    """The device of this machine, found without importing torch: NVIDIA's driver makes this device file."""
     return "gpu" if Path("/dev/nvidia0").exists() else "cpu"

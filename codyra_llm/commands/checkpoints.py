@@ -18,7 +18,7 @@ Checkpoint = Annotated[
     typer.Argument(
         metavar="CHECKPOINT|RUN@TASK",
         help="a model folder, hub id or .gguf, a "
-        "PEFT folder, or a run and the task after which (default: the last)",
+        "PEFT folder, or a run, as it was after TASK (default: the last task learnt)",
     ),
 ]
 Benchmark = Annotated[
@@ -48,7 +48,7 @@ Level = Annotated[
     str,
     typer.Argument(
         help="linear, block (a decoder layer), head (with its loss), step (of training), eval (generation) "
-        "or gpu (all that a GPU is to settle)"
+        "or gpu (everything that only a GPU can show)"
     ),
 ]
 Tokens = Annotated[
@@ -124,7 +124,7 @@ def evaluate(
 
 
 def refuse_stray(overrides: list[str]) -> None:
-    """Raises Fault for a word that is no key=value."""
+    """Raises Fault for an argument that is not key=value."""
     stray = [item for item in overrides if "=" not in item]
     if stray:
         raise Fault(
@@ -141,8 +141,8 @@ def generate(
         str,
         typer.Argument(
             metavar="CHECKPOINT|RUN@TASK",
-            help="a model folder, hub id or .gguf, a PEFT folder, or a run and the task after which ('base': "
-            "before all; default: the last)",
+            help="a model folder, hub id or .gguf, a PEFT folder, or a run, as it was after TASK ('base': "
+            "before the first; default: the last task learnt)",
         ),
     ],
     prompt: Annotated[str | None, typer.Argument(help="default: read from standard input")] = None,
@@ -164,7 +164,9 @@ def generate(
 def export(
     folder: Annotated[Path, typer.Argument(parser=path, metavar="RUN")],
     out: PathArg,
-    after: Annotated[str | None, typer.Option(help="task after which; default: the last")] = None,
+    after: Annotated[
+        str | None, typer.Option(help="the model after this task; default: the last learnt")
+    ] = None,
     without: Annotated[str | None, typer.Option(help="leave this task's update out")] = None,
     format: Format = "merged",
     dtype: Annotated[
@@ -176,7 +178,9 @@ def export(
     push: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="upload it to this hub repository")
     ] = None,
-    public: Annotated[bool, typer.Option("--public", help="for everybody to see; default: private")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="make the repository public; default: private")
+    ] = False,
     plugin: Plugins = None,
 ) -> None:
     """Write the model as it was after any task of a run, rebuilt from the base and the archived updates."""
@@ -254,6 +258,7 @@ def bench(
 
 
 def _bench_gpu(out: Path | None, tiny: bool, seconds: float | None, stages: str | None) -> None:
+    """`bench gpu`, which has options of its own."""
     if out is None:
         raise Fault("--out: bench gpu needs a new folder for what it finds; give one, e.g. --out found")
     from codyra_llm.bench.gpu.stages import bench_gpu

@@ -1,4 +1,4 @@
-"""What commands share: the console, and arguments of the same meaning."""
+"""What commands share: the console, and the arguments that mean the same in several of them."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +11,8 @@ from codyra_llm.core.terminal import console as console
 
 
 def path(text: str) -> Path:
-    """A path argument. Shells write ~ out at the beginning of a word only, not in quotes or after --out=."""
+    """A path argument, ~ expanded: shells do that only at the beginning of a word, not in quotes or after
+    --out=."""
     try:
         return Path(writable(text))
     except ValueError as error:
@@ -34,6 +35,7 @@ Overrides = Annotated[
 
 
 def _load_plugins(files: list[Path] | None) -> list[Path] | None:
+    """Run the files, so that their methods and metrics are known before the command begins."""
     from codyra_llm.config import plugins
 
     plugins.load(files or [])
@@ -51,9 +53,8 @@ Plugins = Annotated[
     ),
 ]
 
-LocalRank = Annotated[
-    int | None, typer.Option("--local_rank", "--local-rank", hidden=True)
-]  # added by launchers
+# Launchers add it to every process; nothing here reads it.
+LocalRank = Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)]
 
 DeepSpeedConfig = Annotated[
     Path | None,

@@ -14,7 +14,7 @@ def data_check(
     root: PathArg,
     benchmark: Annotated[
         str | None,
-        typer.Option(help="whose tasks, where its benchmark.yaml lies elsewhere: a name, or a folder"),
+        typer.Option(help="whose tasks these are, if its benchmark.yaml is elsewhere: a name, or a folder"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
     plugin: Plugins = None,
@@ -49,8 +49,8 @@ def data_get(
         ),
     ] = None,
 ) -> None:
-    """Write TRACE's data to OUT/LLM-CL-Benchmark_VARIANT, out of whatever holds it, and check it. Its data
-    sets have licences of their own (docs/own_data.md).
+    """Fetch TRACE's data from a hub, an address, an archive or a folder, write it to
+    OUT/LLM-CL-Benchmark_VARIANT, and check it. Its data sets have licences of their own (docs/own_data.md).
 
     Example: codyra-llm data get trace data && codyra-llm data get trace --from TRACE-Benchmark.zip data
     """

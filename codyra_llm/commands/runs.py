@@ -68,8 +68,8 @@ def run(
 ) -> None:
     """Run a recipe: the whole stream, evaluation and the final checkpoint.
 
-    The same command resumes a run that stopped; a finished run whose recipe gains a task at the end goes on
-    with it.
+    The same command resumes a run that stopped. If the recipe of a finished run gains tasks at the end, the
+    run goes on with those.
     Example: codyra-llm run recipes/quickstart.yaml method.rank=8 output=runs/rank8
     """
     with uncollected():
@@ -88,7 +88,8 @@ def run(
 
 
 def _show(folder: "RunFolder") -> None:
-    """The score matrix of a finished run, and of one on mini-TRACE what it says in short."""
+    """Print the score matrix of a finished run and, on mini-TRACE, a short comparison with sequential
+    LoRA."""
     from codyra_llm.report.in_short import in_short
     from codyra_llm.report.summary import summarised
     from codyra_llm.report.text import table
@@ -157,7 +158,7 @@ def sweep(
         if not report:
             runner.execute(asked, jobs, launcher, lambda: comparison.write(asked, file.stem))
     finally:
-        if report or asked.output.is_dir():  # a sweep that was refused has none
+        if report or asked.output.is_dir():  # a sweep that was refused has no output folder
             console.print(comparison.table(comparison.write(asked, file.stem)))
             console.print(f"comparison: {asked.output / 'sweep.md'}")
 
@@ -177,8 +178,8 @@ def report(
 ) -> None:
     """Report on a run, on several together, or on a sweep, pooled over seeds and orders; needs no model.
 
-    Without --out: print the run's scores and rewrite its report.md and report.html; of a finished run
-    summary.json too.
+    Without --out: print the run's scores and write its report.md and report.html again, and for a finished
+    run summary.json too.
     Examples: codyra-llm report runs/* --out report.html; codyra-llm report runs/my-sweep --out table.tex
     """
     from codyra_llm.report import figures
@@ -214,7 +215,7 @@ def _rewrite_reports(folder: "RunFolder", paper: bool) -> Path:
     summary = summarised(folder)
     text = render(folder.recipe, summary, folder.updates)
     if paper:
-        text += f"\n{markdown(published.beside([folder]))}"
+        text += f"\n{markdown(published.comparisons([folder]))}"
     if folder.finished:
         folder.write_summary(summary, text)
     else:

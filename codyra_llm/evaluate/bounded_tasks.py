@@ -67,12 +67,14 @@ def bind(task: "ConfigurableTask", name: str) -> "ConfigurableTask":
         patterns = settings.pop("regexes_to_ignore", None)
         if patterns:
             task._metric_fn_list[metric] = partial(_ignoring, name, patterns, task._metric_fn_list[metric])
-    task.build_all_requests = _told(name, task.build_all_requests)
-    task.process_results = _told(name, task.process_results)
+    task.build_all_requests = _telling(name, task.build_all_requests)
+    task.process_results = _telling(name, task.process_results)
     return task
 
 
-def _told(name: str, step: Callable) -> Callable:
+def _telling(name: str, step: Callable) -> Callable:
+    """`step` within `telling`."""
+
     def taken(*args: Any, **settings: Any) -> Any:
         with telling(name):
             return step(*args, **settings)
@@ -112,6 +114,7 @@ def _ignoring(
 
 @contextmanager
 def _patterns(task: str, given: object) -> Iterator[None]:
+    """Turn a pattern that fails, or takes too long, into a Fault that names the task."""
     try:
         yield
     except foreign.Failed as error:
@@ -121,7 +124,8 @@ def _patterns(task: str, given: object) -> Iterator[None]:
         ) from None
 
 
-RESPONSES = {  # of a model that is not there, by kind of task; as an endless answer would be
+# What stands in for a model's response, by kind of task; the text is like an answer that does not end.
+RESPONSES = {
     "loglikelihood": (-1.0, False),
     "loglikelihood_rolling": -1.0,
     "multiple_choice": (-1.0, False),
@@ -130,8 +134,8 @@ RESPONSES = {  # of a model that is not there, by kind of task; as an endless an
 
 
 def try_first(task: "ConfigurableTask", name: str, positions: int | None) -> None:
-    """Prompt the first example, answer it without a model, and score it. Raises Fault if that fails, if the
-    task samples, or if its longest answer takes all `positions` of the model."""
+    """Ask and score the first example with a made-up response in place of a model's. Raises Fault if that
+    fails, if the task samples, or if its longest answer takes all `positions` of the model."""
     state = random.getstate()
     with telling(name):
         shots = task.config.num_fewshot or 0

@@ -22,13 +22,15 @@ T = TypeVar("T")
 
 @dataclass
 class Budget:
-    """Tokens of a batch, prompts and answers; and how many prompt tokens cost as much as a decoding step."""
+    """`tokens`: the most tokens of a batch, prompts and answers together. `step`: how many prompt tokens cost
+    as much time as one decoding step."""
 
     tokens: int
     step: int
 
     def halve(self, needed: int, rows: int) -> None:
-        """After a batch of so many tokens and rows ran out of memory. Raises Fault for a single row."""
+        """Halve the budget after a batch of `needed` tokens in `rows` rows ran out of memory. Raises Fault
+        for a single row, which can't be split."""
         if rows == 1:
             raise Fault(
                 f"one prompt with its answer, {needed} tokens, does not fit into the device's memory; lower "
@@ -57,9 +59,9 @@ def affordable(config: PreTrainedConfig, dtype: torch.dtype, free: int) -> int:
 
 
 def token_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes that a token takes in generation: keys and values of all layers, and while a prompt is read the
-    activations of one layer: some four of the hidden size, norms in float32 among them, and three of the
-    MLP's."""
+    """Bytes that a token takes in generation: keys and values of all layers and, while a prompt is read, the
+    activations of one layer. Those are about four tensors of the hidden size, counted twice since norms are
+    computed in float32, and three of the MLP's."""
     shapes = families.attention_shapes(config)
     cache = 2 * sum(shape.kv_heads * shape.head_dim for shape in shapes if shape.own_keys)
     activations = 8 * config.hidden_size + 3 * config.intermediate_size
@@ -67,7 +69,8 @@ def token_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What can still be allocated: what the driver has, and what the allocator keeps for later."""
+    """Bytes that can still be allocated: what the driver has free, and what PyTorch's allocator has
+    cached."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
 

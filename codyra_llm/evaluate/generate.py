@@ -1,5 +1,5 @@
-"""Greedy generation in torch: batched by length, finished rows leave, a shared prefix is encoded once,
-sharded.
+"""Greedy generation in torch. Prompts are batched by length and dealt to the ranks; rows that are done leave
+their batch, and a shared prefix is encoded once.
 """
 
 import os
@@ -20,7 +20,8 @@ from codyra_llm.models import families
 from codyra_llm.runtime import heartbeat, signals
 from codyra_llm.store import observer
 
-UNRECORDED = 4  # first steps of every batch: after them many answers, such as a letter, are at their end
+# The first steps of every batch are not recorded: after them many answers, such as a single letter, are done.
+UNRECORDED = 4
 LEAST_SHARED = 16  # tokens; a shorter prefix does not pay a forward pass of its own
 
 
@@ -124,7 +125,7 @@ class _Batch:
         self.ends, self.stop = ends, stop
 
     def add(self, tokens: list[int]) -> list[int]:
-        """One more token for every row; the places of the rows that go on."""
+        """Add one more token to every row; returns the positions of the rows that go on."""
         for row, token in zip(self.rows, tokens, strict=True):
             if row not in self.done:
                 self.out[row].append(token)
@@ -133,6 +134,7 @@ class _Batch:
         return [i for i, row in enumerate(self.rows) if row not in self.done]
 
     def keep(self, going: list[int]) -> None:
+        """Keep only the rows at these positions."""
         self.rows = [self.rows[i] for i in going]
 
 
@@ -152,7 +154,7 @@ def _finish(
     static_steps.use(model)
     try:
         steps = static_steps.StaticSteps(model, layers, mask, ids, positions, left)
-        cache.layers.clear()  # it is copied
+        cache.layers.clear()  # the steps have copied it
         del layers
         for _ in range(left):
             going = batch.add(steps.next()[:, 0].tolist())

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from codyra_llm.config.sections import GeneralSection
 
 
-MOST_LOGITS = 2**26  # of one forward pass
+MOST_LOGITS = 2**26  # numbers that one forward pass may return
 STOP_TOKENS = 16  # the last tokens of an answer in which a stop sequence is looked for
 HEADLINES = {"tydiqa_goldp": "f1"}  # TRACE's; of other tasks the harness's first metric
 NORMAL = 1.96  # standard errors in half of a 95 % interval
@@ -58,11 +58,11 @@ Conditions = Callable[[list[list[int]]], Condition]
 
 
 class Live(HFLM):
-    """A model in memory as the harness's interface; every rank gets all requests, answers its share and all
-    answers.
+    """A model in memory behind the harness's interface. Every rank is given all requests, answers its share,
+    and returns all answers.
 
-    tokens: of one forward pass, prompt and answer, or None for the device's default. ends: the tokens that
-    end an answer, by default EOS alone.
+    tokens: the most tokens of one forward pass, prompts and answers together, or None for what fits. ends:
+    the tokens that end an answer, by default EOS alone.
     """
 
     def __init__(
@@ -92,17 +92,17 @@ class Live(HFLM):
         plain = [message for message in chat_history if message["role"] != "system"]
         tried = [chat_history, plain] if len(plain) < len(chat_history) else [plain]
         tokenizer: PreTrainedTokenizerBase = self.tokenizer
-        told = ""
+        fault = ""
         for chat in tried:
             try:
                 return render_chats(
                     tokenizer, [chat], add_generation_prompt, go_on=not add_generation_prompt
                 )[0]
             except Failed as error:
-                told = template_fault(tokenizer.name_or_path, error, chat[-1]["content"])
+                fault = template_fault(tokenizer.name_or_path, error, chat[-1]["content"])
                 if error.stopped:
                     break
-        raise Fault(told)
+        raise Fault(fault)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)
@@ -138,15 +138,9 @@ class Live(HFLM):
                 for i in sharing[rows[r]]:
                     target = torch.tensor(requests[i][2], device=logs.device)
                     last = logs[-len(target) :]
-                    found.append(
-                        (
-                            i,
-                            (
-                                last.gather(1, target[:, None]).sum().item(),
-                                bool((last.argmax(-1) == target).all()),
-                            ),
-                        )
-                    )
+                    log_likelihood = last.gather(1, target[:, None]).sum().item()
+                    is_greedy = bool((last.argmax(-1) == target).all())
+                    found.append((i, (log_likelihood, is_greedy)))
         return self._gathered(found, len(requests))
 
     def _last_logits(self, rows: list[list[int]], context: list[int], keep: int) -> Tensor:
@@ -222,7 +216,8 @@ class Live(HFLM):
     def _own(
         self, lengths: list[int], new: int, answer: Callable[[list[int]], Any], most: int | None = None
     ) -> Iterator[tuple[list[int], Any]]:
-        """This rank's batches, each of at most `most` rows, with what `answer` says of them."""
+        """This rank's batches (positions in `lengths`), each of at most `most` rows, with what `answer`
+        returns for them."""
         number = answered = 0
         observer.counted(0, len(lengths))
         for chosen in list(batches(lengths, new, self.held.tokens, self.held.step)):
@@ -237,6 +232,7 @@ class Live(HFLM):
             observer.counted(answered, len(lengths))
 
     def _gathered(self, found: list[tuple[int, Any]], count: int) -> list[Any]:
+        """The results of all ranks, in the order of the requests."""
         with heartbeat.waiting():
             by_number = dict(gather_object(found))
         return [by_number[i] for i in range(count)]
@@ -258,12 +254,12 @@ class Measured:
 
 @quiet()
 def measure(lm: Live, ability: Ability, section: "GeneralSection", chat: bool) -> Measured:
-    """Measure one task or group; every rank makes the same of all answers."""
+    """Measure one task or group. Every rank has all answers, and computes the same scores from them."""
     name, tasks = ability.name, ability.tasks
     samples = drawn(
         name, {part: len(task.eval_docs) for part, task in tasks.items()}, section.limit, section.seed
     )
-    random.seed(section.seed)  # IFEval's checks draw what a prompt leaves open
+    random.seed(section.seed)  # IFEval's checks draw at random what a prompt leaves open
     for task in tasks.values():
         task.set_config("num_fewshot", task.config.num_fewshot or 0)
         task.set_fewshot_seed(section.seed)
@@ -321,18 +317,12 @@ def _of_group(results: dict) -> dict[str, dict]:
 
 
 def _score(mean: float, error: float | None, n: int) -> dict:
-    low, high = (
-        (None, None)
-        if error is None
-        else (max(0.0, 100 * (mean - NORMAL * error)), min(100.0, 100 * (mean + NORMAL * error)))
-    )
-    return {
-        "mean": 100 * mean,
-        "stderr": None if error is None else 100 * error,
-        "low": low,
-        "high": high,
-        "n": n,
-    }
+    """A score in points, with the normal 95 % interval, cut to 0 to 100; `mean` and `error` are shares."""
+    if error is None:
+        return {"mean": 100 * mean, "stderr": None, "low": None, "high": None, "n": n}
+    low = max(0.0, 100 * (mean - NORMAL * error))
+    high = min(100.0, 100 * (mean + NORMAL * error))
+    return {"mean": 100 * mean, "stderr": 100 * error, "low": low, "high": high, "n": n}
 
 
 def _harness_keys(scores: dict[str, dict]) -> dict[str, float | str]:
@@ -353,20 +343,20 @@ def _predictions(results: dict, headline: str) -> list[dict]:
     for part, samples in results["samples"].items():
         for sample in (s for s in samples if s["filter"] == filtered):
             choices = [arguments[1] for arguments in sample["arguments"]]
-            picked, target, told = sample["filtered_resps"][0], sample["target"], {}
-            if isinstance(picked, tuple | list):  # log-likelihoods of the choices
-                picked = choices[
-                    max(range(len(choices)), key=lambda i: sample["filtered_resps"][i][0])
-                ].strip()
+            picked, target, response = sample["filtered_resps"][0], sample["target"], {}
+            if isinstance(picked, tuple | list):  # (log-likelihood, is greedy) of each choice
+                likelihoods = [of_choice[0] for of_choice in sample["filtered_resps"]]
+                likeliest = max(range(len(choices)), key=likelihoods.__getitem__)
+                picked = choices[likeliest].strip()
                 target = choices[target].strip() if isinstance(target, int) else target
             else:
-                told = {"response": sample["resps"][0][0]}
+                response = {"response": sample["resps"][0][0]}
             out.append(
                 {
                     "part": part,
                     "number": sample["doc_id"],
                     "prompt": sample["arguments"][0][0],
-                    **told,
+                    **response,
                     "prediction": str(picked),
                     "answer": str(target),
                     headline: 100.0 * sample[metric],

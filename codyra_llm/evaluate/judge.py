@@ -55,9 +55,8 @@ def criterion(name: str) -> str:
 
 
 def questions(name: str, pair: dict) -> dict[str, tuple[str, tuple[str, str]]]:
-    """What to ask about {"prompt", "base", "final"}: by digest the text, and who A and B are. None of two
-    equal answers.
-    """
+    """What to ask the judge about a pair {"prompt", "base", "final"}: by digest, the text of the question and
+    which models A and B are. Empty if the two answers are equal."""
     if pair["base"] == pair["final"]:
         return {}
     by = CRITERIA[criterion(name)]
@@ -84,10 +83,12 @@ def outcomes(name: str, pairs: Iterable[dict], verdicts: dict[str, str | None]) 
         said = [verdicts.get(digest) for digest in questions(name, pair)]
         if None in said:
             yield None
-        else:  # of equal answers nothing was asked
-            yield (
-                {"final": "win", "base": "lose"}.get(said[0], "tie") if said and said[0] == said[1] else "tie"
-            )
+        elif not said:  # equal answers, about which nothing was asked
+            yield "tie"
+        else:
+            in_one_order, in_the_other = said
+            agreed = in_one_order if in_one_order == in_the_other else "tie"
+            yield {"final": "win", "base": "lose"}.get(agreed, "tie")
 
 
 def tally(found: Iterable[str | None]) -> dict[str, Any]:
@@ -111,12 +112,13 @@ def tally(found: Iterable[str | None]) -> dict[str, Any]:
 
 
 def require(section: JudgeSection) -> None:
-    """Fault where judging is asked for and can't be done: before anything is trained."""
+    """Raises Fault where a judge is named and can't be asked; called before anything is trained."""
     if section.base_url:
         _client(section).close()
 
 
 def _client(section: JudgeSection) -> Any:
+    """An OpenAI client for the endpoint. Raises Fault without the package, the key or a usable proxy."""
     if find_spec("openai") is None:
         raise Fault(
             "open_ended.judge: judging needs the package openai, which is not installed; install "
@@ -145,10 +147,10 @@ def _client(section: JudgeSection) -> Any:
 
 
 def replies(section: JudgeSection, asked: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """(digest, reply) of the questions by digest, as they come, some at the same time.
+    """Ask these questions, given by digest, several at a time; yields (digest, reply) as replies come.
 
-    Raises Fault when the endpoint fails for good, and Stopped where the process was asked to; after what is
-    under way.
+    Raises Fault when the endpoint fails for good, and Stopped when the process was asked to stop; both only
+    after the questions that are under way.
     """
     client, ended, faults = _client(section), Event(), []
 
@@ -181,6 +183,7 @@ def replies(section: JudgeSection, asked: dict[str, str]) -> Iterator[tuple[str,
 
 
 def _ask(client: Any, section: JudgeSection, text: str) -> str:
+    """The judge's reply to one question. Raises Fault where the endpoint fails."""
     from openai import OpenAIError
 
     asked = {"temperature": section.temperature, "max_tokens": section.max_tokens}

@@ -11,11 +11,11 @@ from statistics import fmean
 
 FORMULAS: dict[str, str] = {
     "op": "Overall performance: mean over j < T of R[T-1][j]",
-    "bwt": "Backward transfer (TRACE): sum over j < T-1 of R[T-1][j] - R[j][j], divided by T-1; a loss is < "
-    "0",
+    "bwt": "Backward transfer (TRACE): sum over j < T-1 of R[T-1][j] - R[j][j], divided by T-1; "
+    "a loss is < 0",
     "bwt_treelora": "Forgetting (TreeLoRA's paper): sum over j < T of R[j][j] - R[T-1][j], divided by T",
-    "bwt_treelora_clipped": "Forgetting (TreeLoRA's code, sign turned): sum over j < T of max(R[j][j] - "
-    "R[T-1][j], 0), divided by T; gains count 0",
+    "bwt_treelora_clipped": "Forgetting (TreeLoRA's code, sign turned): sum over j < T of "
+    "max(R[j][j] - R[T-1][j], 0), divided by T; gains count 0",
     "forgetting": "Forgetting: mean over j < T-1 of (max over i = j..T-2 of R[i][j]) - R[T-1][j]",
     "fwt": "Forward transfer: mean over 1 <= j < T of R[j-1][j] - Z[j], of the tasks where both are measured",
 }

@@ -1,4 +1,4 @@
-"""Open-ended prompts, which have no reference answer: what a recipe asks for, and reading their files."""
+"""Open-ended prompts, which have no reference answer: reading the files that a recipe names."""
 
 from pathlib import Path
 
@@ -13,9 +13,8 @@ RECORD = 'records {"prompt": text}'
 
 
 def find_questions(section: OpenEndedSection) -> dict[str, list[str]]:
-    """The prompts that a recipe asks for, by the file's name without suffix. Raises one Fault with all that
-    is wrong.
-    """
+    """The prompts that a recipe asks for, by the name of their file without its suffix. Raises one Fault with
+    everything that is wrong."""
     if section.prompts is None:
         return {}
     root = Path(expanded(section.prompts))
@@ -48,6 +47,7 @@ def find_questions(section: OpenEndedSection) -> dict[str, list[str]]:
 
 
 def _read(path: Path) -> list[str]:
+    """The prompts of one file. Raises one Fault with everything that is wrong with it."""
     records = rows(path, RECORD)
     if not records:
         raise Fault(f"{path} holds no record, expected {RECORD}; write at least one")
@@ -55,7 +55,8 @@ def _read(path: Path) -> list[str]:
     for number, record in enumerate(records):
         where = f"{path}: record {number}"
         own = record_faults({**record, "answer": ""} if isinstance(record, dict) else record, "test", where)
-        empty = not own and not str(record["prompt"]).strip()
-        faults += own + [f"{where}: 'prompt' is empty; fill it in or remove the record"] * empty
+        if not own and not str(record["prompt"]).strip():
+            own = [f"{where}: 'prompt' is empty; fill it in or remove the record"]
+        faults += own
     refuse(faults, path, len(records))
     return [str(record["prompt"]) for record in records]

@@ -10,7 +10,7 @@ from transformers import AttentionInterface, PreTrainedModel, StaticCache
 from codyra_llm.models import families
 
 NAME = "grouped"
-LEAST = 12  # steps that are still to be made; recording one costs about as much as four unrecorded ones
+LEAST = 12  # steps left for recording to pay: it costs about as much as four steps that are not recorded
 
 
 def pays(model: PreTrainedModel, left: int) -> bool:
@@ -25,8 +25,8 @@ def pays(model: PreTrainedModel, left: int) -> bool:
 class StaticSteps:
     """Greedy steps of a batch whose prompts are in `layers`, keys and values [B, H_kv, S, d] of every layer.
 
-    mask [B, S + 1] says which of them, and of the new token, may be looked at; token [B, 1] is the last one
-    made, which no layer has seen; position [B, 1] its position. At most `left` steps.
+    mask [B, S + 1] says which of these, and of the new token, a row may attend to; token [B, 1] is the last
+    one generated, which no layer has seen yet, and position [B, 1] its position. At most `left` steps.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class StaticSteps:
         return self.token
 
     def select(self, rows: Tensor) -> "StaticSteps":
-        """The same with these rows alone; this one is used up."""
+        """The same for these rows alone; the old object can't be used any more."""
         layers = [
             (layer.keys[rows, :, : self.used], layer.values[rows, :, : self.used])
             for layer in self.cache.layers

@@ -27,9 +27,9 @@ LONGEST = {"prompt": OF_DATA["prompt"], "prediction": 20_000, "answer": OF_DATA[
 def measures(summary: dict) -> dict[str, float | None]:
     """The numbers of MEASURES from a run's summary; None where not measured."""
     matrix = summary["matrix"]
-    general = [
-        v.get("after" if matrix else "before") for v in summary["general"].values()
-    ]  # no matrix: nothing trains
+    # Without a matrix nothing was trained, and the base is the model that was measured.
+    when = "after" if matrix else "before"
+    general = [scores.get(when) for scores in summary["general"].values()]
     learnt = [matrix[i][i] for i in range(len(matrix))]
     return {
         **{name: summary[name] for name in ("op", "bwt", "bwt_treelora", "forgetting")},
@@ -39,7 +39,8 @@ def measures(summary: dict) -> dict[str, float | None]:
 
 
 def interval(values: list[float | None], drawn: np.ndarray | None) -> dict | None:
-    """Mean and bounds: of `values` over seeds, or of the one value from what was `drawn` for it."""
+    """Mean and 95 % bounds: Student's t over several values (runs of different seeds), the percentile
+    bootstrap `drawn` for a single one. None where a value is missing."""
     if not values or None in values:
         return None
     if len(values) > 1:
@@ -87,6 +88,7 @@ def summarise_all(
 
 
 def _bounds(scores: np.ndarray, means: np.ndarray) -> dict:
+    """Mean of the scores, and the 95 % interval from the means of resampled sets."""
     low, high = np.percentile(means, [2.5, 97.5])
     return {"mean": float(scores.mean()), "low": float(low), "high": float(high), "n": len(scores)}
 
@@ -102,13 +104,16 @@ def predictions(file: Path) -> Iterator[dict[str, str]]:
         faults += wrong[: NAMED - len(faults)]
         if not count:
             yield row
-    if count:
-        raise Fault(*faults, *[f"{file}: {count - NAMED} more such faults"] * (count > NAMED))
+    if count > NAMED:
+        faults.append(f"{file}: {count - NAMED} more such faults")
+    if faults:
+        raise Fault(*faults)
     if number < 0:
         raise Fault(f"{file} must hold a JSON list with at least one prediction; write one")
 
 
 def _of_prediction(where: str, row: object) -> list[str]:
+    """Faults of one record."""
     faults = []
     for key, most in LONGEST.items():
         value = row.get(key) if isinstance(row, dict) else None

@@ -44,8 +44,9 @@ HUB = {  # the harness's own tasks: TRACE's six, and IFEval
 
 @dataclass(frozen=True)
 class Ability:
-    """One task of the harness, or a group of them: `configs` by the harness's name of each part. `local`: on
-    files of a folder, which may hold anything. `trusted`: its code may run."""
+    """One task of the harness, or a group of them. `configs`: the harness's configuration of each part, by
+    name. `local`: it comes from a folder, which may hold anything, rather than from the hub. `trusted`: code
+    that its files name may run."""
 
     name: str
     configs: dict[str, dict[str, Any]]
@@ -104,13 +105,11 @@ class Ability:
                 return task if self.trusted else bind(task, self.name)
         except (OSError, DatasetsError) as error:
             reason = " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
+            remedy = "check the network and HF_HUB_OFFLINE, or give a folder as general.data"
+            if self.files:
+                remedy = "correct the files"
             raise Fault(
-                f"general.tasks: the data of '{self.name}' can't be read ({reason}); "
-                + (
-                    "correct the files"
-                    if self.files
-                    else "check the network and HF_HUB_OFFLINE, or give a folder as general.data"
-                )
+                f"general.tasks: the data of '{self.name}' can't be read ({reason}); {remedy}"
             ) from None
 
 
@@ -200,9 +199,8 @@ def parts(spec: dict | Path, root: Path | None, trusted: bool = False) -> dict[s
 
 
 def drawn(name: str, sizes: dict[str, int], limit: int | None, seed: int) -> dict[str, list[int]]:
-    """Which examples of each part to take: all, or `limit` of all parts together, drawn by (seed, name)
-    alone.
-    """
+    """The positions of the examples to take from each part: all, or `limit` over all parts together. The draw
+    depends on (seed, name) alone."""
     pool = [(part, i) for part, n in sizes.items() for i in range(n)]
     if limit is not None and limit < len(pool):
         pool = random.Random(f"{seed} {name}").sample(pool, limit)
@@ -218,6 +216,7 @@ def without_punkt(docs: "Dataset") -> "Dataset":
 
 
 def _local(config: dict[str, Any], root: Path) -> dict[str, Any]:
+    """The keys of a folder's task with which the harness reads its data below `root`."""
     kwargs = dict(config.get("dataset_kwargs") or {})
     files = kwargs.get("data_files")
     if not files:  # of a trusted file, whose code makes the examples
@@ -240,16 +239,15 @@ def _texts(file: str) -> "Features":
 
 
 def _missing(ability: Ability) -> list[str]:
+    """Faults: files that the task reads and that are not there."""
+    faults = []
     absent = [file for file in ability.files if not file.is_file()]
-    faults = (
-        [
-            f"general.tasks: '{ability.name}' reads {absent[0]}, which is not there"
-            + (f", nor are {len(absent) - 1} more" if len(absent) > 1 else "")
-            + "; add it, or leave the task out"
-        ]
-        if absent
-        else []
-    )
+    if absent:
+        more = f", nor are {len(absent) - 1} more" if len(absent) > 1 else ""
+        faults.append(
+            f"general.tasks: '{ability.name}' reads {absent[0]}, which is not there{more}; add it, or leave "
+            "the task out"
+        )
     if ability.name == "ifeval" and ability.files and not has_punkt():
         faults.append(
             "general.tasks: 'ifeval' needs nltk's punkt_tab, which is not there; run `python -m "
@@ -259,6 +257,7 @@ def _missing(ability: Ability) -> list[str]:
 
 
 def has_punkt() -> bool:
+    """Whether nltk's sentence splitter is on this machine; IFEval's checks that count sentences need it."""
     import nltk
 
     try:
@@ -283,7 +282,8 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _no_download(offline: bool) -> Iterator[None]:
-    """The harness fetches punkt_tab when IFEval is imported, on the first process alone."""
+    """Within this block nothing is fetched, if `offline`. The harness fetches punkt_tab when IFEval is
+    imported in the process with LOCAL_RANK 0, so this one says it is another."""
     before = os.environ.get("LOCAL_RANK")
     if offline:
         os.environ["LOCAL_RANK"] = "1"

@@ -1,5 +1,5 @@
-"""Task files of lm-evaluation-harness that a folder brings: read strictly, checked before anything of them
-runs.
+"""Task files of lm-evaluation-harness that come with a data folder: read strictly, and checked before
+anything in them runs.
 
 The harness loads functions that a file names, renders its templates without a sandbox and imports metrics by
 name, so a task file is a program. Here it is data, unless `general.trust_code` says otherwise.
@@ -38,7 +38,7 @@ TRUST = "look at what it runs, and set general.trust_code to true"
 
 
 def read_task(file: Path, trusted: bool) -> dict[str, Any]:
-    """What the task file says, without what it includes. Raises Fault where it says what is not possible, or,
+    """The task file's own keys, without those that it includes. Raises Fault where the file is no task, or,
     unless it is trusted, names code to run."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -67,9 +67,10 @@ def read_task(file: Path, trusted: bool) -> dict[str, Any]:
 
 
 def refuse(file: object, own: dict[str, Any], config: dict[str, Any], root: Path) -> None:
-    """Raise Fault with everything that is wrong with a task's `own` keys, and with the `config` that they are
-    over those that it includes."""
-    scored = callable(config.get("process_results"))  # by the harness's own function, under names of its own
+    """Raises Fault with everything that is wrong with a task: with its `own` keys, and with the `config` that
+    results from them and those that it includes."""
+    # A function of the harness's own scores some tasks, under metric names that its registry does not have.
+    scored = callable(config.get("process_results"))
     wrong = [*_of_keys(own), *_of_data(config, root), *_of_scoring(own, scored)]
     if wrong:
         raise Fault(*(f"general.data: {file}: {fault}" for fault in wrong))
@@ -104,6 +105,7 @@ def _function(text: str) -> int | None:
 
 
 def _of_keys(config: dict[str, Any]) -> Iterator[str]:
+    """Faults: unknown keys, keys that run code, counts out of bounds."""
     from lm_eval.config.task import TaskConfig
 
     known = {field.name for field in fields(TaskConfig)}
@@ -120,6 +122,7 @@ def _of_keys(config: dict[str, Any]) -> Iterator[str]:
 
 
 def _of_data(config: dict[str, Any], root: Path) -> Iterator[str]:
+    """Faults: data that is not in local files below `root`."""
     path, kwargs = config.get("dataset_path"), config.get("dataset_kwargs")
     if path not in READERS:
         yield (
@@ -146,6 +149,7 @@ def _of_data(config: dict[str, Any], root: Path) -> Iterator[str]:
 
 
 def _of_scoring(config: dict[str, Any], scored: bool) -> Iterator[str]:
+    """Faults: metrics that the harness does not have, and settings of the wrong kind."""
     import lm_eval.api.metrics  # noqa: F401, which fills the registry
     from lm_eval.api.registry import metric_registry
 

@@ -11,7 +11,7 @@ from codyra_llm.data.encoding import Encoder
 
 
 def require() -> None:
-    """Fault where vLLM is not installed. Does not import it: that takes seconds and claims the GPU."""
+    """Raises Fault where vLLM is not installed. Does not import it: that takes seconds and claims the GPU."""
     if find_spec("vllm") is None:
         raise Fault(
             "eval.backend: vllm is not installed; pip install codyra-llm[vllm], or set eval.backend=torch"
@@ -23,8 +23,8 @@ def vllm_answers(
 ) -> list[str]:
     """The engine's answers to prompts, at most `new` tokens each, the same list on every rank.
 
-    Ids go in and out, so prompts are cut and answers decoded as with torch, and the same tokens end an
-    answer: `ignore_eos` has the engine look for no others.
+    Token ids go in and out, so that prompts are cut and answers decoded as with torch. The same tokens end an
+    answer: with `ignore_eos` the engine looks for no others than `stop_token_ids`.
     """
     found: list[Any] = [None]
     if engine:

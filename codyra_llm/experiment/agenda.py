@@ -1,4 +1,6 @@
-"""What a run has still to do, counted before it does it: steps and tokens to learn, prompts to answer."""
+"""The work that a run still has to do, counted before it is done: steps and tokens to train on, prompts to
+answer.
+"""
 
 from math import ceil
 
@@ -9,7 +11,7 @@ from codyra_llm.runtime.forecast import Piece
 from codyra_llm.store.folder import RunFolder
 from codyra_llm.store.rows import Stage
 
-SAMPLE = 64  # records of a task that are tokenised to know the mean length
+SAMPLE = 64  # about how many records of a task are tokenised to estimate their mean length
 
 
 def steps(setup: Setup) -> list[int]:
@@ -27,23 +29,23 @@ def steps(setup: Setup) -> list[int]:
 def tokens(setup: Setup, index: int) -> float:
     """About how many tokens task `index` trains on, over all epochs."""
     records, epochs = setup.method.train_data(setup.stream, index)
-    drawn, encoder = records[:: ceil(len(records) / SAMPLE) or 1], setup.encoder
-    lengths = [len(example) for example in encoder.encode(drawn)]
-    return sum(map(len, epochs)) * sum(lengths) / max(len(lengths), 1)
+    every = max(ceil(len(records) / SAMPLE), 1)
+    lengths = [len(example) for example in setup.encoder.encode(records[::every])]
+    visits = sum(map(len, epochs))
+    return visits * sum(lengths) / max(len(lengths), 1)
 
 
 def stages(setup: Setup) -> list[Stage]:
     """The stages at which the run stops to score, in its order."""
     count = len(setup.recipe.tasks)
     last = count if setup.method.trains else 0
-    steps = [0, last] if setup.method.joint else range(last + 1)
-    return [Stage.of(setup.recipe.tasks, step - 1) for step in dict.fromkeys(steps)]
+    learnt = [0, last] if setup.method.joint else range(last + 1)
+    return [Stage.of(setup.recipe.tasks, step - 1) for step in dict.fromkeys(learnt)]
 
 
 def scored(setup: Setup) -> dict[str, list[str]]:
-    """By stage, "base" or the task after which, the names of what is scored there, in the order of the
-    run.
-    """
+    """By stage, named by its last task ("base" before the first), the names of what is scored there, in the
+    order of the run."""
     found = {}
     for stage in stages(setup):
         due = pieces(setup, stage, *asked(setup, stage), set())
@@ -52,7 +54,8 @@ def scored(setup: Setup) -> dict[str, list[str]]:
 
 
 def ahead(setup: Setup, folder: RunFolder, learnt: int) -> dict[Piece, float]:
-    """The pieces that are due when `learnt` tasks are, in their order, and how much each is."""
+    """The pieces of work that are left once `learnt` tasks are learnt, in the order of the run, each with its
+    amount: tokens to learn, prompts to answer, or 1."""
     due: dict[Piece, float] = {}
     for stage in stages(setup):
         if stage.step > learnt:

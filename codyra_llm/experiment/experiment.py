@@ -80,7 +80,7 @@ class Experiment:
 
 @contextmanager
 def torch_answering(experiment: Experiment, stage: Stage) -> Iterator[Callable]:
-    """The model in this process answers; each process its share, and all get all answers."""
+    """The model in this process answers. Each process answers its share, and all get all answers."""
     setup, acc = experiment.setup, experiment.acc
     model, conditions = setup.loaded(experiment.models, stage, acc.device)
 
@@ -89,7 +89,9 @@ def torch_answering(experiment: Experiment, stage: Stage) -> Iterator[Callable]:
         return answers(acc, model, setup.encoder, texts, new, setup.recipe.eval.batch_tokens, condition)
 
     yield ask
-    model = conditions = None  # else whoever holds `ask` keeps them in memory next to the next model
+    model = conditions = (
+        None  # `ask` refers to them, and its caller may still hold it when the next model loads
+    )
 
 
 @contextmanager
@@ -107,7 +109,7 @@ def vllm_answering(experiment: Experiment, stage: Stage) -> Iterator[Callable]:
         model = setup.model(experiment.models.archive(), stage.index)
         write_model(model, setup.tokenizer, Path(merged))
         del model
-        # VLLM claims a share of the whole GPU's memory and refuses where less is free.
+        # vLLM claims a share of the whole GPU's memory, and refuses to start if less is free.
         torch.cuda.empty_cache()
         engine = LLM(
             model=merged,

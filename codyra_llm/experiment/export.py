@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from codyra_llm.benchmarks.trace.mini.make import BASES
 from codyra_llm.config.benchmark import digest
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import replacing, write_json, write_text
@@ -22,9 +23,8 @@ from codyra_llm.models.weights import WeightReader
 from codyra_llm.store.archive import Archive
 from codyra_llm.store.folder import RunFolder
 
-LINEAGE = (
-    "codyra_llm.json"  # in every export: the recipe and the last task learnt, from which `evaluate` scores it
-)
+# In every export: the recipe and the last task learnt, by which `evaluate` scores it.
+LINEAGE = "codyra_llm.json"
 
 
 def write_merged(
@@ -39,8 +39,8 @@ def write_merged(
     """A plain Hugging Face folder: the base's own files, and its weights with the updates, summed in float32
     and cast once to `dtype`, by default the one that the base stores each in. `card`: its README.md.
 
-    The weights are those that were evaluated wherever `dtype` is that of the evaluation (model.dtype). Raises
-    Fault for a method that is no plain model.
+    The weights equal those that were evaluated if `dtype` is that of the evaluation (model.dtype). Raises
+    Fault for a method whose model is not a plain one.
     """
     refuse_unmerged(setup, without)
     with replacing(out) as temporary:
@@ -61,7 +61,7 @@ def write_gguf_folder(
     """A folder with the merged model as a GGUF file, a Modelfile for Ollama, lineage and card. The updates
     are summed in float32 and cast once to `kind` (of gguf_file.TYPES). Returns the file's path in `out`.
 
-    Raises Fault for a method that is no plain model, and for a model that llama.cpp would compute
+    Raises Fault for a method whose model is not a plain one, and for a model that llama.cpp would compute
     differently.
     """
     from codyra_llm.formats import gguf_file  # useful only for this format
@@ -80,8 +80,8 @@ def write_gguf_folder(
 
 
 def modelfile(name: str, chat: bool) -> str:
-    """Ollama's recipe for the file: prompts as the model was trained on them. Without a template of its own
-    there Ollama would write every prompt by the chat template that the base brought along."""
+    """Ollama's Modelfile, by which prompts reach the model as it was trained on them. Without a template in
+    it Ollama would apply the base's chat template to every prompt."""
     plain = "" if chat else 'TEMPLATE """{{ .Prompt }}"""\n'
     return f"FROM ./{name}\n{plain}PARAMETER temperature 0\n"
 
@@ -89,7 +89,8 @@ def modelfile(name: str, chat: bool) -> str:
 def _changes(setup: Setup, terms: list[Update]) -> Callable[[str, torch.Tensor], torch.Tensor]:
     """For each weight, by the name that the base stores it under, a function of its value after `terms`;
     other towers are unchanged. Raises Fault if the base does not store a weight that they change."""
-    known, family = set(WeightReader(setup.base).handle_of), families.family_in(setup.base)
+    family = families.family_in(setup.base)
+    known = set(WeightReader(setup.base).handle_of)
     changed = {f"{site}.weight" for update in terms for site in update.adapters}
     changed |= {name for update in terms for name in update.dense}
     missing = sorted(changed - known)
@@ -99,6 +100,7 @@ def _changes(setup: Setup, terms: list[Update]) -> Callable[[str, torch.Tensor],
             "the run began with"
         )
     tied = families.text_config(setup.base).tie_word_embeddings
+    # A tied head has no weight of its own: its changes are those of the embeddings.
     parameters = {f"{family.head}.weight": f"{family.embeddings}.weight"} if tied else {}
 
     def changed_weight(name: str, base: torch.Tensor) -> torch.Tensor:
@@ -166,16 +168,20 @@ def write_peft(
 
 
 def _base_path(setup: Setup) -> str:
-    """What PEFT finds the base by: the recipe's path, or the folder that stands for `mini` or a GGUF file."""
+    """Where PEFT is to find the base: the recipe's path if it is a folder or a hub id, else the folder that
+    a base of mini-TRACE's or a GGUF file was made into."""
     named = setup.recipe.model.path
-    inside = os.path.isdir(os.path.expanduser(named)) or not os.path.exists(named) and named != "mini"
-    return named if inside else str(setup.base)
+    is_folder = os.path.isdir(os.path.expanduser(named))
+    is_hub_id = not os.path.exists(named) and named not in BASES
+    return named if is_folder or is_hub_id else str(setup.base)
 
 
 def _targets(setup: Setup, sites: set[str]) -> list[str]:
-    """The projections' names where all layers have them, as most readers expect; or else the sites' own, as
-    where there are other towers, whose layers have the same names."""
-    names, family = {site.rpartition(".")[2] for site in sites}, families.family_in(setup.base)
+    """What goes into PEFT's `target_modules`: the projections' names, as most readers expect, if they match
+    the adapted sites and nothing else; otherwise the full names of the sites. Other towers (images, sound)
+    have layers with the same names."""
+    family = families.family_in(setup.base)
+    names = {site.rpartition(".")[2] for site in sites}
     modules = {name.removesuffix(".weight") for name in WeightReader(setup.base).handle_of}
     every = {module for module in modules if module.rpartition(".")[2] in names}
     if every == sites and family.tower is None:
@@ -228,6 +234,8 @@ def _write_card(card: str, folder: Path) -> None:
 
 
 def refuse_unmerged(setup: Setup, without: int | None) -> None:
+    """Raises Fault where the update of task `without` can't be left out, and where the method's model after a
+    task is not a plain one."""
     if without is not None and not setup.method.separable:
         raise Fault(
             f"--without: {setup.method.name} keeps no part of a task's own that could be left out; export "

@@ -86,10 +86,9 @@ def _too_long(recipe: Recipe, read: Sequence[Split], encoder: Encoder, config: P
     for index, split, records in read:
         where = f"{recipe.tasks[index]}/{split}"
         for record, (prompt, _) in zip(records, encoder.prompts(_texts(records)), strict=True):
-            answer = (
-                encoder.answer(record["answer"])[0] if split == "train" else [0]
-            )  # one token is asked for
-            longest[where] = max(len(prompt) + len(answer), longest.get(where, 0))
+            # A test prompt needs room for at least one token of an answer.
+            room = len(encoder.answer(record["answer"])[0]) if split == "train" else 1
+            longest[where] = max(len(prompt) + room, longest.get(where, 0))
     return [
         f"data.max_prompt_tokens: {where} has a prompt of {tokens} tokens with its answer, and the "
         f"model has {positions} positions; lower it, so that prompts are cut (now "
@@ -109,30 +108,30 @@ def hints(
     """Warnings of `plan`: weights in the base's folder that are not read, a BOS that the family needs and the
     tokenizer does not add, answers that the tokenizer can't reproduce, and answers that may go past the
     model's last position."""
-    told = []
+    found = []
     left = leftovers(base)
     if left:
         more = ", ..." if len(left) > 3 else ""
-        told.append(
+        found.append(
             f"{base} holds weights that are not read, as transformers does not read them either: "
             f"{', '.join(left[:3])}{more}; remove them, or the ones that are "
             "read, whichever is out of date"
         )
     family = families.family_in(base)
     if family.needs_bos and not encoder.bos:
-        told.append(
+        found.append(
             f"the tokenizer in {base} puts no BOS in front of a text, and {family.title} was pretrained with "
             "one before every text and does badly without; use the tokenizer that the model came with"
         )
     for index, split, records in read:
         if split != "train":
-            told += _unreachable(f"{recipe.tasks[index]}/{split}", records, encoder)
-    return told + _past_the_end(recipe, read, encoder, config)
+            found += _unreachable(f"{recipe.tasks[index]}/{split}", records, encoder)
+    return found + _past_the_end(recipe, read, encoder, config)
 
 
 def _unreachable(where: str, records: Sequence[dict], encoder: Encoder) -> list[str]:
-    """Answers that not even a model which has memorised them can give: decoding drops special tokens, what
-    comes after an end token, or a space in front."""
+    """Answers that even a model that has memorised them can't give, since decoding drops special tokens,
+    whatever follows an end token, or a leading space."""
     changed = _changed([record["answer"] for record in records], encoder.perfect)
     if not changed:
         return []
@@ -152,17 +151,18 @@ def _changed(answers: Sequence[str], perfect: Callable[[str], str]) -> list[tupl
 def _past_the_end(
     recipe: Recipe, read: Sequence[Split], encoder: Encoder, config: PreTrainedConfig
 ) -> list[str]:
+    """Test prompts that leave fewer positions than `eval.max_new_tokens` asks for."""
     positions = getattr(config, "max_position_embeddings", None)
-    told = []
+    found = []
     for index, split, records in read:
         new = by_task(recipe.eval.max_new_tokens, recipe.tasks[index])
         if split == "train" or not positions or recipe.data.max_prompt_tokens + new <= positions:
             continue
         longest = max((len(ids) for ids, _ in encoder.prompts(_texts(records))), default=0)
         if longest + new > positions:
-            told.append(
+            found.append(
                 f"{recipe.tasks[index]}/{split}: prompts of up to {longest} tokens and answers of up to "
                 f"{new} go past the model's {positions} positions; lower data.max_prompt_tokens or "
                 "eval.max_new_tokens"
             )
-    return told
+    return found

@@ -36,12 +36,13 @@ class Learnt(NamedTuple):
 
 
 def learn(experiment: Experiment, stage: Stage, peak: ProcessPeak) -> None:
-    """Train on the task of `stage`: its update, the method's state, costs and log end in the folder."""
+    """Train on the task of `stage`, and write its update, the method's state, its costs and its log to the
+    run folder."""
     store = experiment.store
     archive = store.archive()
     observer.stage_begins(stage, Piece("learn", stage.after, stage.step))
     peak.restart()
-    learnt = _train(experiment, stage, archive)  # from here on its model is freed
+    learnt = _train(experiment, stage, archive)  # its model is freed when this returns
     peaks = gather_object([peak.read()])
     if experiment.first:
         most = None if None in peaks else max(peaks)
@@ -83,6 +84,7 @@ def _train(experiment: Experiment, stage: Stage, archive: Archive) -> Learnt:
     setup, recipe, method = experiment.setup, experiment.recipe, experiment.method
     model = _start(experiment, stage, archive)
     began = time.perf_counter()
+    # What the task before left: the optimizer's moments, where they are carried on, and the method's state.
     before = experiment.store.load_state(stage.index - 1)
     carried = {key: value for key, value in before.items() if key.startswith(OPTIMIZER)}
     state = {key: value for key, value in before.items() if key not in carried}
@@ -122,7 +124,7 @@ def _start(experiment: Experiment, stage: Stage, archive: Archive) -> nn.Module:
 
 
 def _fit(experiment: Experiment, stage: Stage, archive: Archive, trainer: Trainer) -> dict[str, Adapter]:
-    """Train from the last checkpoint inside the task on, if there is one."""
+    """Train on the task, from its start or, if there is one, from the last checkpoint inside it."""
     setup, store = experiment.setup, experiment.store
     saves = store.progress(stage.index, stage.after, archive.lineage[-1])
     found = of_first(saves.newest() if experiment.first else None)
@@ -142,7 +144,7 @@ def _fit(experiment: Experiment, stage: Stage, archive: Archive, trainer: Traine
 
 
 def _archive(experiment: Experiment, stage: Stage, archive: Archive, learnt: Learnt) -> list[UpdateRow]:
-    """Write what the task left; returns the rows of its update report."""
+    """Write what the task left to the run folder; returns the rows of its update report."""
     setup, store, update = experiment.setup, experiment.store, learnt.update
     before = archive.terms(stage.index - 1)
     after = {"add": [*before, update], "replace": [update], "apart": [update]}[update.mode]

@@ -1,4 +1,4 @@
-"""The observers of the project's own: the display, the heartbeat, and the trackers that Accelerate knows
+"""The project's own observers: the display, the heartbeat, and the trackers that Accelerate knows
 (TensorBoard, wandb and others)."""
 
 import logging
@@ -34,8 +34,8 @@ class Beats(Observer):
 
 
 class Display(Observer):
-    """Prints how far the run is: on a terminal one line that is kept up to date, elsewhere a line now and
-    then."""
+    """Shows how far the run is: on a terminal one line that is kept up to date, elsewhere a line printed now
+    and then."""
 
     def __init__(self) -> None:
         self.line = display.Line()
@@ -80,7 +80,8 @@ def check(names: Iterable[str]) -> None:
     """Raises one Fault for all `names` that Accelerate does not know, or whose package is not
     installed.
     """
-    known, there = list(LOGGER_TYPE_TO_CLASS), [str(kind) for kind in get_available_trackers()]
+    known = list(LOGGER_TYPE_TO_CLASS)
+    installed = [str(kind) for kind in get_available_trackers()]
     faults = []
     for name in names:
         if name not in known:
@@ -89,7 +90,7 @@ def check(names: Iterable[str]) -> None:
                 f"{', '.join(known)}"
             )
     for name in names:
-        if name in known and name in LoggerType and name not in there:
+        if name in known and name in LoggerType and name not in installed:
             package = name.replace("_", "-")
             faults.append(f"trackers: '{name}' is not installed; pip install {package}, or leave it out")
     if faults:
@@ -119,12 +120,11 @@ class Trackers(Observer):
             acc.log_with, acc.trackers = filter_trackers([kind], place), []
             try:
                 acc.init_trackers(PROJECT, settings, options)
-            except (
-                Exception
-            ) as error:  # a tracker may raise any error of its package, its server or its login
+            except Exception as error:
+                # A tracker may raise any error of its package, its server or its login.
                 self.run_ends()
                 raise Fault(
-                    f"trackers: {kind} can't begin ({_reason(error)}); mend that, or leave it out"
+                    f"trackers: {kind} can't begin ({_reason(error)}); correct that, or leave it out"
                 ) from None
             self.begun += acc.trackers
         acc.trackers = self.begun
@@ -141,19 +141,20 @@ class Trackers(Observer):
         shown = {"grad_norm": row.grad_norm, "eval_loss": row.eval_loss, "lr": row.lr, "kappa": row.kappa}
         shown = {key: value for key, value in shown.items() if value is not None}
         values = {**row.terms, **shown, "task": number + 1, "tokens_per_second": row.speed}
-        self._tell({f"train/{key}": value for key, value in values.items()}, step)
+        self._log({f"train/{key}": value for key, value in values.items()}, step)
 
     def scored(self, row: ScoreRow) -> None:
         kind = "general" if row.general else "score"
-        self._tell({f"{kind}/{row.task}": row.score}, self.before[row.step])
+        self._log({f"{kind}/{row.task}": row.score}, self.before[row.step])
 
-    def _tell(self, values: dict, step: int) -> None:
+    def _log(self, values: dict, step: int) -> None:
+        """Log to every tracker, and drop those that fail."""
         self.begun = [one for one in self.begun if _tried(one, one.log, values, step=step)]
 
     def _already_logged(self, folder: RunFolder, place: Path) -> int:
-        """The last step already logged to the trackers, by the process before, as its log says, or by an
-        earlier one that had got further. It has its own file since a resumed run cuts the log back to its
-        checkpoint."""
+        """The last step that the trackers have, over all tasks. The log alone does not say, since a resumed
+        run cuts it back to its checkpoint; so the furthest step that any process had logged when the next one
+        began is kept in a file of its own."""
         file = place / "told.txt"
         kept = read_text(file, "a number of steps").strip() if file.is_file() else ""
         logged = int(kept) if kept.isdecimal() else 0
@@ -173,12 +174,15 @@ def _tried(tracker: GeneralTracker, action: Callable, *args, **options) -> bool:
         return True
     except Exception as error:  # as above
         log.warning(
-            "%s failed (%s), and gets no more of this process; the run goes on", tracker.name, _reason(error)
+            "%s failed (%s), and gets nothing more from this process; the run goes on",
+            tracker.name,
+            _reason(error),
         )
         return False
 
 
 def _reason(error: Exception) -> str:
+    """The first line of what the error says, or its kind."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 

@@ -1,5 +1,5 @@
-"""Answers of the base and of the final model to open-ended prompts, side by side in the run folder, and their
-judging.
+"""The answers of the base and of the final model to open-ended prompts, side by side in the run folder, and
+the judge's verdicts on them.
 """
 
 import time
@@ -53,17 +53,19 @@ def pieces(setup: Setup, folder: RunFolder, stage: Stage) -> dict[Piece, float]:
 
 
 def _answered(folder: RunFolder, name: str, prompts: list[str], stage: Stage) -> bool:
+    """Whether the folder has an answer of the stage's model to each of these prompts."""
     rows = folder.answers(name)
     if stage.step == 0:
-        mine = all("base" in row for row in rows)
+        complete = all("base" in row for row in rows)
     else:
-        mine = all(row.get("after") == stage.after for row in rows)
-    return mine and [row["prompt"] for row in rows] == prompts
+        complete = all(row.get("after") == stage.after for row in rows)
+    return complete and [row["prompt"] for row in rows] == prompts
 
 
 def _keep(setup: Setup, folder: RunFolder, name: str, stage: Stage, texts: list[str]) -> None:
     """Save the answers next to those of the other model."""
     prompts, rows = setup.prompts[name], folder.answers(name)
+    # Answers to other prompts are no use: the file or the recipe's choice of prompts has changed.
     if [row["prompt"] for row in rows] != prompts:
         rows = [{"prompt": prompt} for prompt in prompts]
     for row, text in zip(rows, texts, strict=True):
@@ -100,6 +102,7 @@ def _counted(section: JudgeSection, folder: RunFolder, name: str) -> str:
 
 
 def _questions(out: RunFolder, name: str) -> dict[str, tuple[str, tuple[str, str]]]:
+    """`judge.questions` of all pairs."""
     return {
         digest: question
         for pair in out.pairs(name)
@@ -108,7 +111,7 @@ def _questions(out: RunFolder, name: str) -> dict[str, tuple[str, tuple[str, str
 
 
 def _due(section: JudgeSection, out: RunFolder, name: str) -> list[str]:
-    """Digests of the questions without a verdict, including those whose reply contained none."""
+    """Digests of the questions that have no verdict: not asked yet, or the reply contained none."""
     verdicts = Verdicts(out, name)
     verdicts.begin()
     had = verdicts.of(section.model)

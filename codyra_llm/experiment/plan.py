@@ -40,8 +40,8 @@ from codyra_llm.train.trainer import TaskData
 
 @dataclass
 class Work:
-    """What the recipe trains on, as one process cuts it: its tasks, all micro-batches, and among these the
-    one with the most tokens and one of median size."""
+    """What the recipe trains on, cut as one process would cut it: its tasks, all micro-batches, and among
+    these the one with the most tokens and one of median size."""
 
     tasks: list[TaskData] = field(default_factory=list)
     pieces: list["Piece"] = field(default_factory=list)
@@ -118,19 +118,21 @@ def skeleton(
     if setup.recipe.model.gradient_checkpointing:
         loading.checkpoint_layers(model)
     if setup.method.trains and not setup.method.merges:
-        # What it adds in front of the model, or next to it, is small and not counted.
+        # What such a method adds, in front of the model or next to it, is small and not counted.
         model.enable_input_require_grads()
     return model.train()
 
 
 def _moved(setup: Setup, layers: range) -> Method:
-    """The method with adapters on these layers."""
+    """The recipe's method with its adapters on these layers, where it has such a choice."""
     config = setup.recipe.method
     update = {"layers": [*layers]} if hasattr(config, "layers") else {}
     return METHODS[config.name](config.model_copy(update=update), setup.recipe.seed)
 
 
 def _work(setup: Setup, model: nn.Module) -> Work:
+    """Encode what every task trains on, and cut it into micro-batches. Switches `model` to packed attention
+    where the run would."""
     recipe, work = setup.recipe, Work()
     device = launch.device()
     limit = recipe.optim.micro_batch_tokens or default_tokens(device)
@@ -154,16 +156,19 @@ def _work(setup: Setup, model: nn.Module) -> Work:
     if work.pieces:
         work.pieces.sort()
         middle = work.pieces[len(work.pieces) // 2]
-        work.biggest, work.typical = (_batch(setup, work, p, packed) for p in (work.pieces[-1], middle))
+        work.biggest = _batch(setup, work, work.pieces[-1], packed)
+        work.typical = _batch(setup, work, middle, packed)
     return work
 
 
 def _batch(setup: Setup, work: Work, piece: Piece, packed: bool) -> Batch:
+    """The tensors of a micro-batch, on the CPU; weights are 1, since only its size matters."""
     examples, weights = work.tasks[piece.task].examples, [1.0] * len(piece.examples)
     return collate(examples, piece.examples, weights, setup.tokenizer.pad_token_id, packed)
 
 
 def _table(setup: Setup, work: Work) -> Table:
+    """A row for each task: what it trains on (blank where nothing trains), and what it is tested on."""
     recipe, right = setup.recipe, {"justify": "right", "no_wrap": True}
     warm = f" after warm-up {recipe.optim.warmup:g}" if recipe.optim.warmup else ""
     table = Table(
@@ -220,8 +225,8 @@ def _estimates(setup: Setup, model: nn.Module, work: Work, trained: int, total: 
     held = {"weights": _weight_bytes(setup, model, total)}
     lines = []
     if work.biggest:
-        # Before the memory, whose run fills the skeleton with fake tensors.
-        lines.append(_training(setup, model, work, device).told)
+        # Time first: estimating memory fills the skeleton with fake tensors.
+        lines.append(_training(setup, model, work, device).line)
         tokens = work.biggest.ids.numel()
         held["adapters and Adam's moments"] = trained * 12
         held[f"forward and backward of {tokens} tokens"] = activation_bytes(model, work.biggest, device)
@@ -244,24 +249,24 @@ def disk_bytes(setup: Setup, trained: int) -> int:
     return updates + (saved.size(setup.base) if merged else 0)
 
 
-LONGEST = (
-    20  # seconds that a micro-batch may take in a few layers; if it takes more, its operations are counted
-)
+# Seconds that a micro-batch may take in a few layers; if it would take more, time is estimated from counted
+# operations.
+LONGEST = 20
 
 
 class Training(NamedTuple):
-    """What a recipe trains, as far as one process: optimizer steps, tokens, padding included, seconds of
-    training; and how the seconds are known."""
+    """What training takes in one process: optimizer steps, tokens (padding included) and seconds; `line` is
+    what the plan says about the seconds, and how they are known."""
 
     steps: int
     tokens: int
     seconds: float
-    told: str
+    line: str
 
 
 def training(recipe: Recipe) -> Training:
-    """The training that a recipe asks for, without doing it: none of a method that trains nothing. Raises one
-    Fault with everything that is wrong with the recipe."""
+    """What a recipe's training will take, without doing it; zeros for a method that trains nothing. Raises
+    one Fault with everything that is wrong with the recipe."""
     setup = prepare(recipe)
     model = skeleton(setup)
     work = _work(setup, model)
@@ -271,6 +276,8 @@ def training(recipe: Recipe) -> Training:
 
 
 def _training(setup: Setup, model: nn.Module, work: Work, device: torch.device) -> Training:
+    """The cost of training on `work`: two micro-batches are timed on a few layers, or, if that would take too
+    long, operations are counted."""
     size = setup.recipe.optim.batch_size
     assert size is not None, "resolved() fills in the protocol's"
     steps = sum(task.steps(size) for task in work.tasks)
@@ -283,9 +290,9 @@ def _training(setup: Setup, model: nn.Module, work: Work, device: torch.device) 
     layers = depth(model)
     speed = matmul_speed(model, work.pieces[-1].tokens, setup.dtype, device)
     if of_two[0] / speed * MEASURED_LAYERS[1] / sum(layers) > LONGEST:
-        told = f"{operations:.2g} operations of matrix products, {speed:.2g} a second measured here"
-        said = f"time to train, at least: {duration(operations / speed)} ({told}, one process)"
-        return Training(steps, tokens, operations / speed, said)
+        basis = f"{operations:.2g} operations of matrix products, {speed:.2g} a second measured here"
+        line = f"time to train, at least: {duration(operations / speed)} ({basis}, one process)"
+        return Training(steps, tokens, operations / speed, line)
 
     def make(count: int, adapted: range | None) -> nn.Module:
         made = skeleton(setup, count, device, adapted)
@@ -299,12 +306,12 @@ def _training(setup: Setup, model: nn.Module, work: Work, device: torch.device) 
     seconds = [step_seconds(make, batch, layers) for batch in batches]
     timed = [Timed(n, each) for n, each in zip(of_two, seconds, strict=True)]
     total = total_seconds(*timed, len(work.pieces), operations)
-    said = (
+    line = (
         f"time to train, estimated: {duration(total)} ({len(work.pieces):,} micro-batches; the largest "
         f"takes {timed[0].seconds:.2g} s, one of median size {timed[1].seconds:.2g} s, measured on a few "
         "layers here; one process; optimizer, loading and evaluation come on top)"
     )
-    return Training(steps, tokens, total, said)
+    return Training(steps, tokens, total, line)
 
 
 def _answering(setup: Setup, model: nn.Module, total: int) -> str:
@@ -319,7 +326,7 @@ def _answering(setup: Setup, model: nn.Module, total: int) -> str:
 
 
 def _weight_bytes(setup: Setup, model: nn.Module, total: int) -> float:
-    """Bytes of the frozen weights in training; the packed ones counted without loading any."""
+    """Bytes of the frozen weights in training; those of quantised weights are computed, none is loaded."""
     kind, width = setup.recipe.model.quantization, setup.dtype.itemsize
     if not (kind and setup.method.trains):
         return total * width

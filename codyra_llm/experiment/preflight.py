@@ -24,7 +24,7 @@ from codyra_llm.evaluate import judge, vllm
 from codyra_llm.experiment.setup import Setup
 from codyra_llm.runtime import launch
 
-# may differ between machines: the files there are compared instead
+# Settings that may differ between machines: the files that they name are compared instead.
 PATHS = {"model.path", "data.benchmark", "data.root", "general.data", "open_ended.prompts"}
 
 REMEDIES = {
@@ -91,19 +91,21 @@ def refuse_launch(setup: Setup, acc: Accelerator) -> None:
 
 
 def values(setup: Setup, base: str | None, host: str) -> dict[str, str]:
-    """By key: the resolved recipe's settings, the versions, hashes of the data and of the base. A key's first
-    word is one of REMEDIES."""
+    """By key, what all processes must agree on: the resolved recipe's settings, the versions, hashes of the
+    data and of the base. A key's first word is one of REMEDIES."""
     found = {f"recipe {key}": value for key, value in _settings(setup.recipe) if key not in PATHS}
     found |= {"version codyra_llm": __version__, "version python": platform.python_version()}
     found |= {f"version {name}": version(name) for name in ("torch", "transformers", "accelerate")}
     found |= {f"data {name}": digest[:SHOWN] for name, digest in setup.stream.hashes().items()}
     found |= {f"plug-in {name}": _version(origin) for name, origin in setup.origins.items()}
     read = [_hash(file) for ability in setup.suite.values() for file in ability.files]
-    beside = json.dumps([setup.probes, list(setup.suite), read, setup.prompts])
-    found["data of general"] = hashlib.sha256(beside.encode()).hexdigest()[:SHOWN]
+    untrained = json.dumps([setup.probes, list(setup.suite), read, setup.prompts])
+    found["data of general"] = hashlib.sha256(untrained.encode()).hexdigest()[:SHOWN]
     found |= {f"base {name}": _hash(setup.base / name) for name in ("config.json", "tokenizer.json")}
     found[f"base folder on {host}"] = str(setup.base)  # whose weights one process of each machine has hashed
-    return found | ({"base weights": base[:SHOWN]} if base else {})
+    if base:
+        found["base weights"] = base[:SHOWN]
+    return found
 
 
 def disagreements(rows: Iterable[Row]) -> list[str]:

@@ -1,5 +1,5 @@
-"""The experiment on one page: for each task learn, consolidate, evaluate; what is in the run folder is not
-done again.
+"""The experiment on one page: for each task learn, consolidate, evaluate. What the run folder already has is
+not done again.
 """
 
 import logging
@@ -59,7 +59,7 @@ def run(recipe: Recipe, observers: Sequence[Observer] = ()) -> RunFolder:
 
 
 def _run(experiment: Experiment) -> None:
-    """All stages in order, as far as the folder does not have them."""
+    """Whatever the run folder does not have yet, stage by stage."""
     method, peak = experiment.method, ProcessPeak(experiment.acc.device)
     learnt = experiment.of_first(lambda: len(experiment.store.archive().files))
     experiment.on_first(experiment.store.check_scores, learnt)
@@ -68,7 +68,7 @@ def _run(experiment: Experiment) -> None:
     evaluate(experiment, experiment.stage(-1))
     for index in range(last + 1) if method.trains else ():
         stage = experiment.stage(index)
-        early = method.joint and index < last
+        early = method.joint and index < last  # a joint method learns all tasks at the last stage
         if index >= learnt:
             pass_over(experiment, stage) if early else learn(experiment, stage, peak)
         if not early:
@@ -140,6 +140,8 @@ def _observed(experiment: Experiment, added: Sequence[Observer]) -> Iterator[Non
 
 
 def _claim(experiment: Experiment, base: str) -> None:
+    """Open the run folder for this recipe, or go on in it. Raises Fault where it is damaged, or another
+    recipe's."""
     store = experiment.store
     store.clear_up()
     store.check_results()
@@ -184,6 +186,8 @@ def _report(experiment: Experiment) -> None:
 
 
 def _manifest(setup: Setup, acc: Accelerator, base: str) -> dict:
+    """What the run is made with: versions, device, launch, and hashes of the base, the data and the
+    metrics."""
     names = ["torch", "transformers", "accelerate", "datasets", "safetensors"]
     if setup.recipe.model.quantization:
         names.append("bitsandbytes")

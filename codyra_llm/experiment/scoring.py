@@ -36,6 +36,7 @@ def asked(setup: Setup, stage: Stage) -> tuple[range, bool]:
 
 
 def _tasks_asked(setup: Setup, stage: Stage) -> range:
+    """The tasks to score at `stage`, by `eval.when`, `eval.tasks` and `eval.zero_shot`."""
     count, wanted = len(setup.recipe.tasks), setup.recipe.eval
     if stage.step == 0:
         return range(count) if wanted.zero_shot or not setup.method.trains else range(0)
@@ -55,6 +56,7 @@ def pieces(
             due[Piece("answer", questions.name, stage.step)] = len(questions.records)
     abilities = setup.suite if general else {}
     suite = {Piece("general", name, stage.step): 1.0 for name in abilities if name not in done}
+    # Loading the model takes its own time: once for the prompts answered here, and once for the harness.
     loads = {}
     if due:
         loads[Piece("load", "tasks", stage.step)] = 1.0
@@ -79,7 +81,7 @@ def measure(experiment: Experiment, stage: Stage, tasks: Iterable[int], general:
 
 
 def _due(setup: Setup, tasks: Iterable[int], general: bool) -> list[Questions]:
-    """Everything that is answered here."""
+    """Everything that is answered here: the test prompts of `tasks`, and the probes of general ability."""
     names = setup.recipe.tasks
     due = [Questions(names[i], setup.test(i), setup.new_tokens(i), i) for i in tasks]
     if general:
@@ -88,6 +90,7 @@ def _due(setup: Setup, tasks: Iterable[int], general: bool) -> list[Questions]:
 
 
 def _measure_tasks(experiment: Experiment, stage: Stage, pending: list[Questions]) -> None:
+    """Answer and score the prompts in this process and the others of the launch."""
     setup = experiment.setup
     observer.stage_begins(stage, Piece("load", "tasks", stage.step))
     with experiment.answering(stage) as ask:
@@ -109,6 +112,7 @@ def _measure_tasks(experiment: Experiment, stage: Stage, pending: list[Questions
 
 
 def _measure_general(experiment: Experiment, stage: Stage, names: list[str]) -> None:
+    """Measure these tasks of general ability by lm-evaluation-harness."""
     from codyra_llm.evaluate import harness  # lm_eval is an extra
 
     setup, recipe = experiment.setup, experiment.recipe

@@ -88,8 +88,8 @@ class Setup:
     def loaded(
         self, folder: RunFolder, stage: Stage, device: torch.device
     ) -> tuple[PreTrainedModel, Callable | None]:
-        """The model that answers at `stage` of the run in `folder`, and for methods that don't merge what
-        makes the condition of a batch, `(prompts, task) -> Condition`."""
+        """The model that answers at `stage` of the run in `folder`, and, for methods that don't merge, the
+        function that makes a batch's condition: `(prompts, task) -> Condition`."""
         archive = folder.archive()
         model = self.model(archive, stage.index).to(device).eval()
         fused_norm.use(model)
@@ -115,9 +115,11 @@ class Setup:
         return Task(index, archive, self.stream, self.encoder.encode, batches, state)
 
     def test(self, index: int) -> list[dict]:
+        """The records on which task `index` is scored."""
         return self.stream.records(index, self.recipe.eval.split)[: self.recipe.eval.max_examples]
 
     def new_tokens(self, index: int) -> int:
+        """How many tokens an answer of task `index` may have."""
         return by_task(self.recipe.eval.max_new_tokens, self.recipe.tasks[index])
 
     @property
@@ -147,12 +149,13 @@ def prepare(
     recipe: Recipe, open_ended: bool = True, adapter: Path | None = None, bfloat16: bool | None = None
 ) -> Setup:
     """Resolve the recipe and check model, data, method and disk. `open_ended`: whether its prompts are to be
-    answered, so that their files must be there. `adapter`: a folder whose tokenizer and chat template go
-    before the base's, where it has them. `bfloat16`: whether all processes multiply it fast, None: look here.
-    Raises one Fault with everything that is wrong."""
+    answered, so that their files must be there. `adapter`: a folder whose tokenizer and chat template, if it
+    has them, are used in place of the base's. `bfloat16`: whether all processes multiply it fast; None: this
+    process finds out. Raises one Fault with everything that is wrong."""
     recipe, faults = recipe.resolved(), []
 
     def tried(action, *args):
+        """The action's result, or None where it raised a Fault, which is kept for the end."""
         try:
             return action(*args)
         except Fault as fault:
@@ -191,7 +194,7 @@ def prepare(
     faults += _shared_names(recipe, {*(harness or ()), *probes})
     questions = tried(find_questions, recipe.open_ended) if open_ended else {}
     if base:
-        known = config and recipe.model.dtype != "auto"  # or a fault says why not
+        known = config and recipe.model.dtype != "auto"  # else a fault above says why they are not
         faults += _disk(Path(recipe.output), _written(recipe, base, whole) if known else 0)
     encoder = Encoder(tokenizer, recipe.data, answer_ends(base, tokenizer)) if tokenizer else None
     if encoder and root:
@@ -236,6 +239,7 @@ def _settings_that_exclude(recipe: Recipe, method: Method) -> list[str]:
 
 
 def _shared_names(recipe: Recipe, general: set[str]) -> list[str]:
+    """Faults: tasks of the stream that are named like one of general ability."""
     return [
         f"data.tasks: '{name}' is a task of general ability too, and their scores would be taken for each "
         "other; rename it, or leave that one out of general.tasks"
@@ -286,6 +290,7 @@ def _warm_up(recipe: Recipe, index: int, epochs: list[range], apart: int) -> lis
 
 
 def _fits(recipe: Recipe, config: PreTrainedConfig) -> list[str]:
+    """Faults: a rank, layers or projections that this base model can't have."""
     rank, count = getattr(recipe.method, "rank", 0), config.num_hidden_layers
     faults = []
     if rank > config.hidden_size:
@@ -317,8 +322,8 @@ def base_folder(path: str, revision: str | None = None) -> Path:
 
 
 def _with_dtype(recipe: Recipe, base: Path, bfloat16: bool | None) -> Recipe:
-    """The recipe with `model.dtype` chosen where it is auto: what the run began in, if it did; float32 on a
-    CPU for a base in float32; else bfloat16 where it is fast."""
+    """The recipe with `model.dtype` chosen where it is auto: that in which the run began, if it did; float32
+    on a CPU for a base in float32; otherwise bfloat16 if this machine multiplies it fast, else float32."""
     if recipe.model.dtype != "auto":
         return recipe
     name = _dtype_of_run(Path(recipe.output)) or _fitting_dtype(base, bfloat16)
@@ -352,6 +357,7 @@ def data_root(root: str) -> Path:
 
 
 def _probes() -> dict[str, list[dict]]:
+    """mini-TRACE's own questions of general ability, by name."""
     folder = mini_data() / "general"
     names = sorted(file.parent.name for file in folder.glob("*/test.json"))
     return {name: read_split(folder, name, "test") for name in names}

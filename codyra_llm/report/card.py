@@ -1,5 +1,5 @@
-"""The model card of an export: README.md with the hub's metadata, from the run folder alone and the same
-every time.
+"""The model card of an export: a README.md with the hub's metadata. It is written from the run folder alone,
+and is the same every time.
 """
 
 import json
@@ -110,6 +110,7 @@ def _scored(folder: RunFolder, after: int) -> list[ScoreRow]:
 
 
 def _stage(recipe: Recipe, after: int) -> str:
+    """The name of the last task learnt."""
     return recipe.tasks[after] if after >= 0 else "no task"
 
 
@@ -122,14 +123,12 @@ def _hub_id(path: str) -> str | None:
 def _licence(base: Path) -> dict[str, str]:
     """What the base's own README or config says of its licence; empty where neither does."""
     keys = ("license", "license_name", "license_link")
+    card = {}
     try:
-        card = (
-            ModelCard.load(base / "README.md", ignore_metadata_errors=True).data
-            if (base / "README.md").is_file()
-            else {}
-        )
+        if (base / "README.md").is_file():
+            card = ModelCard.load(base / "README.md", ignore_metadata_errors=True).data
         config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError):  # somebody's file: without it the card says nothing of the licence
+    except (ValueError, yaml.YAMLError):  # a file that can't be read says nothing of the licence
         return {}
     for said in (card, config):
         if isinstance(said.get("license"), str):
@@ -208,40 +207,48 @@ def _line(row: ScoreRow) -> tuple[str, list[Cell | None]]:
 
 
 def _caveats(recipe: Recipe, rows: list[ScoreRow], without: int | None, licence: dict) -> list[str]:
-    most, split, limit = recipe.eval.max_examples, recipe.eval.split, recipe.general.limit
-    return [
-        line
-        for line in (
-            "This model was not scored as it is: one update is left out."
-            if without is not None
-            else "No scores of this stage are in the run folder."
-            if not rows
-            else f"Scored under protocol `{recipe.data.protocol}`, by greedy answers to the {split} split"
-            + (f", the first {most} examples of each task at most." if most else "."),
-            f"General ability was measured on {limit} drawn examples of each task." if limit and rows else "",
-            "Scores of the eval split are no test scores." if split == "eval" and rows else "",
-            f"One run with seed {recipe.seed}: the intervals say nothing of the spread over seeds."
-            if rows
-            else "",
-            "Not comparable with published TRACE tables unless base model, data variant, prompt lengths, "
-            "decoding and metrics are the same there; the two protocols' accuracies differ for the same "
-            "answers."
-            if rows
-            else "",
+    """What a reader should know before trusting or using the model, a sentence or two each."""
+    lines = _of_scores(recipe, rows)
+    if without is not None:
+        lines = ["This model was not scored as it is: one update is left out."]
+    elif not rows:
+        lines = ["No scores of this stage are in the run folder."]
+    if recipe.model.quantization:
+        lines.append(
             f"Trained on a base packed by {recipe.model.quantization}; what was scored and exported is the "
             "unpacked sum."
-            if recipe.model.quantization
-            else "",
-            "Prompts are read with the tokenizer's chat template."
-            if recipe.data.chat_template
-            else "Prompts are plain text, without a chat template.",
-            "The licence is the base model's own; data may bring further terms."
-            if licence
-            else "The base's files say nothing of its licence, so none is named here; it applies to this "
-            "model too.",
         )
-        if line
+    if recipe.data.chat_template:
+        lines.append("Prompts are read with the tokenizer's chat template.")
+    else:
+        lines.append("Prompts are plain text, without a chat template.")
+    if licence:
+        lines.append("The licence is the base model's own; data may bring further terms.")
+    else:
+        lines.append(
+            "The base's files say nothing of its licence, so none is named here; it applies to this "
+            "model too."
+        )
+    return lines
+
+
+def _of_scores(recipe: Recipe, rows: list[ScoreRow]) -> list[str]:
+    """How these scores were measured, and what they can be compared with."""
+    most, split, limit = recipe.eval.max_examples, recipe.eval.split, recipe.general.limit
+    scored_on = f", the first {most} examples of each task at most." if most else "."
+    lines = [
+        f"Scored under protocol `{recipe.data.protocol}`, by greedy answers to the {split} split{scored_on}"
     ]
+    if limit and rows:
+        lines.append(f"General ability was measured on {limit} drawn examples of each task.")
+    if split == "eval":
+        lines.append("Scores of the eval split are no test scores.")
+    lines.append(f"One run with seed {recipe.seed}: the intervals say nothing of the spread over seeds.")
+    lines.append(
+        "Not comparable with published TRACE tables unless base model, data variant, prompt lengths, "
+        "decoding and metrics are the same there; the two protocols' accuracies differ for the same answers."
+    )
+    return lines
 
 
 def _making(folder: RunFolder, recipe: Recipe) -> list[str]:
@@ -261,7 +268,7 @@ def _making(folder: RunFolder, recipe: Recipe) -> list[str]:
 
 
 def _outside(name: str, origin: dict[str, str]) -> str:
-    """What somebody needs to have a plug-in too; where its file lay here is of no use elsewhere."""
+    """What another user needs to get the same plug-in. The path of its file here is of no use elsewhere."""
     if "file" in origin:
         return f"{name} by --plugin {Path(origin['file']).name}, sha256 {origin['sha256']}"
     return f"{name}, {' '.join(origin.values())}"

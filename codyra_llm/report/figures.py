@@ -1,5 +1,5 @@
-"""Figures for a paper as PDF, SVG or PNG: 8 pt on the width of a column. Series differ by marker and line
-as well as by colour, so that they can be read in grey. Equal runs give equal bytes.
+"""Figures for a paper as PDF, SVG or PNG: as wide as a column, with text of 8 pt. Series differ by marker and
+line as well as by colour, so that they can be read in grey. Equal runs give equal bytes.
 """
 
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ class Series:
 
 
 def check(out: Path, kind: str | None) -> None:
-    """Raises Fault for a figure that is none, for one where none is asked for, and without matplotlib."""
+    """Raises Fault for an unknown figure, for a file name that is not a figure's, and without matplotlib."""
     if kind is not None and kind not in FIGURES:
         raise Fault(f"--figure: '{kind}' is no figure; choose {', '.join(FIGURES)}.{nearest(kind, FIGURES)}")
     if kind is not None and out.suffix not in SUFFIXES:
@@ -87,7 +87,8 @@ def write(runs: list[Run], out: Path, kind: str | None, over_orders: bool) -> No
 
 
 def _plain(name: str) -> str:
-    """One line, which matplotlib shows in a legend too: it hides names that begin with _."""
+    """The name on one line. matplotlib leaves names that begin with _ out of a legend, so they get a
+    space."""
     text = one_line(name)
     return f" {text}" if text.startswith("_") else text
 
@@ -196,11 +197,12 @@ def _interval(one: Series, measure: str) -> dict | None:
 
 
 def _halves(found) -> list[float]:
+    """Half the width of each interval; 0 where there is none."""
     return [0.0 if one["low"] is None else one["high"] - one["mean"] for one in found]
 
 
 def _look(number: int) -> dict:
-    """Colour, mark and line of the series of this number; no two of the first seventy are alike."""
+    """Colour, marker and line of series number `number`; no two of the first seventy are alike."""
     return {
         "color": COLOURS[number % len(COLOURS)],
         "marker": MARKS[number % len(MARKS)],

@@ -5,12 +5,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TextIO
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell begins that a spreadsheet takes for a formula
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet takes a cell that begins so for a formula
 HEADER = ("table", "row", "column", "value", "low", "high", "method", "seed", "order")
 
 
 class Whence(NamedTuple):
-    """What a row was measured on; of several runs the seeds and orders, divided by blanks."""
+    """Which runs a row comes from: their method, and their seeds and orders, separated by spaces."""
 
     method: str = ""
     seed: str = ""
@@ -44,6 +44,7 @@ class Grid:
     whence: dict[str, Whence] = field(default_factory=dict)  # by row
 
     def holds_words(self, column: int) -> bool:
+        """Whether the column's cells are texts."""
         found = (cells[column] for _, cells in self.rows)
         return any(cell is not None and isinstance(cell.value, str) for cell in found)
 
@@ -68,17 +69,17 @@ def word(value: str) -> Cell:
 
 
 def write_csv(grids: Iterable[Grid], file: TextIO, whole: Whence | None = None) -> None:
-    """One line per cell that holds something, in full precision: HEADER. A text that a spreadsheet would run
-    as a formula has an apostrophe before it. `whole`: of rows whose grid doesn't say what they were measured
-    on."""
+    """Write one line per cell that holds something, in full precision, with the columns of HEADER. A text
+    that a spreadsheet would run as a formula gets an apostrophe in front. `whole`: the runs of rows whose
+    grid names none."""
     out = csv.writer(file, lineterminator="\n")
     out.writerow(HEADER)
     for grid in grids:
         for label, cells in grid.rows:
-            told = grid.whence.get(label, whole or Whence())
+            whence = grid.whence.get(label, whole or Whence())
             for column, cell in zip(grid.columns, cells, strict=True):
                 if cell is not None:
-                    line = (grid.name, label, column, cell.value, cell.low, cell.high, *told)
+                    line = (grid.name, label, column, cell.value, cell.low, cell.high, *whence)
                     out.writerow([_inert(value) for value in line])
 
 

@@ -20,7 +20,7 @@ POOLED = ("seed", "data.tasks")  # of a sweep's grid: what a mean may be taken o
 
 
 class Member(NamedTuple):
-    """A run folder; of a sweep its arm, and the settings of its point but for seed and order."""
+    """A run folder. For a run of a sweep also its arm, and its point's settings but for seed and order."""
 
     folder: RunFolder
     arm: str = ""
@@ -44,9 +44,9 @@ class Run:
 
 
 def collected(paths: Sequence[Path]) -> list[Member]:
-    """The runs that the folders are, or that they hold where they are a sweep's: those finished, without its
-    tries, its baseline's first. Raises Fault for a sweep that has none, and for results that were damaged
-    since they were written."""
+    """The runs in these folders. A sweep's folder stands for its finished runs, the baseline's first, without
+    its tries. Raises Fault for a sweep that has none, and for results that were damaged since they were
+    written."""
     found = []
     for path in {path.resolve(): path for path in paths}.values():
         found += _of_sweep(path) if is_sweep(path) else [Member(RunFolder(path))]
@@ -61,7 +61,8 @@ def is_sweep(path: Path) -> bool:
 
 
 def _below(path: Path) -> list[Path]:
-    """The run folders two levels below, ARM/POINT: a run's own checkpoint may look like one, and is none."""
+    """The run folders two levels down, ARM/POINT. The exported stage inside a run looks like one, and is left
+    out."""
     found = [file.parent for file in sorted(path.glob("*/*/recipe.json"))]
     return [run for run in found if not (run.parent / "recipe.json").is_file()]
 
@@ -108,12 +109,13 @@ def grouped(runs: list[Run], over_orders: bool = False) -> list[list[Run]]:
 
 
 def pairing(run: Run, over_orders: bool = True) -> tuple:
-    """What a run and the baseline's must have in common to be compared with each other: the seed, and of
-    groups over several orders the order too."""
+    """What a run and one of the baseline must have in common to be compared as a pair: the seed and, in
+    groups over several orders, the order."""
     return run.recipe.seed, *(run.recipe.tasks if over_orders else ())
 
 
 def _same(one: Run, other: Run, over_orders: bool) -> bool:
+    """Whether two runs belong to one group."""
     first, second = one.recipe, other.recipe
     orders = sorted(first.tasks) == sorted(second.tasks) if over_orders else first.tasks == second.tasks
     data = second.data.model_copy(update={"tasks": first.data.tasks})
@@ -134,8 +136,8 @@ def names(groups: list[list[Run]], over_orders: bool = False) -> list[str]:
 
 
 def baseline_of(group: list[Run], groups: list[list[Run]]) -> list[Run]:
-    """The group that this one is compared with: the first, or of the first one's arm that at the same
-    point."""
+    """The group that this one is compared with: the first one; in a sweep, the one of the first group's arm
+    at the same point, in the same order if there is one."""
     first = groups[0]
     tasks = group[0].recipe.tasks
     if not first[0].arm:
@@ -156,15 +158,15 @@ def order_of(recipe: Recipe) -> str:
     """The number of the benchmark's order that the recipe follows, or its tasks."""
     try:
         orders = recipe.benchmark.orders
-    except Fault:  # its folder is gone, and the names will do
+    except Fault:  # the benchmark's folder is gone: the tasks' names will do
         orders = {}
     numbers = [number for number, tasks in orders.items() if list(tasks) == recipe.tasks]
     return str(numbers[0]) if numbers else ",".join(recipe.tasks)
 
 
 def labels(recipes: list[Recipe], over_orders: bool = False) -> list[str]:
-    """For each its method and the settings that the first recipe has otherwise; for settings of the method
-    itself, the first recipe of that method."""
+    """A name for each recipe: its method and the settings in which it differs from the first recipe. Settings
+    of the method itself are compared with the first recipe of that method."""
     known, out = [distinguishing(recipe, over_orders) for recipe in recipes], []
     first_of: dict[str, dict] = {}  # by method
     for recipe, own in zip(recipes, known, strict=True):

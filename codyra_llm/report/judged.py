@@ -58,11 +58,10 @@ def _note(found: dict) -> str:
     stored = "Answers of base and final model lie side by side in answers/."
     if found["judge"] is None:
         return f"{stored} They were not judged: the recipe names no endpoint (open_ended.judge.base_url)."
-    lacking = sum(
-        row["answered"] - row["judged"]
-        for name, row in found["files"].items()
-        if not name.startswith("all: ")
-    )
+    lacking = 0
+    for name, row in found["files"].items():
+        if not name.startswith("all: "):  # a sum over files
+            lacking += row["answered"] - row["judged"]
     return (
         f"{stored} Share in % of the pairs that the final model wins, ties or loses against the base by the "
         f"verdict of {found['judge']}, with Wilson's 95 % interval over prompts. Each pair was judged in "
@@ -72,6 +71,6 @@ def _note(found: dict) -> str:
 
 
 def lines(found: dict | None) -> list[str]:
-    """The same for the report in Markdown."""
+    """The same table as lines of Markdown; none where nothing was answered."""
     table = grid(found)
     return ["", markdown([table]).rstrip()] if table else []

@@ -62,8 +62,8 @@ def _table(grid: Grid) -> str:
 
 
 def _places(grid: Grid, column: int) -> dict[int, int]:
-    """By row its place in the column, 1 or 2, by the values as they are shown: equal ones share a place. None
-    where no direction is better, or nothing is compared."""
+    """By row its rank in the column, 1 or 2, by the values as they are shown: equal ones share a rank. Empty
+    where neither more nor less is better, or nothing is compared."""
     better = grid.better.get(grid.columns[column])
     shown = {row: _value(cells[column]) for row, (_, cells) in enumerate(grid.rows)}
     known = {row: value for row, value in shown.items() if value is not None}

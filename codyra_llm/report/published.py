@@ -1,5 +1,5 @@
-"""Runs next to the published TRACE tables (benchmarks/trace/published.yaml), with what one has to know to
-compare them.
+"""Runs next to the published TRACE tables (benchmarks/trace/published.yaml), with what one has to know before
+comparing them.
 """
 
 from pathlib import Path
@@ -14,9 +14,9 @@ from codyra_llm.report.summary import summarised
 from codyra_llm.store.folder import RunFolder
 
 
-def beside(folders: list[RunFolder]) -> list[Grid]:
-    """The two published tables, each with the runs' own values in front, and the caveats. Runs of equal
-    recipe but for the seed are one row, as in the report on several runs."""
+def comparisons(folders: list[RunFolder]) -> list[Grid]:
+    """The two published tables, each with the values of these runs in front, and a table of caveats. Runs
+    that differ only in seed are one row, as in the report on several runs."""
     data = yaml.safe_load(Path(trace.__file__).with_name("published.yaml").read_text(encoding="utf-8"))
     runs = []
     for folder in folders:
@@ -27,13 +27,13 @@ def beside(folders: list[RunFolder]) -> list[Grid]:
     if len(groups) > 1:
         names = [f"{number} {name}" for number, name in enumerate(names, 1)]
     own = {f"here: {name}": group for name, group in zip(names, groups, strict=True)}
-    told = {name: _run(group) for name, group in own.items()} | data["caveats"]
-    notes: list[tuple[str, list[Cell | None]]] = [(name, [word(text)]) for name, text in told.items()]
+    caveats = {name: _run(group) for name, group in own.items()} | data["caveats"]
+    notes: list[tuple[str, list[Cell | None]]] = [(name, [word(text)]) for name, text in caveats.items()]
     return [_treelora(data, own), _trace(data, own), Grid("to compare them", "", ["what to know"], notes)]
 
 
 def _treelora(data: dict, own: dict[str, list[Run]]) -> Grid:
-    blank = [None] * 2 * len(data["models"])
+    blank = [None] * (2 * len(data["models"]))  # two measures for each model
     rows = [
         (name, [*_own(group, "op", "bwt_treelora", "bwt_treelora_clipped"), *blank])
         for name, group in own.items()
@@ -79,7 +79,7 @@ def _delta_r(group: list[Run]) -> Cell | None:
 
 
 def _run(group: list[Run]) -> str:
-    """In what a run here differs, or may differ, from the published ones."""
+    """What one has to know of a group of runs here: base, protocol, order, examples and seeds."""
     recipe = group[0].recipe
     orders = [
         f"order {number}"

@@ -1,4 +1,4 @@
-"""How far a run is, read from its folder while it runs, or long after; without torch, so that it is quick."""
+"""How far a run is, read from its folder while it runs or later; without torch, so that it is quick."""
 
 import os
 import re
@@ -28,9 +28,12 @@ def look(folder: Path) -> dict:
         RunFolder(folder).check_scores(learnt)
     summary = _mapping(folder / "summary.json", "what the run wrote")
     finished = summary.get("tasks") == tasks and not (owner and owner["alive"])
-    state = (
-        "running" if owner and owner["alive"] else "finished" if finished else "died" if owner else "stopped"
-    )
+    if owner and owner["alive"]:
+        state = "running"
+    elif finished:
+        state = "finished"
+    else:
+        state = "died" if owner else "stopped"  # a process that stops in order gives the folder back
     log = LogRow.read(folder / "log.jsonl")[-1:]
     by_stage: dict[str, dict[str, float | None]] = {}
     for row in scores:
@@ -50,6 +53,7 @@ def look(folder: Path) -> dict:
 
 
 def show(found: dict, console: Console) -> None:
+    """Print what `look` found."""
     tasks, last, owner = found["tasks"], found["last"], found["holder"]
     who = f", by process {owner['pid']} on {owner['host']}" if owner else ""
     lines = [
@@ -75,6 +79,7 @@ def show(found: dict, console: Console) -> None:
 
 
 def _recipe(folder: Path, owner: dict | None) -> dict:
+    """The run's recipe as it is on disk. Raises Fault where there is none (yet), or it is no recipe."""
     found = _mapping(folder / "recipe.json", "what the run wrote")
     match found:
         case {"data": {"tasks": [*tasks]}, "method": {"name": str()}} if all(
@@ -99,11 +104,11 @@ def _mapping(file: Path, what: str) -> dict:
 
 
 def _written(folder: Path) -> float:
-    """When a file of the run changed last; the lease is renewed whatever happens, and says nothing."""
+    """When a file of the run changed last, in seconds since 1970. The lease does not count: it is renewed
+    whether or not the run gets anywhere."""
     times = []
-    for place, _, names in os.walk(
-        folder
-    ):  # which passes over folders that are removed meanwhile; glob fails
+    # os.walk skips folders that are removed meanwhile; glob fails at them.
+    for place, _, names in os.walk(folder):
         for name in names:
             try:
                 if name != "lease.json" and not name.startswith("."):

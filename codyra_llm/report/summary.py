@@ -1,4 +1,6 @@
-"""From score rows to the summary, the table in the terminal and the report in Markdown; needs no model."""
+"""From the rows of a run folder to its summary: score matrix, measures, general ability, costs, and what each
+task changed. Needs no model.
+"""
 
 from statistics import fmean
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Tables for the terminal and for summary.md."""
+"""Tables for the terminal, and a run's report in Markdown (report.md)."""
 
 from rich.box import SIMPLE
 from rich.table import Column, Table
@@ -41,7 +41,7 @@ def methods_table() -> Table:
 
 
 def _launches(trains: str | None, stage: int) -> str:
-    """How a method can be launched, that runs up to this stage of ZeRO."""
+    """How a method can be launched that runs up to this ZeRO stage."""
     if not trains:
         return "any"
     if not stage:
@@ -56,6 +56,7 @@ def _change(found: dict) -> list[str]:
 
 
 def _cell(value: float | None) -> str:
+    """A score as text; blank where not measured."""
     return "" if value is None else f"{value:.1f}"
 
 

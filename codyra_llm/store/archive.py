@@ -21,8 +21,8 @@ DENSE = "dense."  # in a file: a whole parameter of that name
 class Archive:
     """The updates of one run, in order: `<folder>/<index>-<task>.safetensors`.
 
-    Lineage: hash_t = sha256(hash_{t-1} ‖ mode, scale and sites ‖ tensors of t), hash_{-1} = the fingerprint
-    of the base. A file that does not continue the chain is a Fault.
+    Lineage: hash_t = sha256(hash_{t-1} ‖ mode, scale and sites ‖ tensors of t), where ‖ joins bytes and
+    hash_{-1} is the fingerprint of the base. A file that does not continue the chain is a Fault.
     """
 
     def __init__(self, folder: Path, base: str):
@@ -40,6 +40,7 @@ class Archive:
 
     @property
     def tasks(self) -> list[str]:
+        """The tasks that have an update, in the order of the run."""
         return [file.stem.partition("-")[2] for file in self.files]
 
     def index(self, task: str) -> int:
@@ -118,13 +119,16 @@ class Archive:
         if last.mode == "apart":
             return []
         if last.mode == "add":
-            return [self.load(k) for k in range(after) if k != without] + ([last] if without != after else [])
+            terms = [self.load(k) for k in range(after) if k != without]
+            return terms if without == after else [*terms, last]
         if without is None or without > after:
             return [last]
-        return [last, negative(self.load(without))] + ([self.load(without - 1)] if without else [])
+        terms = [last, negative(self.load(without))]
+        return [*terms, self.load(without - 1)] if without else terms
 
 
 def _metadata(path: Path) -> dict[str, str]:
+    """The header of an update's file. Raises Fault where it is damaged, or no update's."""
     try:
         with safe_open(path, "pt") as file:
             meta = file.metadata() or {}
@@ -142,6 +146,7 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def _chain(meta: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    """The hash that an update adds to the lineage."""
     digest = hashlib.sha256(json.dumps([meta[key] for key in ("parent", "mode", "scale", "sites")]).encode())
     for key in sorted(tensors):
         digest.update(key.encode())

@@ -29,11 +29,11 @@ MARK = "complete.json"  # written last: the hashes of the files
 
 
 class Progress:
-    """`<run>/progress/<index>-<task>-<step>/`: tensors in safetensors files, everything small in
-    `complete.json`.
+    """The checkpoints inside one task: folders `<run>/progress/<index>-<task>-<step>/` with tensors in
+    safetensors files and everything small in `complete.json`. The last `asked.keep` of them stay.
 
-    The first process writes and removes, all read. `parent`: the lineage of the updates before the task,
-    since a checkpoint goes on from them alone. Of checkpoints the last `asked.keep` stay.
+    The first process writes and removes them, all processes read them. `parent`: the lineage of the updates
+    before the task; a checkpoint that was made on others is not used.
     """
 
     def __init__(
@@ -50,13 +50,13 @@ class Progress:
         self.saved = time.monotonic()
 
     def due(self, last: bool) -> bool:
-        """Whether a checkpoint is due; sooner after the last step, since what a method does then may take
-        long.
-        """
+        """Whether a checkpoint is due. After the `last` step of a task a minute is enough, since what a
+        method does at the end of the task may take long."""
         minutes = self.asked.minutes
-        return minutes is not None and time.monotonic() - self.saved >= 60 * (
-            min(minutes, 1) if last else minutes
-        )
+        if minutes is None:
+            return False
+        wait = min(minutes, 1) if last else minutes
+        return time.monotonic() - self.saved >= 60 * wait
 
     def save(self, step: int, tensors: Iterable[tuple[str, Tensor]], small: dict) -> None:
         """Write the checkpoint after step `step`; `tensors` are taken one by one, and written in files of
@@ -70,7 +70,8 @@ class Progress:
             mark = {"step": step, "parent": self.parent, **small, "files": files}
             write_json(temporary / MARK, {**mark, "digest": _digest(mark)})
             self.may_write()
-        # Later ones are damaged: the run went on from before them, and would say so at every restart.
+        # Later ones are damaged, since the run went on from before them; if they stayed, every restart would
+        # say so again.
         for later in [path for path in self._paths() if path > self._path(step)]:
             shutil.rmtree(later)
         for old in self._paths()[: -self.asked.keep]:
@@ -138,6 +139,7 @@ def tensors(path: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _shards(pairs: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """The tensors on the CPU, in parts of at most `SHARD` bytes (or of one tensor that is larger)."""
     shard, size = {}, 0
     for key, tensor in pairs:
         if shard and size + tensor.nbytes > SHARD:

@@ -12,8 +12,8 @@ NAME = "seals.json"
 
 
 class Seals:
-    """`seals.json` of a folder: for each file the hashes that it may have. One process writes; one without
-    `checks` accepts files as they are.
+    """`seals.json` of a folder: for each file the hashes that it may have. One process writes it. In a
+    process without `checks` all files are accepted as they are.
 
     Both hashes, the old one ('' if there is no file) and the new one, are recorded before the rename, and the
     new one alone after it, so a crash at any moment leaves a file that matches one of them.
@@ -24,6 +24,7 @@ class Seals:
 
     @property
     def noted(self) -> dict[str, list[str]]:
+        """By file, its hashes."""
         return read_mapping(self.file, "the hashes that the run noted") if self.file.is_file() else {}
 
     @contextmanager
@@ -33,8 +34,8 @@ class Seals:
             yield temporary
             new, old = file_sha256(temporary), _present(path)
             self._note(path, [new, old])
-        # From here on a missing file is a lost one, and one that is as it was before is damaged: half of a
-        # file to which a line was added may be just that.
+        # From here on only the new content is right: a file whose last line was cut off may equal the old
+        # one.
         self._note(path, [new])
 
     def check(self, path: Path) -> None:
@@ -44,7 +45,8 @@ class Seals:
 
     def holds(self, path: Path) -> bool:
         """Whether the file is as it was written, or has no recorded hash."""
-        return not self.checks or self._fits(path) or self._fits(path)  # it may just have been replaced
+        # Asked twice: the file may have been replaced between reading its hash and reading it.
+        return not self.checks or self._fits(path) or self._fits(path)
 
     def _fits(self, path: Path) -> bool:
         hashes = self.noted.get(self._name(path))

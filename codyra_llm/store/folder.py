@@ -101,7 +101,7 @@ class RunFolder:
     def open(self, recipe: Recipe, manifest: dict) -> str:
         """Claim the folder for a resolved recipe: new, the same again, or the same with tasks added at the
         end. Returns what the user should know, or an empty text."""
-        told = ""
+        remark = ""
         for name in ("recipe.json", "manifest.json"):
             self.seals.check(self.path / name)
         if (self.path / "manifest.json").is_file():
@@ -114,11 +114,11 @@ class RunFolder:
             ]
             if faults:
                 raise Fault(*faults)
-            told = _other_launch(self.manifest, manifest)
+            remark = _other_launch(self.manifest, manifest)
         self._write("recipe.json", to_json(recipe.model_dump(mode="json")))
         self.write_manifest(manifest)
         self.__dict__.pop("recipe", None)
-        return told
+        return remark
 
     def write_manifest(self, manifest: dict) -> None:
         self._write("manifest.json", to_json(manifest))
@@ -254,6 +254,7 @@ class RunFolder:
             self._write_rows(LOG, self.log_rows)
 
     def log(self, row: LogRow) -> None:
+        """Append one optimizer step to the log."""
         self.may_write()
         append_jsonl(self.path / LOG, row.written())
         observer.row_logged(row)
@@ -298,7 +299,7 @@ class RunFolder:
 
     @property
     def summary(self) -> dict:
-        """Empty until the run is finished."""
+        """What summary.json holds; empty until the run is finished. Raises Fault where it was damaged."""
         file = self.path / SUMMARY
         if file.is_file() and not self.seals.holds(file):
             raise Fault(
@@ -327,16 +328,9 @@ class RunFolder:
 
 
 def _other_launch(was: dict, now: dict) -> str:
-    """A sentence where a run goes on under other processes or versions."""
-    elsewhere = {
-        "base",
-        "tokenizer",
-        "benchmark",
-        "data",
-        "metrics",
-        "plugins",
-        "stages",
-    }  # compared, or no matter of the launch
+    """A sentence where a run goes on with other versions, devices or numbers of processes; else empty."""
+    # `open` refuses a change of these, or it is no matter of the launch.
+    elsewhere = {"base", "tokenizer", "benchmark", "data", "metrics", "plugins", "stages"}
     changed = [
         f"{key} was {was[key]}, now {now[key]}"
         for key in was.keys() & now.keys() - elsewhere

@@ -41,6 +41,7 @@ class Lease:
         self.thread.start()
 
     def release(self) -> None:
+        """Stop renewing, and remove the file, unless another process has taken the folder over."""
         if self.thread:
             self.ended.set()
             self.thread.join()
@@ -48,9 +49,8 @@ class Lease:
                 self.file.unlink(missing_ok=True)
 
     def check(self) -> None:
-        """Raise Fault if another process has taken the folder over, as it may when this one was suspended for
-        long.
-        """
+        """Raises Fault if another process has taken the folder over, which it may if this one was suspended
+        for long."""
         found = self._found()
         if found.get("token") != self.token:
             raise Fault(
@@ -68,9 +68,8 @@ class Lease:
                     return
                 own.write_text(self._content(beat), encoding="utf-8")
                 os.replace(own, self.file)
-            except (
-                OSError
-            ):  # a full disk, or a network that is away for a while: the next beat may get through
+            except OSError:
+                # A full disk, or a network that is away for a while: the next beat may get through.
                 continue
 
     def _remove_dead(self) -> None:
@@ -94,6 +93,7 @@ class Lease:
             raise self._held()
 
     def _await_beat(self, first: str) -> None:
+        """Wait until an owner on another machine counts as dead. Raises Fault where it renews the file."""
         held = f"{self.folder} was held by {_who(self._found())}"
         log.info("%s; waiting up to %.0f s for a sign of life", one_line(held), DEAD)
         end = time.monotonic() + DEAD
@@ -166,13 +166,13 @@ def _who(found: dict) -> str:
 
 
 def _place() -> str:
-    """Where process numbers mean the same: a machine and, in containers, their numbering."""
+    """Identifies where process ids mean the same: on one machine and, in containers, in one pid namespace."""
     numbering = Path("/proc/self/ns/pid")
     return f"{socket.gethostname()} {uuid.getnode():x} {os.readlink(numbering) if numbering.exists() else ''}"
 
 
 def _lives(owner: dict) -> bool:
-    """Whether the process is there, and not another that got its number later."""
+    """Whether the process still runs; another that was given its pid later started at another time."""
     try:
         process = psutil.Process(owner["pid"])
         return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - owner["started"]) < 10

@@ -1,7 +1,7 @@
 """Who hears how a run goes: the display, trackers, the heartbeat, and whatever a user of the library adds.
 
-Code at any depth reports by the functions of this module; `observing` says who hears it, for as long as its
-block lasts and in this thread. Without one nobody does.
+Code at any depth reports by calling the functions of this module. `observing` says who hears it, in this
+thread and for as long as its block lasts; outside of such a block nobody does.
 """
 
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ from codyra_llm.store.rows import LogRow, ScoreRow, Stage
 
 
 class Observer:
-    """Hears how a run goes, in the first process of its launch. No hook does anything: override those that
-    you need. An error that a hook raises ends the run, which can be resumed."""
+    """Hears how a run goes, in the first process of its launch. The hooks do nothing by default: override
+    those that you need. An error that a hook raises ends the run, which can be resumed."""
 
     def run_begins(self, tasks: list[str]) -> None:
         """The run, or the evaluation of a checkpoint, is about to begin; `tasks` in the order of the run."""
@@ -32,10 +32,10 @@ class Observer:
         """From here on the run is at `piece` of `stage`: it learns the stage's task, or answers prompts."""
 
     def counted(self, done: int, total: int) -> None:
-        """So much of the piece is done; the first call comes before any is."""
+        """`done` of the piece's `total` optimizer steps or prompts are done; first called before any is."""
 
     def noted(self, what: str) -> None:
-        """What is done of the piece where there is nothing to count."""
+        """What the run is doing in the piece, in words, where there is nothing to count."""
 
     def row_logged(self, row: LogRow) -> None:
         """An optimizer step is in log.jsonl."""

@@ -63,8 +63,9 @@ class Row:
 class ScoreRow(Row):
     """A row of scores.jsonl: the scores on one task at one stage. `metrics` has by name {"mean", "low",
     "high", "n"} in points of 0 to 100; `score` is the mean of the metric `headline`, None where there was
-    no example. `empty`: how many answers were. What follows it, general ability by the harness has alone:
-    the recipe's `general.data`, the number of examples in front of each question, the task's version."""
+    no example. `empty`: how many answers are the empty text. Only rows of general ability by the harness have
+    the fields after it: the recipe's `general.data`, the number of examples in front of each question, and
+    the task's version."""
 
     after: str
     step: int

@@ -7,9 +7,9 @@ from codyra_llm.store.folder import RunFolder
 
 
 class Verdicts:
-    """Rows {"judge", "question" (a digest), "A", "B", "verdict", "said"}; of several judges, where the
-    recipe's changed. The name alone tells them apart: an endpoint may move while its verdicts hold. Of a
-    question asked again the last row counts."""
+    """Rows {"judge", "question" (a digest), "A", "B", "verdict", "said"}, by several judges if the recipe's
+    has changed. Judges are told apart by name alone, since an endpoint may move while its verdicts stay
+    valid. If a question was asked again, its last row counts."""
 
     def __init__(self, folder: RunFolder, name: str):
         self.folder, self.file = folder, folder.path / "judged" / f"{name}.jsonl"
@@ -19,7 +19,7 @@ class Verdicts:
         return {row["question"]: row["verdict"] for row in read_jsonl(self.file) if row["judge"] == judge}
 
     def begin(self) -> None:
-        """Take off a last line that a crash cut, so that more can be appended."""
+        """Drop a last line that a crash cut short, so that more can be appended."""
         self.folder.may_write()
         write_jsonl(self.file, read_jsonl(self.file))
 

@@ -25,8 +25,8 @@ RESAMPLES = 1000
 
 
 def compare(sweep: Sweep) -> dict:
-    """`{"baseline", "by", "rows", "by_order", "tries", "runs"}` of the finished runs; `rows` is empty if
-    there are none, `by_order` if all learn the tasks in one order."""
+    """What sweep.json holds, of the finished runs: `{"baseline", "by", "rows", "by_order", "tries", "runs"}`.
+    `rows` is empty if there are none, `by_order` if all learn the tasks in one order."""
     runs = [run for run in sweep.runs() if run.finished]
     pooled, by_order = _grouped(runs, over_orders=True), _grouped(runs, over_orders=False)
     tries = []
@@ -55,8 +55,8 @@ Groups = dict[tuple, list[Run]]  # by arm, point but for seed and order, and tas
 
 
 def _grouped(runs: list[Run], over_orders: bool) -> Groups:
-    """Runs of an arm at one point of the grid that differ in seed alone; `over_orders`: or also in the order
-    of the same tasks."""
+    """The runs of an arm at one point of the grid that differ only in seed; with `over_orders`, also those
+    that differ in the order of the same tasks."""
     groups: Groups = {}
     for run in runs:
         tasks = sorted(run.recipe.tasks) if over_orders else run.recipe.tasks
@@ -65,7 +65,7 @@ def _grouped(runs: list[Run], over_orders: bool) -> Groups:
 
 
 def _rows(sweep: Sweep, groups: Groups) -> list[dict]:
-    """A row for each group. Those of other tasks, or in another order, say which."""
+    """A row for each group; where groups differ in their tasks or the order of these, rows say which."""
     streams = {tasks for _, _, tasks in groups}
     found = []
     for (arm, rest, tasks), members in groups.items():
@@ -77,6 +77,7 @@ def _rows(sweep: Sweep, groups: Groups) -> list[dict]:
 
 
 def _rest(settings: Settings) -> str:
+    """The settings of a point but for seed and order, as text."""
     return ", ".join(f"{key}={value}" for key, value in settings.items() if key not in POOLED)
 
 
@@ -128,13 +129,14 @@ def _minus(a: float | None, b: float | None) -> float | None:
 
 
 def _drawn(run: Run) -> dict[str, np.ndarray]:
+    """By measure its bootstrap samples, [RESAMPLES]."""
     return _resampled(run.folder.path, len(run.folder.recipe.tasks))
 
 
 @cache
 def _resampled(path: Path, count: int) -> dict[str, np.ndarray]:
-    """The measures, [RESAMPLES] each, of test sets drawn with replacement from that of the run of `count`
-    tasks at `path`; without those not measured."""
+    """The measures of the run of `count` tasks at `path`, [RESAMPLES] each, on test sets drawn with
+    replacement from its own; without measures that the run lacks."""
     folder = RunFolder(path)
     found = folder.summary
     cells = {}
@@ -154,7 +156,8 @@ def _resampled(path: Path, count: int) -> dict[str, np.ndarray]:
 def _sample(
     tasks: list[str], found: dict, cells: dict[tuple[int, str], np.ndarray], count: int, i: int
 ) -> dict[str, float | None]:
-    """The measures of draw `i`, from the means [RESAMPLES] of each step and task."""
+    """The measures on resampled test sets number `i`. `cells`: by step and task, the mean scores
+    [RESAMPLES]."""
 
     def cell(step: int, task: str) -> float | None:
         return float(cells[step, task][i]) if (step, task) in cells else None
@@ -170,9 +173,8 @@ def _sample(
 
 
 def _draws(task: str, n: int) -> np.ndarray:
-    """[RESAMPLES, n] places of examples: the same for a task wherever it is scored, others for other
-    tasks.
-    """
+    """Positions of examples [RESAMPLES, n], drawn from a seed of the task's name: the same wherever a task is
+    scored, so that differences are paired, and independent between tasks."""
     return np.random.default_rng(list(task.encode())).integers(n, size=(RESAMPLES, n))
 
 
@@ -189,6 +191,7 @@ def _costs(runs: list[Run]) -> dict | None:
 
 
 def _relative(own: dict | None, baseline: dict | None) -> dict | None:
+    """Costs as multiples of the baseline's; None where one is not known."""
     if not own or not baseline:
         return None
     return {key: own[key] / baseline[key] if own[key] and baseline[key] else None for key in own}
@@ -208,6 +211,7 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
 
 
 def _shown(value: dict | None, form: str = ".1f") -> str:
+    """`mean ± half of the interval`; blank where not measured."""
     if value is None:
         return ""
     half = "" if value["low"] is None else f" ± {(value['high'] - value['low']) / 2:.1f}"
@@ -215,12 +219,13 @@ def _shown(value: dict | None, form: str = ".1f") -> str:
 
 
 def _times(row: dict, key: str) -> str:
+    """A cost as a multiple of the baseline's; blank where it is not known."""
     ratio = row["relative"] and row["relative"][key]
     return f"{ratio:.2f}" if ratio else ""
 
 
 def table(found: dict) -> Table:
-    """For the terminal: the columns that fit into 80 or so, all rows."""
+    """For the terminal: all rows, and the columns that fit into about 80 characters."""
     shown = {
         "arm": "arm",
         "OP": "OP",

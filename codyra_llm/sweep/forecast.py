@@ -12,6 +12,7 @@ from codyra_llm.experiment.plan import Training, training
 from codyra_llm.runtime.forecast import duration
 from codyra_llm.sweep.spec import Run, Sweep
 
+# Settings that change neither tokens nor time.
 ALIKE = ("seed", "output", "optim.lr", "optim.schedule", "optim.weight_decay", "optim.betas", "checkpoint")
 
 
@@ -24,8 +25,8 @@ class Foreseen(NamedTuple):
 
 
 def foresee(sweep: Sweep) -> list[Foreseen]:
-    """All runs of the sweep, tries first. Runs that differ in what takes no time, such as the seed, are
-    measured once. Raises one Fault with everything that a run would refuse."""
+    """All runs of the sweep, tries first. Runs that differ only in settings that cost no time, such as the
+    seed, are measured once. Raises one Fault with everything that a run would refuse."""
     sweep.prepare()
     known: dict[str, Training] = {}
     found = []
@@ -38,14 +39,14 @@ def foresee(sweep: Sweep) -> list[Foreseen]:
 
 
 def _work(recipe: Recipe) -> str:
-    """The settings that determine tokens and time."""
+    """The settings that determine tokens and time, as a key."""
     free = {key for key in NO_RESULT if not key.startswith(("optim.", "model.", "data."))}
     settings = flat(recipe.model_dump(mode="json"))
     return str(sorted((key, str(value)) for key, value in settings.items() if key not in {*free, *ALIKE}))
 
 
 def show(found: list[Foreseen], jobs: int, console: Terminal) -> None:
-    """Print a line for each run, and what is left in sum, `jobs` at a time."""
+    """Print a line for each run, and the total of those left, run `jobs` at a time."""
     right = {"justify": "right", "no_wrap": True}
     table = Table(
         Column("arm", overflow="fold"),
@@ -69,8 +70,8 @@ def show(found: list[Foreseen], jobs: int, console: Terminal) -> None:
     seconds = sum(work.seconds for work in left)
     together = f", {duration(seconds / jobs)} with {jobs} at a time" if jobs > 1 else ""
     console.print(
-        f"{len(left)} of {len(found)} runs are to do: {sum(work.tokens for work in left):,} tokens, "
-        f"{seconds / 3600:.2f} hours of training{together}, as a few layers measured here foretell; loading "
-        "and evaluation come on top, and nothing was run",
+        f"{len(left)} of {len(found)} runs are left: {sum(work.tokens for work in left):,} tokens, "
+        f"{seconds / 3600:.2f} hours of training{together}, estimated from a few layers measured here; "
+        "loading and evaluation come on top, and nothing was run",
         soft_wrap=True,
     )

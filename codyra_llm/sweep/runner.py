@@ -40,7 +40,7 @@ def execute(sweep: Sweep, jobs: int | None, launcher: str | None, done: Callable
     sweep.prepare()  # before the output is made
     with _held(sweep.output) as lock:
         _run(sweep.tries, _places(jobs, launcher), launcher, lock, lambda: None)
-        # Asked for only now, since the tries choose their settings.
+        # The grid's runs are made only now, since the tries choose their settings.
         _run(sweep.runs(), _places(jobs, launcher), launcher, lock, done)
 
 
@@ -66,7 +66,8 @@ def _run(
 ) -> None:
     """Run the unfinished ones, as many at a time as there are places. Raises one Fault with a sentence for
     each that failed. No run outlives an interrupt, or a sweep that was asked to stop."""
-    pending, running, faults = [run for run in runs if not run.finished], [], []
+    pending = [run for run in runs if not run.finished]
+    running, faults = [], []
     if len(pending) < len(runs):
         log.info("%d of %d runs are there already", len(runs) - len(pending), len(runs))
     try:
@@ -83,7 +84,7 @@ def _run(
                 if process.returncode:
                     faults.append(
                         f"{run.folder.path} failed (exit code {process.returncode}); see "
-                        f"{run.beside('log')}, then run the sweep again"
+                        f"{run.file('log')}, then run the sweep again"
                     )
                 log.info("%s: %s", run.folder.path, "failed" if process.returncode else "done")
                 done()
@@ -97,8 +98,8 @@ def _run(
 
 
 def _places(jobs: int | None, launcher: str | None) -> list[dict[str, str]]:
-    """For each of the runs at the same time the environment that gives it its share of the cores, and a
-    GPU."""
+    """The environment variables of each run of those that go at the same time: they give it its share of the
+    cores and, where there are any, a GPU."""
     if launcher:
         return [{}]
     given = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -116,11 +117,11 @@ def _places(jobs: int | None, launcher: str | None) -> list[dict[str, str]]:
 
 def _launch(run: Run, place: dict[str, str], launcher: str | None, lock: int) -> subprocess.Popen:
     """One run in a process of its own; what it prints goes to a file next to its folder."""
-    write_json(run.beside("json"), run.recipe.model_dump(mode="json"))
+    write_json(run.file("json"), run.recipe.model_dump(mode="json"))
     start = shlex.split(launcher) if launcher else [sys.executable]
-    with open(run.beside("log"), "a", encoding="utf-8") as output:
+    with open(run.file("log"), "a", encoding="utf-8") as output:
         return subprocess.Popen(
-            [*start, "-m", "codyra_llm", "run", str(run.beside("json")), *_plugins()],
+            [*start, "-m", "codyra_llm", "run", str(run.file("json")), *_plugins()],
             stdout=output,
             stderr=output,
             env={**os.environ, **place},
@@ -129,5 +130,5 @@ def _launch(run: Run, place: dict[str, str], launcher: str | None, lock: int) ->
 
 
 def _plugins() -> list[str]:
-    """Options that load in a run the methods and metrics that are loaded in this process."""
+    """Command-line options that load into a run the plug-ins that are loaded in this process."""
     return [word for file in plugins.files() for word in ("--plugin", file)]

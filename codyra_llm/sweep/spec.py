@@ -24,6 +24,7 @@ from codyra_llm.store.folder import RunFolder
 
 
 def _without_output(settings: dict) -> dict:
+    """The settings. Raises ValueError where they set the output."""
     if "output" in settings:
         raise ValueError(
             "every run has a folder of its own in the sweep's; give 'output' at the top of the file, or as "
@@ -50,6 +51,8 @@ class TuneSection(Strict, frozen=True):
 
 
 class SweepFile(Strict, frozen=True):
+    """The keys of a sweep file."""
+
     recipe: str = Field(description="a recipe file, or the name of a shipped one")
     output: WrittenPath = Field(description="folder of all runs")
     set: Settings = Field(default={}, description="settings of all runs, which override the recipe's")
@@ -99,9 +102,16 @@ class SweepFile(Strict, frozen=True):
 
 
 def _repeats(values: list) -> bool:
-    """Whether a value is there twice, or two that are written alike and would share a folder."""
+    """Whether two values are equal, or written alike, so that their runs would share a folder."""
     written = [str(value) for value in values]
     return any(value in values[:i] or written[i] in written[:i] for i, value in enumerate(values))
+
+
+def _measures_forgetting(recipe: Recipe) -> bool:
+    """Whether a run scores earlier tasks again after later ones."""
+    method = METHODS[recipe.method.name]
+    several = bool(method.trains) and not method.joint and len(recipe.tasks) > 1
+    return several and (recipe.eval.when != "ends" or len(recipe.tasks) == 2)
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,9 @@ class Run:
     def folder(self) -> RunFolder:
         return RunFolder(Path(self.recipe.output))
 
-    def beside(self, kind: str) -> Path:
+    def file(self, kind: str) -> Path:
+        """The file next to its folder that has the folder's name and ends in `kind`: json, its recipe; log,
+        what it printed."""
         return self.folder.path.with_name(f"{self.folder.path.name}.{kind}")
 
     @property
@@ -183,7 +195,9 @@ class Sweep:
         return min(tries, key=lambda run: sign * run.folder.summary[self.by]).settings if tries else {}
 
     def _runs(self, wanted: list[tuple[str, str, Settings, list[Settings]]]) -> list[Run]:
-        runs, faults = [], {}  # by mistake, which most runs share, as the first run has it
+        runs: list[Run] = []
+        # Most runs share a mistake: it is kept once, by its words without the run's name.
+        faults: dict[str, str] = {}
         for arm, name, settings, layers in wanted:
             try:
                 runs.append(Run(arm, settings, self._recipe(arm, name, layers)))
@@ -204,25 +218,16 @@ class Sweep:
         return parse_recipe(raw | {"output": str(self.output / arm / name)}, f"{arm}/{name}")
 
     def _check(self, tuned: set[str], runs: list[Run]) -> None:
-        """Check that the tries are fair, and that no two of them are the same."""
-        untried = (
-            {run.arm for run in runs if METHODS[run.recipe.method.name].trains} - tuned if tuned else set()
-        )
+        """Raises Fault where the tries are not fair: an arm has none, or no forgetting to choose by."""
         faults = []
-        if untried:
+        trained = {run.arm for run in runs if METHODS[run.recipe.method.name].trains}
+        untried = trained - tuned
+        if tuned and untried:
             faults.append(
                 f"tune.tries: {', '.join(sorted(untried))} would be compared without tries; give as many as "
                 "to the others"
             )
-        unmeasured = {
-            run.arm
-            for run in self.tries
-            for method in [METHODS[run.recipe.method.name]]
-            if method.joint
-            or not method.trains
-            or len(run.recipe.tasks) < 2
-            or (run.recipe.eval.when == "ends" and len(run.recipe.tasks) > 2)
-        }
+        unmeasured = {run.arm for run in self.tries if not _measures_forgetting(run.recipe)}
         if self.by == "forgetting" and unmeasured:
             faults.append(
                 f"tune.by: {', '.join(sorted(unmeasured))} has no forgetting to choose by (one task, or "
@@ -232,9 +237,8 @@ class Sweep:
             raise Fault(*faults)
 
     def prepare(self) -> None:
-        """Report what a run would refuse before the first run starts, once per arm for all its seeds and
-        learning rates.
-        """
+        """Check, before the first run starts, what every run would check: once per arm for all its seeds and
+        learning rates. Raises one Fault with everything that is wrong."""
         faults, checked = {}, {}
         for run in (*self.runs(), *self.tries):
             checked.setdefault(str((run.arm, run.recipe.model, run.recipe.data, run.recipe.eval)), run)
@@ -262,9 +266,8 @@ def load_sweep(path: str | Path, overrides: list[str] = ()) -> Sweep:
 
 
 def _name(point: Settings, grid: dict[str, list]) -> str:
-    """`seed=1,data.tasks=2`; a value that is no plain, short word by its place in the grid's list,
-    `data.tasks=#1`.
-    """
+    """The name of a point's folder, `seed=1,data.tasks=2`. A value that is not a short plain word is named by
+    its place in the grid's list: `data.tasks=#1`."""
 
     def word(key: str, value: Any) -> str:
         return str(value) if re.fullmatch(r"[\w.+-]{1,64}", str(value)) else f"#{grid[key].index(value) + 1}"

@@ -32,16 +32,17 @@ class Engine:
         if self.deepspeed:
             acc.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = max_norm
         self.shared = shared_inputs(objective)
-        self.whole = self.shared if zero_stage(acc) < 3 else []  # those whose factors lie here whole
-        # On a CPU it would change the order of sums, and save nothing: only a GPU has launches to save. ZeRO
-        # takes gradients when autograd writes them.
+        self.whole = self.shared if zero_stage(acc) < 3 else []  # those whose factors are whole on this rank
+        # Whether the adapters' gradients are computed together at the end of a step. On a CPU that would
+        # change the order of sums and save nothing: only a GPU has kernel launches to save. ZeRO takes
+        # gradients when autograd writes them.
         self.defers = acc.device.type == "cuda" and not self.deepspeed
         self.norm: Tensor | None = None  # of the step's gradients, where it is known before `step`
         self.inner = optimizer  # ZeRO puts its shards in place of the parameters in this very optimizer
         self.module, self.optimizer = objective, optimizer
         if self.deepspeed:
             self.module, self.optimizer = acc.prepare(objective, optimizer)
-            # Prepare has set it: transformers would load the next task's model in shards.
+            # `prepare` has set it, and with it transformers would load the next task's model in shards.
             unset_hf_deepspeed_config()
 
     @property
@@ -55,7 +56,7 @@ class Engine:
         """Run forward and backward on one micro-batch. `first` adds the penalty terms, once per step; `last`
         closes the accumulation. Ranks don't synchronise here except under ZeRO, which sums over ranks as it
         goes, so that a rank out of memory is a Fault there."""
-        share = first / self.acc.num_processes
+        share = 1 / self.acc.num_processes if first else 0.0  # of the penalty terms
         if first:
             make_shadows(self.whole)
         if self.deepspeed:
@@ -67,6 +68,7 @@ class Engine:
         return {name: term.detach() for name, term in terms.items()}
 
     def _forward_backward(self, batch, penalty: float, last: bool) -> dict[str, Tensor]:
+        """The same under DeepSpeed."""
         try:
             terms = self.module(batch, penalty)
             self.module.set_gradient_accumulation_boundary(last)
@@ -96,14 +98,14 @@ class Engine:
         clear_device_cache(garbage_collection=True)
 
     @torch.no_grad()
-    def reduce(self, terms: Tensor, said: list[float]) -> Tensor:
-        """Sum over ranks, in one all-reduce, the logged `terms` [n], the ranks' flags (`said`), and the
-        step's gradients (ZeRO has summed its own). The host does not wait: `read` takes what this returns."""
+    def reduce(self, terms: Tensor, flags: list[float]) -> Tensor:
+        """Sum over ranks, in one all-reduce, the logged `terms` [n], this rank's `flags`, and the step's
+        gradients (ZeRO has summed its own). The host does not wait: `read` takes what this returns."""
         finish_gradients(self.shared)
-        return self._summed(terms, said) if self.acc.num_processes > 1 else terms
+        return self._summed(terms, flags) if self.acc.num_processes > 1 else terms
 
     @torch.no_grad()
-    def read(self, reduced: Tensor, said: list[float]) -> tuple[list[float], list[float], float | None]:
+    def read(self, reduced: Tensor, flags: list[float]) -> tuple[list[float], list[float], float | None]:
         """The summed terms and flags that `reduce` left, on the host, and with them the norm of the gradients
         as they are now (None under ZeRO): the only time in a step that the host waits for the device."""
         if not self.deepspeed:
@@ -113,23 +115,25 @@ class Engine:
             values = reduced.tolist()
         norm = None if self.deepspeed else values.pop()
         if self.acc.num_processes == 1:
-            return values, said, norm
-        return values[: -len(said)], values[-len(said) :], norm
+            return values, flags, norm
+        return values[: -len(flags)], values[-len(flags) :], norm
 
-    def _summed(self, terms: Tensor, said: list[float]) -> Tensor:
-        """`terms` and `said`, one after the other, summed over ranks, and the gradients with them."""
+    def _summed(self, terms: Tensor, flags: list[float]) -> Tensor:
+        """`terms` and `flags`, one after the other, summed over ranks, and the gradients with them."""
         trained = [] if self.deepspeed else [p for group in self.groups for p in group["params"]]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-        flags = torch.tensor(said, dtype=terms.dtype, pin_memory=terms.is_cuda)
-        flags = flags.to(terms.device, non_blocking=True)
+        # From pinned memory, so that the copy does not make the host wait.
+        own = torch.tensor(flags, dtype=terms.dtype, pin_memory=terms.is_cuda)
+        own = own.to(terms.device, non_blocking=True)
         with heartbeat.waiting():
-            total = self.acc.reduce(torch.cat([terms, flags, *(g.flatten() for g in gradients)]), "sum")
-            read, *sums = total.split([len(terms) + len(said), *(g.numel() for g in gradients)])
+            total = self.acc.reduce(torch.cat([terms, own, *(g.flatten() for g in gradients)]), "sum")
+            read, *sums = total.split([len(terms) + len(flags), *(g.numel() for g in gradients)])
         for p, summed in zip(trained, sums, strict=True):
             p.grad = summed.view_as(p).to(p.dtype)
         return read
 
     def _norm(self) -> Tensor:
+        """The L2 norm of all gradients, a scalar on the device."""
         return nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
 
     def step(self) -> float | None:
@@ -148,6 +152,8 @@ class Engine:
         return None if known else float(norm)
 
     def _forget(self) -> None:
+        """Drop what layers with a shared input hold: copies of the factors, and products not asked for
+        yet."""
         for shared in self.shared:
             shared.forget()
 
@@ -182,6 +188,7 @@ class Engine:
         self._forget()
 
     def _write(self, p: nn.Parameter, value: Tensor) -> None:
+        """Write a whole value into a trained parameter (collective under ZeRO)."""
         if not self.deepspeed:
             p.copy_(value)
             return
@@ -274,6 +281,7 @@ class Engine:
             yield slice(own.start, own.start + own.numel), state[key].narrow(0, place.start, place.numel)
 
     def _full(self, p: nn.Parameter) -> Tensor:
+        """A copy of the whole parameter in float32 on the CPU (collective under ZeRO)."""
         full = None
         if self.deepspeed:
             from deepspeed.utils import safe_get_full_fp32_param
@@ -295,5 +303,5 @@ class Engine:
                 held.clear()
         self.model, self.shared, self.whole = None, [], []
         libc = ctypes.CDLL(None)
-        if hasattr(libc, "malloc_trim"):  # glibc keeps what lay between small pieces
+        if hasattr(libc, "malloc_trim"):  # glibc keeps freed memory that lies between small pieces
             libc.malloc_trim(0)

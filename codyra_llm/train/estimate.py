@@ -32,11 +32,13 @@ class Depth(NamedTuple):
 
 
 def depth(model: nn.Module) -> Depth:
-    """Of a model as it trains."""
+    """The depth of a model's adapters, read from what requires gradients."""
     trains = []
     for block in families.blocks(model):
         trains.append(any(p.requires_grad for p in block.parameters()))
-    whole = getattr(model, "_require_grads_hooks", None)  # what trains may stand in front of the layers
+    # Set where inputs require gradients: what trains stands in front of the layers, and backward goes through
+    # all of them.
+    whole = getattr(model, "_require_grads_hooks", None)
     ended = 0 if whole or True not in trains else trains.index(True)
     return Depth(sum(trains), len(trains) - sum(trains) - ended, ended)
 
@@ -47,8 +49,8 @@ def activation_bytes(model: nn.Module, batch: Batch, device: torch.device) -> in
 
     `model` is a skeleton on the meta device as it trains (adapters, checkpointing, train mode) and is turned
     into fake tensors of `device`: every operation gives tensors of the right shape, dtype and lifetime, and
-    none has memory. Of a deep model 2 and 4 layers run, and the rest follows on a straight line, where every
-    layer leaves the same: where all have adapters, or none.
+    none has memory. Of a deep model only 2 and 4 layers run, and the peak is extrapolated linearly, if every
+    layer adds the same to it: if all have adapters, or none has.
     """
     layers = families.blocks(model)
     _fix_frequencies(model)
@@ -69,8 +71,8 @@ def activation_bytes(model: nn.Module, batch: Batch, device: torch.device) -> in
 
 
 def _fix_frequencies(model: nn.Module) -> None:
-    """RoPE whose frequencies follow the longest position ("dynamic", "longrope") reads that position, which
-    fake tensors have not; its tensors are those of the plain one."""
+    """Make every RoPE a plain one. Kinds whose frequencies follow the longest position ("dynamic",
+    "longrope") read its value, which fake tensors don't have; shapes are the same either way."""
     module: Any
     for module in model.modules():
         kind = getattr(module, "rope_type", None)
@@ -81,6 +83,7 @@ def _fix_frequencies(model: nn.Module) -> None:
 
 
 def _peak(model: nn.Module, batch: Batch) -> int:
+    """Peak bytes of one forward and backward, as `Meter` counts them."""
     model.zero_grad()
     for shared in shared_inputs(model):
         shared.forget()
@@ -98,22 +101,26 @@ def step_flops(model: nn.Module, tokens: int, squares: int, labelled: int) -> in
     Gradient checkpointing runs the layers' forward twice. Layers where backward has ended have a forward
     alone.
     """
-    c, again = model.config, any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    c = model.config
+    checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    again = 2 if checkpointed else 0  # operations of the second forward, per weight and token
     ended, trained = depth(model).ended, _trained(model)
     weights = [_linear_weights(block) for block in families.blocks(model)]
     widths = [2 * squares * shape.heads * shape.head_dim for shape in families.attention_shapes(c)]
     forward = 2 * tokens * sum(weights) + 2 * sum(widths)  # of QKᵀ, and of the weights with V
     backward = 4 if c._attn_implementation == "eager" else 5  # fused kernels compute QKᵀ again
-    returning = (2 + 2 * again) * tokens * sum(weights[ended:]) + (backward + 2 * again) * sum(widths[ended:])
-    adapters = (6 + 2 * again) * tokens * trained
+    returning = (2 + again) * tokens * sum(weights[ended:]) + (backward + again) * sum(widths[ended:])
+    adapters = (6 + again) * tokens * trained
     return forward + returning + adapters + 4 * labelled * c.hidden_size * c.vocab_size
 
 
 def _trained(model: nn.Module) -> int:
+    """How many weights the trained matrices have."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad and p.ndim == 2)
 
 
 def _linear_weights(block: nn.Module) -> int:
+    """How many weights a block's linear layers have."""
     return sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
 
 
@@ -141,15 +148,16 @@ Make = Callable[[int, range | None], nn.Module]
 
 def step_seconds(make: Make, batch: Batch, layers: Depth) -> float:
     """Seconds of forward and backward of one micro-batch in a model of these `layers`, measured on models of
-    fewer. `make(count, adapted)` gives one with `count` layers, random weights and adapters, on its device:
-    in the `adapted` layers, by None in those that the recipe asks for."""
+    fewer. `make(count, adapted)` gives one with `count` layers and random weights, on its device, with
+    adapters in the `adapted` layers (None: those that the recipe asks for)."""
     if sum(layers) <= MEASURED_LAYERS[1]:
         return _seconds(make(sum(layers), None), batch)
     few, more = MEASURED_LAYERS
     start, whole = (_seconds(make(count, range(count)), batch) for count in MEASURED_LAYERS)
 
     def each(seconds: float) -> float:
-        """Of one of the layers that `more` have in addition to `few` with adapters, which take `start`."""
+        """Seconds of one layer, from those of a model with `more` layers: the first `few` of them have
+        adapters and take `start`."""
         return max(0.0, seconds - start) / (more - few)
 
     if not layers.adapted:  # what trains stands in front of them, and all are alike
@@ -163,7 +171,7 @@ def step_seconds(make: Make, batch: Batch, layers: Depth) -> float:
 
 
 def _seconds(model: nn.Module, batch: Batch, rounds: int = 3) -> float:
-    """Median over some rounds, after one that allocates."""
+    """Seconds of one forward and backward: the median over some rounds, after one that allocates."""
     shared, times = shared_inputs(model), []
     device = next(model.parameters()).device
     batch = batch.to(device)
@@ -187,9 +195,8 @@ def _seconds(model: nn.Module, batch: Batch, rounds: int = 3) -> float:
 def matmul_speed(
     model: nn.Module, tokens: int, dtype: torch.dtype, device: torch.device, seconds: float = 0.3
 ) -> float:
-    """Floating-point operations per second of the device in the model's own shapes, up and down through the
-    MLP.
-    """
+    """Floating-point operations per second that the device reaches in the model's own shapes: the products of
+    the MLP, up and down again."""
     c = model.config
     tokens = min(tokens, 1024 if device.type == "cpu" else tokens)
     x = torch.randn(tokens, c.hidden_size, device=device).to(dtype)

@@ -21,8 +21,9 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
 
 
 class Gradients:
-    """Lists are in the order of `parameters`, that of the model. All gradients but the step's are taken
-    without dropout and leave no trace; they work wherever parameters are whole, so up to ZeRO stage 2."""
+    """The gradients of one task's training. Every list is in the order of `parameters`, which is the model's.
+    All gradients but the step's are taken without dropout and change nothing; they need whole parameters,
+    which ranks have up to ZeRO stage 2."""
 
     def __init__(
         self,
@@ -43,7 +44,7 @@ class Gradients:
 
     @property
     def step(self) -> list[Tensor]:
-        """The gradients of the step, summed over ranks; what is written into them is what the optimizer sees.
+        """The gradients of the step, summed over ranks. Write into them to change what the optimizer gets.
         Not under ZeRO, which keeps them in shards."""
         return [p.grad for p in self.parameters]
 
@@ -52,8 +53,8 @@ class Gradients:
         return self.total(self._sum(self.micro(examples, list(range(len(examples)))), loss))
 
     def each(self, examples: list[Encoded], loss: Loss = cross_entropy) -> Iterator[list[Tensor]]:
-        """The gradient of every single example, its labelled tokens weighted 1/their number; no rank waits
-        for another, and where all go through the same examples they get the same."""
+        """The gradients of the examples one by one, each of the mean loss over an example's labelled tokens.
+        No rank waits for another; if all go through the same examples, they get the same gradients."""
         for example in examples:
             signals.check()
             yield self._sum([self.alone(example)], loss)
@@ -69,7 +70,8 @@ class Gradients:
         return unflatten(self.engine.acc.reduce(flat(tensors), "sum"), tensors)
 
     def _sum(self, batches: Iterable[Batch], loss: Loss) -> list[Tensor]:
-        """autograd.grad, not backward: the step's gradients and DeepSpeed's hooks are left alone."""
+        """The gradients of the summed loss of `batches`. By autograd.grad rather than backward, which would
+        touch the step's gradients and DeepSpeed's hooks."""
         parameters = self.parameters
         found = [torch.zeros_like(p) for p in parameters]
         with without_dropout(self.model):

@@ -1,4 +1,6 @@
-"""The only training loop: one task, from encoded examples to the adapters that it leaves."""
+"""The only training loop. It trains on one task, from encoded examples to the adapters that the task
+leaves.
+"""
 
 import logging
 import math
@@ -50,13 +52,12 @@ class Objective(nn.Module):
         self.model, self.method = model, method
 
     def forward(self, batch: Batch, penalty: float = 0.0) -> dict[str, Tensor]:
-        """The method's loss terms, plus this share of the penalty terms."""
-        terms = self.method.loss(self.model, batch)
-        return (
-            {**terms, **{k: penalty * v for k, v in self.method.penalty(self.model).items()}}
-            if penalty
-            else terms
-        )
+        """The method's loss terms and, times `penalty`, its penalty terms; those are not computed for 0."""
+        terms = dict(self.method.loss(self.model, batch))
+        if penalty:
+            for name, value in self.method.penalty(self.model).items():
+                terms[name] = penalty * value
+        return terms
 
 
 @dataclass
@@ -79,16 +80,24 @@ class TaskData:
             yield from (order[i : i + size] for i in range(0, len(order), size))
 
     def steps(self, size: int) -> int:
+        """Optimizer steps over all epochs, with `size` examples each."""
         return _steps(self.epochs, size)
 
     def phase(self, step: int, size: int) -> tuple[int, int]:
-        """The place of step `step` in its run through the learning rate's schedule, and that one's steps."""
+        """Where step `step` is in its pass through the learning rate's schedule, and how many steps that pass
+        has."""
         first = _steps(self.epochs[: len(self.epochs) - self.apart], size)
         return (step, first) if step < first else (step - first, self.steps(size) - first)
 
 
 def _steps(epochs: list[range], size: int) -> int:
     return sum(math.ceil(len(visited) / size) for visited in epochs)
+
+
+def _saved(path: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint whose names begin with `prefix`, under their names without it."""
+    for key, tensor in checkpoint.tensors(path, prefix):
+        yield key.removeprefix(prefix), tensor
 
 
 class Trainer:
@@ -105,11 +114,10 @@ class Trainer:
     ):
         self.acc, self.method, self.optim, self.pad = acc, method, optim, pad
         self.tokens = optim.micro_batch_tokens or default_tokens(acc.device)
-        self.began, self.earlier = (
-            time.perf_counter(),
-            0.0,
-        )  # seconds that this task took before the run was stopped
-        self.best, self.kept = math.inf, None  # of the validation losses, and what trains when it was met
+        self.began = time.perf_counter()
+        self.earlier = 0.0  # seconds that this task took in processes before this one
+        self.best = math.inf  # the lowest validation loss so far
+        self.kept: dict[str, Tensor] | None = None  # the trained parameters that had it
         self.packed = batching == "packed" or (
             batching == "auto" and method.packs and packed_attention.pays(model, acc.device)
         )
@@ -144,6 +152,7 @@ class Trainer:
         """
         steps = task.steps(self.optim.batch_size)
         self.engine.module.train()
+        # Each batch with the one after it, which is collated while the device runs this one.
         batches = pairwise(chain(task.batches(seed, self.optim.batch_size), [None]))
         for step, (chosen, following) in islice(enumerate(batches), start, None):
             began = time.perf_counter()
@@ -186,8 +195,8 @@ class Trainer:
         return self.engine.adapters()
 
     def _validated(self, task: TaskData, step: int, steps: int) -> float | None:
-        """The loss on the eval split after `step` of `steps`, where one is due; keeps what trains where it is
-        the best so far."""
+        """The loss on the eval split after `step` of `steps`, None where none is due. Where it is the best so
+        far and `keep_best` is set, the trained parameters are kept."""
         every = self.optim.validate_every
         if not every or (step % every and step < steps):
             return None
@@ -218,7 +227,7 @@ class Trainer:
                 },
             )
         elif self.engine.deepspeed:
-            for _ in tensors:  # gathered from all
+            for _ in tensors:  # ZeRO gathers each tensor from all ranks, so all must go through them
                 pass
         wait(self.acc)  # if a process ended now, the launcher would end the one that writes
 
@@ -226,22 +235,15 @@ class Trainer:
         """Put back what `save` wrote, and return the step to continue from."""
         small = checkpoint.small(path)
         self.earlier = small["seconds"]
-        self.tokens, self.best = (
-            min(self.tokens, small["tokens"]),
-            math.inf if small["best"] is None else small["best"],
-        )
-        self.engine.load_state(
-            (key.removeprefix("engine."), tensor) for key, tensor in checkpoint.tensors(path, "engine.")
-        )
-        self.method.resume(
-            {key.removeprefix("method."): tensor for key, tensor in checkpoint.tensors(path, "method.")}
-        )
-        self.kept = {
-            key.removeprefix("best."): tensor for key, tensor in checkpoint.tensors(path, "best.")
-        } or None
+        self.tokens = min(self.tokens, small["tokens"])
+        self.best = math.inf if small["best"] is None else small["best"]
+        self.engine.load_state(_saved(path, "engine."))
+        self.method.resume(dict(_saved(path, "method.")))
+        self.kept = dict(_saved(path, "best.")) or None
         return small["step"]
 
     def _progress(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of a checkpoint, by name (collective under ZeRO)."""
         yield from ((f"engine.{key}", tensor) for key, tensor in self.engine.state())
         yield from ((f"method.{key}", tensor) for key, tensor in self.method.progress().items())
         yield from ((f"best.{key}", tensor) for key, tensor in (self.kept or {}).items())
@@ -256,6 +258,7 @@ class Trainer:
         }
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Begin with the moments and step counts that `state` gave after the task before."""
         own = self.optimizer.state_dict()
         for name, tensor in tensors.items():
             i, _, key = name.partition(".")
@@ -295,10 +298,10 @@ class Trainer:
             and saves.due(step + 1 == task.steps(self.optim.batch_size))
         )
         # What all must agree on travels with the losses. A NaN on any rank is a NaN on all.
-        said = [float(signals.asked()), float(due)]
-        reduced = self.engine.reduce(own, said)
+        flags = [float(signals.asked()), float(due)]
+        reduced = self.engine.reduce(own, flags)
         self.method.edit_gradients(self.gradients)
-        totals, (asked, due), norm = self.engine.read(reduced, said)
+        totals, (asked, due), norm = self.engine.read(reduced, flags)
         if not all(map(math.isfinite, totals)):
             own = [
                 batch.examples
@@ -328,11 +331,11 @@ class Trainer:
                 for batch in batches
             ]
         except torch.OutOfMemoryError:
-            return [], None  # after this block, where the failed forward's tensors are free
+            return [], None  # the caller makes room: here the failed forward's tensors are still held
 
     def _shrink(self, lengths: list[int], where: str) -> None:
-        """Halve the tokens of a micro-batch, down to the longest example alone. Same numbers, so same
-        outcome, on all ranks."""
+        """Halve the tokens of a micro-batch, down to the longest example alone. All ranks have the same
+        numbers, and so come to the same result."""
         cut = micro_batches(lengths, self.acc.num_processes, self.tokens, self.packed)
         largest = 0
         for positions in chain.from_iterable(cut):
@@ -359,7 +362,8 @@ class Trainer:
             yield batch.to(self.acc.device)
 
     def _next(self, examples: list[Encoded], chosen: list[int]) -> list[Batch]:
-        """This rank's micro-batches on the host: those made ahead, if they are the ones."""
+        """This rank's micro-batches on the host: those collated ahead if they are of these examples, else new
+        ones."""
         key, (*ahead, batches) = [chosen, self.tokens], self._ahead
         self._ahead = None, None, []
         return batches if ahead == key else list(self._collated(examples, chosen))
@@ -387,7 +391,8 @@ class Trainer:
         return self.acc.reduce(total, "sum").item()
 
     def _check_that_all_move(self) -> None:
-        """B starts at zero and Adam moves whatever has a gradient, so a B that is still zero had none."""
+        """Raises Fault where an adapter got no gradient in the first step. B starts at zero and Adam moves
+        whatever has a gradient, so a B that is still zero had none."""
         still = [site for site, adapter in self.engine.adapters().items() if not adapter.b.any()]
         if still:
             raise Fault(

@@ -58,8 +58,8 @@ def test_a_dry_run_lists_runs_tokens_and_hours(sweep_file, launches, capsys):
     work = found[0].training
     assert work.steps == 2 * 3 and least <= work.tokens <= 1.5 * least  # 20 examples of each of two tasks
     total = sum(one.training.tokens for one in found)
-    assert f"8 of 8 runs are to do: {total:,} tokens" in out
+    assert f"8 of 8 runs are left: {total:,} tokens" in out
     assert "hours of training" in out and "with 2 at a time" in out and "nothing was run" in out
     go(sweep_file(grid={"seed": [1]}))
     code, out, _ = call(capsys, "sweep", sweep_file(grid={"seed": [1, 2]}), "--dry-run")
-    assert "2 of 4 runs are to do" in out and out.count("finished") == 2
+    assert "2 of 4 runs are left" in out and out.count("finished") == 2

@@ -172,7 +172,9 @@ def test_a_tracker_that_cannot_begin_is_one_sentence(straight, told, tmp_path, m
 
     register_tracker_class(Shut)
     monkeypatch.setattr(loading, "load", lambda *given: pytest.fail("weights were loaded"))
-    with pytest.raises(Fault, match=r"^trackers: shut can't begin \(no login\); mend that, or leave it out$"):
+    with pytest.raises(
+        Fault, match=r"^trackers: shut can't begin \(no login\); correct that, or leave it out$"
+    ):
         run.run(like(asked, tmp_path / "run", "notebook", "shut"))
     assert told[-1] == ("end",) and not (tmp_path / "run" / "lease.json").exists()
 

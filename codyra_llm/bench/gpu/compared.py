@@ -21,7 +21,8 @@ def options(context: Context, **others) -> Options:
 
 
 def linear(context: Context) -> None:
-    """As it runs, and with a queue that is full, so that the host's own time is left out."""
+    """One linear layer: as it runs, and with a full queue of kernels, so that the host's own time does not
+    count."""
     shapes = [(8192, 4096, 4096, 16), (8192, 4096, 4096, 64), (2048, 4096, 4096, 16), (8192, 4096, 14336, 16)]
     for shape in [(64, 32, 32, 4)] if context.tiny else shapes:
         given = options(context, shape=shape, rounds=2 if context.tiny else 30)
@@ -34,7 +35,7 @@ def linear(context: Context) -> None:
 
 
 def block(context: Context) -> None:
-    """LLaMA-3-8B's decoder layer: on a GPU the level's own default."""
+    """One decoder layer of LLaMA-3-8B's shape, as it runs and with a full queue."""
     sizes = [(2, 8, 4)] if context.tiny else [(4, 2048, 16), (4, 512, 16)]
     for shape in sizes:
         given = options(context, shape=shape, rounds=2 if context.tiny else 15)
@@ -46,13 +47,13 @@ def block(context: Context) -> None:
 
 
 def queued(context: Context, key: str, level: Callable[[], dict]) -> dict | None:
-    """A comparison without the host's time, which needs a queue: on a CPU there is none."""
+    """A comparison that leaves out the host's time; only a GPU has a queue of kernels to fill."""
     key = f"{key}, queue filled"
     return compared(context, key, level) if context.cuda else context.on_gpu(key, level)
 
 
 def compared(context: Context, key: str, level: Callable[[], dict]) -> dict | None:
-    """The arms of one level, in few figures."""
+    """Measure the arms of one level, and record a few figures of each."""
     return context.tried(key, lambda: few(level()["arms"]))
 
 
@@ -90,7 +91,8 @@ def gemma(context: Context) -> None:
 
 
 def stepped(context: Context, shape: str, arms: tuple[str, ...], kind: str) -> dict | None:
-    """Whole steps of these arms; without `peft`, and said so, where it runs out of memory."""
+    """Whole training steps of these arms. If `peft` runs out of memory, that is recorded, and the others are
+    measured without it."""
     count, batch = (4, 2) if context.tiny else (64, 16)
     given = examples(context, count, kind == "long")
     batches = [given[i : i + batch] for i in range(0, count, batch)]
@@ -114,7 +116,7 @@ def stepped(context: Context, shape: str, arms: tuple[str, ...], kind: str) -> d
 
 
 def head(context: Context) -> None:
-    """Vocabularies of LLaMA 3 and of Gemma."""
+    """The head and its loss, with the vocabularies of LLaMA 3 and of Gemma."""
     sizes = [(128, 32, 64, 32)] if context.tiny else [(8192, 4096, 128256, 1024), (8192, 2048, 256000, 256)]
     for shape in sizes:
         given = options(context, shape=shape, rounds=2 if context.tiny else 10)

@@ -1,4 +1,6 @@
-"""What a stage knows, and where it writes what it finds, the moment that it is found."""
+"""What a stage of `bench gpu` works with: the device, and the file to which each finding is written at
+once.
+"""
 
 import gc
 import json
@@ -14,7 +16,7 @@ import torch
 
 FINDINGS = "findings.jsonl"
 NEEDS_GPU = "needs a GPU"
-TARGET = "target: "  # begins the keys of findings that a target is for
+TARGET = "target: "  # the keys of findings for which there is a target begin so
 
 
 def record(out: Path, stage: str, key: str, value: object) -> None:
@@ -33,7 +35,8 @@ def findings(out: Path) -> list[dict[str, Any]]:
 
 @dataclass
 class Context:
-    """One stage's. `tiny`: small shapes, which try the code and measure nothing."""
+    """The context of one stage. `out`: the folder of the findings. `tiny`: use small shapes, which try the
+    code and measure nothing."""
 
     stage: str
     out: Path
@@ -50,18 +53,18 @@ class Context:
         print(f"{self.stage}: {key}: {value}", flush=True)
 
     def target(self, name: str, value: float) -> None:
-        """A figure that a target is for: kept where it was measured on a GPU in full size."""
+        """Record a figure for which there is a target, if it was measured on a GPU in full size."""
         if self.cuda and not self.tiny:
             self.record(TARGET + name, value)
 
     def tried(self, key: str, part: Callable[[], object]) -> Any:
-        """What `part` returns, which is a finding, as is an error that it ends with: the stage goes on, and
-        has failed. None after an error."""
+        """Run one part of the stage and record what it returns. An error is recorded too: the stage goes on,
+        and counts as failed. Returns what `part` returned, None after an error."""
         value = None
         try:
             value = part()
             self.record(key, value)
-        except Exception as error:  # whatever it is, the other parts can still tell something
+        except Exception as error:  # whatever it is, the other parts can still find something
             traceback.print_exc()
             self.failed.append(key)
             self.record(key, {"failed": f"{type(error).__name__}: {str(error)[:400]}"})
@@ -69,7 +72,7 @@ class Context:
         return value
 
     def on_gpu(self, key: str, part: Callable[[], object]) -> Any:
-        """The same where there is a GPU; elsewhere the finding is that one is needed."""
+        """`tried` where there is a GPU; elsewhere it is recorded that one is needed."""
         if self.cuda:
             return self.tried(key, part)
         return self.record(key, NEEDS_GPU)
@@ -79,7 +82,7 @@ class Context:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, action: Callable[[], object], rounds: int = 5) -> float:
-        """Median wall-clock seconds of `action`, the device waited for, after one call that warms up."""
+        """Median wall-clock seconds of `action`, until the device is done, after one call that warms up."""
         action()
         times = []
         for _ in range(rounds):

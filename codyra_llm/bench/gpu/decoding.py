@@ -1,4 +1,4 @@
-"""Stage `decode` and `oom`: how fast answers are decoded, and what happens when memory runs out."""
+"""Stages `decode` and `oom`: how fast answers are decoded, and what happens when memory runs out."""
 
 from time import perf_counter
 
@@ -18,7 +18,8 @@ TARGETED = (1, 64)  # rows for which there is a target
 
 
 def decode(context: Context) -> None:
-    """Random weights in Llama-3.2-1B's shape, a prompt of 512 tokens per row."""
+    """Time decoding with random weights in Llama-3.2-1B's shape, a prompt of about 512 tokens per row. No
+    step can be faster than reading the weights once."""
     made = model(context, "llama-3.2-1b").eval()
     weights = sum(p.nbytes for p in made.parameters())
     floor = 1000 * weights / copy_speed(context)
@@ -31,8 +32,8 @@ def decode(context: Context) -> None:
 
 
 def decoded(context: Context, made: PreTrainedModel, rows: int, floor: float) -> dict[str, float]:
-    """ms of a step in the second half of the answers, when steps are recorded; and how much longer prompts of
-    new lengths take than the same again."""
+    """Milliseconds of a step in the second half of the answers, when steps are recorded; and seconds of the
+    first call, which meets new shapes, and of the second."""
     width, new = (24, 8) if context.tiny else (512, 128)
     prompts = random_prompts(rows, width, rows)
     first, again = (_seconds(context, made, prompts, new) for _ in range(2))
@@ -48,6 +49,7 @@ def decoded(context: Context, made: PreTrainedModel, rows: int, floor: float) ->
 
 
 def _seconds(context: Context, made: PreTrainedModel, prompts: list[list[int]], new: int) -> float:
+    """Seconds to answer the prompts with `new` tokens each."""
     context.wait()
     began = perf_counter()
     generate_ids(made, prompts, new, NO_END)
@@ -56,20 +58,21 @@ def _seconds(context: Context, made: PreTrainedModel, prompts: list[list[int]], 
 
 
 def generated(context: Context, made: PreTrainedModel) -> float:
-    """For comparison, prompt included."""
+    """Milliseconds per token of transformers' own `generate`, prompt included, for comparison."""
     width, new = (24, 4) if context.tiny else (512, 64)
     prompts = random_prompts(1, width, 1)
     return round(1000 * context.seconds(lambda: one_by_one(made, prompts, new, NO_END), 1) / new, 3)
 
 
 def random_prompts(rows: int, width: int, seed: int) -> list[list[int]]:
-    """Of a few lengths up to `width`, as batches of one task have them."""
+    """Prompts of random tokens, of a few lengths up to `width`, as in a batch of one task."""
     draw = torch.Generator().manual_seed(seed)
     lengths = [width - i % 8 for i in range(rows)]
     return [torch.randint(5, 1000, (length,), generator=draw).tolist() for length in lengths]
 
 
 def oom(context: Context) -> None:
+    """Train and answer in too little memory: batches are halved until they fit."""
     context.on_gpu("training with 6 GB more than the weights", lambda: training_without_memory(context))
     context.on_gpu("answering with 3 GB more than the weights", lambda: answering_without_memory(context))
 

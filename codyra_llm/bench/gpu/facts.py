@@ -1,4 +1,6 @@
-"""Stage `facts`: versions, the device's own limits, and whether kernels that training counts on are right."""
+"""Stage `facts`: versions, what the device can do at most, and whether the kernels that training relies on
+compute what they should.
+"""
 
 import os
 import shutil
@@ -19,6 +21,7 @@ ATTENTION = ((8, 8, 64, None), (8, 2, 64, None), (8, 1, 256, None), (8, 2, 128, 
 
 
 def facts(context: Context) -> None:
+    """Record versions, host and GPU, the device's limits, and the errors of the kernels."""
     context.record("versions", {"codyra_llm": __version__, "python": sys.version.split()[0], **_installed()})
     context.record(
         "host", {"cpus": os.cpu_count(), "free disk, GB": shutil.disk_usage(context.out).free >> 30}
@@ -63,15 +66,15 @@ def limits(context: Context) -> dict[str, float]:
 
 
 def copy_speed(context: Context) -> float:
-    """Bytes per second of a copy, those that are read and those that are written."""
+    """Bytes per second of a copy on the device, read and written bytes both counted."""
     source = torch.zeros(1 << (20 if context.tiny else 31), dtype=torch.uint8, device=context.device)
     target = torch.empty_like(source)
     return 2 * source.numel() / context.seconds(lambda: target.copy_(source), 10)
 
 
 def skinny(context: Context) -> dict[str, float]:
-    """x Aᵀ and dYᵀ x of three adapters of rank 16 together, relative error against float64: cuBLAS may split
-    the long sum and round the parts, and `mm(out_dtype=)` must not."""
+    """Relative errors against float64 of the thin products of three adapters of rank 16 together, x Aᵀ and
+    dYᵀ x. cuBLAS may split a long sum and round its parts; with `mm(out_dtype=)` it must not."""
     tokens, width = (256, 128) if context.tiny else (8192, 4096)
     x, a, dy = (
         torch.randn(shape, device=context.device).to(torch.bfloat16)
@@ -116,5 +119,5 @@ def _attention(rows: list[Tensor], dy: Tensor, window: int | None, dtype: torch.
 
 
 def distance(found: Tensor, exact: Tensor) -> float:
-    """‖found - exact‖ / ‖exact‖, in two digits."""
+    """The relative error ‖found - exact‖ / ‖exact‖, to two digits."""
     return float(f"{((found.double() - exact).norm() / exact.norm()).item():.2g}")

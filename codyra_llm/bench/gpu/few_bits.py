@@ -17,7 +17,7 @@ SHAPE = "four layers of llama-3-8b"
 
 
 def nf4(context: Context) -> None:
-    """bitsandbytes is an extra: without it this says so."""
+    """Measure all three. Without bitsandbytes, which is an extra, record that it is missing."""
     if find_spec("bitsandbytes") is None:
         context.record("bitsandbytes", "is not installed; install codyra-llm[bitsandbytes]")
         return
@@ -26,7 +26,8 @@ def nf4(context: Context) -> None:
 
 
 def measured(context: Context, kind: str | None) -> dict:
-    """Seconds to pack, bytes of the weights, a step, its peak without the weights, its loss."""
+    """Seconds to quantise, megabytes of the weights, and of one step the seconds, the peak memory without the
+    weights, and the loss."""
     made = model(context, SHAPE)
     packing = _packed(context, made, kind) if kind else 0.0
     weights = sum(p.nbytes for p in made.parameters())
@@ -49,7 +50,7 @@ def measured(context: Context, kind: str | None) -> dict:
 
 
 def _packed(context: Context, made: PreTrainedModel, kind: str) -> float:
-    """Pack the projections; the seconds that it takes."""
+    """Quantise the projections; returns the seconds that it takes."""
     from codyra_llm.models.quantize import quantize  # bitsandbytes is slow to import
 
     began = perf_counter()

@@ -1,4 +1,4 @@
-"""Stage `plan`: what `plan` estimates of one micro-batch, against what it takes."""
+"""Stage `plan`: the memory and time that `plan` estimates for one micro-batch, against what it takes."""
 
 from transformers import PreTrainedModel
 
@@ -15,7 +15,7 @@ CASES = (("padded", False), ("packed", False), ("packed", True))
 
 
 def plan(context: Context) -> None:
-    """The targets are for the worst of the cases."""
+    """Compare estimate and measurement in all CASES; the targets are for the worst of them."""
     memory, time = [], []
     for kind, checkpointing in CASES:
         key = f"{kind}{', checkpointing' if checkpointing else ''}"
@@ -31,7 +31,7 @@ def plan(context: Context) -> None:
 
 
 def estimated(context: Context, packed: bool, checkpointing: bool) -> dict[str, float]:
-    """Bytes at the peak, without weights, and seconds of one micro-batch."""
+    """Estimated and measured for one micro-batch: megabytes at the peak, without weights, and seconds."""
     batch = micro_batch(context, packed)
     predicted = activation_bytes(
         as_trained(skeleton(context, SHAPE), context, packed, checkpointing), batch, context.device
@@ -78,7 +78,7 @@ def as_trained(made: PreTrainedModel, context: Context, packed: bool, checkpoint
 
 
 def forget(made: PreTrainedModel) -> None:
-    """Gradients, and what shared inputs keep for a step."""
+    """Drop the gradients, and what layers with a shared input keep for a step."""
     made.zero_grad()
     for shared in shared_inputs(made):
         shared.forget()

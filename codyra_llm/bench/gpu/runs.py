@@ -1,4 +1,4 @@
-"""Stages `recipe` and `whole`: runs through the program's own entry."""
+"""Stages `recipe` and `whole`: whole runs of a recipe, as `codyra-llm run` makes them."""
 
 import shutil
 from pathlib import Path
@@ -65,7 +65,7 @@ def whole(context: Context) -> None:
 
 
 def written(context: Context, folder: Path) -> float:
-    """A model folder of random weights with mini-TRACE's tokenizer; the seconds to write it."""
+    """Write a model folder of random weights with mini-TRACE's tokenizer; returns the seconds it takes."""
     made = model(context, "llama-3.2-1b")
     began = perf_counter()
     made.save_pretrained(folder)
@@ -75,8 +75,8 @@ def written(context: Context, folder: Path) -> float:
 
 
 def told(context: Context, section: dict) -> dict:
-    """What a run took. Peaks are those of each task's training, and flat where nothing of the task before
-    was still in memory."""
+    """Run the recipe, and say what it took. `peak MB by task` grows from task to task if something of the
+    task before was still in memory."""
     began = perf_counter()
     folder = run(parse_recipe(section))
     total, costs = perf_counter() - began, folder.costs

@@ -1,4 +1,6 @@
-"""Models in the shapes of real ones with random weights, and examples of random tokens: none are fetched."""
+"""Models with random weights in the shapes of real ones, and examples of random tokens: nothing is
+fetched.
+"""
 
 import random
 from types import SimpleNamespace
@@ -48,7 +50,7 @@ TINY = {
     "vocab_size": 2048,
     "max_position_embeddings": 1024,
 }
-# Tokens of prompts and answers, from and to: about those of FOMC and NumGLUE, and of MeetingBank.
+# (least, most) tokens of a prompt, and of an answer: about those of FOMC and NumGLUE, and of MeetingBank.
 SHORT = (60, 150), (2, 20)
 LONG = (600, 1024), (40, 120)
 PAD = 0
@@ -71,14 +73,14 @@ def model(context: Context, name: str, layers: int | None = None) -> PreTrainedM
 
 
 def skeleton(context: Context, name: str) -> PreTrainedModel:
-    """The same without weights."""
+    """The model of that shape without weights, on the meta device."""
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(config(context, name), dtype=torch.bfloat16)
     return made.requires_grad_(False)
 
 
 def adapted(made: PreTrainedModel, context: Context) -> Method:
-    """Adapters as a run of codyra gives them; the method."""
+    """Give the model the adapters of a codyra run, and put it into train mode; returns the method."""
     method = METHODS["codyra"](METHODS["codyra"].Config(rank=RANK), 0)
     if context.cuda:
         fused_norm.replace(made)

@@ -1,4 +1,4 @@
-"""The stages, the most important first, and the processes that they run in."""
+"""The stages of `bench gpu`, the most important first, and the processes that they run in."""
 
 import multiprocessing
 import os
@@ -29,8 +29,10 @@ from codyra_llm.runtime.launch import leave_out_cudnn_attention
 
 
 class Stage(NamedTuple):
+    """A stage's function, and the seconds that it may take on a GPU."""
+
     work: Callable[[Context], None]
-    seconds: float  # that it may take
+    seconds: float
 
 
 STAGES = {
@@ -60,8 +62,8 @@ def bench_gpu(out: Path, tiny: bool, seconds: float, names: Sequence[str] | None
         raise Fault(f"--out: {out} holds findings already; give a new folder")
     if not (torch.cuda.is_available() or tiny):
         raise Fault("bench gpu: there is no GPU here; try the stages with --tiny, or run this where one is")
-    # Forked from a process that has imported everything and that CUDA was never asked for in: a stage starts
-    # at once, and ends alone.
+    # Every stage is forked from a server that has imported everything and never initialised CUDA: so it
+    # starts at once, and when it crashes it ends alone.
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload([__name__])
     began = time.monotonic()
@@ -82,7 +84,7 @@ def bench_gpu(out: Path, tiny: bool, seconds: float, names: Sequence[str] | None
 
 
 def limit(name: str) -> float:
-    """Seconds that a stage may take: on a CPU, which may be shared, ten times as many."""
+    """Seconds that a stage may take: on a CPU, which may be shared, ten times those on a GPU."""
     return STAGES[name].seconds * (1 if torch.cuda.is_available() else 10)
 
 
@@ -113,7 +115,7 @@ def _stop(process: BaseProcess) -> None:
     """End the process, if it still runs, and what it started."""
     assert process.pid is not None
     for sign in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError):  # no process is left of its group, or it has not come to make one
+        with suppress(ProcessLookupError):  # its group has no process left, or it has not made one yet
             os.killpg(process.pid, sign)
             process.join(2)
     if process.is_alive():
@@ -122,7 +124,7 @@ def _stop(process: BaseProcess) -> None:
 
 
 def _nothing() -> None:
-    """The first process, which waits for the imports."""
+    """What the first process does. It is done when the server has imported everything."""
 
 
 def _stage(name: str, out: Path, tiny: bool) -> None:

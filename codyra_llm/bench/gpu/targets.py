@@ -1,4 +1,4 @@
-"""What a GPU is to reach, and the summary that says whether it did."""
+"""The targets of `bench gpu`, and the summary that says which were reached."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,11 +9,12 @@ from rich.table import Column, Table
 
 from codyra_llm.bench.gpu.context import TARGET, findings
 
-ENDED = "ended"  # the key of how a stage ended
+ENDED = "ended"  # the key of the finding that says how a stage ended
 
 
 class Target(NamedTuple):
-    """A figure's bound, and what it is."""
+    """The bound of a figure, what the figure is, and whether it is to be at least (else at most) the
+    bound."""
 
     bound: float
     what: str
@@ -71,7 +72,7 @@ def verdict(target: Target, value: float | None) -> tuple[str, str]:
 
 
 def write_summary(out: Path, console: Console) -> None:
-    """On the console, and as OUT/summary.txt."""
+    """Print the summary, and write it to OUT/summary.txt."""
     made = summary(out)
     console.print(made)
     with open(out / "summary.txt", "w", encoding="utf-8") as file:

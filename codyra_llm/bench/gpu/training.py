@@ -1,4 +1,4 @@
-"""Stages `train` and the first half of `oom`: the training loop itself."""
+"""Stage `train` and the first half of stage `oom`: the training loop itself."""
 
 import sys
 import warnings
@@ -22,11 +22,11 @@ from codyra_llm.train.trainer import TaskData, Trainer
 
 PACKAGE = f"{Path(__file__).parents[2]}/"
 BATCH = 16
-STEPS = 10  # in which waits are counted, and of which the last two are profiled
+STEPS = 10  # of a run in which waits are counted, and of one whose last two steps are profiled
 
 
 def trainer(context: Context, batching: str, batch: int, tokens: int | None = None) -> Trainer:
-    """As a run of codyra makes it, on Llama-3.2-1B's shape."""
+    """The trainer of a codyra run, on a model of Llama-3.2-1B's shape."""
     made = model(context, "llama-3.2-1b")
     method = adapted(made, context)
     optim = OptimSection(
@@ -41,7 +41,7 @@ def trainer(context: Context, batching: str, batch: int, tokens: int | None = No
 
 
 def train(context: Context) -> None:
-    """Tokens per second; what the host waits for; which kernels run."""
+    """Measure tokens per second, how often the host waits for the device, and which kernels run."""
     count, batch = (8, 4) if context.tiny else (4 * BATCH, BATCH)
     for batching, kind in (("auto", "short"), ("buckets", "short"), ("auto", "long")):
         given, made = examples(context, count, kind == "long"), trainer(context, batching, batch)
@@ -62,7 +62,7 @@ def watched(context: Context, made: Trainer, task: TaskData, kind: str) -> None:
 
 
 def fitted(made: Trainer, task: TaskData) -> dict:
-    """`Trainer.fit`; figures from its second epoch on."""
+    """Run `Trainer.fit`; the figures are of its second epoch on, when all is warm."""
     rows: list[LogRow] = []
     made.fit(task, 1, rows.append)
     warm = rows[len(rows) // len(task.epochs) :]
@@ -77,8 +77,9 @@ def fitted(made: Trainer, task: TaskData) -> dict:
 
 
 def waits(made: Trainer, task: TaskData) -> dict[str, int]:
-    """How often the host waits in a step, by the project's line. Of the step with the median number: after
-    the first all adapters are read, to see that they moved, and before one all are aligned."""
+    """How often the host waits for the device in a step, by line of the project. Those of the step with the
+    median number of waits: after the first step all adapters are read, to check that they moved, and before
+    one of them codyra aligns all."""
     steps: list[Counter[str]] = [Counter()]
 
     def told(message: Warning | str, *_, **__) -> None:
@@ -109,8 +110,8 @@ def _project_line() -> str:
 
 
 def kernels(context: Context, made: Trainer, task: TaskData, kind: str) -> dict:
-    """Of the last two steps: the share of the time in which kernels run, how many there are, the longest;
-    none is to be Triton's. The whole profile goes to a file."""
+    """Of the last two steps: the share of the time in which kernels run, how many run, the longest, and those
+    of Triton, of which there should be none. The whole profile goes to a file."""
     seen = profiled(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
     times = []
 
@@ -140,7 +141,7 @@ def kernels(context: Context, made: Trainer, task: TaskData, kind: str) -> dict:
 
 
 def within(context: Context, gigabytes: int, action: Callable[[], dict]) -> dict:
-    """`action` with so much memory in addition to what is allocated now."""
+    """`action`, in a process that may allocate only so many gigabytes in addition to what it has now."""
     total = torch.cuda.get_device_properties(context.device).total_memory
     allowed = torch.cuda.memory_allocated(context.device) + (gigabytes << 30)
     torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total))

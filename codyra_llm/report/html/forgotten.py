@@ -3,11 +3,12 @@
 from codyra_llm.store.folder import RunFolder
 from codyra_llm.store.rows import Stage
 
-SHOWN, PROMPT, ANSWER = 3, 700, 400  # examples per task; letters kept of each text
+SHOWN = 3  # examples per task
+PROMPT, ANSWER = 700, 400  # characters kept of each text
 
-PICTURES = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"} | {
-    127: 0x2421
-}  # control characters, seen
+# Control characters become Unicode's pictures of them, so that they can be seen.
+PICTURES = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"}
+PICTURES[127] = 0x2421
 
 
 def forgotten(folder: RunFolder, found: dict) -> list[dict]:
@@ -26,7 +27,7 @@ def forgotten(folder: RunFolder, found: dict) -> list[dict]:
             for a, b in zip(first, last, strict=False)
             if (a["prompt"], a["answer"]) == (b["prompt"], b["answer"]) and b[metric] < a[metric]
         ]
-        pairs.sort(key=lambda pair: pair[1][metric] - pair[0][metric])  # stable: of equals the first
+        pairs.sort(key=lambda pair: pair[1][metric] - pair[0][metric])  # equal falls stay in their order
         if pairs:
             out.append(
                 {

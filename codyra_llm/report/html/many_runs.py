@@ -41,6 +41,7 @@ def content(members: list[Member], over_orders: bool = False, numbered: bool = T
     `over_orders`: runs that differ in the order of their tasks are one group."""
     runs = opened(members)
     groups = grouped(runs, over_orders)
+    # One recipe stands for its group: the others differ from it in nothing that is shown.
     recipes = [group[0].recipe for group in groups]
     names = names_of(groups, over_orders)
     if numbered:
@@ -102,7 +103,7 @@ def _leaderboard(names: list[str], groups: list[list[Run]]) -> Grid:
     columns = ["runs", *MEASURES.values(), "parameters trained", "seconds", "peak memory, MiB"]
     lines = [(name, _line(group)) for name, group in zip(names, groups, strict=True)]
     op = 1 + list(MEASURES).index("op")
-    lines.sort(key=lambda line: _below(line[1][op]))
+    lines.sort(key=lambda line: _rank_key(line[1][op]))
     return Grid(
         "leaderboard",
         "group",
@@ -115,8 +116,8 @@ def _leaderboard(names: list[str], groups: list[list[Run]]) -> Grid:
     ).filled()
 
 
-def _below(cell: Cell | None) -> float:
-    """The place of a line by its OP: the highest first, those without one last."""
+def _rank_key(cell: Cell | None) -> float:
+    """Sorts lines by OP: the highest first, those without one last."""
     return float("inf") if cell is None else -float(cell.value)
 
 

@@ -210,6 +210,7 @@ def _rank_map(task: str, members: list[UpdateRow]) -> Grid:
 
 
 def _mapped(row: UpdateRow | None) -> Cell | None:
+    """The cell of one site in a rank map."""
     if row is None:
         return None
     kept = row.kept or 0
@@ -247,7 +248,7 @@ def _changes(updates: list[UpdateRow]) -> list[Grid]:
 
 
 def _changed(value: float | None, top: float, form: str) -> Cell | None:
-    # What survives is near 1 where all is well, and at most by rounding above it.
+    # The surviving share is near 1 if all is well, and may be above it by rounding.
     return number(value, form, heat=min(100.0, 100 * (value or 0) / top))
 
 
@@ -290,7 +291,7 @@ def _line(values: list[float | None], spans: list[tuple[str, int, int]]) -> list
 
 
 def _costs(costs: list[CostRow], log: list[LogRow]) -> Grid | None:
-    """Per task, from costs.jsonl and the log: what training took."""
+    """What training on each task took, from costs.jsonl and the log."""
     known = {row.task: row for row in costs}
     logged = {task: list(rows) for task, rows in groupby(log, key=lambda row: row.task)}
     lines = [(task, _cost(known.get(task), logged.get(task, []))) for task in {**logged, **known}]
@@ -313,6 +314,7 @@ def _cost(row: CostRow | None, steps: list[LogRow]) -> list[Cell | None]:
 
 
 def _command(manifest: dict) -> str:
+    """The command that runs the recipe under a launch like the run's own."""
     ranks, stage = manifest.get("world_size", 1), manifest.get("zero_stage", 0)
     launch = (
         ["codyra-llm"]

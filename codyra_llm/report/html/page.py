@@ -45,7 +45,7 @@ def write(
         found = one_run.content(folders[0], examples)
     else:
         found = many_runs.content(members, over_orders, numbered=out.suffix != ".tex")
-    found["published"] = published.beside(folders) if paper else []
+    found["published"] = published.comparisons(folders) if paper else []
     with replacing(out) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         if out.suffix == ".csv":
             write_csv(grids(found), file, whence([Run(folders[0], {}, {})]) if len(members) == 1 else None)
