@@ -12,7 +12,8 @@ class Replay(SeqLora):
     Source: TRACE (2310.06762) and its code, whose learning rate is constant. Ours: one adapter trains, as in
     seqlora; memory mixed in; an epoch apart has a schedule of its own (at the tail of the task's cosine its
     rate would be next to none); another set as `general`, or none.
-    Cost: the memory's examples, up to 0.7 of an epoch and the general set, per task (or per epoch with `when` mixed).
+    Cost: the memory's examples, up to 0.7 of an epoch and the general set, per task (or per epoch with `when`
+    mixed).
     """
 
     name, summary, Config = (
