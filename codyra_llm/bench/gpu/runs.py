@@ -83,7 +83,7 @@ def told(context: Context, section: dict) -> dict:
     folder = run(parse_recipe(section))
     total, costs = perf_counter() - began, folder.costs
     steps = [row["seconds"] for row in _log(folder)]
-    learning = sum(row["seconds"] for row in costs)
+    learning = sum(row.seconds for row in costs)
     return {
         "device": folder.manifest["device"],
         "dtype": folder.manifest["dtype"],
@@ -93,7 +93,7 @@ def told(context: Context, section: dict) -> dict:
         "training steps, s": round(sum(steps), 2),
         "the rest of learning, s": round(learning - sum(steps), 2),
         "loads, merges, reports and answers, s": round(total - learning, 2),
-        "peak MB by task": [row["peak_bytes"] and round(row["peak_bytes"] / 1e6, 1) for row in costs],
+        "peak MB by task": [row.peak_bytes and round(row.peak_bytes / 1e6, 1) for row in costs],
         "allocated afterwards, MB": _allocated(context),
     }
 

@@ -2,6 +2,7 @@
 
 import random
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
@@ -38,7 +39,7 @@ CONFIGS = {
         vocab_size=256000,
     ),
 }
-TINY = {
+TINY: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
@@ -63,7 +64,8 @@ def model(context: Context, name: str, layers: int | None = None) -> PreTrainedM
     """Random weights in bfloat16 on the device, frozen; with only its first `layers` layers, if given."""
     shape = config(context, name)
     if layers is not None:
-        shape = type(shape)(**(shape.to_dict() | {"num_hidden_layers": layers}))
+        fewer: dict[str, Any] = {"num_hidden_layers": layers}
+        shape = type(shape)(**(shape.to_dict() | fewer))
     torch.manual_seed(0)
     with torch.device(context.device):
         made = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)

@@ -17,6 +17,7 @@ from codyra_llm.bench.gpu.context import Context
 from codyra_llm.bench.gpu.shapes import PAD, adapted, examples, model
 from codyra_llm.config.sections import OptimSection
 from codyra_llm.runtime.launch import accelerator
+from codyra_llm.store.rows import LogRow
 from codyra_llm.train.trainer import TaskData, Trainer
 
 PACKAGE = f"{Path(__file__).parents[2]}/"
@@ -62,16 +63,16 @@ def watched(context: Context, made: Trainer, task: TaskData, kind: str) -> None:
 
 def fitted(made: Trainer, task: TaskData) -> dict:
     """`Trainer.fit`; figures from its second epoch on."""
-    rows: list[dict] = []
+    rows: list[LogRow] = []
     made.fit(task, 1, rows.append)
     warm = rows[len(rows) // len(task.epochs) :]
-    seconds = [row["seconds"] for row in warm]
+    seconds = [row.seconds for row in warm]
     return {
         "packed": made.packed,
         "steps": len(rows),
-        "tokens/s": round(sum(row["tokens"] for row in warm) / sum(seconds)),
+        "tokens/s": round(sum(row.tokens for row in warm) / sum(seconds)),
         "median step, s": median(seconds),
-        "first and last loss": [rows[0]["loss"], rows[-1]["loss"]],
+        "first and last loss": [rows[0].loss, rows[-1].loss],
     }
 
 
@@ -113,8 +114,8 @@ def kernels(context: Context, made: Trainer, task: TaskData, kind: str) -> dict:
     seen = profiled(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
     times = []
 
-    def log(row: dict) -> None:
-        if row["step"] == row["steps"] - 2:
+    def log(row: LogRow) -> None:
+        if row.step == row.steps - 2:
             context.wait()
             seen.start()
             times.append(perf_counter())
@@ -152,13 +153,13 @@ def within(context: Context, gigabytes: int, action: Callable[[], dict]) -> dict
 def training_without_memory(context: Context) -> dict:
     """Micro-batches of 131,072 tokens in 6 GB: they are halved until they fit, and the losses are finite."""
     made, given = trainer(context, "auto", 64, tokens=1 << 17), examples(context, 64, long=True)
-    task, rows = TaskData("T", 0, given, [range(64)] * 2, []), list[dict]()
+    task, rows = TaskData("T", 0, given, [range(64)] * 2, []), list[LogRow]()
 
     def training() -> dict:
         made.fit(task, 1, rows.append)
         return {
-            "tokens at once": [row["micro_batch_tokens"] for row in rows],
-            "losses": [row["loss"] for row in rows],
+            "tokens at once": [row.micro_batch_tokens for row in rows],
+            "losses": [row.loss for row in rows],
         }
 
     return within(context, 6, training)
