@@ -2,6 +2,8 @@
 adapted.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, LlamaConfig, PreTrainedConfig
@@ -12,14 +14,14 @@ from codyra_llm.models import families
 from codyra_llm.models.loading import resolve
 from codyra_llm.runtime.memory import saved_bytes
 
-LLAMA_3_8B = {
+LLAMA_3_8B: dict[str, Any] = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
 }
 
-SMOLLM2_135M = {
+SMOLLM2_135M: dict[str, Any] = {
     "hidden_size": 576,
     "intermediate_size": 1536,
     "num_attention_heads": 9,

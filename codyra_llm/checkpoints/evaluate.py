@@ -138,6 +138,7 @@ def _prepare(checkpoint: str, wanted: Wanted, bfloat16: bool | None = None) -> P
         raise Fault(*faults)
     stage = Stage(1, "checkpoint")
     if source.run:
+        assert source.after is not None, "a run is scored at one of its stages"
         stage = Stage.of(tasks, source.run.archive().index(source.after))
     elif source.after:
         stage = Stage.of(tasks, tasks.index(source.after))

@@ -1,9 +1,11 @@
 """Answer one prompt with a checkpoint or with any stage of a run."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from codyra_llm.checkpoints.source import Source, checkpoint_source
 from codyra_llm.config.sections import DataSection
@@ -26,9 +28,9 @@ from codyra_llm.store.rows import Stage
 class Answering:
     """A model that answers, how it reads a prompt, and the prompt's task for methods that need it."""
 
-    model: torch.nn.Module
+    model: PreTrainedModel
     encoder: Encoder
-    conditions: object = None
+    conditions: Callable | None = None  # (prompts, task) -> Condition
     number: int | None = None
 
 
@@ -55,7 +57,8 @@ def answer(checkpoint: str, prompt: str, new: int, base: str | None = None) -> s
     return asked.encoder.texts(found)[0]
 
 
-def _stage(folder: RunFolder, task: str, device: torch.device) -> Answering:
+def _stage(folder: RunFolder, task: str | None, device: torch.device) -> Answering:
+    assert task is not None, "a run answers at one of its stages"
     setup = prepare(folder.recipe, open_ended=False)
     setup.verify(folder)
     stage = Stage.of(setup.recipe.tasks, folder.archive().index(task))

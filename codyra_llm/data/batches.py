@@ -60,7 +60,7 @@ class Batch:
         """The last hidden states that predict the labelled tokens, [M, h]. `front` [R, P, h]: embeddings
         before each row, which is not packed."""
         if front is not None:
-            embedded = model.get_input_embeddings()(self.ids)
+            embedded = families.pretrained(model).get_input_embeddings()(self.ids)
             embedded = torch.cat([front.to(embedded.dtype), embedded], 1)
             whole = packed_attention.states(model, inputs_embeds=embedded)
             states = whole[:, front.shape[1] :]  # [R, T, h]

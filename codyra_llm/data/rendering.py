@@ -38,13 +38,19 @@ def _compact(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
+def _token(tokenizer: PreTrainedTokenizerBase, number: int) -> str:
+    token = tokenizer.convert_ids_to_tokens(number)
+    assert isinstance(token, str), "one id is one token"
+    return token
+
+
 class ByTemplate(Render):
     """Chats as the model's template writes them, up to where the answer begins."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         end = end_of_turn(tokenizer)
-        self.end = None if end is None else tokenizer.convert_ids_to_tokens(end)
+        self.end = None if end is None else _token(tokenizer, end)
 
     def __call__(self, chat: Chat) -> str:
         return self._beginnings(chat, [len(chat.messages)])[0]

@@ -25,6 +25,7 @@ class Stream:
 
     def __init__(self, data: "DataSection", root: Path, render: Render = plain):
         """`render`: writes the chats of tasks that are chats."""
+        assert isinstance(data.tasks, list), "resolved() names those of an order"
         self.data, self.root, self.tasks, self.render = data, root, data.tasks, render
         self.benchmark = load_benchmark(data.benchmark)
         self._records: dict[tuple[str, str], list[dict]] = {}
@@ -33,6 +34,7 @@ class Stream:
     def epochs(self) -> list[int]:
         """By task, in the order of the stream."""
         given = self.data.epochs
+        assert given is not None, "resolved() fills in the tasks' own"
         return [given if isinstance(given, int) else given[task] for task in self.tasks]
 
     def _read(self, task: str, split: str) -> list[dict]:

@@ -47,9 +47,9 @@ def unmasked(model: nn.Module, width: int) -> Iterator[None]:
     positions of such rows restart, and for that the host waits for a GPU.
 
     Not where a layer has a sliding window as short as the rows, or with an attention that needs its mask."""
-    config = model.config
+    config = families.pretrained(model).config
     name = getattr(config, "_attn_implementation", None)
-    function = WITHOUT_MASK.get(name)
+    function = WITHOUT_MASK.get(name or "")
     if function is None or any(window <= width for window in families.windows(config)):
         yield
         return
@@ -132,9 +132,11 @@ def packed(
         out = [_segment(q, k, v, scaling, dropout, sliding_window, softcap) for q, k, v in parts]
         return torch.cat(out, 2).transpose(1, 2), None
     left = sliding_window - 1 if sliding_window and sliding_window < max_length_q else -1  # -1: no window
-    rows = (row[0].transpose(0, 1) for row in (query, key, value))  # the kernel's layout, [T, H, d]
+    q, k, v = (row[0].transpose(0, 1) for row in (query, key, value))  # the kernel's layout, [T, H, d]
     out = varlen_attn(
-        *rows,
+        q,
+        k,
+        v,
         cu_seq_lens_q,
         cu_seq_lens_q,
         max_length_q,
@@ -143,6 +145,7 @@ def packed(
         window_size=(left, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
+    assert isinstance(out, Tensor), "nothing in addition is asked for"
     return out[None], None
 
 
@@ -158,6 +161,7 @@ def _segment(
         return functional.scaled_dot_product_attention(
             q, k, v, mask, dropout, is_causal=mask is None, scale=scaling
         )
+    assert mask is not None, "it is made where there is a soft cap"
     scores = softcap * torch.tanh(q @ k.transpose(2, 3) * (scaling / softcap))  # [1, H, n, n]
     scores = scores.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(~mask, -torch.inf)
     return functional.dropout(scores.softmax(-1).to(q.dtype), dropout) @ v

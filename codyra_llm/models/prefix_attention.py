@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -50,7 +51,15 @@ def made_by(model: PreTrainedModel, ids: Tensor, layers: list[int]) -> Tensor:
     """
     cache = DynamicCache()  # without the config, so that no sliding window drops any
     families.backbone(model)(input_ids=ids[None], past_key_values=cache, use_cache=True)
-    return torch.stack([torch.cat([cache.layers[i].keys, cache.layers[i].values]) for i in layers])
+    return torch.stack([_keys_and_values(cache, i) for i in layers])
+
+
+def _keys_and_values(cache: DynamicCache, number: int) -> Tensor:
+    """What one layer keeps, [2, H_kv, P, d]."""
+    layer = cache.layers[number]
+    assert isinstance(layer, CacheLayerMixin), "a layer with a prefix has attention"
+    assert layer.keys is not None and layer.values is not None, "tokens have gone through it"
+    return torch.cat([layer.keys, layer.values])
 
 
 def prefixed(
@@ -71,19 +80,23 @@ def prefixed(
     `attention_mask` [B, 1, T, S] is true where a token may look, None for plain causality; `softcap` c makes
     scores s into c·tanh(s/c).
     """
-    if module.prefix is not None or softcap:
-        attention_mask = _mask(attention_mask, query.shape[2], key.shape[2], query.device)
-    if module.prefix is not None:
-        own = module.prefix.to(key.dtype)  # [B, 2, H_kv, P, d]
-        key, value = torch.cat([own[:, 0], key], 2), torch.cat([own[:, 1], value], 2)  # [B, H_kv, P + S, d]
-        attention_mask = functional.pad(attention_mask, (own.shape[3], 0), value=True)
-    if not softcap:
+    prefix = module.prefix
+    assert prefix is None or isinstance(prefix, Tensor), "`show` puts it there"
+    if prefix is None and not softcap:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling)
-    key, value = (repeat_kv(row, module.num_key_value_groups) for row in (key, value))
+    mask = _mask(attention_mask, query.shape[2], key.shape[2], query.device)
+    if prefix is not None:
+        own = prefix.to(key.dtype)  # [B, 2, H_kv, P, d]
+        key, value = torch.cat([own[:, 0], key], 2), torch.cat([own[:, 1], value], 2)  # [B, H_kv, P + S, d]
+        mask = functional.pad(mask, (own.shape[3], 0), value=True)
+    if not softcap:
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling)
+    groups = query.shape[1] // key.shape[1]  # of query heads, each of which shares a key head
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scaling / softcap))  # [B, H, T, P + S]
     scores = scores.to(torch.promote_types(query.dtype, torch.float32))
     # The least number, since -inf would make NaN of a pad's row, which may look at nothing.
-    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     shares = functional.dropout(scores.softmax(-1).to(query.dtype), dropout)
     return (shares @ value).transpose(1, 2), None
 

@@ -8,7 +8,7 @@ from codyra_llm.data.batches import Batch, collate, example_weights
 from codyra_llm.lora.shared import shared_inputs
 from codyra_llm.models import packed_attention
 from codyra_llm.runtime.memory import peak_bytes
-from codyra_llm.train.estimate import activation_bytes, step_seconds
+from codyra_llm.train.estimate import activation_bytes, depth, step_seconds
 
 SHAPE = "llama-3.2-1b"
 CASES = (("padded", False), ("packed", False), ("packed", True))
@@ -33,15 +33,16 @@ def plan(context: Context) -> None:
 def estimated(context: Context, packed: bool, checkpointing: bool) -> dict[str, float]:
     """Estimated and measured for one micro-batch: megabytes at the peak, without weights, and seconds."""
     batch = micro_batch(context, packed)
-    predicted = activation_bytes(
-        as_trained(skeleton(context, SHAPE), context, packed, checkpointing), batch, context.device
-    )
+    planned = as_trained(skeleton(context, SHAPE), context, packed, checkpointing)
+    layers = depth(planned)
+    predicted = activation_bytes(planned, batch, context.device)
 
-    def few_layers(count: int) -> PreTrainedModel:
+    def with_layers(count: int, asked: range | None = None) -> PreTrainedModel:
+        """Of `count` layers; as in the whole model each has adapters, so no others are `asked` for."""
         return as_trained(model(context, SHAPE, count), context, packed, checkpointing)
 
-    expected = step_seconds(few_layers, batch, config(context, SHAPE).num_hidden_layers)
-    made, there = few_layers(config(context, SHAPE).num_hidden_layers), batch.to(context.device)
+    expected = step_seconds(with_layers, batch, layers)
+    made, there = with_layers(config(context, SHAPE).num_hidden_layers), batch.to(context.device)
 
     def work() -> None:
         forget(made)

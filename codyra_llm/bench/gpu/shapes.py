@@ -4,6 +4,7 @@ fetched.
 
 import random
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
@@ -40,7 +41,7 @@ CONFIGS = {
         vocab_size=256000,
     ),
 }
-TINY = {
+TINY: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
@@ -65,7 +66,8 @@ def model(context: Context, name: str, layers: int | None = None) -> PreTrainedM
     """Random weights in bfloat16 on the device, frozen; with only its first `layers` layers, if given."""
     shape = config(context, name)
     if layers is not None:
-        shape = type(shape)(**(shape.to_dict() | {"num_hidden_layers": layers}))
+        fewer: dict[str, Any] = {"num_hidden_layers": layers}
+        shape = type(shape)(**(shape.to_dict() | fewer))
     torch.manual_seed(0)
     with torch.device(context.device):
         made = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from codyra_llm.data.batches import Batch, in_one_copy
 from codyra_llm.methods.base import Task
-from codyra_llm.models import packed_attention
+from codyra_llm.models import families, packed_attention
 
 if TYPE_CHECKING:
     from codyra_llm.data.encoding import Encoded
@@ -60,13 +60,13 @@ def pooled_states(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
 
 def pooled_embeddings(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     """Maximum of the token embeddings over the prompt, without pads, [R, h] in float32."""
-    embedded = model.get_input_embeddings()(ids).float()
+    embedded = families.pretrained(model).get_input_embeddings()(ids).float()
     return embedded.masked_fill(~mask[..., None], -torch.inf).amax(1)
 
 
 def mean_embeddings(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     """Mean of the token embeddings over the prompt, [R, h]."""
-    return mean_state(model.get_input_embeddings()(ids), mask)
+    return mean_state(families.pretrained(model).get_input_embeddings()(ids), mask)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from codyra_llm.core.tensors import generator
 from codyra_llm.data.encoding import Encoded
+from codyra_llm.models.families import pretrained
 from codyra_llm.runtime import signals
 from codyra_llm.store import observer
 
@@ -63,11 +64,11 @@ def answered(
     """What the model answers to each prompt at temperature 1: up to `length` tokens, the last of them EOS
     where the model draws it. Each answer has a generator of its own, so it depends on no other prompt of the
     batch (up to rounding, since shorter prompts are padded on the left)."""
-    training, ends = model.training, end_tokens(model)
+    training, ends, device = model.training, end_tokens(model), pretrained(model).device
     width, found, going = max(map(len, prompts)), [[] for _ in prompts], set(range(len(prompts)))
-    chances = torch.stack([torch.rand(length, generator=draw) for draw in draws]).to(model.device)
-    fed = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    chances = torch.stack([torch.rand(length, generator=draw) for draw in draws]).to(device)
+    fed = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = None
     model.eval()
@@ -103,28 +104,33 @@ def _inverse_cdf(logits: Tensor, chances: Tensor) -> Tensor:
 
 def first_token(model: nn.Module) -> int:
     """BOS, or EOS where a model has no BOS."""
-    config = model.config
+    config = pretrained(model).config
     first = config.eos_token_id if config.bos_token_id is None else config.bos_token_id
     return (first[0] if isinstance(first, list) else first) or 0
 
 
 def end_tokens(model: nn.Module) -> set[int]:
     """EOS, of which a model may have several or none."""
-    ends = model.config.eos_token_id
+    ends = pretrained(model).config.eos_token_id
     return set(ends) if isinstance(ends, list) else {ends} - {None}
 
 
 def _starts(model: nn.Module, count: int, draw: torch.Generator) -> Tensor:
     """[count, 2]: BOS (EOS where a model has no BOS) and one token of the vocabulary."""
-    drawn = torch.randint(model.config.vocab_size, (count, 1), generator=draw)
+    drawn = torch.randint(pretrained(model).config.vocab_size, (count, 1), generator=draw)
     return torch.cat([torch.full((count, 1), first_token(model)), drawn], 1)
 
 
 def _continued(model: nn.Module, ids: Tensor, length: int, draw: torch.Generator) -> Tensor:
     """ids [n, k] and `length` tokens that the model draws."""
-    cache, fed = None, ids
+    cache, fed, device = None, ids, pretrained(model).device
     for _ in range(length):
-        out = model(input_ids=fed.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = model(
+            input_ids=fed.to(device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         cache = out.past_key_values
         chances = out.logits[:, -1].float().softmax(1).cpu()
         fed = torch.multinomial(chances, 1, generator=draw)

@@ -8,7 +8,7 @@ from scipy.linalg import solve_triangular
 from scipy.optimize import nnls
 from torch import Tensor
 
-from codyra_llm.config.methods.projection import GemConfig
+from codyra_llm.config.methods.projection import GemConfig, MemoryConfig
 from codyra_llm.core.tensors import flat, generator, unflatten
 from codyra_llm.data.batches import in_one_copy
 from codyra_llm.methods.base import Task
@@ -20,6 +20,7 @@ class EpisodicMemory(SeqLora):
     state.
     """
 
+    config: MemoryConfig
     old_data = grows = True
     max_zero_stage = 0
 
@@ -60,6 +61,7 @@ class Gem(EpisodicMemory):
         "seqlora whose gradient must not raise the loss on earlier tasks' memory",
         GemConfig,
     )
+    config: GemConfig
 
     def edit_gradients(self, gradients) -> None:
         """Add what keeps the step from raising any earlier task's loss, to first order."""

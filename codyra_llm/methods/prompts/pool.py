@@ -59,7 +59,7 @@ class PromptMethod(Method):
         """Put the state into the model as frozen prompts."""
         model.prompts = nn.ParameterDict(
             {key: nn.Parameter(value, requires_grad=False) for key, value in task.state.items()}
-        ).to(model.device)
+        ).to(families.pretrained(model).device)
 
 
 class Queries:
@@ -73,7 +73,7 @@ class Queries:
         missing = [key for key in dict.fromkeys(keys) if key not in self.known]
         if missing:
             self.known.update(zip(missing, query(model, missing), strict=True))
-        return torch.stack([self.known[key].to(model.device) for key in keys])
+        return torch.stack([self.known[key].to(families.pretrained(model).device) for key in keys])
 
     def state(self) -> dict[str, Tensor]:
         """Kept through a restart, since a query's rounding depends on the batch that it was computed in."""
@@ -98,19 +98,20 @@ def query(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Tensor:
     h].
     """
     training = model.training
-    found = pooled_states(model.eval(), *padded(prompts, model.device))
+    found = pooled_states(model.eval(), *padded(prompts, families.pretrained(model).device))
     model.train(training)
     return found
 
 
 def random_tokens(model: nn.Module, count: int, *key: int | str) -> Tensor:
     """`count` token ids, drawn by the key."""
-    return torch.randint(model.config.vocab_size, (count,), generator=generator(*key)).to(model.device)
+    base = families.pretrained(model)
+    return torch.randint(base.config.vocab_size, (count,), generator=generator(*key)).to(base.device)
 
 
 def random_embeddings(model: nn.Module, count: int, *key: int | str) -> Tensor:
     """Embeddings of `count` random tokens [count, h], as they enter the first layer."""
-    return model.get_input_embeddings()(random_tokens(model, count, *key)).detach()
+    return families.pretrained(model).get_input_embeddings()(random_tokens(model, count, *key)).detach()
 
 
 def uniform(shape: tuple[int, ...], *key: int | str) -> Tensor:
@@ -120,7 +121,7 @@ def uniform(shape: tuple[int, ...], *key: int | str) -> Tensor:
 
 def zeros(model: nn.Module, *shape: int) -> nn.Parameter:
     """A parameter in float32 (float64 for such a base) on the model's device."""
-    base = model.get_input_embeddings().weight
+    base = families.pretrained(model).get_input_embeddings().weight
     return nn.Parameter(
         torch.zeros(shape, device=base.device, dtype=torch.promote_types(base.dtype, torch.float32))
     )

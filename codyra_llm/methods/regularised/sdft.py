@@ -95,7 +95,7 @@ class Sdft(SeqLora):
         self._due = False
         for site, now in snapshot(model).items():
             for old, new in zip(self._teacher[site], now, strict=True):
-                if old is not None:
+                if old is not None and new is not None:
                     old.lerp_(new, self.config.teacher_rate)
 
     def _token_weights(self, batch: Batch, answers: list[list[int]]) -> Tensor:
@@ -132,7 +132,7 @@ def _states(model: nn.Module, prompts: list[list[int]], answers: list[list[int]]
     """The last hidden states [M, h] from which each token of each answer is predicted after its prompt."""
     examples = [Encoded(p, a, cut=False) for p, a in zip(prompts, answers, strict=True)]
     batch = collate(examples, range(len(examples)), [0.0] * len(examples), 0)
-    return batch.to(model.device).hidden(model)
+    return batch.to(families.pretrained(model).device).hidden(model)
 
 
 @torch.no_grad()
@@ -141,7 +141,7 @@ def _cross_entropy(model: nn.Module, prompts: list[list[int]], answers: list[lis
     total = tokens = 0.0
     for prompt, answer in zip(prompts, answers, strict=True):
         example = Encoded(prompt or [first_token(model)], answer, cut=False)
-        batch = collate([example], [0], [1.0], 0).to(model.device)
+        batch = collate([example], [0], [1.0], 0).to(families.pretrained(model).device)
         total += batch.cross_entropy(model).item()
         tokens += len(answer)
     return total / tokens

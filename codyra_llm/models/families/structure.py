@@ -83,6 +83,12 @@ def text_model(whole: "PreTrainedModel") -> "PreTrainedModel":
     return model
 
 
+def pretrained(model: nn.Module) -> "PreTrainedModel":
+    """The model as transformers' class, for what `nn.Module` declares of no type: its config, its device, its
+    embeddings. Hooks of methods and of accelerate name it a module."""
+    return cast("PreTrainedModel", model)
+
+
 def backbone(model: nn.Module) -> nn.Module:
     """What gives the last hidden states."""
     return model.get_submodule(of(model.config).backbone)
