@@ -312,5 +312,3 @@ def test_all_turns_of_chats_are_learnt(capsys, tmp_path, tiny_llama):
     assert row["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
     answers = [row["answer"] for row in run.predictions(Stage(1, "talk"), "talk")]
     assert answers == [texts[-1] for texts in said]
-        texts[-1] for texts in said
-    ]
