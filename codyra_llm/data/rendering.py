@@ -44,7 +44,7 @@ class ByTemplate(Render):
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         end = end_of_turn(tokenizer)
-        self.end = None if end is None else tokenizer.convert_ids_to_tokens(end)
+        self.end = "" if end is None else str(tokenizer.convert_ids_to_tokens(end))
 
     def __call__(self, chat: Chat) -> str:
         return self._beginnings(chat, [len(chat.messages)])[0]
@@ -83,7 +83,7 @@ class ByTemplate(Render):
             return None
         stop = len(whole) - len(after) + len(said)
         rest = whole[stop:].lstrip()
-        ended = self.end is not None and rest.startswith(self.end)
+        ended = self.end and rest.startswith(self.end)
         return start, len(whole) - len(rest) + len(self.end) if ended else stop
 
     def _end_of_call(self, number: int, start: int, whole: str) -> int:
