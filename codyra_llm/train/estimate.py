@@ -38,7 +38,7 @@ class Depth(NamedTuple):
 
 def depth(model: nn.Module) -> Depth:
     """Of a model as it trains."""
-    trains = [any(p.requires_grad for p in block.parameters()) for block in families.blocks(model)]
+    trains = [_trained(block) > 0 for block in families.blocks(model)]
     whole = getattr(model, "_require_grads_hooks", None)  # what trains may stand in front of the layers
     ended = 0 if whole or True not in trains else trains.index(True)
     return Depth(sum(trains), len(trains) - sum(trains) - ended, ended)
@@ -118,8 +118,9 @@ def step_flops(model: nn.Module, tokens: int, squares: int, labelled: int) -> in
     return forward + returning + adapters + 4 * labelled * c.hidden_size * c.vocab_size
 
 
-def _trained(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad and p.ndim == 2)
+def _trained(module: nn.Module) -> int:
+    """The weights in matrices that train."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad and p.ndim == 2)
 
 
 def _linear_weights(block: nn.Module) -> int:
