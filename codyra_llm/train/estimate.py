@@ -33,9 +33,7 @@ class Depth(NamedTuple):
 
 def depth(model: nn.Module) -> Depth:
     """The depth of a model's adapters, read from what requires gradients."""
-    trains = []
-    for block in families.blocks(model):
-        trains.append(any(p.requires_grad for p in block.parameters()))
+    trains = [_trained(block) > 0 for block in families.blocks(model)]
     # Set where inputs require gradients: what trains stands in front of the layers, and backward goes through
     # all of them.
     whole = getattr(model, "_require_grads_hooks", None)
@@ -114,9 +112,9 @@ def step_flops(model: nn.Module, tokens: int, squares: int, labelled: int) -> in
     return forward + returning + adapters + 4 * labelled * c.hidden_size * c.vocab_size
 
 
-def _trained(model: nn.Module) -> int:
+def _trained(module: nn.Module) -> int:
     """How many weights the trained matrices have."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad and p.ndim == 2)
+    return sum(p.numel() for p in module.parameters() if p.requires_grad and p.ndim == 2)
 
 
 def _linear_weights(block: nn.Module) -> int:

@@ -11,12 +11,13 @@ import torch
 from helpers import call
 from own_benchmark import PROTOCOL, faults, folder
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TokenizersBackend
 
 from codyra_llm.config.benchmark import benchmark_folder, load_benchmark
 from codyra_llm.config.recipe import load_recipe
 from codyra_llm.core.files import read_jsonl
 from codyra_llm.experiment import run as runs
+from codyra_llm.experiment.setup import prepare
 from codyra_llm.store.folder import RunFolder
 from codyra_llm.store.rows import Stage
 
@@ -262,7 +263,7 @@ def test_data_as_people_have_it_is_planned_and_run(capsys, tmp_path, tiny_llama)
     )
 
 
-def test_all_turns_of_chats_are_learnt(capsys, tmp_path, tiny_llama):
+def test_all_turns_of_chats_are_learnt(capsys, tmp_path, tiny_llama, monkeypatch):
     """The first step's loss is the base's mean over the tokens of all turns, each predicted from what the
     template writes before it; in transformers' logits. The last turn is what is asked for."""
     base, place = shutil.copytree(tiny_llama, tmp_path / "base"), tmp_path / "chats"
@@ -293,6 +294,10 @@ def test_all_turns_of_chats_are_learnt(capsys, tmp_path, tiny_llama):
     )
     code, out, err = call(capsys, "plan", recipe)
     assert code == 0 and "[user]a<eos>[assistant]yes<eos>" in out, err
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenizersBackend, "is_fast", False)
+        (message,) = faults(prepare, load_recipe(recipe))
+        assert message.startswith("tasks.talk.train_on: the tokenizer of ") and "set it to last" in message
     run = runs.run(load_recipe(recipe))
 
     tokenizer = AutoTokenizer.from_pretrained(base)
