@@ -29,9 +29,9 @@ def wait_at(task: str, step: int) -> None:
     """From here on that step takes a minute."""
     log = RunFolder.log
 
-    def waiting(folder: RunFolder, row: dict) -> None:
+    def waiting(folder: RunFolder, row: LogRow) -> None:
         log(folder, row)
-        if (row["task"], row["step"]) == (task, step):
+        if (row.task, row.step) == (task, step):
             time.sleep(60)
 
     RunFolder.log = waiting

@@ -71,6 +71,7 @@ ONLY_PARSED = {
     "git clone": "fetches a repository",
     "--general hub": "the hub's data",
     "--push": "writes to the hub",
+    "bench gpu": "takes minutes; test_bench_gpu.py runs its small shapes",
 }
 
 

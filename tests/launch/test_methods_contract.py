@@ -63,7 +63,7 @@ def assert_same(name: str, one: RunFolder, two: RunFolder) -> None:
     """Losses and what is left, to rounding."""
     # All weights at this rate of learning: a loss goes up again, and a difference of 1e-7 grows to 3e-5.
     # sdft's divergence is of two distributions that are nearly alike, so leading digits cancel.
-    rel = 1e-4 if name in ("seqft", "sdft") else 1e-5
+    rel = {"seqft": 1e-4, "sdft": 1e-3}.get(name, 1e-5)
     for a, b in zip(rows(one), rows(two), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=rel), (name, a["task"], a["step"])
     # Singular vectors of near values turn with the last bits of W, and Adam's steps depend on the basis.

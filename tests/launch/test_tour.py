@@ -80,7 +80,7 @@ def test_twelve_runs_to_a_table_and_a_figure(said, tmp_path, launches):
     (tmp_path / "compare.yaml").write_text(next(body for kind, body in blocks if kind == "yml"))
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     told = [said(command) for command in given]
-    assert "12 of 12 runs are to do" in told[0] and len(launches) == 12
+    assert "12 of 12 runs are left" in told[0] and len(launches) == 12
     assert "Means over 2 seeds and 2 orders" in (tmp_path / "runs/compare/sweep.md").read_text()
     table = (tmp_path / "table.tex").read_text()
     for arm in ("seqlora", "ewc", "replay"):
