@@ -125,15 +125,16 @@ class Chaos:
             assert process.exitcode in CODES | {-signal.SIGKILL, -signal.SIGTERM}, process.exitcode
 
     def damage(self, folder: Path) -> None:
-        """What a crash can leave: a half temporary file, a line that was cut off, a checkpoint whose blocks
-        were lost.
+        """What a crash can leave: a half temporary file, a line that was cut off while the log grows, a
+        checkpoint whose blocks were lost.
         """
         if not folder.is_dir():
             return
         kind = self.random.choice(["nothing", "temporary", "line", "checkpoint"])
         if kind == "temporary":
             (folder / ".scores.jsonl.99999").write_text('{"after": ')
-        if kind == "line" and (folder / "log.jsonl").is_file():
+        grows = "log.jsonl" not in RunFolder(folder).seals.noted
+        if kind == "line" and grows and (folder / "log.jsonl").is_file():
             with open(folder / "log.jsonl", "a") as file:
                 file.write('{"task": "ON')
         if kind == "checkpoint":

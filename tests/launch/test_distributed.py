@@ -366,7 +366,7 @@ def test_ctrl_c_under_torchrun(times, recipe_files, tmp_path):
         finally:
             launcher.kill()
     told = (tmp_path / "log").read_text()
-    assert told.count(signals.TOLD) == 1
+    assert told.count(signals.MESSAGE) == 1
     assert told.count("all is saved; the same command goes on") == 2 - times
     saved = len(list((run / "progress").glob("*")))
     assert (saved, (run / "lease.json").is_file()) == ((1, False) if times == 1 else (0, True))
