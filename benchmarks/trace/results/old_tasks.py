@@ -29,6 +29,7 @@ EXAMPLES = 16
 
 
 def rows_of(run: Path) -> Iterator[dict]:
+    """The measures of every task of a finished run but the last."""
     folder = RunFolder(run)
     setup = prepare(folder.recipe, open_ended=False)
     targets, last = setup.recipe.method.targets, len(setup.recipe.tasks) - 1
@@ -36,9 +37,9 @@ def rows_of(run: Path) -> Iterator[dict]:
     for index in range(last):
         then = setup.model(folder.archive(), index).float().eval()
         examples = setup.encoder.encode(setup.stream.records(index, "test")[:EXAMPLES])
-        moved = {
-            name: final.get_parameter(f"{name}.weight") - w for name, w in weights(then, targets).items()
-        }
+        moved = {}
+        for name, weight in weights(then, targets).items():
+            moved[name] = final.get_parameter(f"{name}.weight") - weight
         with measuring(then, moved) as drift:
             before = cross_entropy(then, examples)
         yield {
@@ -92,20 +93,29 @@ def cross_entropy(model: nn.Module, examples: list[Encoded]) -> float:
 
 
 def correlations(rows: list[dict]) -> dict[str, float]:
-    """Pearson's r of the rise of the cross entropy with drift and norm, and of their logarithms, over runs'
-    means and over all runs and tasks."""
+    """Pearson's r of the rise of the cross entropy with drift and norm, and with their logarithms, over all
+    runs and tasks, and over the runs' means where there are more than two."""
+    runs = dict.fromkeys(row["run"] for row in rows)
+    by_run = [[row for row in rows if row["run"] == run] for run in runs]
     found = {}
-    by_run = [[row for row in rows if row["run"] == run] for run in dict.fromkeys(row["run"] for row in rows)]
     for key in ("drift", "norm"):
-        means = [
-            (fmean(r[key] for r in own), fmean(r["last"] - r["just_learnt"] for r in own)) for own in by_run
-        ]
-        single = [(row[key], row["last"] - row["just_learnt"]) for row in rows]
-        for name, pairs in (("runs", means), ("runs and tasks", single)):
-            x, y = np.array(pairs).T
-            found[f"{key}, {name}"] = float(np.corrcoef(x, y)[0, 1])
-            found[f"log {key}, {name}"] = float(np.corrcoef(np.log(x), y)[0, 1])
+        found |= _with(key, "runs and tasks", [(row[key], rise(row)) for row in rows])
+        if len(runs) > 2:
+            means = [(fmean(row[key] for row in own), fmean(map(rise, own))) for own in by_run]
+            found |= _with(key, "runs", means)
     return found
+
+
+def rise(row: dict) -> float:
+    return row["last"] - row["just_learnt"]
+
+
+def _with(key: str, over: str, pairs: list[tuple[float, float]]) -> dict[str, float]:
+    x, y = np.array(pairs).T
+    return {
+        f"{key}, {over}": float(np.corrcoef(x, y)[0, 1]),
+        f"log {key}, {over}": float(np.corrcoef(np.log(x), y)[0, 1]),
+    }
 
 
 if __name__ == "__main__":
