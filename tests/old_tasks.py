@@ -1,4 +1,4 @@
-"""What the updates after a task do to that task, in finished runs: `python tests/old_tasks.py RUN ... > FILE`.
+"""What the updates after a task do to it, in finished runs: `python tests/old_tasks.py RUN ... > FILE`.
 
 For every task of a run but the last, on its first test examples: the cross entropy of the gold answers just
 after the task and after the last one, and two measures of how far the weights have moved in between,
