@@ -24,6 +24,7 @@ CAVEATS = (
     "clips gains to 0",
     "repeats TreeLoRA's numbers",
     "the variant of 500",
+    "up to 7 % more accuracy than O-LoRA",
 )
 
 
