@@ -2,6 +2,7 @@
 layer says there.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ class DriftPenalty:
     columns, all inputs of one shape in one batched product. Memory: the moments in float32 on the device.
     """
 
-    def __init__(self, model: nn.Module, old: dict[str, SecondMoment]):
+    def __init__(self, model: nn.Module, old: Mapping[str, SecondMoment]):
         found, groups = sites(model), {}
         for names in distinct_inputs(model):
             if names[0] in old:

@@ -2,6 +2,8 @@
 does not grow with the tasks.
 """
 
+from collections.abc import Iterator, Mapping
+
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
@@ -16,13 +18,14 @@ from codyra_llm.methods.parts.moments import SecondMoment, recovered, sketching
 from codyra_llm.methods.parts.samples import self_sampled
 from codyra_llm.runtime import heartbeat
 
-# By an input's first site: Σ Ω (or Σ) and tr Σ, float64 on the CPU.
+# By an input's first site: Σ Ω (or Σ) and tr Σ, on the CPU; float64, those of a stored sum float32.
 Moments = dict[str, tuple[Tensor, Tensor]]
 
 
-class OldInputs:
-    """The sum of the sources' second moments, a source being a finished task, or what the base writes by
-    itself; with every source of the same weight.
+class OldInputs(Mapping[str, SecondMoment]):
+    """Σ_old by an input's first site: the mean over the sources' second moments, a source being a finished
+    task, or what the base writes by itself. Each is recovered when it is asked for, so that what is in memory
+    is the sum over sources, in float32 as it is stored.
 
     Kept per distinct input (q, k and v read one; gate and up one): Σ in float32 where the input is at most
     4·`sketch` wide, else Σ Ω, Ω drawn by the size alone. Both are linear in Σ, so sources and ranks add up.
@@ -31,33 +34,37 @@ class OldInputs:
     def __init__(self, config: OldInputsConfig, state: dict[str, Tensor]):
         self.config = config
         self.sources = int(state["sources"]) if state else 0
-        self.sums: Moments = {}
+        self._sums: Moments = {}
         for key, value in state.items():
             name, _, part = key.rpartition(".")
             if part == "product":
-                self.sums[name] = value.double(), state[f"{name}.trace"].double()
+                self._sums[name] = value, state[f"{name}.trace"]
 
-    def add(self, moments: Moments) -> None:
-        """One more source."""
-        for name, (product, trace) in moments.items():
-            old_product, old_trace = self.sums.get(name, (0.0, 0.0))
-            self.sums[name] = old_product + product, old_trace + trace
-        self.sources += 1
+    def __getitem__(self, name: str) -> SecondMoment:
+        product, trace = self._sums[name]
+        return self.recovered(product.double() / self.sources, trace.double() / self.sources)
 
-    def moment(self, name: str) -> SecondMoment:
-        """Σ_old of an input, the mean over the sources."""
-        product, trace = self.sums[name]
-        return self.recovered(product / self.sources, trace / self.sources)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sums)
+
+    def __len__(self) -> int:
+        return len(self._sums)
+
+    def begin(self, moments: Moments) -> None:
+        """The first source, before any task."""
+        self._sums, self.sources = moments, 1
 
     def recovered(self, product: Tensor, trace: Tensor) -> SecondMoment:
         """The second moment that a sketch's product and trace stand for."""
         return recovered(product, trace, sketching(len(product), self.config.sketch))
 
-    def state(self) -> dict[str, Tensor]:
-        """What `__init__` reads."""
-        state = {"sources": torch.tensor(self.sources)}
-        for name, (product, trace) in self.sums.items():
-            state[f"{name}.product"], state[f"{name}.trace"] = product.float(), trace
+    def state_with(self, moments: Moments) -> dict[str, Tensor]:
+        """What `__init__` reads, with these as one more source."""
+        state = {"sources": torch.tensor(self.sources + 1)}
+        for name, (product, trace) in moments.items():
+            old_product, old_trace = self._sums.get(name, (0.0, 0.0))
+            state[f"{name}.product"] = (product + old_product).float()  # the sum in float64
+            state[f"{name}.trace"] = trace + old_trace
         return state
 
 
@@ -106,6 +113,6 @@ def moments(config: OldInputsConfig, model: nn.Module, task: Task, examples: lis
         sums = [reduce(total, "sum") for total in sums]
     count = traces[-1]
     return {
-        name: ((total / count).cpu(), (trace / count).cpu())
+        name: (total.div_(count).cpu(), (trace / count).cpu())
         for name, total, trace in zip(names, sums, traces[:-1], strict=True)
     }

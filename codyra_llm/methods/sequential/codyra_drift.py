@@ -65,13 +65,13 @@ class CodyraDrift(Codyra):
         super().begin_task(model, task)  # ΔW = 0: inputs are those of the model as it stands
         self._model, self._masks = model, None
         self._inputs = {names[0]: names for names in distinct_inputs(model)}
-        self._kept = OldInputs(self.config, task.state)
+        self._old = OldInputs(self.config, task.state)
         if not task.index and self.config.samples:
-            self._kept.add(sampled_moments(self.config, model, task, self.seed))
-        self._old = {name: self._kept.moment(name) for name in self._kept.sums}
+            self._old.begin(sampled_moments(self.config, model, task, self.seed))
         penalised = self.config.drift_weight and self._old
         self._drift = DriftPenalty(model, self._old) if penalised else None
-        self._new = self._moments(model, task) if self.config.selection == "ratio" and self._old else {}
+        priced = self.config.selection == "ratio" and self._old
+        self._found = task_moments(self.config, model, task, self.seed) if priced else {}
 
     def penalty(self, model) -> dict[str, Tensor]:
         """μ times the relative drift of old outputs."""
@@ -103,10 +103,9 @@ class CodyraDrift(Codyra):
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
         """The old inputs' second moments with this task's in addition."""
-        moments = task_moments(self.config, model, task, self.seed)
-        self._new = {name: self._kept.recovered(*moment) for name, moment in moments.items()}
-        self._kept.add(moments)
-        return self._kept.state()
+        self._drift, self._found = None, {}  # their memory is that of what comes now
+        self._found = task_moments(self.config, model, task, self.seed)
+        return self._old.state_with(self._found)
 
     def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
         """The update, merged in closed form against old inputs (`spared`)."""
@@ -116,25 +115,21 @@ class CodyraDrift(Codyra):
         merged = {}
         for name, names in self._inputs.items():
             own = [update.adapters[site] for site in names]
-            new, old = self._new[name], self._old[name]
-            found = spared(own, new, old, self.config.merge_weight, self.config.ridge)
+            new = self._old.recovered(*self._found[name])
+            found = spared(own, new, self._old[name], self.config.merge_weight, self.config.ridge)
             merged |= dict(zip(names, found, strict=True))
         in_order = {site: merged[site] for site in update.adapters}
         return Update(in_order, update.scale, update.mode)
-
-    def _moments(self, model, task: Task) -> dict:
-        moments = task_moments(self.config, model, task, self.seed)
-        return {name: self._kept.recovered(*moment) for name, moment in moments.items()}
 
     @torch.no_grad()
     def _priced(self, adapters: dict[str, Adapter]) -> dict[str, Adapter]:
         """The adapters by their priced parts; what is to go is kept in the masks."""
         layers, priced = sites(self._model), {}
         for name, names in self._inputs.items():
-            old = self._old[name]
+            new, old = self._old.recovered(*self._found[name]), self._old[name]
             on_device = old.to(layers[name].lora_A)
             for site in names:
                 relative = share(layers[site], on_device).item()
-                priced[site] = joint(adapters[site], self._new[name], old, relative, self.config.ridge)
+                priced[site] = joint(adapters[site], new, old, relative, self.config.ridge)
         self._masks = dropped({site: priced[site] for site in adapters}, self.config.keep_drift)
         return {site: priced[site][0] for site in adapters}

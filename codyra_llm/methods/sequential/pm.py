@@ -52,7 +52,7 @@ class PerturbMerge(SeqLora):
         if self.config.curvature == "inputs":
             self._kept = OldInputs(self.config, task.state)
             if not task.index and self.config.samples:
-                self._kept.add(sampled_moments(self.config, model, task, self.seed))
+                self._kept.begin(sampled_moments(self.config, model, task, self.seed))
 
     def before_step(self, groups, step: int, steps: int, schedule: str) -> None:
         """Scale the adapters by 1 + ε or 1 - ε, drawn by (seed, task, step)."""
@@ -101,12 +101,11 @@ class PerturbMerge(SeqLora):
         found, layers = task_moments(self.config, model, task, self.seed), sites(model)
         new = old = 0.0
         for name, *others in distinct_inputs(model) if self._kept.sources else ():
-            ours, theirs = self._kept.recovered(*found[name]), self._kept.moment(name)
+            ours, theirs = self._kept.recovered(*found[name]), self._kept[name]
             for site in (name, *others):
                 q_new, q_old = relative_energies(layers[site], ours, theirs)
                 new, old = new + q_new, old + self._kept.sources * q_old
-        self._kept.add(found)
-        return coefficient(new, new + self.config.weight * old), self._kept.state()
+        return coefficient(new, new + self.config.weight * old), self._kept.state_with(found)
 
 
 def trained_delta(layer: LoraLinear) -> Tensor:

@@ -85,10 +85,11 @@ def test_moments_are_means_over_sources(setup, tmp_path):
         layer.reset(0)
     task = setup.task(model, archive, 0, {})
     halves = task.encode(task.records()[:10]), task.encode(task.records()[10:])
-    kept = OldInputs(setup.method.config, {})
+    state = {}
     for half in halves:
-        kept.add(moments(setup.method.config, model, task, half))
-    kept = OldInputs(setup.method.config, kept.state())
+        found = moments(setup.method.config, model, task, half)
+        state = OldInputs(setup.method.config, state).state_with(found)
+    kept = OldInputs(setup.method.config, state)
     site, rows = "model.layers.1.self_attn.o_proj", []
     plain.get_submodule(site).register_forward_pre_hook(lambda _, args: rows.append(args[0][0, 1:].double()))
     expected = 0
@@ -98,9 +99,24 @@ def test_moments_are_means_over_sources(setup, tmp_path):
             plain(input_ids=torch.tensor([example.prompt + example.answer]))
         x = torch.cat(rows)
         expected = expected + x.T @ x / len(x) / 2
-    torch.testing.assert_close(kept.moment(site).factor, expected, rtol=1e-4, atol=1e-6)
-    sketched = kept.moment("model.layers.1.mlp.down_proj")
+    torch.testing.assert_close(kept[site].factor, expected, rtol=1e-4, atol=1e-6)
+    sketched = kept["model.layers.1.mlp.down_proj"]
     assert sketched.factor.shape == (64, 8) and kept.sources == 2
+
+
+def test_the_next_task_holds_nothing_but_the_stored_sums(setup, tmp_path):
+    """What is kept for a 7B is most of a gigabyte: no copy of it in float64, before a moment is asked for."""
+    archive = Archive(tmp_path / "updates", "base")
+    model = setup.model(archive, -1)
+    setup.method.attach(model)
+    task = setup.task(model, archive, 0, {})
+    found = moments(setup.method.config, model, task, task.encode(task.records()[:4]))
+    state = OldInputs(setup.method.config, {}).state_with(found)
+    assert {value.dtype for key, value in state.items() if key.endswith("product")} == {torch.float32}
+    setup.method.begin_task(model, setup.task(model, archive, 1, state))
+    for name, (product, _) in setup.method._old._sums.items():
+        assert product is state[f"{name}.product"]
+    assert not setup.method._found
 
 
 @pytest.mark.parametrize(
