@@ -94,9 +94,9 @@ class InputsConfig(LoraConfig, frozen=True):
     max_examples: int = Field(
         default=512, ge=1, description="training examples of a task, drawn, whose inputs are read"
     )
-    inputs_at_once: Count = Field(
-        default=16,
+    inputs_at_once: Count | None = Field(
+        default=None,
         ge=1,
-        description="distinct inputs whose covariances are in memory together; each "
-        "such portion is a pass over the examples",
+        description="distinct inputs whose covariances are in memory together; each such portion is a pass "
+        "over the examples. null: as many as 2 GB hold",
     )

@@ -67,11 +67,11 @@ class KeepLoraConfig(SequentialConfig, frozen=True):
     max_examples: int = Field(
         default=512, ge=1, description="training examples of a task, drawn, for its gradient and its inputs"
     )
-    inputs_at_once: Count = Field(
-        default=16,
+    inputs_at_once: Count | None = Field(
+        default=None,
         ge=1,
         description="distinct inputs whose covariances, or their sites' gradients, are in memory together; "
-        "each such portion is a pass over the examples",
+        "each such portion is a pass over the examples. null: as many as 2 GB hold",
     )
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from codyra_llm.data.batches import Batch
 
 
+AT_ONCE = 2 * 10**9  # bytes of sums over examples that are in memory together
+
 # Name of the first site that reads an input, its C [in, in] in float64 on the CPU, and all that read it.
 Covariance = tuple[str, Tensor, list[LoraLinear]]
 
@@ -87,12 +89,28 @@ def input_covariances(
     """C of every distinct input of the adapted sites, a portion at a time; `before` is called with every
     batch.
     """
-    found, layers, examples = distinct_inputs(model), sites(model), task.sample(config.max_examples, seed)
-    for start in range(0, len(found), config.inputs_at_once):
-        portion = found[start : start + config.inputs_at_once]
+    layers, examples = sites(model), task.sample(config.max_examples, seed)
+    found = distinct_inputs(model)
+    sizes = [layers[names[0]].in_features ** 2 for names in found]
+    for portion in portions(found, sizes, config.inputs_at_once):
         sums = covariances(model, [layers[names[0]] for names in portion], task, examples, before)
         for names, covariance in zip(portion, sums, strict=True):
             yield names[0], covariance, [layers[name] for name in names]
+
+
+def portions(inputs: list[list[str]], sizes: list[int], at_once: int | None) -> Iterator[list[list[str]]]:
+    """The inputs in turn, `at_once` together, or (None) as many as AT_ONCE bytes hold of what is summed for
+    them, float64 numbers of these counts; one at least."""
+    portion, count = [], 0
+    for names, size in zip(inputs, sizes, strict=True):
+        full = count + size > AT_ONCE // 8 if at_once is None else len(portion) == at_once
+        if portion and full:
+            yield portion
+            portion, count = [], 0
+        portion.append(names)
+        count += size
+    if portion:
+        yield portion
 
 
 @torch.no_grad()
@@ -114,7 +132,7 @@ def covariances(
         sums[i].add_(x.T @ x)
 
     count = read_inputs(model, layers, task, examples, add, before)
-    return [(total / count).cpu() for total in sums]
+    return [total.div_(count).cpu() for total in sums]
 
 
 @torch.no_grad()

@@ -29,10 +29,10 @@ class InfLora(FixedRows):
     would be all of C); sites that read one tensor (q, k, v; gate, up) share one covariance; the first task
     too takes the fewest vectors that reach ε (the release takes one fewer, and the wrong ones where it keeps
     the complement); rows of A that no free direction is left for are zero. Cost per step: none. Per task:
-    2·inputs/`inputs_at_once` passes over `max_examples`, one eigenproblem in float64 of size `in` on the CPU
-    for each distinct input before and one after, and all ranks do the same. Memory: in² float64 for each
-    distinct input of a portion. State: at most in²/2 float32 for each, so think of leaving down_proj out of
-    `targets` on large models.
+    for every portion of the inputs (`inputs_at_once`) a pass over `max_examples` before and one after; one
+    eigenproblem in float64 of size `in` on the CPU for each distinct input before and one after, and all
+    ranks do the same. Memory: in² float64 for each distinct input of a portion. State: at most in²/2 float32
+    for each, so think of leaving down_proj out of `targets` on large models.
     """
 
     name, Config = "inflora", InfLoraConfig

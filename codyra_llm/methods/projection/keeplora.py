@@ -10,7 +10,13 @@ from torch import Tensor
 from codyra_llm.config.methods.projection import KeepLoraConfig
 from codyra_llm.lora.layer import LoraLinear, sites
 from codyra_llm.methods.base import Task
-from codyra_llm.methods.parts.inputs import distinct_inputs, free_rows, input_covariances, loaded
+from codyra_llm.methods.parts.inputs import (
+    distinct_inputs,
+    free_rows,
+    input_covariances,
+    loaded,
+    portions,
+)
 from codyra_llm.methods.parts.subspace import Subspace, symmetric_root
 from codyra_llm.methods.parts.weight_gradients import mean_gradients
 from codyra_llm.methods.projection.fixed_rows import FixedRows
@@ -31,10 +37,10 @@ class KeepLora(FixedRows):
     gradients). B starts from zero as in the latter; the former starts it from the gradient and takes the
     product off W. Ours: exact eigenvectors for randomised ones; the first token of an example is left out of
     the inputs; a row of A that no free direction is left for is zero. Cost per step: none. Per task:
-    inputs/`inputs_at_once` backward passes over `max_examples` before, and as many forward (or backward) ones
-    after; an eigenproblem in float64 of size `in` on the CPU per site before and after. All ranks do the
-    same. Memory: G in float32 for the sites of a portion. State: at most in²/2 float32 per site. In training
-    time 1.4 (`old` gradients 1.8) times seqlora's on the quickstart.
+    for every portion of the inputs (`inputs_at_once`) a backward pass over `max_examples` before, and a
+    forward (or backward) one after; an eigenproblem in float64 of size `in` on the CPU per site before and
+    after. All ranks do the same. Memory: G in float32 for the sites of a portion. State: at most in²/2
+    float32 per site. In training time 1.4 (`old` gradients 1.8) times seqlora's on the quickstart.
     """
 
     name, Config = "keeplora", KeepLoraConfig
@@ -64,10 +70,12 @@ class KeepLora(FixedRows):
     def _gradients(self, model, task: Task) -> Iterator[tuple[str, LoraLinear, Tensor]]:
         """Site, layer and G, a portion of the inputs at a time."""
         layers, found = sites(model), distinct_inputs(model)
-        examples, step = task.sample(self.config.max_examples, self.seed), self.config.inputs_at_once
-        for start in range(0, len(found), step):
-            names = [name for group in found[start : start + step] for name in group]
-            portion = {name: layers[name] for name in names}
+        examples = task.sample(self.config.max_examples, self.seed)
+        sizes = []
+        for group in found:
+            sizes.append(sum(layers[name].in_features * layers[name].out_features for name in group))
+        for groups in portions(found, sizes, self.config.inputs_at_once):
+            portion = {name: layers[name] for group in groups for name in group}
             for name, gradient in mean_gradients(model, portion, task, examples).items():
                 yield name, layers[name], gradient
 
