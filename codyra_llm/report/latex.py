@@ -1,30 +1,53 @@
 """Tables for a paper: LaTeX with booktabs, the best of a column bold, the second underlined."""
 
+import re
+import unicodedata
 from collections.abc import Iterable
 
-from codyra_llm.core.terminal import one_line
+from codyra_llm.core.terminal import REPLACEMENT, one_line
 from codyra_llm.report.grid import Cell, Grid
 
+GREEK = "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΥΦΨΩ"  # the letters that have a command
+
+
+def _command(letter: str) -> str:
+    """LaTeX's command of a Greek letter: its name, which Unicode has too."""
+    name = unicodedata.name(letter).split()[-1].replace("LAMDA", "LAMBDA")
+    return "\\" + (name.capitalize() if letter.isupper() else name.lower())
+
+
+# Written so that pdfLaTeX typesets them without a package; it knows most other letters of Latin scripts.
 SPECIAL = {
     "\\": r"\textbackslash{}",
+    "\0": "{}",  # one_line leaves none
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
+    '"': r"\char34{}",  # \textquotedbl needs the encoding T1, and babel may make a command of the sign
+    "`": r"\textasciigrave{}",
+    "[": "{[}",  # after \\ or \midrule these would begin an argument of theirs
+    "*": "{*}",
     "±": r"$\pm$",
     "≥": r"$\geq$",
-    "Δ": r"$\Delta$",
+    "≤": r"$\leq$",
+    "∞": r"$\infty$",
+    "−": "$-$",
     "–": "--",
+    "₀": "$_0$",
+    REPLACEMENT: "?",
+    **{letter: f"${_command(letter)}$" for letter in GREEK},
 }
+LIGATURES = re.compile("([-',])(?=\\1)")  # of two signs TeX makes one
 PREAMBLE = "% \\usepackage{booktabs}\n"
 
 
 def escaped(text: str) -> str:
     """A name of the user's as text in LaTeX: no command begins in it, and it is one line."""
-    return "".join(SPECIAL.get(sign, sign) for sign in one_line(text))
+    apart = LIGATURES.sub(r"\1\0", one_line(text))
+    return "".join(SPECIAL.get(sign, sign) for sign in apart)
 
 
 def latex(grids: Iterable[Grid]) -> str:

@@ -2,6 +2,8 @@
 
 import csv
 import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -163,6 +165,63 @@ def test_no_name_is_a_command():
         r"\textbar",
         r"\textless",
         r"\textgreater",
-        r"\textquotedbl",
-        r"\textquotedbl",
+        r"\char",
+        r"\char",
     ]
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("[x]", "{[}x]"),  # after \\ it would be a length, and pdfTeX waits for its end without end
+        ("*x", "{*}x"),  # \\* is a command
+        ("--lr---", "-{}-lr-{}-{}-"),  # and no dashes
+        ("?`''", "?\\textasciigrave{}'{}'"),
+        ("λ = 0.1, Ωπ", r"$\lambda$ = 0.1, $\Omega$$\pi$"),
+        ("a\0b\x1b", "a?b?"),
+        ("naïve", "naïve"),
+    ],
+)
+def test_names_are_typeset_as_they_are_written(name, expected):
+    assert escaped(name) == expected
+
+
+NAMES = [
+    "a_b%c&d#e~f^g\\h$i{j}",
+    "[x]",
+    "*x",
+    "--lr",
+    "?`''",
+    "λ=0.1 ≤ ∞",
+    '"q"',
+    "<b> | naïve ‖ΔW‖",
+    "\\input{t}",
+]
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="pdflatex is not installed")
+@pytest.mark.parametrize("encoding", ["OT1", "T1"])
+def test_pdflatex_typesets_it(tmp_path, encoding):
+    rows = [(name, [Cell(i, f"{i}.0 ± 0.2"), Cell(name, name)]) for i, name in enumerate(NAMES)]
+    grids = [Grid(f"scores, {name}", name, ["up", name], rows, name, {"up": 1}) for name in NAMES]
+    (tmp_path / "t.tex").write_text(latex(grids), encoding="utf-8")
+    lines = [
+        r"\documentclass{article}",
+        r"\usepackage{booktabs,lmodern}",
+        rf"\usepackage[{encoding}]{{fontenc}}",
+    ]
+    lines += [r"\begin{document}", r"\input{t}", r"\end{document}"]
+    (tmp_path / "d.tex").write_text("\n".join(lines))
+    done = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "d.tex"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert (
+        not re.search("^!|Missing character", done.stdout, re.M)
+        and (tmp_path / "d.pdf").stat().st_size > 1000
+    )
