@@ -1,6 +1,7 @@
 """Commands that check, write and fetch data, benchmarks and models."""
 
 import json
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
@@ -109,11 +110,8 @@ def benchmark_new(folder: PathArg) -> None:
     from codyra_llm.benchmarks.starter import start
 
     start(folder)
-    console.print(
-        f"benchmark: {folder}; try `codyra-llm plan {folder / 'recipe.yaml'}`",
-        soft_wrap=True,
-        highlight=False,
-    )
+    command = shlex.join(["codyra-llm", "plan", str(folder / "recipe.yaml")])
+    console.print(f"benchmark: {folder}; try `{command}`", soft_wrap=True, highlight=False)
 
 
 def model_get(name: str, out: PathArg) -> None:

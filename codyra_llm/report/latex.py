@@ -41,6 +41,8 @@ SPECIAL = {
     **{letter: f"${_command(letter)}$" for letter in GREEK},
 }
 LIGATURES = re.compile("([-',])(?=\\1)")  # of two signs TeX makes one
+PAGE = 72  # letters of a line of the class article, 345 pt
+GAP = 2.5  # letters between two columns
 PREAMBLE = "% \\usepackage{booktabs}\n"
 
 
@@ -56,32 +58,56 @@ def latex(grids: Iterable[Grid]) -> str:
 
 
 def _table(grid: Grid) -> str:
-    places = [_places(grid, column) for column in range(len(grid.columns))]
-    lines = []
-    for row, (label, cells) in enumerate(grid.rows):
-        texts = [_cell(cell, places[column].get(row)) for column, cell in enumerate(cells)]
-        lines.append(" & ".join([escaped(label), *texts]) + r" \\")
-    head = " & ".join(map(escaped, (grid.corner, *grid.columns))) + r" \\"
-    sides = ["l" if grid.holds_words(column) else "r" for column in range(len(grid.columns))]
     pooled = any(cell and " ± " in cell.text for _, cells in grid.rows for cell in cells)
     intervals = " ± is half the 95 % interval over runs (Student's t)." if pooled else ""
     caption = f"{grid.name[:1].upper()}{grid.name[1:]}. {grid.note}".strip() + intervals
-    return "\n".join(
-        [
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{escaped(caption)}}}",
-            rf"\begin{{tabular}}{{l{''.join(sides)}}}",
-            r"\toprule",
-            head,
-            r"\midrule",
-            *lines,
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-            "",
-        ]
-    )
+    begin = [r"\begin{table}", r"\centering", rf"\caption{{{escaped(caption)}}}"]
+    parts = "\n\n\\medskip\n".join(_tabular(grid, columns) for columns in _fitting(grid))
+    return "\n".join([*begin, parts, r"\end{table}", ""])
+
+
+def _tabular(grid: Grid, columns: list[int]) -> str:
+    """The rows of some of the columns."""
+    places = {column: _places(grid, column) for column in columns}
+    lines = []
+    for row, (label, cells) in enumerate(grid.rows):
+        texts = [_cell(cells[column], places[column].get(row)) for column in columns]
+        lines.append(" & ".join([escaped(label), *texts]) + r" \\")
+    head = " & ".join([escaped(grid.corner), *(_head(grid, column) for column in columns)]) + r" \\"
+    sides = "".join("l" if grid.holds_words(column) else "r" for column in columns)
+    begin = [rf"\begin{{tabular}}{{l{sides}}}", r"\toprule", head, r"\midrule"]
+    return "\n".join([*begin, *lines, r"\bottomrule", r"\end{tabular}"])
+
+
+def _fitting(grid: Grid) -> list[list[int]]:
+    """The columns in groups that are as wide as a page each at most, each next to the rows' names."""
+    names = GAP + max(len(text) for text in (grid.corner, *(label for label, _ in grid.rows)))
+    groups: list[list[int]] = [[]]
+    width = names
+    for column in range(len(grid.columns)):
+        own = GAP + max(_cell_width(grid, column), *map(len, grid.columns[column].split() or [""]), 1)
+        if groups[-1] and width + own > PAGE:
+            groups.append([])
+            width = names
+        groups[-1].append(column)
+        width += own
+    return groups
+
+
+def _cell_width(grid: Grid, column: int) -> int:
+    """Letters of the longest cell of a column."""
+    cells = [cells[column] for _, cells in grid.rows]
+    return max((len(cell.text) for cell in cells if cell), default=0)
+
+
+def _head(grid: Grid, column: int) -> str:
+    """A column's name, a word on each line where it would be wider than the cells."""
+    name = grid.columns[column]
+    words = [escaped(word) for word in name.split()]
+    if len(words) < 2 or len(name) <= _cell_width(grid, column):
+        return escaped(name)
+    side = "l" if grid.holds_words(column) else "r"
+    return rf"\shortstack[{side}]{{" + r"\\".join(words) + "}"
 
 
 def _places(grid: Grid, column: int) -> dict[int, int]:
@@ -90,7 +116,7 @@ def _places(grid: Grid, column: int) -> dict[int, int]:
     better = grid.better.get(grid.columns[column])
     shown = {row: _value(cells[column]) for row, (_, cells) in enumerate(grid.rows)}
     known = {row: value for row, value in shown.items() if value is not None}
-    if better is None or len(known) < 2:
+    if better is None or len(set(known.values())) < 2:
         return {}
     ranked = sorted(set(known.values()), key=lambda value: -better * value)[:2]
     return {row: ranked.index(value) + 1 for row, value in known.items() if value in ranked}
