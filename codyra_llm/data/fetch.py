@@ -236,7 +236,7 @@ def _git_blob(path: Path) -> str:
     """The name that git gives to a file's content: the SHA-1 of `blob SIZE`, a zero byte and the content."""
     digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
     with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
+        for chunk in iter(partial(file.read, CHUNK), b""):
             digest.update(chunk)
     return digest.hexdigest()
 
@@ -401,7 +401,7 @@ def _safe(name: str, called: str) -> tuple[str, ...]:
 
 def _copy(source: IO[bytes], target: IO[bytes], left: list[int], called: str) -> None:
     """Copy all bytes, at most those that are `left`, which is lowered."""
-    while chunk := _unpacked(source, called):
+    for chunk in iter(partial(_unpacked, source, called), b""):
         left[0] -= len(chunk)
         if left[0] < 0:
             raise _too_large(called)

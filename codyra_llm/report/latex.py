@@ -16,11 +16,13 @@ def _command(letter: str) -> str:
     return "\\" + (name.capitalize() if letter.isupper() else name.lower())
 
 
+OWN = {sign: f"\\{sign}" for sign in "&%$#_{}"}  # signs of LaTeX's
+LETTERS = {letter: f"${_command(letter)}$" for letter in GREEK}
 # Written so that pdfLaTeX typesets them without a package; it knows most other letters of Latin scripts.
 SPECIAL = {
     "\\": r"\textbackslash{}",
     "\0": "{}",  # one_line leaves none
-    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+    **OWN,
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "<": r"\textless{}",
@@ -38,7 +40,7 @@ SPECIAL = {
     "–": "--",
     "₀": "$_0$",
     REPLACEMENT: "?",
-    **{letter: f"${_command(letter)}$" for letter in GREEK},
+    **LETTERS,
 }
 LIGATURES = re.compile("([-',])(?=\\1)")  # of two signs TeX makes one
 PAGE = 72  # letters of a line of the class article, 345 pt
@@ -81,11 +83,13 @@ def _tabular(grid: Grid, columns: list[int]) -> str:
 
 def _fitting(grid: Grid) -> list[list[int]]:
     """The columns in groups that are as wide as a page each at most, each next to the rows' names."""
-    names = GAP + max(len(text) for text in (grid.corner, *(label for label, _ in grid.rows)))
+    labels = [label for label, _ in grid.rows]
+    names = GAP + max(map(len, [grid.corner, *labels]))
     groups: list[list[int]] = [[]]
     width = names
     for column in range(len(grid.columns)):
-        own = GAP + max(_cell_width(grid, column), *map(len, grid.columns[column].split() or [""]), 1)
+        words = grid.columns[column].split()
+        own = GAP + max(_cell_width(grid, column), 1, *map(len, words))
         if groups[-1] and width + own > PAGE:
             groups.append([])
             width = names
