@@ -1,5 +1,6 @@
 """`codyra-llm recipe init`: five questions and a commented recipe."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,12 +47,13 @@ def recipe_init(
             raise Fault(f"--{option}: {error}") from None
 
     path_of_model = ask("model", model, "Base model: hub id, folder, .gguf file, or mini", "mini")
-    folder = ask("data", data, "Data: folder of tasks, or mini", "mini")
+    folder = ask("data", data, "Data: folder of tasks, or mini", "mini", _data)
     name = ask("method", method, "Method (`codyra-llm methods` lists them)", "codyra", _method)
     kind, batch = ask("device", device, "Device, and examples per optimizer step", _here(), _device)
     out = ask("output", output, "Folder of the run", f"runs/{file.stem}")
     write_text(file, draft(Answers(path_of_model, folder, name, kind, batch, out), file))
-    console.print(f"recipe: {file}; check it with `codyra-llm plan {file}`", soft_wrap=True)
+    command = shlex.join(["codyra-llm", "plan", str(file)])
+    console.print(f"recipe: {file}; check it with `{command}`", soft_wrap=True)
 
 
 def _asked(question: str, default: str, check: Callable) -> str:
@@ -65,6 +67,15 @@ def _asked(question: str, default: str, check: Callable) -> str:
         return typer.prompt(question, default=default, value_proc=checked)
     except typer.Abort:
         raise Fault("recipe init: a question was not answered; answer it, or give --yes") from None
+
+
+def _data(folder: str) -> str:
+    if Path(folder).expanduser().is_file():
+        raise typer.BadParameter(
+            f"'{folder}' is a file, and data is a folder; start one with `codyra-llm benchmark new FOLDER`, "
+            "whose benchmark.yaml names files"
+        )
+    return folder
 
 
 def _method(name: str) -> str:

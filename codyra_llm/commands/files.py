@@ -1,13 +1,19 @@
 """Commands that check, write and fetch data, benchmarks and models."""
 
 import json
-from typing import Annotated
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from codyra_llm.commands.common import PathArg, Plugins, console
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.terminal import write
+
+if TYPE_CHECKING:
+    from codyra_llm.data.fetch import Seen
 
 
 def data_check(
@@ -58,13 +64,30 @@ def data_get(
     from codyra_llm.data.fetch import get
 
     faults = 0
-    for folder in get(name, out, variant, source):
+    with _bar() as seen:
+        folders = get(name, out, variant, source, seen)
+    for folder in folders:
         console.print(f"{name}: {folder}", soft_wrap=True, highlight=False)
         report = check_root(folder)
         print_check(report)
         faults += len(report["faults"])
     if faults:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _bar() -> Iterator["Seen"]:
+    """Shows how a download goes, on a terminal."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
+
+        def seen(done: int, whole: int | None) -> None:
+            task = shown.task_ids[0] if shown.task_ids else shown.add_task("", total=whole)
+            shown.update(task, completed=done)
+
+        yield seen
 
 
 def make_mini(out: PathArg, seed: int = 0) -> None:
@@ -87,11 +110,8 @@ def benchmark_new(folder: PathArg) -> None:
     from codyra_llm.benchmarks.starter import start
 
     start(folder)
-    console.print(
-        f"benchmark: {folder}; try `codyra-llm plan {folder / 'recipe.yaml'}`",
-        soft_wrap=True,
-        highlight=False,
-    )
+    command = shlex.join(["codyra-llm", "plan", str(folder / "recipe.yaml")])
+    console.print(f"benchmark: {folder}; try `{command}`", soft_wrap=True, highlight=False)
 
 
 def model_get(name: str, out: PathArg) -> None:

@@ -2,6 +2,7 @@
 are not.
 """
 
+import codecs
 import json
 import math
 import os
@@ -189,8 +190,11 @@ def decoded(data: bytes, source: str) -> str:
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        likely = "UTF-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "CP1252"
         raise Fault(
-            f"{source}: byte {error.start} is not UTF-8 ({error.reason}); save the file as UTF-8"
+            f"{source}: byte {error.start}, in line {line}, is not UTF-8 ({error.reason}); save the file as "
+            f"UTF-8, or convert it, perhaps from {likely}: iconv -f {likely} -t UTF-8 OLD > NEW"
         ) from None
 
 

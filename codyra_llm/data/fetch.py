@@ -1,17 +1,22 @@
 """TRACE's data from an archive, a folder, an address or the hub, written in TRACE's layout."""
 
+import gzip
+import hashlib
 import http.client
+import logging
 import lzma
 import re
 import shutil
 import stat
 import tarfile
 import tempfile
+import time
+import urllib.error
 import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
@@ -24,6 +29,8 @@ from codyra_llm.core.parsing import shown
 from codyra_llm.data.check import task_folders
 from codyra_llm.data.records import SPLITS
 
+log = logging.getLogger(__name__)
+
 VARIANTS = ("500", "1000", "5000", "Reasoning")
 STEM = "LLM-CL-Benchmark_"
 # All variants; a browser must ask for it.
@@ -32,13 +39,20 @@ COPY = (  # of the variant 500, by the authors of TreeLoRA
     "https://github.com/ZinYY/TreeLoRA/raw/c6a9b6dc935508a363a178d4d8162c5a79d1a612/data/LLM-CL-Benchmark/"
     "LLM-CL-Benchmark_500.tar.xz"
 )
+COPY_BLOB = (
+    "3b1dde98a9658fcf27162d30a4495cbbdcaebf0a"  # git's name for its content, in the tree of that commit
+)
 ELSEWHERE = {  # benchmarks whose data is a repository: what to clone, and which folder is the root
     "olora": ("https://github.com/cmnfriend/O-LoRA", "O-LoRA/CL_Benchmark"),
     "superni": ("https://github.com/liangyanshuo/gainlora", "gainlora/CL_Benchmark/SuperNI"),
 }
 MOST_BYTES = 1 << 33  # of an archive, and of what is unpacked from it
 MOST_FILES = 100_000
+PATIENCE = 60  # seconds without a byte after which a server is given up
+TEMPORARY = ".get-"
+ABANDONED = 3600  # seconds after which a half file of a command that was killed is removed
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
+WANTED = ["*.json", *(f"*{ending}" for ending in ARCHIVES)]  # of a data set of the hub
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 # What unpacking a broken archive raises; RuntimeError: a zip with a password.
 BROKEN = (
@@ -47,9 +61,14 @@ BROKEN = (
     lzma.LZMAError,
     zlib.error,
     EOFError,
+    gzip.BadGzipFile,
     NotImplementedError,
     RuntimeError,
 )
+
+
+# Called as a download goes on: bytes that are here, and how many there will be, None if that is not known.
+Seen = Callable[[int, int | None], None]
 
 
 class Member(NamedTuple):
@@ -59,20 +78,42 @@ class Member(NamedTuple):
     open: Callable[[], AbstractContextManager[IO[bytes]]]
 
 
-def get(name: str, out: Path, variant: str | None = None, source: str | None = None) -> list[Path]:
+def get(
+    name: str,
+    out: Path,
+    variant: str | None = None,
+    source: str | None = None,
+    seen: Seen = lambda done, whole: None,
+) -> list[Path]:
     """Write the variants of TRACE that `source` holds, or the one that is named, to folders in `out`; returns
-    these. By default the public copy of the variant 500 is fetched. Raises Fault with what to do by hand.
+    these. By default the public copy of the variant 500 is fetched. `seen` hears how a download goes.
+    Raises Fault with what to do by hand; nothing is left in `out` then.
     """
     _known(name, variant, out, source)
+    wanted = variant if source else "500"
+    _refuse_taken(out, [STEM + wanted] if wanted else [])  # before anything is fetched
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".get-") as temporary:
-        place = _located(source or COPY, Path(temporary), out)
-        found = _variants(place, Path(temporary))
+    _remove_abandoned(out)
+    with tempfile.TemporaryDirectory(dir=out, prefix=TEMPORARY) as temporary:
+        place = _located(source or COPY, Path(temporary), out, seen)
+        found = _variants(place, Path(temporary), source or COPY)
         chosen = _chosen(found, variant, source or COPY)
-        taken = [out / folder for folder in chosen if (out / folder).exists()]
-        if taken:
-            raise Fault(*(f"{path} exists already; give another folder, or remove it" for path in taken))
+        _refuse_taken(out, list(chosen))
         return [_written(folder, out / name) for name, folder in chosen.items()]
+
+
+def _refuse_taken(out: Path, names: list[str]) -> None:
+    taken = [out / name for name in names if (out / name).exists()]
+    if taken:
+        raise Fault(*(f"{path} exists already; give another folder, or remove it" for path in taken))
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Remove what commands left that were killed on the way, and not what one that still runs is writing."""
+    for folder in out.glob(f"{TEMPORARY}*"):
+        written = [path.stat().st_mtime for path in (folder, *folder.rglob("*"))]
+        if time.time() - max(written) > ABANDONED:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def by_hand(out: Path) -> str:
@@ -100,12 +141,12 @@ def _known(name: str, variant: str | None, out: Path, source: str | None) -> Non
         raise Fault(f"--variant: no copy of {variant} can be fetched without a browser; {by_hand(out)}")
 
 
-def _located(source: str, temporary: Path, out: Path) -> Path:
+def _located(source: str, temporary: Path, out: Path, seen: Seen) -> Path:
     """The archive or folder that `source` names; downloaded if it is an address or an id of the hub."""
     if Path(source).expanduser().exists():
         return Path(source).expanduser()
     if re.match(r"https?://", source):
-        return _downloaded(source, temporary, out)
+        return _downloaded(source, temporary, out, seen)
     if HUB_ID.fullmatch(source) and not source.endswith(ARCHIVES):
         return _from_hub(source, temporary / "hub", out)
     raise Fault(
@@ -114,38 +155,117 @@ def _located(source: str, temporary: Path, out: Path) -> Path:
     )
 
 
-def _downloaded(address: str, temporary: Path, out: Path) -> Path:
-    target = temporary / (PurePosixPath(address.split("?")[0]).name or "archive")
+def _downloaded(address: str, temporary: Path, out: Path, seen: Seen) -> Path:
     try:
-        with urllib.request.urlopen(address, timeout=60) as answer, open(target, "wb") as file:
-            left = [MOST_BYTES]
-            _copy(answer, file, left, address)
-            whole = answer.headers.get("Content-Length")
-        if whole and int(whole) != MOST_BYTES - left[0]:
-            raise OSError("it ended early")
+        with urllib.request.urlopen(address, timeout=PATIENCE) as answer:
+            target = temporary / _file_name(address, answer)
+            _save(answer, target, address, out, seen)
+    except urllib.error.HTTPError as error:
+        reason = f"{error.code} {' '.join(str(error.reason).split())}"
+        raise Fault(f"{address} can't be fetched ({reason}); check the address, or {by_hand(out)}") from None
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
-        raise Fault(f"{address} can't be fetched ({' '.join(str(reason).split())}); {by_hand(out)}") from None
+        raise Fault(
+            f"{address} can't be fetched ({' '.join(str(reason).split())}); check the network, or "
+            f"{by_hand(out)}"
+        ) from None
+    if address == COPY and _git_blob(target) != COPY_BLOB:
+        raise Fault(f"{address} gives other bytes than its authors published; {by_hand(out)}")
     if not (zipfile.is_zipfile(target) or tarfile.is_tarfile(target)):
         raise Fault(f"{address} gives no archive, perhaps a page for browsers; {by_hand(out)}")
     return target
 
 
-def _from_hub(name: str, target: Path, out: Path) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+def _file_name(address: str, answer: http.client.HTTPResponse) -> str:
+    """A name for what an address gives: the first that names a variant of what was asked for, what it was
+    redirected to, and what the server calls it.
+    """
+    given = (address, answer.geturl(), answer.headers.get_filename() or "")
+    names = [PurePosixPath(text.split("?")[0]).name for text in given]
+    return next(filter(None, map(_variant, names)), "archive")
 
+
+def _save(answer: http.client.HTTPResponse, target: Path, address: str, out: Path, seen: Seen) -> None:
+    """Write what a server sends to a file. Raises Fault where it sends too much, or stops before the end."""
+    done, whole = 0, answer.length
+    if (whole or 0) > MOST_BYTES:
+        raise _too_large(address)
+    log.info("fetching %s%s", address, f", {whole / 1e6:.1f} MB" if whole else "")
+    with _writing(target) as file:
+        while chunk := _received(answer, address, done, whole, out):
+            done += len(chunk)
+            if done > MOST_BYTES:
+                raise _too_large(address)
+            file.write(chunk)
+            seen(done, whole)
+
+
+def _received(
+    answer: http.client.HTTPResponse, address: str, done: int, whole: int | None, out: Path
+) -> bytes:
+    """The next bytes, none at the end. `done` came before them, of `whole`."""
     try:
-        return Path(snapshot_download(name, repo_type="dataset", local_dir=target))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = (str(error).split("\n") or [type(error).__name__])[0][:300]
+        chunk, reason = answer.read1(1 << 16), "it ended early"
+        if chunk or whole in (None, done):
+            return chunk
+    except (OSError, http.client.HTTPException) as error:
+        reason = " ".join(str(error).split())
+    share = f"{done / 1e6:.1f} of {whole / 1e6:.1f} MB" if whole else f"{done / 1e6:.1f} MB"
+    raise Fault(
+        f"{address} broke off after {share} ({reason}), and nothing is kept; give the command again, or "
+        f"{by_hand(out)}"
+    )
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write. Raises Fault where the disk is full or can't be written; nothing else in the block may
+    raise OSError.
+    """
+    try:
+        with open(path, "wb") as file:
+            yield file
+    except OSError as error:
         raise Fault(
-            f"--from: the data set '{name}' can't be had from the hub ({reason}); check the name, the "
-            f"network and HF_HUB_OFFLINE, or {by_hand(out)}"
+            f"{path} can't be written ({error.strerror}), and nothing is kept; free some space or give "
+            "another folder, and give the command again"
         ) from None
 
 
-def _variants(place: Path, temporary: Path) -> dict[str | None, Path]:
+def _git_blob(path: Path) -> str:
+    """The name that git gives to a file's content: the SHA-1 of `blob SIZE`, a zero byte and the content."""
+    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    with open(path, "rb") as file:
+        for chunk in iter(partial(file.read, CHUNK), b""):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _from_hub(name: str, target: Path, out: Path) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, repo_type="dataset", local_dir=target, allow_patterns=WANTED))
+    except GatedRepoError:
+        reason = (
+            f"is gated; accept its terms at https://huggingface.co/datasets/{name}, and run `hf auth login`"
+        )
+    except RepositoryNotFoundError:
+        reason = "is not on the hub, or is private; check its name, and run `hf auth login` if it is yours"
+    except LocalEntryNotFoundError as error:
+        about = "HF_HUB_OFFLINE is set" if "HF_HUB_OFFLINE" in str(error) else _first_line(error)
+        reason = f"can't be had, since the hub can't be reached ({about}); check the network"
+    except Exception as error:  # of the HTTP library that the hub's client has in this version
+        reason = f"can't be had from the hub ({_first_line(error)}); give the command again"
+    raise Fault(f"--from: the data set '{name}' {reason}, or {by_hand(out)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:300]
+
+
+def _variants(place: Path, temporary: Path, source: str) -> dict[str | None, Path]:
     """The folders with TRACE's tasks at `place` by the variant's name, None where neither folder nor archive
     tells it. Archives in a folder without such tasks are unpacked too.
     """
@@ -155,12 +275,12 @@ def _variants(place: Path, temporary: Path) -> dict[str | None, Path]:
         archives = sorted(path for path in place.rglob("*") if path.name.lower().endswith(ARCHIVES))[:20]
     for number, archive in enumerate(archives):
         target = temporary / f"unpacked-{number}"
-        unpack(archive, target)
+        unpack(archive, target, source if archive == place else f"{source}/{archive.relative_to(place)}")
         found |= _layouts(target, archive.name)
     if not found:
         tasks = ", ".join(load_benchmark(TRACE).tasks)
         raise Fault(
-            f"{place} holds no task of TRACE ({tasks}): expected <task>/train.json, eval.json and test.json "
+            f"{source} holds no task of TRACE ({tasks}): expected <task>/train.json, eval.json and test.json "
             "somewhere in it; give TRACE's archive, or a folder with its tasks"
         )
     return found
@@ -209,46 +329,51 @@ def _written(source: Path, target: Path) -> Path:
     return target
 
 
-def unpack(archive: Path, target: Path) -> None:
-    """Unpack the .json files of a zip or tar archive into `target`. Raises Fault for an archive that is
-    broken, whose names lead out of it, that holds links or devices, or that is larger than is plausible.
+def unpack(archive: Path, target: Path, called: str) -> None:
+    """Unpack the .json files of a zip or tar archive into `target`. `called`: its name for the user. Raises
+    Fault for an archive that is broken, whose names lead out of it, that holds links or devices, or that is
+    larger than is plausible.
     """
     left = [MOST_BYTES]
     try:
-        for number, member in enumerate(_members(archive)):
+        for number, member in enumerate(_members(archive, called)):
             if number >= MOST_FILES:
-                raise Fault(f"{archive} holds more than {MOST_FILES:,d} files; give TRACE's archive")
-            parts = _safe(member.name, archive)
+                raise Fault(f"{called} holds more than {MOST_FILES:,d} files; give TRACE's archive")
+            parts = _safe(member.name, called)
             if not parts[-1].lower().endswith(".json") or parts[-1].startswith("._"):
                 continue
             path = target.joinpath(*parts)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with member.open() as source, open(path, "wb") as file:
-                _copy(source, file, left, str(archive))
+            with member.open() as source, _writing(path) as file:
+                _copy(source, file, left, called)
     except BROKEN as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise Fault(f"{archive} can't be unpacked ({reason}); download it again") from None
+        raise _broken(called, error) from None
 
 
-def _members(archive: Path) -> Iterator[Member]:
+def _broken(called: str, error: Exception) -> Fault:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return Fault(f"{called} can't be unpacked ({reason}); download it again")
+
+
+def _members(archive: Path, called: str) -> Iterator[Member]:
     """The files of an archive, in its order."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as opened:
             for info in opened.infolist():
                 mode = info.external_attr >> 16
                 if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
-                    raise _link(info.filename, archive)
+                    raise _link(info.filename, called)
                 if not info.is_dir():
                     yield Member(info.filename, partial(opened.open, info))
     elif tarfile.is_tarfile(archive):
         with tarfile.open(archive) as opened:
             for info in opened:
                 if not (info.isfile() or info.isdir()):
-                    raise _link(info.name, archive)
+                    raise _link(info.name, called)
                 if info.isfile():
                     yield Member(info.name, partial(_tar_file, opened, info))
     else:
-        raise Fault(f"{archive} is no zip or tar archive; give one ({', '.join(ARCHIVES)}), or a folder")
+        raise Fault(f"{called} is no zip or tar archive; give one ({', '.join(ARCHIVES)}), or a folder")
 
 
 def _tar_file(archive: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
@@ -257,11 +382,11 @@ def _tar_file(archive: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
     return found
 
 
-def _link(name: str, archive: Path) -> Fault:
-    return Fault(f"{archive}: {shown(name)} is a link or a device, and TRACE has none; nothing was unpacked")
+def _link(name: str, called: str) -> Fault:
+    return Fault(f"{called}: {shown(name)} is a link or a device, and TRACE has none; nothing was unpacked")
 
 
-def _safe(name: str, archive: Path) -> tuple[str, ...]:
+def _safe(name: str, called: str) -> tuple[str, ...]:
     """The parts of a name that stays within the folder that it is unpacked to."""
     parts = PurePosixPath(name).parts
     odd = not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name
@@ -270,14 +395,26 @@ def _safe(name: str, archive: Path) -> tuple[str, ...]:
         or re.match(r"[A-Za-z]:", name)
         or max(len(part.encode("utf-8", "replace")) for part in parts) > 255
     ):
-        raise Fault(f"{archive}: the name {shown(name)} leads out of the archive; nothing was unpacked")
+        raise Fault(f"{called}: the name {shown(name)} leads out of the archive; nothing was unpacked")
     return parts
 
 
-def _copy(source: IO[bytes], target: IO[bytes], left: list[int], what: str) -> None:
+def _copy(source: IO[bytes], target: IO[bytes], left: list[int], called: str) -> None:
     """Copy all bytes, at most those that are `left`, which is lowered."""
-    while chunk := source.read(CHUNK):
+    for chunk in iter(partial(_unpacked, source, called), b""):
         left[0] -= len(chunk)
         if left[0] < 0:
-            raise Fault(f"{what} holds more than {MOST_BYTES >> 30} GiB; give TRACE's archive")
+            raise _too_large(called)
         target.write(chunk)
+
+
+def _unpacked(source: IO[bytes], called: str) -> bytes:
+    """The next bytes of a file in an archive."""
+    try:
+        return source.read(CHUNK)
+    except (*BROKEN, OSError) as error:
+        raise _broken(called, error) from None
+
+
+def _too_large(called: str) -> Fault:
+    return Fault(f"{called} holds more than {MOST_BYTES >> 30} GiB; give TRACE's archive")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from codyra_llm.config.benchmark import load_benchmark
+from codyra_llm.config.sections import FILE
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import file_sha256
 from codyra_llm.data import sources
@@ -56,7 +57,8 @@ class Stream:
                     sources.place(self.root, name, self.benchmark.task(name), key) for key in ("eval", "test")
                 )
                 raise Fault(
-                    f"{own} has no prompt that {Path(test).name} lacks; give an eval split of its own"
+                    f"{own} has no prompt that {Path(test).name} lacks, and settings are not chosen on test; "
+                    f"give an eval split of its own, or a {FILE} that names files for train and test alone"
                 )
         return rows[: self.data.max_train_examples] if split == "train" else rows
 

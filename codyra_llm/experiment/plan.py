@@ -83,7 +83,7 @@ def plan(recipe: Recipe, console: Console) -> None:
     read = list(splits(setup.recipe, setup.stream, bool(setup.method.trains)))
     read = as_presented(setup.method, setup.stream, setup.encoder, read)
     hinted = hints(setup.recipe, read, setup.encoder, model.config, setup.base)
-    for hint in [*setup.stream.remarks(), *hinted]:
+    for hint in [*setup.stream.remarks(), *_cut(setup, work), *hinted]:
         console.print(f"note: {hint}", style="yellow", soft_wrap=True)
     size, schedule = setup.recipe.optim.batch_size, setup.recipe.optim.schedule
     steps = [task.steps(size) for task in work.tasks]
@@ -201,6 +201,20 @@ def _table(setup: Setup, work: Work) -> Table:
             ]
         table.add_row(task, *training, str(len(setup.test(index))), str(setup.new_tokens(index)))
     return table
+
+
+def _cut(setup: Setup, work: Work) -> list[str]:
+    """A sentence for each task that loses a part of most of its examples."""
+    limits, found = setup.recipe.data, []
+    for name, data in zip(setup.recipe.tasks, work.tasks, strict=False):  # of no tasks where nothing trains
+        cut = [example for example in data.examples if example.cut]
+        if 2 * len(cut) > len(data.examples):
+            found.append(
+                f"{name}: {len(cut)} of {len(data.examples)} training examples are cut, prompts to "
+                f"data.max_prompt_tokens ({limits.max_prompt_tokens}) or answers to data.max_answer_tokens "
+                f"({limits.max_answer_tokens}); raise these to have them whole"
+            )
+    return found
 
 
 def _shown(setup: Setup, example: Encoded) -> Text:

@@ -185,7 +185,7 @@ def prepare(
                 faults += _warm_up(recipe, index, visited[1], method.epochs_apart(stream, index))
         if method.trains and recipe.optim.validate_every:
             tried(stream.records, index, "eval")
-        tried(stream.records, index, recipe.eval.split)
+        faults += _unanswered(recipe, index, tried(stream.records, index, recipe.eval.split) or [])
     general = recipe.general
     harness = tried(suite.find, general) if general.data not in (None, "mini") else {}
     for ability in (harness or {}).values():
@@ -273,6 +273,17 @@ def _render(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> tuple[
             "prompts would be once more; set it to false"
         ]
     return ByTemplate(tokenizer), faults
+
+
+def _unanswered(recipe: Recipe, index: int, rows: list[dict]) -> list[str]:
+    """Fault: a task that nothing can be scored on, as TRACE's Lima."""
+    if not rows or any(row["answer"].strip() for row in rows):
+        return []
+    name = recipe.tasks[index]
+    return [
+        f"data.tasks: none of the {len(rows)} {recipe.eval.split} records of {name} has an answer, so it "
+        f"can't be scored; leave it out (method replay takes such a set by method.general={name})"
+    ]
 
 
 def _warm_up(recipe: Recipe, index: int, epochs: list[range], apart: int) -> list[str]:

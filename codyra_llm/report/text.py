@@ -10,6 +10,8 @@ from codyra_llm.report import judged
 from codyra_llm.report.summary import MEASURES, by_projection
 from codyra_llm.store.rows import UpdateRow
 
+COLUMNS = 80  # of a terminal; a score and the space around it take six
+
 
 def methods_table() -> Table:
     """The methods' declarations, for the terminal."""
@@ -61,7 +63,22 @@ def _cell(value: float | None) -> str:
 
 
 def table(found: dict) -> Table:
-    """The score matrix for the terminal, measures in its caption."""
+    """The scores for the terminal, measures in the caption: the matrix, or where that would be too wide what
+    matters of it.
+    """
+    fits = max(map(len, found["tasks"])) + 6 * len(found["tasks"]) < COLUMNS
+    out = _matrix(found) if fits else _by_task(found)
+    out.caption = "   ".join(f"{name} {found[name]:.2f}" for name in MEASURES if found[name] is not None)
+    if found["general"]:
+        out.caption += "\ngeneral ability, before → after: " + ", ".join(
+            f"{name} {_cell(v.get('before'))} → {_cell(v.get('after'))}"
+            for name, v in found["general"].items()
+        )
+        out.caption += "".join(f"\n{line}" for line in _change(found))
+    return out
+
+
+def _matrix(found: dict) -> Table:
     out = Table(
         Column("after", no_wrap=True),
         *(Column(task, justify="right") for task in found["tasks"]),
@@ -74,13 +91,23 @@ def table(found: dict) -> Table:
     for task, row in [("base", found["zero_shot"] or []), *trained]:
         if row:
             out.add_row(task, *map(_cell, row))
-    out.caption = "   ".join(f"{name} {found[name]:.2f}" for name in MEASURES if found[name] is not None)
-    if found["general"]:
-        out.caption += "\ngeneral ability, before → after: " + ", ".join(
-            f"{name} {_cell(v.get('before'))} → {_cell(v.get('after'))}"
-            for name, v in found["general"].items()
-        )
-        out.caption += "".join(f"\n{line}" for line in _change(found))
+    return out
+
+
+def _by_task(found: dict) -> Table:
+    """A row per task; the matrix is in report.md."""
+    out = Table(
+        Column("task", no_wrap=True),
+        *(Column(name, justify="right", no_wrap=True) for name in ("base", "just learnt", "at the end")),
+        box=SIMPLE,
+        title=f"{found['method']}: score on each task (after each task: report.md)",
+    )
+    rows = found["matrix"]
+    for i, task in enumerate(found["tasks"]):
+        base = found["zero_shot"][i] if found["zero_shot"] else None
+        learnt = rows[i][i] if i < len(rows) and i < len(rows[i]) else None
+        last = rows[-1][i] if rows and i < len(rows[-1]) else None
+        out.add_row(task, *map(_cell, (base, learnt, last)))
     return out
 
 

@@ -221,6 +221,13 @@ row("a list as answer")(lambda p: p.records([{"prompt": "a", "answer": ["b", "c"
 row("an object as answer")(lambda p: p.records([{"prompt": "a", "answer": {"text": "b"}}]))
 row("null as prompt")(lambda p: p.records([{"prompt": None, "answer": "b"}]))
 row("an empty answer to learn")(lambda p: p.records([{"prompt": "a", "answer": ""}]))
+row("a test split without any answer")(lambda p: p.records([{"prompt": "a", "answer": ""}], "test"))
+row("an eval split that is the test split, where settings are chosen on it")(
+    lambda p: (
+        (p.data / "ONE/eval.json").write_bytes((p.data / "ONE/test.json").read_bytes()),
+        p.recipe(None, "optim.validate_every=1"),
+    )[-1]
+)
 row("half of a surrogate pair in a record")(lambda p: p.records('[{"prompt": "\\ud800", "answer": "b"}]'))
 row("a NUL byte in a record")(lambda p: p.records('[{"prompt": "a\\u0000", "answer": "b"}]'))
 row("a raw NUL byte")(lambda p: p.records(b'[{"prompt": "a\0", "answer": "b"}]'))

@@ -1,6 +1,7 @@
 """The command line as a user meets it: in-process, exit codes and output."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -95,6 +96,22 @@ def test_plan_shows_the_label_mask_and_trains_nothing(capsys, tiny_llama, toy_st
         and "memory" in out
         and "disk" in out
     )
+
+
+def test_a_plan_says_which_tasks_are_cut(capsys, tiny_llama, toy_stream, tmp_path):
+    words = [
+        "plan",
+        "quickstart",
+        f"model.path={tiny_llama}",
+        f"data.root={toy_stream}",
+        "data.tasks=[THREE]",
+    ]
+    words += ["general.data=null", f"output={tmp_path / 'run'}"]
+    code, out, _ = call(capsys, *words, "data.max_prompt_tokens=24")
+    cut = r"note: THREE: (\d+) of \1 training examples are cut, prompts to data.max_prompt_tokens \(24\)"
+    assert code == 0 and re.search(cut, out)
+    code, out, _ = call(capsys, *words, "data.max_prompt_tokens=100")
+    assert code == 0 and "are cut" not in out
 
 
 def test_data_check(capsys, toy_stream, tmp_path):

@@ -18,6 +18,7 @@ from codyra_llm.data.reasoning import reasoned_answer, reasoned_prompt
 DATA_VERSION = 2
 # Bases that `pretrain.py` made with the seeds 0, 1 and 2; results over bases need more than one.
 BASES = ("mini", "mini-1", "mini-2")
+BASES_VERSION = 1  # part of their cached folders' names: raise it when what is in `bases/` changes
 Made = TypeVar("Made", bound=tuple[str, ...])
 
 
@@ -78,8 +79,21 @@ def mini_data(seed: int = 0) -> Path:
 
 
 def mini_model(name: str = "mini") -> Path:
-    """The folder of a small LLaMA of `BASES`, as it is shipped."""
-    return Path(__file__).parent / "bases" / name
+    """The cached folder of a small LLaMA of `BASES`, in float32, written on first use.
+
+    It is shipped in bfloat16, which holds its weights exactly at half the size. Runs get it in float32, so
+    that `model.dtype: auto` and the dtype of exports are the same on every CPU.
+    """
+    shipped = Path(__file__).parent / "bases" / name
+    return _cached(f"{name}-v{BASES_VERSION}", lambda out: _widen(shipped, out))
+
+
+def _widen(base: Path, out: Path) -> None:
+    import torch  # makers of data do without it
+
+    from codyra_llm.models.saved import copy_model
+
+    copy_model(base, out, lambda name, weight: weight, torch.float32)
 
 
 def _cached(name: str, make: Callable[[Path], None]) -> Path:

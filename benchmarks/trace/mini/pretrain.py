@@ -124,18 +124,12 @@ def small_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
-def round_weights(model: LlamaForCausalLM) -> None:
-    """Round every weight to the nearest number that bfloat16 holds, in place."""
-    for weight in model.parameters():
-        weight.data = weight.data.bfloat16().float()
-
-
 def pretrain_mini(out: Path, seed: int = 0, steps: int = 1500) -> None:
     """Train tokenizer and model from nothing and write the Hugging Face folder `out`.
 
-    One of the `steps` steps sees about 33 examples; 1500 take about a minute on two free cores. The weights
-    are float32 numbers that bfloat16 holds, so that they pack to half their size. Sets the global random
-    seed. Replaces `out` when all is done.
+    One of the `steps` steps sees about 33 examples; 1500 take about a minute on two free cores. Training is
+    in float32, and the weights are rounded to bfloat16 when they are written. Sets the global random seed.
+    Replaces `out` when all is done.
     """
     rng = random.Random(f"pretrain {seed}")
     pairs = skill_records(rng, steps * ROWS * 6)
@@ -169,8 +163,7 @@ def pretrain_mini(out: Path, seed: int = 0, steps: int = 1500) -> None:
             data_collator=default_data_collator,
         ).train()
         model.config.use_cache = True
-        round_weights(model)
-        write_model(model, tokenizer, scratch)
+        write_model(model.bfloat16(), tokenizer, scratch)
 
 
 if __name__ == "__main__":

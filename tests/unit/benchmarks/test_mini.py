@@ -2,7 +2,6 @@
 again.
 """
 
-import gzip
 import hashlib
 import json
 import random
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from codyra_llm.benchmarks.trace.mini import make, pretrain, skills
@@ -241,8 +241,9 @@ def test_tokenizer_adds_bos_once_and_keeps_sequences_short(root, small):
 
 
 def test_small_model_loads_with_finite_weights_and_generates(small):
-    model = AutoModelForCausalLM.from_pretrained(small)
+    model = AutoModelForCausalLM.from_pretrained(small, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(small)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert all(torch.isfinite(p).all() for p in model.parameters()) and model.config.use_cache
     assert len(tokenizer) == model.config.vocab_size and list(small.glob("*.safetensors"))
     ids = tokenizer(["Reverse: dog cat\nAnswer:"], return_tensors="pt", return_token_type_ids=False)
@@ -250,13 +251,43 @@ def test_small_model_loads_with_finite_weights_and_generates(small):
     assert generated.shape[1] == ids.input_ids.shape[1] + 3
 
 
+def dtypes(folder: Path) -> dict[str, str]:
+    """The dtype of every tensor in a model folder, by name."""
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {name: file.get_slice(name).get_dtype() for name in file.keys()}
+
+
+def test_a_shipped_base_is_as_the_pretraining_writes_it(small):
+    shipped = Path(make.__file__).parent / "bases"
+    assert {path.name for path in shipped.iterdir()} == set(make.BASES)
+    for base in shipped.iterdir():
+        assert {path.name for path in base.iterdir()} == {path.name for path in small.iterdir()}
+        assert dtypes(base) == dtypes(small) and set(dtypes(base).values()) == {"BF16"}
+        assert (base / "model.safetensors").stat().st_size < 1_000_000
+
+
+# The weights' file of each, as the results of benchmarks/trace/results were measured with.
+WIDENED = {
+    "mini": "bdf520c0de5d1723cb51d80f44fdbe0198e51e13e4ff9d0993775746aafa8075",
+    "mini-1": "bc0bc1fb827dd87ae7c34abb7102b938bb4e7d711b5a64a2ef1106b2f222c7cb",
+    "mini-2": "bc6e74ae2b53cb7c40efa75391ec7c7f82b0a0a12ba09e187f30ca874f81b227",
+}
+
+
 @pytest.mark.parametrize("name", make.BASES)
-def test_a_shipped_base_is_as_the_pretraining_writes_it_and_knows_the_general_skills(root, small, name):
+def test_a_base_is_unpacked_to_the_same_float32_everywhere(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("CODYRA_CACHE", str(tmp_path))
     folder = make.mini_model(name)
-    assert {path.name for path in folder.iterdir()} == {path.name for path in small.iterdir()}
+    assert folder.parent == tmp_path
+    assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == WIDENED[name]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["dtype"] == config["torch_dtype"] == "float32"
+
+
+@pytest.mark.parametrize("name", make.BASES)
+def test_a_shipped_base_knows_the_general_skills(root, name):
+    folder = make.mini_model(name)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    assert all(torch.equal(p, p.bfloat16().float()) for p in model.parameters())
-    assert len(gzip.compress((folder / "model.safetensors").read_bytes())) < 1_000_000
     records = read(root, "general/successor", "test")[:40]
     prompts = [tokenizer(record["prompt"])["input_ids"] for record in records]
     answers = generate_ids(model.eval(), prompts, 12, [tokenizer.eos_token_id])
@@ -267,7 +298,8 @@ def test_a_shipped_base_is_as_the_pretraining_writes_it_and_knows_the_general_sk
 
 def test_packed_examples_do_not_see_each_other(small):
     """The summed loss of packed rows equals that of every example alone."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(small), AutoTokenizer.from_pretrained(small)
+    tokenizer = AutoTokenizer.from_pretrained(small)
+    model = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32)
     examples = pretrain.encode(tokenizer, skills.skill_records(random.Random(0), 24))
 
     def loss(batch: dict[str, list[int]]) -> float:

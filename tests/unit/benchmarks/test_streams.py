@@ -4,13 +4,15 @@ prompts of their authors' code, written out; data in their layout, made here."""
 import json
 
 import pytest
+from archives import packed
 from helpers import ROOT
 from own_benchmark import faults
 
 from codyra_llm.config.benchmark import benchmark_folder, load_benchmark
 from codyra_llm.config.recipe import parse_recipe
 from codyra_llm.config.sections import FILE, SHIPPED
-from codyra_llm.data.check import check
+from codyra_llm.data.check import check, check_root
+from codyra_llm.data.fetch import get
 from codyra_llm.data.sources import read
 from codyra_llm.experiment.setup import prepare
 
@@ -158,3 +160,57 @@ def test_a_recipe_names_it(tmp_path, tiny_llama):
     assert setup.stream.records(0, "test")[0]["prompt"].startswith("Task:TC\nDataset:yahoo\n")
     (message,) = faults(parse_recipe, {**raw, "data": {"benchmark": "superni"}})
     assert "'root' is missing; add it: the folder that holds the data of superni" in message
+
+
+TRACE_TASKS = [
+    "C-STANCE",
+    "FOMC",
+    "MeetingBank",
+    "Py150",
+    "ScienceQA",
+    "NumGLUE-cm",
+    "NumGLUE-ds",
+    "20Minuten",
+]
+OLORA_TASKS = sum(CATEGORIES.values(), [])
+
+
+def treelora(folder):
+    """The files of TreeLoRA's archive: TRACE's layout; eval equal to test and labels in O-LoRA's tasks; no
+    answers in the test of Lima."""
+    content = {}
+    for name in [*TRACE_TASKS, *OLORA_TASKS, "Lima"]:
+        for split in ("train", "eval", "test"):
+            kind = "test" if split == "eval" and name not in TRACE_TASKS else split
+            answers = ["" if name == "Lima" and kind == "test" else label for label in ("True", "False")]
+            rows = [{"prompt": f"{name} {kind} {i}\nAnswer:", "answer": a} for i, a in enumerate(answers)]
+            content[f"{folder}/{name}/{split}.json"] = json.dumps(rows).encode()
+        if name in OLORA_TASKS:
+            content[f"{folder}/{name}/labels.json"] = b'["True", "False"]'
+    return content
+
+
+def test_the_24_folders_of_treelora_are_tasks_of_trace(tmp_path, tiny_llama):
+    """Oracle: its `collect_results.py`, accuracy for each of the fifteen, and none for Lima."""
+    archive = packed(tmp_path / "LLM-CL-Benchmark_500.tar.xz", treelora("LLM-CL-Benchmark_500"))
+    (root,) = get("trace", tmp_path / "data", source=str(archive))
+    report = check_root(root)
+    (found,) = report["variants"].values()
+    assert len(found) == 24 and report["faults"] == []
+    names = [*TRACE_TASKS, *OLORA_TASKS]
+
+    def asked(**data):
+        raw = {"model": {"path": str(tiny_llama)}, "method": "none", "output": str(tmp_path / "o")}
+        given = {"root": str(root), "tasks": names, "max_prompt_tokens": 32, "max_answer_tokens": 4}
+        return parse_recipe({**raw, "data": given | data})
+
+    for protocol, metric in (("trace", "exact_match"), ("treelora", "exact_match_treelora")):
+        setup = prepare(asked(protocol=protocol))
+        assert {name: setup.metrics[name][0] for name in OLORA_TASKS} == dict.fromkeys(OLORA_TASKS, metric)
+        assert setup.metrics["20Minuten"][0] == "sari"
+        assert setup.stream.epochs == [5, 3, 7, 5, 3, 5, 5, 7] + [1] * 15
+    message = faults(prepare, asked(tasks=[*names, "Lima"]))
+    assert message == [
+        "data.tasks: none of the 2 test records of Lima has an answer, so it can't be scored; leave it out "
+        "(method replay takes such a set by method.general=Lima)"
+    ]

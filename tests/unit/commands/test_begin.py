@@ -58,6 +58,18 @@ def test_a_benchmark_of_ones_own_is_told_from_trace(tmp_path, capsys):
     assert load_recipe(tmp_path / "a.yaml").tasks == ["letters", "replies"]
 
 
+def test_odd_names(tmp_path, capsys, monkeypatch):
+    """A file is no folder of tasks; a command that is shown can be pasted."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
+    code, _, err = call(capsys, "recipe", "init", "a.yaml", "--yes", "--data", "mine.csv")
+    assert code == 2 and "'mine.csv' is a file, and data is a folder; start one with `codyra-llm bench" in err
+    _, out, _ = call(capsys, "recipe", "init", "my own.yaml", "--yes")
+    assert out == "recipe: my own.yaml; check it with `codyra-llm plan 'my own.yaml'`\n"
+    _, out, _ = call(capsys, "benchmark", "new", "my own")
+    assert out == "benchmark: my own; try `codyra-llm plan 'my own/recipe.yaml'`\n"
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_commented_out_is_the_default(name, tmp_path, capsys):
     """With every comment taken off the recipe is the same, and each line has a meaning."""

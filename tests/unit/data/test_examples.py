@@ -61,7 +61,7 @@ def test_missing_split_and_missing_root(root):
     "content, expected",
     [
         (b'[\n {"prompt": "a" "answer": "b"}]', "line 2, column 17"),
-        (b'[{"prompt": "\xff"}]', "byte 13 is not UTF-8"),
+        (b'[{"prompt": "\xff"}]', "byte 13, in line 1, is not UTF-8"),
         ({"prompt": "a", "answer": "b"}, "holds a dict"),
         ([], "holds an empty list"),
         (

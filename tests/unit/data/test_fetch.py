@@ -1,54 +1,16 @@
 """TRACE's data out of what people have. Oracle: the files that were packed."""
 
-import io
-import json
 import stat
 import tarfile
-import threading
 import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from archives import BENCHMARK, files, laid_out, packed
 from helpers import call
 from own_benchmark import faults
 
 from codyra_llm.data import fetch
-from codyra_llm.data.fetch import AUTHORS, COPY, get, unpack
-
-SPLITS = ("train", "eval", "test")
-BENCHMARK = "LLM-CL-Benchmark_500"
-
-
-def files(folder, tasks=("FOMC", "20Minuten", "Lima")):
-    """Names and contents of the tasks below a folder in an archive."""
-    return {
-        f"{folder}/{task}/{split}.json".lstrip("/"): json.dumps(
-            [{"prompt": f"{folder} {task} {split} {i}", "answer": "ä"} for i in range(2)]
-        ).encode()
-        for task in tasks
-        for split in SPLITS
-    }
-
-
-def packed(path, content):
-    """An archive as the suffix of its name says."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, data in content.items():
-                archive.writestr(name, data)
-        return path
-    kind = {".tar": "w", ".gz": "w:gz", ".tgz": "w:gz", ".xz": "w:xz"}[path.suffix]
-    with tarfile.open(path, kind) as archive:
-        for name, data in content.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return path
-
-
-def laid_out(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+from codyra_llm.data.fetch import get, unpack
 
 
 @pytest.mark.parametrize("name", ["t.zip", "t.tar", "t.tar.gz", "t.tgz", "t.tar.xz"])
@@ -138,8 +100,8 @@ def zip_link(path):
 def test_an_archive_that_does_harm_is_refused(tmp_path, monkeypatch, make, expected):
     monkeypatch.setattr(fetch, "MOST_BYTES", 1000)
     monkeypatch.setattr(fetch, "MOST_FILES", 8)
-    (message,) = faults(unpack, make(tmp_path), tmp_path / "out" / "deep")
-    assert expected in message
+    (message,) = faults(unpack, make(tmp_path), tmp_path / "out" / "deep", "A")
+    assert message.startswith("A") and expected in message
     assert {path.name for path in tmp_path.iterdir()} <= {"a.zip", "a.tar", "a.tar.xz", "out"}
 
 
@@ -147,47 +109,8 @@ def test_an_archive_that_does_harm_is_refused(tmp_path, monkeypatch, make, expec
 def test_an_archive_that_is_cut_off_is_one_sentence(tmp_path, name):
     whole = packed(tmp_path / name, {f"{i}.json": bytes(range(256)) * 40 for i in range(9)}).read_bytes()
     (tmp_path / name).write_bytes(whole[: len(whole) // 2])
-    (message,) = faults(unpack, tmp_path / name, tmp_path / "out")
+    (message,) = faults(get, "trace", tmp_path / "out", "500", str(tmp_path / name))
     assert str(tmp_path / name) in message and ("download it again" in message or "is no zip" in message)
-
-
-@pytest.fixture
-def server():
-    """Answers by path: the bytes that are put into its `answers`."""
-    answers = {}
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            data = answers.get(self.path)
-            self.send_response(200 if data else 404)
-            self.send_header("Content-Length", str(len(data or b"") + self.path.count("cut")))
-            self.end_headers()
-            self.wfile.write(data or b"")
-
-        def log_message(self, *args):
-            pass
-
-    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{running.server_port}", answers
-    running.shutdown()
-    running.server_close()
-
-
-def test_an_address(tmp_path, server):
-    address, answers = server
-    data = packed(tmp_path / "t.tar.xz", files("x")).read_bytes()
-    answers |= {f"/{BENCHMARK}.tar.xz?raw=1": data, "/page": b"<html>", "/cut": data}
-    (folder,) = get("trace", tmp_path / "out", None, f"{address}/{BENCHMARK}.tar.xz?raw=1")
-    assert laid_out(folder) == {name[2:]: content for name, content in files("x").items()}
-    for path, expected in (
-        ("/none", "can't be fetched (Not Found)"),
-        ("/page", "gives no archive, perhaps a page for browsers"),
-        ("/cut", "can't be fetched (it ended early)"),
-    ):
-        (message,) = faults(get, "trace", tmp_path / "no", None, address + path)
-        assert expected in message and AUTHORS in message and COPY in message
-        assert f"codyra-llm data get trace --from FILE {tmp_path / 'no'}" in message
 
 
 @pytest.mark.parametrize(
@@ -214,7 +137,12 @@ def test_an_address(tmp_path, server):
             "--from: 'nowhere.zip' is no archive or folder that is here, no address",
         ),
         ("trace", None, "own/er/x", "--from: 'own/er/x' is no archive or folder that is here"),
-        ("trace", None, "owner/name", "the data set 'owner/name' can't be had from the hub ("),
+        (
+            "trace",
+            None,
+            "owner/name",
+            "'owner/name' can't be had, since the hub can't be reached (HF_HUB_OFFLINE is set); check the",
+        ),
         ("trace", None, "http://127.0.0.1:1/a.zip", "http://127.0.0.1:1/a.zip can't be fetched ([Errno 111]"),
     ],
 )
@@ -222,19 +150,6 @@ def test_what_can_not_be_had_is_one_sentence(tmp_path, monkeypatch, name, varian
     monkeypatch.chdir(tmp_path)
     (message,) = faults(get, name, tmp_path / "out", variant, source)
     assert expected in message
-
-
-def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
-    """In place of the hub's client, one that lays down what it would."""
-
-    def snapshot(name, repo_type, local_dir):
-        assert (name, repo_type) == ("owner/name", "dataset")
-        packed(local_dir / f"{BENCHMARK}.zip", files("a"))
-        return str(local_dir)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    (folder,) = get("trace", tmp_path / "out", None, "owner/name")
-    assert folder.name == BENCHMARK and len(laid_out(folder)) == 9
 
 
 def test_the_command_checks_what_it_wrote(tmp_path, capsys):

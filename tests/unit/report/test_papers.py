@@ -2,6 +2,8 @@
 
 import csv
 import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -115,7 +117,8 @@ def test_latex_of_a_sweep(sweep, tmp_path):
     high, low = (np.mean(LIFTS[arm]) + OP for arm in ("b%plus", "a_base"))
     assert re.search(rf"^b\\%plus & .*\$\\mathbf{{{high:.1f}}} \\pm ", text, re.M)
     assert re.search(rf"^a\\_base & .*\$\\underline{{{low:.1f}}} \\pm ", text, re.M)
-    assert text.count(r"\toprule") == text.count(r"\bottomrule") == text.count(r"\begin{table}") == 3
+    assert text.count(r"\toprule") == text.count(r"\bottomrule") == text.count(r"\begin{tabular}")
+    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 3
     assert "<script" not in text and r"A\textless{}script\textgreater{}" in text
     assert_balanced(text)
     assert text.count(r"$\pm$ is half the 95 \% interval over runs") == 3
@@ -163,6 +166,83 @@ def test_no_name_is_a_command():
         r"\textbar",
         r"\textless",
         r"\textgreater",
-        r"\textquotedbl",
-        r"\textquotedbl",
+        r"\char",
+        r"\char",
     ]
+
+
+def test_a_wide_table_goes_on_below_and_long_heads_are_stacked():
+    heads = [f"a long [name] {i}" for i in range(14)]
+    rows = [(arm, [Cell(i, f"{i}0.0 ± 10.0") for i in range(14)]) for arm in ("one", "two")]
+    text = latex([Grid("scores", "arm", heads, rows)])
+    parts = [re.findall(r"^one & .*", part, re.M) for part in text.split(r"\toprule")[1:]]
+    assert [len(lines) for lines in parts] == [1, 1, 1, 1]
+    assert sum(lines[0].count("&") for lines in parts) == 14
+    numbers = re.findall(r"\$(\d+)0\.0 ", "".join(lines[0] for lines in parts))
+    assert [*map(int, numbers)] == list(range(14))
+    assert text.count(r"\shortstack[r]{a\\long\\{[}name]\\3}") == 1
+
+
+def test_equal_values_are_not_compared():
+    rows = [(name, [Cell(1.0, "1.0")]) for name in "ab"]
+    assert "mathbf" not in latex([Grid("scores", "", ["up"], rows, "", {"up": 1})])
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("[x]", "{[}x]"),  # after \\ it would be a length, and pdfTeX waits for its end without end
+        ("*x", "{*}x"),  # \\* is a command
+        ("--lr---", "-{}-lr-{}-{}-"),  # and no dashes
+        ("?`''", "?\\textasciigrave{}'{}'"),
+        ("λ = 0.1, Ωπ", r"$\lambda$ = 0.1, $\Omega$$\pi$"),
+        ("a\0b\x1b", "a?b?"),
+        ("naïve", "naïve"),
+    ],
+)
+def test_names_are_typeset_as_they_are_written(name, expected):
+    assert escaped(name) == expected
+
+
+NAMES = [
+    "a_b%c&d#e~f^g\\h$i{j}",
+    "[x]",
+    "*x",
+    "--lr",
+    "?`''",
+    "λ=0.1 ≤ ∞",
+    '"q"',
+    "<b> | naïve ‖ΔW‖",
+    "\\input{t}",
+]
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="pdflatex is not installed")
+@pytest.mark.parametrize("encoding", ["OT1", "T1"])
+def test_pdflatex_typesets_it(tmp_path, encoding):
+    heads = ["up", *(f"a measure {i}" for i in range(8)), *NAMES]
+    rows = []
+    for i, name in enumerate(NAMES):
+        rows.append((name, [Cell(i, f"{10 + i}.0 ± 10.2") for _ in range(9)] + [Cell(n, n) for n in NAMES]))
+    grids = [Grid(f"scores, {name}", name, heads, rows, name, {"up": 1}) for name in NAMES]
+    (tmp_path / "t.tex").write_text(latex(grids), encoding="utf-8")
+    lines = [
+        r"\documentclass{article}",
+        r"\usepackage{booktabs,lmodern}",
+        rf"\usepackage[{encoding}]{{fontenc}}",
+    ]
+    lines += [r"\begin{document}", r"\input{t}", r"\end{document}"]
+    (tmp_path / "d.tex").write_text("\n".join(lines))
+    done = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "d.tex"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert (
+        not re.search("^!|Missing character", done.stdout, re.M)
+        and (tmp_path / "d.pdf").stat().st_size > 1000
+    )
