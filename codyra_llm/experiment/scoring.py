@@ -5,11 +5,13 @@ from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple
 
+from codyra_llm.config.benchmark import Benchmark
 from codyra_llm.evaluate.statistics import summarise_all
 from codyra_llm.experiment.experiment import Experiment
 from codyra_llm.experiment.setup import PROBE_TOKENS, Setup
 from codyra_llm.runtime import signals
 from codyra_llm.runtime.forecast import Piece
+from codyra_llm.runtime.launch import is_first, of_first, say, wait
 from codyra_llm.store import observer
 from codyra_llm.store.rows import GENERAL, TASK, ScoreRow, Stage
 
@@ -69,7 +71,7 @@ def measure(experiment: Experiment, stage: Stage, tasks: Iterable[int], general:
     """Score the model of `stage` on these `tasks`, and on what `general` asks for, as far as the folder has
     no row of that stage."""
     setup, tasks = experiment.setup, list(tasks)
-    done = experiment.of_first(lambda: experiment.store.scored(stage))
+    done = of_first(lambda: experiment.store.tasks_scored(stage))
     observer.expected(pieces(setup, stage, tasks, general, done))
     pending = [questions for questions in _due(setup, tasks, general) if questions.name not in done]
     if pending:
@@ -77,7 +79,7 @@ def measure(experiment: Experiment, stage: Stage, tasks: Iterable[int], general:
     names = [name for name in setup.suite if general and name not in done]
     if names:
         _measure_general(experiment, stage, names)
-    experiment.wait()
+    wait()
 
 
 def _due(setup: Setup, tasks: Iterable[int], general: bool) -> list[Questions]:
@@ -91,7 +93,7 @@ def _due(setup: Setup, tasks: Iterable[int], general: bool) -> list[Questions]:
 
 def _measure_tasks(experiment: Experiment, stage: Stage, pending: list[Questions]) -> None:
     """Answer and score the prompts in this process and the others of the launch."""
-    setup = experiment.setup
+    setup, protocol = experiment.setup, experiment.recipe.data.protocol
     observer.stage_begins(stage, Piece("load", "tasks", stage.step))
     with experiment.answering(stage) as ask:
         for questions in pending:
@@ -106,9 +108,10 @@ def _measure_tasks(experiment: Experiment, stage: Stage, pending: list[Questions
             predictions = ask(prompts, questions.new, number)
             if number is not None:
                 predictions = [setup.method.read(questions.name, text) for text in predictions]
-            if experiment.first:
-                row = _add_scores(experiment, stage, questions, predictions)
-                _say(experiment, row, time.perf_counter() - began)
+            if is_first():
+                row, lines = score_answers(questions, predictions, stage, setup.stream.benchmark, protocol)
+                experiment.store.add_scores(row, lines)
+                _say(row, time.perf_counter() - began)
 
 
 def _measure_general(experiment: Experiment, stage: Stage, names: list[str]) -> None:
@@ -128,19 +131,18 @@ def _measure_general(experiment: Experiment, stage: Stage, names: list[str]) -> 
         observer.stage_begins(stage, Piece("general", name, stage.step))
         began = time.perf_counter()
         found = harness.measure(lm, setup.suite[name], recipe.general, recipe.data.chat_template)
-        if experiment.first:
+        if is_first():
             folder = experiment.store.path / "lm_eval"
             harness.write(folder, stage.folder, lm, recipe.general, found)
             row = found.row(stage)
             experiment.store.add_scores(row, found.predictions)
-            _say(experiment, row, time.perf_counter() - began)
+            _say(row, time.perf_counter() - began)
 
 
-def _add_scores(
-    experiment: Experiment, stage: Stage, questions: Questions, predictions: list[str]
-) -> ScoreRow:
-    """Write the scores of these answers, and the answers; returns the row."""
-    benchmark, protocol = experiment.setup.stream.benchmark, experiment.recipe.data.protocol
+def score_answers(
+    questions: Questions, predictions: list[str], stage: Stage, benchmark: Benchmark, protocol: str
+) -> tuple[ScoreRow, list[dict]]:
+    """The row of scores of these answers, and a line for each with its own scores."""
     prompts = [record["prompt"] for record in questions.records]
     targets = [record["answer"] for record in questions.records]
     scores = benchmark.score(questions.name, prompts, predictions, targets)
@@ -160,9 +162,8 @@ def _add_scores(
     for i, (prompt, prediction, target) in enumerate(zip(prompts, predictions, targets, strict=True)):
         own = {name: values[i] for name, values in scores.items()}
         lines.append({"prompt": prompt, "prediction": prediction, "answer": target, **own})
-    experiment.store.add_scores(row, lines)
-    return row
+    return row, lines
 
 
-def _say(experiment: Experiment, row: ScoreRow, seconds: float) -> None:
-    experiment.say(f"after {row.after}: {row.task} {row.score:.1f}  ({row.headline}, {seconds:.0f} s)")
+def _say(row: ScoreRow, seconds: float) -> None:
+    say(f"after {row.after}: {row.task} {row.score:.1f}  ({row.headline}, {seconds:.0f} s)")

@@ -214,7 +214,7 @@ class RunFolder:
         self._write_rows("scores.jsonl", [*self.scores, row])
         observer.scored(row)
 
-    def scored(self, stage: Stage) -> set[str]:
+    def tasks_scored(self, stage: Stage) -> set[str]:
         """The tasks that have scores of this stage."""
         return {row.task for row in self.scores if row.step == stage.step}
 

@@ -17,7 +17,6 @@ from codyra_llm.bench.gpu.context import Context
 from codyra_llm.bench.gpu.shapes import PAD, adapted, examples, model
 from codyra_llm.config.sections import OptimSection
 from codyra_llm.runtime.launch import accelerator
-from codyra_llm.store.rows import LogRow
 from codyra_llm.train.trainer import TaskData, Trainer
 
 PACKAGE = f"{Path(__file__).parents[2]}/"
@@ -63,8 +62,7 @@ def watched(context: Context, made: Trainer, task: TaskData, kind: str) -> None:
 
 def fitted(made: Trainer, task: TaskData) -> dict:
     """Run `Trainer.fit`; the figures are of its second epoch on, when all is warm."""
-    rows: list[LogRow] = []
-    made.fit(task, 1, rows.append)
+    rows = list(made.fit(task, 1))
     warm = rows[len(rows) // len(task.epochs) :]
     seconds = [row.seconds for row in warm]
     return {
@@ -91,7 +89,8 @@ def waits(made: Trainer, task: TaskData) -> dict[str, int]:
         warnings.showwarning = told
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            made.fit(task, 1, lambda row: steps.append(Counter()))
+            for _ in made.fit(task, 1):
+                steps.append(Counter())
         finally:
             torch.cuda.set_sync_debug_mode("default")
     counted = sorted(steps[:-1], key=Counter.total)
@@ -113,17 +112,14 @@ def kernels(context: Context, made: Trainer, task: TaskData, kind: str) -> dict:
     """Of the last two steps: the share of the time in which kernels run, how many run, the longest, and those
     of Triton, of which there should be none. The whole profile goes to a file."""
     seen = profiled(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
-    times = []
-
-    def log(row: LogRow) -> None:
+    began = 0.0
+    for row in made.fit(task, 1):
         if row.step == row.steps - 2:
             context.wait()
             seen.start()
-            times.append(perf_counter())
-
-    made.fit(task, 1, log)
+            began = perf_counter()
     context.wait()
-    wall = perf_counter() - times[0]
+    wall = perf_counter() - began
     seen.stop()
     events = seen.key_averages()
     table = events.table(sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=90)
@@ -154,10 +150,10 @@ def within(context: Context, gigabytes: int, action: Callable[[], dict]) -> dict
 def training_without_memory(context: Context) -> dict:
     """Micro-batches of 131,072 tokens in 6 GB: they are halved until they fit, and the losses are finite."""
     made, given = trainer(context, "auto", 64, tokens=1 << 17), examples(context, 64, long=True)
-    task, rows = TaskData("T", 0, given, [range(64)] * 2, []), list[LogRow]()
+    task = TaskData("T", 0, given, [range(64)] * 2, [])
 
     def training() -> dict:
-        made.fit(task, 1, rows.append)
+        rows = list(made.fit(task, 1))
         return {
             "tokens at once": [row.micro_batch_tokens for row in rows],
             "losses": [row.loss for row in rows],
