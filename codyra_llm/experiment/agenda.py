@@ -53,7 +53,7 @@ def evaluations(setup: Setup) -> dict[str, list[str]]:
     return found
 
 
-def ahead(setup: Setup, folder: RunFolder, learnt: int) -> dict[Piece, float]:
+def remaining(setup: Setup, folder: RunFolder, learnt: int) -> dict[Piece, float]:
     """The pieces of work that are left once `learnt` tasks are learnt, in the order of the run, each with its
     amount: tokens to learn, prompts to answer, or 1."""
     due: dict[Piece, float] = {}

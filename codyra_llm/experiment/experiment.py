@@ -62,9 +62,8 @@ def torch_answering(experiment: Experiment, stage: Stage) -> Iterator[Callable]:
         return answers(acc, model, setup.encoder, texts, new, setup.recipe.eval.batch_tokens, condition)
 
     yield ask
-    model = conditions = (
-        None  # `ask` refers to them, and its caller may still hold it when the next model loads
-    )
+    # `ask` refers to them, and its caller may still hold it when the next model loads.
+    model = conditions = None
 
 
 @contextmanager

@@ -102,29 +102,30 @@ def _counted(section: JudgeSection, folder: RunFolder, name: str) -> str:
     return ", ".join(counts) or "nothing"
 
 
-def _questions(out: RunFolder, name: str) -> dict[str, tuple[str, tuple[str, str]]]:
+def _questions(folder: RunFolder, name: str) -> dict[str, tuple[str, tuple[str, str]]]:
     """`judge.questions` of all pairs."""
     return {
         digest: question
-        for pair in out.pairs(name)
+        for pair in folder.pairs(name)
         for digest, question in judge.questions(name, pair).items()
     }
 
 
-def _due(section: JudgeSection, out: RunFolder, name: str) -> list[str]:
+def _due(section: JudgeSection, folder: RunFolder, name: str) -> list[str]:
     """Digests of the questions that have no verdict: not asked yet, or the reply contained none."""
-    verdicts = Verdicts(out, name)
+    verdicts = Verdicts(folder, name)
     verdicts.begin()
     had = verdicts.of(section.model)
-    return [digest for digest in _questions(out, name) if had.get(digest) is None]
+    return [digest for digest in _questions(folder, name) if had.get(digest) is None]
 
 
-def _judge(section: JudgeSection, out: RunFolder, name: str, due: list[str]) -> None:
-    asked, verdicts = _questions(out, name), Verdicts(out, name)
-    texts = {digest: asked[digest][0] for digest in due}
+def _judge(section: JudgeSection, folder: RunFolder, name: str, due: list[str]) -> None:
+    """Ask the judge the `due` questions, and save each verdict as it comes."""
+    questions, verdicts = _questions(folder, name), Verdicts(folder, name)
+    texts = {digest: questions[digest][0] for digest in due}
     for digest, said in judge.replies(section, texts):
         observer.at(f"verdicts on {name}")
-        order = asked[digest][1]
+        _, order = questions[digest]
         verdicts.add(
             {
                 "judge": section.model,

@@ -151,7 +151,7 @@ def _claim(experiment: Experiment, base: str) -> None:
 def _foresee(experiment: Experiment, learnt: int) -> None:
     """Tell observers what is still to do, and how long the tasks took that an earlier process learnt."""
     setup, store = experiment.setup, experiment.store
-    observer.expected(agenda.ahead(setup, store, learnt))
+    observer.expected(agenda.remaining(setup, store, learnt))
     if experiment.method.joint:
         return
     for index, row in enumerate(store.costs[:learnt]):

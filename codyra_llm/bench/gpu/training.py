@@ -4,6 +4,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -46,13 +47,14 @@ def train(context: Context) -> None:
         given, made = examples(context, count, kind == "long"), trainer(context, batching, batch)
         task = TaskData("T", 0, given, [range(count)] * 3, [])
         key = f"{kind} examples, batching {batching}"
-        context.tried(f"fit, {key}", lambda made=made, task=task: fitted(made, task))
+        context.attempt(f"fit, {key}", partial(fit_figures, made, task))
         if batching == "auto":
-            watched(context, made, TaskData("T", 0, given[:batch], [range(batch)] * STEPS, []), kind)
+            few = TaskData("T", 0, given[:batch], [range(batch)] * STEPS, [])
+            record_waits_and_kernels(context, made, few, kind)
         made.free()
 
 
-def watched(context: Context, made: Trainer, task: TaskData, kind: str) -> None:
+def record_waits_and_kernels(context: Context, made: Trainer, task: TaskData, kind: str) -> None:
     """What the host waits for, and which kernels run, in steps on the same examples."""
     found = context.on_gpu(f"host waits of a step, {kind} examples", lambda: waits(made, task))
     if found is not None:
@@ -60,7 +62,7 @@ def watched(context: Context, made: Trainer, task: TaskData, kind: str) -> None:
     context.on_gpu(f"kernels of a step, {kind} examples", lambda: kernels(context, made, task, kind))
 
 
-def fitted(made: Trainer, task: TaskData) -> dict:
+def fit_figures(made: Trainer, task: TaskData) -> dict:
     """Run `Trainer.fit`; the figures are of its second epoch on, when all is warm."""
     rows = list(made.fit(task, 1))
     warm = rows[len(rows) // len(task.epochs) :]
@@ -80,13 +82,13 @@ def waits(made: Trainer, task: TaskData) -> dict[str, int]:
     one of them codyra aligns all."""
     steps: list[Counter[str]] = [Counter()]
 
-    def told(message: Warning | str, *_, **__) -> None:
+    def count_wait(message: Warning | str, *_, **__) -> None:
         if "synchroniz" in str(message):
             steps[-1][_project_line()] += 1
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = told
+        warnings.showwarning = count_wait
         torch.cuda.set_sync_debug_mode("warn")
         try:
             for _ in made.fit(task, 1):
