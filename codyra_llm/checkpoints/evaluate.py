@@ -48,7 +48,9 @@ class Checkpoint(Setup):
     def model(self, archive, after, without=None) -> PreTrainedModel:
         return self.build()
 
-    def loaded(self, folder: RunFolder, stage: Stage, device: torch.device) -> tuple[PreTrainedModel, None]:
+    def load_stage(
+        self, folder: RunFolder, stage: Stage, device: torch.device
+    ) -> tuple[PreTrainedModel, None]:
         """The model itself, whatever the stage is called."""
         model = self.build().to(device).eval()
         fused_norm.use(model)

@@ -55,7 +55,7 @@ class Experiment:
 def torch_answering(experiment: Experiment, stage: Stage) -> Iterator[Callable]:
     """The model in this process answers. Each process answers its share, and all get all answers."""
     setup, acc = experiment.setup, experiment.acc
-    model, conditions = setup.loaded(experiment.models, stage, acc.device)
+    model, conditions = setup.load_stage(experiment.models, stage, acc.device)
 
     def ask(texts: Sequence[str], new: int, task: int | None) -> list[str]:
         condition = conditions and partial(conditions, task=task)

@@ -120,7 +120,7 @@ def _measure_general(experiment: Experiment, stage: Stage, names: list[str]) -> 
 
     setup, recipe = experiment.setup, experiment.recipe
     observer.stage_begins(stage, Piece("load", "suite", stage.step))
-    model, conditions = setup.loaded(experiment.models, stage, experiment.acc.device)
+    model, conditions = setup.load_stage(experiment.models, stage, experiment.acc.device)
     condition = conditions and partial(conditions, task=None)
     lm = harness.Live(
         experiment.acc, model, setup.tokenizer, recipe.eval.batch_tokens, condition, setup.encoder.ends

@@ -86,7 +86,7 @@ class Setup:
                 f"model at model.path ({self.recipe.model.path})"
             )
 
-    def loaded(
+    def load_stage(
         self, folder: RunFolder, stage: Stage, device: torch.device
     ) -> tuple[PreTrainedModel, Callable | None]:
         """The model that answers at `stage` of the run in `folder`, and, for methods that don't merge, the
