@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple
 
-from codyra_llm.config.benchmark import Benchmark
 from codyra_llm.evaluate.statistics import summarise_all
 from codyra_llm.experiment.experiment import Experiment
 from codyra_llm.experiment.setup import PROBE_TOKENS, Setup
@@ -24,6 +23,15 @@ class Questions(NamedTuple):
     records: list[dict]
     new: int
     number: int | None
+
+    @property
+    def prompts(self) -> list[str]:
+        return [record["prompt"] for record in self.records]
+
+    @property
+    def answers(self) -> list[str]:
+        """The right ones."""
+        return [record["answer"] for record in self.records]
 
 
 def evaluate(experiment: Experiment, stage: Stage) -> None:
@@ -93,7 +101,7 @@ def _due(setup: Setup, tasks: Iterable[int], general: bool) -> list[Questions]:
 
 def _measure_tasks(experiment: Experiment, stage: Stage, pending: list[Questions]) -> None:
     """Answer and score the prompts in this process and the others of the launch."""
-    setup, protocol = experiment.setup, experiment.recipe.data.protocol
+    setup, benchmark = experiment.setup, experiment.setup.stream.benchmark
     observer.stage_begins(stage, Piece("load", "tasks", stage.step))
     with experiment.answering(stage) as ask:
         for questions in pending:
@@ -101,16 +109,17 @@ def _measure_tasks(experiment: Experiment, stage: Stage, pending: list[Questions
             observer.at(f"answers to {questions.name} after {stage.after}")
             observer.stage_begins(stage, Piece("answer", questions.name, stage.step))
             began = time.perf_counter()
-            prompts = [record["prompt"] for record in questions.records]
-            number = questions.number
+            prompts, number = questions.prompts, questions.number
             if number is not None:
                 prompts = setup.method.present(setup.stream, setup.encoder, number, prompts)
             predictions = ask(prompts, questions.new, number)
             if number is not None:
                 predictions = [setup.method.read(questions.name, text) for text in predictions]
             if is_first():
-                row, lines = score_answers(questions, predictions, stage, setup.stream.benchmark, protocol)
-                experiment.store.add_scores(row, lines)
+                scores = benchmark.score(questions.name, questions.prompts, predictions, questions.answers)
+                headline = benchmark.headline(questions.name, setup.recipe.data.protocol)
+                row = _score_row(questions, stage, scores, headline, predictions.count(""))
+                experiment.store.add_scores(row, _with_scores(questions, predictions, scores))
                 _say(row, time.perf_counter() - began)
 
 
@@ -139,30 +148,32 @@ def _measure_general(experiment: Experiment, stage: Stage, names: list[str]) -> 
             _say(row, time.perf_counter() - began)
 
 
-def score_answers(
-    questions: Questions, predictions: list[str], stage: Stage, benchmark: Benchmark, protocol: str
-) -> tuple[ScoreRow, list[dict]]:
-    """The row of scores of these answers, and a line for each with its own scores."""
-    prompts = [record["prompt"] for record in questions.records]
-    targets = [record["answer"] for record in questions.records]
-    scores = benchmark.score(questions.name, prompts, predictions, targets)
-    headline = benchmark.headline(questions.name, protocol)
-    found = summarise_all(scores)
-    row = ScoreRow(
+def _score_row(
+    questions: Questions, stage: Stage, scores: dict[str, list[float]], headline: str, empty: int
+) -> ScoreRow:
+    """The row of these scores, which are by metric and in the order of the questions; `empty` answers are the
+    empty text."""
+    metrics = summarise_all(scores)
+    return ScoreRow(
         after=stage.after,
         step=stage.step,
         task=questions.name,
         kind=GENERAL if questions.number is None else TASK,
         headline=headline,
-        score=found[headline]["mean"],
-        metrics=found,
-        empty=predictions.count(""),
+        score=metrics[headline]["mean"],
+        metrics=metrics,
+        empty=empty,
     )
+
+
+def _with_scores(questions: Questions, predictions: list[str], scores: dict[str, list[float]]) -> list[dict]:
+    """A line for each question: prompt, prediction, answer, and its score by each metric."""
+    rows = zip(questions.prompts, predictions, questions.answers, strict=True)
     lines = []
-    for i, (prompt, prediction, target) in enumerate(zip(prompts, predictions, targets, strict=True)):
+    for i, (prompt, prediction, answer) in enumerate(rows):
         own = {name: values[i] for name, values in scores.items()}
-        lines.append({"prompt": prompt, "prediction": prediction, "answer": target, **own})
-    return row, lines
+        lines.append({"prompt": prompt, "prediction": prediction, "answer": answer, **own})
+    return lines
 
 
 def _say(row: ScoreRow, seconds: float) -> None:

@@ -24,8 +24,8 @@ class Sdft(SeqLora):
     demonstration, and φ an exponential average of the student's adapter, begun anew with every task. The sum
     over the vocabulary is exact; no gradient goes through the draw or to the teacher.
 
-    Source: Shenfeld et al. (2601.19897): on-policy, so that the model moves no further than its own answers
-    have to. The wording of the demonstration is theirs, without "including the thinking process"; their
+    Source: Shenfeld et al. (2601.19897), who train on the model's own answers since that moves it least. The
+    wording of the demonstration is theirs, without "including the thinking process"; their
     code skips the first 3 tokens of long answers (`skip`), has α = 0.01, and averages over examples, which
     here is `optim.loss_average: sample` (by tokens, an example's share is that of its gold answer). Ours: an
     adapter in place of all weights, and `probe`: the method can't work where the base makes nothing of a
@@ -36,7 +36,7 @@ class Sdft(SeqLora):
     """
 
     name, Config = "sdft", SdftConfig
-    summary = "seqlora that distils itself, shown the answer, on answers of its own"
+    summary = "seqlora that learns, on its own answers, from itself with the right answer in the prompt"
     config: SdftConfig
     max_zero_stage = 2  # the teacher is a copy of whole parameters
     packs = False  # it decodes in training, with padding
