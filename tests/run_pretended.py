@@ -9,6 +9,7 @@ import gc
 import json
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import pretended
@@ -40,16 +41,14 @@ class Counted:
         patch.setattr(Trainer, "fit", lambda *args, **kwargs: self._fit(*args, **kwargs))
         patch.setattr(Engine, "accumulate", lambda *args, **kwargs: self._accumulate(*args, **kwargs))
 
-    def _fit(self, trainer, task, seed, log, *others, **options):
-        def logging(row: LogRow) -> None:
-            log(row)
+    def _fit(self, *args, **kwargs) -> Iterator[LogRow]:
+        self._restart()
+        for row in TRAIN(*args, **kwargs):
+            yield row
             if row.step > 1:
                 where = {"task": row.task, "step": row.step}
                 self.steps.append({**where, "micro_batches": self.micro_batches, "waits": by_line()})
             self._restart()
-
-        self._restart()
-        return TRAIN(trainer, task, seed, logging, *others, **options)
 
     def _accumulate(self, engine, *args, **kwargs):
         self.micro_batches += 1

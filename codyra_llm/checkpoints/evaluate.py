@@ -32,7 +32,7 @@ from codyra_llm.models.weights import fingerprint
 from codyra_llm.report import judged
 from codyra_llm.report.summary import delta_r
 from codyra_llm.runtime import heartbeat, launch, precision
-from codyra_llm.runtime.launch import collectively
+from codyra_llm.runtime.launch import collectively, is_first, of_first, on_first, say
 from codyra_llm.store.folder import RunFolder
 from codyra_llm.store.lock import Lease
 from codyra_llm.store.observer import Observer, observing
@@ -48,7 +48,9 @@ class Checkpoint(Setup):
     def model(self, archive, after, without=None) -> PreTrainedModel:
         return self.build()
 
-    def loaded(self, folder: RunFolder, stage: Stage, device: torch.device) -> tuple[PreTrainedModel, None]:
+    def load_stage(
+        self, folder: RunFolder, stage: Stage, device: torch.device
+    ) -> tuple[PreTrainedModel, None]:
         """The model itself, whatever the stage is called."""
         model = self.build().to(device).eval()
         fused_norm.use(model)
@@ -78,15 +80,15 @@ def evaluate(checkpoint: str, wanted: Wanted, observers: Sequence[Observer] = ()
     prepared = collectively(not first, _prepare, checkpoint, wanted, fast) or prepared
     setup = prepared.setup
     if prepared.base and setup.prompts:
-        collectively(acc.is_main_process, judge.require, setup.recipe.open_ended.judge)
+        on_first(judge.require, setup.recipe.open_ended.judge)
     if acc.num_processes > 1:
         heartbeat.start(acc.process_index, acc.num_processes, setup.recipe.hang_minutes)
         preflight(acc, setup, fingerprint(setup.base) if first else None)
     lease = Lease(Path(setup.recipe.output))
-    out = RunFolder(lease.folder, lease, acc.is_main_process)
-    collectively(acc.is_main_process, lease.take)
+    out = RunFolder(lease.folder, lease, is_first())
+    on_first(lease.take)
     try:
-        listening = [Beats(), *(observers if acc.is_main_process else ())]
+        listening = [Beats(), *(observers if is_first() else ())]
         with observing(setup.recipe.tasks, *listening), heartbeat.until_stopped():
             _measure(checkpoint, wanted, prepared, acc, out)
     finally:
@@ -99,10 +101,10 @@ def _measure(checkpoint: str, wanted: Wanted, prepared: Prepared, acc: Accelerat
     setup, source, stage, base = prepared
     experiment = Experiment(setup, out, acc, models=source.run or out)
     if source.told:
-        experiment.say(source.told)
-    experiment.on_first(_claim, out, _manifest(checkpoint, setup, source, base))
+        say(source.told)
+    on_first(_claim, out, _manifest(checkpoint, setup, source, base))
     collectively(True, await_file, out.path / "manifest.json")
-    had = experiment.of_first(lambda: len(out.scores))
+    had = of_first(lambda: len(out.scores))
     if base:
         plain, before = Experiment(base, out, acc, models=out), Stage(0, BASE)
         measure(plain, before, (), True)
@@ -111,8 +113,8 @@ def _measure(checkpoint: str, wanted: Wanted, prepared: Prepared, acc: Accelerat
     if base:
         open_ended.answer(experiment, stage)
         open_ended.settle(experiment)
-    experiment.on_first(_finish, checkpoint, experiment, stage, had)
-    experiment.say(f"evaluation: {out.path}")
+    on_first(_finish, checkpoint, experiment, stage, had)
+    say(f"evaluation: {out.path}")
 
 
 def _asks_general(prepared: Prepared, wanted: Wanted) -> bool:

@@ -63,7 +63,7 @@ def _stage(folder: RunFolder, task: str | None, device: torch.device) -> Answeri
     setup.verify(folder)
     stage = Stage.of(setup.recipe.tasks, folder.archive().index(task))
     number = stage.index if stage.step else None
-    model, conditions = setup.loaded(folder, stage, device)
+    model, conditions = setup.load_stage(folder, stage, device)
     return Answering(model, setup.encoder, conditions, number)
 
 

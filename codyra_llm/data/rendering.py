@@ -73,11 +73,11 @@ class ByTemplate(Render):
         return [span for span in spans if span]
 
     def _turn(self, message: dict, number: int, before: str, whole: str) -> Span | None:
-        """Where a turn of the assistant's stands in `whole`, after what is `before` it; None if it is
+        """Where in `whole` the assistant's turn `number` stands that begins after `before`; None if it is
         empty."""
         said, start = message["content"].strip(), len(before)
-        after = whole[start:].lstrip()
-        if not whole.startswith(before) or not after.startswith(said):
+        rest = whole[start:].lstrip()  # templates put white space of their own around a text
+        if not whole.startswith(before) or not rest.startswith(said):
             raise Wrong(
                 f"the model's chat template writes the assistant's turn {number}, or what stands before it, "
                 "otherwise when the chat goes on (such as without its reasoning), so that it can't be learnt "
@@ -87,10 +87,14 @@ class ByTemplate(Render):
             return start, self._end_of_call(number, start + len(said), whole)
         if not said:
             return None
-        stop = len(whole) - len(after) + len(said)
+        return start, self._end_of_text(len(whole) - len(rest) + len(said), whole)
+
+    def _end_of_text(self, stop: int, whole: str) -> int:
+        """Where a turn ends whose text ends at `stop`: after the token that closes it, if that is next."""
         rest = whole[stop:].lstrip()
-        ended = self.end is not None and rest.startswith(self.end)
-        return start, len(whole) - len(rest) + len(self.end) if ended else stop
+        if self.end is None or not rest.startswith(self.end):
+            return stop
+        return len(whole) - len(rest) + len(self.end)
 
     def _end_of_call(self, number: int, start: int, whole: str) -> int:
         """Where the turn ends that calls a tool, in words that only the template knows."""
@@ -105,9 +109,11 @@ class ByTemplate(Render):
     def _beginnings(self, chat: Chat, places: Sequence[int]) -> list[str]:
         """What is written before the message at each of `places`."""
         template = self.tokenizer.get_chat_template()
-        calls = any("tool_calls" in message for message in chat.messages)
-        for there, word in ((calls, "tool_calls"), (bool(chat.tools), "tools")):
-            if there and word not in template:  # it would leave them out silently
+        needed = {"tool_calls"} if any("tool_calls" in message for message in chat.messages) else set()
+        if chat.tools:
+            needed.add("tools")
+        for word in sorted(needed):
+            if word not in template:  # it would leave them out silently
                 raise Failed(f"it writes no {word}", stopped=False)
         shortened = [chat.messages[:place] for place in places]
         return render_chats(self.tokenizer, shortened, tools=chat.tools)

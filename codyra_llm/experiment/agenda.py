@@ -43,7 +43,7 @@ def stages(setup: Setup) -> list[Stage]:
     return [Stage.of(setup.recipe.tasks, step - 1) for step in dict.fromkeys(learnt)]
 
 
-def scored(setup: Setup) -> dict[str, list[str]]:
+def evaluations(setup: Setup) -> dict[str, list[str]]:
     """By stage, named by its last task ("base" before the first), the names of what is scored there, in the
     order of the run."""
     found = {}
@@ -53,14 +53,14 @@ def scored(setup: Setup) -> dict[str, list[str]]:
     return found
 
 
-def ahead(setup: Setup, folder: RunFolder, learnt: int) -> dict[Piece, float]:
+def remaining(setup: Setup, folder: RunFolder, learnt: int) -> dict[Piece, float]:
     """The pieces of work that are left once `learnt` tasks are learnt, in the order of the run, each with its
     amount: tokens to learn, prompts to answer, or 1."""
     due: dict[Piece, float] = {}
     for stage in stages(setup):
         if stage.step > learnt:
             due[Piece("learn", stage.after, stage.step)] = tokens(setup, stage.index)
-        due |= pieces(setup, stage, *asked(setup, stage), folder.scored(stage))
+        due |= pieces(setup, stage, *asked(setup, stage), folder.tasks_scored(stage))
         if stage.step in (0, len(setup.recipe.tasks)):
             due |= open_ended.pieces(setup, folder, stage)
     return due

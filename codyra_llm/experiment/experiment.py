@@ -1,13 +1,11 @@
 """A run at work: what was prepared, the folders, the launch, and what answers prompts at a stage."""
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,11 +16,9 @@ from codyra_llm.evaluate.vllm import vllm_answers
 from codyra_llm.experiment.setup import Setup
 from codyra_llm.methods.base import Method
 from codyra_llm.models.saved import write_model
-from codyra_llm.runtime.launch import collectively, of_first, wait
+from codyra_llm.runtime import launch
 from codyra_llm.store.folder import RunFolder
 from codyra_llm.store.rows import Stage
-
-log = logging.getLogger("codyra_llm.run")
 
 
 @dataclass
@@ -45,32 +41,9 @@ class Experiment:
     def method(self) -> Method:
         return self.setup.method
 
-    @property
-    def first(self) -> bool:
-        """Whether this process is the one that writes."""
-        return self.acc.is_main_process
-
     def stage(self, index: int) -> Stage:
         """The stage after task `index`; -1: the base."""
         return Stage.of(self.recipe.tasks, index)
-
-    def on_first(self, action: Callable, *args: Any) -> Any:
-        """`action(*args)` in the first process, None in the others, which wait; a Fault is raised on all."""
-        return collectively(self.first, action, *args)
-
-    def of_first(self, make: Callable[[], Any]) -> Any:
-        """What `make()` returns in the first process, on all: what a look into the folder finds depends on
-        how far the first has come meanwhile."""
-        return of_first(make() if self.first else None)
-
-    def wait(self) -> None:
-        """Wait until all processes are here."""
-        wait(self.acc)
-
-    def say(self, message: str) -> None:
-        """Log it, once for all processes."""
-        if self.first:
-            log.info("%s", message)
 
     def answering(self, stage: Stage) -> AbstractContextManager[Callable[..., list[str]]]:
         """Within this block the model of `stage` answers: `ask(prompts, new, task)`, `new` tokens at most;
@@ -82,16 +55,15 @@ class Experiment:
 def torch_answering(experiment: Experiment, stage: Stage) -> Iterator[Callable]:
     """The model in this process answers. Each process answers its share, and all get all answers."""
     setup, acc = experiment.setup, experiment.acc
-    model, conditions = setup.loaded(experiment.models, stage, acc.device)
+    model, conditions = setup.load_stage(experiment.models, stage, acc.device)
 
     def ask(texts: Sequence[str], new: int, task: int | None) -> list[str]:
         condition = conditions and partial(conditions, task=task)
         return answers(acc, model, setup.encoder, texts, new, setup.recipe.eval.batch_tokens, condition)
 
     yield ask
-    model = conditions = (
-        None  # `ask` refers to them, and its caller may still hold it when the next model loads
-    )
+    # `ask` refers to them, and its caller may still hold it when the next model loads.
+    model = conditions = None
 
 
 @contextmanager
@@ -99,7 +71,7 @@ def vllm_answering(experiment: Experiment, stage: Stage) -> Iterator[Callable]:
     """The merged model answers by vLLM. The first process alone has an engine, on one GPU; the others wait
     for its answers."""
     setup = experiment.setup
-    if not experiment.first:
+    if not launch.is_first():
         yield partial(vllm_answers, None, setup.encoder)
         return
     from vllm import LLM

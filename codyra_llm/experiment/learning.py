@@ -3,6 +3,7 @@
 import time
 from typing import NamedTuple
 
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
@@ -11,16 +12,18 @@ from codyra_llm.experiment.experiment import Experiment
 from codyra_llm.experiment.setup import Setup
 from codyra_llm.lora.merge import report as update_report
 from codyra_llm.lora.shared import share_inputs
-from codyra_llm.lora.update import Adapter, Update
+from codyra_llm.lora.update import Update
 from codyra_llm.models import fused_norm, loading
 from codyra_llm.models.weights import WeightReader
 from codyra_llm.runtime import launch, signals
 from codyra_llm.runtime.forecast import Piece
-from codyra_llm.runtime.launch import collectively, of_first
+from codyra_llm.runtime.launch import collectively, is_first, of_first, say, wait
 from codyra_llm.runtime.memory import ProcessPeak
 from codyra_llm.store import observer
 from codyra_llm.store.archive import Archive
-from codyra_llm.store.rows import CostRow, LogRow, Stage, UpdateRow
+from codyra_llm.store.checkpoint import Progress
+from codyra_llm.store.folder import RunFolder
+from codyra_llm.store.rows import CostRow, Stage, UpdateRow
 from codyra_llm.train.trainer import TaskData, Trainer
 
 OPTIMIZER = "optimizer."  # in a task's state: Adam's moments
@@ -38,19 +41,24 @@ class Learnt(NamedTuple):
 def learn(experiment: Experiment, stage: Stage, peak: ProcessPeak) -> None:
     """Train on the task of `stage`, and write its update, the method's state, its costs and its log to the
     run folder."""
-    store = experiment.store
+    setup, store = experiment.setup, experiment.store
     archive = store.archive()
     observer.stage_begins(stage, Piece("learn", stage.after, stage.step))
     peak.restart()
     learnt = _train(experiment, stage, archive)  # its model is freed when this returns
     peaks = gather_object([peak.read()])
-    if experiment.first:
+    if is_first():
         most = None if None in peaks else max(peaks)
         store.add_costs(CostRow(stage.after, learnt.trained, round(learnt.seconds, 3), most))
-        rows = _archive(experiment, stage, archive, learnt)
-        experiment.say(f"{stage.after}: learnt in {learnt.seconds:.0f} s{_ranks_kept(rows)}")
+        rows = _changes(setup, archive, stage, learnt.update)
+        store.add_update_report(stage.after, rows)
+        if learnt.state:
+            store.save_state(stage.index, learnt.state)
+        store.may_write()
+        archive.append(stage.after, learnt.update)  # last, since a task counts as done when its update exists
+        say(f"{stage.after}: learnt in {learnt.seconds:.0f} s{_ranks_kept(rows)}")
         store.clear_progress()
-    experiment.wait()
+    wait()
     if learnt.state:
         collectively(True, await_file, store.state(stage.index))
     collectively(True, await_file, archive.path(stage.index, stage.after))
@@ -59,9 +67,9 @@ def learn(experiment: Experiment, stage: Stage, peak: ProcessPeak) -> None:
 def pass_over(experiment: Experiment, stage: Stage) -> None:
     """Leave an empty update for a task that a joint method learns later."""
     archive = experiment.store.archive()
-    if experiment.first:
+    if is_first():
         archive.append(stage.after, Update({}, 1.0, experiment.method.mode))
-    experiment.wait()
+    wait()
     collectively(True, await_file, archive.path(stage.index, stage.after))
 
 
@@ -81,11 +89,11 @@ def task_data(setup: Setup, index: int) -> TaskData:
 
 def _train(experiment: Experiment, stage: Stage, archive: Archive) -> Learnt:
     """Run the method on the stage's task, on a model that is made for it and freed when this returns."""
-    setup, recipe, method = experiment.setup, experiment.recipe, experiment.method
-    model = _start(experiment, stage, archive)
+    setup, recipe, method, store = experiment.setup, experiment.recipe, experiment.method, experiment.store
+    model = _start(setup, archive, stage, experiment.acc)
     began = time.perf_counter()
     # What the task before left: the optimizer's moments, where they are carried on, and the method's state.
-    before = experiment.store.load_state(stage.index - 1)
+    before = store.load_state(stage.index - 1)
     carried = {key: value for key, value in before.items() if key.startswith(OPTIMIZER)}
     state = {key: value for key, value in before.items() if key not in carried}
     task = setup.task(model, archive, stage.index, state)
@@ -99,7 +107,9 @@ def _train(experiment: Experiment, stage: Stage, archive: Archive) -> Learnt:
     trainer = Trainer(experiment.acc, method, model, recipe.optim, pad, recipe.data.batching)
     if method.carries_optimizer and stage.index:
         trainer.load_state({key.removeprefix(OPTIMIZER): value for key, value in carried.items()})
-    adapters = _fit(experiment, stage, archive, trainer)
+    saves = store.progress(stage.index, stage.after, archive.lineage[-1])
+    _fit(trainer, task_data(setup, stage.index), recipe.seed, saves, store)
+    adapters = trainer.adapters()
     observer.at(f"task {stage.after}, its end")
     observer.noted("consolidating")
     left = method.end_task(model, task, trainer.gradients)
@@ -110,9 +120,8 @@ def _train(experiment: Experiment, stage: Stage, archive: Archive) -> Learnt:
     return Learnt(update, left, trainer.trained, trainer.earlier + time.perf_counter() - began)
 
 
-def _start(experiment: Experiment, stage: Stage, archive: Archive) -> nn.Module:
+def _start(setup: Setup, archive: Archive, stage: Stage, acc: Accelerator) -> nn.Module:
     """The model that the stage's task starts from, packed if the recipe says so, on the device."""
-    setup, acc = experiment.setup, experiment.acc
     before = stage.index - 1 if setup.method.mode == "add" else -1
     model = setup.model(archive, before)
     kind = setup.recipe.model.quantization
@@ -123,29 +132,23 @@ def _start(experiment: Experiment, stage: Stage, archive: Archive) -> nn.Module:
     return model.to(acc.device) if launch.zero_stage(acc) < 3 else model  # stage 3 moves it in shards
 
 
-def _fit(experiment: Experiment, stage: Stage, archive: Archive, trainer: Trainer) -> dict[str, Adapter]:
-    """Train on the task, from its start or, if there is one, from the last checkpoint inside it."""
-    setup, store = experiment.setup, experiment.store
-    saves = store.progress(stage.index, stage.after, archive.lineage[-1])
-    found = of_first(saves.newest() if experiment.first else None)
+def _fit(trainer: Trainer, data: TaskData, seed: int, saves: Progress, store: RunFolder) -> None:
+    """Train on `data`, from its start or, if there is one, from the last checkpoint inside the task, and log
+    every step to `store`."""
+    found = of_first(saves.newest)
     start = trainer.resume(found) if found else 0
-    if experiment.first:
-        store.restart_log(stage.after, start)
+    if is_first():
+        store.restart_log(data.name, start)
     if start:
-        experiment.say(f"{stage.after}: going on after step {start}")
-    data = task_data(setup, stage.index)
-    observer.counted(start, data.steps(setup.recipe.optim.batch_size))
-
-    def write(row: LogRow) -> None:
-        if experiment.first:
+        say(f"{data.name}: going on after step {start}")
+    observer.counted(start, data.steps(trainer.optim.batch_size))
+    for row in trainer.fit(data, seed, saves, start):
+        if is_first():
             store.log(row)
 
-    return trainer.fit(data, setup.recipe.seed, write, saves, start)
 
-
-def _archive(experiment: Experiment, stage: Stage, archive: Archive, learnt: Learnt) -> list[UpdateRow]:
-    """Write what the task left to the run folder; returns the rows of its update report."""
-    setup, store, update = experiment.setup, experiment.store, learnt.update
+def _changes(setup: Setup, archive: Archive, stage: Stage, update: Update) -> list[UpdateRow]:
+    """What `update`, which is not in the archive yet, changes in each of the base's weights."""
     before = archive.terms(stage.index - 1)
     after = {"add": [*before, update], "replace": [update], "apart": [update]}[update.mode]
     rank = getattr(setup.recipe.method, "rank", None)
@@ -155,11 +158,6 @@ def _archive(experiment: Experiment, stage: Stage, archive: Archive, learnt: Lea
         signals.check()
         observer.at(f"task {stage.after}, the update of {change.site}")
         rows.append(UpdateRow(stage.after, *change))
-    store.add_update_report(stage.after, rows)
-    if learnt.state:
-        store.save_state(stage.index, learnt.state)
-    store.may_write()
-    archive.append(stage.after, update)  # last, since a task counts as done when its update exists
     return rows
 
 

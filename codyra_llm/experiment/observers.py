@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from itertools import accumulate
 from pathlib import Path
 
+from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, filter_trackers, get_available_trackers
 from accelerate.utils import LoggerType
 
@@ -15,7 +16,6 @@ from codyra_llm.config.recipe import Recipe
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.files import write_text
 from codyra_llm.core.parsing import read_text
-from codyra_llm.experiment.experiment import Experiment
 from codyra_llm.runtime import display, heartbeat
 from codyra_llm.runtime.forecast import Piece
 from codyra_llm.store.folder import RunFolder
@@ -104,19 +104,18 @@ class Trackers(Observer):
     steps that are repeated after a checkpoint are not logged twice. A tracker that fails gets no more
     rows."""
 
-    def __init__(self, experiment: Experiment, steps: list[int]):
+    def __init__(self, recipe: Recipe, folder: RunFolder, acc: Accelerator, steps: list[int]):
         """`steps`: of each task. Raises Fault where a tracker can't begin."""
-        self.tasks = experiment.recipe.tasks
+        self.tasks = recipe.tasks
         self.before = list(accumulate(steps, initial=0))  # of each task, the steps of those before it
-        place = experiment.store.path / "trackers"
-        name, goes_on = _identity(experiment.store, place)
-        self.logged = self._already_logged(experiment.store, place) if goes_on else 0
-        acc = experiment.acc
+        place = folder.path / "trackers"
+        name, goes_on = _identity(folder, place)
+        self.logged = self._already_logged(folder, place) if goes_on else 0
         acc.project_configuration.logging_dir = str(place)
-        options = _options(experiment.store.path.resolve().name, name, place)
-        settings = None if goes_on else _settings(experiment.recipe)
+        options = _options(folder.path.resolve().name, name, place)
+        settings = None if goes_on else _settings(recipe)
         self.begun: list[GeneralTracker] = []
-        for kind in experiment.recipe.trackers:
+        for kind in recipe.trackers:
             acc.log_with, acc.trackers = filter_trackers([kind], place), []
             try:
                 acc.init_trackers(PROJECT, settings, options)

@@ -3,6 +3,7 @@ the judge's verdicts on them.
 """
 
 import time
+from functools import partial
 
 from codyra_llm.config.sections import JudgeSection
 from codyra_llm.evaluate import judge
@@ -10,7 +11,7 @@ from codyra_llm.experiment.experiment import Experiment
 from codyra_llm.experiment.setup import Setup
 from codyra_llm.runtime import signals
 from codyra_llm.runtime.forecast import Piece
-from codyra_llm.runtime.launch import of_first
+from codyra_llm.runtime.launch import is_first, of_first, on_first, say, wait
 from codyra_llm.store import observer
 from codyra_llm.store.folder import RunFolder
 from codyra_llm.store.rows import Stage
@@ -23,7 +24,7 @@ SLICE = 8
 def answer(experiment: Experiment, stage: Stage) -> None:
     """Have the model of `stage`, the base or the final one, answer the prompts that have no answer of it."""
     setup = experiment.setup
-    due = experiment.of_first(lambda: pieces(setup, experiment.store, stage))
+    due = of_first(lambda: pieces(setup, experiment.store, stage))
     if not due:
         return
     observer.expected(due)
@@ -36,11 +37,11 @@ def answer(experiment: Experiment, stage: Stage) -> None:
             observer.stage_begins(stage, piece)
             began = time.perf_counter()
             texts = ask(setup.prompts[name], setup.recipe.open_ended.max_new_tokens, None)
-            if experiment.first:
+            if is_first():
                 _keep(setup, experiment.store, name, stage, texts)
             seconds = time.perf_counter() - began
-            experiment.say(f"after {stage.after}: {name}, {len(texts)} answers  ({seconds:.0f} s)")
-    experiment.wait()
+            say(f"after {stage.after}: {name}, {len(texts)} answers  ({seconds:.0f} s)")
+    wait()
 
 
 def pieces(setup: Setup, folder: RunFolder, stage: Stage) -> dict[Piece, float]:
@@ -82,15 +83,15 @@ def settle(experiment: Experiment) -> None:
     section, names = experiment.recipe.open_ended.judge, list(experiment.setup.prompts)
     if not section.base_url:
         if names:
-            experiment.say(f"{', '.join(names)}: not judged, as no open_ended.judge.base_url is given")
+            say(f"{', '.join(names)}: not judged, as no open_ended.judge.base_url is given")
         return
     folder, size = experiment.store, SLICE * section.parallel
     for name in names:
-        due = experiment.on_first(_due, section, folder, name) or []
-        for start in range(0, of_first(len(due)), size):
-            experiment.on_first(_judge, section, folder, name, due[start : start + size])
-        if experiment.first:
-            experiment.say(f"{name}, judged by {section.model}: {_counted(section, folder, name)}")
+        due = on_first(_due, section, folder, name) or []
+        for start in range(0, of_first(partial(len, due)), size):
+            on_first(_judge, section, folder, name, due[start : start + size])
+        if is_first():
+            say(f"{name}, judged by {section.model}: {_counted(section, folder, name)}")
 
 
 def _counted(section: JudgeSection, folder: RunFolder, name: str) -> str:
@@ -101,29 +102,30 @@ def _counted(section: JudgeSection, folder: RunFolder, name: str) -> str:
     return ", ".join(counts) or "nothing"
 
 
-def _questions(out: RunFolder, name: str) -> dict[str, tuple[str, tuple[str, str]]]:
+def _questions(folder: RunFolder, name: str) -> dict[str, tuple[str, tuple[str, str]]]:
     """`judge.questions` of all pairs."""
     return {
         digest: question
-        for pair in out.pairs(name)
+        for pair in folder.pairs(name)
         for digest, question in judge.questions(name, pair).items()
     }
 
 
-def _due(section: JudgeSection, out: RunFolder, name: str) -> list[str]:
+def _due(section: JudgeSection, folder: RunFolder, name: str) -> list[str]:
     """Digests of the questions that have no verdict: not asked yet, or the reply contained none."""
-    verdicts = Verdicts(out, name)
+    verdicts = Verdicts(folder, name)
     verdicts.begin()
     had = verdicts.of(section.model)
-    return [digest for digest in _questions(out, name) if had.get(digest) is None]
+    return [digest for digest in _questions(folder, name) if had.get(digest) is None]
 
 
-def _judge(section: JudgeSection, out: RunFolder, name: str, due: list[str]) -> None:
-    asked, verdicts = _questions(out, name), Verdicts(out, name)
-    texts = {digest: asked[digest][0] for digest in due}
+def _judge(section: JudgeSection, folder: RunFolder, name: str, due: list[str]) -> None:
+    """Ask the judge the `due` questions, and save each verdict as it comes."""
+    questions, verdicts = _questions(folder, name), Verdicts(folder, name)
+    texts = {digest: questions[digest][0] for digest in due}
     for digest, said in judge.replies(section, texts):
         observer.at(f"verdicts on {name}")
-        order = asked[digest][1]
+        _, order = questions[digest]
         verdicts.add(
             {
                 "judge": section.model,

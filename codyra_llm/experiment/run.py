@@ -2,7 +2,6 @@
 not done again.
 """
 
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,15 +30,13 @@ from codyra_llm.report.summary import summarised
 from codyra_llm.report.text import render
 from codyra_llm.runtime import heartbeat, launch, precision
 from codyra_llm.runtime.forecast import Piece
-from codyra_llm.runtime.launch import collectively
+from codyra_llm.runtime.launch import collectively, is_first, of_first, on_first, say
 from codyra_llm.runtime.memory import ProcessPeak
 from codyra_llm.store import observer
 from codyra_llm.store.folder import RunFolder
 from codyra_llm.store.lock import Lease
 from codyra_llm.store.observer import Observer
 from codyra_llm.store.rows import Stage
-
-log = logging.getLogger(__name__)
 
 
 def run(recipe: Recipe, observers: Sequence[Observer] = ()) -> RunFolder:
@@ -61,9 +58,10 @@ def run(recipe: Recipe, observers: Sequence[Observer] = ()) -> RunFolder:
 def _run(experiment: Experiment) -> None:
     """Whatever the run folder does not have yet, stage by stage."""
     method, peak = experiment.method, ProcessPeak(experiment.acc.device)
-    learnt = experiment.of_first(lambda: len(experiment.store.archive().files))
-    experiment.on_first(experiment.store.check_scores, learnt)
-    experiment.on_first(_foresee, experiment, learnt)
+    store = experiment.store
+    learnt = of_first(lambda: len(store.archive().files))
+    on_first(store.check_scores, learnt)
+    on_first(_foresee, experiment, learnt)
     last = len(experiment.recipe.tasks) - 1
     evaluate(experiment, experiment.stage(-1))
     for index in range(last + 1) if method.trains else ():
@@ -87,9 +85,9 @@ def finish(experiment: Experiment) -> None:
     """The final checkpoint, the judge's verdicts, and the reports."""
     last = experiment.stage(len(experiment.recipe.tasks) - 1)
     observer.stage_begins(last, Piece("close", "", last.step))
-    experiment.on_first(_checkpoint, experiment, last)
+    on_first(_checkpoint, experiment, last)
     open_ended.settle(experiment)
-    experiment.on_first(_report, experiment)
+    on_first(_report, experiment)
 
 
 def _prepared(recipe: Recipe, acc: Accelerator) -> tuple[Setup, str | None]:
@@ -104,9 +102,7 @@ def _prepared(recipe: Recipe, acc: Accelerator) -> tuple[Setup, str | None]:
     base = fingerprint(setup.base) if first else None
     if acc.num_processes > 1:
         heartbeat.start(acc.process_index, acc.num_processes, setup.recipe.hang_minutes)
-        agreed = preflight(acc, setup, base)
-        if acc.is_main_process:
-            log.info("%s", agreed)
+        say(preflight(acc, setup, base))
     return setup, base
 
 
@@ -114,11 +110,11 @@ def _prepared(recipe: Recipe, acc: Accelerator) -> tuple[Setup, str | None]:
 def _opened(setup: Setup, acc: Accelerator, base: str | None) -> Iterator[Experiment]:
     """Within this block the run folder is this launch's alone."""
     lease = Lease(Path(setup.recipe.output))
-    collectively(acc.is_main_process, lease.take)
+    on_first(lease.take)
     try:
         store = RunFolder(lease.folder, lease, acc.is_main_process)
         experiment = Experiment(setup, store, acc, models=store)
-        experiment.on_first(_claim, experiment, base)
+        on_first(_claim, experiment, base)
         collectively(True, await_file, store.path / "manifest.json")
         yield experiment
     finally:
@@ -130,12 +126,14 @@ def _observed(experiment: Experiment, added: Sequence[Observer]) -> Iterator[Non
     """Within this block the heartbeat, and in the first process the recipe's trackers and those `added`, hear
     how the run goes."""
     listening: list[Observer] = [observers.Beats()]
-    if experiment.recipe.trackers:
-        trackers = experiment.on_first(observers.Trackers, experiment, agenda.steps(experiment.setup))
+    recipe = experiment.recipe
+    if recipe.trackers:
+        steps = agenda.steps(experiment.setup)
+        trackers = on_first(observers.Trackers, recipe, experiment.store, experiment.acc, steps)
         listening += [trackers] if trackers else []
-    if experiment.first:
+    if is_first():
         listening += added
-    with observer.observing(experiment.recipe.tasks, *listening):
+    with observer.observing(recipe.tasks, *listening):
         yield
 
 
@@ -147,13 +145,13 @@ def _claim(experiment: Experiment, base: str) -> None:
     store.check_results()
     remark = store.open(experiment.recipe, _manifest(experiment.setup, experiment.acc, base))
     if remark:
-        experiment.say(remark)
+        say(remark)
 
 
 def _foresee(experiment: Experiment, learnt: int) -> None:
     """Tell observers what is still to do, and how long the tasks took that an earlier process learnt."""
     setup, store = experiment.setup, experiment.store
-    observer.expected(agenda.ahead(setup, store, learnt))
+    observer.expected(agenda.remaining(setup, store, learnt))
     if experiment.method.joint:
         return
     for index, row in enumerate(store.costs[:learnt]):
@@ -170,10 +168,10 @@ def _checkpoint(experiment: Experiment, last: Stage) -> None:
     text = card.render(setup.base, store, last.index, None, "merged" if method.merges else "stage")
     if method.merges:
         write_merged(setup, store.archive(), last.index, None, target, text)
-        experiment.say(f"merged model: {target}")
+        say(f"merged model: {target}")
     else:
         write_stage(store, last.index, target, text)
-        experiment.say(f"stage of the run: {target}")
+        say(f"stage of the run: {target}")
 
 
 def _report(experiment: Experiment) -> None:
@@ -205,7 +203,7 @@ def _manifest(setup: Setup, acc: Accelerator, base: str) -> dict:
         "zero_stage": launch.zero_stage(acc),
         "base": base,
         "tokenizer": tokenizer_hash(setup.base),
-        "stages": agenda.scored(setup),
+        "stages": agenda.evaluations(setup),
         "benchmark": digest(setup.recipe.data.benchmark),
         "data": setup.stream.hashes(),
         "metrics": setup.metrics,

@@ -10,6 +10,7 @@ from codyra_llm.experiment.experiment import Experiment
 from codyra_llm.experiment.setup import PROBE_TOKENS, Setup
 from codyra_llm.runtime import signals
 from codyra_llm.runtime.forecast import Piece
+from codyra_llm.runtime.launch import is_first, of_first, say, wait
 from codyra_llm.store import observer
 from codyra_llm.store.rows import GENERAL, TASK, ScoreRow, Stage
 
@@ -22,6 +23,15 @@ class Questions(NamedTuple):
     records: list[dict]
     new: int
     number: int | None
+
+    @property
+    def prompts(self) -> list[str]:
+        return [record["prompt"] for record in self.records]
+
+    @property
+    def answers(self) -> list[str]:
+        """The right ones."""
+        return [record["answer"] for record in self.records]
 
 
 def evaluate(experiment: Experiment, stage: Stage) -> None:
@@ -69,7 +79,7 @@ def measure(experiment: Experiment, stage: Stage, tasks: Iterable[int], general:
     """Score the model of `stage` on these `tasks`, and on what `general` asks for, as far as the folder has
     no row of that stage."""
     setup, tasks = experiment.setup, list(tasks)
-    done = experiment.of_first(lambda: experiment.store.scored(stage))
+    done = of_first(lambda: experiment.store.tasks_scored(stage))
     observer.expected(pieces(setup, stage, tasks, general, done))
     pending = [questions for questions in _due(setup, tasks, general) if questions.name not in done]
     if pending:
@@ -77,7 +87,7 @@ def measure(experiment: Experiment, stage: Stage, tasks: Iterable[int], general:
     names = [name for name in setup.suite if general and name not in done]
     if names:
         _measure_general(experiment, stage, names)
-    experiment.wait()
+    wait()
 
 
 def _due(setup: Setup, tasks: Iterable[int], general: bool) -> list[Questions]:
@@ -91,7 +101,7 @@ def _due(setup: Setup, tasks: Iterable[int], general: bool) -> list[Questions]:
 
 def _measure_tasks(experiment: Experiment, stage: Stage, pending: list[Questions]) -> None:
     """Answer and score the prompts in this process and the others of the launch."""
-    setup = experiment.setup
+    setup, benchmark = experiment.setup, experiment.setup.stream.benchmark
     observer.stage_begins(stage, Piece("load", "tasks", stage.step))
     with experiment.answering(stage) as ask:
         for questions in pending:
@@ -99,16 +109,18 @@ def _measure_tasks(experiment: Experiment, stage: Stage, pending: list[Questions
             observer.at(f"answers to {questions.name} after {stage.after}")
             observer.stage_begins(stage, Piece("answer", questions.name, stage.step))
             began = time.perf_counter()
-            prompts = [record["prompt"] for record in questions.records]
-            number = questions.number
+            prompts, number = questions.prompts, questions.number
             if number is not None:
                 prompts = setup.method.present(setup.stream, setup.encoder, number, prompts)
             predictions = ask(prompts, questions.new, number)
             if number is not None:
                 predictions = [setup.method.read(questions.name, text) for text in predictions]
-            if experiment.first:
-                row = _add_scores(experiment, stage, questions, predictions)
-                _say(experiment, row, time.perf_counter() - began)
+            if is_first():
+                scores = benchmark.score(questions.name, questions.prompts, predictions, questions.answers)
+                headline = benchmark.headline(questions.name, setup.recipe.data.protocol)
+                row = _score_row(questions, stage, scores, headline, predictions.count(""))
+                experiment.store.add_scores(row, _with_scores(questions, predictions, scores))
+                _say(row, time.perf_counter() - began)
 
 
 def _measure_general(experiment: Experiment, stage: Stage, names: list[str]) -> None:
@@ -117,7 +129,7 @@ def _measure_general(experiment: Experiment, stage: Stage, names: list[str]) -> 
 
     setup, recipe = experiment.setup, experiment.recipe
     observer.stage_begins(stage, Piece("load", "suite", stage.step))
-    model, conditions = setup.loaded(experiment.models, stage, experiment.acc.device)
+    model, conditions = setup.load_stage(experiment.models, stage, experiment.acc.device)
     condition = conditions and partial(conditions, task=None)
     lm = harness.Live(
         experiment.acc, model, setup.tokenizer, recipe.eval.batch_tokens, condition, setup.encoder.ends
@@ -128,41 +140,41 @@ def _measure_general(experiment: Experiment, stage: Stage, names: list[str]) -> 
         observer.stage_begins(stage, Piece("general", name, stage.step))
         began = time.perf_counter()
         found = harness.measure(lm, setup.suite[name], recipe.general, recipe.data.chat_template)
-        if experiment.first:
+        if is_first():
             folder = experiment.store.path / "lm_eval"
             harness.write(folder, stage.folder, lm, recipe.general, found)
             row = found.row(stage)
             experiment.store.add_scores(row, found.predictions)
-            _say(experiment, row, time.perf_counter() - began)
+            _say(row, time.perf_counter() - began)
 
 
-def _add_scores(
-    experiment: Experiment, stage: Stage, questions: Questions, predictions: list[str]
+def _score_row(
+    questions: Questions, stage: Stage, scores: dict[str, list[float]], headline: str, empty: int
 ) -> ScoreRow:
-    """Write the scores of these answers, and the answers; returns the row."""
-    benchmark, protocol = experiment.setup.stream.benchmark, experiment.recipe.data.protocol
-    prompts = [record["prompt"] for record in questions.records]
-    targets = [record["answer"] for record in questions.records]
-    scores = benchmark.score(questions.name, prompts, predictions, targets)
-    headline = benchmark.headline(questions.name, protocol)
-    found = summarise_all(scores)
-    row = ScoreRow(
+    """The row of these scores, which are by metric and in the order of the questions; `empty` answers are the
+    empty text."""
+    metrics = summarise_all(scores)
+    return ScoreRow(
         after=stage.after,
         step=stage.step,
         task=questions.name,
         kind=GENERAL if questions.number is None else TASK,
         headline=headline,
-        score=found[headline]["mean"],
-        metrics=found,
-        empty=predictions.count(""),
+        score=metrics[headline]["mean"],
+        metrics=metrics,
+        empty=empty,
     )
+
+
+def _with_scores(questions: Questions, predictions: list[str], scores: dict[str, list[float]]) -> list[dict]:
+    """A line for each question: prompt, prediction, answer, and its score by each metric."""
+    rows = zip(questions.prompts, predictions, questions.answers, strict=True)
     lines = []
-    for i, (prompt, prediction, target) in enumerate(zip(prompts, predictions, targets, strict=True)):
+    for i, (prompt, prediction, answer) in enumerate(rows):
         own = {name: values[i] for name, values in scores.items()}
-        lines.append({"prompt": prompt, "prediction": prediction, "answer": target, **own})
-    experiment.store.add_scores(row, lines)
-    return row
+        lines.append({"prompt": prompt, "prediction": prediction, "answer": answer, **own})
+    return lines
 
 
-def _say(experiment: Experiment, row: ScoreRow, seconds: float) -> None:
-    experiment.say(f"after {row.after}: {row.task} {row.score:.1f}  ({row.headline}, {seconds:.0f} s)")
+def _say(row: ScoreRow, seconds: float) -> None:
+    say(f"after {row.after}: {row.task} {row.score:.1f}  ({row.headline}, {seconds:.0f} s)")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ class Setup:
                 f"model at model.path ({self.recipe.model.path})"
             )
 
-    def loaded(
+    def load_stage(
         self, folder: RunFolder, stage: Stage, device: torch.device
     ) -> tuple[PreTrainedModel, Callable | None]:
         """The model that answers at `stage` of the run in `folder`, and, for methods that don't merge, the
@@ -152,59 +153,89 @@ def prepare(
     answered, so that their files must be there. `adapter`: a folder whose tokenizer and chat template, if it
     has them, are used in place of the base's. `bfloat16`: whether all processes multiply it fast; None: this
     process finds out. Raises one Fault with everything that is wrong."""
-    recipe, faults = recipe.resolved(), []
-
-    def tried(action, *args):
-        """The action's result, or None where it raised a Fault, which is kept for the end."""
-        try:
-            return action(*args)
-        except Fault as fault:
-            faults.extend(fault.messages)
-
+    recipe, tried = recipe.resolved(), Attempts()
     method = METHODS[recipe.method.name](recipe.method, recipe.seed)
-    whole = method.archives_weights
-    faults += _settings_that_exclude(recipe, method)
-    base, config = tried(base_folder, recipe.model.path, recipe.model.revision), None
+    tried.faults += _settings_that_exclude(recipe, method)
+    base = tried(base_folder, recipe.model.path, recipe.model.revision)
+    config = tokenizer = None
     if base:
         reads = tokenizer_folder(adapter, base)
-        wrong = loading.check(
-            base, recipe.data.chat_template, reads, vocabulary(adapter) if adapter else None
-        )
-        config = None if wrong else families.text_config(base)
-        faults += wrong or _fits(recipe, config) + method.check(config, recipe.model.attention)
-        recipe = recipe if wrong else tried(_with_dtype, recipe, base, bfloat16) or recipe
+        added = vocabulary(adapter) if adapter else None
+        wrong = loading.check(base, recipe.data.chat_template, reads, added)
+        tried.faults += wrong
+        if not wrong:
+            config = families.text_config(base)
+            tried.faults += _fits(recipe, config) + method.check(config, recipe.model.attention)
+            recipe = tried(_with_dtype, recipe, base, bfloat16) or recipe
+            tokenizer = tried(load_tokenizer, reads)
     root = tried(data_root, recipe.data.root)
-    tokenizer = tried(load_tokenizer, reads) if base and not wrong else None
     render, wrong = _render(recipe, tokenizer)
-    faults += wrong
+    tried.faults += wrong
     stream = Stream(recipe.data, root, render)
-    for index in range(len(recipe.tasks)) if root else ():
-        if method.trains or method.old_data:
-            visited = tried(method.train_data, stream, index)
-            if visited and method.trains and not (method.joint and index + 1 < len(recipe.tasks)):
-                faults += _warm_up(recipe, index, visited[1], method.epochs_apart(stream, index))
-        if method.trains and recipe.optim.validate_every:
-            tried(stream.records, index, "eval")
-        faults += _unanswered(recipe, index, tried(stream.records, index, recipe.eval.split) or [])
-    general = recipe.general
-    harness = tried(suite.find, general) if general.data not in (None, "mini") else {}
-    for ability in (harness or {}).values():
-        tried(ability.try_out, getattr(config, "max_position_embeddings", None))
-    probes = _probes() if general.data == "mini" else {}
-    faults += _shared_names(recipe, {*(harness or ()), *probes})
-    questions = tried(find_questions, recipe.open_ended) if open_ended else {}
+    if root:
+        _try_data(tried, recipe, method, stream)
+    probes, harness = _general(tried, recipe, config)
+    prompts = tried(find_questions, recipe.open_ended) if open_ended else {}
     if base:
-        known = config and recipe.model.dtype != "auto"  # else a fault above says why they are not
-        faults += _disk(Path(recipe.output), _written(recipe, base, whole) if known else 0)
+        # Without its config or dtype, for which there is a fault above, its size is not known.
+        sized = config and recipe.model.dtype != "auto"
+        needed = _written(recipe, base, method.archives_weights) if sized else 0
+        tried.faults += _disk(Path(recipe.output), needed)
     encoder = Encoder(tokenizer, recipe.data, answer_ends(base, tokenizer)) if tokenizer else None
     if encoder and root:
         read = list(splits(recipe, stream, bool(method.trains)))
-        shown = tried(as_presented, method, stream, encoder, read) or read
-        faults += tried(prompt_faults, recipe, shown, encoder, config) or []
+        presented = tried(as_presented, method, stream, encoder, read) or read
+        tried.faults += tried(prompt_faults, recipe, presented, encoder, config) or []
         tried(try_metrics, recipe, read)
-    if faults:
-        raise Fault(*dict.fromkeys(faults))
-    return Setup(recipe, method, base, tokenizer, encoder, stream, probes, harness, questions)
+    if tried.faults:
+        raise Fault(*dict.fromkeys(tried.faults))
+    return Setup(recipe, method, base, tokenizer, encoder, stream, probes, harness, prompts)
+
+
+class Attempts:
+    """Calls functions one after the other and keeps the faults that they raise, so that all are reported
+    together."""
+
+    def __init__(self) -> None:
+        self.faults: list[str] = []
+
+    def __call__(self, action: Callable, *args: Any) -> Any:
+        """What `action(*args)` returns, or None where it raised a Fault."""
+        try:
+            return action(*args)
+        except Fault as fault:
+            self.faults += fault.messages
+
+
+def _try_data(tried: Attempts, recipe: Recipe, method: Method, stream: Stream) -> None:
+    """Read everything that the run will read, and check that the schedule fits its steps."""
+    last = len(recipe.tasks) - 1
+    for index in range(len(recipe.tasks)):
+        if method.trains or method.old_data:
+            visited = tried(method.train_data, stream, index)
+            early = method.joint and index < last  # a joint method trains at the last task alone
+            if visited and method.trains and not early:
+                _, epochs = visited
+                tried.faults += _warm_up(recipe, index, epochs, method.epochs_apart(stream, index))
+        if method.trains and recipe.optim.validate_every:
+            tried(stream.records, index, "eval")
+        scored = tried(stream.records, index, recipe.eval.split) or []
+        tried.faults += _unanswered(recipe, index, scored)
+
+
+def _general(
+    tried: Attempts, recipe: Recipe, config: PreTrainedConfig | None
+) -> tuple[dict[str, list[dict]], dict[str, suite.Ability]]:
+    """What measures general ability, by name: mini-TRACE's own questions, and tasks of the harness."""
+    general = recipe.general
+    probes = _probes() if general.data == "mini" else {}
+    harness = {}
+    if general.data not in (None, "mini"):
+        harness = tried(suite.find, general) or {}
+    for ability in harness.values():
+        tried(ability.try_out, getattr(config, "max_position_embeddings", None))
+    tried.faults += _shared_names(recipe, {*harness, *probes})
+    return probes, harness
 
 
 def _settings_that_exclude(recipe: Recipe, method: Method) -> list[str]:

@@ -44,7 +44,7 @@ def look(folder: Path) -> dict:
         "method": recipe["method"]["name"],
         "tasks": tasks,
         "learnt": tasks[:learnt],
-        "last": log[0].written() if log else None,
+        "last": log[0].as_json() if log else None,
         "holder": owner,
         "written": _written(folder),
         "next": None if finished else _next(folder, tasks, learnt, scores),
@@ -62,7 +62,7 @@ def show(found: dict, console: Console) -> None:
         f"{', '.join(found['learnt']) or 'none'}",
     ]
     if last:
-        row = LogRow.parsed(last, found["run"])
+        row = LogRow.parse(last, found["run"])
         lines.append(
             f"last step: task {tasks.index(row.task) + 1}/{len(tasks)} {row.task}, "
             f"step {row.step}/{row.steps}, loss {row.loss:.3f}, {row.speed:,.0f} tokens/s"

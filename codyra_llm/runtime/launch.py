@@ -2,6 +2,7 @@
 `engine.py` use DeepSpeed.
 """
 
+import logging
 import os
 import sys
 import warnings
@@ -18,6 +19,8 @@ from transformers.integrations import unset_hf_deepspeed_config
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.parsing import read_mapping
 from codyra_llm.runtime import heartbeat
+
+log = logging.getLogger(__name__)
 
 
 def accelerator() -> Accelerator:
@@ -144,16 +147,29 @@ def collectively(mine: bool, action: Callable, *args) -> Any:
     return result
 
 
-def wait(acc: Accelerator) -> None:
-    """Wait until all processes are here."""
-    with heartbeat.waiting():
-        acc.wait_for_everyone()
+def on_first(action: Callable, *args) -> Any:
+    """`collectively` in the first process alone: its result there, None in the others."""
+    return collectively(is_first(), action, *args)
 
 
-def of_first(value: Any) -> Any:
-    """The `value` of rank 0, on all processes."""
+def of_first(make: Callable[[], Any]) -> Any:
+    """What `make()` returns in the first process, on all. For whatever each would find otherwise by itself:
+    a look into the run folder depends on how far the first process has come meanwhile."""
+    value = make() if is_first() else None
     with heartbeat.waiting():
         return broadcast_object_list([value])[0]
+
+
+def wait() -> None:
+    """Wait until all processes are here."""
+    with heartbeat.waiting():
+        PartialState().wait_for_everyone()
+
+
+def say(message: str) -> None:
+    """Log it, once for all processes."""
+    if is_first():
+        log.info("%s", message)
 
 
 def zero_stage(acc: Accelerator) -> int:

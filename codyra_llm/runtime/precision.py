@@ -13,7 +13,7 @@ def agreed(acc: Accelerator) -> bool | None:
     """What the first process finds, for all of a launch; None for one alone, which looks when it has to."""
     if acc.num_processes == 1:
         return None
-    return of_first(multiplies_bfloat16() if acc.is_main_process else None)
+    return of_first(multiplies_bfloat16)
 
 
 def multiplies_bfloat16() -> bool:

@@ -30,10 +30,11 @@ MARK = "complete.json"  # written last: the hashes of the files
 
 class Progress:
     """The checkpoints inside one task: folders `<run>/progress/<index>-<task>-<step>/` with tensors in
-    safetensors files and everything small in `complete.json`. The last `asked.keep` of them stay.
+    safetensors files and everything small in `complete.json`.
 
     The first process writes and removes them, all processes read them. `parent`: the lineage of the updates
-    before the task; a checkpoint that was made on others is not used.
+    before the task; a checkpoint that was made on others is not used. `section`: how often one is due, and
+    how many stay.
     """
 
     def __init__(
@@ -42,17 +43,17 @@ class Progress:
         index: int,
         task: str,
         parent: str,
-        asked: "SaveSection",
+        section: "SaveSection",
         may_write: Callable[[], None],
     ):
-        self.folder, self.name, self.parent, self.asked = folder, f"{index:02d}-{task}", parent, asked
+        self.folder, self.name, self.parent, self.section = folder, f"{index:02d}-{task}", parent, section
         self.may_write = may_write
         self.saved = time.monotonic()
 
     def due(self, last: bool) -> bool:
         """Whether a checkpoint is due. After the `last` step of a task a minute is enough, since what a
         method does at the end of the task may take long."""
-        minutes = self.asked.minutes
+        minutes = self.section.minutes
         if minutes is None:
             return False
         wait = min(minutes, 1) if last else minutes
@@ -64,9 +65,10 @@ class Progress:
         """
         with replacing(self._path(step)) as temporary:
             temporary.mkdir()
-            files = dict(
-                self._shard(temporary, number, shard) for number, shard in enumerate(_shards(tensors))
-            )
+            files = {}
+            for number, shard in enumerate(_shards(tensors)):
+                name, digest = self._shard(temporary, number, shard)
+                files[name] = digest
             mark = {"step": step, "parent": self.parent, **small, "files": files}
             write_json(temporary / MARK, {**mark, "digest": _digest(mark)})
             self.may_write()
@@ -74,7 +76,7 @@ class Progress:
         # say so again.
         for later in [path for path in self._paths() if path > self._path(step)]:
             shutil.rmtree(later)
-        for old in self._paths()[: -self.asked.keep]:
+        for old in self._paths()[: -self.section.keep]:
             shutil.rmtree(old)
         self.saved = time.monotonic()
 
@@ -108,7 +110,7 @@ class Progress:
         return sorted(path for path in found if re.fullmatch(re.escape(self.name) + r"-\d{8}", path.name))
 
     def _shard(self, folder: Path, number: int, tensors: dict[str, Tensor]) -> tuple[str, str]:
-        """Write one file; its name and hash."""
+        """Write one file; returns its name and hash."""
         name = f"{number:03d}.safetensors"
         observer.at(f"file {number + 1} of a checkpoint of {self.name}")
         save_tensors(tensors, folder / name)

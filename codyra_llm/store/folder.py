@@ -214,7 +214,7 @@ class RunFolder:
         self._write_rows("scores.jsonl", [*self.scores, row])
         observer.scored(row)
 
-    def scored(self, stage: Stage) -> set[str]:
+    def tasks_scored(self, stage: Stage) -> set[str]:
         """The tasks that have scores of this stage."""
         return {row.task for row in self.scores if row.step == stage.step}
 
@@ -245,7 +245,7 @@ class RunFolder:
         """Remove from the log what an earlier attempt at `task` wrote after `step`."""
         self.may_write()
         self.seals.forget(self.path / LOG)  # it grows from here on
-        kept = [row.written() for row in self.log_rows if row.task != task or row.step <= step]
+        kept = [row.as_json() for row in self.log_rows if row.task != task or row.step <= step]
         write_text(self.path / LOG, to_jsonl(kept))
 
     def close_log(self) -> None:
@@ -256,7 +256,7 @@ class RunFolder:
     def log(self, row: LogRow) -> None:
         """Append one optimizer step to the log."""
         self.may_write()
-        append_jsonl(self.path / LOG, row.written())
+        append_jsonl(self.path / LOG, row.as_json())
         observer.row_logged(row)
 
     @property
@@ -286,7 +286,7 @@ class RunFolder:
         return kind.read(self.path / name)
 
     def _write_rows(self, name: str, rows: Sequence[Row]) -> None:
-        self._write(name, to_jsonl([row.written() for row in rows]))
+        self._write(name, to_jsonl([row.as_json() for row in rows]))
 
     def _mapping(self, name: str) -> dict:
         self.seals.check(self.path / name)

@@ -26,11 +26,12 @@ class Lease:
     clock."""
 
     def __init__(self, folder: Path):
-        self.folder, self.file, self.token = folder, folder / "lease.json", uuid.uuid4().hex
+        self.folder, self.file = folder, folder / "lease.json"
+        self.token = uuid.uuid4().hex  # by which this holder knows its own file
         self.ended, self.thread = threading.Event(), None
 
     def take(self) -> None:
-        """Raises Fault where another process that lives holds the folder."""
+        """Hold the folder from now on. Raises Fault where another process that lives holds it."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -45,13 +46,13 @@ class Lease:
         if self.thread:
             self.ended.set()
             self.thread.join()
-            if self._found().get("token") == self.token:
+            if self.owner().get("token") == self.token:
                 self.file.unlink(missing_ok=True)
 
     def check(self) -> None:
         """Raises Fault if another process has taken the folder over, which it may if this one was suspended
         for long."""
-        found = self._found()
+        found = self.owner()
         if found.get("token") != self.token:
             raise Fault(
                 f"{self.folder} was taken over by {_who(found)} while this process stood still; let that one "
@@ -64,7 +65,7 @@ class Lease:
             beat += 1
             own = self.file.with_name(f".lease.{os.getpid()}")
             try:
-                if self._found().get("token") != self.token:
+                if self.owner().get("token") != self.token:
                     return
                 own.write_text(self._content(beat), encoding="utf-8")
                 os.replace(own, self.file)
@@ -74,12 +75,12 @@ class Lease:
 
     def _remove_dead(self) -> None:
         """Move the file of an owner that is dead out of the way."""
-        first = self._read()
-        if first is None:
+        seen = self._read()
+        if seen is None:
             return
-        if self._found().get("place") != _place():
-            self._await_beat(first)
-        elif _lives(self._found()):
+        if self.owner().get("place") != _place():
+            self._await_beat(seen)
+        elif _lives(self.owner()):
             raise self._held()
         aside = self.file.with_name(f".{self.token}.{os.getpid()}")
         try:
@@ -88,18 +89,18 @@ class Lease:
             raise self._held() from None
         found = aside.read_text(encoding="utf-8")
         aside.unlink()
-        if found != first:  # another had taken it over already: give it back
+        if found != seen:  # another had taken it over already: give it back
             self._create(found)
             raise self._held()
 
-    def _await_beat(self, first: str) -> None:
+    def _await_beat(self, seen: str) -> None:
         """Wait until an owner on another machine counts as dead. Raises Fault where it renews the file."""
-        held = f"{self.folder} was held by {_who(self._found())}"
+        held = f"{self.folder} was held by {_who(self.owner())}"
         log.info("%s; waiting up to %.0f s for a sign of life", one_line(held), DEAD)
         end = time.monotonic() + DEAD
         while time.monotonic() < end:
             time.sleep(min(BEAT, DEAD / 4))
-            if self._read() not in (None, first):
+            if self._read() not in (None, seen):
                 raise self._held()
 
     def _create(self, content: str) -> None:
@@ -115,7 +116,7 @@ class Lease:
 
     def _held(self) -> Fault:
         return Fault(
-            f"output: {self.folder} is being worked on by {_who(self._found())}; wait for its end, or give "
+            f"output: {self.folder} is being worked on by {_who(self.owner())}; wait for its end, or give "
             f"another output"
         )
 
@@ -126,8 +127,8 @@ class Lease:
         except FileNotFoundError:
             return None
 
-    def _found(self) -> dict:
-        """What the file says; {} where it says nothing that can be read, as after a loss of power."""
+    def owner(self) -> dict:
+        """What the owner wrote of itself; {} where that can't be read, as after a loss of power."""
         try:
             return json.loads(self._read() or "{}")
         except ValueError:
@@ -151,7 +152,7 @@ def holder(folder: Path) -> dict | None:
     """Who holds `folder`: pid, host, and whether it lives (`alive`); None where nobody does. Reads only."""
     lease = Lease(folder)
     try:
-        found, age = lease._found(), time.time() - lease.file.stat().st_mtime
+        found, age = lease.owner(), time.time() - lease.file.stat().st_mtime
     except FileNotFoundError:
         return None
     return {

@@ -41,10 +41,10 @@ class Row:
     @classmethod
     def read(cls, file: Path) -> list[Self]:
         """The rows of a JSONL file, in its order. Raises Fault for a line that lacks a key."""
-        return [cls.parsed(raw, f"{file}, line {number}") for number, raw in enumerate(read_jsonl(file), 1)]
+        return [cls.parse(raw, f"{file}, line {number}") for number, raw in enumerate(read_jsonl(file), 1)]
 
     @classmethod
-    def parsed(cls, raw: Any, where: str) -> Self:
+    def parse(cls, raw: Any, where: str) -> Self:
         """The row that a JSON object holds. Raises Fault where it is none, or lacks a key."""
         known = [one.name for one in fields(cls)]  # pyright: ignore  # every row is a dataclass
         try:
@@ -54,7 +54,7 @@ class Row:
                 f"{where}: this is no row with {', '.join(known)}; restore the file from a copy"
             ) from None
 
-    def written(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """The row as a JSON object."""
         return {one.name: getattr(self, one.name) for one in fields(self)}  # pyright: ignore  # as above
 
@@ -93,11 +93,11 @@ class ScoreRow(Row):
         """The headline's entry of `metrics`; empty where there is none."""
         return self.metrics.get(self.headline) or {}
 
-    def written(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         of_harness = ("source", "shots", "version")
         return {
             name: value
-            for name, value in super().written().items()
+            for name, value in super().as_json().items()
             if value is not None or name not in of_harness
         }
 
@@ -130,15 +130,15 @@ class LogRow(Row):
         return self.tokens / max(self.seconds, 1e-4)
 
     @classmethod
-    def parsed(cls, raw: Any, where: str) -> Self:
+    def parse(cls, raw: Any, where: str) -> Self:
         known = {one.name for one in fields(cls)}
         if isinstance(raw, dict):
             raw = {**raw, "terms": {name: value for name, value in raw.items() if name not in known}}
-        return super().parsed(raw, where)
+        return super().parse(raw, where)
 
-    def written(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """As a JSON object, the terms among the other values; without those that were not measured."""
-        raw = super().written()
+        raw = super().as_json()
         place = list(raw).index("terms")
         items = list(raw.items())
         merged = [*items[:place], *self.terms.items(), *items[place + 1 :]]

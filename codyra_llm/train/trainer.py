@@ -5,7 +5,7 @@ leaves.
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -136,19 +136,14 @@ class Trainer:
         )
 
     def fit(
-        self,
-        task: TaskData,
-        seed: int,
-        write: Callable[[LogRow], None],
-        saves: Progress | None = None,
-        start: int = 0,
-    ) -> dict[str, Adapter]:
-        """Train on `task` from step `start` on; returns the adapters of its last step, or of its best where
-        `keep_best` is set.
+        self, task: TaskData, seed: int, saves: Progress | None = None, start: int = 0
+    ) -> Iterator[LogRow]:
+        """Train on `task` from step `start` on: a row per optimizer step, each before the next step begins.
+        Afterwards `adapters` are those of the last step, or of the best where `keep_best` is set.
 
-        `write` gets one row per optimizer step; `saves`, checkpoints where they are due. Raises Fault when a
-        loss is not finite, before anything is updated by it, and Stopped after a checkpoint when any process
-        was asked to stop.
+        `saves` gets checkpoints where they are due, after their step's row. Raises Fault when a loss is not
+        finite, before anything is updated by it, and Stopped after a checkpoint when any process was asked to
+        stop.
         """
         steps = task.steps(self.optim.batch_size)
         self.engine.module.train()
@@ -170,20 +165,18 @@ class Trainer:
                 self._check_that_all_move()
             eval_loss = self._validated(task, step + 1, steps)
             kappas = [group.get("kappa", 0.0) for group in self.engine.groups]
-            write(
-                LogRow(
-                    task=task.name,
-                    step=step + 1,
-                    steps=steps,
-                    terms=terms,
-                    grad_norm=norm,
-                    eval_loss=eval_loss,
-                    lr=self.engine.groups[0]["lr"],
-                    kappa=max(kappas, default=0.0),
-                    tokens=sum(len(task.examples[i]) for i in chosen),
-                    micro_batch_tokens=self.tokens,
-                    seconds=round(time.perf_counter() - began, 4),
-                )
+            yield LogRow(
+                task=task.name,
+                step=step + 1,
+                steps=steps,
+                terms=terms,
+                grad_norm=norm,
+                eval_loss=eval_loss,
+                lr=self.engine.groups[0]["lr"],
+                kappa=max(kappas, default=0.0),
+                tokens=sum(len(task.examples[i]) for i in chosen),
+                micro_batch_tokens=self.tokens,
+                seconds=round(time.perf_counter() - began, 4),
             )
             if saves and (due or asked):
                 self.save(saves, step + 1)
@@ -192,6 +185,9 @@ class Trainer:
                 raise signals.Stopped(f"task {task.name}, step {step + 1} of {steps}")
         if self.kept:
             self.engine.load_state(self.kept.items())
+
+    def adapters(self) -> dict[str, Adapter]:
+        """The adapters as they are now, gathered (collective under ZeRO 3)."""
         return self.engine.adapters()
 
     def _validated(self, task: TaskData, step: int, steps: int) -> float | None:
@@ -229,7 +225,7 @@ class Trainer:
         elif self.engine.deepspeed:
             for _ in tensors:  # ZeRO gathers each tensor from all ranks, so all must go through them
                 pass
-        wait(self.acc)  # if a process ended now, the launcher would end the one that writes
+        wait()  # if a process ended now, the launcher would end the one that writes
 
     def resume(self, path: Path) -> int:
         """Put back what `save` wrote, and return the step to continue from."""

@@ -54,20 +54,20 @@ def _leave():
 
 def test_how_a_stage_ended():
     forked = multiprocessing.get_context("fork")
-    said = [stages.ended(forked.Process(target=f), 60) for f in (_nothing, _error, _killed)]
+    said = [stages.run_process(forked.Process(target=f), 60) for f in (_nothing, _error, _killed)]
     assert said == ["ok", "failed, see log.txt", "killed by signal 9"]
 
 
 def test_a_stage_that_hangs_ends_with_all_that_it_started():
     process = multiprocessing.get_context("fork").Process(target=_hang)
-    assert stages.ended(process, 5) == "over its 5 s, and stopped"
+    assert stages.run_process(process, 5) == "over its 5 s, and stopped"
     assert not process.is_alive()
     assert not _running(process.pid)
 
 
 def test_what_a_stage_leaves_is_ended_with_it():
     process = multiprocessing.get_context("fork").Process(target=_leave)
-    assert stages.ended(process, 60) == "ok"
+    assert stages.run_process(process, 60) == "ok"
     assert not _running(process.pid)
 
 

@@ -10,7 +10,7 @@ from helpers import tiny_recipe
 
 from codyra_llm.core.terminal import console, log_printed
 from codyra_llm.experiment import run
-from codyra_llm.experiment.agenda import ahead, steps, tokens
+from codyra_llm.experiment.agenda import remaining, steps, tokens
 from codyra_llm.experiment.observers import Display
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.store import folder as runs
@@ -59,10 +59,10 @@ def test_a_run_does_what_was_expected_of_it(changes, tiny_llama, toy_stream, tmp
     assert heard.calls == [asked.resolved().tasks, "end"] and capsys.readouterr().out == ""
     fresh = prepare(asked)
     assert (
-        set(begun[:-1]) == set(ahead(fresh, runs.RunFolder(tmp_path / "none"), 0))
+        set(begun[:-1]) == set(remaining(fresh, runs.RunFolder(tmp_path / "none"), 0))
         and begun[-1].kind == "close"
     )
-    assert len(begun) == len(set(begun)) and not ahead(fresh, folder, 2)
+    assert len(begun) == len(set(begun)) and not remaining(fresh, folder, 2)
     trained = {task: [row for row in folder.log_rows if row.task == task] for task in fresh.recipe.tasks}
     assert steps(fresh) == [len(rows) for rows in trained.values()]
     counted = [sum(row.tokens for row in rows) for rows in trained.values()]

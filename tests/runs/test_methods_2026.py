@@ -133,7 +133,7 @@ def test_gainlora_shuts_new_gates_on_old_prompts(run):
     own."""
     folder = run({"name": "gainlora", "energy_first": 0.9999, "hidden": 60, "inputs_at_once": 3})
     setup = prepare(folder.recipe)
-    model, _ = setup.loaded(folder, Stage.of(folder.recipe.tasks, 2), torch.device("cpu"))
+    model, _ = setup.load_stage(folder, Stage.of(folder.recipe.tasks, 2), torch.device("cpu"))
     means = []
     for index in range(3):
         prompts = [setup.encoder.prompt(r["prompt"])[0] for r in setup.stream.records(index, "train")]

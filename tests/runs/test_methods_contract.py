@@ -96,7 +96,7 @@ def without_third_task(folder: RunFolder, path: Path) -> RunFolder:
         {name: hashes for name, hashes in stopped.seals.noted.items() if "state/02" not in name},
     )
     with stopped.seals.replacing(path / "scores.jsonl") as temporary:
-        write_jsonl(temporary, [row.written() for row in stopped.scores if row.step < 3])
+        write_jsonl(temporary, [row.as_json() for row in stopped.scores if row.step < 3])
     return stopped
 
 
@@ -131,7 +131,7 @@ def test_declared_merge_is_a_plain_model(name, finished, tmp_path, capsys):
     setup, method = prepare(folder.recipe), METHODS[name]
     if not method.trains:
         return
-    model, conditions = setup.loaded(folder, Stage.of(folder.recipe.tasks, 2), torch.device("cpu"))
+    model, conditions = setup.load_stage(folder, Stage.of(folder.recipe.tasks, 2), torch.device("cpu"))
     assert (conditions is None) == method.merges
     if method.merges:
         write_merged(setup, folder.archive(), 2, None, tmp_path / "out")
@@ -173,7 +173,7 @@ def test_the_task_is_told_only_where_that_is_declared(name, finished, monkeypatc
         lambda self, model, prompts, task: told.append(task) or condition(self, model, prompts, task),
     )
     setup = prepare(folder.recipe)
-    _, conditions = setup.loaded(folder, Stage.of(folder.recipe.tasks, 2), torch.device("cpu"))
+    _, conditions = setup.load_stage(folder, Stage.of(folder.recipe.tasks, 2), torch.device("cpu"))
     conditions([setup.encoder.prompt(setup.test(1)[0]["prompt"])[0]], 1)
     assert told == [1 if METHODS[name].task_id else None]
 

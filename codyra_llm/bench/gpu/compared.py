@@ -1,6 +1,7 @@
 """Stages `linear`, `block`, `step`, `gemma` and `head`: the levels of `codyra-llm bench` in full size."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -26,10 +27,10 @@ def linear(context: Context) -> None:
     shapes = [(8192, 4096, 4096, 16), (8192, 4096, 4096, 64), (2048, 4096, 4096, 16), (8192, 4096, 14336, 16)]
     for shape in [(64, 32, 32, 4)] if context.tiny else shapes:
         given = options(context, shape=shape, rounds=2 if context.tiny else 30)
-        compared(context, f"N,in,out,r = {shape}", lambda given=given: layers.linear(given))
+        measure_arms(context, f"N,in,out,r = {shape}", partial(layers.linear, given))
     shape = (64, 32, 32, 4) if context.tiny else shapes[0]
     given = options(context, shape=shape, rounds=2 if context.tiny else 30, asleep=QUEUED)
-    found = queued(context, f"N,in,out,r = {shape}", lambda: layers.linear(given))
+    found = measure_queued(context, f"N,in,out,r = {shape}", partial(layers.linear, given))
     if found:
         context.target("linear layer", found["ours"]["time over floor"])
 
@@ -39,29 +40,29 @@ def block(context: Context) -> None:
     sizes = [(2, 8, 4)] if context.tiny else [(4, 2048, 16), (4, 512, 16)]
     for shape in sizes:
         given = options(context, shape=shape, rounds=2 if context.tiny else 15)
-        compared(context, f"rows,T,r = {shape}", lambda given=given: layers.block(given))
+        measure_arms(context, f"rows,T,r = {shape}", partial(layers.block, given))
     given = options(context, shape=sizes[0], rounds=2 if context.tiny else 15, asleep=LAYER_QUEUED)
-    found = queued(context, f"rows,T,r = {sizes[0]}", lambda: layers.block(given))
+    found = measure_queued(context, f"rows,T,r = {sizes[0]}", partial(layers.block, given))
     if found:
         context.target("decoder layer", found["ours"]["time over floor"])
 
 
-def queued(context: Context, key: str, level: Callable[[], dict]) -> dict | None:
+def measure_queued(context: Context, key: str, level: Callable[[], dict]) -> dict | None:
     """A comparison that leaves out the host's time; only a GPU has a queue of kernels to fill."""
     key = f"{key}, queue filled"
-    return compared(context, key, level) if context.cuda else context.on_gpu(key, level)
+    return measure_arms(context, key, level) if context.cuda else context.on_gpu(key, level)
 
 
-def compared(context: Context, key: str, level: Callable[[], dict]) -> dict | None:
+def measure_arms(context: Context, key: str, level: Callable[[], dict]) -> dict | None:
     """Measure the arms of one level, and record a few figures of each."""
-    return context.tried(key, lambda: few(level()["arms"]))
+    return context.attempt(key, lambda: figures(level()["arms"]))
 
 
-def few(arms: dict[str, dict]) -> dict[str, dict]:
+def figures(arms: dict[str, dict]) -> dict[str, dict]:
     """The figures of each arm that a summary needs."""
     found = {}
     for name, row in arms.items():
-        figures = {
+        values = {
             "ms": row["milliseconds"]["median"],
             f"speed over {row['over']}": row["speedup"]["median"],
             "time over floor": row["over_floor"],
@@ -69,7 +70,7 @@ def few(arms: dict[str, dict]) -> dict[str, dict]:
             "off float64": row["error"],
             "tokens/s": row.get("tokens_per_second"),
         }
-        found[name] = {key: float(f"{x:.4g}") for key, x in figures.items() if x is not None}
+        found[name] = {key: float(f"{x:.4g}") for key, x in values.items() if x is not None}
     return found
 
 
@@ -77,7 +78,7 @@ def step(context: Context) -> None:
     """Llama-3.2-1B's shape, long and short examples, against PEFT as it comes and at its strongest."""
     for long in (True, False):
         kind = "long" if long else "short"
-        found = stepped(context, "llama-3.2-1b", STEP_ARMS, kind)
+        found = measure_steps(context, "llama-3.2-1b", STEP_ARMS, kind)
         if found and "peft" in found:
             context.target(f"step over PEFT, {kind} examples", found["ours"]["speed over peft"])
         if found:
@@ -87,10 +88,10 @@ def step(context: Context) -> None:
 
 def gemma(context: Context) -> None:
     """Gemma 2B's shape: its head has 256,000 tokens, which PEFT computes at every position."""
-    stepped(context, "gemma-2b", ("frozen", "peft", "ours"), "short")
+    measure_steps(context, "gemma-2b", ("frozen", "peft", "ours"), "short")
 
 
-def stepped(context: Context, shape: str, arms: tuple[str, ...], kind: str) -> dict | None:
+def measure_steps(context: Context, shape: str, arms: tuple[str, ...], kind: str) -> dict | None:
     """Whole training steps of these arms. If `peft` runs out of memory, that is recorded, and the others are
     measured without it."""
     count, batch = (4, 2) if context.tiny else (64, 16)
@@ -100,7 +101,7 @@ def stepped(context: Context, shape: str, arms: tuple[str, ...], kind: str) -> d
 
     def measured(chosen: tuple[str, ...]) -> dict:
         made = options(context, arms=chosen, rounds=rounds)
-        return few(steps(model(context, shape), shape, batches, PAD, made)["arms"])
+        return figures(steps(model(context, shape), shape, batches, PAD, made)["arms"])
 
     key = f"{shape}, {kind} examples"
     try:
@@ -112,7 +113,7 @@ def stepped(context: Context, shape: str, arms: tuple[str, ...], kind: str) -> d
         return found
     finally:
         context.free()
-    return context.tried(key, lambda: measured(tuple(arm for arm in arms if arm != "peft")))
+    return context.attempt(key, lambda: measured(tuple(arm for arm in arms if arm != "peft")))
 
 
 def head(context: Context) -> None:
@@ -120,4 +121,4 @@ def head(context: Context) -> None:
     sizes = [(128, 32, 64, 32)] if context.tiny else [(8192, 4096, 128256, 1024), (8192, 2048, 256000, 256)]
     for shape in sizes:
         given = options(context, shape=shape, rounds=2 if context.tiny else 10)
-        compared(context, f"N,hidden,vocabulary,labelled = {shape}", lambda given=given: heads.measure(given))
+        measure_arms(context, f"N,hidden,vocabulary,labelled = {shape}", partial(heads.measure, given))

@@ -57,7 +57,7 @@ class Context:
         if self.cuda and not self.tiny:
             self.record(TARGET + name, value)
 
-    def tried(self, key: str, part: Callable[[], object]) -> Any:
+    def attempt(self, key: str, part: Callable[[], object]) -> Any:
         """Run one part of the stage and record what it returns. An error is recorded too: the stage goes on,
         and counts as failed. Returns what `part` returned, None after an error."""
         value = None
@@ -72,9 +72,9 @@ class Context:
         return value
 
     def on_gpu(self, key: str, part: Callable[[], object]) -> Any:
-        """`tried` where there is a GPU; elsewhere it is recorded that one is needed."""
+        """`attempt` where there is a GPU; elsewhere it is recorded that one is needed."""
         if self.cuda:
-            return self.tried(key, part)
+            return self.attempt(key, part)
         return self.record(key, NEEDS_GPU)
 
     def wait(self) -> None:

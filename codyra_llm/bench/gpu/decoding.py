@@ -1,5 +1,6 @@
 """Stages `decode` and `oom`: how fast answers are decoded, and what happens when memory runs out."""
 
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -25,13 +26,13 @@ def decode(context: Context) -> None:
     floor = 1000 * weights / copy_speed(context)
     context.record("reading the weights once, ms", round(floor, 4))
     for rows in (2,) if context.tiny else (1, 16, 64, 128):
-        found = context.tried(f"{rows} rows", lambda rows=rows: decoded(context, made, rows, floor))
+        found = context.attempt(f"{rows} rows", partial(decode_times, context, made, rows, floor))
         if found and rows in TARGETED:
             context.target(f"decoding {rows} rows", found["step over reading the weights"])
-    context.tried("transformers' generate, one row, ms per token", lambda: generated(context, made))
+    context.attempt("transformers' generate, one row, ms per token", lambda: generate_time(context, made))
 
 
-def decoded(context: Context, made: PreTrainedModel, rows: int, floor: float) -> dict[str, float]:
+def decode_times(context: Context, made: PreTrainedModel, rows: int, floor: float) -> dict[str, float]:
     """Milliseconds of a step in the second half of the answers, when steps are recorded; and seconds of the
     first call, which meets new shapes, and of the second."""
     width, new = (24, 8) if context.tiny else (512, 128)
@@ -57,7 +58,7 @@ def _seconds(context: Context, made: PreTrainedModel, prompts: list[list[int]], 
     return perf_counter() - began
 
 
-def generated(context: Context, made: PreTrainedModel) -> float:
+def generate_time(context: Context, made: PreTrainedModel) -> float:
     """Milliseconds per token of transformers' own `generate`, prompt included, for comparison."""
     width, new = (24, 4) if context.tiny else (512, 64)
     prompts = random_prompts(1, width, 1)

@@ -5,6 +5,7 @@ compute what they should.
 import os
 import shutil
 import sys
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -27,11 +28,11 @@ def facts(context: Context) -> None:
         "host", {"cpus": os.cpu_count(), "free disk, GB": shutil.disk_usage(context.out).free >> 30}
     )
     context.on_gpu("gpu", _gpu)
-    context.tried("limits", lambda: limits(context))
-    context.tried("skinny products", lambda: skinny(context))
+    context.attempt("limits", lambda: limits(context))
+    context.attempt("skinny products", lambda: skinny(context))
     for heads, shared, size, window in ATTENTION:
         name = f"packed attention, {heads} heads, {shared} key heads of {size}, window {window}"
-        context.tried(name, lambda shape=(heads, shared, size, window): attention_errors(context, *shape))
+        context.attempt(name, partial(attention_errors, context, heads, shared, size, window))
 
 
 def _installed() -> dict[str, str | None]:

@@ -1,5 +1,6 @@
 """Stage `nf4`: a base in 4 and in 8 bits against bfloat16."""
 
+from functools import partial
 from importlib.util import find_spec
 from time import perf_counter
 
@@ -22,10 +23,10 @@ def nf4(context: Context) -> None:
         context.record("bitsandbytes", "is not installed; install codyra-llm[bitsandbytes]")
         return
     for kind in (None, "nf4", "int8"):
-        context.tried(kind or "bfloat16", lambda kind=kind: measured(context, kind))
+        context.attempt(kind or "bfloat16", partial(measure_kind, context, kind))
 
 
-def measured(context: Context, kind: str | None) -> dict:
+def measure_kind(context: Context, kind: str | None) -> dict:
     """Seconds to quantise, megabytes of the weights, and of one step the seconds, the peak memory without the
     weights, and the loss."""
     made = model(context, SHAPE)

@@ -1,5 +1,7 @@
 """Stage `plan`: the memory and time that `plan` estimates for one micro-batch, against what it takes."""
 
+from functools import partial
+
 from transformers import PreTrainedModel
 
 from codyra_llm.bench.gpu.context import Context
@@ -20,8 +22,8 @@ def plan(context: Context) -> None:
     for kind, checkpointing in CASES:
         key = f"{kind}{', checkpointing' if checkpointing else ''}"
         packed = kind == "packed"
-        measure = context.on_gpu if packed else context.tried
-        found = measure(key, lambda packed=packed, saves=checkpointing: estimated(context, packed, saves))
+        measure = context.on_gpu if packed else context.attempt
+        found = measure(key, partial(estimate_errors, context, packed, checkpointing))
         if found:
             memory.append(abs(found["peak, off by"]))
             time.append(abs(found["seconds, off by"]))
@@ -30,15 +32,15 @@ def plan(context: Context) -> None:
         context.target("time that plan estimates, off by", max(time))
 
 
-def estimated(context: Context, packed: bool, checkpointing: bool) -> dict[str, float]:
+def estimate_errors(context: Context, packed: bool, checkpointing: bool) -> dict[str, float]:
     """Estimated and measured for one micro-batch: megabytes at the peak, without weights, and seconds."""
     batch = micro_batch(context, packed)
     planned = as_trained(skeleton(context, SHAPE), context, packed, checkpointing)
     layers = depth(planned)
     predicted = activation_bytes(planned, batch, context.device)
 
-    def with_layers(count: int, asked: range | None = None) -> PreTrainedModel:
-        """Of `count` layers; as in the whole model each has adapters, so no others are `asked` for."""
+    def with_layers(count: int, adapted_layers: range | None = None) -> PreTrainedModel:
+        """The model with its first `count` layers, all of them with adapters whatever is asked for."""
         return as_trained(model(context, SHAPE, count), context, packed, checkpointing)
 
     expected = step_seconds(with_layers, batch, layers)

@@ -37,14 +37,14 @@ def recipe(context: Context) -> None:
             "checkpoint": False,
             "output": f"{folder}/run",
         }
-        context.tried("mini-TRACE", lambda: told(context, section))
+        context.attempt("mini-TRACE", lambda: run_costs(context, section))
 
 
 def whole(context: Context) -> None:
     """Two tasks on Llama-3.2-1B's shape from disk: what a run takes in addition to its training steps."""
     with TemporaryDirectory() as folder:
         base = Path(folder) / "base"
-        context.tried("writing the weights, s", lambda: written(context, base))
+        context.attempt("writing the weights, s", lambda: write_model_folder(context, base))
         section = {
             "model": {"path": str(base), "dtype": "bfloat16"},
             "data": {
@@ -61,10 +61,10 @@ def whole(context: Context) -> None:
             "checkpoint": False,
             "output": f"{folder}/run",
         }
-        context.tried("two tasks", lambda: told(context, section))
+        context.attempt("two tasks", lambda: run_costs(context, section))
 
 
-def written(context: Context, folder: Path) -> float:
+def write_model_folder(context: Context, folder: Path) -> float:
     """Write a model folder of random weights with mini-TRACE's tokenizer; returns the seconds it takes."""
     made = model(context, "llama-3.2-1b")
     began = perf_counter()
@@ -74,7 +74,7 @@ def written(context: Context, folder: Path) -> float:
     return round(perf_counter() - began, 2)
 
 
-def told(context: Context, section: dict) -> dict:
+def run_costs(context: Context, section: dict) -> dict:
     """Run the recipe, and say what it took. `peak MB by task` grows from task to task if something of the
     task before was still in memory."""
     began = perf_counter()

@@ -67,7 +67,7 @@ def bench_gpu(out: Path, tiny: bool, seconds: float, names: Sequence[str] | None
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload([__name__])
     began = time.monotonic()
-    ended(server.Process(target=_nothing), IMPORTS)
+    run_process(server.Process(target=_nothing), IMPORTS)
     console.print(f"packages imported ({time.monotonic() - began:.0f} s)", highlight=False)
     end = began + seconds
     for name in chosen:
@@ -76,7 +76,7 @@ def bench_gpu(out: Path, tiny: bool, seconds: float, names: Sequence[str] | None
             how = "not begun: no time was left"
         else:
             process = server.Process(target=_stage, args=(name, out, tiny))
-            how = ended(process, min(limit(name), end - began))
+            how = run_process(process, min(limit(name), end - began))
         took = round(time.monotonic() - began, 1)
         record(out, name, ENDED, {"how": how, "seconds": took})
         console.print(f"{name}: {how} ({took:.0f} s)", highlight=False)
@@ -96,7 +96,7 @@ def _chosen(names: Sequence[str] | None) -> list[str]:
     return [name for name in STAGES if names is None or name in names]
 
 
-def ended(process: BaseProcess, seconds: float) -> str:
+def run_process(process: BaseProcess, seconds: float) -> str:
     """Start a stage's process, give it so many seconds, and say how it ended."""
     process.start()
     try:
@@ -114,9 +114,9 @@ def ended(process: BaseProcess, seconds: float) -> str:
 def _stop(process: BaseProcess) -> None:
     """End the process, if it still runs, and what it started."""
     assert process.pid is not None
-    for sign in (signal.SIGTERM, signal.SIGKILL):
+    for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):  # its group has no process left, or it has not made one yet
-            os.killpg(process.pid, sign)
+            os.killpg(process.pid, number)
             process.join(2)
     if process.is_alive():
         process.kill()

@@ -4,6 +4,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -17,7 +18,6 @@ from codyra_llm.bench.gpu.context import Context
 from codyra_llm.bench.gpu.shapes import PAD, adapted, examples, model
 from codyra_llm.config.sections import OptimSection
 from codyra_llm.runtime.launch import accelerator
-from codyra_llm.store.rows import LogRow
 from codyra_llm.train.trainer import TaskData, Trainer
 
 PACKAGE = f"{Path(__file__).parents[2]}/"
@@ -47,13 +47,14 @@ def train(context: Context) -> None:
         given, made = examples(context, count, kind == "long"), trainer(context, batching, batch)
         task = TaskData("T", 0, given, [range(count)] * 3, [])
         key = f"{kind} examples, batching {batching}"
-        context.tried(f"fit, {key}", lambda made=made, task=task: fitted(made, task))
+        context.attempt(f"fit, {key}", partial(fit_figures, made, task))
         if batching == "auto":
-            watched(context, made, TaskData("T", 0, given[:batch], [range(batch)] * STEPS, []), kind)
+            few = TaskData("T", 0, given[:batch], [range(batch)] * STEPS, [])
+            record_waits_and_kernels(context, made, few, kind)
         made.free()
 
 
-def watched(context: Context, made: Trainer, task: TaskData, kind: str) -> None:
+def record_waits_and_kernels(context: Context, made: Trainer, task: TaskData, kind: str) -> None:
     """What the host waits for, and which kernels run, in steps on the same examples."""
     found = context.on_gpu(f"host waits of a step, {kind} examples", lambda: waits(made, task))
     if found is not None:
@@ -61,10 +62,9 @@ def watched(context: Context, made: Trainer, task: TaskData, kind: str) -> None:
     context.on_gpu(f"kernels of a step, {kind} examples", lambda: kernels(context, made, task, kind))
 
 
-def fitted(made: Trainer, task: TaskData) -> dict:
+def fit_figures(made: Trainer, task: TaskData) -> dict:
     """Run `Trainer.fit`; the figures are of its second epoch on, when all is warm."""
-    rows: list[LogRow] = []
-    made.fit(task, 1, rows.append)
+    rows = list(made.fit(task, 1))
     warm = rows[len(rows) // len(task.epochs) :]
     seconds = [row.seconds for row in warm]
     return {
@@ -82,16 +82,17 @@ def waits(made: Trainer, task: TaskData) -> dict[str, int]:
     one of them codyra aligns all."""
     steps: list[Counter[str]] = [Counter()]
 
-    def told(message: Warning | str, *_, **__) -> None:
+    def count_wait(message: Warning | str, *_, **__) -> None:
         if "synchroniz" in str(message):
             steps[-1][_project_line()] += 1
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = told
+        warnings.showwarning = count_wait
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            made.fit(task, 1, lambda row: steps.append(Counter()))
+            for _ in made.fit(task, 1):
+                steps.append(Counter())
         finally:
             torch.cuda.set_sync_debug_mode("default")
     counted = sorted(steps[:-1], key=Counter.total)
@@ -113,17 +114,14 @@ def kernels(context: Context, made: Trainer, task: TaskData, kind: str) -> dict:
     """Of the last two steps: the share of the time in which kernels run, how many run, the longest, and those
     of Triton, of which there should be none. The whole profile goes to a file."""
     seen = profiled(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
-    times = []
-
-    def log(row: LogRow) -> None:
+    began = 0.0
+    for row in made.fit(task, 1):
         if row.step == row.steps - 2:
             context.wait()
             seen.start()
-            times.append(perf_counter())
-
-    made.fit(task, 1, log)
+            began = perf_counter()
     context.wait()
-    wall = perf_counter() - times[0]
+    wall = perf_counter() - began
     seen.stop()
     events = seen.key_averages()
     table = events.table(sort_by="self_cuda_time_total", row_limit=60, max_name_column_width=90)
@@ -154,10 +152,10 @@ def within(context: Context, gigabytes: int, action: Callable[[], dict]) -> dict
 def training_without_memory(context: Context) -> dict:
     """Micro-batches of 131,072 tokens in 6 GB: they are halved until they fit, and the losses are finite."""
     made, given = trainer(context, "auto", 64, tokens=1 << 17), examples(context, 64, long=True)
-    task, rows = TaskData("T", 0, given, [range(64)] * 2, []), list[LogRow]()
+    task = TaskData("T", 0, given, [range(64)] * 2, [])
 
     def training() -> dict:
-        made.fit(task, 1, rows.append)
+        rows = list(made.fit(task, 1))
         return {
             "tokens at once": [row.micro_batch_tokens for row in rows],
             "losses": [row.loss for row in rows],

@@ -1,4 +1,4 @@
-"""SDFT: the student learns from itself, shown the answer, on what the student says."""
+"""SDFT: the model learns, on its own answers, from itself when its prompt shows the right answer."""
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,8 @@ class Sdft(SeqLora):
     demonstration, and φ an exponential average of the student's adapter, begun anew with every task. The sum
     over the vocabulary is exact; no gradient goes through the draw or to the teacher.
 
-    Source: Shenfeld et al. (2601.19897): on-policy, so that the model moves no further than its own answers
-    have to. The wording of the demonstration is theirs, without "including the thinking process"; their
+    Source: Shenfeld et al. (2601.19897), who train on the model's own answers since that moves it least. The
+    wording of the demonstration is theirs, without "including the thinking process"; their
     code skips the first 3 tokens of long answers (`skip`), has α = 0.01, and averages over examples, which
     here is `optim.loss_average: sample` (by tokens, an example's share is that of its gold answer). Ours: an
     adapter in place of all weights, and `probe`: the method can't work where the base makes nothing of a
@@ -36,7 +36,7 @@ class Sdft(SeqLora):
     """
 
     name, Config = "sdft", SdftConfig
-    summary = "seqlora that distils itself, shown the answer, on answers of its own"
+    summary = "seqlora that learns, on its own answers, from itself with the right answer in the prompt"
     config: SdftConfig
     max_zero_stage = 2  # the teacher is a copy of whole parameters
     packs = False  # it decodes in training, with padding
@@ -44,28 +44,39 @@ class Sdft(SeqLora):
     def begin_task(self, model, task: Task) -> None:
         super().begin_task(model, task)
         records = task.records()
-        self._asked = task.encode(records)
-        self._shown = task.encode([self._demonstrated(record) for record in records])
+        self._examples = task.encode(records)
+        self._demonstrated = task.encode([self._with_demonstration(record) for record in records])
         self._index, self._step, self._due = task.index, 0, False
         self._teacher = snapshot(model)
         if task.index == 0:
             self._require_in_context_learning(model, task)
 
     def before_step(self, groups, step: int, steps: int, schedule: str) -> None:
-        self._step, self._due = step, step > 0
+        self._step = step
+        # The first forward of a step is the first to see the adapter that the step before has left.
+        self._due = step > 0
 
     def loss(self, model, batch: Batch) -> dict[str, Tensor]:
         self._average(model)
-        prompts = [self._asked[i].prompt or [first_token(model)] for i in batch.examples]
+        # The model needs one token at least to go on from.
+        prompts = [self._examples[i].prompt or [first_token(model)] for i in batch.examples]
         draws = [generator("sdft", self.seed, self._index, self._step, i) for i in batch.examples]
         answers = answered(model, prompts, self.config.answer_tokens, draws)
         weights = self._token_weights(batch, answers)
         student = _states(model, prompts, answers)
+        demonstrated = [self._demonstrated[i].prompt for i in batch.examples]
         with torch.no_grad(), stand_in(model, self._teacher):
-            taught = _states(model, [self._shown[i].prompt for i in batch.examples], answers)
-        head, cap = families.head(model), families.softcap(model)
-        reverse = self.config.divergence == "reverse"
-        return {"loss": distillation(head, student, taught, weights, 1.0, cap, reverse)}
+            taught = _states(model, demonstrated, answers)
+        loss = distillation(
+            families.head(model),
+            student,
+            taught,
+            weights,
+            temperature=1.0,
+            cap=families.softcap(model),
+            reverse=self.config.divergence == "reverse",
+        )
+        return {"loss": loss}
 
     def progress(self) -> dict[str, Tensor]:
         return {
@@ -81,8 +92,8 @@ class Sdft(SeqLora):
                 if factor is not None:
                     factor.copy_(progress[f"{site}.{part}"])
 
-    def _demonstrated(self, record: dict) -> dict:
-        """The record with the prompt that the teacher reads; what prompt and answer hold is left as it is."""
+    def _with_demonstration(self, record: dict) -> dict:
+        """The record with the prompt that the teacher reads. Braces in a prompt or an answer are text."""
         wording = self.config.demonstration.split("{prompt}")
         parts = [part.replace("{answer}", record["answer"]) for part in wording]
         return {**record, "prompt": record["prompt"].join(parts)}
@@ -101,7 +112,7 @@ class Sdft(SeqLora):
     def _token_weights(self, batch: Batch, answers: list[list[int]]) -> Tensor:
         """The weight of every drawn token: the example's share of the global batch over the tokens of its
         answer that count."""
-        counts = [len(self._asked[i].labelled) for i in batch.examples]
+        counts = [len(self._examples[i].labelled) for i in batch.examples]
         shares = [part.sum() for part in batch.weights.split(counts)]
         found = []
         for share, answer in zip(shares, answers, strict=True):
@@ -111,12 +122,13 @@ class Sdft(SeqLora):
         return torch.cat(found)
 
     def _require_in_context_learning(self, model: nn.Module, task: Task) -> None:
-        count = min(self.config.probe, len(self._asked))
+        """Raises Fault where the base predicts gold answers hardly better once it is shown them."""
+        count = min(self.config.probe, len(self._examples))
         if not count:
             return
-        answers = [example.answer for example in self._asked[:count]]
-        alone = _cross_entropy(model, [example.prompt for example in self._asked[:count]], answers)
-        shown = _cross_entropy(model, [example.prompt for example in self._shown[:count]], answers)
+        answers = [example.answer for example in self._examples[:count]]
+        alone = _cross_entropy(model, [example.prompt for example in self._examples[:count]], answers)
+        shown = _cross_entropy(model, [example.prompt for example in self._demonstrated[:count]], answers)
         most = (1 - self.config.gain) * alone
         if shown > most:
             raise Fault(
@@ -124,14 +136,15 @@ class Sdft(SeqLora):
                 f"{shown:.2f} nats per token of {count} answers of {task.stream.tasks[0]} when it is shown "
                 f"them and at {alone:.2f} when it is not, where {most:.2f} or less was expected; take a "
                 "larger or an instruction-tuned base, word method.demonstration as that base was tuned, or "
-                "lower method.gain."
+                "lower method.gain"
             )
 
 
 def _states(model: nn.Module, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
     """The last hidden states [M, h] from which each token of each answer is predicted after its prompt."""
     examples = [Encoded(p, a, cut=False) for p, a in zip(prompts, answers, strict=True)]
-    batch = collate(examples, range(len(examples)), [0.0] * len(examples), 0)
+    weights = [0.0] * len(examples)  # of the loss, which is not asked for
+    batch = collate(examples, range(len(examples)), weights, pad=0)
     return batch.to(families.pretrained(model).device).hidden(model)
 
 
@@ -141,7 +154,7 @@ def _cross_entropy(model: nn.Module, prompts: list[list[int]], answers: list[lis
     total = tokens = 0.0
     for prompt, answer in zip(prompts, answers, strict=True):
         example = Encoded(prompt or [first_token(model)], answer, cut=False)
-        batch = collate([example], [0], [1.0], 0).to(families.pretrained(model).device)
+        batch = collate([example], [0], [1.0], pad=0).to(families.pretrained(model).device)
         total += batch.cross_entropy(model).item()
         tokens += len(answer)
     return total / tokens

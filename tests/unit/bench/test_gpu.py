@@ -29,8 +29,8 @@ def task(stage):
 
 
 def test_an_error_is_a_finding_and_the_stage_goes_on(stage):
-    assert stage.tried("half", lambda: 0.5) == 0.5
-    assert stage.tried("none", lambda: 1 / 0) is None
+    assert stage.attempt("half", lambda: 0.5) == 0.5
+    assert stage.attempt("none", lambda: 1 / 0) is None
     assert stage.on_gpu("kernels", lambda: 1 / 0) is None
     found = {row["key"]: row["value"] for row in findings(stage.out)}
     assert found == {
@@ -99,7 +99,7 @@ def test_where_peft_runs_out_of_memory_the_others_go_on(stage, monkeypatch):
         return {"arms": dict.fromkeys(options.arms, row)}
 
     monkeypatch.setattr(compared, "steps", steps)
-    found = compared.stepped(stage, "llama-3.2-1b", compared.STEP_ARMS, "short")
+    found = compared.measure_steps(stage, "llama-3.2-1b", compared.STEP_ARMS, "short")
     assert list(found) == ["frozen", "peft-strong", "ours"] and len(asked) == 2
     first, second = findings(stage.out)
     assert "ran out of memory" in first["value"] and json.loads(json.dumps(found)) == second["value"]

@@ -37,7 +37,7 @@ def test_the_model_is_let_go_with_the_answers():
     """The next model comes while `ask` is still at hand."""
     model = torch.nn.Linear(1, 1)
     held, models = weakref.ref(model), [model]
-    setup = SimpleNamespace(loaded=lambda *_: (models.pop(), None))
+    setup = SimpleNamespace(load_stage=lambda *_: (models.pop(), None))
     with torch_answering(Experiment(setup, None, Accelerator(), None), Stage(1, "ONE")) as ask:
         del model
         assert held() is not None

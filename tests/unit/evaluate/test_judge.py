@@ -16,7 +16,7 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import read_jsonl
 from codyra_llm.evaluate import judge
 from codyra_llm.evaluate.questions import find_questions
-from codyra_llm.experiment import experiment, open_ended
+from codyra_llm.experiment import open_ended
 from codyra_llm.experiment.experiment import Experiment
 from codyra_llm.experiment.preflight import refuse_launch
 from codyra_llm.report import judged
@@ -191,7 +191,7 @@ def test_the_other_processes_never_wait_for_more_than_a_slice(answered, monkeypa
         setup, out = answered(judge_recipe(server.url, parallel=2))
         plain = launch.collectively
         monkeypatch.setattr(
-            experiment, "collectively", lambda *given: (plain(*given), met.append(len(server.asked)))[0]
+            launch, "collectively", lambda *given: (plain(*given), met.append(len(server.asked)))[0]
         )
         settle(setup, out)
         assert met == [0, 16, 18]

@@ -145,7 +145,7 @@ def test_a_demonstration_leaves_texts_as_they_are():
     kind = METHODS["sdft"]
     method = kind(kind.Config(demonstration="{prompt} so {answer}; {prompt}"), 0)
     record = {"prompt": "a {answer} {x}", "answer": "{prompt}", "more": 1}
-    assert method._demonstrated(record) == {
+    assert method._with_demonstration(record) == {
         "prompt": "a {answer} {x} so {prompt}; a {answer} {x}",
         "answer": "{prompt}",
         "more": 1,
