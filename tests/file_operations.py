@@ -90,6 +90,8 @@ class Watch:
             done = real(place, *args, **kwargs)
             if name == "fsync":
                 self.disk.sync(path)
+            elif name == "mkdir":
+                self.disk.begin(path)
             return done
 
         return call
@@ -99,8 +101,9 @@ class Watch:
         if path is None:
             return self.open(file, mode, *args, **kwargs)
         self._reached("open", path)
+        is_new = "w" in mode or not path.exists()
         opened = self.open(file, mode, *args, **kwargs)
-        if "w" in mode:
+        if is_new:
             self.disk.begin(path)
         closing = opened.close
 
@@ -119,6 +122,7 @@ class Watch:
             return self.save(values, path, metadata)
         self._reached("open", place)
         self.save(values, path, metadata)
+        self.disk.begin(place)
         self._reached("written", place)
 
     def _reached(self, kind: str, path: Path) -> None:
@@ -136,44 +140,49 @@ class Disk:
 
     def __init__(self, root: Path):
         self.root = root
-        self.synced: dict[int, bytes] = {}  # by inode
-        self.names: dict[int, dict[str, tuple[int, bool]]] = {}  # by folder: inode, whether a folder
+        self.numbers: dict[int, int] = {}  # by inode, which the next file may be given: one of ours
+        self.synced: dict[int, bytes] = {}  # by number of a file
+        self.names: dict[int, dict[str, tuple[int, bool]]] = {}  # by that of a folder: and whether a folder
+        self.made = 0
         for path in sorted(root.rglob("*")):  # what lies there when a run begins has survived
             self.sync(path)
 
+    def begin(self, path: Path) -> None:
+        """A file or folder that was made: nothing of it is synced, whatever had its inode before."""
+        self.made += 1
+        self.numbers[path.stat().st_ino] = self.made
+
     def sync(self, path: Path) -> None:
-        inode, is_folder = _node(path)
+        number, is_folder = self._node(path)
         if is_folder:
-            self.names[inode] = {entry.name: _node(entry) for entry in path.iterdir()}
+            self.names[number] = {entry.name: self._node(entry) for entry in path.iterdir()}
         else:
             with io.FileIO(path) as file:
-                self.synced[inode] = file.readall()
+                self.synced[number] = file.readall()
         while path != self.root and path.is_relative_to(self.root):
-            self.names.setdefault(_node(path.parent)[0], {})[path.name] = _node(path)
+            self.names.setdefault(self._node(path.parent)[0], {})[path.name] = self._node(path)
             path = path.parent
-
-    def begin(self, path: Path) -> None:
-        """A file that is opened for writing: nothing of it is synced, whatever had its inode before."""
-        self.synced.pop(_node(path)[0], None)
 
     def survivors(self) -> Content:
         """Without the lock: one that is empty is waited for a minute."""
         if not self.root.is_dir():
             return {}
-        found = dict(self._below(self.root, _node(self.root)[0]))
+        found = dict(self._below(self.root, self._node(self.root)[0]))
         return {
             path.relative_to(self.root): data for path, data in found.items() if path.name != "lease.json"
         }
 
+    def _node(self, path: Path) -> tuple[int, bool]:
+        inode = path.stat().st_ino
+        if inode not in self.numbers:
+            self.begin(path)
+        return self.numbers[inode], path.is_dir()
+
     def _below(self, folder: Path, node: int) -> Iterator[tuple[Path, bytes | None]]:
-        for name, (inode, is_folder) in self.names.get(node, {}).items():
-            yield folder / name, None if is_folder else self.synced.get(inode, b"")
+        for name, (number, is_folder) in self.names.get(node, {}).items():
+            yield folder / name, None if is_folder else self.synced.get(number, b"")
             if is_folder:
-                yield from self._below(folder / name, inode)
-
-
-def _node(path: Path) -> tuple[int, bool]:
-    return path.stat().st_ino, path.is_dir()
+                yield from self._below(folder / name, number)
 
 
 def content(folder: Path) -> Content:

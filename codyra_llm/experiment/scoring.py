@@ -165,4 +165,5 @@ def _add_scores(
 
 
 def _say(experiment: Experiment, row: ScoreRow, seconds: float) -> None:
-    experiment.say(f"after {row.after}: {row.task} {row.score:.1f}  ({row.headline}, {seconds:.0f} s)")
+    score = "no example" if row.score is None else f"{row.score:.1f}"
+    experiment.say(f"after {row.after}: {row.task} {score}  ({row.headline}, {seconds:.0f} s)")

@@ -64,10 +64,11 @@ class _Numbers(dict[str, bytes]):
         return numbers
 
     def number(self, word: str) -> bytes:
-        if word not in self.of_word:
-            self.of_word[word] = next(self.unused).to_bytes(2, "little")
+        found = self.of_word.get(word)
+        if found is None:  # another thread's number stands
+            found = self.of_word.setdefault(word, next(self.unused).to_bytes(2, "little"))
             self.letters += len(word)
-        return self.of_word[word]
+        return found
 
     def has_room(self) -> bool:
         """Whether there are numbers for all words of another call."""
