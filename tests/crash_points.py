@@ -191,6 +191,7 @@ class Series:
         return row["mode"], row["at"], row["operation"], row["twice"]
 
     def go(self) -> None:
+        self.points.forget("run")
         code, captures = self.points.captured("run", lambda at: self.left.get(at, []))
         assert code == 0 and self.points.wrong("run", 0) is None
         assert len(self.points.operations_of("run")) == len(self.points.operations)
@@ -294,7 +295,7 @@ def main() -> None:
     given = parser.parse_intermixed_args()
     out = given.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("first", "straight", "run"):
+    for name in ("first", "straight"):
         shutil.rmtree(out / name, ignore_errors=True)
     recipe = load_recipe(given.recipe, given.overrides) if given.recipe else small(out)
     points = Points(recipe, out)
