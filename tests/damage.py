@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from chaos import quiet
-from crash_points import REFUSED, STOPPED, Points, left
+from crash_points import Points, left
+from file_operations import REFUSED, STOPPED
 
 from codyra_llm.config.recipe import Recipe, load_recipe
 

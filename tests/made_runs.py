@@ -10,7 +10,7 @@ import subprocess
 from html.parser import HTMLParser
 
 from codyra_llm.config.overrides import override
-from codyra_llm.config.recipe import parse_recipe
+from codyra_llm.config.recipe import Recipe, parse_recipe
 from codyra_llm.core.files import write_json, write_jsonl
 from codyra_llm.report.html import page
 from codyra_llm.store.folder import RunFolder
@@ -79,86 +79,94 @@ def score(step: int, task: str, value: float, kind: str = "task") -> dict:
 
 def make(path, lift: float = 0.0, lose: float = 0.0, **overrides) -> RunFolder:
     """A run folder written by hand: `lift` on every score, `lose` off the last score of the first task."""
+    recipe = _recipe(path, overrides)
+    tasks = recipe.tasks
+    write_json(path / "recipe.json", recipe.model_dump(mode="json"))
+    write_json(path / "manifest.json", MANIFEST)
+    write_jsonl(path / "scores.jsonl", _scores(tasks, lift, lose))
+    for step, right in ((1, True), (3, False)):
+        file = path / "predictions" / f"{step:02d}-{tasks[step - 1]}" / f"{tasks[0]}.jsonl"
+        write_jsonl(file, _predictions(right))
+    write_jsonl(path / "updates.jsonl", _updates(tasks))
+    write_jsonl(path / "log.jsonl", _log(tasks))
+    write_jsonl(
+        path / "costs.jsonl",
+        [{"task": task, "trained": 1234, "seconds": 2.5, "peak_bytes": 7 * 2**20} for task in tasks],
+    )
+    return RunFolder(path)
+
+
+MANIFEST = {
+    "codyra_llm": "0.1.0",
+    "device": EVIL,
+    "dtype": "torch.float32",
+    "world_size": 1,
+    "zero_stage": 0,
+    "base": "0" * 64,
+}
+
+
+def _recipe(path, overrides: dict) -> Recipe:
     raw = {
         "model": {"path": "some/model"},
         "data": {"root": "data", "tasks": TASKS},
         "method": {"name": "codyra", "rank": 4},
         "output": str(path),
     }
-    overrides = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in overrides.items()]
-    recipe = parse_recipe(override(raw, overrides)).resolved()
-    write_json(path / "recipe.json", recipe.model_dump(mode="json"))
-    write_json(
-        path / "manifest.json",
+    words = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in overrides.items()]
+    return parse_recipe(override(raw, words)).resolved()
+
+
+def _scores(tasks: list[str], lift: float, lose: float) -> list[dict]:
+    """The base's, those of MATRIX with the last one of the first task changed, and general ability."""
+    matrix = [[value if value is None else value + lift for value in row] for row in MATRIX]
+    matrix[2][0] -= lose
+    rows = [score(0, task, 20 + number) for number, task in enumerate(tasks)]
+    rows.append(score(0, "probe", 90, "general"))
+    for step, values in enumerate(matrix, 1):
+        known = [(task, value) for task, value in zip(tasks, values, strict=False) if value is not None]
+        rows += [score(step, task, value) for task, value in known]
+    return [*rows, score(3, "probe", 85, "general")]
+
+
+def _predictions(right: bool) -> list[dict]:
+    found = "yes" if right else EVIL + "wrong"
+    return [
+        {"prompt": EVIL, "answer": "yes\x1b", "prediction": found, "exact_match": 100 * right},
+        {"prompt": "kept", "answer": "no", "prediction": "no", "exact_match": 100},
+    ]
+
+
+def _updates(tasks: list[str]) -> list[dict]:
+    return [
         {
-            "codyra_llm": "0.1.0",
-            "device": EVIL,
-            "dtype": "torch.float32",
-            "world_size": 1,
-            "zero_stage": 0,
-            "base": "0" * 64,
-        },
-    )
-    tasks = recipe.tasks
-    matrix = [
-        [v if v is None else v + lift - lose * (i == 2 and j == 0) for j, v in enumerate(row)]
-        for i, row in enumerate(MATRIX)
+            "task": task,
+            "site": f"model.layers.{layer}.mlp.up_proj",
+            "rank": 4,
+            "kept": (number + layer) % 5,
+            "update_norm": 0.5 + number,
+            "drift": 1.5 + number,
+            "surviving": 0.75,
+        }
+        for number, task in enumerate(tasks)
+        for layer in range(2)
     ]
-    rows = [score(0, task, 20 + j) for j, task in enumerate(tasks)] + [score(0, "probe", 90, "general")]
-    rows += [
-        score(i, tasks[j], v) for i, row in enumerate(matrix, 1) for j, v in enumerate(row) if v is not None
+
+
+def _log(tasks: list[str]) -> list[dict]:
+    return [
+        {
+            "task": task,
+            "step": step + 1,
+            "steps": 5,
+            "loss": 5.0 - step,
+            "lr": 1e-3 / (step + 1),
+            "tokens": 64,
+            "seconds": 0.5,
+        }
+        for task in tasks
+        for step in range(5)
     ]
-    write_jsonl(path / "scores.jsonl", rows + [score(3, "probe", 85, "general")])
-    for step, right in ((1, 1), (3, 0)):
-        write_jsonl(
-            path / "predictions" / f"{step:02d}-{tasks[step - 1]}" / f"{tasks[0]}.jsonl",
-            [
-                {
-                    "prompt": EVIL,
-                    "answer": "yes\x1b",
-                    "prediction": "yes" if right else EVIL + "wrong",
-                    "exact_match": 100 * right,
-                },
-                {"prompt": "kept", "answer": "no", "prediction": "no", "exact_match": 100},
-            ],
-        )
-    write_jsonl(
-        path / "updates.jsonl",
-        [
-            {
-                "task": task,
-                "site": f"model.layers.{layer}.mlp.up_proj",
-                "rank": 4,
-                "kept": (i + layer) % 5,
-                "update_norm": 0.5 + i,
-                "drift": 1.5 + i,
-                "surviving": 0.75,
-            }
-            for i, task in enumerate(tasks)
-            for layer in range(2)
-        ],
-    )
-    write_jsonl(
-        path / "log.jsonl",
-        [
-            {
-                "task": task,
-                "step": s + 1,
-                "steps": 5,
-                "loss": 5.0 - s,
-                "lr": 1e-3 / (s + 1),
-                "tokens": 64,
-                "seconds": 0.5,
-            }
-            for task in tasks
-            for s in range(5)
-        ],
-    )
-    write_jsonl(
-        path / "costs.jsonl",
-        [{"task": task, "trained": 1234, "seconds": 2.5, "peak_bytes": 7 * 2**20} for task in tasks],
-    )
-    return RunFolder(path)
 
 
 def written(folders: list[RunFolder], out, **settings) -> str:

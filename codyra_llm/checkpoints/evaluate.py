@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.files import await_file, file_sha256, write_json
 from codyra_llm.core.version import __version__
 from codyra_llm.evaluate import judge
+from codyra_llm.evaluate.matrix import mean
 from codyra_llm.experiment import open_ended
 from codyra_llm.experiment.experiment import Experiment
 from codyra_llm.experiment.observers import Beats
@@ -264,7 +264,7 @@ def _finish(checkpoint: str, experiment: Experiment, stage: Stage, had: int) -> 
         "general": general,
         "delta_r": delta_r(general),
         "open_ended": judged.summarise(setup.recipe, out),
-        "mean": fmean(row.score for row in tasks) if tasks else None,
+        "mean": mean(row.score for row in tasks),
     }
     write_json(out.path / "summary.json", summary)
     if tasks and len(rows) > had:

@@ -13,7 +13,7 @@ def lm_eval_layout(checkpoint: str, setup: Setup, rows: list[ScoreRow]) -> dict:
     """Scores of the stream's tasks as lm-eval's result files have them: under 'metric,none', from 0 to 1."""
     results: dict[str, dict] = {}
     for row in rows:
-        means = {f"{name},none": score["mean"] / 100 for name, score in row.metrics.items()}
+        means = {f"{name},none": _share(score["mean"]) for name, score in row.metrics.items()}
         errors = {f"{name}_stderr,none": "N/A" for name in row.metrics}
         results[row.task] = {"alias": row.task, **means, **errors}
     counts = {row.task: row.interval["n"] for row in rows}
@@ -39,3 +39,8 @@ def lm_eval_layout(checkpoint: str, setup: Setup, rows: list[ScoreRow]) -> dict:
         "lm_eval_version": None,
         "date": datetime.now().timestamp(),
     }
+
+
+def _share(mean: float | None) -> float | str:
+    """A mean of no example is what lm-eval writes for what it could not compute."""
+    return "N/A" if mean is None else mean / 100

@@ -38,13 +38,13 @@ def summary(tasks: list[str], scores: list[list[float | None]], zero_shot: list[
         for j in old:
             best = _best(row[j] for row in scores[j:-1])
             forgotten.append(_minus(best, last[j]))
-        numbers |= {"op": _mean(last[:seen]), "bwt": _mean(gained), "forgetting": _mean(forgotten)}
+        numbers |= {"op": mean(last[:seen]), "bwt": mean(gained), "forgetting": mean(forgotten)}
         if seen > 1:
             clipped = [value if value is None else max(value, 0.0) for value in dropped]
-            numbers |= {"bwt_treelora": _mean(dropped), "bwt_treelora_clipped": _mean(clipped)}
+            numbers |= {"bwt_treelora": mean(dropped), "bwt_treelora_clipped": mean(clipped)}
     if zero_shot is not None:
         gains = [_minus(scores[j - 1][j], zero_shot[j]) for j in range(1, seen)]
-        numbers["fwt"] = _mean(gain for gain in gains if gain is not None)
+        numbers["fwt"] = mean(gain for gain in gains if gain is not None)
     return {"tasks": list(tasks), "matrix": [list(row) for row in scores], "zero_shot": zero_shot, **numbers}
 
 
@@ -58,6 +58,7 @@ def _best(values: Iterable[float | None]) -> float | None:
     return max(values) if values and None not in values else None
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def mean(values: Iterable[float | None]) -> float | None:
+    """None where a value is missing, or where there is none."""
     values = list(values)
     return fmean(values) if values and None not in values else None

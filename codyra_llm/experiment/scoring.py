@@ -177,4 +177,5 @@ def _with_scores(questions: Questions, predictions: list[str], scores: dict[str,
 
 
 def _say(row: ScoreRow, seconds: float) -> None:
-    say(f"after {row.after}: {row.task} {row.score:.1f}  ({row.headline}, {seconds:.0f} s)")
+    score = "no example" if row.score is None else f"{row.score:.1f}"
+    say(f"after {row.after}: {row.task} {score}  ({row.headline}, {seconds:.0f} s)")

@@ -16,6 +16,8 @@ def rouge_l(evaluated: str, reference: str) -> float:
     Sentences end at '.', words at white space and each counts once. Both texts need a sentence, that is a
     character other than '.'.
     """
+    if evaluated == reference:
+        return 2.0 * ((1.0 * 1.0) / (1.0 + 1.0 + SMOOTHING))
     ours, theirs = sentences(evaluated), sentences(reference)
     holding = _index(ours)
     common: set[str] = set()

@@ -1,54 +1,104 @@
 """SARI (Xu et al., 2016, ACL Anthology Q16-1029) in the variant of tensor2tensor, Hugging Face and so
 TRACE.
 
-A source has ten times as many n-grams as a prediction, and nearly all of them are there once and nowhere
-else. Such a one is deleted, rightly, and is only counted: none is built. For an n-gram that is repeated, or
-that is in another text too, so are the two (n-1)-grams within it, and so they are found among few places.
+Each different word becomes a number of two bytes, so that a text is a short array and a pair of words one
+number. A source has ten times as many n-grams as a prediction, and nearly all of them are there once and
+nowhere else. Such a one is deleted, rightly, and is only counted.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence, Set
+from collections.abc import Hashable, Mapping, Sequence, Set
 from functools import cache, reduce
-from itertools import compress
+from itertools import chain, count, repeat
 from operator import add
 from typing import NamedTuple
 
-Gram = str | tuple[str, ...]  # a word, or several
+Gram = Hashable  # a word, a pair, or two pairs that overlap or follow each other
 
 EXACT = {0.0, 0.25, 0.5, 0.75, 1.0}
 
-KEPT_WORDS = 1 << 16  # as many different words, of at most so many letters, are tokenised once
-KEPT_LETTERS = 64
+MOST = 1 << 16  # different words that have a number
+LONG = 20_000  # letters of all texts of a call, above which they may have too many of them
+KEPT_PARTS = 1 << 16  # as many different texts without white space are tokenised once, ...
+KEPT_LETTERS = 64  # ... if they have at most so many letters; ...
+ALL_LETTERS = 1 << 22  # ... and of words that have a number
 
 
 def sari(source: str, prediction: str, references: Sequence[str]) -> float:
     """SARI of one prediction, 0..100, against one or more references."""
-    given, *others = [_words(text) for text in (source, prediction, *references)]
-    places = list(range(len(given)))
-    total = 0.0
+    given, found, *wanted = _texts([source, prediction, *references])
+    total, plain = 0.0, False
     for n in range(1, 5):
-        found, *of_references = [Counter(_grams(words, n)) for words in others]
-        wanted = of_references[0] if len(of_references) == 1 else sum(of_references, Counter())
-        known = _known(given, n, places, found.keys() | wanted.keys())
-        total += _of_length(known, found, wanted, len(references))
-        places = [at for at, after in zip(known.places, known.places[1:], strict=False) if after == at + 1]
+        of_length = _of_length(given, found, wanted, n, plain)
+        total += of_length.score()
+        plain = plain or (n > 1 and not of_length.may_be_longer())
     return 100.0 * total / 4
 
 
-class _Words(dict[str, list[str]]):
-    """By a text without white space its tokens: those of the 13a tokenisation, whose rules look at two
-    neighbouring characters and see white space as any other that is neither a digit nor a mark."""
+class _Text(NamedTuple):
+    """Words and pairs of neighbours, in order: as numbers, or as they are."""
 
-    def __missing__(self, text: str) -> list[str]:
-        tokens = _tokenize(text)
-        if len(text) <= KEPT_LETTERS:
-            if len(self) >= KEPT_WORDS:
-                self.clear()
-            self[text] = tokens
-        return tokens
+    words: Sequence[Hashable]
+    pairs: Sequence[Hashable]
+
+    def grams(self, n: int) -> Sequence[Gram]:
+        if n <= 2:
+            return self.words if n == 1 else self.pairs
+        return list(zip(self.pairs, self.pairs[n - 2 :], strict=False))
 
 
-_KNOWN = _Words()
+class _Numbers(dict[str, bytes]):
+    """By a text without white space the numbers of its words: the tokens of the 13a tokenisation, whose
+    rules look at two neighbouring characters and see white space as any other that is neither a digit nor a
+    mark."""
+
+    def __init__(self):
+        self.of_word: dict[str, bytes] = {}
+        self.unused = count()
+        self.letters = 0
+
+    def __missing__(self, part: str) -> bytes:
+        numbers = b"".join([self.number(word) for word in _tokens(part)])
+        if len(part) <= KEPT_LETTERS:
+            self[part] = numbers
+        return numbers
+
+    def number(self, word: str) -> bytes:
+        found = self.of_word.get(word)
+        if found is None:  # another thread's number stands
+            found = self.of_word.setdefault(word, next(self.unused).to_bytes(2, "little"))
+            self.letters += len(word)
+        return found
+
+    def has_room(self) -> bool:
+        """Whether there are numbers for all words of another call."""
+        return len(self.of_word) < MOST - LONG and len(self) < KEPT_PARTS and self.letters < ALL_LETTERS
+
+
+_numbers = _Numbers()
+
+
+def _texts(texts: list[str]) -> list[_Text]:
+    """The texts with equal numbers for equal words."""
+    global _numbers
+    if sum(map(len, texts)) > LONG:
+        listed = [_words(text) for text in texts]
+        return [_Text(words, list(zip(words, words[1:], strict=False))) for words in listed]
+    if not _numbers.has_room():
+        _numbers = _Numbers()
+    numbers = _numbers  # another thread may begin anew
+    found = [b"".join(map(numbers.__getitem__, _parts(text))) for text in texts]
+    return [_numbered(data or numbers.number("")) for data in found]  # an empty word, as published
+
+
+def _numbered(data: bytes) -> _Text:
+    """The text of words of two bytes each."""
+    words = memoryview(data).cast("H").tolist()
+    pairs: list[Hashable] = [0] * (len(words) - 1)
+    for first in (0, 1):  # four bytes are a pair, which begins at an even place or at an odd one
+        size = (len(words) - first) // 2 * 4
+        pairs[first::2] = memoryview(data)[2 * first : 2 * first + size].cast("I").tolist()
+    return _Text(words, pairs)
 
 
 @cache
@@ -58,99 +108,129 @@ def _tokenizer():
     return TokenizerRegexp()
 
 
-def _tokenize(text: str) -> list[str]:
+# What 13a writes out before it looks at marks, in this order.
+ENTITIES = (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"))
+
+
+def _parts(text: str) -> list[str]:
+    """The text at white space, without what 13a takes out: skipped text and hyphenation."""
+    if "<" in text or "-\n" in text:
+        text = text.lower().replace("<skipped>", "").replace("-\n", "")
+    return text.split()
+
+
+def _tokens(part: str) -> list[str]:
+    """Of a text without white space, beyond which no rule of small letters looks."""
+    part = part.lower()
+    if part.isalnum():  # no rule looks at letters and digits alone
+        return [part]
+    for mark, plain in ENTITIES:
+        part = part.replace(mark, plain)
     # Without the tokenizer's own cache, which keeps 65,536 texts of any length.
-    return type(_tokenizer()).__call__.__wrapped__(_tokenizer(), f" {text} ").split(" ")
-
-
-# What 13a changes before it looks at marks, in this order: skipped text, hyphenation, four entities.
-_WRITTEN_OUT = (("<skipped>", ""), ("-\n", ""), ("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"))
+    return type(_tokenizer()).__call__.__wrapped__(_tokenizer(), f" {part} ").split(" ")
 
 
 def _words(text: str) -> list[str]:
-    text = text.lower()
-    for mark, plain in _WRITTEN_OUT:
-        text = text.replace(mark, plain)
     words: list[str] = []
-    for part in text.split():
-        words += _KNOWN[part]
-    return words or [""]  # an empty word, as published
+    for part in _parts(text):
+        words += _tokens(part)
+    return words or [""]
 
 
-def _grams(words: Sequence[str], n: int) -> Iterable[Gram]:
-    return words if n == 1 else zip(*(words[i:] for i in range(n)), strict=False)
+class _OfLength(NamedTuple):
+    """N-grams of one length: how often those of the source that another text has are in each, and how many
+    the texts have."""
+
+    grams: Sequence[Gram]  # the source's, where it is known that they matter
+    distinct: int  # of the source's
+    shared: Set[Gram]
+    given: Mapping[Gram, int]  # in the order of the text; of words the others too
+    found: Mapping[Gram, int]
+    wanted: Mapping[Gram, int]
+    added: Set[Gram]  # the prediction's that are not in the source
+    to_add: Set[Gram]  # the references'
+    times: int  # references, by which counts are multiplied
+
+    def may_be_longer(self) -> bool:
+        """Whether an n-gram of the source that is longer by a word may be there twice, or be in another text:
+        it begins and ends with such a one."""
+        if self.distinct == len(self.grams) and not self.shared:
+            return False
+        found, seen = set(self.shared), set()
+        if self.distinct < len(self.grams):
+            found.update([gram for gram in self.grams if gram in seen or seen.add(gram)])
+        return b"\1\1" in bytes(map(found.__contains__, self.grams))
+
+    def score(self) -> float:
+        """(F1 of kept + precision of deleted + F1 of added) / 3."""
+        hits = len(self.added & self.to_add)
+        add = _f1(_ratio(hits, len(self.added)), _ratio(hits, len(self.to_add)))
+        if not self.shared:  # nothing was kept or was to be kept, and all that was deleted rightly so
+            return (1.0 + 1.0 + add) / 3
+        return (self._kept() + self._deleted() + add) / 3
+
+    def _kept(self) -> float:
+        rightly = to_keep = 0
+        shares: dict[Gram, float] = {}
+        for gram in self.shared:
+            count, wanted = self.given[gram] * self.times, self.wanted.get(gram, 0)
+            to_keep += min(count, wanted)
+            if gram in self.found:
+                kept = min(count, self.found[gram] * self.times)
+                right = min(kept, wanted)
+                rightly += right
+                shares[gram] = right / kept
+        in_order = map(shares.__getitem__, filter(shares.__contains__, self.given))
+        return _f1(_ratio(reduce(add, in_order, 0.0), len(shares)), _ratio(rightly, to_keep))
+
+    def _deleted(self) -> float:
+        shares: dict[Gram, float] = {}  # 1 for all that are not here
+        whole = self.distinct
+        for gram in self.shared:
+            deleted, wanted = self.given[gram] - self.found.get(gram, 0), self.wanted.get(gram, 0)
+            if deleted <= 0:
+                shares[gram] = 0.0
+                whole -= 1
+            elif wanted:
+                shares[gram] = max(deleted * self.times - wanted, 0) / (deleted * self.times)
+        return _ratio(self._sum(shares), whole)
+
+    def _sum(self, shares: dict[Gram, float]) -> float:
+        """Of `shares`, and 1 for every other n-gram of the source."""
+        if EXACT.issuperset(shares.values()):  # then no sum is rounded
+            return self.distinct - len(shares) + sum(shares.values())
+        # In the order of the text, in which the published sum is rounded.
+        order = self.given if len(self.given) == self.distinct else dict.fromkeys(self.grams)
+        return reduce(add, map(shares.get, order, repeat(1.0)), 0.0)
 
 
-class _Known(NamedTuple):
-    """What is known of the source's n-grams of one length."""
-
-    shared: dict[Gram, int]  # how often those of another text are there, in the order of the source
-    grams: list[Gram]  # the shared and the repeated ones in order, each as often as it is there
-    places: list[int]  # where they begin
-    size: int  # places of all n-grams
-    distinct: int
-
-
-def _known(words: list[str], n: int, places: list[int], elsewhere: Set[Gram]) -> _Known:
-    """`places`: where an n-gram can begin that is repeated, or one of those `elsewhere`, in order."""
-    size = max(len(words) - n + 1, 0)
-    grams: Sequence[Gram] = words
-    if n > 1:
-        columns = ([words[at + offset] for at in places] for offset in range(n))
-        grams = list(zip(*columns, strict=True))
-    counts = Counter(grams)
-    shared = {gram: count for gram, count in counts.items() if gram in elsewhere}
-    wanted = shared.keys() | {gram for gram, count in counts.items() if count > 1}
-    kept = [gram in wanted for gram in grams]
-    distinct = size - len(grams) + len(counts)
-    return _Known(shared, list(compress(grams, kept)), list(compress(places, kept)), size, distinct)
-
-
-def _of_length(source: _Known, prediction: dict[Gram, int], reference: dict[Gram, int], times: int) -> float:
-    """(F1 of kept + precision of deleted + F1 of added) / 3 of n-grams of one length; `times`: the number of
-    references, by which counts are multiplied."""
-    kept = rightly_kept = to_keep = 0
-    kept_shares = 0.0
-    deleted_shares: dict[Gram, float] = {}  # 1 for all that are not here
-    whole = source.distinct
-    for gram, count in source.shared.items():
-        given, wanted = prediction.get(gram, 0), reference.get(gram, 0)
-        to_keep += min(count * times, wanted)
-        if given:
-            all_kept = min(count, given) * times
-            right = min(all_kept, wanted)
-            rightly_kept += right
-            kept_shares += right / all_kept
-            kept += 1
-        if count <= given:
-            deleted_shares[gram] = 0.0
-            whole -= 1
-        elif wanted:
-            all_deleted = (count - given) * times
-            deleted_shares[gram] = max(all_deleted - wanted, 0) / all_deleted
-    keep = _f1(_ratio(kept_shares, kept), _ratio(rightly_kept, to_keep))
-    delete = _ratio(_sum(source, deleted_shares), whole)
-    return (keep + delete + _added(source.shared, prediction, reference)) / 3
+def _of_length(given: _Text, found: _Text, wanted: list[_Text], n: int, plain: bool) -> _OfLength:
+    """`plain`: whether each n-gram of the source is there once and in no other text."""
+    of_prediction, of_references = found.grams(n), [text.grams(n) for text in wanted]
+    predicted, required = set(of_prediction), set().union(*of_references)
+    if plain:
+        distinct = max(len(given.words) - n + 1, 0)
+        return _OfLength((), distinct, set(), {}, {}, {}, predicted, required, len(wanted))
+    grams = given.grams(n)
+    counts = Counter(grams) if n == 1 else {}  # most words are repeated, few pairs are
+    source = counts.keys() if n == 1 else set(grams)
+    shared = source & (predicted | required)
+    return _OfLength(
+        grams,
+        len(source),
+        shared,
+        counts or _counts([grams], shared),
+        _counts([of_prediction], shared),
+        _counts(of_references, shared),
+        predicted - shared,
+        required - shared,
+        len(wanted),
+    )
 
 
-def _sum(source: _Known, shares: dict[Gram, float]) -> float:
-    """Of `shares`, and 1 for every other n-gram of the source."""
-    if EXACT.issuperset(shares.values()):  # then no sum is rounded
-        return source.distinct - len(shares) + sum(shares.values())
-    addends = [1.0] * source.size  # in the order of the text, in which the published sum is rounded
-    left = dict(shares)
-    for place, gram in zip(source.places, source.grams, strict=True):
-        addends[place] = left.get(gram, 1.0)
-        left[gram] = 0.0  # from its second place on
-    return reduce(add, addends, 0.0)
-
-
-def _added(source: Collection[Gram], prediction: Collection[Gram], reference: Collection[Gram]) -> float:
-    """F1 of the n-grams that are not in the source."""
-    added = [gram for gram in prediction if gram not in source]
-    to_add = sum(gram not in source for gram in reference)
-    rightly_added = sum(gram in reference for gram in added)
-    return _f1(_ratio(rightly_added, len(added)), _ratio(rightly_added, to_add))
+def _counts(texts: list[Sequence[Gram]], shared: Set[Gram]) -> Mapping[Gram, int]:
+    """How often each of `shared` is in all of them."""
+    return Counter(filter(shared.__contains__, chain(*texts))) if shared else {}
 
 
 def _ratio(part: float, whole: int) -> float:

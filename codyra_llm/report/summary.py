@@ -91,7 +91,7 @@ def delta_r(general: dict[str, dict]) -> dict | None:
     members = [
         name
         for name, v in general.items()
-        if v.keys() >= {"before", "after"} and not name.startswith("ifeval")
+        if None not in (v.get("before"), v.get("after")) and not name.startswith("ifeval")
     ]
     changes = [general[name]["after"] - general[name]["before"] for name in members]
     return {"value": fmean(changes), "members": members} if members else None

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from codyra_llm.core.errors import Fault
-from codyra_llm.core.files import file_sha256, replacing, write_json
+from codyra_llm.core.files import file_sha256, replacing, sync, write_json
 from codyra_llm.core.parsing import read_mapping
 
 NAME = "seals.json"
@@ -32,6 +32,10 @@ class Seals:
         """`files.replacing` for one file, with its hash recorded."""
         with replacing(path) as temporary:
             yield temporary
+            if path.is_file():
+                sync(
+                    path
+                )  # lines that were appended to it would not outlive a loss of power as its hash does
             new, old = file_sha256(temporary), _present(path)
             self._note(path, [new, old])
         # From here on only the new content is right: a file whose last line was cut off may equal the old

@@ -6,6 +6,7 @@ import difflib
 import json
 import math
 import os
+import random
 import sys
 from collections import Counter
 from fractions import Fraction
@@ -23,7 +24,7 @@ from rouge import Rouge
 from codyra_llm.benchmarks import trace
 from codyra_llm.config.benchmark import load_benchmark
 from codyra_llm.metrics.hf import HfMetric
-from codyra_llm.metrics.rouge import common_subsequence
+from codyra_llm.metrics.rouge import common_subsequence, rouge_l
 from codyra_llm.metrics.sari import _words, sari
 from codyra_llm.metrics.text import METRICS, literals, versioned
 
@@ -381,6 +382,49 @@ FEW_WORDS = st.lists(st.sampled_from("abcd"), min_size=1, max_size=40)  # so tha
 def test_sari_is_its_definition_to_the_last_digit(source, prediction, references):
     texts = [" ".join(words) for words in references]
     assert sari(" ".join(source), " ".join(prediction), texts) == plain_sari(source, prediction, references)
+
+
+@pytest.mark.parametrize("limits", [{"LONG": 0}, {"KEPT_PARTS": 1}, {"KEPT_LETTERS": 0}, {"ALL_LETTERS": 0}])
+def test_sari_is_the_same_with_words_as_they_are_and_with_numbers_that_begin_anew(limits, monkeypatch):
+    for name, limit in limits.items():
+        monkeypatch.setattr(f"codyra_llm.metrics.sari.{name}", limit)
+    draw = random.Random(0)
+    for _ in range(60):
+        words = [[draw.choice("abcdefgh") for _ in range(draw.randrange(1, 40))] for _ in range(4)]
+        source, prediction, *references = words
+        texts = [" ".join(each) for each in words]
+        assert sari(texts[0], texts[1], texts[2:]) == plain_sari(source, prediction, references)
+
+
+PIECES = [
+    "a",
+    "B.",
+    "Σ",
+    "ΑΣ",
+    "İ",
+    "ß",
+    "-",
+    "-\n",
+    "<skipped>",
+    "<SKIPPED>",
+    "&QUOT;",
+    "&amp;quot;",
+    "&lt;",
+]
+PIECES += ["<", ">", " ", "\n", "\u2028", "1.5", ",6", "数", "😀", "e\u0301", "_", "'s", "skipped>", "\ud800"]
+
+
+@given(*3 * [st.lists(st.sampled_from(PIECES), max_size=12).map("".join)])
+def test_sari_tokenises_each_piece_as_it_would_the_whole_text(source, prediction, reference):
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    words = [Tokenizer13a()(text.lower()).split(" ") for text in (source, prediction, reference)]
+    assert sari(source, prediction, [reference]) == plain_sari(*words[:2], words[2:])
+
+
+def test_rouge_l_of_equal_texts():
+    for text in ("a", " ", "a b. b a.c", "the the. the"):
+        assert rouge_l(text, text) == rouge_l(text, f"{text}.")  # the same sentences
 
 
 MARKS = st.text(alphabet="ab.,-0159&;<> \n\tÄ'\"_/\u00a0\x1c", max_size=40)
