@@ -61,7 +61,7 @@ class ShortAttention(torch.autograd.Function):
             p = _probabilities(q[heads], k[heads], ctx.scale, mask)
             torch.bmm(p.mT, grad[heads], out=for_v[heads])
             of_p = torch.bmm(grad[heads], v[heads].mT)
-            of_scores = torch._softmax_backward_data(of_p, p, -1, p.dtype)
+            of_scores = torch.ops.aten._softmax_backward_data(of_p, p, -1, p.dtype)
             torch.bmm(of_scores, k[heads], out=for_q[heads])
             torch.bmm(of_scores.mT, q[heads], out=for_k[heads])
         for_q.mul_(ctx.scale)
