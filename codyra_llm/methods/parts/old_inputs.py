@@ -109,10 +109,14 @@ def moments(config: OldInputsConfig, model: nn.Module, task: Task, examples: lis
 
     traces[-1] += read_inputs(model, layers, task, examples, take)
     with heartbeat.waiting():
-        traces = reduce(traces, "sum")
-        sums = [reduce(total, "sum") for total in sums]
+        traces = _over_ranks(traces)
+        sums = [_over_ranks(total) for total in sums]
     count = traces[-1]
     return {
         name: (total.div_(count).cpu(), (trace / count).cpu())
         for name, total, trace in zip(names, sums, traces[:-1], strict=True)
     }
+
+
+def _over_ranks(total: Tensor) -> Tensor:
+    return reduce(total, "sum")
