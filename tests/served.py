@@ -18,11 +18,14 @@ def served(answers: dict[str, Answer]) -> Iterator[str]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            self.close_connection = True
             answers.get(self.path.partition("?")[0], status(404))(self)
 
         def do_HEAD(self) -> None:
             self.do_GET()
+
+        def end_headers(self) -> None:
+            self.send_header("Connection", "close")  # else the client goes on in the closed one
+            super().end_headers()
 
         def log_message(self, *args: object) -> None:
             pass

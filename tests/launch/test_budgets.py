@@ -83,7 +83,7 @@ def test_every_method_is_validated():
 
 
 def test_score(tmp_path):
-    rows = [{"prompt": "p", "prediction": "A", "answer": "A"}]
+    rows = [{"prompt": "p.", "prediction": "A", "answer": "A"}]
     (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     assert after_command("score", "FOMC", tmp_path / "rows.json") == set()
     assert after_command("score", "20Minuten", tmp_path / "rows.json") == {"sacrebleu"}  # its SARI

@@ -9,7 +9,7 @@ from codyra_llm.checkpoints.evaluate import _finish
 from codyra_llm.core.files import write_jsonl
 from codyra_llm.evaluate.matrix import mean
 from codyra_llm.evaluate.statistics import summarise
-from codyra_llm.experiment.scoring import _say
+from codyra_llm.experiment import scoring
 from codyra_llm.report.summary import delta_r
 from codyra_llm.store.rows import ScoreRow, Stage
 
@@ -24,7 +24,7 @@ def test_the_summary_of_an_evaluation(tmp_path):
     setup = SimpleNamespace(recipe=folder.recipe, dtype="float32")
     experiment = SimpleNamespace(setup=setup, store=folder)
     for had, expected in (([rows[0]], 75.0), (rows, None), ([], None)):
-        write_jsonl(folder.path / "scores.jsonl", [each.written() for each in had])
+        write_jsonl(folder.path / "scores.jsonl", [each.as_json() for each in had])
         _finish("c", experiment, Stage(1, "c"), 0)
         summary = json.loads((folder.path / "summary.json").read_text("utf-8"))
         assert summary["mean"] == expected
@@ -34,10 +34,11 @@ def test_the_summary_of_an_evaluation(tmp_path):
     assert sorted(map(str, shares)) == ["N/A", "None"]
 
 
-def test_what_is_said_of_it():
+def test_what_is_said_of_it(monkeypatch):
     said = []
-    _say(SimpleNamespace(say=said.append), row("T", []), 2)
-    _say(SimpleNamespace(say=said.append), row("T", [50.0]), 2)
+    monkeypatch.setattr(scoring, "say", said.append)
+    scoring._say(row("T", []), 2)
+    scoring._say(row("T", [50.0]), 2)
     assert said == ["after c: T no example  (exact_match, 2 s)", "after c: T 50.0  (exact_match, 2 s)"]
 
 
