@@ -11,7 +11,7 @@ One JSON line for each; the correlations of both measures with the rise of the c
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -118,10 +118,15 @@ def _with(key: str, over: str, pairs: list[tuple[float, float]]) -> dict[str, fl
     }
 
 
-if __name__ == "__main__":
+def printed(rows_of: Callable[[Path], Iterator[dict]]) -> list[dict]:
+    """The rows of the runs that the command names, each printed as soon as it is there."""
     measured = []
     for argument in sys.argv[1:]:
         for row in rows_of(Path(argument)):
             print(json.dumps(row), flush=True)
             measured.append(row)
-    print(json.dumps(correlations(measured)))
+    return measured
+
+
+if __name__ == "__main__":
+    print(json.dumps(correlations(printed(rows_of))))

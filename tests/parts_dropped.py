@@ -17,14 +17,13 @@ One JSON line for each rule and task; means over tasks come last.
 """
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 
 import torch
-from old_tasks import cross_entropy, weights
+from old_tasks import cross_entropy, printed, weights
 from torch import Tensor, nn
 
 from codyra_llm.core.tensors import generator
@@ -218,9 +217,4 @@ def means(rows: list[dict]) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    measured = []
-    for argument in sys.argv[1:]:
-        for row in rows_of(Path(argument)):
-            print(json.dumps(row), flush=True)
-            measured.append(row)
-    print(json.dumps(means(measured)))
+    print(json.dumps(means(printed(rows_of))))
