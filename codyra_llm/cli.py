@@ -18,7 +18,9 @@ from codyra_llm.commands import begin, checkpoints, files, runs
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.terminal import log_printed, one_line, unbroken_output, write
 from codyra_llm.core.version import __version__
-from codyra_llm.runtime import quiet, signals
+from codyra_llm.runtime import cores, quiet, signals
+
+COMPUTE = ("run", "evaluate", "generate")  # commands that keep the cores busy for long
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -110,6 +112,8 @@ def _run(args: list[str] | None) -> None:
     running out of memory, wherever in the code it happens."""
     try:
         with quiet.without_chatter(), unbroken_output(), log_printed():
+            if (sys.argv[1:] if args is None else args)[:1] in ([name] for name in COMPUTE):
+                cores.share()
             app(args=args, prog_name="codyra-llm")
     except OSError as error:
         if error.filename is None or error.errno is None or _is_installed(error.filename):

@@ -173,7 +173,9 @@ class DataSection(Strict, frozen=True):
         default=None, ge=8, description="most tokens of a prompt, BOS included; longer ones are cut"
     )
     max_answer_tokens: Tokens | None = Field(
-        default=None, ge=2, description="most tokens of a training answer, EOS included"
+        default=None,
+        ge=2,
+        description="most tokens of a training answer and its EOS; a longer one is cut and has no EOS",
     )
     truncation: Literal["left", "middle"] = Field(
         default="left", description="which part of a long prompt is cut; left: as TRACE"

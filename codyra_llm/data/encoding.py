@@ -20,9 +20,9 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example in token ids: BOS (where the tokenizer adds one) and prompt, then answer and EOS. Labelled
-    are answer and EOS, and of the prompt the `turns`, which the assistant said earlier in a chat. Labels go
-    by position, so pad = EOS does no harm."""
+    """One example in token ids: BOS (where the tokenizer adds one) and prompt, then the answer, and EOS where
+    all of the answer is there. Labelled are answer and EOS, and of the prompt the `turns`, which the
+    assistant said earlier in a chat. Labels go by position, so pad = EOS does no harm."""
 
     prompt: list[int]
     answer: list[int]
@@ -48,8 +48,8 @@ class Encoder:
     """Text to token ids, the same for training and for generation.
 
     The prompt is tokenised alone, as it is at generation; the answer as its continuation, without the
-    word-start mark that SentencePiece gives a text of its own. Room for BOS and EOS is kept: a truncated
-    example still ends in EOS.
+    word-start mark that SentencePiece gives a text of its own. A cut prompt still begins with BOS; a cut
+    answer has no EOS, since its text does not end there.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Encoder:
         return [self._prompt(ids) for ids in self._all_ids(self._written(texts))]
 
     def answer(self, text: str) -> tuple[list[int], bool]:
-        """Ids of an answer with EOS, at most `max_answer_tokens`, and whether it was cut."""
+        """Ids of an answer and EOS, the first `max_answer_tokens` of them, and whether any were left out."""
         return self._answer(text, self._ids("\n" + text))
 
     def encode(self, records: Sequence[dict]) -> list[Encoded]:
@@ -143,9 +143,11 @@ class Encoder:
 
     def _answer(self, text: str, continued: list[int]) -> tuple[list[int], bool]:
         """`continued`: the ids of the answer after a newline."""
-        ids = self._continuation(text, continued)
-        room = self.data.max_answer_tokens - 1
-        return ids[:room] + [self.tokenizer.eos_token_id], len(ids) > room
+        ids = [*self._continuation(text, continued), self.tokenizer.eos_token_id]
+        room = self.data.max_answer_tokens
+        return ids[:room], len(
+            ids
+        ) > room  # EOS goes with the rest: a text that goes on must not teach to stop
 
     def _continuation(self, text: str, continued: list[int]) -> list[int]:
         """Ids of a text that goes on from another one, without the mark of a word's start."""

@@ -1,4 +1,4 @@
-"""Label masks by position, truncation that keeps EOS, weights, orders, micro-batches."""
+"""Label masks by position, truncation, weights, orders, micro-batches."""
 
 import json
 from itertools import pairwise
@@ -129,15 +129,27 @@ def test_a_bos_in_the_text_is_not_doubled(tokenizer):
 
 
 @pytest.mark.parametrize("side", ["left", "middle"])
-def test_truncation_keeps_bos_eos_and_the_end(tokenizer, side):
+def test_a_cut_prompt_keeps_bos_and_its_end(tokenizer, side):
     encoder = Encoder(tokenizer, section(20, 8, truncation=side))
     text = " ".join(map(str, range(100)))
     (e,) = encoder.encode([{"prompt": text, "answer": text}])
     whole = encoder._ids(text)
     assert (len(e.prompt), len(e.answer), e.cut) == (20, 8, True)
-    assert e.prompt[0] == tokenizer.bos_token_id and e.answer[-1] == tokenizer.eos_token_id
+    assert e.prompt[0] == tokenizer.bos_token_id
     head = 9 if side == "middle" else 0
     assert e.prompt[1:] == whole[:head] + whole[len(whole) - (19 - head) :]
+
+
+def test_only_an_answer_that_is_whole_ends_in_eos(tokenizer):
+    """A cut answer with EOS would teach to stop in mid-sentence."""
+    text = " ".join(map(str, range(100)))
+    encoder = Encoder(tokenizer, section(20, 8))
+    own = encoder._continuation(text, encoder._ids("\n" + text))
+    assert encoder.answer(text) == (own[:8], True)
+    (seven,) = tokenizer.batch_decode([own[:7]])
+    assert encoder.answer(seven) == ([*own[:7], tokenizer.eos_token_id], False)
+    (eight,) = tokenizer.batch_decode([own[:8]])
+    assert encoder.answer(eight) == (own[:8], True)
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5)), min_size=1, max_size=6))
