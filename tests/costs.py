@@ -1,8 +1,9 @@
-"""What commands on many files cost, and how it grows: CPU seconds and peak memory of each at two sizes.
+"""What commands on many files cost, and how it grows: CPU seconds, wall seconds and peak memory at two sizes.
 
 `python tests/costs.py [--only TEXT] [--out FOLDER] [--shrink 1]` prints a line for each size, and the
-exponent of the growth from the one before. `--shrink 10` takes a tenth of every size. CPU seconds are those
-of a process of its own, start-up included, where not said otherwise.
+exponent of the growth of CPU seconds from the one before. `--shrink 10` takes a tenth of every size. CPU
+seconds are those of a process of its own and of those that it starts, start-up included, where not said
+otherwise; the peak is of the first alone.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -54,12 +56,13 @@ import time; from pathlib import Path; from codyra_llm.sweep.spec import load_sw
 
 class Cost(NamedTuple):
     seconds: float  # of the CPU
+    wall: float
     peak: int  # MB
 
 
 def measured(program: str, *arguments: object) -> Cost:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    words = [str(argument) for argument in arguments]
+    words, began = [str(argument) for argument in arguments], time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(program.strip()), *words],
         capture_output=True,
@@ -71,13 +74,13 @@ def measured(program: str, *arguments: object) -> Cost:
             "OMP_NUM_THREADS": "1",
         },
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic() - began
     told = done.stderr.split()
     assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     if "spent" in told:
         seconds = float(told[told.index("spent") + 1])
-    return Cost(seconds, int(told[told.index("peak") + 1]))
+    return Cost(seconds, wall, int(told[told.index("peak") + 1]))
 
 
 def text(draw: random.Random, words: int) -> str:
@@ -159,7 +162,10 @@ def main() -> None:
             if before and size > before[0]:
                 exponent = math.log(found.seconds / before[1].seconds) / math.log(size / before[0])
                 grew = f", exponent {exponent:.2f}"
-            print(f"{name}: {size}: {found.seconds:.1f} s, {found.peak} MB{grew}", flush=True)
+            print(
+                f"{name}: {size}: {found.seconds:.1f} CPU s in {found.wall:.1f} s, {found.peak} MB{grew}",
+                flush=True,
+            )
             before = size, found
 
 

@@ -4,7 +4,7 @@ another."""
 
 from array import array
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +18,7 @@ from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.files import file_sha256
 from codyra_llm.core.parsing import PathText, expanded, read_yaml, shown
 from codyra_llm.core.schema import Fraction, Positive, Strict, Tokens, sentences
+from codyra_llm.metrics.many import over_cores
 from codyra_llm.metrics.own import SHIPPED as SHIPPED_METRICS
 from codyra_llm.metrics.text import METRICS
 
@@ -102,15 +103,20 @@ class Benchmark(Strict, frozen=True):
         """Scores 0..100 of each example by metric, in the order of the task's metrics. All three of equal
         length. Raises Fault where a metric from outside the package fails.
         """
-        scores = self.score_each(name, zip(prompts, predictions, answers, strict=True))
-        return {metric: list(values) for metric, values in scores.items()}
+        metrics = list(self.task(name).metrics)
+        scores = _scored_rows(metrics, name, 0, zip(prompts, predictions, answers, strict=True))
+        return {metric: list(values) for metric, values in zip(metrics, scores, strict=True)}
 
     def score_each(self, name: str, rows: Iterable[tuple[str, str, str]]) -> dict[str, "array[float]"]:
-        """`score` of (prompt, prediction, answer) that come one after the other and are not kept."""
-        scores = {metric: array("d") for metric in self.task(name).metrics}
-        for number, row in enumerate(rows):
-            for metric, values in scores.items():
-                values.append(_scored(metric, name, number, row))
+        """`score` of (prompt, prediction, answer) that come one after the other and are not kept. They are
+        divided among the cores where all metrics are shipped ones: for processes without threads alone."""
+        metrics = list(self.task(name).metrics)
+        scores = {metric: array("d") for metric in metrics}
+        score = partial(_scored_rows, metrics, name)
+        portions = over_cores(score, rows) if set(metrics) <= SHIPPED_METRICS else [score(0, rows)]
+        for portion in portions:
+            for metric, values in zip(metrics, portion, strict=True):
+                scores[metric].extend(values)
         return scores
 
     def lacks(self, data: "DataSection") -> list[str]:
@@ -139,6 +145,17 @@ class Benchmark(Strict, frozen=True):
             for name in names
             if not self.others and name not in self.tasks
         ]
+
+
+def _scored_rows(
+    metrics: list[str], task: str, first: int, rows: Iterable[tuple[str, str, str]]
+) -> list["array[float]"]:
+    """The scores of rows by each metric; `first` is the number of the first row."""
+    scores = [array("d") for _ in metrics]
+    for number, row in enumerate(rows, first):
+        for metric, values in zip(metrics, scores, strict=True):
+            values.append(_scored(metric, task, number, row))
+    return scores
 
 
 def _scored(metric: str, task: str, number: int, row: tuple[str, str, str]) -> float:
