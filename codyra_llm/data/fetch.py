@@ -243,8 +243,16 @@ def _git_blob(path: Path) -> str:
 
 def _from_hub(name: str, target: Path, out: Path) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
+    # OSError, and the base of all errors of the HTTP library that the hub's client uses in this version.
+    of_connections = HfHubHTTPError.__bases__
     try:
         return Path(snapshot_download(name, repo_type="dataset", local_dir=target, allow_patterns=WANTED))
     except GatedRepoError:
@@ -256,7 +264,9 @@ def _from_hub(name: str, target: Path, out: Path) -> Path:
     except LocalEntryNotFoundError as error:
         about = "HF_HUB_OFFLINE is set" if "HF_HUB_OFFLINE" in str(error) else _first_line(error)
         reason = f"can't be had, since the hub can't be reached ({about}); check the network"
-    except Exception as error:  # of the HTTP library that the hub's client has in this version
+    except HFValidationError:
+        reason = "has no name that the hub allows; give OWNER/NAME"
+    except of_connections as error:
         reason = f"can't be had from the hub ({_first_line(error)}); give the command again"
     raise Fault(f"--from: the data set '{name}' {reason}, or {by_hand(out)}")
 
