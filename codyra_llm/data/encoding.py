@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.foreign import Failed
-from codyra_llm.models.ends import without_end
+from codyra_llm.models.ends import end_of_turn, without_end
 from codyra_llm.models.tokenizer import adds_bos, render_chats, template_fault
 
 if TYPE_CHECKING:
@@ -20,9 +20,9 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example in token ids: BOS (where the tokenizer adds one) and prompt, then the answer, and EOS where
-    all of the answer is there. Labelled are answer and EOS, and of the prompt the `turns`, which the
-    assistant said earlier in a chat. Labels go by position, so pad = EOS does no harm."""
+    """One example in token ids: BOS (where the tokenizer adds one) and prompt, then the answer, and its end
+    where all of it is there. Labelled are answer and end, and of the prompt the `turns`, which the assistant
+    said earlier in a chat. Labels go by position, so pad = EOS does no harm."""
 
     prompt: list[int]
     answer: list[int]
@@ -48,8 +48,9 @@ class Encoder:
     """Text to token ids, the same for training and for generation.
 
     The prompt is tokenised alone, as it is at generation; the answer as its continuation, without the
-    word-start mark that SentencePiece gives a text of its own. A cut prompt still begins with BOS; a cut
-    answer has no EOS, since its text does not end there.
+    word-start mark that SentencePiece gives a text of its own. It ends with EOS, or where a chat template
+    wrote the prompt with the token that the template ends turns with. A cut prompt still begins with BOS; a
+    cut answer has no end.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class Encoder:
         self.ends = frozenset([tokenizer.eos_token_id]) if ends is None else ends
         self.bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         self.newline = self._ids("\n")
+        turn_end = end_of_turn(tokenizer)
+        self.chat_end = tokenizer.eos_token_id if turn_end is None else turn_end
 
     def _ids(self, text: str) -> list[int]:
         return self._all_ids([text])[0]
@@ -91,18 +94,20 @@ class Encoder:
         return [self._prompt(ids) for ids in self._all_ids(self._written(texts))]
 
     def answer(self, text: str) -> tuple[list[int], bool]:
-        """Ids of an answer and EOS, the first `max_answer_tokens` of them, and whether any were left out."""
-        return self._answer(text, self._ids("\n" + text))
+        """Ids of an answer and its end, the first `max_answer_tokens` of them, and whether any were left
+        out."""
+        return self._answer(text, self._ids("\n" + text), self._end())
 
     def encode(self, records: Sequence[dict]) -> list[Encoded]:
-        """The examples {"prompt", "answer"} as token ids, in order; with `learnt`, spans of characters of the
-        prompt, these are labelled too."""
+        """The examples {"prompt", "answer"} as token ids, in order; those of chats have `learnt` in addition,
+        spans of characters of the prompt that are labelled too."""
         prompts = self._all_ids(self._written([record["prompt"] for record in records]))
         continued = self._all_ids(["\n" + record["answer"] for record in records])
         found = []
         for record, prompt_ids, continued_ids in zip(records, prompts, continued, strict=True):
             prompt, prompt_cut = self._prompt(prompt_ids)
-            answer, answer_cut = self._answer(record["answer"], continued_ids)
+            end = self._end(chat="learnt" in record)
+            answer, answer_cut = self._answer(record["answer"], continued_ids, end)
             turns = self._turns(record["prompt"], record["learnt"], prompt_ids) if "learnt" in record else ()
             found.append(Encoded(prompt, answer, prompt_cut or answer_cut, turns))
         return found
@@ -141,13 +146,16 @@ class Encoder:
             place += part.stop - part.start
         return tuple(found)
 
-    def _answer(self, text: str, continued: list[int]) -> tuple[list[int], bool]:
-        """`continued`: the ids of the answer after a newline."""
-        ids = [*self._continuation(text, continued), self.tokenizer.eos_token_id]
+    def _end(self, chat: bool = False) -> int:
+        """The token that ends an answer; `chat`: of a task whose prompts are chats."""
+        return self.chat_end if chat or self.data.chat_template else self.tokenizer.eos_token_id
+
+    def _answer(self, text: str, continued: list[int], end: int) -> tuple[list[int], bool]:
+        """`continued`: the ids of the answer after a newline. Where it is cut its end goes too: a text that
+        goes on must not teach to stop."""
+        ids = [*self._continuation(text, continued), end]
         room = self.data.max_answer_tokens
-        return ids[:room], len(
-            ids
-        ) > room  # EOS goes with the rest: a text that goes on must not teach to stop
+        return ids[:room], len(ids) > room
 
     def _continuation(self, text: str, continued: list[int]) -> list[int]:
         """Ids of a text that goes on from another one, without the mark of a word's start."""

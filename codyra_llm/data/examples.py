@@ -193,8 +193,8 @@ class Chats:
         return plain(_asked(read_chat(row, self.task)))
 
     def make(self, row: object, split: str, where: str) -> Made:
-        """The example that a row is, and what is wrong with it. Where earlier turns are learnt, `learnt` has
-        their places in the prompt, [start, stop) in characters.
+        """The example that a row is, and what is wrong with it. `learnt` has the places in the prompt,
+        [start, stop) in characters, of the turns that are learnt too.
         """
         try:
             example = self._example(read_chat(row, self.task))
@@ -214,7 +214,7 @@ class Chats:
     def _example(self, chat: Chat) -> Example:
         asked = _asked(chat)
         example = {"prompt": self.render(asked), "answer": chat.messages[-1]["content"]}
-        return {**example, "learnt": self.render.turns(asked)} if self.every else example
+        return {**example, "learnt": self.render.turns(asked) if self.every else []}
 
 
 def _asked(chat: Chat) -> Chat:

@@ -87,6 +87,7 @@ class Method:
     joint: ClassVar[bool] = False  # trains once, at the last task, and is evaluated there alone
     separable: ClassVar[bool] = True  # one task's part can be left out of the merged model
     max_zero_stage: int = 3  # settings may lower it
+    shrinks: bool = False  # drives ranks to zero in the course of a task, the last of them in its last steps
     mode: ClassVar[Literal["add", "replace", "apart"]] = "add"
     packs: ClassVar[bool] = True  # its loss takes packed batches
     carries_optimizer: ClassVar[bool] = False

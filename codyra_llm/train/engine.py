@@ -169,13 +169,14 @@ class Engine:
         }
 
     def rewrite(self, function: Callable[[dict[str, Adapter]], dict[str, Adapter]]) -> None:
-        """Replace the adapters by `function` of all of them, on all ranks alike, and start Adam's moments
-        from zero.
+        """Replace the adapters by `function` of all of them, on all ranks alike, and start Adam anew: moments
+        and count of steps, without which it would not correct the moments for their zeros, and go 2 to 6
+        times as far as the learning rate says with a β₂ of 0.999.
         """
         self.put(function(self.adapters()))
         for state in self.inner.state.values():
-            state["exp_avg"].zero_()
-            state["exp_avg_sq"].zero_()
+            for kept in ("exp_avg", "exp_avg_sq", "step"):
+                state[kept].zero_()
 
     @torch.no_grad()
     def put(self, adapters: dict[str, Adapter]) -> None:

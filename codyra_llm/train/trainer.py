@@ -77,7 +77,7 @@ class TaskData:
         """Global batches; a function of (seed, task, epoch) alone."""
         for epoch, visited in enumerate(self.epochs):
             order = shuffled(visited, seed, self.index, epoch)
-            yield from (order[i : i + size] for i in range(0, len(order), size))
+            yield from _divided(order, size)
 
     def steps(self, size: int) -> int:
         """Optimizer steps over all epochs, with `size` examples each."""
@@ -88,6 +88,18 @@ class TaskData:
         has."""
         first = _steps(self.epochs[: len(self.epochs) - self.apart], size)
         return (step, first) if step < first else (step - first, self.steps(size) - first)
+
+
+def _divided(order: list[int], size: int) -> Iterator[list[int]]:
+    """An epoch's batches: of `size`, and the rest in the last. Where the rest would be less than half a
+    batch, whose few examples would move the weights as far as all of the others do, the batches differ by at
+    most one example instead."""
+    count, start = math.ceil(len(order) / size), 0
+    uneven = 0 < 2 * (len(order) % size) < size and count > 1
+    for i in range(count):
+        stop = (i + 1) * len(order) // count if uneven else start + size
+        yield order[start:stop]
+        start = stop
 
 
 def _steps(epochs: list[range], size: int) -> int:

@@ -59,6 +59,11 @@ class Codyra(Method):
         return 0 if self.config.selection == "random" else 3
 
     @property
+    def shrinks(self) -> bool:
+        """Where ranks are selected."""
+        return self.config.selection != "none"
+
+    @property
     def merge_factor(self) -> float:
         """`merge_scale`: the control that shrinks every update."""
         return self.config.merge_scale

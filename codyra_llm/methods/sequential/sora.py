@@ -27,6 +27,7 @@ class Sora(SeqLora):
     name, summary, Config = "sora", "one LoRA for all tasks with thresholded rank gates", SoraConfig
     config: SoraConfig
     max_zero_stage = 2  # `end_task` reads whole parameters
+    shrinks = True
 
     def spec(self) -> AdapterSpec:
         """An adapter with a gate per rank."""
