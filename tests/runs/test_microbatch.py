@@ -119,6 +119,32 @@ def test_deepspeed_says_what_to_lower():
         engine.accumulate(SimpleNamespace(ids=torch.zeros(3, 24)), first=True, last=True)
 
 
+def test_after_a_rewrite_adam_steps_as_at_the_start(tiny_llama):
+    """Moments begin at zero again, and so must the count of steps that corrects them: under a constant
+    gradient every step of Adam is the learning rate."""
+    model = load(tiny_llama, torch.float32)
+    attach(model, ["q_proj"], AdapterSpec(2))
+    objective = torch.nn.Module()
+    objective.model = model
+    trained = [layer.lora_A for layer in sites(model).values()]
+    optimizer = ProximalAdamW([{"params": trained, "lr": 1e-3}], betas=(0.9, 0.999), weight_decay=0.0)
+    engine = Engine(accelerator(), objective, optimizer, float("inf"))
+
+    def moved():
+        before = trained[0].detach().clone()
+        for factor in trained:
+            factor.grad = torch.ones_like(factor)
+        engine.step()
+        return (before - trained[0].detach()).mean().item()
+
+    for _ in range(50):
+        assert moved() == pytest.approx(1e-3, rel=1e-3)
+    engine.rewrite(lambda adapters: adapters)
+    for _ in range(20):
+        assert moved() == pytest.approx(1e-3, rel=1e-3)
+    engine.free()
+
+
 def test_what_a_failed_forward_kept_is_dropped(tiny_llama):
     """q was called, so k and v are waiting, with their input; memory ran out before they were asked for."""
     model = load(tiny_llama, torch.float32)

@@ -245,15 +245,24 @@ def test_none_and_validation(tiny_llama, toy_stream, tmp_path):
             optim__validate_every=2,
             optim__keep_best=True,
             data__tasks=["ONE"],
+            method="seqlora",
         )
     )
     rows = [json.loads(line) for line in (kept.path / "log.jsonl").read_text().splitlines()]
     assert [("eval_loss" in row) for row in rows] == [False, True] * 3
 
 
+@pytest.mark.parametrize("method", ["codyra", "sora", {"name": "codyra_drift", "selection": "threshold"}])
+def test_the_best_step_is_not_asked_for_where_ranks_are_selected(method, tiny_llama, toy_stream, tmp_path):
+    """The loss is lowest before the threshold has shrunk anything."""
+    settings = {"optim__validate_every": 2, "optim__keep_best": True, "method": method}
+    with pytest.raises(Fault, match="optim.keep_best: .* set it to false"):
+        run.run(tiny_recipe(tiny_llama, toy_stream, tmp_path / "run", **settings))
+
+
 @pytest.mark.parametrize(
     "method",
-    [{"name": "codyra", "rank": 4}, {"name": "sapt", "rank": 4}, {"name": "pp", "length": 2}],
+    [{"name": "seqlora", "rank": 4}, {"name": "sapt", "rank": 4}, {"name": "pp", "length": 2}],
     ids=lambda method: method["name"],
 )
 @pytest.mark.parametrize("interrupted", [False, True])

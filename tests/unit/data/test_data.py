@@ -1,6 +1,7 @@
 """Label masks by position, truncation, weights, orders, micro-batches."""
 
 import json
+from copy import deepcopy
 from itertools import pairwise
 
 import pytest
@@ -150,6 +151,26 @@ def test_only_an_answer_that_is_whole_ends_in_eos(tokenizer):
     assert encoder.answer(seven) == ([*own[:7], tokenizer.eos_token_id], False)
     (eight,) = tokenizer.batch_decode([own[:8]])
     assert encoder.answer(eight) == (own[:8], True)
+
+
+@pytest.mark.parametrize("chat_template", [False, True])
+def test_answers_to_what_a_template_wrote_end_as_its_turns_do(tokenizer, chat_template):
+    """As Gemma's chats, whose turns do not end in EOS: else a chat model would unlearn to end its turn."""
+    tokenizer = deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<end_of_turn>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    data = section(40, 20)
+    encoder = Encoder(tokenizer, data.model_copy(update={"chat_template": chat_template}))
+    plain, chat = encoder.encode(
+        [{"prompt": "a", "answer": "b"}, {"prompt": "a", "answer": "b", "learnt": []}]
+    )
+    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert chat.answer[-1] == end
+    assert plain.answer[-1] == (end if chat_template else tokenizer.eos_token_id)
+    assert encoder.answer("b")[0] == plain.answer
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5)), min_size=1, max_size=6))

@@ -106,7 +106,8 @@ def test_sharegpt_and_openai_say_the_same(tmp_path, render, turns, messages, exp
     written(tmp_path / "o.jsonl", [openai(messages, tools=tools)])
     for file, name in (("s.jsonl", "sharegpt"), ("o.jsonl", "openai")):
         found = task(files={"train": file, "eval": file, "test": file}, format=name)
-        assert read(tmp_path, "T", found, "train", render) == [{"prompt": f"<add>{expected}", "answer": "b"}]
+        example = {"prompt": f"<add>{expected}", "answer": "b", "learnt": []}
+        assert read(tmp_path, "T", found, "train", render) == [example]
 
 
 def test_sharegpt_has_its_system_message_as_a_field_too_and_any_name(tmp_path, render):
@@ -222,7 +223,7 @@ def test_every_turn_of_the_assistants_is_learnt_and_the_last_is_scored(tmp_path,
         learnt = [row["prompt"][start:stop] for start, stop in row["learnt"]]
         assert learnt == ["assistant<eos>", '!add{"a": 1}<eos>', "b<eos>"]
     last = read(tmp_path, "T", task(files=files, format="openai", train_on="assistant"), "test", render)
-    assert last == [{"prompt": found[0]["prompt"], "answer": "d0"}]
+    assert last == [{"prompt": found[0]["prompt"], "answer": "d0", "learnt": []}]
 
 
 def test_turns_of_one_chat_stay_in_one_split(tmp_path, render):

@@ -53,7 +53,9 @@ def planted(seed, steps=150, size=48, noise=0.1, **config):
                 after = function({"q_proj": before})["q_proj"]
                 for p, value in zip(factors, after, strict=True):
                     p.copy_(value)
-            optimizer.state.clear()
+            for state in optimizer.state.values():  # as Engine.rewrite does
+                for kept in state.values():
+                    kept.zero_()
         x = normal(32, size)
         loss = ((layer(x) - x @ (weight + delta).T - noise * normal(32, size)) ** 2).mean()
         optimizer.zero_grad()

@@ -114,3 +114,23 @@ def test_merge_scale_is_a_factor_on_the_update(name, config):
     method = kind(kind.Config(rank=16, merge_scale=0.75, **config), 0)
     method._old = {}
     assert method.consolidate({}, 0).scale == 1.5
+
+
+@pytest.mark.parametrize(
+    "count, size, expected",
+    [
+        (8, 4, [4, 4]),
+        (7, 4, [4, 3]),
+        (6, 4, [4, 2]),  # half a batch
+        (5, 4, [2, 3]),  # not a step for one example
+        (3, 4, [3]),
+        (513, 128, [102, 103, 102, 103, 103]),
+        (500, 128, [128, 128, 128, 116]),
+    ],
+)
+def test_no_step_is_made_for_a_few_examples_left_over(count, size, expected):
+    data = TaskData("T", 0, [None] * count, [range(count)] * 2, [])
+    batches = list(data.batches(0, size))
+    assert [len(batch) for batch in batches] == expected * 2 and data.steps(size) == len(batches)
+    for epoch in (batches[: len(expected)], batches[len(expected) :]):
+        assert sorted(i for batch in epoch for i in batch) == list(range(count))
