@@ -283,7 +283,7 @@ def measure(lm: Live, ability: Ability, section: "GeneralSection", chat: bool) -
         "headline": headline,
         "score": scores[headline]["mean"],
         "metrics": scores,
-        "empty": len([row for row in predictions if not row["prediction"]]),
+        "empty": [row.get("response") for row in predictions].count(""),
         "source": section.data,
         "shots": results["n-shot"][first],
         "version": results["versions"][first],

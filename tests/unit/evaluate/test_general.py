@@ -284,14 +284,14 @@ def answered(tiny_llama, live, monkeypatch):
 
 
 def test_an_answer_without_a_full_stop_keeps_its_last_character(answered, tmp_path, monkeypatch):
-    """GSM8K and BBH by the harness, on made responses."""
+    """GSM8K and BBH by the harness, on made responses; empty responses are counted, not empty predictions."""
     (tmp_path / "gsm8k").mkdir()
     rows = [json.dumps({"question": "How many?", "answer": f"so #### {n}"}) for _, n, _ in NUMBERS]
     (tmp_path / "gsm8k" / "test.jsonl").write_text("\n".join(rows))
     section = GeneralSection(data=str(tmp_path), tasks=["gsm8k_cot"])
     measured = answered(section, "gsm8k_cot", [response for response, *_ in NUMBERS])
     row = measured.row(STAGE)
-    assert row.headline == "exact_match,flexible-extract"
+    assert row.headline == "exact_match,flexible-extract" and row.empty == 2
     assert [p[row.headline] for p in measured.predictions] == [100.0 * right for *_, right in NUMBERS]
     # The harness's first filter: two with a full stop, and 36 that it takes for 3.
     assert row.metrics["exact_match,strict-match"]["mean"] == pytest.approx(300 / 9)
@@ -306,7 +306,7 @@ def test_an_answer_without_a_full_stop_keeps_its_last_character(answered, tmp_pa
     section = GeneralSection(data=str(tmp_path), tasks=["bbh"])
     measured = answered(section, "bbh", [response for response, *_ in ANSWERS])
     row = measured.row(STAGE)
-    assert row.headline == "exact_match,whole-answer"
+    assert row.headline == "exact_match,whole-answer" and row.empty == 1
     assert [p["prediction"] for p in measured.predictions] == [taken for *_, taken in ANSWERS]
     assert row.score == pytest.approx(70)
     assert row.metrics["exact_match,get-answer"]["mean"] == pytest.approx(30)  # the harness's own
