@@ -30,9 +30,11 @@ def compare(sweep: Sweep) -> dict:
     runs = [run for run in sweep.runs() if run.finished]
     pooled, by_order = _grouped(runs, over_orders=True), _grouped(runs, over_orders=False)
     tries = []
-    for run in sweep.tries:
-        if run.finished:
-            tries.append({"arm": run.arm, "settings": run.settings, sweep.by: run.folder.summary[sweep.by]})
+    for run in (run for run in sweep.tries if run.finished):
+        score = run.folder.summary[sweep.by]
+        tries.append(
+            {"arm": run.arm, "settings": run.settings, "split": run.recipe.eval.split, sweep.by: score}
+        )
     return {
         "baseline": sweep.baseline,
         "by": sweep.by,
@@ -259,9 +261,10 @@ def render(found: dict, name: str) -> str:
     if found["by_order"]:
         lines += ["", "By order of the tasks, over seeds:", "", *lines[4:6], *_lines(found["by_order"])]
     if found["tries"]:
+        split = found["tries"][0]["split"]  # that of all: others are refused
         lines += [
             "",
-            f"Settings of each arm were chosen by {found['by']} on the eval splits, among:",
+            f"Settings of each arm were chosen by {found['by']} on the {split} splits, among:",
             "",
             f"| arm | try | {found['by']} | chosen |",
             "|---|---|---|---|",

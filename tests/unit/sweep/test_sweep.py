@@ -3,6 +3,7 @@ the comparison.
 """
 
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,48 @@ def test_what_any_run_would_refuse_is_told_before_the_first(sweep_file, launches
         load_sweep(sweep_file(tune={"tries": {"seqlora": [{}]}}))
     with pytest.raises(Fault, match="can't be read"):
         load_sweep("nowhere.yaml")
+
+
+TRIES = {"seqlora": [{"optim.lr": 1e-2}, {"optim.lr": 3e-2}], "ewc": [{}, {"method.weight": 1.0}]}
+
+
+@pytest.mark.parametrize(
+    "tune, split",
+    [
+        ({"tries": TRIES}, "eval"),
+        ({"tries": TRIES, "set": {"seed": 0}}, "eval"),
+        ({"tries": TRIES, "set": {"eval.split": "test"}}, "test"),
+        ({"tries": {"seqlora": [{"eval.split": "test"}], "ewc": [{"eval.split": "test"}]}}, "test"),
+    ],
+)
+def test_tries_are_scored_on_eval_unless_they_say_otherwise(sweep_file, tune, split):
+    """Also where the recipe of all runs says test; the report names the split that was."""
+    asked = load_sweep(sweep_file(tune=tune, set={"checkpoint": False, "eval.split": "test"}))
+    assert {run.recipe.eval.split for run in asked.tries} == {split}
+    assert {run.recipe.eval.split for run in asked.runs()} == {"test"}
+    for run in asked.tries:
+        run.folder.open(run.recipe.resolved(), {"base": "x"})
+        found = {**summarise(["ONE", "TWO"], [[50.0, None], [40.0, 60.0]], None), "costs": None}
+        write_json(run.folder.path / "summary.json", found)
+    text = comparison.render(comparison.compare(asked), "x")
+    assert f"Settings of each arm were chosen by op on the {split} splits, among:" in text
+
+
+def test_tries_of_different_splits_are_refused(sweep_file):
+    tries = {"seqlora": [{}, {"eval.split": "test"}], "ewc": [{}, {}]}
+    with pytest.raises(Fault, match="tune.tries: some are scored on the eval splits and some on test"):
+        load_sweep(sweep_file(tune={"tries": tries}))
+
+
+def test_tries_are_refused_where_eval_is_test(sweep_file, toy_stream, tmp_path, launches):
+    shutil.copytree(toy_stream, tmp_path / "same")
+    for task in ("ONE", "TWO"):
+        shutil.copy(tmp_path / "same" / task / "test.json", tmp_path / "same" / task / "eval.json")
+    same = {"checkpoint": False, "data.root": str(tmp_path / "same")}
+    load_sweep(sweep_file(set=same)).prepare()
+    with pytest.raises(Fault, match="eval.json has no prompt that test.json lacks") as fault:
+        go(sweep_file(set=same, tune={"tries": TRIES}))
+    assert "seqlora: " in str(fault.value) and not launches
 
 
 def test_a_run_that_fails_stops_no_other(sweep_file, monkeypatch):
