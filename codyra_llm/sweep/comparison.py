@@ -170,7 +170,11 @@ def _sample(
     out = summarise(tasks, matrix, None)
     if not matrix and found["op"] is not None:
         out["op"] = fmean(cell(0, task) for task in tasks)
-    general = {name: {"before": cell(0, name), "after": cell(count, name)} for name in found["general"]}
+    general = {}
+    for name, scores in found["general"].items():
+        steps = {"before": 0, "after": count}
+        # What the summary leaves out is left out here too.
+        general[name] = {key: cell(steps[key], name) for key, score in scores.items() if score is not None}
     return measures(out | {"general": general})
 
 

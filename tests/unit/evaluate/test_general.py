@@ -15,11 +15,12 @@ from codyra_llm.config.recipe import parse_recipe
 from codyra_llm.config.sections import GeneralSection
 from codyra_llm.core.errors import Fault
 from codyra_llm.evaluate import suite
+from codyra_llm.evaluate.statistics import delta_r
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.models import loading
 from codyra_llm.models.tokenizer import load_tokenizer
-from codyra_llm.report.summary import delta_r
-from codyra_llm.store.rows import Stage
+from codyra_llm.report.summary import before_and_after
+from codyra_llm.store.rows import ScoreRow, Stage
 
 GOALS = [
     ("open a jar", "turn the lid", "sing to it", 0),
@@ -347,6 +348,24 @@ def test_delta_r_by_hand():
     }
     assert delta_r(general) == {"value": -1.0, "members": ["mmlu", "piqa"]}
     assert delta_r({}) is None and delta_r({"ifeval": general["ifeval"]}) is None
+
+
+def test_scores_by_different_filters_have_no_difference():
+    """A run that was begun under a task's former headline, and ended under another."""
+
+    def row(task, step, headline, score):
+        return ScoreRow("x", step, task, "general", headline, score)
+
+    rows = [
+        row("piqa", 0, "acc,none", 60.0),
+        row("bbh", 0, "exact_match,get-answer", 10.0),
+        row("bbh", 2, "exact_match,whole-answer", 30.0),
+        row("piqa", 1, "acc,none", 50.0),
+        row("piqa", 2, "acc,none", 58.0),
+    ]
+    general = before_and_after(rows, lambda row: row.step > 0)
+    assert general == {"piqa": {"before": 60.0, "after": 58.0}, "bbh": {"before": None, "after": 30.0}}
+    assert delta_r(general) == {"value": -2.0, "members": ["piqa"]}
 
 
 def test_what_is_refused(root, monkeypatch):

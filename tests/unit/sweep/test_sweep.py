@@ -265,6 +265,39 @@ def test_intervals_over_test_examples(sweep_file):
     assert ewc["difference"]["op"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "over": "test examples"}
 
 
+def test_the_change_of_general_ability_is_paired(sweep_file):
+    """Of one seed: the same questions are drawn before and after, so ΔR's interval is that of the change of
+    single questions; IFEval is no member, and a probe of the base alone neither."""
+    asked = load_sweep(sweep_file(grid={"seed": [1]}, arms={"seqlora": {}}))
+    rng = np.random.default_rng(2)
+    (run,) = asked.runs()
+    faked(asked, {("seqlora", 1): {(2, "ONE"): [100.0], (2, "TWO"): [0.0]}})
+    probes = {}
+    for name in ("piqa", "boolq", "ifeval"):
+        before = rng.integers(0, 2, 400) * 100.0
+        after = np.where(rng.random(400) < 0.1, 0.0, before)  # a tenth of the questions is lost
+        probes[name] = before, after
+    general = {}
+    for name, ends in probes.items():
+        general[name] = dict(zip(("before", "after"), map(np.mean, ends), strict=True))
+        for step, after, values in ((0, "base", ends[0]), (2, "TWO", ends[1])):
+            row = ScoreRow(after, step, name, "general", "acc,none", float(values.mean()))
+            run.folder.add_scores(row, [{"acc,none": value} for value in values])
+    write_json(run.folder.path / "summary.json", run.folder.summary | {"general": general})
+    found = comparison.compare(asked)
+    (row,) = found["rows"]
+    changes = [np.subtract(after, before) for before, after in (probes["piqa"], probes["boolq"])]
+    error = np.sqrt(sum(change.var() / 400 for change in changes)) / 2
+    assert row["delta_r"]["mean"] == pytest.approx(np.mean(changes))
+    assert row["delta_r"]["over"] == "test examples"
+    half = (row["delta_r"]["high"] - row["delta_r"]["low"]) / 2
+    assert half == pytest.approx(norm.ppf(0.975) * error, rel=0.1)
+    level = (row["general"]["high"] - row["general"]["low"]) / 2
+    assert level > 1.5 * half  # which is why the change has an interval of its own
+    text = comparison.render(found, "x")
+    assert "| general ability | ΔR |" in text and f" | {np.mean(changes):.1f} ± {half:.1f} | " in text
+
+
 def test_runs_are_pooled_over_seeds_and_orders(sweep_file):
     """Against scipy over all runs of an arm, paired by seed and order; and order by order."""
     orders = [["ONE", "TWO"], ["TWO", "ONE"]]
