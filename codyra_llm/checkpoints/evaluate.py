@@ -20,6 +20,7 @@ from codyra_llm.core.files import await_file, file_sha256, write_json
 from codyra_llm.core.version import __version__
 from codyra_llm.evaluate import judge
 from codyra_llm.evaluate.matrix import mean
+from codyra_llm.evaluate.statistics import delta_r
 from codyra_llm.experiment import open_ended
 from codyra_llm.experiment.experiment import Experiment
 from codyra_llm.experiment.observers import Beats
@@ -30,13 +31,13 @@ from codyra_llm.formats.adapter import build
 from codyra_llm.models import fused_norm, loading
 from codyra_llm.models.weights import fingerprint
 from codyra_llm.report import judged
-from codyra_llm.report.summary import delta_r
+from codyra_llm.report.summary import before_and_after
 from codyra_llm.runtime import heartbeat, launch, precision
 from codyra_llm.runtime.launch import collectively, is_first, of_first, on_first, say
 from codyra_llm.store.folder import RunFolder
 from codyra_llm.store.lock import Lease
 from codyra_llm.store.observer import Observer, observing
-from codyra_llm.store.rows import BASE, ScoreRow, Stage
+from codyra_llm.store.rows import BASE, Stage
 
 
 @dataclass
@@ -254,7 +255,7 @@ def _finish(checkpoint: str, experiment: Experiment, stage: Stage, had: int) -> 
     rows = out.scores
     own = [row for row in rows if row.stage == stage]
     tasks = [row for row in own if not row.general]
-    general = _before_and_after(rows, stage)
+    general = before_and_after(rows, lambda row: row.stage == stage)
     scored = {row.task: {"metric": row.headline, **row.interval} for row in tasks}
     summary = {
         "checkpoint": checkpoint,
@@ -271,12 +272,3 @@ def _finish(checkpoint: str, experiment: Experiment, stage: Stage, had: int) -> 
         stamp = datetime.now().isoformat().replace(":", "-")
         file = out.path / "lm_eval" / stage.folder / f"results_{stamp}.json"
         write_json(file, lm_eval_layout(checkpoint, setup, tasks))
-
-
-def _before_and_after(rows: list[ScoreRow], stage: Stage) -> dict[str, dict[str, float | None]]:
-    """By task of general ability, the score of the base and that of the checkpoint."""
-    found: dict[str, dict[str, float | None]] = {}
-    for row in rows:
-        if row.general:
-            found.setdefault(row.task, {})["after" if row.stage == stage else "before"] = row.score
-    return found

@@ -135,8 +135,8 @@ def sweep(
       seqlora: {method: seqlora}
       ewc: {method: ewc}
     grid: {seed: [1, 2, 3], data.tasks: [1, 2]}
-    tune:                               # optional: as many tries for every arm
-      set: {seed: 0, eval.split: eval}
+    tune:                               # optional: as many tries for every arm, on the eval splits
+      set: {seed: 0}
       tries:
         seqlora: [{optim.lr: 1e-3}, {optim.lr: 3e-3}]
         ewc: [{method.weight: 1e+4}, {method.weight: 1e+6}]

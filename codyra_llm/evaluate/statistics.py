@@ -18,6 +18,7 @@ MEASURES = {
     "forgetting": "forgetting",
     "learnt": "just learnt",
     "general": "general ability",
+    "delta_r": "ΔR",
 }
 
 DRAWN = 2**16  # how many examples the bootstrap draws at once, which bounds its memory
@@ -31,11 +32,26 @@ def measures(summary: dict) -> dict[str, float | None]:
     when = "after" if matrix else "before"
     general = [scores.get(when) for scores in summary["general"].values()]
     learnt = [matrix[i][i] for i in range(len(matrix))]
+    change = delta_r(summary["general"])
     return {
         **{name: summary[name] for name in ("op", "bwt", "bwt_treelora", "forgetting")},
         "learnt": fmean(learnt) if learnt and None not in learnt else None,
         "general": fmean(general) if general and None not in general else None,
+        "delta_r": change["value"] if change else None,
     }
+
+
+def delta_r(general: dict[str, dict]) -> dict | None:
+    """ΔR (TRACE): the mean change against the base over its `members`, which are the tasks of general ability
+    scored before and after, IFEval aside: following instructions is a measure of its own there. None where
+    there is no member."""
+    members = [
+        name
+        for name, v in general.items()
+        if None not in (v.get("before"), v.get("after")) and not name.startswith("ifeval")
+    ]
+    changes = [general[name]["after"] - general[name]["before"] for name in members]
+    return {"value": fmean(changes), "members": members} if members else None
 
 
 def interval(values: list[float | None], drawn: np.ndarray | None) -> dict | None:

@@ -2,12 +2,14 @@
 task changed. Needs no model.
 """
 
+from collections.abc import Callable, Iterable
 from statistics import fmean
 from typing import NamedTuple
 
 from codyra_llm.config.recipe import Recipe
 from codyra_llm.config.registry import METHODS
 from codyra_llm.evaluate.matrix import summary
+from codyra_llm.evaluate.statistics import delta_r
 from codyra_llm.metrics.text import versioned
 from codyra_llm.report import judged
 from codyra_llm.report.grid import Cell, number
@@ -54,10 +56,7 @@ def summarise_run(recipe: Recipe, trains: bool, rows: list[ScoreRow], costs: lis
         # A model that never changes has one row, and forgets nothing that could be measured.
         found["op"] = fmean(known) if len(known) == len(tasks) else None
     metrics = {row.task: versioned(row.headline) for row in of_tasks}
-    general: dict[str, dict] = {}
-    for row in rows:
-        if row.general:
-            general.setdefault(row.task, {})["before" if row.step == 0 else "after"] = row.score
+    general = before_and_after(rows, lambda row: row.step > 0)
     return {
         "method": recipe.method.name,
         "protocol": recipe.data.protocol,
@@ -84,17 +83,21 @@ def _matrix(tasks: list[str], rows: list[ScoreRow]) -> tuple[list[float | None],
     return by_step[0], by_step[1 : last + 1]
 
 
-def delta_r(general: dict[str, dict]) -> dict | None:
-    """ΔR (TRACE): the mean change against the base over its `members`, which are the tasks of general ability
-    scored before and after, IFEval aside: following instructions is a measure of its own there. None where
-    there is no member."""
-    members = [
-        name
-        for name, v in general.items()
-        if None not in (v.get("before"), v.get("after")) and not name.startswith("ifeval")
-    ]
-    changes = [general[name]["after"] - general[name]["before"] for name in members]
-    return {"value": fmean(changes), "members": members} if members else None
+def before_and_after(
+    rows: Iterable[ScoreRow], at_the_end: Callable[[ScoreRow], bool]
+) -> dict[str, dict[str, float | None]]:
+    """By task of general ability its score `after`, of its last row that is `at_the_end`, and `before`, of
+    its last one that is not: None where it is of another metric, as the difference would say nothing."""
+    found: dict[str, dict[str, ScoreRow]] = {}
+    for row in rows:
+        if row.general:
+            found.setdefault(row.task, {})["after" if at_the_end(row) else "before"] = row
+    general = {}
+    for task, ends in found.items():
+        general[task] = {when: row.score for when, row in ends.items()}
+        if len({row.headline for row in ends.values()}) > 1:
+            general[task]["before"] = None
+    return general
 
 
 def _costs(rows: list[CostRow]) -> dict | None:

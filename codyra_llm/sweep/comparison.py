@@ -30,9 +30,11 @@ def compare(sweep: Sweep) -> dict:
     runs = [run for run in sweep.runs() if run.finished]
     pooled, by_order = _grouped(runs, over_orders=True), _grouped(runs, over_orders=False)
     tries = []
-    for run in sweep.tries:
-        if run.finished:
-            tries.append({"arm": run.arm, "settings": run.settings, sweep.by: run.folder.summary[sweep.by]})
+    for run in (run for run in sweep.tries if run.finished):
+        score = run.folder.summary[sweep.by]
+        tries.append(
+            {"arm": run.arm, "settings": run.settings, "split": run.recipe.eval.split, sweep.by: score}
+        )
     return {
         "baseline": sweep.baseline,
         "by": sweep.by,
@@ -168,7 +170,11 @@ def _sample(
     out = summarise(tasks, matrix, None)
     if not matrix and found["op"] is not None:
         out["op"] = fmean(cell(0, task) for task in tasks)
-    general = {name: {"before": cell(0, name), "after": cell(count, name)} for name in found["general"]}
+    general = {}
+    for name, scores in found["general"].items():
+        steps = {"before": 0, "after": count}
+        # What the summary leaves out is left out here too.
+        general[name] = {key: cell(steps[key], name) for key, score in scores.items() if score is not None}
     return measures(out | {"general": general})
 
 
@@ -259,9 +265,10 @@ def render(found: dict, name: str) -> str:
     if found["by_order"]:
         lines += ["", "By order of the tasks, over seeds:", "", *lines[4:6], *_lines(found["by_order"])]
     if found["tries"]:
+        split = found["tries"][0]["split"]  # that of all: others are refused
         lines += [
             "",
-            f"Settings of each arm were chosen by {found['by']} on the eval splits, among:",
+            f"Settings of each arm were chosen by {found['by']} on the {split} splits, among:",
             "",
             f"| arm | try | {found['by']} | chosen |",
             "|---|---|---|---|",

@@ -34,6 +34,7 @@ def _without_output(settings: dict) -> dict:
 
 
 MOST = 10_000  # runs of a sweep
+OF_TRIES = {"eval.split": "eval"}  # a setting that was chosen on test would be scored on what chose it
 Settings = Annotated[dict[str, Any], AfterValidator(_without_output)]
 
 
@@ -42,7 +43,8 @@ class TuneSection(Strict, frozen=True):
 
     set: Settings = Field(
         default={},
-        description="settings of the tries alone, which override all others, e.g. a shorter stream",
+        description="settings of the tries alone, which override all others, e.g. a shorter stream; tries "
+        "are scored on the eval splits unless `eval.split` says otherwise here",
     )
     by: Literal["op", "forgetting"] = Field(
         default="op", description="how the best try is chosen: the highest OP, or the lowest forgetting"
@@ -161,7 +163,7 @@ class Sweep:
         self.by = tune.by
         self.tries = self._runs(
             [
-                (arm, f"try={i}", settings, [settings, tune.set])
+                (arm, f"try={i}", settings, [OF_TRIES, settings, tune.set])
                 for arm, tries in tune.tries.items()
                 for i, settings in enumerate(tries, 1)
             ]
@@ -218,7 +220,8 @@ class Sweep:
         return parse_recipe(raw | {"output": str(self.output / arm / name)}, f"{arm}/{name}")
 
     def _check(self, tuned: set[str], runs: list[Run]) -> None:
-        """Raises Fault where the tries are not fair: an arm has none, or no forgetting to choose by."""
+        """Raises Fault where the tries are not fair: an arm has none or no forgetting to choose by, or they
+        are scored on different splits."""
         faults = []
         trained = {run.arm for run in runs if METHODS[run.recipe.method.name].trains}
         untried = trained - tuned
@@ -226,6 +229,11 @@ class Sweep:
             faults.append(
                 f"tune.tries: {', '.join(sorted(untried))} would be compared without tries; give as many as "
                 "to the others"
+            )
+        if len({run.recipe.eval.split for run in self.tries}) > 1:
+            faults.append(
+                "tune.tries: some are scored on the eval splits and some on test, which can't be compared; "
+                "give eval.split in tune.set, for all of them"
             )
         unmeasured = {run.arm for run in self.tries if not _measures_forgetting(run.recipe)}
         if self.by == "forgetting" and unmeasured:

@@ -23,6 +23,7 @@ BETTER = {  # by title of a measure
         ("forgetting", -1),
         ("learnt", 1),
         ("general", 1),
+        ("delta_r", 1),
     )
 }
 

@@ -131,7 +131,8 @@ def _general(found: dict, rows: Rows) -> Grid | None:
     for name, scores in found["general"].items():
         before = scored(rows.get((0, name)))
         after = scored(rows.get((last, name))) if last else None
-        change = scores["after"] - scores["before"] if scores.keys() >= {"before", "after"} else None
+        ends = scores.get("before"), scores.get("after")
+        change = None if None in ends else ends[1] - ends[0]
         lines.append((name, [before, after, number(change, "+.1f")]))
     columns = ["before", "after", "change"]
     return Grid("general ability", "probe", columns, lines, _general_note(found, rows))

@@ -5,6 +5,7 @@ refused.
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ from codyra_llm.config.recipe import parse_recipe
 from codyra_llm.config.sections import GeneralSection
 from codyra_llm.core.errors import Fault
 from codyra_llm.evaluate import suite
+from codyra_llm.evaluate.statistics import delta_r
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.models import loading
 from codyra_llm.models.tokenizer import load_tokenizer
-from codyra_llm.report.summary import delta_r
-from codyra_llm.store.rows import Stage
+from codyra_llm.report.summary import before_and_after
+from codyra_llm.store.rows import ScoreRow, Stage
 
 GOALS = [
     ("open a jar", "turn the lid", "sing to it", 0),
@@ -223,7 +225,7 @@ def test_a_group_is_one_score(tiny_llama, live, tmp_path):
         config["generation_kwargs"] = {"until": ["Q"], "max_gen_toks": 4, "do_sample": False}
     measured = measure(lm, ability, section, False)
     assert measured.row(STAGE).score == 0 and measured.row(STAGE).shots == 3
-    assert measured.row(STAGE).metrics["exact_match,get-answer"] == {
+    assert measured.row(STAGE).metrics["exact_match,whole-answer"] == {
         "mean": 0,
         "stderr": 0,
         "low": 0,
@@ -237,10 +239,87 @@ def test_a_group_is_one_score(tiny_llama, live, tmp_path):
     write(tmp_path / "out", "01-ONE", lm, section, measured)
     (file,) = (tmp_path / "out" / "01-ONE").glob("results_*.json")
     found = json.loads(file.read_text())
-    assert found["results"]["bbh"]["exact_match,get-answer"] == 0 and found["config"] and found["task_hashes"]
+    assert found["results"]["bbh"]["exact_match,whole-answer"] == 0
+    assert found["config"] and found["task_hashes"]
     assert len(list((tmp_path / "out" / "01-ONE").glob("samples_bbh_*.jsonl"))) == len(
         found["group_subtasks"]["bbh"]
     )
+
+
+ANSWERS = [  # response, BBH's answer, what BBH's filter takes out of it
+    ("So the answer is (A).", "(A)", "(A)"),
+    ("So the answer is (A)", "(A)", "(A)"),
+    ("True is not False. So the answer is True", "True", "True"),
+    ("So the answer is True.\nIs it", "True", "True"),
+    ("So the answer is True\nIs it", "True", "True"),
+    ("the answer is ] ).", "] )", "] )"),
+    ("the answer is 14", "14", "14"),
+    ("the answer is (B)", "(A)", "(B)"),
+    ("I don't know.", "(A)", "[invalid]"),
+    ("", "(A)", "[invalid]"),
+]
+NUMBERS = [  # response, GSM8K's answer, whether it is right
+    ("6 * 6 = 36. The answer is 36.", "36", True),
+    ("6 * 6 = 36. The answer is 36", "36", True),
+    ("The answer is 3", "3", True),
+    ("The answer is 3.", "3", True),
+    ("The answer is $1,200", "1,200", True),
+    ("The answer is 36", "3", False),
+    ("The answer is 3", "36", False),
+    ("", "36", False),
+    ("", "3", False),
+]
+
+
+@pytest.fixture
+def answered(tiny_llama, live, monkeypatch):
+    """Function from a section, a task's name and made responses to its measurement, its one part asked."""
+    from codyra_llm.evaluate.harness import Live, measure
+
+    def measured(section, name, responses):
+        _, _, lm = live(tiny_llama)
+        monkeypatch.setattr(Live, "generate_until", lambda self, requests, *_: list(responses))
+        return measure(lm, suite.find(section)[name], section, False)
+
+    return measured
+
+
+def test_an_answer_without_a_full_stop_keeps_its_last_character(answered, tmp_path, monkeypatch):
+    """GSM8K and BBH by the harness, on made responses; empty responses are counted, not empty predictions."""
+    (tmp_path / "gsm8k").mkdir()
+    rows = [json.dumps({"question": "How many?", "answer": f"so #### {n}"}) for _, n, _ in NUMBERS]
+    (tmp_path / "gsm8k" / "test.jsonl").write_text("\n".join(rows))
+    section = GeneralSection(data=str(tmp_path), tasks=["gsm8k_cot"])
+    measured = answered(section, "gsm8k_cot", [response for response, *_ in NUMBERS])
+    row = measured.row(STAGE)
+    assert row.headline == "exact_match,flexible-extract" and row.empty == 2
+    assert [p[row.headline] for p in measured.predictions] == [100.0 * right for *_, right in NUMBERS]
+    # The harness's first filter: two with a full stop, and 36 that it takes for 3.
+    assert row.metrics["exact_match,strict-match"]["mean"] == pytest.approx(300 / 9)
+
+    whole = suite.parts
+    monkeypatch.setattr(suite, "parts", lambda *given: dict([next(iter(whole(*given).items()))]))
+    (tmp_path / "bbh").mkdir()
+    (config,) = suite.parts(suite.HUB["bbh"], None).values()
+    examples = [{"input": "Which?", "target": target} for _, target, _ in ANSWERS]
+    file = tmp_path / "bbh" / f"{config['dataset_name']}.json"
+    file.write_text(json.dumps({"examples": examples}))
+    section = GeneralSection(data=str(tmp_path), tasks=["bbh"])
+    measured = answered(section, "bbh", [response for response, *_ in ANSWERS])
+    row = measured.row(STAGE)
+    assert row.headline == "exact_match,whole-answer" and row.empty == 1
+    assert [p["prediction"] for p in measured.predictions] == [taken for *_, taken in ANSWERS]
+    assert row.score == pytest.approx(70)
+    assert row.metrics["exact_match,get-answer"]["mean"] == pytest.approx(30)  # the harness's own
+
+
+def test_the_hubs_bbh_is_filtered_as_a_folders():
+    hub = suite.parts(suite.HUB["bbh"], None)
+    (task,) = suite.parts(suite.HUB["gsm8k_cot"], None).values()
+    own = suite.parts(Path(suite.shipped.__path__[0]) / "bbh.yaml", None)
+    for name, config in hub.items():
+        assert config["filter_list"] == own[name]["filter_list"] == suite.BBH_FILTERS
+    assert "flexible-extract" in [given["name"] for given in task["filter_list"]]
 
 
 def test_choices_that_look_like_numbers_stay_texts(tmp_path):
@@ -269,6 +348,24 @@ def test_delta_r_by_hand():
     }
     assert delta_r(general) == {"value": -1.0, "members": ["mmlu", "piqa"]}
     assert delta_r({}) is None and delta_r({"ifeval": general["ifeval"]}) is None
+
+
+def test_scores_by_different_filters_have_no_difference():
+    """A run that was begun under a task's former headline, and ended under another."""
+
+    def row(task, step, headline, score):
+        return ScoreRow("x", step, task, "general", headline, score)
+
+    rows = [
+        row("piqa", 0, "acc,none", 60.0),
+        row("bbh", 0, "exact_match,get-answer", 10.0),
+        row("bbh", 2, "exact_match,whole-answer", 30.0),
+        row("piqa", 1, "acc,none", 50.0),
+        row("piqa", 2, "acc,none", 58.0),
+    ]
+    general = before_and_after(rows, lambda row: row.step > 0)
+    assert general == {"piqa": {"before": 60.0, "after": 58.0}, "bbh": {"before": None, "after": 30.0}}
+    assert delta_r(general) == {"value": -2.0, "members": ["piqa"]}
 
 
 def test_what_is_refused(root, monkeypatch):

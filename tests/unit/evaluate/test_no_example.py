@@ -8,9 +8,8 @@ from made_runs import TASKS, make
 from codyra_llm.checkpoints.evaluate import _finish
 from codyra_llm.core.files import write_jsonl
 from codyra_llm.evaluate.matrix import mean
-from codyra_llm.evaluate.statistics import summarise
+from codyra_llm.evaluate.statistics import delta_r, summarise
 from codyra_llm.experiment import scoring
-from codyra_llm.report.summary import delta_r
 from codyra_llm.store.rows import ScoreRow, Stage
 
 

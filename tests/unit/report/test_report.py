@@ -175,6 +175,8 @@ def test_runs_are_grouped_by_recipe_and_their_spread_is_numpys(many, tmp_path):
             (half, half)
         )
         assert f"sd {values.std(ddof=1):.1f}" in written(many, tmp_path / "x.html")
+    changes = {row["row"]: float(row["value"]) for row in rows["leaderboard", "ΔR"]}
+    assert changes == dict.fromkeys(board, -5.0)  # 90 before, 85 after
     assert board["3 codyra rank=8"]["low"] == ""  # one seed says nothing of the spread
     paired = {row["row"]: row for row in rows["paired differences", "OP"]}
     assert float(paired["2 seqlora"]["value"]) == pytest.approx((op["seqlora"] - op["codyra"]).mean())

@@ -3,6 +3,7 @@ the comparison.
 """
 
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,48 @@ def test_what_any_run_would_refuse_is_told_before_the_first(sweep_file, launches
         load_sweep("nowhere.yaml")
 
 
+TRIES = {"seqlora": [{"optim.lr": 1e-2}, {"optim.lr": 3e-2}], "ewc": [{}, {"method.weight": 1.0}]}
+
+
+@pytest.mark.parametrize(
+    "tune, split",
+    [
+        ({"tries": TRIES}, "eval"),
+        ({"tries": TRIES, "set": {"seed": 0}}, "eval"),
+        ({"tries": TRIES, "set": {"eval.split": "test"}}, "test"),
+        ({"tries": {"seqlora": [{"eval.split": "test"}], "ewc": [{"eval.split": "test"}]}}, "test"),
+    ],
+)
+def test_tries_are_scored_on_eval_unless_they_say_otherwise(sweep_file, tune, split):
+    """Also where the recipe of all runs says test; the report names the split that was."""
+    asked = load_sweep(sweep_file(tune=tune, set={"checkpoint": False, "eval.split": "test"}))
+    assert {run.recipe.eval.split for run in asked.tries} == {split}
+    assert {run.recipe.eval.split for run in asked.runs()} == {"test"}
+    for run in asked.tries:
+        run.folder.open(run.recipe.resolved(), {"base": "x"})
+        found = {**summarise(["ONE", "TWO"], [[50.0, None], [40.0, 60.0]], None), "costs": None}
+        write_json(run.folder.path / "summary.json", found)
+    text = comparison.render(comparison.compare(asked), "x")
+    assert f"Settings of each arm were chosen by op on the {split} splits, among:" in text
+
+
+def test_tries_of_different_splits_are_refused(sweep_file):
+    tries = {"seqlora": [{}, {"eval.split": "test"}], "ewc": [{}, {}]}
+    with pytest.raises(Fault, match="tune.tries: some are scored on the eval splits and some on test"):
+        load_sweep(sweep_file(tune={"tries": tries}))
+
+
+def test_tries_are_refused_where_eval_is_test(sweep_file, toy_stream, tmp_path, launches):
+    shutil.copytree(toy_stream, tmp_path / "same")
+    for task in ("ONE", "TWO"):
+        shutil.copy(tmp_path / "same" / task / "test.json", tmp_path / "same" / task / "eval.json")
+    same = {"checkpoint": False, "data.root": str(tmp_path / "same")}
+    load_sweep(sweep_file(set=same)).prepare()
+    with pytest.raises(Fault, match="eval.json has no prompt that test.json lacks") as fault:
+        go(sweep_file(set=same, tune={"tries": TRIES}))
+    assert "seqlora: " in str(fault.value) and not launches
+
+
 def test_a_run_that_fails_stops_no_other(sweep_file, monkeypatch):
     started = []
     monkeypatch.setattr(
@@ -220,6 +263,39 @@ def test_intervals_over_test_examples(sweep_file):
         norm.ppf(0.975) * change.std() / 20, rel=0.1
     )
     assert ewc["difference"]["op"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "over": "test examples"}
+
+
+def test_the_change_of_general_ability_is_paired(sweep_file):
+    """Of one seed: the same questions are drawn before and after, so ΔR's interval is that of the change of
+    single questions; IFEval is no member, and a probe of the base alone neither."""
+    asked = load_sweep(sweep_file(grid={"seed": [1]}, arms={"seqlora": {}}))
+    rng = np.random.default_rng(2)
+    (run,) = asked.runs()
+    faked(asked, {("seqlora", 1): {(2, "ONE"): [100.0], (2, "TWO"): [0.0]}})
+    probes = {}
+    for name in ("piqa", "boolq", "ifeval"):
+        before = rng.integers(0, 2, 400) * 100.0
+        after = np.where(rng.random(400) < 0.1, 0.0, before)  # a tenth of the questions is lost
+        probes[name] = before, after
+    general = {}
+    for name, ends in probes.items():
+        general[name] = dict(zip(("before", "after"), map(np.mean, ends), strict=True))
+        for step, after, values in ((0, "base", ends[0]), (2, "TWO", ends[1])):
+            row = ScoreRow(after, step, name, "general", "acc,none", float(values.mean()))
+            run.folder.add_scores(row, [{"acc,none": value} for value in values])
+    write_json(run.folder.path / "summary.json", run.folder.summary | {"general": general})
+    found = comparison.compare(asked)
+    (row,) = found["rows"]
+    changes = [np.subtract(after, before) for before, after in (probes["piqa"], probes["boolq"])]
+    error = np.sqrt(sum(change.var() / 400 for change in changes)) / 2
+    assert row["delta_r"]["mean"] == pytest.approx(np.mean(changes))
+    assert row["delta_r"]["over"] == "test examples"
+    half = (row["delta_r"]["high"] - row["delta_r"]["low"]) / 2
+    assert half == pytest.approx(norm.ppf(0.975) * error, rel=0.1)
+    level = (row["general"]["high"] - row["general"]["low"]) / 2
+    assert level > 1.5 * half  # which is why the change has an interval of its own
+    text = comparison.render(found, "x")
+    assert "| general ability | ΔR |" in text and f" | {np.mean(changes):.1f} ± {half:.1f} | " in text
 
 
 def test_runs_are_pooled_over_seeds_and_orders(sweep_file):
