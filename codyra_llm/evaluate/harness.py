@@ -36,6 +36,7 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.core.foreign import Failed
 from codyra_llm.evaluate.budget import batches, budget, within_memory
 from codyra_llm.evaluate.generate import generate_ids, prefixed
+from codyra_llm.evaluate.statistics import commonest
 from codyra_llm.evaluate.suite import Ability, drawn, quiet
 from codyra_llm.methods.base import Condition
 from codyra_llm.models.ends import without_end
@@ -277,12 +278,14 @@ def measure(lm: Live, ability: Ability, section: "GeneralSection", chat: bool) -
         (key for key in scores if key.partition(",")[0] == HEADLINES.get(name)), next(iter(scores))
     )
     first, predictions = next(iter(samples)), _predictions(results, headline)
+    most = commonest([row["prediction"] for row in predictions])
     fields = {
         "task": name,
         "headline": headline,
         "score": scores[headline]["mean"],
         "metrics": scores,
         "empty": len([row for row in predictions if not row["prediction"]]),
+        "commonest": most and most[1],
         "source": section.data,
         "shots": results["n-shot"][first],
         "version": results["versions"][first],

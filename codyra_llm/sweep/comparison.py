@@ -15,8 +15,10 @@ from rich.box import SIMPLE
 from rich.table import Column, Table
 
 from codyra_llm.core.files import write_json, write_text
+from codyra_llm.evaluate.matrix import mean
 from codyra_llm.evaluate.matrix import summary as summarise
 from codyra_llm.evaluate.statistics import MEASURES, interval, measures
+from codyra_llm.report import answers
 from codyra_llm.report.groups import POOLED, order_of
 from codyra_llm.store.folder import RunFolder
 from codyra_llm.sweep.spec import Run, Settings, Sweep
@@ -104,9 +106,17 @@ def _row(arm: str, rest: str, runs: list[Run], baseline: list[Run]) -> dict:
         "orders": len(orders),
         **over_seeds,
         "difference": _difference(pairs) if pairs and runs != baseline else None,
+        "floor": _floor(runs),
+        "answers": answers.tallied([run.folder.summary.get("answers", []) for run in runs]),
         "costs": _costs(runs),
         "relative": _relative(own_costs, other_costs),
     }
+
+
+def _floor(runs: list[Run]) -> float | None:
+    """The mean over the runs of the floor's OP; None where one has none."""
+    floors = [run.folder.summary.get("floor") for run in runs]
+    return mean(floor and floor["op"] for floor in floors)
 
 
 def _difference(pairs: list[tuple[Run, Run]]) -> dict:
@@ -256,6 +266,8 @@ def render(found: dict, name: str) -> str:
         "|---" * len(COLUMNS) + "|",
     ]
     lines += _lines(found["rows"])
+    for line in answers.compared({COLUMNS["arm"](row): row["answers"] for row in found["rows"]}):
+        lines += ["", line]
     if found["by_order"]:
         lines += ["", "By order of the tasks, over seeds:", "", *lines[4:6], *_lines(found["by_order"])]
     if found["tries"]:
@@ -279,6 +291,20 @@ def _lines(rows: list[dict]) -> list[str]:
     for row in rows:
         cells = [show(row) for show in COLUMNS.values()]
         lines.append(f"| {' | '.join(cells)} |")
+    return lines + _floors(rows)
+
+
+def _floors(rows: list[dict]) -> list[str]:
+    """A line for the OP of the most frequent training answers; one for each where rows differ in it, as with
+    other tasks."""
+    by_value: dict[float, list[str]] = {}
+    for row in rows:
+        if row["floor"] is not None:
+            by_value.setdefault(row["floor"], []).append(COLUMNS["arm"](row))
+    lines = []
+    for value, arms in by_value.items():
+        label = answers.FLOOR if len(by_value) == 1 else f"{answers.FLOOR}, of {', '.join(arms)}"
+        lines.append(f"| {label} | {value:.1f} |{' |' * (len(COLUMNS) - 2)}")
     return lines
 
 
