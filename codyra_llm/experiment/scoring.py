@@ -140,13 +140,15 @@ def _measure_tasks(experiment: Experiment, stage: Stage, pending: list[Questions
             prompts, number = questions.prompts, questions.number
             if number is not None:
                 prompts = setup.method.present(setup.stream, setup.encoder, number, prompts)
-            predictions = ask(prompts, questions.new, number)
+            given = ask(prompts, questions.new, number)
+            predictions = [answer.text for answer in given]
             if number is not None:
                 predictions = [setup.method.read(questions.name, text) for text in predictions]
             if is_first():
                 scores = benchmark.score(questions.name, questions.prompts, predictions, questions.answers)
                 headline = benchmark.headline(questions.name, setup.recipe.data.protocol)
-                row = _score_row(questions, stage, scores, headline, predictions)
+                cut = [answer.cut for answer in given].count(True)
+                row = _score_row(questions, stage, scores, headline, predictions, cut)
                 experiment.store.add_scores(row, _with_scores(questions, predictions, scores))
                 _say(row, time.perf_counter() - began)
 
@@ -177,10 +179,15 @@ def _measure_general(experiment: Experiment, stage: Stage, names: list[str]) -> 
 
 
 def _score_row(
-    questions: Questions, stage: Stage, scores: dict[str, list[float]], headline: str, predictions: list[str]
+    questions: Questions,
+    stage: Stage,
+    scores: dict[str, list[float]],
+    headline: str,
+    predictions: list[str],
+    cut: int,
 ) -> ScoreRow:
     """The row of these scores, which are by metric and in the order of the questions, as the `predictions`
-    are."""
+    are; `cut`: how many of these were cut."""
     metrics, most = summarise_all(scores), commonest(predictions)
     return ScoreRow(
         after=stage.after,
@@ -192,6 +199,7 @@ def _score_row(
         metrics=metrics,
         empty=predictions.count(""),
         commonest=most and most[1],
+        cut=cut,
     )
 
 

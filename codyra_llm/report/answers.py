@@ -1,24 +1,27 @@
-"""What a run's answers look like, where a score hides it: one answer to nearly all prompts, empty answers."""
+"""What a run's answers look like, where a score hides it: one answer to nearly all prompts, empty
+answers, cut ones.
+"""
 
 from codyra_llm.evaluate.matrix import mean
 from codyra_llm.store.rows import FloorRow, ScoreRow
 
 ALIKE = 0.9  # the share of prompts from which on an answer is one and the same
+MANY = 0.5  # the share of answers from which on it is told that they are cut
 FLOOR = "most frequent training answer"
 FLOOR_SAID = f"op where each prompt of a task gets the task's {FLOOR}, without a model"
 
 
 def noted(rows: list[ScoreRow], steps: int) -> list[dict]:
     """Of the rows of tasks just learnt and of those after the last of `steps` tasks, those whose answers want
-    telling: {"task", "after", "of", "alike", "empty"}: the number of prompts, the share that got the most
-    frequent answer where that is at least ALIKE (else None), and the number of empty answers."""
+    telling: {"task", "after", "of", "alike", "empty", "cut"}: the number of prompts, the share that got the
+    most frequent answer where that is at least ALIKE (else None), and how many answers are empty or cut."""
     found = []
     for row in rows:
         count = row.interval.get("n", 0)
         alike = _alike(row, count)
-        if (row.step == steps or row.after == row.task) and (alike or row.empty):
-            told = {"task": row.task, "after": row.after, "of": count, "alike": alike, "empty": row.empty}
-            found.append(told)
+        told = {"alike": alike, "empty": row.empty, "cut": row.cut or 0}
+        if (row.step == steps or row.after == row.task) and any(told.values()):
+            found.append({"task": row.task, "after": row.after, "of": count, **told})
     return found
 
 
@@ -29,10 +32,14 @@ def _alike(row: ScoreRow, count: int) -> float | None:
     return row.commonest
 
 
-def sentences(found: list[dict]) -> list[str]:
-    """Of `noted`, a sentence on each kind of answers."""
+def sentences(found: list[dict], many: float = MANY) -> list[str]:
+    """Of `noted`, a sentence on each kind of answers; on cut ones where at least the share `many` are."""
     alike = [(row, f"{row['alike']:.0%} of {row['of']}") for row in found if row["alike"]]
     empty = [(row, f"{row['empty']} of {row['of']}") for row in found if row["empty"]]
+    cut = []
+    for row in found:
+        if row["cut"] and row["cut"] >= many * row["of"]:
+            cut.append((row, f"{row['cut']} of {row['of']}"))
     lines = []
     if alike:
         lines.append(
@@ -41,6 +48,8 @@ def sentences(found: list[dict]) -> list[str]:
         )
     if empty:
         lines.append(f"Empty answers: {_by_task(empty)}.")
+    if cut:
+        lines.append(f"Answers cut at eval.max_new_tokens, before they ended: {_by_task(cut)}.")
     return lines
 
 
@@ -88,6 +97,26 @@ def compared(arms: dict[str, dict]) -> list[str]:
     if empty:
         lines.append(f"Empty answers, just after the task or at the end: {'; '.join(empty)}.")
     return lines
+
+
+def mean_floor(runs: list[dict]) -> float | None:
+    """The mean of the floor's OP over the summaries of some runs; None where one has none."""
+    floors = [found.get("floor") for found in runs]
+    return mean(floor and floor["op"] for floor in floors)
+
+
+def floors(arms: dict[str, float | None]) -> dict[str, float]:
+    """Of `mean_floor` by arm, each value once with a label, which names the arms where these differ in it, as
+    with other tasks."""
+    by_value: dict[float, list[str]] = {}
+    for arm, value in arms.items():
+        if value is not None:
+            # Means over different numbers of runs differ in their last bits.
+            by_value.setdefault(round(value, 6), []).append(arm)
+    found = {}
+    for value, named in by_value.items():
+        found[FLOOR if len(by_value) == 1 else f"{FLOOR}, of {', '.join(named)}"] = value
+    return found
 
 
 def floor(tasks: list[str], rows: list[FloorRow], seen: int) -> dict | None:

@@ -64,9 +64,9 @@ class ScoreRow(Row):
     """A row of scores.jsonl: the scores on one task at one stage. `metrics` has by name {"mean", "low",
     "high", "n"} in points of 0 to 100; `score` is the mean of the metric `headline`, None where there was
     no example. `empty`: how many answers are the empty text; `commonest`: the share of the prompts, 0 to 1,
-    that got the most frequent answer (None: not known). Only rows of general ability by the harness have
-    the fields after it: the recipe's `general.data`, the number of examples in front of each question, and
-    the task's version."""
+    that got the most frequent answer; `cut`: how many answers had the most tokens that they may have before
+    they ended (None: not known). Only rows of general ability by the harness have the fields after it: the
+    recipe's `general.data`, the number of examples in front of each question, and the task's version."""
 
     after: str
     step: int
@@ -77,6 +77,7 @@ class ScoreRow(Row):
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     empty: int = 0
     commonest: float | None = None
+    cut: int | None = None
     source: str | None = None
     shots: int | None = None
     version: Any = None
@@ -96,7 +97,7 @@ class ScoreRow(Row):
         return self.metrics.get(self.headline) or {}
 
     def as_json(self) -> dict[str, Any]:
-        optional = ("commonest", "source", "shots", "version")
+        optional = ("commonest", "cut", "source", "shots", "version")
         return {
             name: value
             for name, value in super().as_json().items()

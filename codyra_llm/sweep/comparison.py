@@ -15,7 +15,6 @@ from rich.box import SIMPLE
 from rich.table import Column, Table
 
 from codyra_llm.core.files import write_json, write_text
-from codyra_llm.evaluate.matrix import mean
 from codyra_llm.evaluate.matrix import summary as summarise
 from codyra_llm.evaluate.statistics import MEASURES, interval, measures
 from codyra_llm.report import answers
@@ -106,17 +105,11 @@ def _row(arm: str, rest: str, runs: list[Run], baseline: list[Run]) -> dict:
         "orders": len(orders),
         **over_seeds,
         "difference": _difference(pairs) if pairs and runs != baseline else None,
-        "floor": _floor(runs),
+        "floor": answers.mean_floor([run.folder.summary for run in runs]),
         "answers": answers.tallied([run.folder.summary.get("answers", []) for run in runs]),
         "costs": _costs(runs),
         "relative": _relative(own_costs, other_costs),
     }
-
-
-def _floor(runs: list[Run]) -> float | None:
-    """The mean over the runs of the floor's OP; None where one has none."""
-    floors = [run.folder.summary.get("floor") for run in runs]
-    return mean(floor and floor["op"] for floor in floors)
 
 
 def _difference(pairs: list[tuple[Run, Run]]) -> dict:
@@ -295,15 +288,9 @@ def _lines(rows: list[dict]) -> list[str]:
 
 
 def _floors(rows: list[dict]) -> list[str]:
-    """A line for the OP of the most frequent training answers; one for each where rows differ in it, as with
-    other tasks."""
-    by_value: dict[float, list[str]] = {}
-    for row in rows:
-        if row["floor"] is not None:
-            by_value.setdefault(row["floor"], []).append(COLUMNS["arm"](row))
+    """The lines for the OP of the most frequent training answers."""
     lines = []
-    for value, arms in by_value.items():
-        label = answers.FLOOR if len(by_value) == 1 else f"{answers.FLOOR}, of {', '.join(arms)}"
+    for label, value in answers.floors({COLUMNS["arm"](row): row["floor"] for row in rows}).items():
         lines.append(f"| {label} | {value:.1f} |{' |' * (len(COLUMNS) - 2)}")
     return lines
 

@@ -60,7 +60,7 @@ def _facts(folder: RunFolder, found: dict, manifest: dict) -> list[str]:
         lines.append(f"At most {recipe.eval.max_examples} examples per task were scored.")
     if METHODS[recipe.method.name].trains and steps < len(recipe.tasks):
         lines.append(f"Not finished: {steps} of {len(recipe.tasks)} tasks are learnt and scored.")
-    return lines + answers.sentences(found["answers"])
+    return lines + answers.sentences(found["answers"], many=0)
 
 
 def _measures(found: dict) -> Grid:

@@ -42,8 +42,8 @@ def floors(scores: list[float]) -> list[dict]:
 def test_a_row_as_it_was_written_before_and_as_it_is_now():
     old = score(1, FIRST, 80.0)
     row = ScoreRow.parse(old, "x")
-    assert row.commonest is None and row.as_json() == old
-    new = old | {"commonest": 0.5}
+    assert row.commonest is None and row.cut is None and row.as_json() == old
+    new = old | {"commonest": 0.5, "cut": 0}
     assert ScoreRow.parse(new, "x").as_json() == new
 
 
@@ -82,8 +82,21 @@ def test_nothing_is_said_of_answers_that_differ_or_are_not_known(tmp_path):
         changed(folder, 3, FIRST, **({} if commonest is None else {"commonest": commonest}))
         text = report(folder) + written([folder], tmp_path / "x.html")
         assert not any(
-            said in text for said in ("One and the same", "Empty answers", NAME, "op of the floor")
+            said in text
+            for said in ("One and the same", "Empty answers", "Answers cut", NAME, "op of the floor")
         )
+
+
+def test_the_page_tells_all_cut_answers_and_the_report_where_half_are(tmp_path):
+    folder = make(tmp_path / "run")
+    changed(folder, 1, FIRST, cut=1, metrics={"exact_match": {"n": 3}})
+    changed(folder, 3, SECOND, cut=1)
+    few = f"{FIRST} (1 of 3 after {FIRST}), {SECOND} (1 of 2 after {THIRD})"
+    begin = "Answers cut at eval.max_new_tokens, before they ended:"
+    assert f"{begin} {few}." in Page(written([folder], tmp_path / "x.html")).texts
+    assert f"{begin} {SECOND} (1 of 2 after {THIRD})." in report(folder).splitlines()
+    changed(folder, 3, SECOND, cut=0)
+    assert begin not in report(folder)
 
 
 def test_the_floor_stands_in_front_of_the_matrix_with_its_op(tmp_path):
@@ -114,7 +127,7 @@ def test_a_floor_that_is_not_whole_has_no_op(tmp_path):
 def test_the_summary_is_json_and_names_them(tmp_path):
     folder = make(tmp_path / "run")
     changed(folder, 1, FIRST, commonest=1.0)
-    told = {"task": FIRST, "after": FIRST, "of": 2, "alike": 1.0, "empty": 0}
+    told = {"task": FIRST, "after": FIRST, "of": 2, "alike": 1.0, "empty": 0, "cut": 0}
     assert json.loads(json.dumps(summarised(folder)))["answers"] == [told]
 
 
@@ -130,3 +143,18 @@ def test_runs_of_an_arm_are_counted_together():
         "x: A (1 of 3 runs); y: A.",
         "Empty answers, just after the task or at the end: x: A (3 of 50), B (7 of 50).",
     ]
+
+
+def test_the_page_of_several_runs_tells_floor_and_answers(tmp_path):
+    one, other = make(tmp_path / "one"), make(tmp_path / "other", method={"name": "seqlora", "rank": 4})
+    plain = Page(written([one, other], tmp_path / "x.html")).texts
+    assert not any(NAME in text or "One and the same" in text for text in plain)
+    changed(other, 3, SECOND, commonest=1.0)
+    for folder in (one, other):
+        write_jsonl(folder.path / "floor.jsonl", floors([40.0, 10.0, 31.0]))
+    texts = Page(written([one, other], tmp_path / "x.html")).texts
+    assert f"OP of the {NAME}: 27.0." in texts
+    assert any(text.endswith(f"just after the task or at the end: 2 seqlora: {SECOND}.") for text in texts)
+    write_jsonl(other.path / "floor.jsonl", floors([40.0, 10.0, 1.0]))
+    texts = Page(written([one, other], tmp_path / "x.html")).texts
+    assert {f"OP of the {NAME}, of 1 codyra: 27.0.", f"OP of the {NAME}, of 2 seqlora: 17.0."} <= set(texts)
