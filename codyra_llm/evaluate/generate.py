@@ -5,6 +5,7 @@ their batch, and a shared prefix is encoded once.
 import os
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -17,12 +18,20 @@ from codyra_llm.evaluate import static_steps
 from codyra_llm.evaluate.budget import batches, budget, within_memory
 from codyra_llm.methods.base import Condition
 from codyra_llm.models import families
+from codyra_llm.models.ends import ended
 from codyra_llm.runtime import heartbeat, signals
 from codyra_llm.store import observer
 
 # The first steps of every batch are not recorded: after them many answers, such as a single letter, are done.
 UNRECORDED = 4
 LEAST_SHARED = 16  # tokens; a shorter prefix does not pay a forward pass of its own
+
+
+class Answer(NamedTuple):
+    """A model's answer; `cut`: it had the most tokens that it may have before it ended."""
+
+    text: str
+    cut: bool
 
 
 def shared_prefix(prompts: Sequence[list[int]], new: int, windows: Sequence[int]) -> int:
@@ -185,7 +194,7 @@ def answers(
     new: int,
     tokens: int | None = None,
     conditions: Callable[[list[list[int]]], Condition] | None = None,
-) -> list[str]:
+) -> list[Answer]:
     """The model's answers to prompts, at most `new` tokens each, the same list on every rank.
 
     `conditions` makes what a batch of prompts needs in addition to the model. Each distinct prompt is
@@ -195,7 +204,7 @@ def answers(
     distinct = list(dict.fromkeys(texts))
     prompts = [ids for ids, _ in encoder.prompts(distinct)]
     lengths = [len(p) for p in prompts]
-    own: list[tuple[int, str]] = []
+    own: list[tuple[int, Answer]] = []
     answered = 0
     observer.counted(0, len(prompts))
 
@@ -208,7 +217,8 @@ def answers(
             signals.check()
             observer.at(f"batch {number + 1} of answers")
             for part, ids in within_memory(chosen, lengths, new, held, answer):
-                own += zip(part, encoder.texts(ids), strict=True)
+                cut = [not ended(row, encoder.ends) for row in ids]
+                own += zip(part, map(Answer, encoder.texts(ids), cut), strict=True)
         answered += len(chosen)
         observer.counted(answered, len(prompts))
     with heartbeat.waiting():

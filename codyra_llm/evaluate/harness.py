@@ -36,6 +36,7 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.core.foreign import Failed
 from codyra_llm.evaluate.budget import batches, budget, within_memory
 from codyra_llm.evaluate.generate import generate_ids, prefixed
+from codyra_llm.evaluate.statistics import commonest
 from codyra_llm.evaluate.suite import Ability, drawn, quiet
 from codyra_llm.methods.base import Condition
 from codyra_llm.models.ends import without_end
@@ -278,12 +279,14 @@ def measure(lm: Live, ability: Ability, section: "GeneralSection", chat: bool) -
     wanted = HEADLINES.get(name)
     headline = wanted if wanted in scores else next(iter(scores))
     first, predictions = next(iter(samples)), _predictions(results, headline)
+    most = commonest([row.get("response", row["prediction"]) for row in predictions])
     fields = {
         "task": name,
         "headline": headline,
         "score": scores[headline]["mean"],
         "metrics": scores,
         "empty": [row.get("response") for row in predictions].count(""),
+        "commonest": most and most[1],
         "source": section.data,
         "shots": results["n-shot"][first],
         "version": results["versions"][first],

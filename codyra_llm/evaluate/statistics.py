@@ -1,5 +1,6 @@
 """From the scores of single examples to a mean with its uncertainty."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -52,6 +53,15 @@ def delta_r(general: dict[str, dict]) -> dict | None:
     ]
     changes = [general[name]["after"] - general[name]["before"] for name in members]
     return {"value": fmean(changes), "members": members} if members else None
+
+
+def commonest(texts: Sequence[str]) -> tuple[str, float] | None:
+    """The most frequent of `texts`, the first one of several, and its share of them, 0 to 1; None where there
+    is no text."""
+    if not texts:
+        return None
+    text, count = Counter(texts).most_common(1)[0]
+    return text, count / len(texts)
 
 
 def interval(values: list[float | None], drawn: np.ndarray | None) -> dict | None:

@@ -8,6 +8,8 @@ from accelerate.utils import broadcast_object_list
 
 from codyra_llm.core.errors import Fault
 from codyra_llm.data.encoding import Encoder
+from codyra_llm.evaluate.generate import Answer
+from codyra_llm.models.ends import ended
 
 
 def require() -> None:
@@ -20,7 +22,7 @@ def require() -> None:
 
 def vllm_answers(
     engine: Any | None, encoder: Encoder, texts: Sequence[str], new: int, task: int | None = None
-) -> list[str]:
+) -> list[Answer]:
     """The engine's answers to prompts, at most `new` tokens each, the same list on every rank.
 
     Token ids go in and out, so that prompts are cut and answers decoded as with torch. The same tokens end an
@@ -38,6 +40,9 @@ def vllm_answers(
             detokenize=False,
         )
         prompts = [{"prompt_token_ids": ids} for ids, _ in encoder.prompts(texts)]
-        ids = [list(made.outputs[0].token_ids) for made in engine.generate(prompts, greedy, use_tqdm=False)]
-        found = [encoder.texts(ids)]
+        made = [one.outputs[0] for one in engine.generate(prompts, greedy, use_tqdm=False)]
+        ids = [list(one.token_ids) for one in made]
+        # An end as the very last token that is allowed has the reason "length" too: vLLM looks at that first.
+        cut = [one.finish_reason == "length" and not ended(one.token_ids, encoder.ends) for one in made]
+        found = [list(map(Answer, encoder.texts(ids), cut))]
     return broadcast_object_list(found)[0]

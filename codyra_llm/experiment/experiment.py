@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from codyra_llm.config.recipe import Recipe
-from codyra_llm.evaluate.generate import answers
+from codyra_llm.evaluate.generate import Answer, answers
 from codyra_llm.evaluate.vllm import vllm_answers
 from codyra_llm.experiment.setup import Setup
 from codyra_llm.methods.base import Method
@@ -45,7 +45,7 @@ class Experiment:
         """The stage after task `index`; -1: the base."""
         return Stage.of(self.recipe.tasks, index)
 
-    def answering(self, stage: Stage) -> AbstractContextManager[Callable[..., list[str]]]:
+    def answering(self, stage: Stage) -> AbstractContextManager[Callable[..., list[Answer]]]:
         """Within this block the model of `stage` answers: `ask(prompts, new, task)`, `new` tokens at most;
         `task` is the number of the prompts' task, or None."""
         return BACKENDS[self.recipe.eval.backend](self, stage)
@@ -57,7 +57,7 @@ def torch_answering(experiment: Experiment, stage: Stage) -> Iterator[Callable]:
     setup, acc = experiment.setup, experiment.acc
     model, conditions = setup.load_stage(experiment.models, stage, acc.device)
 
-    def ask(texts: Sequence[str], new: int, task: int | None) -> list[str]:
+    def ask(texts: Sequence[str], new: int, task: int | None) -> list[Answer]:
         condition = conditions and partial(conditions, task=task)
         return answers(acc, model, setup.encoder, texts, new, setup.recipe.eval.batch_tokens, condition)
 

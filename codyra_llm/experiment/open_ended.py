@@ -36,7 +36,8 @@ def answer(experiment: Experiment, stage: Stage) -> None:
             observer.at(f"answers to {name} after {stage.after}")
             observer.stage_begins(stage, piece)
             began = time.perf_counter()
-            texts = ask(setup.prompts[name], setup.recipe.open_ended.max_new_tokens, None)
+            given = ask(setup.prompts[name], setup.recipe.open_ended.max_new_tokens, None)
+            texts = [answer.text for answer in given]
             if is_first():
                 _keep(setup, experiment.store, name, stage, texts)
             seconds = time.perf_counter() - began

@@ -23,6 +23,7 @@ from codyra_llm.lora.layer import sites
 from codyra_llm.lora.shared import share_inputs
 from codyra_llm.methods.base import Method
 from codyra_llm.models import families, fused_norm, loading, packed_attention, saved
+from codyra_llm.models.ends import ended
 from codyra_llm.runtime import launch
 from codyra_llm.runtime.forecast import duration
 from codyra_llm.train.estimate import (
@@ -83,7 +84,7 @@ def plan(recipe: Recipe, console: Console) -> None:
     read = list(splits(setup.recipe, setup.stream, bool(setup.method.trains)))
     read = as_presented(setup.method, setup.stream, setup.encoder, read)
     hinted = hints(setup.recipe, read, setup.encoder, model.config, setup.base)
-    for hint in [*setup.stream.remarks(), *_cut(setup, work), *hinted]:
+    for hint in [*setup.stream.remarks(), *_cut(setup, work), *_endless(setup, work), *hinted]:
         console.print(f"note: {hint}", style="yellow", soft_wrap=True)
     size, schedule = setup.recipe.optim.batch_size, setup.recipe.optim.schedule
     steps = [task.steps(size) for task in work.tasks]
@@ -215,6 +216,23 @@ def _cut(setup: Setup, work: Work) -> list[str]:
                 f"({limits.max_answer_tokens}); raise these to have them whole"
             )
     return found
+
+
+def _endless(setup: Setup, work: Work) -> list[str]:
+    """A sentence on the tasks that mostly teach no end, since their answers are cut, and whose answers in
+    evaluation may be longer than those."""
+    room, found = setup.recipe.data.max_answer_tokens, []
+    for index, data in enumerate(work.tasks):
+        cut = [example for example in data.examples if not ended(example.answer, setup.encoder.ends)]
+        if 2 * len(cut) > len(data.examples) and setup.new_tokens(index) > room:
+            found.append(setup.recipe.tasks[index])
+    if not found:
+        return []
+    return [
+        f"{', '.join(found)}: most training answers are cut to data.max_answer_tokens ({room}) and have no "
+        "end to learn, and eval.max_new_tokens lets the model say more; raise data.max_answer_tokens, or "
+        "lower eval.max_new_tokens to it"
+    ]
 
 
 def _shown(setup: Setup, example: Encoded) -> Text:

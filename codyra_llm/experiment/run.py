@@ -62,6 +62,7 @@ def _run(experiment: Experiment) -> None:
     learnt = of_first(lambda: len(store.archive().files))
     on_first(store.check_scores, learnt)
     on_first(_foresee, experiment, learnt)
+    on_first(scoring.note_floor, experiment.setup, store)
     last = len(experiment.recipe.tasks) - 1
     evaluate(experiment, experiment.stage(-1))
     for index in range(last + 1) if method.trains else ():

@@ -5,14 +5,15 @@ from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple
 
-from codyra_llm.evaluate.statistics import summarise_all
+from codyra_llm.evaluate.statistics import commonest, summarise_all
 from codyra_llm.experiment.experiment import Experiment
 from codyra_llm.experiment.setup import PROBE_TOKENS, Setup
 from codyra_llm.runtime import signals
 from codyra_llm.runtime.forecast import Piece
 from codyra_llm.runtime.launch import is_first, of_first, say, wait
 from codyra_llm.store import observer
-from codyra_llm.store.rows import GENERAL, TASK, ScoreRow, Stage
+from codyra_llm.store.folder import RunFolder
+from codyra_llm.store.rows import GENERAL, TASK, FloorRow, ScoreRow, Stage
 
 
 class Questions(NamedTuple):
@@ -32,6 +33,33 @@ class Questions(NamedTuple):
     def answers(self) -> list[str]:
         """The right ones."""
         return [record["answer"] for record in self.records]
+
+
+def note_floor(setup: Setup, folder: RunFolder) -> None:
+    """Put the floor of each task into the folder, as far as it is not there: what the most frequent training
+    answer scores without a model. A method that reads no training data has none: the data may have no
+    training split."""
+    if not (setup.method.trains or setup.method.old_data):
+        return
+    known = {row.task for row in folder.floor}
+    rows = []
+    for index, task in enumerate(setup.recipe.tasks):
+        if task not in known:
+            rows.append(_floor(setup, index))
+    if rows:
+        folder.add_floor(rows)
+
+
+def _floor(setup: Setup, index: int) -> FloorRow:
+    """The scores of task `index` where every prompt gets the most frequent answer among the examples that the
+    task trains on, the first one of several; where all differ, that is the first."""
+    most = commonest([record["answer"] for record in setup.stream.records(index, "train")])
+    assert most, "prepare() refuses a task without training examples"
+    questions = Questions(setup.recipe.tasks[index], setup.test(index), setup.new_tokens(index), index)
+    benchmark, given = setup.stream.benchmark, [most[0]] * len(questions.records)
+    metrics = summarise_all(benchmark.score(questions.name, questions.prompts, given, questions.answers))
+    headline = benchmark.headline(questions.name, setup.recipe.data.protocol)
+    return FloorRow(questions.name, *most, headline, metrics[headline]["mean"], metrics)
 
 
 def evaluate(experiment: Experiment, stage: Stage) -> None:
@@ -112,13 +140,15 @@ def _measure_tasks(experiment: Experiment, stage: Stage, pending: list[Questions
             prompts, number = questions.prompts, questions.number
             if number is not None:
                 prompts = setup.method.present(setup.stream, setup.encoder, number, prompts)
-            predictions = ask(prompts, questions.new, number)
+            given = ask(prompts, questions.new, number)
+            predictions = [answer.text for answer in given]
             if number is not None:
                 predictions = [setup.method.read(questions.name, text) for text in predictions]
             if is_first():
                 scores = benchmark.score(questions.name, questions.prompts, predictions, questions.answers)
                 headline = benchmark.headline(questions.name, setup.recipe.data.protocol)
-                row = _score_row(questions, stage, scores, headline, predictions.count(""))
+                cut = [answer.cut for answer in given].count(True)
+                row = _score_row(questions, stage, scores, headline, predictions, cut)
                 experiment.store.add_scores(row, _with_scores(questions, predictions, scores))
                 _say(row, time.perf_counter() - began)
 
@@ -149,11 +179,16 @@ def _measure_general(experiment: Experiment, stage: Stage, names: list[str]) -> 
 
 
 def _score_row(
-    questions: Questions, stage: Stage, scores: dict[str, list[float]], headline: str, empty: int
+    questions: Questions,
+    stage: Stage,
+    scores: dict[str, list[float]],
+    headline: str,
+    predictions: list[str],
+    cut: int,
 ) -> ScoreRow:
-    """The row of these scores, which are by metric and in the order of the questions; `empty` answers are the
-    empty text."""
-    metrics = summarise_all(scores)
+    """The row of these scores, which are by metric and in the order of the questions, as the `predictions`
+    are; `cut`: how many of these were cut."""
+    metrics, most = summarise_all(scores), commonest(predictions)
     return ScoreRow(
         after=stage.after,
         step=stage.step,
@@ -162,7 +197,9 @@ def _score_row(
         headline=headline,
         score=metrics[headline]["mean"],
         metrics=metrics,
-        empty=empty,
+        empty=predictions.count(""),
+        commonest=most and most[1],
+        cut=cut,
     )
 
 

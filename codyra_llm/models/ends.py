@@ -50,6 +50,11 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {token.content: number for number, token in added if token.special}
 
 
+def ended(ids: Sequence[int], ends: Collection[int]) -> bool:
+    """Whether an answer ends with one of `ends`; else it was cut."""
+    return bool(ids) and ids[-1] in ends
+
+
 def without_end(ids: Sequence[int], ends: Collection[int]) -> list[int]:
     """An answer's tokens without the one that ended it, which need not be one that decoding drops."""
-    return list(ids[:-1] if ids and ids[-1] in ends else ids)
+    return list(ids[:-1] if ended(ids, ends) else ids)

@@ -11,10 +11,10 @@ from codyra_llm.config.registry import METHODS
 from codyra_llm.evaluate.matrix import summary
 from codyra_llm.evaluate.statistics import delta_r
 from codyra_llm.metrics.text import versioned
-from codyra_llm.report import judged
+from codyra_llm.report import answers, judged
 from codyra_llm.report.grid import Cell, number
 from codyra_llm.store.folder import RunFolder
-from codyra_llm.store.rows import CostRow, ScoreRow, UpdateRow
+from codyra_llm.store.rows import CostRow, FloorRow, ScoreRow, UpdateRow
 
 MEASURES = ("op", "bwt", "bwt_treelora", "bwt_treelora_clipped", "forgetting", "fwt")
 
@@ -23,11 +23,16 @@ def summarised(folder: RunFolder) -> dict:
     """The run's summary, recomputed from its rows. Raises Fault where the folder holds no run."""
     recipe = folder.recipe
     found = summarise_run(recipe, bool(METHODS[recipe.method.name].trains), folder.scores, folder.costs)
-    return found | {"open_ended": judged.summarise(recipe, folder)}
+    steps = len(found["matrix"])
+    return found | {
+        "floor": answers.floor(recipe.tasks, folder.floor, steps or len(recipe.tasks)),
+        "answers": answers.noted(folder.scores, steps),
+        "open_ended": judged.summarise(recipe, folder),
+    }
 
 
-def scored(row: ScoreRow | None, marked: bool = False) -> Cell | None:
-    """The cell of one row of scores.jsonl, with the interval over test examples below."""
+def scored(row: ScoreRow | FloorRow | None, marked: bool = False) -> Cell | None:
+    """The cell of one row of scores.jsonl or floor.jsonl, with the interval over test examples below."""
     if row is None or row.score is None:
         return None
     known = row.interval

@@ -6,7 +6,7 @@ from rich.table import Column, Table
 from codyra_llm.config.recipe import Recipe
 from codyra_llm.config.registry import METHODS
 from codyra_llm.evaluate.matrix import FORMULAS
-from codyra_llm.report import judged
+from codyra_llm.report import answers, judged
 from codyra_llm.report.summary import MEASURES, by_projection
 from codyra_llm.store.rows import UpdateRow
 
@@ -69,6 +69,9 @@ def table(found: dict) -> Table:
     fits = max(map(len, found["tasks"])) + 6 * len(found["tasks"]) < COLUMNS
     out = _matrix(found) if fits else _by_task(found)
     out.caption = "   ".join(f"{name} {found[name]:.2f}" for name in MEASURES if found[name] is not None)
+    if found.get("floor"):
+        out.caption += f"\n{answers.FLOOR}, without a model: op {_cell(found['floor']['op'])}"
+    out.caption += "".join(f"\n{line}" for line in answers.sentences(found.get("answers", [])))
     if found["general"]:
         out.caption += "\ngeneral ability, before → after: " + ", ".join(
             f"{name} {_cell(v.get('before'))} → {_cell(v.get('after'))}"
@@ -129,6 +132,13 @@ def updates_table(rows: list[UpdateRow]) -> list[str]:
     return lines
 
 
+def _floor_measure(floor: dict | None) -> list[str]:
+    """The line of the floor's OP in the table of measures, or none."""
+    if floor is None or floor["op"] is None:
+        return []
+    return [f"| op of the floor | {floor['op']:.2f} | {answers.FLOOR_SAID} |"]
+
+
 def render(recipe: Recipe, found: dict, updates: list[UpdateRow]) -> str:
     """The report in Markdown: measures with their formulas, the matrix, general ability, what each task
     changed.
@@ -139,6 +149,10 @@ def render(recipe: Recipe, found: dict, updates: list[UpdateRow]) -> str:
         f"Base model `{recipe.model.path}`, protocol {found['protocol']}, seed {found['seed']}. Scores are 0 "
         "to 100.",
         "",
+    ]
+    for line in answers.sentences(found["answers"]):
+        lines += [line, ""]
+    lines += [
         "| measure | value | definition |",
         "|---|---|---|",
     ]
@@ -147,12 +161,15 @@ def render(recipe: Recipe, found: dict, updates: list[UpdateRow]) -> str:
         f"{FORMULAS[name]} |"
         for name in MEASURES
     ]
+    lines += _floor_measure(found["floor"])
     lines += [
         "",
         "| after | " + " | ".join(found["tasks"]) + " |",
         "|---" * (len(found["tasks"]) + 1) + "|",
         "| metric | " + " | ".join(found["metrics"]) + " |",
     ]
+    if found["floor"]:
+        lines.append(f"| {answers.FLOOR} | " + " | ".join(map(_cell, found["floor"]["scores"])) + " |")
     if found["zero_shot"]:
         lines.append("| base | " + " | ".join(map(_cell, found["zero_shot"])) + " |")
     lines += [

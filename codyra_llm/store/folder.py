@@ -24,7 +24,7 @@ from codyra_llm.store import observer
 from codyra_llm.store.checksums import NAME as SEALS
 from codyra_llm.store.checksums import Seals
 from codyra_llm.store.lock import Lease, holder
-from codyra_llm.store.rows import CostRow, LogRow, Row, ScoreRow, Stage, UpdateRow
+from codyra_llm.store.rows import CostRow, FloorRow, LogRow, Row, ScoreRow, Stage, UpdateRow
 
 # Reports and `status` read a run without tensors, and torch is slow to import.
 if TYPE_CHECKING:
@@ -40,9 +40,9 @@ OWN = ("lease.json", SEALS, "recipe.json")  # may be in a folder that is about t
 
 class RunFolder:
     """`recipe.json`, `manifest.json`, `updates/`, `state/`, `predictions/`, `answers/`, `updates.jsonl`,
-    `costs.jsonl`, `scores.jsonl`, with their hashes in `seals.json` (updates have their own); `log.jsonl`,
-    `judged/`; `progress/`, the checkpoints inside a task; `lease.json`, the lock; `trackers/`; and what
-    is derived: `summary.json`, `report.md`, `report.html`, `checkpoint/`.
+    `costs.jsonl`, `floor.jsonl`, `scores.jsonl`, with their hashes in `seals.json` (updates have their own);
+    `log.jsonl`, `judged/`; `progress/`, the checkpoints inside a task; `lease.json`, the lock; `trackers/`;
+    and what is derived: `summary.json`, `report.md`, `report.html`, `checkpoint/`.
 
     Reading a file that was changed, damaged or lost since it was written is a Fault."""
 
@@ -213,6 +213,14 @@ class RunFolder:
         self._write(name, to_jsonl(predictions))
         self._write_rows("scores.jsonl", [*self.scores, row])
         observer.scored(row)
+
+    @property
+    def floor(self) -> list[FloorRow]:
+        """What each task's most frequent training answer scores; [] of a run that did not note it."""
+        return self._rows(FloorRow, "floor.jsonl")
+
+    def add_floor(self, rows: list[FloorRow]) -> None:
+        self._write_rows("floor.jsonl", [*self.floor, *rows])
 
     def tasks_scored(self, stage: Stage) -> set[str]:
         """The tasks that have scores of this stage."""

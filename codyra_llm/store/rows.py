@@ -63,9 +63,10 @@ class Row:
 class ScoreRow(Row):
     """A row of scores.jsonl: the scores on one task at one stage. `metrics` has by name {"mean", "low",
     "high", "n"} in points of 0 to 100; `score` is the mean of the metric `headline`, None where there was
-    no example. `empty`: how many answers are the empty text. Only rows of general ability by the harness have
-    the fields after it: the recipe's `general.data`, the number of examples in front of each question, and
-    the task's version."""
+    no example. `empty`: how many answers are the empty text; `commonest`: the share of the prompts, 0 to 1,
+    that got the most frequent answer; `cut`: how many answers had the most tokens that they may have before
+    they ended (None: not known). Only rows of general ability by the harness have the fields after it: the
+    recipe's `general.data`, the number of examples in front of each question, and the task's version."""
 
     after: str
     step: int
@@ -75,6 +76,8 @@ class ScoreRow(Row):
     score: float | None
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     empty: int = 0
+    commonest: float | None = None
+    cut: int | None = None
     source: str | None = None
     shots: int | None = None
     version: Any = None
@@ -94,12 +97,31 @@ class ScoreRow(Row):
         return self.metrics.get(self.headline) or {}
 
     def as_json(self) -> dict[str, Any]:
-        of_harness = ("source", "shots", "version")
+        optional = ("commonest", "cut", "source", "shots", "version")
         return {
             name: value
             for name, value in super().as_json().items()
-            if value is not None or name not in of_harness
+            if value is not None or name not in optional
         }
+
+
+@dataclass(frozen=True)
+class FloorRow(Row):
+    """A row of floor.jsonl: what a task's most frequent training answer scores where it is given to every
+    prompt, without a model. `share` of the training answers, 0 to 1, are this one; `headline`, `score` and
+    `metrics` as in a ScoreRow."""
+
+    task: str
+    answer: str
+    share: float
+    headline: str
+    score: float | None
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def interval(self) -> dict[str, Any]:
+        """The headline's entry of `metrics`; empty where there is none."""
+        return self.metrics.get(self.headline) or {}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from rich.table import Column, Table
 from codyra_llm.core.files import write_json, write_text
 from codyra_llm.evaluate.matrix import summary as summarise
 from codyra_llm.evaluate.statistics import MEASURES, interval, measures
+from codyra_llm.report import answers
 from codyra_llm.report.groups import POOLED, order_of
 from codyra_llm.store.folder import RunFolder
 from codyra_llm.sweep.spec import Run, Settings, Sweep
@@ -106,6 +107,8 @@ def _row(arm: str, rest: str, runs: list[Run], baseline: list[Run]) -> dict:
         "orders": len(orders),
         **over_seeds,
         "difference": _difference(pairs) if pairs and runs != baseline else None,
+        "floor": answers.mean_floor([run.folder.summary for run in runs]),
+        "answers": answers.tallied([run.folder.summary.get("answers", []) for run in runs]),
         "costs": _costs(runs),
         "relative": _relative(own_costs, other_costs),
     }
@@ -262,6 +265,8 @@ def render(found: dict, name: str) -> str:
         "|---" * len(COLUMNS) + "|",
     ]
     lines += _lines(found["rows"])
+    for line in answers.compared({COLUMNS["arm"](row): row["answers"] for row in found["rows"]}):
+        lines += ["", line]
     if found["by_order"]:
         lines += ["", "By order of the tasks, over seeds:", "", *lines[4:6], *_lines(found["by_order"])]
     if found["tries"]:
@@ -286,6 +291,14 @@ def _lines(rows: list[dict]) -> list[str]:
     for row in rows:
         cells = [show(row) for show in COLUMNS.values()]
         lines.append(f"| {' | '.join(cells)} |")
+    return lines + _floors(rows)
+
+
+def _floors(rows: list[dict]) -> list[str]:
+    """The lines for the OP of the most frequent training answers."""
+    lines = []
+    for label, value in answers.floors({COLUMNS["arm"](row): row["floor"] for row in rows}).items():
+        lines.append(f"| {label} | {value:.1f} |{' |' * (len(COLUMNS) - 2)}")
     return lines
 
 

@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM
 from codyra_llm.config.recipe import parse_recipe
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import read_jsonl
-from codyra_llm.experiment import run
+from codyra_llm.experiment import run, scoring
 from codyra_llm.experiment.export import write_merged, write_peft
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.lora.layer import sites
 from codyra_llm.lora.update import Adapter
 from codyra_llm.runtime import signals
 from codyra_llm.store.archive import Archive
+from codyra_llm.store.folder import RunFolder
 from codyra_llm.store.rows import LogRow
 from codyra_llm.train.trainer import Trainer
 
@@ -41,6 +42,9 @@ def test_run_folder_is_whole(finished):
         mean = sum(r[row.headline] for r in scored) / len(scored)
         assert metric["mean"] == pytest.approx(mean) == row.score
         assert metric["low"] <= metric["mean"] <= metric["high"] and metric["n"] == len(scored) == 6
+        texts = [line["prediction"] for line in scored]
+        assert row.commonest == max(map(texts.count, texts)) / 6 and row.empty == texts.count("")
+        assert row.cut is not None and 0 <= row.cut <= 6
     logs = [json.loads(line) for line in (finished.path / "log.jsonl").read_text().splitlines()]
     assert [(r["task"], r["step"]) for r in logs] == [(t, s) for t in ("ONE", "TWO") for s in range(1, 7)]
     assert sum(r["kappa"] for r in logs if r["task"] == "ONE") == pytest.approx(0.6)
@@ -55,6 +59,31 @@ def test_run_folder_is_whole(finished):
     assert summary["costs"]["seconds"] == pytest.approx(sum(row["seconds"] for row in costs), abs=0.1)
     report = (finished.path / "report.md").read_text()
     assert "divided by" in report and f"Training: {trained:,} parameters" in report
+
+
+def test_the_floor_is_what_a_constant_answer_scores(finished, toy_stream):
+    """Against exact match counted here, on the files; a run that goes on notes what it has not noted."""
+    summary = json.loads((finished.path / "summary.json").read_text())
+    for task, row, floor in zip(["ONE", "TWO"], finished.floor, summary["floor"]["scores"], strict=True):
+        answers = [one["answer"] for one in json.loads((toy_stream / task / "train.json").read_text())]
+        counts = {answer: answers.count(answer) for answer in answers}
+        assert row.answer in [answer for answer in counts if counts[answer] == max(counts.values())]
+        assert row.share == counts[row.answer] / len(answers)
+        right = [one["answer"] for one in json.loads((toy_stream / task / "test.json").read_text())]
+        assert (row.task, row.headline) == (task, finished.scores[0].headline)
+        assert row.score == floor == pytest.approx(100 * right.count(row.answer) / len(right))
+        assert row.interval["n"] == len(right)
+    assert summary["floor"]["op"] == pytest.approx(sum(summary["floor"]["scores"]) / 2)
+    report = (finished.path / "report.md").read_text()
+    assert "| most frequent training answer | " in report and "| op of the floor | " in report
+
+
+def test_a_run_that_goes_on_notes_the_floor_that_it_lacks(finished):
+    setup, had, folder = prepare(finished.recipe), finished.floor, RunFolder(finished.path)
+    folder._write_rows("floor.jsonl", had[:1])
+    for _ in range(2):  # the second time nothing is left to note
+        scoring.note_floor(setup, folder)
+        assert folder.floor == had
 
 
 def test_update_report(finished):

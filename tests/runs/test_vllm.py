@@ -10,10 +10,14 @@ import pytest
 import torch
 
 from codyra_llm.config.recipe import parse_recipe
+from codyra_llm.config.sections import DataSection
 from codyra_llm.core.errors import Fault
+from codyra_llm.data.encoding import Encoder
 from codyra_llm.evaluate.generate import generate_ids
+from codyra_llm.evaluate.vllm import vllm_answers
 from codyra_llm.experiment import run
 from codyra_llm.models import loading
+from codyra_llm.models.tokenizer import load_tokenizer
 
 SEED = 2
 
@@ -54,7 +58,13 @@ def vllm_stub(monkeypatch):
             made = [
                 generate_ids(self.model, [p], params["max_tokens"], *params["stop_token_ids"])[0] for p in ids
             ]
-            return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(row))]) for row in made]
+            return [SimpleNamespace(outputs=[self.output(row, params)]) for row in made]
+
+        def output(self, row, params):
+            """As vLLM's scheduler, which looks whether an answer is as long as it may be before it looks for
+            an end."""
+            reason = "length" if len(row) == params["max_tokens"] else "stop"
+            return SimpleNamespace(token_ids=tuple(row), finish_reason=reason)
 
     stub = ModuleType("vllm")
     stub.__spec__, stub.LLM, stub.SamplingParams = ModuleSpec("vllm", None), LLM, dict
@@ -87,6 +97,7 @@ def test_vllm_gets_the_evaluated_weights_and_the_same_prompts(vllm_stub, tiny_ll
     ):
         assert mine.name == other.name and mine.read_text() == other.read_text()
         assert any(json.loads(line)["prediction"] for line in mine.read_text().splitlines())
+    assert by_torch.scores == by_vllm.scores and all(row.cut is not None for row in by_torch.scores)
     assert len(vllm_stub.engines) == vllm_stub.shut == 2
     for engine in vllm_stub.engines:
         assert {"config.json", "model.safetensors", "tokenizer.json"} <= engine["files"]
@@ -96,6 +107,23 @@ def test_vllm_gets_the_evaluated_weights_and_the_same_prompts(vllm_stub, tiny_ll
     assert all(
         p["temperature"] == 0 and p["stop_token_ids"] == [2] and p["ignore_eos"] for p in vllm_stub.params
     )
+
+
+@pytest.mark.parametrize(
+    "ids, reason, cut",
+    [
+        ((5, 6, 7), "length", True),
+        ((5, 6, 2), "length", False),  # ended by the last token that it may have
+        ((5, 2), "stop", False),
+        ((5,), "stop", False),  # an engine that leaves the end out
+    ],
+)
+def test_which_answers_of_vllm_are_cut(vllm_stub, tiny_llama, ids, reason, cut):
+    section = DataSection(root="-", max_prompt_tokens=64, max_answer_tokens=8)
+    encoder = Encoder(load_tokenizer(tiny_llama), section, frozenset([2]))
+    output = SimpleNamespace(token_ids=ids, finish_reason=reason)
+    engine = SimpleNamespace(generate=lambda prompts, *_, **__: [SimpleNamespace(outputs=[output])])
+    assert [answer.cut for answer in vllm_answers(engine, encoder, ["Say:"], 3)] == [cut]
 
 
 def test_vllm_is_refused_where_it_is_not_installed(tiny_llama, toy_stream, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from statistics import fmean
 
 from codyra_llm.config.recipe import Recipe
 from codyra_llm.evaluate.statistics import MEASURES, measures
+from codyra_llm.report import answers
 from codyra_llm.report.grid import Cell, Grid, Whence, number, word
 from codyra_llm.report.groups import Member, Run, baseline_of, distinguishing, grouped, over, pairing, whence
 from codyra_llm.report.groups import names as names_of
@@ -49,7 +50,7 @@ def content(members: list[Member], over_orders: bool = False, numbered: bool = T
         names = [f"{number} {name}" for number, name in enumerate(names, 1)]
     return {
         "title": f"{len(runs)} runs in {len(groups)} groups",
-        "facts": _facts(groups, over_orders),
+        "facts": [*_facts(groups, over_orders), *_said_of_answers(names, groups)],
         "leaderboard": _leaderboard(names, groups),
         "scatter": _scatter(groups),
         "names": names,
@@ -98,6 +99,17 @@ def _facts(groups: list[list[Run]], over_orders: bool) -> list[str]:
     if short:
         lines.append(f"Not finished: {', '.join(map(str, short))}.")
     return lines
+
+
+def _said_of_answers(names: list[str], groups: list[list[Run]]) -> list[str]:
+    """The floor's OP, and which groups gave answers that are all alike, or empty ones."""
+    floors, tallies = {}, {}
+    for name, group in zip(names, groups, strict=True):
+        summaries = [run.summary for run in group]
+        floors[name] = answers.mean_floor(summaries)
+        tallies[name] = answers.tallied([found["answers"] for found in summaries])
+    lines = [f"OP of the {label}: {value:.1f}." for label, value in answers.floors(floors).items()]
+    return lines + answers.compared(tallies)
 
 
 def _leaderboard(names: list[str], groups: list[list[Run]]) -> Grid:

@@ -4,17 +4,19 @@ import json
 import math
 import re
 import shlex
+from dataclasses import replace
 from itertools import groupby
+from textwrap import shorten
 
 from codyra_llm.config.registry import METHODS
 from codyra_llm.evaluate.matrix import FORMULAS
-from codyra_llm.report import judged
+from codyra_llm.report import answers, judged
 from codyra_llm.report.grid import Cell, Grid, number, word
 from codyra_llm.report.html.charts import curve, panel, thinned
 from codyra_llm.report.html.forgotten import forgotten
 from codyra_llm.report.summary import MEASURES, Change, by_projection, scored, summarised
 from codyra_llm.store.folder import RunFolder
-from codyra_llm.store.rows import CostRow, LogRow, ScoreRow, UpdateRow
+from codyra_llm.store.rows import CostRow, FloorRow, LogRow, ScoreRow, UpdateRow
 
 Rows = dict[tuple[int, str], ScoreRow]  # by step and task
 
@@ -30,7 +32,7 @@ def content(folder: RunFolder, examples: bool) -> dict:
         "title": f"{recipe.method.name} on {len(recipe.tasks)} tasks",
         "facts": _facts(folder, found, manifest),
         "measures": _measures(found),
-        "scores": _scores(found, rows),
+        "scores": _scores(found, rows, {row.task: row for row in folder.floor}),
         "panels": _panels(found, rows),
         "general": _general(found, rows),
         "open_ended": judged.grid(found["open_ended"]),
@@ -58,25 +60,24 @@ def _facts(folder: RunFolder, found: dict, manifest: dict) -> list[str]:
         lines.append(f"At most {recipe.eval.max_examples} examples per task were scored.")
     if METHODS[recipe.method.name].trains and steps < len(recipe.tasks):
         lines.append(f"Not finished: {steps} of {len(recipe.tasks)} tasks are learnt and scored.")
-    empty = [row for row in folder.scores if row.step == steps and row.empty]
-    if empty:
-        counts = ", ".join(f"{row.task} {row.empty} of {row.interval['n']}" for row in empty)
-        lines.append(f"Empty answers in the last row: {counts}.")
-    return lines
+    return lines + answers.sentences(found["answers"], many=0)
 
 
 def _measures(found: dict) -> Grid:
+    lines = [(name, [number(found[name], ".2f"), word(FORMULAS[name])]) for name in MEASURES]
+    if found["floor"]:
+        lines.append(("op of the floor", [number(found["floor"]["op"], ".2f"), word(answers.FLOOR_SAID)]))
     return Grid(
         "measures",
         "measure",
         ["value", "definition"],
-        [(name, [number(found[name], ".2f"), word(FORMULAS[name])]) for name in MEASURES],
+        lines,
         "R[i][j] is the score on task j after task i, 0 to 100; T tasks; Z the scores before training. An "
         "empty value was not measured.",
     )
 
 
-def _scores(found: dict, rows: Rows) -> Grid:
+def _scores(found: dict, rows: Rows, floor: dict[str, FloorRow]) -> Grid:
     tasks = found["tasks"]
     labels = ["before training"]
     labels += [f"{i} {task}" for i, task in enumerate(tasks[: len(found["matrix"])], 1)]
@@ -85,6 +86,8 @@ def _scores(found: dict, rows: Rows) -> Grid:
         cells = [scored(rows.get((step, task)), marked=step == i) for i, task in enumerate(tasks, 1)]
         if any(cells):
             lines.append((label, cells))
+    if lines and floor:
+        lines.insert(0, (answers.FLOOR, [_constant(floor.get(task)) for task in tasks]))
     metrics = ", ".join(f"{task}: {metric}" for task, metric in zip(tasks, found["metrics"], strict=True))
     return Grid(
         "scores",
@@ -93,6 +96,15 @@ def _scores(found: dict, rows: Rows) -> Grid:
         lines,
         f"Below each score its 95 % interval over test examples; marked: the task just learnt. {metrics}.",
     )
+
+
+def _constant(row: FloorRow | None) -> Cell | None:
+    """The cell of one row of floor.jsonl, which says what the answer is."""
+    cell = scored(row)
+    if row is None or cell is None:
+        return None
+    answer = shorten(row.answer, width=60, placeholder=" ...")
+    return replace(cell, hint=f"{cell.hint}: “{answer}”, {row.share:.0%} of the training answers")
 
 
 def _panels(found: dict, rows: Rows) -> list[dict]:

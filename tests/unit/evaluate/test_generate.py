@@ -195,7 +195,22 @@ def test_ranks_share_the_work_and_repeated_prompts_are_answered_once(tiny_llama,
         generate.answers(acc, model, encoder, texts, 6, tokens=16)
     assert [len(own) for own in parts] == [2, 2]
     found = dict(parts[0] + parts[1])
-    assert [found[i] for i in (0, 1, 2, 1, 3)] == everywhere and any(everywhere)
+    assert [found[i] for i in (0, 1, 2, 1, 3)] == everywhere and any(answer.text for answer in everywhere)
+
+
+def test_an_answer_that_did_not_end_is_cut(tiny_llama):
+    """Against the token ids: one that ends at the very last token that it may have is whole."""
+    model, tokenizer = loading.load(tiny_llama, torch.float32).eval(), load_tokenizer(tiny_llama)
+    section = DataSection(root="-", max_prompt_tokens=64, max_answer_tokens=8)
+    texts = ["What is the stance", "Answer: 7", "How many pens?", "Write a summary of the meeting"]
+    free = [generate_ids(model, [ids], NEW, [])[0] for ids, _ in Encoder(tokenizer, section).prompts(texts)]
+    end = a_token_that_ends_some(free)
+    encoder = Encoder(tokenizer, section, frozenset([end]))
+    last = next(row.index(end) for row in free if end in row) + 1
+    for new in (last - 1, last, NEW):
+        found = generate.answers(Accelerator(cpu=True), model, encoder, texts, new)
+        assert [answer.cut for answer in found] == [end not in row[:new] for row in free]
+        assert [answer.text for answer in found] == encoder.texts([cut(row[:new], end) for row in free])
 
 
 def test_the_benchmark_counts_what_differs(tiny_llama, toy_stream, monkeypatch, capsys):

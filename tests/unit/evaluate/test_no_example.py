@@ -8,7 +8,7 @@ from made_runs import TASKS, make
 from codyra_llm.checkpoints.evaluate import _finish
 from codyra_llm.core.files import write_jsonl
 from codyra_llm.evaluate.matrix import mean
-from codyra_llm.evaluate.statistics import delta_r, summarise
+from codyra_llm.evaluate.statistics import commonest, delta_r, summarise
 from codyra_llm.experiment import scoring
 from codyra_llm.store.rows import ScoreRow, Stage
 
@@ -45,3 +45,9 @@ def test_means():
     assert mean([1.0, 4.0]) == 2.5 and mean([1.0, None]) is None and mean([]) is None
     scored, unscored = {"before": 4.0, "after": 2.0}, {"before": 4.0, "after": None}
     assert delta_r({"a": scored, "b": unscored}) == {"value": -2.0, "members": ["a"]}
+
+
+def test_the_commonest_answer():
+    assert commonest([]) is None
+    assert commonest(["b", "a", "a", ""]) == ("a", 0.5)
+    assert commonest(["b", "a", "b", "a"]) == ("b", 0.5)  # the first one

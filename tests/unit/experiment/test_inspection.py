@@ -187,3 +187,20 @@ def test_named_chat_templates_without_a_default_are_one_sentence(tiny_llama, toy
     chats = asked.model_copy(update={"data": asked.data.model_copy(update={"chat_template": True})})
     with pytest.raises(Fault, match="chat templates rag, tool_use and none of them is the default"):
         prepare(chats)
+
+
+def test_a_plan_hints_at_answers_that_teach_no_end(tiny_llama, tmp_path):
+    """Of 4 training answers 2 are cut, which is not most of them, then 3."""
+    told = "ONE: most training answers are cut to data.max_answer_tokens (4) and have no end to learn"
+    long = "one two three four five six seven"
+    for longer, new, hinted in ((3, 5, True), (3, 4, False), (2, 5, False)):
+        answers = [long] * longer + ["B"] * (4 - longer)
+        stream = stream_of(tmp_path / f"{longer}-{new}", [f"Say {i}:" for i in range(4)], answers, "train")
+        said = planned(
+            tiny_llama,
+            stream,
+            tmp_path / "run",
+            data={"max_answer_tokens": 4},
+            eval={"max_new_tokens": {"ONE": new, "TWO": 5, "THREE": 5}},
+        )
+        assert (told in said) == hinted

@@ -382,6 +382,7 @@ def test_the_table_fits_a_terminal():
         "seeds": 3,
         "orders": 1,
         **dict.fromkeys(MEASURES, value),
+        "floor": 30.0,
         "difference": dict.fromkeys(MEASURES, value),
         "costs": None,
         "relative": {"seconds": 12.3, "peak_bytes": 1.25},
@@ -405,6 +406,34 @@ def test_a_measure_that_was_not_taken_is_left_blank(sweep_file):
     found = comparison.compare(asked)
     assert found["rows"][0]["bwt"] is None and found["rows"][0]["op"]["mean"] == 50
     assert "| seqlora | 50.0 ± 0.0 |  |  |" in comparison.render(found, "x")
+
+
+def told(sweep, arm: str, **changes) -> None:
+    """Put values into the summaries of an arm's runs."""
+    for run in sweep.runs():
+        if run.arm == arm:
+            write_json(run.folder.path / "summary.json", run.folder.summary | changes)
+
+
+def test_the_floor_and_answers_that_are_all_alike_are_told(sweep_file):
+    asked = load_sweep(sweep_file(grid={"seed": [1, 2]}))
+    cells = {(1, "ONE"): [0.0, 100.0], (2, "ONE"): [0.0, 100.0], (2, "TWO"): [0.0, 100.0]}
+    faked(asked, {(arm, seed): cells for arm in ("seqlora", "ewc") for seed in (1, 2)})
+    before = comparison.render(comparison.compare(asked), "x")
+    assert "training answer" not in before and "the same answer" not in before  # of runs that noted neither
+    alike = {"task": "ONE", "after": "TWO", "of": 2, "alike": 1.0, "empty": 0}
+    told(asked, "ewc", answers=[alike], floor={"scores": [20.0, 31.0], "op": 25.5})
+    told(asked, "seqlora", answers=[], floor={"scores": [20.0, 31.0], "op": 25.5})
+    found = comparison.compare(asked)
+    assert [row["floor"] for row in found["rows"]] == [25.5, 25.5]
+    text = comparison.render(found, "x")
+    blank = " |" * (len(comparison.COLUMNS) - 2)
+    assert f"| most frequent training answer | 25.5 |{blank}\n" in text
+    assert "just after the task or at the end: ewc: ONE (2 of 2 runs).\n" in text
+    told(asked, "ewc", floor={"scores": [20.0, 11.0], "op": 15.5})
+    text = comparison.render(comparison.compare(asked), "x")
+    assert "| most frequent training answer, of seqlora | 25.5 |" in text
+    assert "| most frequent training answer, of ewc | 15.5 |" in text
 
 
 def test_read_jsonl_keeps_line_separators(tmp_path):

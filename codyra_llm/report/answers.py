@@ -1,0 +1,129 @@
+"""What a run's answers look like, where a score hides it: one answer to nearly all prompts, empty
+answers, cut ones.
+"""
+
+from codyra_llm.evaluate.matrix import mean
+from codyra_llm.store.rows import FloorRow, ScoreRow
+
+ALIKE = 0.9  # the share of prompts from which on an answer is one and the same
+MANY = 0.5  # the share of answers from which on it is told that they are cut
+FLOOR = "most frequent training answer"
+FLOOR_SAID = f"op where each prompt of a task gets the task's {FLOOR}, without a model"
+
+
+def noted(rows: list[ScoreRow], steps: int) -> list[dict]:
+    """Of the rows of tasks just learnt and of those after the last of `steps` tasks, those whose answers want
+    telling: {"task", "after", "of", "alike", "empty", "cut"}: the number of prompts, the share that got the
+    most frequent answer where that is at least ALIKE (else None), and how many answers are empty or cut."""
+    found = []
+    for row in rows:
+        count = row.interval.get("n", 0)
+        alike = _alike(row, count)
+        told = {"alike": alike, "empty": row.empty, "cut": row.cut or 0}
+        if (row.step == steps or row.after == row.task) and any(told.values()):
+            found.append({"task": row.task, "after": row.after, "of": count, **told})
+    return found
+
+
+def _alike(row: ScoreRow, count: int) -> float | None:
+    """The share of the most frequent answer, where it is high; of a single prompt it says nothing."""
+    if row.commonest is None or count < 2 or row.commonest < ALIKE:
+        return None
+    return row.commonest
+
+
+def sentences(found: list[dict], many: float = MANY) -> list[str]:
+    """Of `noted`, a sentence on each kind of answers; on cut ones where at least the share `many` are."""
+    alike = [(row, f"{row['alike']:.0%} of {row['of']}") for row in found if row["alike"]]
+    empty = [(row, f"{row['empty']} of {row['of']}") for row in found if row["empty"]]
+    cut = []
+    for row in found:
+        if row["cut"] and row["cut"] >= many * row["of"]:
+            cut.append((row, f"{row['cut']} of {row['of']}"))
+    lines = []
+    if alike:
+        lines.append(
+            f"One and the same answer to at least {ALIKE:.0%} of the prompts: {_by_task(alike)}. Such a "
+            f"score shows nothing learnt from the prompts; compare it with that of the {FLOOR}."
+        )
+    if empty:
+        lines.append(f"Empty answers: {_by_task(empty)}.")
+    if cut:
+        lines.append(f"Answers cut at eval.max_new_tokens, before they ended: {_by_task(cut)}.")
+    return lines
+
+
+def _by_task(told: list[tuple[dict, str]]) -> str:
+    """`FOMC (50 of 50 after FOMC, 40 of 50 after ScienceQA), ...`"""
+    by_task: dict[str, list[str]] = {}
+    for row, count in told:
+        by_task.setdefault(row["task"], []).append(f"{count} after {row['after']}")
+    return ", ".join(f"{task} ({', '.join(counts)})" for task, counts in by_task.items())
+
+
+def tallied(runs: list[list[dict]]) -> dict:
+    """Of `noted` of several runs of one kind, by task: in how many of them it had one answer ("alike"), and
+    how many answers were empty, of how many ("empty"); both just after the task or at the end."""
+    alike: dict[str, int] = {}
+    empty: dict[str, list[int]] = {}
+    for found in runs:
+        for task in dict.fromkeys(row["task"] for row in found if row["alike"]):
+            alike[task] = alike.get(task, 0) + 1
+        for row in found:
+            if row["empty"]:
+                had, of = empty.get(row["task"], (0, 0))
+                empty[row["task"]] = [had + row["empty"], of + row["of"]]
+    return {"runs": len(runs), "alike": alike, "empty": empty}
+
+
+def compared(arms: dict[str, dict]) -> list[str]:
+    """Of `tallied` by arm, a sentence on each kind of answers."""
+    alike, empty = [], []
+    for arm, found in arms.items():
+        runs = found["runs"]
+        several = f" of {runs} runs" if runs > 1 else ""
+        tasks = [f"{task} ({count}{several})" if several else task for task, count in found["alike"].items()]
+        counts = [f"{task} ({had} of {of})" for task, (had, of) in found["empty"].items()]
+        if tasks:
+            alike.append(f"{arm}: {', '.join(tasks)}")
+        if counts:
+            empty.append(f"{arm}: {', '.join(counts)}")
+    lines = []
+    if alike:
+        lines.append(
+            f"One and the same answer to at least {ALIKE:.0%} of a task's prompts, just after the task or at "
+            f"the end: {'; '.join(alike)}."
+        )
+    if empty:
+        lines.append(f"Empty answers, just after the task or at the end: {'; '.join(empty)}.")
+    return lines
+
+
+def mean_floor(runs: list[dict]) -> float | None:
+    """The mean of the floor's OP over the summaries of some runs; None where one has none."""
+    floors = [found.get("floor") for found in runs]
+    return mean(floor and floor["op"] for floor in floors)
+
+
+def floors(arms: dict[str, float | None]) -> dict[str, float]:
+    """Of `mean_floor` by arm, each value once with a label, which names the arms where these differ in it, as
+    with other tasks."""
+    by_value: dict[float, list[str]] = {}
+    for arm, value in arms.items():
+        if value is not None:
+            # Means over different numbers of runs differ in their last bits.
+            by_value.setdefault(round(value, 6), []).append(arm)
+    found = {}
+    for value, named in by_value.items():
+        found[FLOOR if len(by_value) == 1 else f"{FLOOR}, of {', '.join(named)}"] = value
+    return found
+
+
+def floor(tasks: list[str], rows: list[FloorRow], seen: int) -> dict | None:
+    """{"scores", "op"}: the floor of each task, None where it was not noted, and its mean over the `seen`
+    first tasks, as OP's; None of a run that noted no floor."""
+    by_task = {row.task: row.score for row in rows}
+    scores = [by_task.get(task) for task in tasks]
+    if scores.count(None) == len(scores):
+        return None
+    return {"scores": scores, "op": mean(scores[:seen])}
