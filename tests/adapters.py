@@ -19,7 +19,7 @@ def recipe(model, stream, out, method):
             "model": {"path": str(model)},
             "data": {"root": str(stream), "tasks": TASKS, "epochs": 2},
             "method": {"rank": 4, **method},
-            "optim": {"lr": 1e-2, "batch_size": 8},
+            "optim": {"lr": 1e-2, "batch_size": 8, "loss_average": "token"},
             "output": str(out),
             "checkpoint": False,
             "eval": {"max_new_tokens": 2, "max_examples": 1},

@@ -3,6 +3,7 @@
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.foreign import Failed
 from codyra_llm.models.ends import end_of_turn, without_end
-from codyra_llm.models.tokenizer import adds_bos, render_chats, template_fault
+from codyra_llm.models.tokenizer import adds_bos, around_text, render_chats, template_fault
 
 if TYPE_CHECKING:
     from codyra_llm.config.sections import DataSection
@@ -49,8 +50,9 @@ class Encoder:
 
     The prompt is tokenised alone, as it is at generation; the answer as its continuation, without the
     word-start mark that SentencePiece gives a text of its own. It ends with EOS, or where a chat template
-    wrote the prompt with the token that the template ends turns with. A cut prompt still begins with BOS; a
-    cut answer has no end.
+    wrote the prompt with the token that the template ends turns with. A cut answer has no end. A cut prompt
+    still begins with BOS, and where a chat template wrote it with what that writes before a user's text, and
+    ends with what it writes after one: only what stands between them is cut.
     """
 
     def __init__(
@@ -64,8 +66,6 @@ class Encoder:
         self.ends = frozenset([tokenizer.eos_token_id]) if ends is None else ends
         self.bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         self.newline = self._ids("\n")
-        turn_end = end_of_turn(tokenizer)
-        self.chat_end = tokenizer.eos_token_id if turn_end is None else turn_end
 
     def _ids(self, text: str) -> list[int]:
         return self._all_ids([text])[0]
@@ -91,7 +91,8 @@ class Encoder:
 
     def prompts(self, texts: Sequence[str]) -> list[tuple[list[int], bool]]:
         """`prompt` of each text, in less time than one after the other."""
-        return [self._prompt(ids) for ids in self._all_ids(self._written(texts))]
+        written = self._written(texts)
+        return [self._prompt(*one) for one in zip(written, self._all_ids(written), strict=True)]
 
     def answer(self, text: str) -> tuple[list[int], bool]:
         """Ids of an answer and its end, the first `max_answer_tokens` of them, and whether any were left
@@ -101,41 +102,72 @@ class Encoder:
     def encode(self, records: Sequence[dict]) -> list[Encoded]:
         """The examples {"prompt", "answer"} as token ids, in order; those of chats have `learnt` in addition,
         spans of characters of the prompt that are labelled too."""
-        prompts = self._all_ids(self._written([record["prompt"] for record in records]))
+        written = self._written([record["prompt"] for record in records])
+        prompts = self._all_ids(written)
         continued = self._all_ids(["\n" + record["answer"] for record in records])
         found = []
-        for record, prompt_ids, continued_ids in zip(records, prompts, continued, strict=True):
-            prompt, prompt_cut = self._prompt(prompt_ids)
+        for record, text, prompt_ids, continued_ids in zip(records, written, prompts, continued, strict=True):
+            prompt, prompt_cut = self._prompt(text, prompt_ids)
             end = self._end(chat="learnt" in record)
             answer, answer_cut = self._answer(record["answer"], continued_ids, end)
             turns = self._turns(record["prompt"], record["learnt"], prompt_ids) if "learnt" in record else ()
             found.append(Encoded(prompt, answer, prompt_cut or answer_cut, turns))
         return found
 
-    def _prompt(self, ids: list[int]) -> tuple[list[int], bool]:
-        kept = self._kept(ids)
+    def _prompt(self, written: str, ids: list[int]) -> tuple[list[int], bool]:
+        kept = self._kept(written, ids)
         return self.bos + [token for part in kept for token in ids[part]], len(kept) > 1
 
-    def _kept(self, ids: list[int]) -> list[slice]:
+    def _kept(self, written: str, ids: list[int]) -> list[slice]:
         """Which of a prompt's ids are kept after BOS: all, or a head, maybe empty, and a tail."""
         first = len(self.bos) if self.bos and ids[:1] == self.bos else 0  # Py150's texts begin with "<s>"
         room = self.data.max_prompt_tokens - len(self.bos)
         if len(ids) - first <= room:
             return [slice(first, len(ids))]
-        head = room // 2 if self.data.truncation == "middle" else 0
+        before, after = self._around(written)
+        before = max(before - first, 0)
+        if before + after >= room:  # no text would be left
+            before = after = 0
+        head = before + ((room - before - after) // 2 if self.data.truncation == "middle" else 0)
         return [slice(first, first + head), slice(len(ids) - (room - head), len(ids))]
+
+    @cached_property
+    def _chat_end(self) -> int:
+        """The token that ends the chat template's turns, or EOS."""
+        found = end_of_turn(self.tokenizer)
+        return self.tokenizer.eos_token_id if found is None else found
+
+    @cached_property
+    def _frame(self) -> tuple[str, str]:
+        """What the tokenizer's chat template writes before and after a user's text."""
+        return around_text(self.tokenizer)
+
+    def _around(self, written: str) -> tuple[int, int]:
+        """How many ids hold what the chat template writes before a user's text, and how many what it writes
+        after it; none where the template did not write the prompt, or began it with a chat's own system text.
+        A token that holds some of the text too is counted, so that the template's part is whole."""
+        before, after = self._frame
+        if not (before or after) or not written.startswith(before) or not written.endswith(after):
+            return 0, 0
+        begins, ends = self._places(written)
+        return bisect_left(begins, len(before)), len(ends) - bisect_right(ends, len(written) - len(after))
+
+    def _places(self, written: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """By token of a prompt the character that it begins at, and the one that it ends before."""
+        offsets = self.tokenizer(
+            written, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        ).offset_mapping
+        begins, ends = zip(*offsets, strict=True)
+        return begins, ends
 
     def _turns(self, prompt: str, spans: Sequence[Span], ids: list[int]) -> tuple[Span, ...]:
         """Where spans of a prompt's characters stand in the ids that are kept of it. A turn that is not kept
         as a whole, or that nothing is kept before, is not learnt."""
         if not spans:
             return ()
-        offsets = self.tokenizer(
-            prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        ).offset_mapping
-        begins, ends = zip(*offsets, strict=True)
+        begins, ends = self._places(prompt)
         found, place = [], len(self.bos)
-        kept = self._kept(ids)
+        kept = self._kept(prompt, ids)
         bare = len(kept) > 1 or not self.bos  # whether a part's first token has nothing of a prompt before it
         for part in kept:
             first = part.start + 1 if bare else part.start
@@ -148,7 +180,7 @@ class Encoder:
 
     def _end(self, chat: bool = False) -> int:
         """The token that ends an answer; `chat`: of a task whose prompts are chats."""
-        return self.chat_end if chat or self.data.chat_template else self.tokenizer.eos_token_id
+        return self._chat_end if chat or self.data.chat_template else self.tokenizer.eos_token_id
 
     def _answer(self, text: str, continued: list[int], end: int) -> tuple[list[int], bool]:
         """`continued`: the ids of the answer after a newline. Where it is cut its end goes too: a text that

@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from codyra_llm.config.recipe import Recipe, by_task
+from codyra_llm.config.sections import SHIPPED as SHIPPED_BENCHMARKS
 from codyra_llm.core.errors import Fault
 from codyra_llm.data.encoding import Encoder
 from codyra_llm.data.stream import Stream
@@ -106,8 +107,8 @@ def hints(
     recipe: Recipe, read: Sequence[Split], encoder: Encoder, config: PreTrainedConfig, base: Path
 ) -> list[str]:
     """Warnings of `plan`: weights in the base's folder that are not read, a BOS that the family needs and the
-    tokenizer does not add, answers that the tokenizer can't reproduce, and answers that may go past the
-    model's last position."""
+    tokenizer does not add, training prompts that end in a space, answers that the tokenizer can't reproduce,
+    and answers that may go past the model's last position."""
     found = []
     left = leftovers(base)
     if left:
@@ -124,9 +125,37 @@ def hints(
             "one before every text and does badly without; use the tokenizer that the model came with"
         )
     for index, split, records in read:
+        where = f"{recipe.tasks[index]}/{split}"
         if split != "train":
-            found += _unreachable(f"{recipe.tasks[index]}/{split}", records, encoder)
+            found += _unreachable(where, records, encoder)
+        elif _own_ends(recipe, recipe.tasks[index]):
+            found += _ending_in_a_space(where, records)
     return found + _past_the_end(recipe, read, encoder, config)
+
+
+def _own_ends(recipe: Recipe, name: str) -> bool:
+    """Whether a user chose how a task's prompts end: no chat template does, nor a shipped benchmark."""
+    task = recipe.benchmark.task(name)
+    published = recipe.data.benchmark in SHIPPED_BENCHMARKS and task.templates
+    return not (recipe.data.chat_template or task.chat or published)
+
+
+def _ending_in_a_space(where: str, records: Sequence[dict]) -> list[str]:
+    """Training prompts after whose space an answer begins with a letter: tokenizers join a space to the word
+    after it, so that its first token is one that the base has hardly seen there. After a space digits may
+    stand as they are, and many tokenizers write them so."""
+    spaced = [
+        number
+        for number, record in enumerate(records)
+        if record["prompt"].endswith(" ") and record["answer"][:1].isalpha()
+    ]
+    if not spaced:
+        return []
+    return [
+        f"{where}: {len(spaced)} of {len(records)} prompts end in a space, the first is record {spaced[0]}, "
+        "and tokenizers join a space to the word after it, so that the first token of an answer is one that "
+        "the base hardly expects there; end prompts in a line break, as in 'Answer:\\n'"
+    ]
 
 
 def _unreachable(where: str, records: Sequence[dict], encoder: Encoder) -> list[str]:

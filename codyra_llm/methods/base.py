@@ -33,6 +33,7 @@ class Task:
     # All of the examples in micro-batches, the same on every rank.
     batches: Callable[[list["Encoded"]], Iterator["Batch"]]
     state: dict[str, Tensor]  # what `end_task` of the task before returned
+    ends: frozenset[int] = frozenset()  # the tokens that end an answer, in addition to the model's own EOS
 
     def records(self, past: int | None = None) -> list[dict]:
         """Training records of an earlier task, or of this one."""

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from codyra_llm.core.foreign import Failed
 from codyra_llm.core.parsing import read_json
 from codyra_llm.models import families
-from codyra_llm.models.tokenizer import render_chat
+from codyra_llm.models.tokenizer import ASKED, render_chat
 
 SAID = "An answer"  # by which the end of a turn is found in what a chat template writes
 
@@ -33,7 +33,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     one that writes none there or can't be used, whose chats are refused where they are asked for."""
     if not tokenizer.chat_template:
         return None
-    chat = [{"role": "user", "content": "A question"}, {"role": "assistant", "content": SAID}]
+    chat = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": SAID}]
     try:
         written = render_chat(tokenizer, chat, ask=False)
     except (Failed, ValueError, TypeError):  # several templates, none of them for chats; one that is not text

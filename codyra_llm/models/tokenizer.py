@@ -13,6 +13,7 @@ from codyra_llm.core.parsing import shown
 from codyra_llm.models.families.config_file import explain_errors, read_config
 
 DATE = "26 Jul 2024"  # the day that chat templates take for today, so that a run's prompts don't change
+ASKED = "A question"  # by which a user's text is found in what a chat template writes
 
 # Goes in front of a template. Its last line break is cut, so that a template begins a line as it does alone.
 UNDATED = (
@@ -165,6 +166,20 @@ def render_chats(
     for chat in chats:
         given.append([_without_nulls(message) for message in chat])
     return foreign.write_chats(shared, given)
+
+
+def around_text(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What the chat template writes before a user's text, such as a system part of its own and the header of
+    the turn, and after it, up to where the answer begins; both empty without a template, or with one that
+    can't be used, whose chats are refused where they are asked for."""
+    if not tokenizer.chat_template:
+        return "", ""
+    try:
+        written = render_chat(tokenizer, [{"role": "user", "content": ASKED}])
+    except (foreign.Failed, ValueError, TypeError):  # as in `end_of_turn`
+        return "", ""
+    before, found, after = written.partition(ASKED)
+    return (before, after) if found else ("", "")
 
 
 def _without_nulls(message: dict) -> dict:

@@ -67,7 +67,7 @@ def test_own_csv_to_an_answering_model(said, tmp_path):
         else:
             told[" ".join(command.split()[1:3])] = said(command)
     assert "has semicolons between its columns" in told["data check"]
-    shown = r"<bos>the \d+ (chair is dull\. A: bad, B: good\. Answer: A|phone is .* Answer: B)<eos>"
+    shown = r"<bos>the \d+ (chair is dull\. A: bad, B: good\. Answer:A|phone is .* Answer:B)<eos>"
     assert re.search(shown, told["plan mine/recipe.yaml"])
     assert "merged model: runs/mine/checkpoint" in told["run mine/recipe.yaml"]
     assert told["generate runs/mine/checkpoint"].count("\n") == 1

@@ -1,6 +1,6 @@
 """Sequences that a model writes by itself, from BOS on or from a beginning: inputs without data."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +37,19 @@ def self_sampled(
 
 
 @torch.no_grad()
-def continued(model: nn.Module, prefix: list[int], count: int, length: int, *key: int | str) -> list[Encoded]:
+def continued(
+    model: nn.Module,
+    prefix: list[int],
+    count: int,
+    length: int,
+    ends: Collection[int],
+    *key: int | str,
+) -> list[Encoded]:
     """`count` sequences that begin with `prefix` (BOS where it is empty) and of which the model draws up to
-    `length` tokens at temperature 1, as prompt and answer; an answer ends with EOS where the model draws it.
-    A function of (weights, prefix, count, length, key).
+    `length` tokens at temperature 1, as prompt and answer; an answer ends with the first of `ends` that the
+    model draws. A function of (weights, prefix, count, length, ends, key).
     """
-    training, found, ends = model.training, [], end_tokens(model)
+    training, found = model.training, []
     prompt = prefix or [first_token(model)]
     model.eval()
     for start in range(0, count, TOGETHER):
@@ -59,12 +66,16 @@ def continued(model: nn.Module, prefix: list[int], count: int, length: int, *key
 
 @torch.no_grad()
 def answered(
-    model: nn.Module, prompts: Sequence[list[int]], length: int, draws: Sequence[torch.Generator]
+    model: nn.Module,
+    prompts: Sequence[list[int]],
+    length: int,
+    ends: Collection[int],
+    draws: Sequence[torch.Generator],
 ) -> list[list[int]]:
-    """What the model answers to each prompt at temperature 1: up to `length` tokens, the last of them EOS
-    where the model draws it. Each answer has a generator of its own, so it depends on no other prompt of the
-    batch (up to rounding, since shorter prompts are padded on the left)."""
-    training, ends, device = model.training, end_tokens(model), pretrained(model).device
+    """What the model answers to each prompt at temperature 1: up to `length` tokens, the last of them the
+    model's EOS or one of `ends` where the model draws it. Each answer has a generator of its own, so it
+    depends on no other prompt of the batch (up to rounding, since shorter prompts are padded on the left)."""
+    training, closing, device = model.training, end_tokens(model, ends), pretrained(model).device
     width, found, going = max(map(len, prompts)), [[] for _ in prompts], set(range(len(prompts)))
     chances = torch.stack([torch.rand(length, generator=draw) for draw in draws]).to(device)
     fed = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
@@ -85,7 +96,7 @@ def answered(
         for row, token in enumerate(fed[:, 0].tolist()):
             if row in going:
                 found[row].append(token)
-            if token in ends:
+            if token in closing:
                 going.discard(row)
         if not going:
             break
@@ -109,10 +120,11 @@ def first_token(model: nn.Module) -> int:
     return (first[0] if isinstance(first, list) else first) or 0
 
 
-def end_tokens(model: nn.Module) -> set[int]:
-    """EOS, of which a model may have several or none."""
-    ends = pretrained(model).config.eos_token_id
-    return set(ends) if isinstance(ends, list) else {ends} - {None}
+def end_tokens(model: nn.Module, ends: Collection[int] = ()) -> set[int]:
+    """EOS, of which a model may have several or none, and `ends`, those of the encoder."""
+    own = pretrained(model).config.eos_token_id
+    listed = own if isinstance(own, list) else [own]
+    return {*listed, *ends} - {None}
 
 
 def _starts(model: nn.Module, count: int, draw: torch.Generator) -> Tensor:

@@ -10,7 +10,7 @@ from codyra_llm.data.batches import Batch, collate
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.lora.layer import snapshot, stand_in
 from codyra_llm.methods.base import Task
-from codyra_llm.methods.parts.samples import continued, first_token, self_sampled
+from codyra_llm.methods.parts.samples import continued, end_tokens, first_token, self_sampled
 from codyra_llm.methods.sequential.seqlora import SeqLora
 from codyra_llm.models import families, packed_attention
 from codyra_llm.models.head_loss import distillation, head_loss
@@ -27,7 +27,8 @@ class Dream(SeqLora):
     draws its gradient is that of the KL. LAMOL trains the model to write inputs, with a token for each task;
     SSR has the base write inputs from demonstrations and picks from clusters; here neither is done, so how
     much a dream has of a task depends on how well the model goes on from the beginning of its prompts. No
-    example is kept: the state is the tokens with which all prompts of a task begin. Cost: `batch` sequences
+    example is kept: the state is the tokens with which all prompts of a task begin, and those that end a
+    text of it. Cost: `batch` sequences
     forward and backward per step, and a forward of the model before; per task `samples` sequences decoded
     with cached keys and values, on every rank alike; one more copy of the adapter. In training time 2.4 times
     seqlora's on the quickstart.
@@ -44,7 +45,7 @@ class Dream(SeqLora):
         super().begin_task(model, task)
         self._index, self._step = task.index, 0
         self._before = snapshot(model)
-        self._dreams = self._dreamt(model, [task.state[f"prefix.{k}"].tolist() for k in range(task.index)])
+        self._dreams = self._dreamt(model, task)
 
     def before_step(self, groups, step: int, steps: int, schedule: str) -> None:
         """Remember the step, by which the dreamt batch is drawn."""
@@ -57,17 +58,25 @@ class Dream(SeqLora):
         return {"dream": self.config.weight * self._term(model, self._drawn(model))}
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
-        """How the task's prompts begin: the start of later dreams of it."""
+        """How the task's prompts begin, the start of later dreams of it, and which tokens end one: those that
+        end an answer, but for those in its prompts, as the end of a user's turn is, after which an answer
+        is still to come."""
         prompts = [example.prompt for example in task.encode(task.records())]
         prefix = common_prefix(prompts)[: self.config.prefix_tokens] or [first_token(model)]
-        return {**task.state, f"prefix.{task.index}": torch.tensor(prefix)}
+        ends = end_tokens(model, task.ends).difference(*prompts)
+        own = {
+            f"prefix.{task.index}": torch.tensor(prefix),
+            f"ends.{task.index}": torch.tensor(sorted(ends), dtype=torch.long),
+        }
+        return {**task.state, **own}
 
-    def _dreamt(self, model, prefixes: list[list[int]]) -> list[Encoded]:
+    def _dreamt(self, model, task: Task) -> list[Encoded]:
         c = self.config
-        each = int(c.samples * c.prompted / len(prefixes)) if prefixes else 0
+        each = int(c.samples * c.prompted / task.index) if task.index else 0
         found = []
-        for k, prefix in enumerate(prefixes):
-            found += continued(model, prefix, each, c.sample_tokens, self.seed, self._index, k)
+        for k in range(task.index):
+            prefix, ends = task.state[f"prefix.{k}"].tolist(), task.state[f"ends.{k}"].tolist()
+            found += continued(model, prefix, each, c.sample_tokens, ends, self.seed, self._index, k)
         seed = generator("dream", self.seed, self._index).initial_seed()
         free = self_sampled(model, c.samples - len(found), c.sample_tokens, seed)
         return found + [whole_answer(example) for example in free]

@@ -47,6 +47,7 @@ class Sdft(SeqLora):
         self._examples = task.encode(records)
         self._demonstrated = task.encode([self._with_demonstration(record) for record in records])
         self._index, self._step, self._due = task.index, 0, False
+        self._ends = task.ends
         self._teacher = snapshot(model)
         if task.index == 0:
             self._require_in_context_learning(model, task)
@@ -61,7 +62,7 @@ class Sdft(SeqLora):
         # The model needs one token at least to go on from.
         prompts = [self._examples[i].prompt or [first_token(model)] for i in batch.examples]
         draws = [generator("sdft", self.seed, self._index, self._step, i) for i in batch.examples]
-        answers = answered(model, prompts, self.config.answer_tokens, draws)
+        answers = answered(model, prompts, self.config.answer_tokens, self._ends, draws)
         weights = self._token_weights(batch, answers)
         student = _states(model, prompts, answers)
         demonstrated = [self._demonstrated[i].prompt for i in batch.examples]

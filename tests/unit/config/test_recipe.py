@@ -101,7 +101,7 @@ def test_protocols_fill_what_is_not_given():
     trace = parse_recipe(MINIMAL).resolved()
     assert (trace.optim.batch_size, trace.optim.loss_average, trace.data.max_prompt_tokens) == (
         128,
-        "token",
+        "sample",
         1024,
     )
     raw = {**MINIMAL, "data": {"root": "d", "protocol": "treelora", "tasks": 2, "epochs": {"FOMC": 9}}}

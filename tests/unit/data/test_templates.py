@@ -10,16 +10,16 @@ from codyra_llm.config.template import parse
 from codyra_llm.data.check import check
 from codyra_llm.data.sources import read, remarks
 
-ALPACA = "{instruction}\n{input}\nAnswer: "
+ALPACA = "{instruction}\n{input}\nAnswer:\n"
 
 
 @pytest.mark.parametrize(
     "text, values, expected",
     [
-        (ALPACA, {"instruction": "Add.", "input": "1 2"}, "Add.\n1 2\nAnswer: "),
-        (ALPACA, {"instruction": "Add.", "input": ""}, "Add.\nAnswer: "),
-        (ALPACA, {"instruction": "Add.", "input": " \n"}, "Add.\nAnswer: "),
-        (ALPACA, {"instruction": "Add."}, "Add.\nAnswer: "),
+        (ALPACA, {"instruction": "Add.", "input": "1 2"}, "Add.\n1 2\nAnswer:\n"),
+        (ALPACA, {"instruction": "Add.", "input": ""}, "Add.\nAnswer:\n"),
+        (ALPACA, {"instruction": "Add.", "input": " \n"}, "Add.\nAnswer:\n"),
+        (ALPACA, {"instruction": "Add."}, "Add.\nAnswer:\n"),
         ("a\n\n{x}\n\nb", {}, "a\n\n\nb"),  # lines without columns stay
         ("{x}", {"x": "1\n\n2 "}, "1\n\n2 "),  # a text is not touched
         ("{x} and {y}", {"y": "2"}, " and 2"),  # one column has text, so the line stays

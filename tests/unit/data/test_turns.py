@@ -150,11 +150,17 @@ def test_the_loss_is_that_of_each_turn_by_itself(average, packed, tokenizer, tin
     torch.testing.assert_close(batch.cross_entropy(model), expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("chat", [LONG, LONG[1:]], ids=["system", "user"])
 @pytest.mark.parametrize("cut", ["left", "middle"])
-def test_a_turn_that_is_cut_is_not_learnt(cut, tokenizer, tmp_path):
-    """At every length: what is learnt are whole turns, each with something before it, and all of those."""
+def test_a_turn_that_is_cut_is_not_learnt(cut, chat, tokenizer, tmp_path):
+    """At every length: what is learnt are whole turns, each with something before it, and all of those. Of a
+    chat that begins with a user's message the header of that is kept, and what follows the last message."""
     tokenizer.chat_template = TURNS
-    rows, seen = records(tokenizer, tmp_path, [LONG]), set()
+    rows, seen = records(tokenizer, tmp_path, [chat]), set()
+    header, closing = (
+        len(tokenizer(part, add_special_tokens=False)["input_ids"])
+        for part in ("[user]\n", f"{tokenizer.eos_token}[assistant]\n")
+    )
     (whole,) = encoder(tokenizer).encode(rows)
     turns = [whole.prompt[start:stop] for start, stop in whole.turns]
     for length in range(8, len(whole.prompt) + 1):
@@ -162,7 +168,9 @@ def test_a_turn_that_is_cut_is_not_learnt(cut, tokenizer, tmp_path):
         found = [example.prompt[start:stop] for start, stop in example.turns]
         assert all(turn in turns for turn in found) and len(example.prompt) == length
         assert example.answer == whole.answer
-        head = (length - 1) // 2 if cut == "middle" else 0
+        framed = chat is not LONG and header + closing < length - 1
+        room = length - 1 - header - closing if framed else length - 1
+        head = (header if framed else 0) + (room // 2 if cut == "middle" else 0)
         tail = length - 1 - head
         expected = [
             turn

@@ -129,6 +129,27 @@ def test_an_answer_with_the_text_of_eos_is_told(tiny_llama, tmp_path):
     assert "TWO/test" not in told
 
 
+SPACED = "ONE/train: 2 of 5 prompts end in a space, the first is record 1, and tokenizers join"
+
+
+def test_training_prompts_that_end_in_a_space_are_told(tiny_llama, tmp_path):
+    """Not where a number follows, of which a digit may be a token of its own."""
+    prompts = ["Answer:\n", "Answer: ", "Answer:", "Answer: ", "Answer: "]
+    answers = ["good", "good", "good", "Größe", "7"]
+    stream = stream_of(tmp_path / "data", prompts, answers, split="train")
+    told = planned(tiny_llama, stream, tmp_path / "run")
+    assert SPACED in told and "end prompts in a line break, as in 'Answer:\\n'" in told
+    assert "prompts end in a space" not in told.replace(SPACED, "")
+
+
+def test_a_chat_template_parts_prompt_and_answer(tiny_llama, tmp_path):
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    stream = stream_of(tmp_path / "data", ["Answer: "], ["good"], split="train")
+    told = planned(model, stream, tmp_path / "run", data={"chat_template": True})
+    assert "first example" in told and "end in a space" not in told
+
+
 def test_prompts_past_the_models_positions_are_refused(tiny_llama, tmp_path):
     stream = stream_of(tmp_path / "data", ["word " * 400, "x"])
     with pytest.raises(Fault, match="data.max_prompt_tokens: ONE/test.* 256 positions; lower it"):

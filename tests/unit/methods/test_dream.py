@@ -8,6 +8,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from codyra_llm.config.registry import METHODS
+from codyra_llm.data.encoding import Encoded
 from codyra_llm.lora.layer import sites
 from codyra_llm.lora.shared import share_inputs
 from codyra_llm.methods.parts.samples import continued, end_tokens, first_token
@@ -24,7 +25,8 @@ def begun(path, state=None, **settings):
     method.attach(model)
     share_inputs(model)
     state = state or {}
-    method.begin_task(model, SimpleNamespace(index=0 if not state else len(state), state=state, archive=None))
+    task = SimpleNamespace(index=len(state) // 2, state=state, archive=None)
+    method.begin_task(model, task)
     with torch.no_grad():
         for layer in sites(model).values():
             layer.lora_B += 0.5 * torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(1))
@@ -78,7 +80,12 @@ def test_before_the_first_step_there_is_nothing_to_hold_back(tiny_llama):
 
 
 def test_dreams_begin_as_earlier_tasks_do(tiny_llama):
-    state = {"prefix.0": torch.tensor([1, 5, 9]), "prefix.1": torch.tensor([1, 8])}
+    state = {
+        "prefix.0": torch.tensor([1, 5, 9]),
+        "ends.0": torch.tensor([2]),
+        "prefix.1": torch.tensor([1, 8]),
+        "ends.1": torch.tensor([2]),
+    }
     method, model = begun(tiny_llama, state, prompted=0.5)
     begins = [example.prompt for example in method._dreams]
     assert begins[:4] == [[1, 5, 9]] * 2 + [[1, 8]] * 2 and len(begins) == 9
@@ -98,11 +105,37 @@ def test_a_dream_ends_with_eos(tiny_llama):
     with torch.no_grad():
         model.lm_head.weight.zero_()
         model.lm_head.bias.copy_(likely.log())
-    found = continued(model, [3, 4], 40, 8, "key")
+    found = continued(model, [3, 4], 40, 8, {end}, "key")
     lengths = torch.tensor([len(example.answer) for example in found])
     assert all(example.prompt == [3, 4] and end not in example.answer[:-1] for example in found)
     assert all(example.answer[-1] == end for example in found if len(example.answer) < 8)
     assert 10 <= (lengths == 1).sum() <= 30 and lengths.max() <= 8
+
+
+def test_a_dream_ends_at_the_encoders_ends_too(tiny_llama):
+    """Those that begin as a task's prompts do: an end of turn ends a text as EOS does."""
+    state = {"prefix.0": torch.tensor([1, 5, 9]), "ends.0": torch.tensor([2])}
+    free, _ = begun(tiny_llama, state, prompted=1.0)
+    drawn = [example.answer for example in free._dreams]
+    end = next(token for token in drawn[0][1:-1] if token not in drawn[0][:1])
+    ended, _ = begun(tiny_llama, state | {"ends.0": torch.tensor([2, end])}, prompted=1.0)
+    for before, after in zip(drawn, ended._dreams, strict=True):
+        assert after.answer == (before[: before.index(end) + 1] if end in before else before)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [([[1, 5, 6], [1, 5, 7]], [2, 4, 8]), ([[1, 5, 8], [1, 5, 8, 9]], [2, 4]), ([[2, 4], [8]], [])],
+    ids=["plain", "chats", "all"],
+)
+def test_what_ends_a_dream_of_a_task(tiny_llama, prompts, expected):
+    """An end of turn in the prompts doesn't: the answer comes after it."""
+    method, model = begun(tiny_llama)
+    examples = [Encoded(prompt, [3, 2], False) for prompt in prompts]
+    ends = frozenset([2, 4, 8])
+    task = SimpleNamespace(index=0, state={}, ends=ends, records=list, encode=lambda records: examples)
+    state = method.end_task(model, task, None)
+    assert state["ends.0"].tolist() == expected and state["ends.0"].dtype == torch.long
 
 
 def test_the_common_prefix():

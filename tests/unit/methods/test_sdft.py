@@ -33,7 +33,7 @@ def encode(records):
 RECORDS = [{"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": "a"}]
 
 
-def begun(path, **settings):
+def begun(path, ends=(), **settings):
     """The method at the start of the first task, in float64, with an adapter that is not zero."""
     kind = METHODS["sdft"]
     settings = {"probe": 0, "answer_tokens": 4, "demonstration": "{prompt}|{answer}", **settings}
@@ -42,9 +42,10 @@ def begun(path, **settings):
     method.attach(model)
     share_inputs(model)
     stream = SimpleNamespace(tasks=["ONE"])
-    method.begin_task(
-        model, SimpleNamespace(index=0, archive=None, records=lambda: RECORDS, encode=encode, stream=stream)
+    task = SimpleNamespace(
+        index=0, archive=None, records=lambda: RECORDS, encode=encode, stream=stream, ends=frozenset(ends)
     )
+    method.begin_task(model, task)
     moved(model, 1)
     return method, model
 
@@ -66,7 +67,7 @@ def test_answers_are_drawn_one_by_one(tiny_llama):
     """Against one prompt at a time, without cache or padding: the same draws take the same tokens."""
     _, model = begun(tiny_llama)
     prompts, draws = [[5, 6, 7], [8], [3, 4, 11, 12, 13]], [generator("one", i) for i in range(3)]
-    found = answered(model, prompts, 9, draws)
+    found = answered(model, prompts, 9, (), draws)
     for i, (prompt, answer) in enumerate(zip(prompts, found, strict=True)):
         ids = list(prompt)
         uniform = torch.rand(9, generator=generator("one", i)).double()
@@ -78,10 +79,38 @@ def test_answers_are_drawn_one_by_one(tiny_llama):
         assert (len(answer) == 9 or ended) and not end_tokens(model) & set(answer[:-1])
 
 
+def test_an_answer_ends_at_each_of_the_encoders_ends_too(tiny_llama):
+    """As a chat model's does at its end of turn, which is not its EOS: the same draws, up to an end."""
+    _, model = begun(tiny_llama)
+
+    def asked(ends):
+        return answered(model, [[5, 6, 7], [8]], 9, ends, [generator("one", i) for i in range(2)])
+
+    free = asked(())
+    end = next(token for place, token in enumerate(free[0]) if place >= 2 and token not in free[0][:place])
+    for before, after in zip(free, asked({end}), strict=True):
+        assert after == (before[: before.index(end) + 1] if end in before else before)
+    assert asked({end})[0] != free[0] and asked({end})[0][-1] == end
+
+
+def test_the_student_answers_up_to_the_encoders_ends(tiny_llama, monkeypatch):
+    """Where every token ends an answer, each has one."""
+    method, model = begun(tiny_llama, ends=range(320))
+    drawn, states = [], sdft._states
+
+    def seen(model, prompts, answers):
+        drawn.extend(answers)
+        return states(model, prompts, answers)
+
+    monkeypatch.setattr(sdft, "_states", seen)
+    method.loss(model, collate(encode(RECORDS), [0, 1], [0.1, 0.1], 0))
+    assert [len(answer) for answer in drawn] == [1] * 4  # of the student, and the same of the teacher
+
+
 def test_answers_follow_the_distribution(tiny_llama):
     _, model = begun(tiny_llama)
     expected = model(input_ids=torch.tensor([[5, 6]])).logits[0, -1].softmax(0)
-    drawn = answered(model, [[5, 6]] * 4000, 1, [generator("many", i) for i in range(4000)])
+    drawn = answered(model, [[5, 6]] * 4000, 1, (), [generator("many", i) for i in range(4000)])
     counts = torch.bincount(torch.tensor(drawn)[:, 0], minlength=len(expected))
     spread = (4000 * expected * (1 - expected)).sqrt()
     assert ((counts - 4000 * expected).abs() < 5 * spread + 1).all()
@@ -99,7 +128,7 @@ def test_the_loss_is_the_divergence_on_own_answers(tiny_llama, divergence, skip)
     batch = collate(encode(RECORDS), [0, 1], weights, 0)
     found = method.loss(model, batch)["loss"]
     draws = [generator("sdft", 7, 0, 0, i) for i in range(2)]
-    answers = answered(model, [TOKENS["a"], TOKENS["c"]], 4, draws)
+    answers = answered(model, [TOKENS["a"], TOKENS["c"]], 4, (), draws)
     expected = 0.0
     for record, share, answer in zip(RECORDS, shares, answers, strict=True):
         asked, gold = TOKENS[record["prompt"]], TOKENS[record["answer"]]

@@ -332,7 +332,7 @@ def test_the_benchmark_is_complete():
         assert set(task.headline.values()) <= set(task.metrics)
     assert {m for task in TASKS.values() for m in task.metrics} == set(METRICS)
     assert [(p.batch_size, p.loss_average, p.lr, p.betas) for p in PROTOCOLS.values()] == [
-        (128, "token", 1e-4, (0.9, 0.95)),
+        (128, "sample", 1e-4, (0.9, 0.95)),
         (32, "sample", 1e-4, (0.9, 0.95)),
     ]
     file = Path(trace.__file__).with_name("benchmark.yaml")

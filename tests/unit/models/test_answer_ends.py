@@ -6,14 +6,17 @@ import shutil
 import pytest
 import torch
 from accelerate import Accelerator
+from adapters import recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from codyra_llm.checkpoints.generate import answer
 from codyra_llm.config.sections import DataSection
 from codyra_llm.data.encoding import Encoder
 from codyra_llm.evaluate.generate import answers, generate_ids
+from codyra_llm.experiment.setup import prepare
 from codyra_llm.models.ends import answer_ends, end_of_turn, without_end
 from codyra_llm.models.tokenizer import load_tokenizer
+from codyra_llm.store.archive import Archive
 
 PROMPT = "Who is number 3 of the list?\nAnswer:"
 TURNS = (
@@ -57,6 +60,13 @@ def test_an_answer_ends_where_transformers_ends_it(chat_model):
     text = tokenizer.decode(theirs[:-1], skip_special_tokens=True)  # the end is no part of the answer
     assert answers(Accelerator(cpu=True), model, encoder, [PROMPT], 12) == [(text, False)]
     assert answer(str(folder), PROMPT, 12) == text
+
+
+def test_methods_are_told_what_ends_an_answer(chat_model, toy_stream, tmp_path):
+    folder, end, _ = chat_model
+    setup = prepare(recipe(folder, toy_stream, tmp_path / "run", {"name": "seqlora"}))
+    model, archive = AutoModelForCausalLM.from_pretrained(folder), Archive(tmp_path / "updates", "base")
+    assert setup.task(model, archive, 0, {}).ends == setup.encoder.ends == {2, end}
 
 
 def test_the_harness_ends_answers_there_too(chat_model):
