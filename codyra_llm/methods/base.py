@@ -88,7 +88,6 @@ class Method:
     joint: ClassVar[bool] = False  # trains once, at the last task, and is evaluated there alone
     separable: ClassVar[bool] = True  # one task's part can be left out of the merged model
     max_zero_stage: int = 3  # settings may lower it
-    shrinks: bool = False  # drives ranks to zero in the course of a task, the last of them in its last steps
     mode: ClassVar[Literal["add", "replace", "apart"]] = "add"
     packs: ClassVar[bool] = True  # its loss takes packed batches
     carries_optimizer: ClassVar[bool] = False
@@ -115,6 +114,11 @@ class Method:
     def zero_stages(cls) -> int:
         """The highest ZeRO stage with default settings; 0: one process or data parallel."""
         return cls(cls.Config(), 0).max_zero_stage
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether ranks are driven to zero in the course of a task, the last of them in its last steps."""
+        return False
 
     def check(self, config: "PreTrainedConfig", attention: str | None) -> list[str]:
         """Faults: settings that a base model of this config does not support, one sentence each."""

@@ -99,6 +99,8 @@ def _row(arm: str, rest: str, runs: list[Run], baseline: list[Run]) -> dict:
     orders = {tuple(run.recipe.tasks) for run in runs}
     own_costs = _costs([own for own, _ in pairs])
     other_costs = _costs([other for _, other in pairs])
+    summaries = [run.folder.summary for run in runs]
+    told = [summary.get("answers", []) for summary in summaries]
     return {
         "arm": arm,
         "settings": rest,
@@ -107,8 +109,8 @@ def _row(arm: str, rest: str, runs: list[Run], baseline: list[Run]) -> dict:
         "orders": len(orders),
         **over_seeds,
         "difference": _difference(pairs) if pairs and runs != baseline else None,
-        "floor": answers.mean_floor([run.folder.summary for run in runs]),
-        "answers": answers.tallied([run.folder.summary.get("answers", []) for run in runs]),
+        "floor": answers.mean_floor(summaries),
+        "answers": answers.tallied(told),
         "costs": _costs(runs),
         "relative": _relative(own_costs, other_costs),
     }

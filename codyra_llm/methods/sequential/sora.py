@@ -27,7 +27,11 @@ class Sora(SeqLora):
     name, summary, Config = "sora", "one LoRA for all tasks with thresholded rank gates", SoraConfig
     config: SoraConfig
     max_zero_stage = 2  # `end_task` reads whole parameters
-    shrinks = True
+
+    @property
+    def shrinks(self) -> bool:
+        """Gates are, by the threshold."""
+        return True
 
     def spec(self) -> AdapterSpec:
         """An adapter with a gate per rank."""
