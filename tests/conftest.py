@@ -4,12 +4,17 @@ import fcntl
 import gc
 import json
 import os
+import shutil
 import signal
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported anywhere
 # Of the processes that tests start. Tensors are tiny: a second thread waits for the first, and takes a core.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Temporary folders in memory: a disk writes a file out whenever another replaces it, seventy times a run.
+if os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 4 << 30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
 
 import pytest
 import torch
@@ -32,11 +37,13 @@ from codyra_llm.config.recipe import parse_recipe
 from codyra_llm.experiment import run as runs
 from codyra_llm.store.folder import RunFolder
 from codyra_llm.sweep import runner
+from codyra_llm.train import estimate
 
 # Helpers that assert say what differed, as test files do.
 pytest.register_assert_rewrite("commands", "fused", "helpers", "launches", "made_runs", "own_benchmark")
 settings.register_profile("any machine", deadline=None)  # a busy one is no fault
 settings.load_profile("any machine")
+estimate.SECONDS = 0.0  # three products: no test asks how exact a plan's hours are
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it gives
 # No test takes the power away: tests/crash_points.py notes what is synced. Waiting for the disk, ninety times
 # a run, takes longer than the run. A handle that is none still raises.
@@ -47,10 +54,17 @@ def pytest_addoption(parser):
     parser.addoption("--rewrite-trajectories", action="store_true", help="write tests/trajectories/ again")
 
 
-def pytest_collection_finish():
-    """Every task ends with a collection, which need not walk the million objects of imported packages."""
-    gc.collect()
-    gc.freeze()
+_frozen: list[object] = []
+
+
+def pytest_runtest_logstart(nodeid):
+    """Every task ends with a collection, which need not walk the million objects of imported packages, nor
+    what earlier files left."""
+    now = [nodeid.partition("::")[0], len(sys.modules)]
+    if _frozen != now:
+        gc.collect()
+        gc.freeze()
+        _frozen[:] = now
 
 
 @pytest.fixture(autouse=True)

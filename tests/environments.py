@@ -32,10 +32,12 @@ ROOT = Path(__file__).parents[1]
 TASK = "Größe 数"
 # The commands one after the other, in processes that a fresh one forks, so that packages are imported once.
 PROGRAM = """
-import json, os, sys
+import gc, json, os, sys
 from codyra_llm.cli import main
 from codyra_llm.experiment import plan, run
 from transformers import LlamaForCausalLM
+gc.collect()
+gc.freeze()  # the processes need not walk, and so copy, what they were forked with
 result, commands = sys.argv[1], json.loads(sys.argv[2])
 codes = {}
 for words in commands:

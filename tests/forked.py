@@ -152,9 +152,13 @@ def zero(config: str) -> dict[str, str]:
 
 @cache
 def set_by_accelerate(file: Path) -> dict[str, str]:
-    """The same of any config for DeepSpeed, which is imported here, so that the processes need not do so."""
+    """The same of any config for DeepSpeed, which is imported here with what its engine imports later, such as
+    torch's compiler, so that the processes need not do so."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed  # noqa: F401
+    import deepspeed.module_inject.auto_ep_config
+    import deepspeed.runtime.zero.muon.muon_optimizer
+
+    assert deepspeed.ops.__compatible_ops__  # looked for once
 
     words = ["--config_file", str(file), "--main_process_port", "0", "x.py"]
     asked = []

@@ -63,7 +63,10 @@ class Encoder:
     ):
         """`ends`: the tokens that end an answer of the model (models/ends.py); by default EOS alone."""
         self.tokenizer, self.data = tokenizer, data
-        self.ends = frozenset([tokenizer.eos_token_id]) if ends is None else ends
+        eos = tokenizer.eos_token_id
+        assert isinstance(eos, int), "load_tokenizer refuses a tokenizer without EOS"
+        self.eos = eos
+        self.ends = frozenset([eos]) if ends is None else ends
         self.bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         self.newline = self._ids("\n")
 
@@ -135,7 +138,7 @@ class Encoder:
     def _chat_end(self) -> int:
         """The token that ends the chat template's turns, or EOS."""
         found = end_of_turn(self.tokenizer)
-        return self.tokenizer.eos_token_id if found is None else found
+        return self.eos if found is None else found
 
     @cached_property
     def _frame(self) -> tuple[str, str]:
@@ -180,7 +183,7 @@ class Encoder:
 
     def _end(self, chat: bool = False) -> int:
         """The token that ends an answer; `chat`: of a task whose prompts are chats."""
-        return self._chat_end if chat or self.data.chat_template else self.tokenizer.eos_token_id
+        return self._chat_end if chat or self.data.chat_template else self.eos
 
     def _answer(self, text: str, continued: list[int], end: int) -> tuple[list[int], bool]:
         """`continued`: the ids of the answer after a newline. Where it is cut its end goes too: a text that

@@ -222,6 +222,7 @@ def _endless(setup: Setup, work: Work) -> list[str]:
     """A sentence on the tasks that mostly teach no end, since their answers are cut, and whose answers in
     evaluation may be longer than those."""
     room, found = setup.recipe.data.max_answer_tokens, []
+    assert room is not None, "resolved() fills it in"
     for index, data in enumerate(work.tasks):
         cut = [example for example in data.examples if not ended(example.answer, setup.encoder.ends)]
         if 2 * len(cut) > len(data.examples) and setup.new_tokens(index) > room:

@@ -20,6 +20,7 @@ from codyra_llm.runtime.memory import Meter
 
 # Even numbers: the layers of some families take turns between two kinds of attention.
 MEASURED_LAYERS = (2, 4)
+SECONDS = 0.3  # for which products are timed
 
 
 class Depth(NamedTuple):
@@ -190,17 +191,15 @@ def _seconds(model: nn.Module, batch: Batch, rounds: int = 3) -> float:
     return median(times[1:])
 
 
-def matmul_speed(
-    model: nn.Module, tokens: int, dtype: torch.dtype, device: torch.device, seconds: float = 0.3
-) -> float:
+def matmul_speed(model: nn.Module, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
     """Floating-point operations per second that the device reaches in the model's own shapes: the products of
-    the MLP, up and down again."""
+    the MLP, up and down again, for SECONDS."""
     c = model.config
     tokens = min(tokens, 1024 if device.type == "cpu" else tokens)
     x = torch.randn(tokens, c.hidden_size, device=device).to(dtype)
     up = torch.randn(c.intermediate_size, c.hidden_size, device=device).to(dtype)
     times: list[float] = []
-    while sum(times) < seconds or len(times) < 3:
+    while sum(times) < SECONDS or len(times) < 3:
         began = time.perf_counter()
         (x @ up.T @ up)[0, 0].item()  # waits for a GPU
         times.append(time.perf_counter() - began)

@@ -296,7 +296,7 @@ def test_backward_ends_at_the_first_layer_with_adapters(checkpointing, adapted, 
 
 def test_the_probe_gives_the_speed_of_a_product():
     model = SimpleNamespace(config=SimpleNamespace(hidden_size=64, intermediate_size=128))
-    assert 1e7 < matmul_speed(model, 32, torch.float32, CPU, 0.01) < 1e14
+    assert 1e7 < matmul_speed(model, 32, torch.float32, CPU) < 1e14
 
 
 def test_two_timed_micro_batches_say_how_long_all_take():
