@@ -152,7 +152,7 @@ def zero(config: str) -> dict[str, str]:
 
 @cache
 def set_by_accelerate(file: Path) -> dict[str, str]:
-    """The same of any config for DeepSpeed, which is imported here with what its engine imports later, such as
+    """The same of any config for DeepSpeed, which is imported here with what its engine imports later, as
     torch's compiler, so that the processes need not do so."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed.module_inject.auto_ep_config
