@@ -452,6 +452,7 @@ def test_seqft_is_adam_on_all_weights(tiny_llama, toy_stream, tmp_path):
             method="seqft",
             optim__lr=1e-3,
             optim__batch_size=20,
+            optim__loss_average="token",
             checkpoint=False,
         )
     )

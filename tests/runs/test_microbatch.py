@@ -129,6 +129,8 @@ def test_after_a_rewrite_adam_steps_as_at_the_start(tiny_llama):
     trained = [layer.lora_A for layer in sites(model).values()]
     optimizer = ProximalAdamW([{"params": trained, "lr": 1e-3}], betas=(0.9, 0.999), weight_decay=0.0)
     engine = Engine(accelerator(), objective, optimizer, float("inf"))
+    for factor in trained:
+        torch.nn.init.zeros_(factor)
 
     def moved():
         before = trained[0].detach().clone()
