@@ -6,6 +6,7 @@ from codyra_llm.evaluate.matrix import mean
 from codyra_llm.store.rows import FloorRow, ScoreRow
 
 ALIKE = 0.9  # the share of prompts from which on an answer is one and the same
+SOME = 0.05  # the share of answers from which on it is told that they are empty
 MANY = 0.5  # the share of answers from which on it is told that they are cut
 FLOOR = "most frequent training answer"
 FLOOR_SAID = f"op where each prompt of a task gets the task's {FLOOR}, without a model"
@@ -33,9 +34,10 @@ def _alike(row: ScoreRow, count: int) -> float | None:
 
 
 def sentences(found: list[dict], many: float = MANY) -> list[str]:
-    """Of `noted`, a sentence on each kind of answers; on cut ones where at least the share `many` are."""
+    """Of `noted`, a sentence on each kind of answers: on empty ones where at least the share SOME are, on cut
+    ones where at least the share `many` are."""
     alike = [(row, f"{row['alike']:.0%} of {row['of']}") for row in found if row["alike"]]
-    empty = [(row, f"{row['empty']} of {row['of']}") for row in found if row["empty"]]
+    empty = [(row, f"{row['empty']} of {row['of']}") for row in found if _some_empty(row)]
     cut = []
     for row in found:
         if row["cut"] and row["cut"] >= many * row["of"]:
@@ -51,6 +53,10 @@ def sentences(found: list[dict], many: float = MANY) -> list[str]:
     if cut:
         lines.append(f"Answers cut at eval.max_new_tokens, before they ended: {_by_task(cut)}.")
     return lines
+
+
+def _some_empty(row: dict) -> bool:
+    return bool(row["empty"]) and row["empty"] >= SOME * row["of"]
 
 
 def _by_task(told: list[tuple[dict, str]]) -> str:
@@ -70,7 +76,7 @@ def tallied(runs: list[list[dict]]) -> dict:
         for task in dict.fromkeys(row["task"] for row in found if row["alike"]):
             alike[task] = alike.get(task, 0) + 1
         for row in found:
-            if row["empty"]:
+            if _some_empty(row):
                 had, of = empty.get(row["task"], (0, 0))
                 empty[row["task"]] = [had + row["empty"], of + row["of"]]
     return {"runs": len(runs), "alike": alike, "empty": empty}

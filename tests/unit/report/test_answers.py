@@ -158,3 +158,9 @@ def test_the_page_of_several_runs_tells_floor_and_answers(tmp_path):
     write_jsonl(other.path / "floor.jsonl", floors([40.0, 10.0, 1.0]))
     texts = Page(written([one, other], tmp_path / "x.html")).texts
     assert {f"OP of the {NAME}, of 1 codyra: 27.0.", f"OP of the {NAME}, of 2 seqlora: 17.0."} <= set(texts)
+
+
+@pytest.mark.parametrize("empty, told", [(0, False), (9, False), (10, True)])
+def test_a_few_empty_answers_are_not_told(empty, told):
+    row = {"task": "A", "after": "B", "of": 200, "alike": None, "empty": empty, "cut": 0}
+    assert bool(answers.sentences([row])) == told and ("A" in answers.tallied([[row]])["empty"]) == told
