@@ -20,19 +20,25 @@ def share(seconds: float = 0.1) -> None:
     quota, cores = cores_of_quota(), own_cores()
     if quota and quota < len(cores) and "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(quota)
-        log.info("%d threads, as many as this container's quota has cores (OMP_NUM_THREADS sets it)", quota)
+        _say("%d threads, as many as this container's quota has cores (OMP_NUM_THREADS sets it)", quota)
     alone = os.environ.get("OMP_NUM_THREADS") == "1" or len(cores) == 1
     if alone or "GOMP_SPINCOUNT" in os.environ or "OMP_WAIT_POLICY" in os.environ:
         return
     busy = busy_cores(cores, seconds)
     os.environ["GOMP_SPINCOUNT"] = str(SPINS_WHERE_BUSY if busy else SPINS_WHERE_IDLE)
-    if busy and os.environ.get("RANK", "0") == "0":
-        log.info(
+    if busy:
+        _say(
             "other programs keep %d of %d cores busy, so threads sleep while they wait for each other; with "
             "OMP_NUM_THREADS a run takes fewer cores",
             busy,
             len(cores),
         )
+
+
+def _say(text: str, *counts: int) -> None:
+    """Log it once, whatever the number of processes."""
+    if os.environ.get("RANK", "0") == "0":
+        log.info(text, *counts)
 
 
 def own_cores() -> list[int]:
