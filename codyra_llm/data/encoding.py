@@ -145,6 +145,15 @@ class Encoder:
         """What the tokenizer's chat template writes before and after a user's text."""
         return around_text(self.tokenizer)
 
+    def chat_frame(self) -> tuple[list[int], list[int]] | None:
+        """The ids that stand before a user's text, BOS with them, and between it and the answer; None
+        without a chat template."""
+        before, after = self._frame
+        if not after:
+            return None
+        ids = self._ids(before)
+        return (ids if ids[:1] == self.bos else self.bos + ids), self._ids(after)
+
     def _around(self, written: str) -> tuple[int, int]:
         """How many ids hold what the chat template writes before a user's text, and how many what it writes
         after it; none where the template did not write the prompt, or began it with a chat's own system text.

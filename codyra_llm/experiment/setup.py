@@ -113,7 +113,8 @@ class Setup:
                 observer.at(f"passes over data of task {self.recipe.tasks[index]}")
                 yield collate(examples, chosen, [0.0] * len(chosen), pad, packed).to(model.device)
 
-        return Task(index, archive, self.stream, self.encoder.encode, batches, state, self.encoder.ends)
+        own = self.encoder
+        return Task(index, archive, self.stream, own.encode, batches, state, own.ends, own.chat_frame)
 
     def test(self, index: int) -> list[dict]:
         """The records on which task `index` is scored."""

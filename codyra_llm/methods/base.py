@@ -34,6 +34,8 @@ class Task:
     batches: Callable[[list["Encoded"]], Iterator["Batch"]]
     state: dict[str, Tensor]  # what `end_task` of the task before returned
     ends: frozenset[int] = frozenset()  # the tokens that end an answer, in addition to the model's own EOS
+    # What the model's chat template writes before a user's text and after it, as tokens; None: it has none.
+    chat_frame: Callable[[], tuple[list[int], list[int]] | None] = lambda: None
 
     def records(self, past: int | None = None) -> list[dict]:
         """Training records of an earlier task, or of this one."""

@@ -175,6 +175,16 @@ class CodyraDriftConfig(OldInputsConfig, RankWeightsConfig, frozen=True):
         default=1.0,
         description="μ_m of old against new inputs in the merge in closed form; 0: the update as trained",
     )
+    chats: Fraction = Field(
+        default=0.5,
+        description="share of the `samples` that are chats, a user's text and an answer, of twice as many "
+        "tokens; for models with a chat template",
+    )
+    answer_share: Fraction | None = Field(
+        default=0.5,
+        description="share that the places at which an answer's tokens are predicted have in a task's second "
+        "moments, where prompts are long and answers short; null: every token weighs the same",
+    )
     ridge: Positive = Field(
         default=1e-3,
         description="ε of that merge, and of the parts, as a share of the inputs' mean energy; a smaller one "

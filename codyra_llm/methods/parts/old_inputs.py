@@ -10,12 +10,13 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from codyra_llm.config.methods.sequential import OldInputsConfig
+from codyra_llm.data.batches import Batch
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.lora.layer import sites
 from codyra_llm.methods.base import Task
 from codyra_llm.methods.parts.inputs import distinct_inputs, read_inputs
 from codyra_llm.methods.parts.moments import SecondMoment, recovered, sketching
-from codyra_llm.methods.parts.samples import self_sampled
+from codyra_llm.methods.parts.samples import self_sampled, self_sampled_chats
 from codyra_llm.runtime import heartbeat
 
 # By an input's first site: Σ Ω (or Σ) and tr Σ, on the CPU; float64, those of a stored sum float32.
@@ -74,24 +75,60 @@ def own_share(examples: list[Encoded]) -> list[Encoded]:
     return examples[process.process_index :: process.num_processes]
 
 
-def sampled_moments(config: OldInputsConfig, model: nn.Module, task: Task, seed: int) -> Moments:
-    """Of the inputs of sequences that the model writes by itself."""
-    process = PartialState()
-    examples = self_sampled(
-        model, config.samples, config.sample_tokens, seed, process.process_index, process.num_processes
-    )
-    return moments(config, model, task, examples)
+def sampled_moments(
+    config: OldInputsConfig,
+    model: nn.Module,
+    task: Task,
+    seed: int,
+    chats: float = 0.0,
+    answer_share: float | None = None,
+) -> Moments:
+    """Of the inputs of sequences that the model writes by itself. Where it has a chat template, the share
+    `chats` of them are chats twice as long, and weigh as much in the mean as their number."""
+    ranks = PartialState().process_index, PartialState().num_processes
+    frame = task.chat_frame() if chats else None
+    talks = round(chats * config.samples) if frame else 0
+    texts, found = config.samples - talks, []
+    if texts:
+        examples = self_sampled(model, texts, config.sample_tokens, seed, *ranks)
+        found.append((texts, moments(config, model, task, examples)))
+    if talks:
+        examples = self_sampled_chats(model, frame, talks, 2 * config.sample_tokens, seed, *ranks)
+        found.append((talks, moments(config, model, task, examples, answer_share)))
+    return _mean(found)
 
 
-def task_moments(config: OldInputsConfig, model: nn.Module, task: Task, seed: int) -> Moments:
+def _mean(found: list[tuple[int, Moments]]) -> Moments:
+    """The mean of the moments, each with its weight."""
+    if len(found) == 1:
+        return found[0][1]
+    total = sum(weight for weight, _ in found)
+    mean = {}
+    for name in found[0][1]:
+        products = [weight / total * own[name][0] for weight, own in found]
+        traces = [weight / total * own[name][1] for weight, own in found]
+        mean[name] = sum(products), sum(traces)
+    return mean
+
+
+def task_moments(
+    config: OldInputsConfig, model: nn.Module, task: Task, seed: int, answer_share: float | None = None
+) -> Moments:
     """Of the inputs of up to `max_examples` training examples of the task, with the adapters as they are."""
-    return moments(config, model, task, own_share(task.sample(config.max_examples, seed)))
+    return moments(config, model, task, own_share(task.sample(config.max_examples, seed)), answer_share)
 
 
 @torch.no_grad()
-def moments(config: OldInputsConfig, model: nn.Module, task: Task, examples: list[Encoded]) -> Moments:
+def moments(
+    config: OldInputsConfig,
+    model: nn.Module,
+    task: Task,
+    examples: list[Encoded],
+    answer_share: float | None = None,
+) -> Moments:
     """Means over all tokens of all ranks' examples, without the first of each (it attends as BOS does, with
-    outliers that would be all of Σ). One pass over the examples; products in float32, sums in float64."""
+    outliers that would be all of Σ). Every token weighs the same, or (`answer_share`) those that predict an
+    answer's have this share of the whole. One pass; products in float32, sums in float64."""
     names = [group[0] for group in distinct_inputs(model)]
     layers = [sites(model)[name] for name in names]
     omegas = [sketching(layer.in_features, config.sketch) for layer in layers]
@@ -102,12 +139,14 @@ def moments(config: OldInputsConfig, model: nn.Module, task: Task, examples: lis
         width = layer.in_features if omega is None else omega.shape[1]
         sums.append(torch.zeros(layer.in_features, width, dtype=torch.float64, device=device))
     traces = torch.zeros(len(layers) + 1, dtype=torch.float64, device=device)  # and the count of tokens
+    shares = None if answer_share is None else _Shares(examples, answer_share, device)
 
     def take(i: int, x: Tensor) -> None:
+        x = x if shares is None else x * shares.roots
         sums[i].add_(x.T @ (x if reading[i] is None else x @ reading[i]))
         traces[i] += x.square().sum()
 
-    traces[-1] += read_inputs(model, layers, task, examples, take)
+    traces[-1] += read_inputs(model, layers, task, examples, take, shares and shares.begin)
     with heartbeat.waiting():
         traces = _over_ranks(traces)
         sums = [_over_ranks(total) for total in sums]
@@ -116,6 +155,32 @@ def moments(config: OldInputsConfig, model: nn.Module, task: Task, examples: lis
         name: (total.div_(count).cpu(), (trace / count).cpu())
         for name, total, trace in zip(names, sums, traces[:-1], strict=True)
     }
+
+
+class _Shares:
+    """Weights by which the tokens of all ranks' examples that predict a labelled token have one share of the
+    whole, and all others the rest; their mean over the tokens is 1."""
+
+    def __init__(self, examples: list[Encoded], share: float, device: torch.device):
+        self.examples = examples
+        tokens = sum(len(example) - 1 for example in examples)
+        answers = sum(_answers(example) for example in examples)
+        tokens, answers = _over_ranks(torch.tensor([tokens, answers], device=device)).tolist()
+        # The last token of an example predicts nothing, so others there are; answers need not be.
+        self.answer = share * tokens / answers if answers else 1.0
+        self.other = (1 - share) * tokens / (tokens - answers) if answers else 1.0
+        self.roots: Tensor  # [n, 1], of the batch that `begin` was called with last
+
+    def begin(self, batch: Batch) -> None:
+        """The roots of the weights of this batch's tokens, in the order of `Batch.content`."""
+        read = batch.content([len(self.examples[i]) for i in batch.examples])
+        weights = torch.where(torch.isin(read, batch.predictors), self.answer, self.other)
+        self.roots = weights.sqrt()[:, None]
+
+
+def _answers(example: Encoded) -> int:
+    """The tokens that predict a labelled one; the first of all does not count."""
+    return sum(place > 1 for place in example.labelled)
 
 
 def _over_ranks(total: Tensor) -> Tensor:

@@ -37,6 +37,41 @@ def self_sampled(
 
 
 @torch.no_grad()
+def self_sampled_chats(
+    model: nn.Module,
+    frame: tuple[list[int], list[int]],
+    count: int,
+    length: int,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+) -> list[Encoded]:
+    """This rank's share of `count` chats: what the model writes at temperature 1, `length` tokens, after what
+    its chat template writes before a user's text, so a user's text first and then an answer (Magpie,
+    2406.08464). Where no answer begins within `length`, all but the last token are prompt.
+    """
+    before, after = frame
+    training, found = model.training, []
+    model.eval()
+    for start in range(rank * TOGETHER, count, world * TOGETHER):
+        signals.check()
+        observer.at("chats that the base writes")
+        draw = generator("self-sampled chats", seed, start)
+        ids = torch.tensor([before] * min(TOGETHER, count - start))
+        for row in _continued(model, ids, length, draw).tolist():
+            place = min(_end_of(after, row, len(before)), len(row) - 1)
+            found.append(Encoded(row[:place], row[place:], cut=False))
+    model.train(training)
+    return found
+
+
+def _end_of(part: list[int], row: list[int], start: int) -> int:
+    """The place in `row` after the first `part` from `start` on; its length where there is none."""
+    places = range(start, len(row) - len(part) + 1)
+    return next((i + len(part) for i in places if row[i : i + len(part)] == part), len(row))
+
+
+@torch.no_grad()
 def continued(
     model: nn.Module,
     prefix: list[int],

@@ -13,7 +13,7 @@ from codyra_llm.methods.base import Task
 from codyra_llm.methods.parts.drift import DriftPenalty, share
 from codyra_llm.methods.parts.inputs import distinct_inputs
 from codyra_llm.methods.parts.moments import kept_numbers
-from codyra_llm.methods.parts.old_inputs import OldInputs, sampled_moments, task_moments
+from codyra_llm.methods.parts.old_inputs import Moments, OldInputs, sampled_moments, task_moments
 from codyra_llm.methods.parts.pricing import dropped, joint
 from codyra_llm.methods.parts.sparing import spared
 from codyra_llm.methods.sequential.codyra import Codyra
@@ -24,7 +24,10 @@ class CodyraDrift(Codyra):
 
     Ours; no paper is reproduced. Σ_old: the mean of the second moments of finished tasks' inputs and of
     sequences that the base wrote by itself before the first task (`OldInputs`): no examples, no task ids, one
-    model, nothing that grows. Near it: OWM, GPM and InfLoRA project where this weighs; RegMean (2212.09849)
+    model, nothing that grows. Half of a task's moment (`answer_share`) are the tokens at which answers are
+    predicted, one of 160 where a prompt is long and its answer a letter. Where the base has a chat template
+    half of its sequences (`chats`) are chats: texts alone have next to no beginnings of answers in them, and
+    those are what short answers change. Near it: OWM, GPM and InfLoRA project where this weighs; RegMean (2212.09849)
     merges so; Ritter et al.'s Kronecker-factored Laplace (1805.07810) has the output side in the penalty too.
     `selection` ratio: when the dense phase ends, every ΔW is rewritten by parts that have a cost and a gain
     each (`pricing.joint`), and those of all layers with the least gain per cost go until the predicted drift
@@ -67,11 +70,12 @@ class CodyraDrift(Codyra):
         self._inputs = {names[0]: names for names in distinct_inputs(model)}
         self._old = OldInputs(self.config, task.state)
         if not task.index and self.config.samples:
-            self._old.begin(sampled_moments(self.config, model, task, self.seed))
+            chats, share = self.config.chats, self.config.answer_share
+            self._old.begin(sampled_moments(self.config, model, task, self.seed, chats, share))
         penalised = self.config.drift_weight and self._old
         self._drift = DriftPenalty(model, self._old) if penalised else None
         priced = self.config.selection == "ratio" and self._old
-        self._found = task_moments(self.config, model, task, self.seed) if priced else {}
+        self._found = self._moments(model, task) if priced else {}
 
     def penalty(self, model) -> dict[str, Tensor]:
         """μ times the relative drift of old outputs."""
@@ -104,7 +108,7 @@ class CodyraDrift(Codyra):
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
         """The old inputs' second moments with this task's in addition."""
         self._drift, self._found = None, {}  # their memory is that of what comes now
-        self._found = task_moments(self.config, model, task, self.seed)
+        self._found = self._moments(model, task)
         return self._old.state_with(self._found)
 
     def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
@@ -120,6 +124,9 @@ class CodyraDrift(Codyra):
             merged |= dict(zip(names, found, strict=True))
         in_order = {site: merged[site] for site in update.adapters}
         return Update(in_order, update.scale, update.mode)
+
+    def _moments(self, model, task: Task) -> Moments:
+        return task_moments(self.config, model, task, self.seed, self.config.answer_share)
 
     @torch.no_grad()
     def _priced(self, adapters: dict[str, Adapter]) -> dict[str, Adapter]:

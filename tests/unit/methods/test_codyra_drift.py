@@ -2,6 +2,7 @@
 what it keeps on a stream."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from pydantic import ValidationError
 from codyra_llm.config.methods.sequential import CodyraDriftConfig
 from codyra_llm.config.recipe import parse_recipe
 from codyra_llm.config.registry import METHODS
+from codyra_llm.data.encoding import Encoded
 from codyra_llm.experiment import run as runs
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.lora.layer import sites
-from codyra_llm.methods.parts.old_inputs import OldInputs, moments
-from codyra_llm.methods.parts.samples import self_sampled
+from codyra_llm.methods.parts.old_inputs import OldInputs, moments, sampled_moments
+from codyra_llm.methods.parts.samples import self_sampled, self_sampled_chats
 from codyra_llm.runtime import signals
 from codyra_llm.store.archive import Archive
 from codyra_llm.store.folder import RunFolder
@@ -72,6 +74,50 @@ def test_drawn_tokens_follow_the_model_s_own_distribution(setup):
     assert (drawn == 9).float().mean().item() == pytest.approx(0.731, abs=0.03)
 
 
+def test_chats_begin_with_the_template_and_answers_after_it(setup):
+    """The token that the template writes after a user's text is drawn with a probability of a half, so most
+    chats have an answer and some have none; over two ranks they are the same ones."""
+    model = _plain(setup)
+    with torch.no_grad():
+        for p in model.model.norm.parameters():
+            p.zero_()
+    model.lm_head.bias = torch.nn.Parameter(torch.full((model.config.vocab_size,), -50.0))
+    with torch.no_grad():
+        model.lm_head.bias[[5, 9]] = 0.0
+    frame = [3, 4], [9]
+    found = self_sampled_chats(model, frame, 64, 4, seed=0)
+    whole = [e.prompt + e.answer for e in found]
+    assert all(row[:2] == frame[0] and len(row) == 6 for row in whole)
+    for example, row in zip(found, whole, strict=True):
+        first = row.index(9) + 1 if 9 in row else 5
+        assert len(example.prompt) == min(first, 5)
+    assert {len(e.answer) for e in found} == {1, 2, 3}
+    halves = [self_sampled_chats(model, frame, 64, 4, 0, rank, 2) for rank in (0, 1)]
+    assert halves[0] + halves[1] == found
+
+
+def test_moments_of_texts_and_chats_have_their_shares(setup, tmp_path):
+    """A quarter of chats: three quarters of the moments are those of texts."""
+    archive = Archive(tmp_path / "updates", "base")
+    model = setup.model(archive, -1)
+    setup.method.attach(model)
+    for layer in sites(model).values():
+        layer.reset(0)
+    frame = [3, 4], [9]
+    task = replace(setup.task(model, archive, 0, {}), chat_frame=lambda: frame)
+    config = setup.method.config.model_copy(update={"samples": 40, "sample_tokens": 6})
+    mixed = sampled_moments(config, model, task, 0, chats=0.25, answer_share=0.5)
+    texts = moments(config, model, task, self_sampled(model, 30, 6, 0))
+    chats = moments(config, model, task, self_sampled_chats(model, frame, 10, 12, 0), 0.5)
+    for name, (product, trace) in mixed.items():
+        torch.testing.assert_close(product, 0.75 * texts[name][0] + 0.25 * chats[name][0])
+        torch.testing.assert_close(trace, 0.75 * texts[name][1] + 0.25 * chats[name][1])
+    without = replace(task, chat_frame=lambda: None)
+    alone = moments(config, model, task, self_sampled(model, 40, 6, 0))
+    for name, own in sampled_moments(config, model, without, 0, chats=0.25).items():
+        torch.testing.assert_close(own, alone[name])
+
+
 def _plain(setup):
     return setup.model(Archive(setup.base / "nowhere", "base"), -1).eval()
 
@@ -102,6 +148,45 @@ def test_moments_are_means_over_sources(setup, tmp_path):
     torch.testing.assert_close(kept[site].factor, expected, rtol=1e-4, atol=1e-6)
     sketched = kept["model.layers.1.mlp.down_proj"]
     assert sketched.factor.shape == (64, 8) and kept.sources == 2
+
+
+def test_answers_have_their_share_of_the_moments(setup, tmp_path):
+    """Against two means of inputs that hooks of one's own have read: at tokens that predict an answer's, and
+    at all others."""
+    archive = Archive(tmp_path / "updates", "base")
+    model, plain = setup.model(archive, -1), setup.model(archive, -1).eval()
+    setup.method.attach(model)
+    for layer in sites(model).values():
+        layer.reset(0)
+    task = setup.task(model, archive, 0, {})
+    examples = task.encode(task.records()[:10])
+    found = moments(setup.method.config, model, task, examples, answer_share=0.7)
+    site, answers, others = "model.layers.1.self_attn.o_proj", [], []
+    seen = []
+    plain.get_submodule(site).register_forward_pre_hook(lambda _, args: seen.append(args[0][0].double()))
+    for example in examples:
+        plain(input_ids=torch.tensor([example.prompt + example.answer]))
+        read, first = seen.pop(), len(example.prompt) - 1
+        answers.append(read[first:-1])
+        others += [read[1:first], read[-1:]]
+    a, o = torch.cat(answers), torch.cat(others)
+    expected = 0.7 * a.T @ a / len(a) + 0.3 * o.T @ o / len(o)
+    torch.testing.assert_close(found[site][0], expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[site][1], expected.trace(), rtol=1e-4, atol=1e-6)
+
+
+def test_moments_where_the_first_token_alone_predicts(setup, tmp_path):
+    """BOS and an answer of one token: BOS is left out, so no token is left to have the answers' share."""
+    archive = Archive(tmp_path / "updates", "base")
+    model = setup.model(archive, -1)
+    setup.method.attach(model)
+    for layer in sites(model).values():
+        layer.reset(0)
+    task, examples = setup.task(model, archive, 0, {}), [Encoded([0], [5], cut=False)]
+    plain = moments(setup.method.config, model, task, examples)
+    weighted = moments(setup.method.config, model, task, examples, answer_share=0.7)
+    for name, found in plain.items():
+        torch.testing.assert_close(weighted[name], found)
 
 
 def test_the_next_task_holds_nothing_but_the_stored_sums(setup, tmp_path):
