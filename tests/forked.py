@@ -4,6 +4,7 @@ without their imports. tests/launch starts each launcher itself too, once.
 
 import gc
 import os
+import runpy
 import signal
 import sys
 import time
@@ -127,6 +128,15 @@ class Forked:
     def alone(self, work: Work) -> Started:
         """One process without a launcher."""
         return self.start(work, [{}])
+
+    def module(self, name: str, *words: str | Path) -> Started:
+        """`python -m NAME WORDS`, such as a launcher; what that starts are processes of their own."""
+
+        def work(rank: int) -> None:
+            sys.argv = [name, *map(str, words)]
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+        return self.alone(work)
 
     def ranks(
         self, work: Work, environment: dict[str, str] | None = None, processes: int = 2, timeout: float = 300
