@@ -2,8 +2,9 @@
 # Two machines on one, node1 and node2: they share the disk, have a host name and a network each, and one cable between them.
 #   tests/two_nodes.sh RECIPE [KEY=VALUE ...]        call launch.sh on both; ends with 0 if both did
 #   tests/two_nodes.sh --slurm FOLDER COMMAND ...    a SLURM cluster of the two, its files in FOLDER; COMMAND on node1
-# What launch.sh reads from the environment (PROCESSES, ACCELERATE_CONFIG, PYTHON) holds on both. Needs iproute2 and root or user namespaces; SLURM (Debian's slurm-wlm) needs root. Nothing is to be cleaned up:
-# a namespace ends with its processes, --kill-child ends those with this one, and any number of these can run at once.
+# What launch.sh reads from the environment (PROCESSES, ACCELERATE_CONFIG, PYTHON) holds on both. Needs iproute2 and root or
+# user namespaces; SLURM (Debian's slurm-wlm) needs root. Nothing is to be cleaned up: a namespace ends with its processes,
+# --kill-child ends those with this one, and any number of these can run at once.
 set -euo pipefail
 if [ "${1:-}" != --inside ]; then
   [ "$(id -u)" -eq 0 ] || user='--user --map-root-user'
