@@ -129,10 +129,13 @@ class Forked:
         """One process without a launcher."""
         return self.start(work, [{}])
 
-    def module(self, name: str, *words: str | Path) -> Started:
-        """`python -m NAME WORDS`, such as a launcher; what that starts are processes of their own."""
+    def module(self, name: str, *words: object, session: bool = False) -> Started:
+        """`python -m NAME WORDS`, such as a launcher, in a session of its own if that is asked for; what it
+        starts are fresh processes."""
 
         def work(rank: int) -> None:
+            if session:
+                os.setsid()
             sys.argv = [name, *map(str, words)]
             runpy.run_module(name, run_name="__main__", alter_sys=True)
 

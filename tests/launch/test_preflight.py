@@ -57,7 +57,7 @@ def test_a_second_process_that_differs_ends_both(sections, other_data, tmp_path,
     assert told[0] == told[1]
     lines = told[0].splitlines()
     assert len(lines) == 2
-    seeds = "recipe seed differs between processes: 1234 on node1 (rank 0), 5 on node2 (rank 1); start every process"
+    seeds = "recipe seed differs between processes: 1234 on node1 (rank 0), 5 on node2 (rank 1); start every"
     assert lines[0].startswith(seeds)
     assert done.stderr.count(f"error: {seeds}") == done.stderr.count(seeds) == 1, done.stderr
     digests = [
