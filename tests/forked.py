@@ -4,6 +4,7 @@ without their imports. tests/launch starts each launcher itself too, once.
 
 import gc
 import os
+import runpy
 import signal
 import sys
 import time
@@ -127,6 +128,18 @@ class Forked:
     def alone(self, work: Work) -> Started:
         """One process without a launcher."""
         return self.start(work, [{}])
+
+    def module(self, name: str, *words: object, session: bool = False) -> Started:
+        """`python -m NAME WORDS`, such as a launcher, in a session of its own if that is asked for; what it
+        starts are fresh processes."""
+
+        def work(rank: int) -> None:
+            if session:
+                os.setsid()
+            sys.argv = [name, *map(str, words)]
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+        return self.alone(work)
 
     def ranks(
         self, work: Work, environment: dict[str, str] | None = None, processes: int = 2, timeout: float = 300

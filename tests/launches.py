@@ -3,7 +3,6 @@ both.
 """
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -49,35 +48,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def launched(*command: str | Path, timeout: float = 240) -> subprocess.CompletedProcess:
-    """A launcher's module and arguments, started as a user would, without what this process has set for
-    itself.
-    """
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(OF_LAUNCHERS)}
-    return subprocess.run(
-        [sys.executable, "-m", *map(str, command)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**clean, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
-
-
-def torchrun(recipe: Path, *overrides: str) -> subprocess.CompletedProcess:
-    return launched(
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(free_port()),
-        "-m",
-        "codyra_llm",
-        "run",
-        recipe,
-        *overrides,
-    )
 
 
 def rows(file: Path) -> list[dict]:

@@ -2,9 +2,9 @@
 # Two machines on one, node1 and node2: they share the disk, have a host name and a network each, and one cable between them.
 #   tests/two_nodes.sh RECIPE [KEY=VALUE ...]        call launch.sh on both; ends with 0 if both did
 #   tests/two_nodes.sh --slurm FOLDER COMMAND ...    a SLURM cluster of the two, its files in FOLDER; COMMAND on node1
-# What launch.sh reads from the environment (PROCESSES, ACCELERATE_CONFIG, PYTHON) holds on both; SECOND has further settings
-# for node2. Needs iproute2 and root or user namespaces; SLURM (Debian's slurm-wlm) needs root. Nothing is to be cleaned up:
-# a namespace ends with its processes, --kill-child ends those with this one, and any number of these can run at once.
+# What launch.sh reads from the environment (PROCESSES, ACCELERATE_CONFIG, PYTHON) holds on both. Needs iproute2 and root or
+# user namespaces; SLURM (Debian's slurm-wlm) needs root. Nothing is to be cleaned up: a namespace ends with its processes,
+# --kill-child ends those with this one, and any number of these can run at once.
 set -euo pipefail
 if [ "${1:-}" != --inside ]; then
   [ "$(id -u)" -eq 0 ] || user='--user --map-root-user'
@@ -53,8 +53,7 @@ TEXT
   "$@"; exit
 fi
 
-read -ra differing <<<"${SECOND:-}"
-on_second "$root/launch.sh" --nodes 2 --rank 1 --master 10.0.0.1 "$@" ${differing[@]+"${differing[@]}"} & other=$!
+on_second "$root/launch.sh" --nodes 2 --rank 1 --master 10.0.0.1 "$@" & other=$!
 code=0
 "$root/launch.sh" --nodes 2 --rank 0 --master 10.0.0.1 "$@" || code=$?
 wait "$other" || code=$?

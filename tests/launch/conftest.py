@@ -1,14 +1,14 @@
-"""Fixtures of the tests that start processes."""
+"""Fixtures of the tests that start processes. They import inside, as `tests/conftest.py` says why."""
 
 import pytest
 import yaml
-from forked import Forked
-from launches import METHODS, PROGRAM, sections
 
 
 @pytest.fixture(scope="session")
 def recipe_files(tiny_llama, toy_stream, tmp_path_factory):
     """Recipe files by method, each a program as well."""
+    from launches import METHODS, PROGRAM, sections
+
     folder = tmp_path_factory.mktemp("recipes")
     for method in METHODS:
         text = PROGRAM.format(yaml.safe_dump(sections(tiny_llama, toy_stream, method)))
@@ -19,6 +19,8 @@ def recipe_files(tiny_llama, toy_stream, tmp_path_factory):
 @pytest.fixture
 def forked(tmp_path_factory):
     """Functions that start processes; none of them outlives the test."""
+    from forked import Forked
+
     made = Forked(tmp_path_factory)
     yield made
     for started in made.started:

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import time
 
 from codyra_llm.bench.gpu import stages
@@ -12,10 +11,10 @@ from codyra_llm.bench.gpu.context import findings
 from codyra_llm.bench.gpu.targets import ENDED
 
 
-def test_every_stage_ends_well_in_small_shapes(tmp_path):
-    command = [sys.executable, "-m", "codyra_llm", "bench", "gpu", "--tiny", "--out", tmp_path / "found"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "--seconds", "3600"], capture_output=True, text=True, env=environment)
+def test_every_stage_ends_well_in_small_shapes(tmp_path, forked):
+    """From a server of its own, which is a fresh process."""
+    words = ["bench", "gpu", "--tiny", "--out", tmp_path / "found", "--seconds", 3600]
+    done = forked.module("codyra_llm", *words).wait(3600)
     assert done.returncode == 0, done.stderr
     rows = findings(tmp_path / "found")
     ended = {row["stage"]: row["value"]["how"] for row in rows if row["key"] == ENDED}

@@ -22,7 +22,6 @@ from launches import (
     SHIPPED,
     assert_same_run,
     free_port,
-    launched,
     refused,
     rows,
 )
@@ -111,12 +110,12 @@ def test_zero(config, method, one_process, recipe_files, tmp_path, forked):
 
 
 @pytest.mark.distributed
-def test_deepspeeds_own_launcher(one_process, recipe_files, tmp_path):
+def test_deepspeeds_own_launcher(one_process, recipe_files, tmp_path, forked):
     """It says ranks and nothing else, so the recipe's command names a DeepSpeed file. With one host it starts
     the processes here, whatever its name; only its checks would use ssh."""
     (tmp_path / "hosts").write_text("localhost slots=2\n")
     (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
-    done = launched(
+    done = forked.module(
         "deepspeed.launcher.runner",
         "--hostfile",
         tmp_path / "hosts",
@@ -129,7 +128,7 @@ def test_deepspeeds_own_launcher(one_process, recipe_files, tmp_path):
         "--deepspeed_config",
         tmp_path / "zero.json",
         f"output={tmp_path / 'run'}",
-    )
+    ).wait()
     assert done.returncode == 0, done.stderr
     assert_same_run(one_process["codyra"], tmp_path / "run", 2)
 
@@ -232,16 +231,28 @@ def test_a_file_that_another_node_can_not_see(tmp_path):
     await_file(tmp_path / "x", seconds=0)
 
 
-@pytest.mark.parametrize("code", [0, 2])
-def test_a_process_of_a_group_ends_at_once(code, tmp_path):
-    """With what it printed, its exit code, and without the interpreter's own end; alone it goes on."""
-    script = (
-        "import atexit, torch; from codyra_llm.runtime.launch import leave; atexit.register(print, "
-        f"'finalised')\nleave({code}); print('alone')\ntorch.distributed.init_process_group('gloo', "
-        f"store=torch.distributed.HashStore(), rank=0, world_size=1)\nleave({code}); print('left')"
-    )
+def test_a_process_of_a_group_ends_at_once():
+    """With what it printed, its exit code, and without the interpreter's own end; alone it goes on. Each code
+    in a fork of a process that has imported torch."""
+    script = """
+import atexit, os, torch
+from codyra_llm.runtime.launch import leave
+for code in (0, 2):
+    child = os.fork()
+    if child:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    atexit.register(print, "finalised")
+    leave(code)
+    print("alone")
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    leave(code)
+    print("left")
+    break
+"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout) == (code, "alone\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "alone\n0\nalone\n2\n"), done.stderr
 
 
 def interrupted(forked, launcher: str, *words: str | Path) -> Ended:
@@ -325,7 +336,8 @@ def test_a_process_that_is_killed_ends_the_other_with_its_name(
     began = time.monotonic()
     if launcher == "torchrun":
         options = ["--standalone", "--nproc-per-node", "2"]
-        done = launched("torch.distributed.run", *options, TESTS / "run_stopped.py", *killing)
+        words = [*options, TESTS / "run_stopped.py", *killing]
+        done = forked.module("torch.distributed.run", *words).wait()
     else:
         done = interrupted(forked, launcher, *killing)
     assert time.monotonic() - began < 120 and done.returncode != 0
@@ -338,34 +350,25 @@ def test_a_process_that_is_killed_ends_the_other_with_its_name(
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("times", [1, 2], ids=["once", "twice"])
-def test_ctrl_c_under_torchrun(times, recipe_files, tmp_path):
+def test_ctrl_c_under_torchrun(times, recipe_files, tmp_path, forked):
     """As a terminal sends it, to all that the shell started. Once: the step is done, saved, and what to do is
     said, each in one line. Twice: the step, which would take a minute, is left."""
     run = tmp_path / "run"
     waits = ["wait", "ONE", "2" if times == 2 else "0"]
     words = ["run", recipe_files / "seqlora.yaml", f"output={run}", "data.epochs=50", "eval.zero_shot=false"]
-    with open(tmp_path / "log", "w") as log:
-        launcher = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-            + [str(word) for word in (TESTS / "run_stopped.py", *waits, *words)],
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        try:
-            while not (run / "log.jsonl").is_file() or len(rows(run / "log.jsonl")) < 2:
-                time.sleep(0.1)
-                assert launcher.poll() is None, (tmp_path / "log").read_text()
-            os.killpg(launcher.pid, signal.SIGINT)
-            if times == 2:
-                time.sleep(signals.AGAIN + 0.5)
-                assert launcher.poll() is None
-                os.killpg(launcher.pid, signal.SIGINT)
-            assert launcher.wait(timeout=45) == 1
-        finally:
-            launcher.kill()
-    told = (tmp_path / "log").read_text()
+    command = ["--standalone", "--nproc-per-node", "2", TESTS / "run_stopped.py", *waits, *words]
+    launcher = forked.module("torch.distributed.run", *command, session=True)
+    while not (run / "log.jsonl").is_file() or len(rows(run / "log.jsonl")) < 2:
+        time.sleep(0.1)
+        assert launcher.running(), launcher.wait()
+    os.killpg(launcher.processes[0], signal.SIGINT)
+    if times == 2:
+        time.sleep(signals.AGAIN + 0.5)
+        assert launcher.running()
+        os.killpg(launcher.processes[0], signal.SIGINT)
+    done = launcher.wait(45)
+    assert done.returncode == 1
+    told = done.stdout + done.stderr
     assert told.count(signals.MESSAGE) == 1
     assert told.count("all is saved; the same command goes on") == 2 - times
     saved = len(list((run / "progress").glob("*")))

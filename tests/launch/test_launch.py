@@ -1,8 +1,5 @@
 """Every shipped recipe runs as YAML and as a program; every launcher starts it; faults are sentences."""
 
-import json
-import os
-import subprocess
 import sys
 import tomllib
 from importlib.metadata import entry_points
@@ -77,15 +74,11 @@ def test_a_recipe_is_a_program(recipe, small, tmp_path, monkeypatch):
     assert list(keys)[0] == "_" and list(keys)[-1] == "launch"
 
 
-def test_accelerate_launch(small, tmp_path):
+def test_accelerate_launch(small, tmp_path, forked):
     """A recipe as a program of one process: `accelerate launch` starts `python RECIPE`."""
-    options = ["--num_processes", "1", "--cpu", "--main_process_port", str(free_port())]
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *options, SHIPPED / "trace_llama.yaml", *small],
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    options = ["--num_processes", "1", "--cpu", "--main_process_port", free_port()]
+    words = [*options, SHIPPED / "trace_llama.yaml", *small]
+    done = forked.module("accelerate.commands.launch", *words).wait(240)
     assert done.returncode == 0, done.stderr
     assert finished(tmp_path)
 
@@ -96,22 +89,6 @@ def test_a_launch_of_one_process(small, tmp_path, forked):
     done = forked.command("run", SHIPPED / "trace_llama.yaml", *small, processes=1)
     assert done.returncode == 0, done.stderr
     assert finished(tmp_path)
-
-
-@pytest.mark.distributed
-@pytest.mark.skipif(not (ROOT / "launch.sh").is_file(), reason="not a checkout")
-def test_launch_script(small, tmp_path):
-    env = {**os.environ, "PYTHON": sys.executable, "PROCESSES": "2", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [ROOT / "launch.sh", str(SHIPPED / "quickstart.yaml"), *small, *FEW["quickstart"]],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    assert finished(tmp_path)
-    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["world_size"] == 2
 
 
 def test_all_faults_of_a_recipe_at_once(tmp_path, capsys):

@@ -2,6 +2,7 @@
 PATH.
 """
 
+import json
 import os
 import re
 import shlex
@@ -391,7 +392,6 @@ def test_a_slurm_allocation(tiny_llama, toy_stream, launch, tmp_path):
         "eval.max_new_tokens=2",
         "eval.max_examples=2",
         "general.data=null",
-        "checkpoint=false",
         f"output={tmp_path / 'run'}",
         PATH=f"{stubs}:{os.environ['PATH']}",
         PYTHON=sys.executable,
@@ -401,7 +401,9 @@ def test_a_slurm_allocation(tiny_llama, toy_stream, launch, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "2 processes on 1 machine (DDP) agree" in done.stdout
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["world_size"] == 2
     assert (tmp_path / "run" / "summary.json").is_file()
+    assert (tmp_path / "run" / "checkpoint" / "model.safetensors").is_file()
 
 
 @pytest.mark.distributed

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from codyra_llm.cli import main
 from codyra_llm.config.recipe import load_recipe
 from codyra_llm.core.errors import Fault
 from codyra_llm.experiment.run import run
 from codyra_llm.models import loading
-from codyra_llm.runtime import launch
 
 
 @pytest.fixture
@@ -44,25 +44,28 @@ def test_a_second_process_that_differs_ends_both(sections, other_data, tmp_path,
     (tmp_path / "recipe.yaml").write_text(json.dumps(sections), encoding="utf-8")
 
     def work(rank: int) -> None:
+        socket.gethostname = lambda: f"node{rank + 1}"
         others = [f"data.root={other_data}", "seed=5"] if rank else []
         with pytest.raises(Fault) as caught:
             run(load_recipe(tmp_path / "recipe.yaml", others))
         (tmp_path / f"fault {rank}").write_text(str(caught.value), encoding="utf-8")
-        launch.leave()
+        main(["run", str(tmp_path / "recipe.yaml"), *others])
 
     done = forked.ranks(work)
-    assert done.returncode == 0, done.stderr
+    assert done.codes == [2, 2], done.stderr
     told = [(tmp_path / f"fault {rank}").read_text(encoding="utf-8") for rank in range(2)]
     assert told[0] == told[1]
-    host, lines = socket.gethostname(), told[0].splitlines()
+    lines = told[0].splitlines()
     assert len(lines) == 2
-    assert f"recipe seed differs between processes: 1234 on {host} (rank 0), 5 on {host} (rank 1)" in lines[0]
+    seeds = "recipe seed differs between processes: 1234 on node1 (rank 0), 5 on node2 (rank 1); start every"
+    assert lines[0].startswith(seeds)
+    assert done.stderr.count(f"error: {seeds}") == done.stderr.count(seeds) == 1, done.stderr
     digests = [
         hashlib.sha256((root / "TWO" / "train.json").read_bytes()).hexdigest()[:16]
         for root in (Path(sections["data"]["root"]), other_data)
     ]
     assert (
-        f"data TWO/train.json differs between processes: {digests[0]} on {host} (rank 0), {digests[1]}"
+        f"data TWO/train.json differs between processes: {digests[0]} on node1 (rank 0), {digests[1]}"
         in lines[1]
     )
     assert not (tmp_path / "run").exists()

@@ -47,19 +47,19 @@ def assert_saved(told: str, asked, other: RunFolder, folder: RunFolder) -> None:
     ]
 
 
-def test_a_signal_while_it_trains(straight, tmp_path, forked):
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=["SIGUSR1", "SIGTERM"])
+def test_a_signal_while_it_trains(number, straight, tmp_path, forked):
     asked, other = straight
     folder = like(asked, tmp_path)
     started = begin(forked, tmp_path, folder)
-    os.kill(started.processes[0], signal.SIGUSR1)
+    os.kill(started.processes[0], number)
     done = started.wait()
     assert done.returncode == signals.EXIT == 75
     assert_saved(done.stderr, load_recipe(tmp_path / "recipe.json"), other, folder)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
-def test_a_signal_to_the_command(number, straight, tmp_path):
-    """`python -m codyra_llm run`, and each of the signals that users send."""
+def test_ctrl_c(straight, tmp_path):
+    """`python -m codyra_llm run`, in a process that was started as users start it."""
     asked, other = straight
     folder = like(asked, tmp_path)
     words = [sys.executable, "-m", "codyra_llm", "run", tmp_path / "recipe.json"]
@@ -67,13 +67,11 @@ def test_a_signal_to_the_command(number, straight, tmp_path):
     while not folder.log_rows:
         time.sleep(0.02)
         assert process.poll() is None
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     told = process.communicate(timeout=60)[1]
     assert process.returncode == signals.EXIT
-    if number == signal.SIGINT:
-        assert told.startswith(signals.MESSAGE)
-        told = told.removeprefix(signals.MESSAGE)
-    assert_saved(told, load_recipe(tmp_path / "recipe.json"), other, folder)
+    assert told.startswith(signals.MESSAGE)
+    assert_saved(told.removeprefix(signals.MESSAGE), load_recipe(tmp_path / "recipe.json"), other, folder)
 
 
 def test_the_second_of_two_runs_is_refused(straight, tmp_path, forked):

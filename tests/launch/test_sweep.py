@@ -12,6 +12,7 @@ from made_plugins import FILE
 
 from codyra_llm.cli import main
 from codyra_llm.core.errors import Fault
+from codyra_llm.experiment import run as runs
 from codyra_llm.sweep import runner
 from codyra_llm.sweep.spec import load_sweep
 
@@ -40,30 +41,24 @@ def test_one_sweep_at_a_time_and_no_run_outlives_an_interrupt(sweep_file, monkey
     started[1].wait()
 
 
-def test_from_the_command_line(sweep_file, capsys):
-    """Two processes of their own, one launched as on many GPUs, then the comparison alone."""
-    path = sweep_file(arms={"none": {"method": "none"}, "seqlora": {}}, grid={"seed": [1]}, baseline="none")
-    with pytest.raises(SystemExit) as end:
-        main(["sweep", str(path), "--jobs", "2"])
+def test_from_the_command_line(sweep_file, capsys, tmp_path):
+    """Two processes of their own, which know the sweep's plug-ins, then the comparison alone. Oracle of the
+    plug-in's method: the same by its shipped name."""
+    shipped = load_sweep(sweep_file(arms={"mine": {}}, grid={"seed": [1]}, output=str(tmp_path / "shipped")))
+    expected = runs.run(shipped.runs()[0].recipe)
+    (tmp_path / "mine.py").write_text(FILE)
+    mine = {"method": "mine", "method.rank": 2}
+    path = sweep_file(arms={"none": {"method": "none"}, "mine": mine}, grid={"seed": [1]}, baseline="none")
+    with plugin(), pytest.raises(SystemExit) as end:
+        main(["sweep", str(path), "--jobs", "2", "--plugin", str(tmp_path / "mine.py")])
     assert not end.value.code, capsys.readouterr().err
     out = path.parent / "out"
     found = json.loads((out / "sweep.json").read_text())
-    assert [row["arm"] for row in found["rows"]] == ["none", "seqlora"] and len(found["runs"]) == 2
+    assert [row["arm"] for row in found["rows"]] == ["none", "mine"] and len(found["runs"]) == 2
     assert found["rows"][1]["costs"]["trained"] > 0 and found["rows"][0]["costs"] is None
-    assert "after TWO: ONE" in (out / "seqlora" / "seed=1.log").read_text()
+    assert found["runs"][1]["matrix"] == expected.summary["matrix"] != found["runs"][0]["matrix"]
+    assert "after TWO: ONE" in (out / "mine" / "seed=1.log").read_text()
     (out / "sweep.md").unlink()
-    with pytest.raises(SystemExit):
-        main(["sweep", str(path), "--report"])
-    assert "| seqlora | " in (out / "sweep.md").read_text() and "seqlora" in capsys.readouterr().out
-
-
-def test_runs_know_the_plugins_of_their_sweep(sweep_file, capsys, tmp_path):
-    """Each run in a process of its own. Oracle: the same method by its shipped name."""
-    (tmp_path / "mine.py").write_text(FILE)
-    path = sweep_file(arms={"seqlora": {}, "mine": {"method": "mine", "method.rank": 2}}, grid={"seed": [1]})
-    with plugin(), pytest.raises(SystemExit) as end:
-        main(["sweep", str(path), "--plugin", str(tmp_path / "mine.py")])
-    assert not end.value.code, capsys.readouterr().err
-    found = json.loads((path.parent / "out" / "sweep.json").read_text())
-    one, two = (run["matrix"] for run in found["runs"])
-    assert one == two
+    with plugin(), pytest.raises(SystemExit):
+        main(["sweep", str(path), "--report", "--plugin", str(tmp_path / "mine.py")])
+    assert "| mine | " in (out / "sweep.md").read_text() and "mine" in capsys.readouterr().out

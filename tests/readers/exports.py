@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from adapters import recipe
-from conftest import SIZES, save_tiny
 from safetensors.torch import load_file, save_file
+from tiny import SIZES, save_tiny
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,

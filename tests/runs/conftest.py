@@ -1,14 +1,14 @@
-"""Fixtures of the tests that run recipes."""
+"""Fixtures of the tests that run recipes. They import inside, as `tests/conftest.py` says why."""
 
 import pytest
-from helpers import TESTS
-
-from codyra_llm.core import foreign, foreign_worker
 
 
 @pytest.fixture(scope="module")
 def impatient():
     """Code of others gets half a second of computing in place of two."""
+    from helpers import TESTS
+
+    from codyra_llm.core import foreign, foreign_worker
 
     def begin_anew():
         foreign._worker.close()

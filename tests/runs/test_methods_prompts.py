@@ -39,28 +39,14 @@ def states(folder):
 
 
 @every_method
-def test_killed_and_restarted_equals_straight_through_and_a_stage_answers(
-    name, tiny_llama, toy_stream, tmp_path, monkeypatch
-):
+def test_a_state_of_each_task_and_a_stage_that_answers(name, tiny_llama, toy_stream, tmp_path):
     short = {"data__epochs": 1, "data__max_train_examples": 12}
     straight = run.run(recipe(tiny_llama, toy_stream, tmp_path / "straight", name, **short))
-    learn = run.learn
-
-    def dies(experiment, stage, peak):
-        if stage.index == 2:
-            raise KeyboardInterrupt
-        learn(experiment, stage, peak)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, "learn", dies)
-        run.run(recipe(tiny_llama, toy_stream, tmp_path / "killed", name, **short))
-    killed = run.run(recipe(tiny_llama, toy_stream, tmp_path / "killed", name, **short))
-    for one, two in zip(states(straight), states(killed), strict=True):
-        assert one and one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-    assert [r.score for r in straight.scores] == [r.score for r in killed.scores]
     grows = [sum(v.numel() for v in state.values()) for state in states(straight)]
-    assert METHODS[name].grows == (grows[0] < grows[1] < grows[2]) and (
-        METHODS[name].grows or len(set(grows)) == 1
+    assert (
+        grows[0]
+        and METHODS[name].grows == (grows[0] < grows[1] < grows[2])
+        and (METHODS[name].grows or len(set(grows)) == 1)
     )
     assert Archive(straight.path / "updates", straight.manifest["base"]).load(2).adapters == {}
 

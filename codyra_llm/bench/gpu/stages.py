@@ -51,6 +51,7 @@ STAGES = {
     "whole": Stage(whole, 100),
 }
 LEAST = 5.0  # seconds that must be left for a stage to begin
+SLOW_IMPORTS = "codyra_llm.bench.gpu.slow_imports"
 IMPORTS = 300.0  # seconds that imports may take
 
 
@@ -65,7 +66,7 @@ def bench_gpu(out: Path, tiny: bool, seconds: float, names: Sequence[str] | None
     # Every stage is forked from a server that has imported everything and never initialised CUDA: so it
     # starts at once, and when it crashes it ends alone.
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload([__name__])
+    server.set_forkserver_preload([__name__] if torch.cuda.is_available() else [__name__, SLOW_IMPORTS])
     began = time.monotonic()
     run_process(server.Process(target=_nothing), IMPORTS)
     console.print(f"packages imported ({time.monotonic() - began:.0f} s)", highlight=False)

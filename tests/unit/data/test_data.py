@@ -58,7 +58,7 @@ def assert_masks(tokenizer, data):
 @given(st.lists(st.tuples(st.text(max_size=30), st.text(max_size=30)), max_size=5))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_examples_are_encoded_together_as_each_alone(tokenizer, pairs):
-    """And as `Dataset.map` would, text by text; some are cut."""
+    """Some are cut."""
     pairs = [*TEXTS, *pairs]
     for kind in (tokenizer, sentencepiece_like()):
         encoder = Encoder(kind, section(12, 6))
@@ -68,11 +68,18 @@ def test_examples_are_encoded_together_as_each_alone(tokenizer, pairs):
             (ids, cut), (answer_ids, answer_cut) = encoder.prompt(prompt), encoder.answer(answer)
             alone.append(Encoded(ids, answer_ids, cut or answer_cut))
         assert encoder.encode(records) == alone
+    assert encoder.encode([]) == []
+
+
+def test_examples_are_encoded_as_a_dataset_maps_them(tokenizer):
+    """`Dataset.map`, text by text, gives what all at once do."""
+    records = [{"prompt": prompt, "answer": answer} for prompt, answer in TEXTS]
+    for kind in (tokenizer, sentencepiece_like()):
+        encoder = Encoder(kind, section(12, 6))
         rows = Dataset.from_list(records).map(
             lambda row, own=encoder: {"ids": own.encode([row])[0].prompt}, new_fingerprint="x"
         )
-        assert list(rows["ids"]) == [example.prompt for example in alone]
-    assert encoder.encode([]) == []
+        assert list(rows["ids"]) == [example.prompt for example in encoder.encode(records)]
 
 
 def test_masks(tokenizer):

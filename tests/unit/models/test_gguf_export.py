@@ -9,8 +9,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import SIZES, save_tiny
 from safetensors.torch import load_file, save_file
+from tiny import SIZES, save_tiny
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,

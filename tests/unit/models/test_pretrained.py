@@ -120,7 +120,7 @@ def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
 @pytest.fixture
 def deep_gemma3(tmp_path):
     """A Gemma 3 of six layers, as its GGUF implies that every sixth layer has full attention."""
-    from conftest import SIZES, save_tiny
+    from tiny import SIZES, save_tiny
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     config = Gemma3TextConfig(
