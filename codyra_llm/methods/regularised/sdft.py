@@ -31,8 +31,9 @@ class Sdft(SeqLora):
     adapter in place of all weights, and `probe`: the method can't work where the base makes nothing of a
     demonstration, so before the first task the cross entropy of `probe` gold answers is measured with and
     without it. A demonstration that doesn't fit into `data.max_prompt_tokens` loses the beginning of its
-    prompt; of a chat, the last answer is learnt. Cost per step: up to `answer_tokens` forwards of one token
-    per micro-batch, and the teacher's forward; one more copy of the adapter.
+    prompt; of a chat, the last answer is learnt. Validation losses (optim.validate_every) are the cross
+    entropy of the gold answers, without demonstration. Cost per step: up to `answer_tokens` forwards of one
+    token per micro-batch, and the teacher's forward; one more copy of the adapter.
     """
 
     name, Config = "sdft", SdftConfig
@@ -58,6 +59,9 @@ class Sdft(SeqLora):
         self._due = step > 0
 
     def loss(self, model, batch: Batch) -> dict[str, Tensor]:
+        """The divergence on a training batch; in validation, whose examples are others, cross entropy."""
+        if not model.training:
+            return super().loss(model, batch)
         self._average(model)
         # The model needs one token at least to go on from.
         prompts = [self._examples[i].prompt or [first_token(model)] for i in batch.examples]

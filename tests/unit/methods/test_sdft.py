@@ -47,7 +47,7 @@ def begun(path, ends=(), **settings):
     )
     method.begin_task(model, task)
     moved(model, 1)
-    return method, model
+    return method, model.train()
 
 
 @torch.no_grad()
@@ -144,6 +144,23 @@ def test_the_loss_is_the_divergence_on_own_answers(tiny_llama, divergence, skip)
     own = torch.autograd.grad(found, factors)
     exact = torch.autograd.grad(expected, factors)
     torch.testing.assert_close(own, exact, rtol=1e-7, atol=1e-12)
+
+
+def test_validation_is_on_the_eval_splits_own_answers(tiny_llama):
+    """Which are not the training examples of the same numbers, and there may be more of them: the cross
+    entropy of the gold answers."""
+    method, model = begun(tiny_llama)
+    records = [*RECORDS, {"prompt": "b", "answer": "c"}, {"prompt": "b", "answer": "a"}]
+    examples = encode(records[::-1])
+    total = sum(example.targets for example in examples)
+    with torch.no_grad():
+        found = method.loss(model.eval(), collate(examples, range(4), [1 / total] * 4, 0))
+        expected = 0.0
+        for example in examples:
+            labels = torch.tensor(example.answer)[:, None]
+            log_p = chances(model, example.prompt + example.answer, len(labels))
+            expected -= log_p.gather(1, labels).sum() / total
+    torch.testing.assert_close(found["loss"], expected, rtol=1e-7, atol=0)
 
 
 def test_the_teacher_is_an_average_of_the_student(tiny_llama):
