@@ -140,10 +140,10 @@ def collate(
 
 def example_weights(encoded: Sequence[Encoded], chosen: Sequence[int], average: str) -> list[float]:
     """Weight per labelled token: 1 / (labelled tokens of the global batch), or 1 / (examples · own labelled
-    tokens).
+    tokens). An example without any has no weight to give.
     """
-    counts = [encoded[i].targets for i in chosen]
-    total = sum(counts)
+    counts = [max(encoded[i].targets, 1) for i in chosen]
+    total = max(sum(encoded[i].targets for i in chosen), 1)
     return [1 / total if average == "token" else 1 / (len(chosen) * n) for n in counts]
 
 

@@ -144,7 +144,7 @@ class Trainer:
         self.gradients = Gradients(
             self.engine,
             self._micro,
-            lambda one: collate([one], [0], [1 / one.targets], pad, self.packed).to(acc.device),
+            lambda one: collate([one], [0], [1 / max(one.targets, 1)], pad, self.packed).to(acc.device),
         )
 
     def fit(
