@@ -13,10 +13,12 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.core.tensors import generator
 from codyra_llm.data.batches import collate
 from codyra_llm.data.encoding import Encoded
+from codyra_llm.data.rendering import ByTemplate, plain
 from codyra_llm.lora.layer import sites, stand_in
 from codyra_llm.lora.shared import share_inputs
 from codyra_llm.methods.parts.samples import answered, end_tokens
 from codyra_llm.methods.regularised import sdft
+from codyra_llm.models.tokenizer import load_tokenizer
 
 TOKENS = {"a": [5, 6, 7], "b": [8, 9, 10], "c": [3, 4, 11, 12, 13]}
 
@@ -33,7 +35,7 @@ def encode(records):
 RECORDS = [{"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": "a"}]
 
 
-def begun(path, ends=(), **settings):
+def begun(path, ends=(), records=RECORDS, render=plain, **settings):
     """The method at the start of the first task, in float64, with an adapter that is not zero."""
     kind = METHODS["sdft"]
     settings = {"probe": 0, "answer_tokens": 4, "demonstration": "{prompt}|{answer}", **settings}
@@ -41,9 +43,9 @@ def begun(path, ends=(), **settings):
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).requires_grad_(False)
     method.attach(model)
     share_inputs(model)
-    stream = SimpleNamespace(tasks=["ONE"])
+    stream = SimpleNamespace(tasks=["ONE"], render=render)
     task = SimpleNamespace(
-        index=0, archive=None, records=lambda: RECORDS, encode=encode, stream=stream, ends=frozenset(ends)
+        index=0, archive=None, records=lambda: records, encode=encode, stream=stream, ends=frozenset(ends)
     )
     method.begin_task(model, task)
     moved(model, 1)
@@ -191,11 +193,34 @@ def test_a_demonstration_leaves_texts_as_they_are():
     kind = METHODS["sdft"]
     method = kind(kind.Config(demonstration="{prompt} so {answer}; {prompt}"), 0)
     record = {"prompt": "a {answer} {x}", "answer": "{prompt}", "more": 1}
-    assert method._with_demonstration(record) == {
+    assert method._with_demonstration(record, "") == {
         "prompt": "a {answer} {x} so {prompt}; a {answer} {x}",
         "answer": "{prompt}",
         "more": 1,
     }
+
+
+def test_a_chat_is_shown_the_answer_in_its_user_s_turn(tiny_llama):
+    """Before what the template writes after it; where that does not end the prompt, at its end."""
+    chats = [
+        {"prompt": "a|c", "answer": "b", "learnt": [(0, 1)]},
+        {"prompt": "c|a", "answer": "b", "learnt": []},
+        {"prompt": "a|c", "answer": "b"},  # no chat
+    ]
+    method, _ = begun(tiny_llama, records=chats, render=SimpleNamespace(closing="|c"))
+    shown = [example.prompt for example in method._demonstrated]
+    a, b, c = TOKENS.values()
+    assert shown == [a + b + c, c + a + b, a + c + b]
+
+
+def test_what_a_template_writes_after_a_user_s_text(tiny_llama):
+    tokenizer = load_tokenizer(tiny_llama)
+    assert ByTemplate(tokenizer).closing == plain.closing == ""
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    assert ByTemplate(tokenizer).closing == "<eos>[assistant]"
 
 
 @pytest.mark.parametrize("text", ["no names", "{prompt}", "{answer}"])
