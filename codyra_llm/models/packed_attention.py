@@ -62,8 +62,9 @@ def unmasked(model: nn.Module, width: int) -> Iterator[None]:
 
 
 class As:
-    """Within it a model of this config attends as it did when this was made, for what checkpointed layers compute again in
-    backward, when `unmasked` has ended. It may be entered more than once, as a backward may come again."""
+    """Within it a model of this config attends as it did when this was made, for what checkpointed layers
+    compute again in backward, when `unmasked` has ended. It may be entered more than once, as a backward may
+    come again."""
 
     def __init__(self, config: PreTrainedConfig):
         self.config, self.name = config, config._attn_implementation
