@@ -24,8 +24,8 @@ class Batch:
 
     ids [R, T]; positions [1, T] or None. A labelled token is a target [M]; the hidden state that predicts it
     stands at `predictors` [M] of the flattened rows. weights [M] sum to 1 over the labelled tokens of the
-    global batch. Of each example, on the host: its `prompts`, the tokens up to the first that predicts a
-    labelled one, and how many tokens are `labelled`.
+    global batch. Of each example, on the host: its `prompts`, the tokens before the answer, and how many
+    tokens are `labelled`, those of earlier turns of a chat among them.
     """
 
     ids: Tensor
@@ -132,7 +132,7 @@ def collate(
         torch.tensor(shares, dtype=torch.float32),
         list(chosen),
         prompts,
-        [n - len(prompt) for n, prompt in zip(lengths, prompts, strict=True)],
+        [len(example.labelled) for example in own],
         lengths if packed else None,
         packed_attention.segment_ends(lengths) if packed else None,
     )
@@ -140,10 +140,10 @@ def collate(
 
 def example_weights(encoded: Sequence[Encoded], chosen: Sequence[int], average: str) -> list[float]:
     """Weight per labelled token: 1 / (labelled tokens of the global batch), or 1 / (examples · own labelled
-    tokens).
+    tokens). An example without any has no weight to give.
     """
-    counts = [encoded[i].targets for i in chosen]
-    total = sum(counts)
+    counts = [max(encoded[i].targets, 1) for i in chosen]
+    total = max(sum(encoded[i].targets for i in chosen), 1)
     return [1 / total if average == "token" else 1 / (len(chosen) * n) for n in counts]
 
 

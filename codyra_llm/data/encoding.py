@@ -41,8 +41,9 @@ class Encoded:
 
     @property
     def targets(self) -> int:
-        """The number of tokens that are to be learnt."""
-        return len(self.answer) + sum(stop - start for start, stop in self.turns)
+        """The number of tokens that are to be learnt: how many are `labelled`."""
+        answer = len(self) - max(len(self.prompt), 1)
+        return max(answer, 0) + sum(stop - start for start, stop in self.turns)
 
 
 class Encoder:

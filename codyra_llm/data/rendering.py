@@ -10,13 +10,15 @@ from transformers import PreTrainedTokenizerBase
 from codyra_llm.core.foreign import Failed
 from codyra_llm.data.chats import Chat, Wrong
 from codyra_llm.models.ends import end_of_turn
-from codyra_llm.models.tokenizer import render_chats
+from codyra_llm.models.tokenizer import around_text, render_chats
 
 Span = tuple[int, int]  # the first character, and the one after the last
 
 
 class Render:
     """Chats as lines, without a model's template: for `codyra-llm data check`."""
+
+    closing = ""  # what is written after a user's text, up to where the answer begins
 
     def __call__(self, chat: Chat) -> str:
         """What stands before the assistant's next turn."""
@@ -51,6 +53,7 @@ class ByTemplate(Render):
         self.tokenizer = tokenizer
         end = end_of_turn(tokenizer)
         self.end = None if end is None else _token(tokenizer, end)
+        self.closing = around_text(tokenizer)[1]
 
     def __call__(self, chat: Chat) -> str:
         return self._beginnings(chat, [len(chat.messages)])[0]

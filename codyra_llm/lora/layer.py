@@ -165,14 +165,17 @@ def stand_in(model: nn.Module, factors: dict[str, Factors]) -> Iterator[None]:
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Within this block the adapters have no dropout. Not model.eval(), which would also turn gradient
-    checkpointing off.
+    """Within this block nothing drops out, neither in the adapters nor in the base, whose attention may have
+    dropout of its own. Not model.eval(), which would also turn gradient checkpointing off.
     """
-    layers = [layer for layer in sites(model).values() if layer.training]
-    for layer in layers:
-        layer.training = False
+    dropping = []
+    for module in model.modules():
+        if module.training and not getattr(module, "gradient_checkpointing", False):
+            dropping.append(module)
+    for module in dropping:
+        module.training = False
     try:
         yield
     finally:
-        for layer in layers:
-            layer.training = True
+        for module in dropping:
+            module.training = True

@@ -160,8 +160,8 @@ class Method:
         return 0
 
     def loss(self, model: nn.Module, batch: "Batch") -> dict[str, Tensor]:
-        """Named loss terms; the loop sums them and logs each. `batch.weights` already contains the global
-        average.
+        """Named loss terms; the loop sums them and logs each, and validation measures `loss`. `batch.weights`
+        already contains the global average.
         """
         return {"loss": batch.cross_entropy(model)}
 

@@ -7,7 +7,7 @@ safetensors.
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import file_sha256
 from codyra_llm.core.parsing import read_json, shown
-from codyra_llm.models import families
+from codyra_llm.models import families, packed_attention
 from codyra_llm.models.families.config_file import read_config, size_faults
 from codyra_llm.models.tokenizer import tokenizer_faults
 from codyra_llm.models.weights import INDEX, SINGLE, header_faults, weight_files
@@ -132,7 +132,12 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
     """Keep of every layer only what it reads, and compute the rest again in backward. transformers asks for
     the embeddings' gradient too, which only re-entrant checkpoints need; without it backward ends at the
     first layer that trains, and the layers before it are computed once."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    config = model.config  # not the model, which would refer to itself by what its layers keep
+
+    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+        return nullcontext(), packed_attention.As(config)  # made in forward, entered in backward
+
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
     model.disable_input_require_grads()
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from codyra_llm.models import families, prefix_attention, short_attention
 
@@ -59,6 +59,23 @@ def unmasked(model: nn.Module, width: int) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = name
+
+
+class As:
+    """Within it a model of this config attends as it did when this was made, for what checkpointed layers
+    compute again in backward, when `unmasked` has ended. It may be entered more than once, as a backward may
+    come again."""
+
+    def __init__(self, config: PreTrainedConfig):
+        self.config, self.name = config, config._attn_implementation
+        self.outside: list[str | None] = []
+
+    def __enter__(self) -> None:
+        self.outside.append(self.config._attn_implementation)
+        self.config._attn_implementation = self.name
+
+    def __exit__(self, *error: object) -> None:
+        self.config._attn_implementation = self.outside.pop()
 
 
 def use(model: PreTrainedModel) -> None:

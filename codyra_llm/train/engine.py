@@ -44,6 +44,8 @@ class Engine:
             self.module, self.optimizer = acc.prepare(objective, optimizer)
             # `prepare` has set it, and with it transformers would load the next task's model in shards.
             unset_hf_deepspeed_config()
+        elif acc.num_processes > 1:
+            self._agree()
 
     @property
     def groups(self) -> list[dict]:
@@ -51,6 +53,17 @@ class Engine:
         dictionaries.
         """
         return self.inner.param_groups
+
+    @torch.no_grad()
+    def _agree(self) -> None:
+        """Take the first rank's factors (collective), as DeepSpeed does by itself. Those that a method has
+        computed may differ between ranks: a backward pass on a GPU adds up in any order, and where singular
+        values lie close together, a small difference there turns the directions."""
+        with heartbeat.waiting():
+            for layer in sites(self.model).values():
+                for p in (layer.lora_A, layer.lora_w, layer.lora_B):
+                    if p is not None:
+                        p.copy_(broadcast(p.detach().clone()))
 
     def accumulate(self, batch, first: bool, last: bool) -> dict[str, Tensor]:
         """Run forward and backward on one micro-batch. `first` adds the penalty terms, once per step; `last`

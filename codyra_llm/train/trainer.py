@@ -144,7 +144,7 @@ class Trainer:
         self.gradients = Gradients(
             self.engine,
             self._micro,
-            lambda one: collate([one], [0], [1 / one.targets], pad, self.packed).to(acc.device),
+            lambda one: collate([one], [0], [1 / max(one.targets, 1)], pad, self.packed).to(acc.device),
         )
 
     def fit(
@@ -389,12 +389,13 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, examples: list[Encoded]) -> float:
-        """Mean loss over the examples, averaged as in training."""
+        """Mean loss over the examples, averaged as in training: of the method's terms the one that the log
+        has as `loss`, or all of them where none has that name."""
         self.engine.module.eval()
-        total = sum(
-            sum(self.engine.module(batch).values())
-            for batch in self._micro(examples, list(range(len(examples))))
-        )
+        total = 0.0
+        for batch in self._micro(examples, list(range(len(examples)))):
+            terms = self.engine.module(batch)
+            total = total + (terms["loss"] if "loss" in terms else sum(terms.values()))
         self.engine.module.train()
         return self.acc.reduce(total, "sum").item()
 

@@ -28,13 +28,16 @@ from launches import (
 from run_weighed import weighed
 from safetensors.torch import load_file
 
+from codyra_llm.cli import main
 from codyra_llm.config.recipe import load_recipe
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import await_file
 from codyra_llm.data.batches import micro_batches
 from codyra_llm.experiment import run as runs
 from codyra_llm.experiment.setup import prepare
+from codyra_llm.lora.layer import sites
 from codyra_llm.lora.proximal import ProximalAdamW
+from codyra_llm.methods.sequential.seqlora import SeqLora
 from codyra_llm.runtime import launch, signals
 from codyra_llm.runtime.launch import accelerator
 from codyra_llm.train.engine import Engine
@@ -94,6 +97,28 @@ def test_ddp(method, one_process, recipe_files, tmp_path, forked):
         in done.stdout
     )
     assert_same_run(one_process[method], tmp_path / "run", 0)
+
+
+@pytest.mark.distributed
+def test_processes_begin_with_the_first_ones_factors(one_process, recipe_files, tmp_path, forked):
+    """Where a method computes them, as from a singular value decomposition or a backward pass on a GPU, they
+    may come out otherwise on another process, by a sign or by far more than rounding."""
+
+    def work(rank: int) -> int | None:
+        begin = SeqLora.begin_task
+
+        def otherwise(method, model, task):
+            begin(method, model, task)
+            for layer in sites(model).values():
+                layer.lora_A.data.neg_()
+
+        if rank:
+            SeqLora.begin_task = otherwise
+        return main(["run", str(recipe_files / "seqlora.yaml"), f"output={tmp_path / 'run'}"])
+
+    done = forked.ranks(work)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(one_process["seqlora"], tmp_path / "run", 0)
 
 
 @pytest.mark.distributed

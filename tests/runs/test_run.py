@@ -275,6 +275,31 @@ def test_none_and_validation(tiny_llama, toy_stream, tmp_path):
     assert [("eval_loss" in row) for row in rows] == [False, True] * 3
 
 
+def test_the_validation_loss_is_the_loss_without_what_a_method_adds(tiny_llama, toy_stream, tmp_path):
+    """As the log's `loss` is: after the last step, the cross entropy of the model that the task leaves. What
+    a method adds would say nothing of the answers, and keep_best would choose by it."""
+    asked = tiny_recipe(
+        tiny_llama,
+        toy_stream,
+        tmp_path / "run",
+        optim__validate_every=6,
+        optim__loss_average="token",
+        eval__max_examples=1,
+        method={"name": "lwf", "rank": 4, "weight": 3.0},
+    )
+    folder = run.run(asked)
+    setup, row = prepare(folder.recipe), read_jsonl(folder.path / "log.jsonl")[-1]
+    model = setup.model(folder.archive(), 1).double()
+    total = tokens = 0
+    for example in setup.encoder.encode(setup.stream.records(1, "eval")):
+        ids = torch.tensor([example.prompt + example.answer])
+        logits = model(input_ids=ids).logits[0, len(example.prompt) - 1 : -1]
+        answer = torch.tensor(example.answer)
+        total += torch.nn.functional.cross_entropy(logits, answer, reduction="sum").item()
+        tokens += len(answer)
+    assert row["eval_loss"] == pytest.approx(total / tokens, rel=1e-5) and row["lwf"] > 1e-3
+
+
 @pytest.mark.parametrize("method", ["codyra", "sora", {"name": "codyra_drift", "selection": "threshold"}])
 def test_the_best_step_is_not_asked_for_where_ranks_are_selected(method, tiny_llama, toy_stream, tmp_path):
     """The loss is lowest before the threshold has shrunk anything."""

@@ -31,12 +31,10 @@ def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
 
 
 def prompt_mask(batch: Batch) -> Tensor:
-    """Mask [R, T] of a training batch's prompt tokens, one example per row: a prompt's last token is the
-    first to predict a label."""
-    rows, width = batch.ids.shape
-    at = batch.predictors
-    last = torch.full((rows,), width, device=at.device).scatter_reduce(0, at // width, at % width, "amin")
-    return first_tokens(last + 1, width)
+    """Mask [R, T] of a training batch's prompt tokens, one example per row: all that is there when the answer
+    is asked for, earlier turns of a chat among them, as in `over_prompts` and at the test."""
+    (lengths,) = in_one_copy([torch.tensor([len(prompt) for prompt in batch.prompts])], batch.ids.device)
+    return first_tokens(lengths, batch.ids.shape[1])
 
 
 def row_weights(batch: Batch) -> Tensor:

@@ -98,7 +98,7 @@ def _kept(layer: LoraLinear, name: str, inputs: dict[str, Tensor], outputs: dict
 def _each_mean(batch: "Batch", examples: list[Encoded]) -> "Batch":
     """The batch with a loss that is the sum over its examples of each one's mean over its labelled tokens."""
     counts = [len(examples[i].labelled) for i in batch.examples]
-    shares = [torch.full((count,), 1 / count) for count in counts]
+    shares = [torch.full((count,), 1 / max(count, 1)) for count in counts]
     return replace(batch, weights=torch.cat(shares).to(batch.weights))
 
 

@@ -31,8 +31,10 @@ class Sdft(SeqLora):
     adapter in place of all weights, and `probe`: the method can't work where the base makes nothing of a
     demonstration, so before the first task the cross entropy of `probe` gold answers is measured with and
     without it. A demonstration that doesn't fit into `data.max_prompt_tokens` loses the beginning of its
-    prompt; of a chat, the last answer is learnt. Cost per step: up to `answer_tokens` forwards of one token
-    per micro-batch, and the teacher's forward; one more copy of the adapter.
+    prompt; of a chat, the last answer is learnt, and shown in the user's last turn. Validation losses
+    (optim.validate_every) are the cross entropy of the gold answers, without demonstration. Cost per step: up
+    to `answer_tokens` forwards of one token per micro-batch, and the teacher's forward; one more copy of the
+    adapter.
     """
 
     name, Config = "sdft", SdftConfig
@@ -45,7 +47,8 @@ class Sdft(SeqLora):
         super().begin_task(model, task)
         records = task.records()
         self._examples = task.encode(records)
-        self._demonstrated = task.encode([self._with_demonstration(record) for record in records])
+        closing = task.stream.render.closing
+        self._demonstrated = task.encode([self._with_demonstration(record, closing) for record in records])
         self._index, self._step, self._due = task.index, 0, False
         self._ends = task.ends
         self._teacher = snapshot(model)
@@ -58,6 +61,9 @@ class Sdft(SeqLora):
         self._due = step > 0
 
     def loss(self, model, batch: Batch) -> dict[str, Tensor]:
+        """The divergence on a training batch; in validation, whose examples are others, cross entropy."""
+        if not model.training:
+            return super().loss(model, batch)
         self._average(model)
         # The model needs one token at least to go on from.
         prompts = [self._examples[i].prompt or [first_token(model)] for i in batch.examples]
@@ -93,11 +99,16 @@ class Sdft(SeqLora):
                 if factor is not None:
                     factor.copy_(progress[f"{site}.{part}"])
 
-    def _with_demonstration(self, record: dict) -> dict:
-        """The record with the prompt that the teacher reads. Braces in a prompt or an answer are text."""
+    def _with_demonstration(self, record: dict, closing: str) -> dict:
+        """The record with the prompt that the teacher reads. Braces in a prompt or an answer are text.
+        `closing`: what a chat's template writes after the user's text, whose turn the demonstration is in."""
+        asked, end = record["prompt"], ""
+        if "learnt" in record and asked.endswith(closing):
+            asked, end = asked.removesuffix(closing), closing
         wording = self.config.demonstration.split("{prompt}")
         parts = [part.replace("{answer}", record["answer"]) for part in wording]
-        return {**record, "prompt": record["prompt"].join(parts)}
+        earlier = {"learnt": []} if "learnt" in record else {}  # their places are other ones now
+        return {**record, **earlier, "prompt": asked.join(parts) + end}
 
     @torch.no_grad()
     def _average(self, model: nn.Module) -> None:

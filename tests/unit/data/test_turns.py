@@ -147,6 +147,7 @@ def test_the_loss_is_that_of_each_turn_by_itself(average, packed, tokenizer, tin
     chosen = list(range(len(examples)))
     weights = example_weights(examples, chosen, average)
     batch = collate(examples, chosen, weights, tokenizer.pad_token_id, packed)
+    assert batch.labelled == counts  # by which methods tell whose a row of hidden states is
     torch.testing.assert_close(batch.cross_entropy(model), expected, rtol=1e-6, atol=1e-9)
 
 

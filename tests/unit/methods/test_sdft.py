@@ -13,10 +13,12 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.core.tensors import generator
 from codyra_llm.data.batches import collate
 from codyra_llm.data.encoding import Encoded
+from codyra_llm.data.rendering import ByTemplate, plain
 from codyra_llm.lora.layer import sites, stand_in
 from codyra_llm.lora.shared import share_inputs
 from codyra_llm.methods.parts.samples import answered, end_tokens
 from codyra_llm.methods.regularised import sdft
+from codyra_llm.models.tokenizer import load_tokenizer
 
 TOKENS = {"a": [5, 6, 7], "b": [8, 9, 10], "c": [3, 4, 11, 12, 13]}
 
@@ -33,7 +35,7 @@ def encode(records):
 RECORDS = [{"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": "a"}]
 
 
-def begun(path, ends=(), **settings):
+def begun(path, ends=(), records=RECORDS, render=plain, **settings):
     """The method at the start of the first task, in float64, with an adapter that is not zero."""
     kind = METHODS["sdft"]
     settings = {"probe": 0, "answer_tokens": 4, "demonstration": "{prompt}|{answer}", **settings}
@@ -41,13 +43,13 @@ def begun(path, ends=(), **settings):
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).requires_grad_(False)
     method.attach(model)
     share_inputs(model)
-    stream = SimpleNamespace(tasks=["ONE"])
+    stream = SimpleNamespace(tasks=["ONE"], render=render)
     task = SimpleNamespace(
-        index=0, archive=None, records=lambda: RECORDS, encode=encode, stream=stream, ends=frozenset(ends)
+        index=0, archive=None, records=lambda: records, encode=encode, stream=stream, ends=frozenset(ends)
     )
     method.begin_task(model, task)
     moved(model, 1)
-    return method, model
+    return method, model.train()
 
 
 @torch.no_grad()
@@ -146,6 +148,23 @@ def test_the_loss_is_the_divergence_on_own_answers(tiny_llama, divergence, skip)
     torch.testing.assert_close(own, exact, rtol=1e-7, atol=1e-12)
 
 
+def test_validation_is_on_the_eval_splits_own_answers(tiny_llama):
+    """Which are not the training examples of the same numbers, and there may be more of them: the cross
+    entropy of the gold answers."""
+    method, model = begun(tiny_llama)
+    records = [*RECORDS, {"prompt": "b", "answer": "c"}, {"prompt": "b", "answer": "a"}]
+    examples = encode(records[::-1])
+    total = sum(example.targets for example in examples)
+    with torch.no_grad():
+        found = method.loss(model.eval(), collate(examples, range(4), [1 / total] * 4, 0))
+        expected = 0.0
+        for example in examples:
+            labels = torch.tensor(example.answer)[:, None]
+            log_p = chances(model, example.prompt + example.answer, len(labels))
+            expected -= log_p.gather(1, labels).sum() / total
+    torch.testing.assert_close(found["loss"], expected, rtol=1e-7, atol=0)
+
+
 def test_the_teacher_is_an_average_of_the_student(tiny_llama):
     """φ moves by α once for each step, on from where a checkpoint has it."""
     method, model = begun(tiny_llama, teacher_rate=0.25)
@@ -174,11 +193,34 @@ def test_a_demonstration_leaves_texts_as_they_are():
     kind = METHODS["sdft"]
     method = kind(kind.Config(demonstration="{prompt} so {answer}; {prompt}"), 0)
     record = {"prompt": "a {answer} {x}", "answer": "{prompt}", "more": 1}
-    assert method._with_demonstration(record) == {
+    assert method._with_demonstration(record, "") == {
         "prompt": "a {answer} {x} so {prompt}; a {answer} {x}",
         "answer": "{prompt}",
         "more": 1,
     }
+
+
+def test_a_chat_is_shown_the_answer_in_its_user_s_turn(tiny_llama):
+    """Before what the template writes after it; where that does not end the prompt, at its end."""
+    chats = [
+        {"prompt": "a|c", "answer": "b", "learnt": [(0, 1)]},
+        {"prompt": "c|a", "answer": "b", "learnt": []},
+        {"prompt": "a|c", "answer": "b"},  # no chat
+    ]
+    method, _ = begun(tiny_llama, records=chats, render=SimpleNamespace(closing="|c"))
+    shown = [example.prompt for example in method._demonstrated]
+    a, b, c = TOKENS.values()
+    assert shown == [a + b + c, c + a + b, a + c + b]
+
+
+def test_what_a_template_writes_after_a_user_s_text(tiny_llama):
+    tokenizer = load_tokenizer(tiny_llama)
+    assert ByTemplate(tokenizer).closing == plain.closing == ""
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    assert ByTemplate(tokenizer).closing == "<eos>[assistant]"
 
 
 @pytest.mark.parametrize("text", ["no names", "{prompt}", "{answer}"])

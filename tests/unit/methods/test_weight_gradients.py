@@ -62,3 +62,14 @@ def test_they_are_those_of_the_plain_model(tiny_llama, packed):
         single = torch.stack([gradients[site] for gradients in of_each])
         torch.testing.assert_close(mean[site].float(), single.mean(0), rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(fisher[site], single.square().mean(0), rtol=1e-4, atol=1e-9)
+
+
+def test_an_example_that_nothing_is_learnt_of_has_no_gradient(tiny_llama):
+    """An answer of one token without a prompt or BOS: nothing predicts it."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    attach(model, TARGETS, AdapterSpec(2))
+    share_inputs(model)
+    for layer in sites(model).values():
+        layer.reset("start")
+    mean = mean_gradients(model, sites(model), task(model, False), [Encoded([], [2], cut=False)])
+    assert mean and not any(gradient.any() for gradient in mean.values())

@@ -130,7 +130,7 @@ def test_it_is_the_models_own_loss(chosen, tiny_llama, tiny_gemma2, tiny_gemma3)
         labels = torch.full_like(batch.ids, -100)
         for row, i in enumerate(chosen):
             labels[row, len(EXAMPLES[i].prompt) : len(EXAMPLES[i])] = torch.tensor(EXAMPLES[i].answer)
-        count = sum(len(EXAMPLES[i].answer) for i in chosen)
+        count = max(int((labels[:, 1:] != -100).sum()), 1)
         expected = (
             functional.cross_entropy(
                 model(input_ids=batch.ids).logits[:, :-1].flatten(0, 1),
@@ -142,6 +142,11 @@ def test_it_is_the_models_own_loss(chosen, tiny_llama, tiny_gemma2, tiny_gemma3)
         got = batch.cross_entropy(model)
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)
         got.backward()
+        for average in ("token", "sample") if chosen != [2] else ():
+            weights = collate(EXAMPLES, chosen, example_weights(EXAMPLES, chosen, average), pad=0).weights
+            learnt = sum(len(EXAMPLES[i].labelled) > 0 for i in chosen)
+            whole = 1.0 if average == "token" else learnt / len(chosen)
+            torch.testing.assert_close(weights.sum(), torch.tensor(whole))
 
 
 def test_average_by_sample_is_the_mean_of_each_alone(tiny_llama):

@@ -6,6 +6,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from codyra_llm.models import packed_attention, short_attention
+from codyra_llm.models.loading import checkpoint_layers
 from codyra_llm.models.short_attention import LONGEST, ShortAttention, causal
 
 
@@ -97,3 +98,22 @@ def test_a_models_rows_take_it(tiny_llama, monkeypatch):
     after = packed_attention.states(model, input_ids=ids)
     assert len(calls) == model.config.num_hidden_layers
     torch.testing.assert_close(after, before, rtol=0.05, atol=0.05)
+
+
+def test_what_is_computed_again_in_backward_takes_it_too(tiny_llama):
+    """With gradient checkpointing, whose second forward comes after `states` has ended: the same gradients as
+    with everything kept, to the last bit."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16).train()
+    ids = torch.randint(3, 40, (3, 11))
+
+    def gradients():
+        model.zero_grad()
+        states = packed_attention.states(model, input_ids=ids)
+        states.float().square().sum().backward()
+        return [p.grad for p in model.model.parameters()]
+
+    expected = gradients()
+    checkpoint_layers(model)
+    for found, right in zip(gradients(), expected, strict=True):
+        assert torch.equal(found, right)
+    assert model.config._attn_implementation == "sdpa"
