@@ -98,6 +98,7 @@ class Setup:
             return model, None
         state = folder.load_state(stage.index)
         self.method.install(model, self.task(model, archive, stage.index, state))
+        model.eval()  # what a method has added too
         return model, lambda prompts, task: self.method.condition(
             model, prompts, task if self.method.task_id else None
         )

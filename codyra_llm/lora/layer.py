@@ -109,7 +109,8 @@ def attach(
     layers: list[int] | None = None,
 ) -> None:
     """Put an adapter of this kind on every linear layer whose last name is in `targets`, in the decoder
-    blocks of these numbers (None: in all). Raises Fault for a target found nowhere."""
+    blocks of these numbers (None: in all), in the mode, of training or not, that the layer is in. Raises
+    Fault for a target found nowhere."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     present = {name.rpartition(".")[2] for name in linears}
     faults = [
@@ -123,7 +124,7 @@ def attach(
         parent, _, leaf = name.rpartition(".")
         if leaf not in targets or (layers is not None and block_number(name) not in layers):
             continue
-        setattr(model.get_submodule(parent), leaf, kind(linear, spec))
+        setattr(model.get_submodule(parent), leaf, kind(linear, spec).train(linear.training))
 
 
 def train_only_b(model: nn.Module) -> None:
