@@ -24,8 +24,8 @@ class Batch:
 
     ids [R, T]; positions [1, T] or None. A labelled token is a target [M]; the hidden state that predicts it
     stands at `predictors` [M] of the flattened rows. weights [M] sum to 1 over the labelled tokens of the
-    global batch. Of each example, on the host: its `prompts`, the tokens up to the first that predicts a
-    labelled one, and how many tokens are `labelled`.
+    global batch. Of each example, on the host: its `prompts`, the tokens before the answer, and how many
+    tokens are `labelled`, of the answer and of turns in the prompt.
     """
 
     ids: Tensor
@@ -116,13 +116,15 @@ def collate(
     shape = (1, sum(lengths)) if packed else (len(own), max(lengths))  # [R, T]
     # Where each example begins in the flattened rows.
     starts = accumulate([0, *lengths[:-1]]) if packed else range(0, math.prod(shape), shape[1])
-    ids, predictors, targets, shares, prompts = torch.full(shape, pad), [], [], [], []
+    ids, predictors, targets, shares = torch.full(shape, pad), [], [], []
+    prompts, counts = [], []
     for start, example, weight in zip(starts, own, weights, strict=True):
         tokens, labelled = example.prompt + example.answer, example.labelled
         ids.view(-1)[start : start + len(example)] = torch.tensor(tokens)
         predictors += [start + place - 1 for place in labelled]
         targets += [tokens[place] for place in labelled]
         prompts.append(tokens[: max(len(example.prompt), 1)])
+        counts.append(len(labelled))
         shares += [weight] * len(labelled)
     return Batch(
         ids,
@@ -132,7 +134,7 @@ def collate(
         torch.tensor(shares, dtype=torch.float32),
         list(chosen),
         prompts,
-        [n - len(prompt) for n, prompt in zip(lengths, prompts, strict=True)],
+        counts,
         lengths if packed else None,
         packed_attention.segment_ends(lengths) if packed else None,
     )

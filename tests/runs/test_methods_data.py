@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -335,6 +336,8 @@ def test_ilora_mixed_distance_is_that_of_two_merged_models(packed, tiny_llama, t
     method.begin_task(model, setup.task(model, archive, 1, state))
     encoded = setup.encoder.encode(method.train_data(setup.stream, 1)[0])
     chosen, share = [3, 21, 0, 20], [0.1, 0.2, 0.3, 0.4]
+    for i in (0, 20):  # as of a chat, in which the assistant has spoken before
+        encoded[i] = replace(encoded[i], turns=((1, 3),))
     if packed:
         packed_attention.use(model)
     found = method.loss(model.train(), collate(encoded, chosen, share, 0, packed))["consistency"]
@@ -347,7 +350,8 @@ def test_ilora_mixed_distance_is_that_of_two_merged_models(packed, tiny_llama, t
     for i, weight in zip(chosen, share, strict=True):
         if i >= 20:  # the examples of task TWO come first
             e = encoded[i]
-            states = [h(torch.tensor(e.prompt + e.answer))[len(e.prompt) - 1 : -1] for h in hidden]
+            predictors = torch.tensor(e.labelled) - 1
+            states = [h(torch.tensor(e.prompt + e.answer))[predictors] for h in hidden]
             expected += 2.0 * weight * (states[0] - states[1]).square().mean(1).sum()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     found.backward()

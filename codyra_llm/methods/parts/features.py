@@ -31,12 +31,11 @@ def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
 
 
 def prompt_mask(batch: Batch) -> Tensor:
-    """Mask [R, T] of a training batch's prompt tokens, one example per row: a prompt's last token is the
-    first to predict a label."""
-    rows, width = batch.ids.shape
-    at = batch.predictors
-    last = torch.full((rows,), width, device=at.device).scatter_reduce(0, at // width, at % width, "amin")
-    return first_tokens(last + 1, width)
+    """Mask [R, T] of a training batch's prompt tokens, one example per row. As at test, a chat's prompt is
+    all that stands before its last answer, with the earlier answers in it."""
+    lengths = torch.tensor([len(prompt) for prompt in batch.prompts])  # [R]
+    (lengths,) = in_one_copy([lengths], batch.ids.device)
+    return first_tokens(lengths, batch.ids.shape[1])
 
 
 def row_weights(batch: Batch) -> Tensor:
