@@ -263,6 +263,11 @@ def _settings_that_exclude(recipe: Recipe, method: Method) -> list[str]:
             f"optim.keep_best: {method.name} drives ranks to zero until its last step, and an earlier one "
             "would have them all; set it to false"
         )
+    if method.averages and recipe.optim.keep_best:
+        faults.append(
+            f"optim.keep_best: {method.name} leaves an average over a task's steps, and none of them is "
+            "kept; set it to false"
+        )
     if recipe.data.batching == "packed" and not method.packs:
         faults.append(
             f"data.batching: method {method.name} needs every example in a row of its own, so they can't be "

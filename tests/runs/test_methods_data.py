@@ -21,6 +21,7 @@ from codyra_llm.core.files import read_jsonl
 from codyra_llm.data.batches import collate
 from codyra_llm.experiment import run as runs
 from codyra_llm.experiment.export import write_peft
+from codyra_llm.experiment.learning import task_data
 from codyra_llm.experiment.plan import plan
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.lora.layer import sites
@@ -200,6 +201,32 @@ def test_mtl_trains_anew_when_a_task_is_added(tiny_llama, toy_stream, tmp_path):
     ]
     last = "02-THREE.safetensors"
     assert all(torch.equal(tensor, weights(grown)[last][key]) for key, tensor in weights(fresh)[last].items())
+
+
+def test_mtl_is_validated_on_all_that_it_learns(tiny_llama, toy_stream, tmp_path):
+    recipe = tiny_recipe(
+        tiny_llama, toy_stream, tmp_path / "run", method="mtl", optim__validate_every=1, **THREE
+    )
+    setup = prepare(recipe)
+    expected = []
+    for index in range(3):
+        expected += setup.encoder.encode(setup.stream.records(index, "eval"))
+    assert task_data(setup, 2).validation == expected and len(expected) == 12
+
+
+@pytest.mark.parametrize("name", ["ilora", "ilora_mixed"])
+def test_an_average_over_the_steps_has_no_best_step(name, tiny_llama, toy_stream, tmp_path):
+    recipe = tiny_recipe(
+        tiny_llama,
+        toy_stream,
+        tmp_path / "run",
+        method=name,
+        optim__validate_every=1,
+        optim__keep_best=True,
+        **THREE,
+    )
+    with pytest.raises(Fault, match=f"optim.keep_best: {name} leaves an average .* set it to false"):
+        prepare(recipe)
 
 
 def test_mtl_on_one_task_is_seqlora(tiny_llama, toy_stream, tmp_path):
