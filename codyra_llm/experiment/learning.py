@@ -76,7 +76,7 @@ def pass_over(experiment: Experiment, stage: Stage) -> None:
 def task_data(setup: Setup, index: int) -> TaskData:
     """What the method trains on at task `index`, encoded."""
     records, epochs = setup.method.train_data(setup.stream, index)
-    checked = setup.stream.records(index, "eval") if setup.recipe.optim.validate_every else []
+    checked = _validation(setup, index) if setup.recipe.optim.validate_every else []
     return TaskData(
         setup.recipe.tasks[index],
         index,
@@ -85,6 +85,14 @@ def task_data(setup: Setup, index: int) -> TaskData:
         setup.encoder.encode(checked) if checked else [],
         setup.method.epochs_apart(setup.stream, index),
     )
+
+
+def _validation(setup: Setup, index: int) -> list[dict]:
+    """The eval records of the task, or of all tasks where a joint method learns them together."""
+    records = []
+    for learnt in range(index + 1) if setup.method.joint else [index]:
+        records += setup.stream.records(learnt, "eval")
+    return records
 
 
 def _train(experiment: Experiment, stage: Stage, archive: Archive) -> Learnt:

@@ -98,6 +98,7 @@ class Setup:
             return model, None
         state = folder.load_state(stage.index)
         self.method.install(model, self.task(model, archive, stage.index, state))
+        model.eval()  # what a method has added too
         return model, lambda prompts, task: self.method.condition(
             model, prompts, task if self.method.task_id else None
         )
@@ -262,6 +263,11 @@ def _settings_that_exclude(recipe: Recipe, method: Method) -> list[str]:
         faults.append(
             f"optim.keep_best: {method.name} drives ranks to zero until its last step, and an earlier one "
             "would have them all; set it to false"
+        )
+    if method.averages and recipe.optim.keep_best:
+        faults.append(
+            f"optim.keep_best: {method.name} leaves an average over a task's steps, and none of them is "
+            "kept; set it to false"
         )
     if recipe.data.batching == "packed" and not method.packs:
         faults.append(

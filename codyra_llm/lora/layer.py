@@ -109,7 +109,8 @@ def attach(
     layers: list[int] | None = None,
 ) -> None:
     """Put an adapter of this kind on every linear layer whose last name is in `targets`, in the decoder
-    blocks of these numbers (None: in all). Raises Fault for a target found nowhere."""
+    blocks of these numbers (None: in all), in the mode, of training or not, that the layer is in. Raises
+    Fault for a target found nowhere."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     present = {name.rpartition(".")[2] for name in linears}
     faults = [
@@ -123,13 +124,27 @@ def attach(
         parent, _, leaf = name.rpartition(".")
         if leaf not in targets or (layers is not None and block_number(name) not in layers):
             continue
-        setattr(model.get_submodule(parent), leaf, kind(linear, spec))
+        setattr(model.get_submodule(parent), leaf, kind(linear, spec).train(linear.training))
 
 
 def train_only_b(model: nn.Module) -> None:
     """From here on every adapter's A stays as it is, for methods that choose it before training."""
     for layer in sites(model).values():
         layer.lora_A.requires_grad_(False)
+
+
+def chosen_rows(model: nn.Module) -> dict[str, Tensor]:
+    """Every A by its site, for the checkpoint of a method that chose it before training: chosen anew, on
+    another device or in other batches, it may have other signs, and B would not fit it."""
+    return {site: layer.lora_A.detach() for site, layer in sites(model).items()}
+
+
+@torch.no_grad()
+def put_chosen_rows(model: nn.Module, rows: dict[str, Tensor]) -> None:
+    """Put back what `chosen_rows` gave."""
+    layers = sites(model)
+    for site, a in rows.items():
+        layers[site].lora_A.copy_(a)
 
 
 def sites(model: nn.Module) -> dict[str, LoraLinear]:

@@ -89,6 +89,7 @@ class Method:
     grows: ClassVar[bool] = False  # every task adds to what later tasks need or inference runs, updates aside
     joint: ClassVar[bool] = False  # trains once, at the last task, and is evaluated there alone
     separable: ClassVar[bool] = True  # one task's part can be left out of the merged model
+    averages: ClassVar[bool] = False  # the update is an average over the task's steps
     max_zero_stage: int = 3  # settings may lower it
     mode: ClassVar[Literal["add", "replace", "apart"]] = "add"
     packs: ClassVar[bool] = True  # its loss takes packed batches

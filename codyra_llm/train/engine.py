@@ -38,6 +38,8 @@ class Engine:
         # gradients when autograd writes them.
         self.defers = acc.device.type == "cuda" and not self.deepspeed
         self.norm: Tensor | None = None  # of the step's gradients, where it is known before `step`
+        # Also those without a gradient, which a threshold may move.
+        self.stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.inner = optimizer  # ZeRO puts its shards in place of the parameters in this very optimizer
         self.module, self.optimizer = objective, optimizer
         if self.deepspeed:
@@ -253,7 +255,8 @@ class Engine:
         self._forget()
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        """What the optimizer's steps may change, by name."""
+        return ((name, p) for name, p in self.model.named_parameters() if id(p) in self.stepped)
 
     def _flat(self) -> list[Tensor]:
         """ZeRO's flat shards that this process steps."""

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from codyra_llm.core.files import read_jsonl
 from codyra_llm.data.batches import collate
 from codyra_llm.experiment import run as runs
 from codyra_llm.experiment.export import write_peft
+from codyra_llm.experiment.learning import task_data
 from codyra_llm.experiment.plan import plan
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.lora.layer import sites
@@ -186,6 +188,32 @@ def test_mtl_trains_anew_when_a_task_is_added(tiny_llama, toy_stream, tmp_path):
     assert all(torch.equal(tensor, weights(grown)[last][key]) for key, tensor in weights(fresh)[last].items())
 
 
+def test_mtl_is_validated_on_all_that_it_learns(tiny_llama, toy_stream, tmp_path):
+    recipe = tiny_recipe(
+        tiny_llama, toy_stream, tmp_path / "run", method="mtl", optim__validate_every=1, **THREE
+    )
+    setup = prepare(recipe)
+    expected = []
+    for index in range(3):
+        expected += setup.encoder.encode(setup.stream.records(index, "eval"))
+    assert task_data(setup, 2).validation == expected and len(expected) == 12
+
+
+@pytest.mark.parametrize("name", ["ilora", "ilora_mixed"])
+def test_an_average_over_the_steps_has_no_best_step(name, tiny_llama, toy_stream, tmp_path):
+    recipe = tiny_recipe(
+        tiny_llama,
+        toy_stream,
+        tmp_path / "run",
+        method=name,
+        optim__validate_every=1,
+        optim__keep_best=True,
+        **THREE,
+    )
+    with pytest.raises(Fault, match=f"optim.keep_best: {name} leaves an average .* set it to false"):
+        prepare(recipe)
+
+
 def test_mtl_on_one_task_is_seqlora(tiny_llama, toy_stream, tmp_path):
     one, other = (
         runs.run(
@@ -320,6 +348,8 @@ def test_ilora_mixed_distance_is_that_of_two_merged_models(packed, tiny_llama, t
     method.begin_task(model, setup.task(model, archive, 1, state))
     encoded = setup.encoder.encode(method.train_data(setup.stream, 1)[0])
     chosen, share = [3, 21, 0, 20], [0.1, 0.2, 0.3, 0.4]
+    for i in (0, 20):  # as of a chat, in which the assistant has spoken before
+        encoded[i] = replace(encoded[i], turns=((1, 3),))
     if packed:
         packed_attention.use(model)
     found = method.loss(model.train(), collate(encoded, chosen, share, 0, packed))["consistency"]
@@ -332,7 +362,8 @@ def test_ilora_mixed_distance_is_that_of_two_merged_models(packed, tiny_llama, t
     for i, weight in zip(chosen, share, strict=True):
         if i >= 20:  # the examples of task TWO come first
             e = encoded[i]
-            states = [h(torch.tensor(e.prompt + e.answer))[len(e.prompt) - 1 : -1] for h in hidden]
+            predictors = torch.tensor(e.labelled) - 1
+            states = [h(torch.tensor(e.prompt + e.answer))[predictors] for h in hidden]
             expected += 2.0 * weight * (states[0] - states[1]).square().mean(1).sum()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     found.backward()

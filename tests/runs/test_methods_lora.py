@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+from helpers import learnt
 from safetensors.torch import load_file
 
 from codyra_llm.config.registry import METHODS
 from codyra_llm.core.files import read_jsonl
 from codyra_llm.lora.update import Adapter
+from codyra_llm.runtime import signals
+from codyra_llm.store.folder import RunFolder
 
 METHOD_SETTINGS = {
     "olora": {},
@@ -81,6 +84,37 @@ def test_sora_trains_on_from_all_ranks_and_archives_those_not_zero(run):
             whole = Adapter(*(state[f"{site}.lora_{key}"] for key in "ABw"))
             assert len(whole.a) == 4 and len(pruned.a) == whole.w.count_nonzero()
             torch.testing.assert_close(pruned.delta(1.0), whole.delta(1.0))
+
+
+def test_gates_that_the_threshold_alone_moves_are_where_they_were_after_a_restart(
+    tiny_llama, toy_stream, tmp_path, monkeypatch
+):
+    """They have no gradient, but the optimizer's step shrinks them all the same."""
+    method = {"name": "sora", "rank": 4, "kappa": 0.05, "gate_lr": 0.0}
+
+    def sora(out):
+        return learnt(tiny_llama, toy_stream, tmp_path / out, method)
+
+    straight = sora("straight")
+    log = RunFolder.log
+
+    def asking(folder, row):
+        log(folder, row)
+        if (row.task, row.step) == ("TWO", 4):
+            signals.ask("a test")
+
+    with monkeypatch.context() as patch, pytest.raises(signals.Stopped):
+        patch.setattr(signals, "_asked", [])
+        patch.setattr(RunFolder, "log", asking)
+        sora("stopped")
+    again = sora("stopped")
+    assert losses(straight) == losses(again)
+    assert_same_gates(*(load_file(folder.state(1)) for folder in (straight, again)))
+
+
+def assert_same_gates(one, two):
+    gates = [key for key in one if key.endswith("lora_w")]
+    assert gates and all(torch.equal(one[key], two[key]) for key in gates)
 
 
 def test_clora_freezes_the_shared_factors_after_the_first_task(run):

@@ -110,6 +110,22 @@ def test_every_prompt_gets_its_tasks_adapter_and_the_answer_of_that_adapter_merg
     assert changed
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_answers_are_without_dropout(name, finished):
+    """The adapters come into a model that is in eval mode already."""
+    folder, _ = finished(name)
+    method = folder.recipe.method.model_copy(update={"dropout": 0.5})
+    logits = []
+    for recipe in (folder.recipe, folder.recipe.model_copy(update={"method": method})):
+        stage = Stage.of(recipe.tasks, 2)
+        model, conditions = prepare(recipe).load_stage(folder, stage, torch.device("cpu"))
+        assert not any(module.training for module in model.modules())
+        conditions([[1, 40, 50, 60]], 0)
+        with torch.no_grad():
+            logits.append(model(input_ids=torch.tensor([[1, 40, 50, 60]])).logits)
+    assert torch.equal(*logits)
+
+
 def test_single_is_told_the_task_and_the_others_are_not(finished):
     for name in NAMES:
         assert finished(name)[1] == ({0, 1, 2} if name == "single" else {None})

@@ -12,8 +12,8 @@ class Mtl(SeqLora):
 
     Tasks before the last leave an empty update and are not evaluated, so the matrix has its last row alone:
     OP is defined, backward transfer and forgetting are not. In epoch e those tasks take part that have
-    more than e epochs. A task added to a finished run trains all again.
-    Cost: the sum of all tasks' steps, at once.
+    more than e epochs. A task added to a finished run trains all again. Validation losses are over all tasks'
+    eval splits together. Cost: the sum of all tasks' steps, at once.
     """
 
     name, summary, Config = "mtl", "one LoRA adapter trained on all tasks at once (upper bound)", MtlConfig

@@ -26,7 +26,8 @@ class Ilora(IloraMixed):
     adapter starts from another random A, and `load_ema_model`, which it calls after each task, is not there.
     The slow adapter is evaluated and archived, as the paper says; the code names none. Ours: the buffer
     changes between tasks, not within one, and each training example enters it once; the replayed batch has
-    `batch` examples. Cost per step from the second task on: `batch` examples forward and backward, and once
+    `batch` examples, and is read without dropout by both adapters. Validation losses are those of the fast
+    adapter. Cost per step from the second task on: `batch` examples forward and backward, and once
     more forward; one more copy of the adapter, on the device and, per task, in the state.
     """
 

@@ -24,13 +24,13 @@ class IloraMixed(SeqLora):
     every epoch of the task; both adapters start alike; the slow forward without dropout. The average is of
     the factors, not of their product. Cost per step from the second task on: the memory's examples, and for
     micro-batches that hold one of them a forward without gradient; one more copy of the adapter, on the
-    device and, per task, in the state. Validation losses (and optim.keep_best) see the fast adapter.
+    device and, per task, in the state. Validation losses are those of the fast adapter.
     """
 
     name, Config = "ilora_mixed", IloraMixedConfig
     summary = "replay mixed in, with a slow average of the adapter"
     old_data, grows, max_zero_stage = True, True, 0  # the slow adapter is an average of whole parameters
-    mode, carries_optimizer, merge_factor = "replace", False, 1.0
+    mode, carries_optimizer, merge_factor, averages = "replace", False, 1.0, True
     config: IloraMixedConfig
 
     @torch.no_grad()

@@ -2,6 +2,8 @@
 duallora.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from scipy.cluster.vq import kmeans2
@@ -9,11 +11,14 @@ from scipy.stats import multivariate_normal
 from torch import nn
 from torch.nn import functional
 
+from codyra_llm.data.batches import collate
+from codyra_llm.data.encoding import Encoded
 from codyra_llm.lora.layer import AdapterSpec
 from codyra_llm.lora.mixture import MixtureLinear, select, weigh
 from codyra_llm.lora.update import Adapter
 from codyra_llm.methods.experts.duallora import DualLinear, gate_by
 from codyra_llm.methods.experts.identity import Gaussians, kmeans
+from codyra_llm.methods.parts.features import prompt_mask
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "bias"])
@@ -84,6 +89,16 @@ def test_dual_layer_gates_each_row_by_its_prompt():
     assert torch.equal(layer.rows[:, 1], torch.ones(2))
     layer.prompts = None
     torch.testing.assert_close(layer(x[:, :1]), torch.stack(expected)[:, :1], rtol=1e-6, atol=1e-6)
+
+
+def test_what_a_prompt_is_does_not_depend_on_which_of_its_turns_are_learnt():
+    """In training as at test it is all that stands before the answer."""
+    chats = [Encoded([1, 5, 6, 7, 8], [9, 2], False, turns=((2, 4),)), Encoded([1, 5, 6], [7, 8, 2], False)]
+    plain = [replace(chat, turns=()) for chat in chats]
+    learnt, last = (collate(encoded, [0, 1], [0.5, 0.5], 0) for encoded in (chats, plain))
+    assert torch.equal(prompt_mask(learnt), prompt_mask(last))
+    assert prompt_mask(learnt).sum(1).tolist() == [len(prompt) for prompt in learnt.prompts] == [5, 3]
+    assert learnt.labelled == [4, 3] and last.labelled == [2, 3]
 
 
 def test_kmeans_finds_the_blobs_and_is_a_fixed_point():
