@@ -19,6 +19,7 @@ from codyra_llm.lora.merge import stored_weight
 from codyra_llm.lora.one_adapter import OneAdapter, one_adapter
 from codyra_llm.lora.update import Update
 from codyra_llm.models import families, saved
+from codyra_llm.models.ends import name_ends, named_ends
 from codyra_llm.models.weights import WeightReader
 from codyra_llm.store.archive import Archive
 from codyra_llm.store.folder import RunFolder
@@ -37,7 +38,8 @@ def write_merged(
     dtype: torch.dtype | None = None,
 ) -> None:
     """A plain Hugging Face folder: the base's own files, and its weights with the updates, summed in float32
-    and cast once to `dtype`, by default the one that the base stores each in. `card`: its README.md.
+    and cast once to `dtype`, by default the one that the base stores each in. `card`: its README.md. The
+    generation config names every token that ends an answer in evaluation.
 
     The weights equal those that were evaluated if `dtype` is that of the evaluation (model.dtype). Raises
     Fault for a method whose model is not a plain one.
@@ -45,6 +47,7 @@ def write_merged(
     refuse_unmerged(setup, without)
     with replacing(out) as temporary:
         saved.copy_model(setup.base, temporary, _changes(setup, archive.terms(after, without)), dtype)
+        name_ends(temporary, setup.encoder.ends)
         _write_lineage(setup, archive, after, without, temporary)
         _write_card(card, temporary)
 
@@ -163,7 +166,7 @@ def write_peft(
         saved.copy_files(setup.base, temporary, (*saved.TOKENIZER, *saved.TERMS))
         cut = {"rank": one.rank, "error": one.error, "sites": one.relative()} if one.errors else None
         _write_lineage(setup, archive, after, without, temporary, {"truncation": cut} if cut else {})
-        _write_card(card(rank_notes(one)) if card else "", temporary)
+        _write_card(card(adapter_notes(setup, one)) if card else "", temporary)
     return one
 
 
@@ -187,6 +190,21 @@ def _targets(setup: Setup, sites: set[str]) -> list[str]:
     if every == sites and family.tower is None:
         return sorted(names)
     return sorted(family.whole_name(site) for site in sites)
+
+
+def adapter_notes(setup: Setup, one: OneAdapter) -> list[str]:
+    """What one should know about an adapter of the run: its rank, and the ends of answers that the base's own
+    files, by which servers stop, don't name."""
+    missing = sorted(setup.encoder.ends - set(named_ends(setup.base)))
+    if not missing:
+        return rank_notes(one)
+    tokens = ", ".join(setup.tokenizer.convert_ids_to_tokens(missing))
+    return [
+        *rank_notes(one),
+        f"Answers end at {tokens} too, which the base's generation config does not name; give servers "
+        f"stop_token_ids={missing}, and transformers' `generate` all of "
+        f"eos_token_id={sorted(setup.encoder.ends)}.",
+    ]
 
 
 def rank_notes(one: OneAdapter) -> list[str]:

@@ -11,11 +11,11 @@ import torch
 from adapters import TASKS, recipe
 from safetensors.torch import load_file, save_file
 from tiny import SIZES, save_tiny
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from codyra_llm.cli import app
-from codyra_llm.experiment.export import LINEAGE, write_merged, write_peft
+from codyra_llm.experiment.export import LINEAGE, adapter_notes, write_merged, write_peft
 from codyra_llm.experiment.plan import disk_bytes, skeleton
 from codyra_llm.experiment.run import run as run_recipe
 from codyra_llm.experiment.setup import prepare
@@ -94,6 +94,32 @@ def test_a_peft_export_carries_the_bases_tokenizer_and_nothing_else_of_it(setup,
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "peft" / name).read_bytes() == (setup.base / name).read_bytes()
     assert not (tmp_path / "peft" / "config.json").exists()  # it would be taken for a model of its own
+
+
+TURNS = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<unk>{% endfor %}"
+
+
+@pytest.mark.parametrize("generation", [{"eos_token_id": 2, "top_k": 7, "_from_model_config": True}, None])
+def test_an_export_stops_where_the_evaluated_model_did(tiny_llama, toy_stream, tmp_path, generation):
+    """A base with a chat template whose generation config names EOS alone, as Qwen 2.5's: answers are trained
+    to end as turns do, and servers stop at what the generation config names."""
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    (base / "chat_template.jinja").write_text(TURNS)
+    (base / "generation_config.json").unlink()
+    if generation:
+        (base / "generation_config.json").write_text(json.dumps(generation))
+    asked = recipe(base, toy_stream, tmp_path / "run", SEQLORA)
+    data = asked.data.model_copy(update={"chat_template": True})
+    setup = prepare(asked.model_copy(update={"data": data}))
+    end = setup.encoder.answer("7")[0][-1]
+    assert end == setup.tokenizer.unk_token_id and setup.encoder.ends == {2, end}
+    archive = unequal(setup, tmp_path / "updates")
+    write_merged(setup, archive, 1, None, tmp_path / "merged")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").generation_config
+    assert (read.eos_token_id, read.bos_token_id) == ([2, end], None if generation else 1)
+    assert read.top_k == (7 if generation else GenerationConfig().top_k)
+    notes = adapter_notes(setup, write_peft(setup, archive, 1, None, tmp_path / "peft"))
+    assert "Answers end at <unk> too" in notes[1] and f"stop_token_ids=[{end}]" in notes[1]
 
 
 def test_an_export_is_in_the_bases_dtype_summed_in_float32_and_cast_once(stored_bf16, toy_stream, tmp_path):
