@@ -68,7 +68,7 @@ def _stage(folder: RunFolder, task: str | None, device: torch.device) -> Answeri
 
 
 def _plain(source: Source, new: int, device: torch.device) -> Answering:
-    base = loading.resolve(source.model)
+    base = loading.resolve(source.model, source.revision)
     reads = tokenizer_folder(source.adapter, base)
     rows = vocabulary(source.adapter) if source.adapter else None
     faults = loading.check(base, False, reads, rows)

@@ -147,6 +147,7 @@ def write_peft(
     config = LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=_base_path(setup),
+        revision=setup.recipe.model.revision,
         inference_mode=True,
         r=one.rank,
         lora_alpha=one.rank,
@@ -171,12 +172,12 @@ def write_peft(
 
 
 def _base_path(setup: Setup) -> str:
-    """Where PEFT is to find the base: the recipe's path if it is a folder or a hub id, else the folder that
-    a base of mini-TRACE's or a GGUF file was made into."""
+    """Where PEFT is to find the base: its hub id, or the folder in which the run found it, or made it of a
+    base of mini-TRACE's or a GGUF file. A folder's path is whole: in another place a relative one would be
+    taken for a hub id, and transformers knows no "~"."""
     named = setup.recipe.model.path
-    is_folder = os.path.isdir(os.path.expanduser(named))
-    is_hub_id = not os.path.exists(named) and named not in BASES
-    return named if is_folder or is_hub_id else str(setup.base)
+    is_here = os.path.exists(os.path.expanduser(named)) or named in BASES
+    return str(setup.base.absolute()) if is_here else named
 
 
 def _targets(setup: Setup, sites: set[str]) -> list[str]:

@@ -21,6 +21,7 @@ from codyra_llm.experiment.run import run as run_recipe
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.lora.merge import merged_weight
 from codyra_llm.lora.update import Adapter, Update
+from codyra_llm.models import loading
 from codyra_llm.models.weights import WeightReader
 from codyra_llm.store.archive import Archive
 
@@ -94,6 +95,32 @@ def test_a_peft_export_carries_the_bases_tokenizer_and_nothing_else_of_it(setup,
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "peft" / name).read_bytes() == (setup.base / name).read_bytes()
     assert not (tmp_path / "peft" / "config.json").exists()  # it would be taken for a model of its own
+
+
+def exported_base(model, stream, tmp_path, **named):
+    """What an adapter's config says of its base: name and revision."""
+    asked = recipe(model, stream, tmp_path / "run", SEQLORA)
+    setup = prepare(asked.model_copy(update={"model": asked.model.model_copy(update=named)}))
+    write_peft(setup, unequal(setup, tmp_path / "updates"), 1, None, tmp_path / "peft")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    return config["base_model_name_or_path"], config["revision"]
+
+
+def test_an_adapter_names_the_revision_of_its_base(tiny_llama, toy_stream, tmp_path, monkeypatch):
+    """Without it readers put the adapter on whatever the hub's main branch holds by then."""
+    monkeypatch.setattr(loading, "download", lambda name, revision: tiny_llama)
+    named = exported_base("owner/name", toy_stream, tmp_path, revision="v1")
+    assert named == ("owner/name", "v1")
+
+
+@pytest.mark.parametrize("model", ["~/models/tiny", "models/tiny"])
+def test_an_adapter_names_a_folder_that_is_found_from_anywhere(
+    tiny_llama, toy_stream, tmp_path, monkeypatch, model
+):
+    shutil.copytree(tiny_llama, tmp_path / "models" / "tiny")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert exported_base(model, toy_stream, tmp_path) == (str(tmp_path / "models" / "tiny"), None)
 
 
 TURNS = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<unk>{% endfor %}"
