@@ -24,6 +24,7 @@ from codyra_llm.models.weights import WeightReader
 from codyra_llm.store.archive import Archive
 from codyra_llm.store.folder import RunFolder
 
+OLLAMA_WINDOW = 4096  # tokens of prompt and answer that Ollama takes unless told otherwise
 # In every export: the recipe and the last task learnt, by which `evaluate` scores it.
 LINEAGE = "codyra_llm.json"
 
@@ -76,17 +77,24 @@ def write_gguf_folder(
         changes = _changes(setup, archive.terms(after, without))
         gguf_file.write_gguf(setup.base, temporary / name, changes, kind, out.name)
         saved.copy_files(setup.base, temporary, saved.TERMS)
-        write_text(temporary / "Modelfile", modelfile(name, setup.recipe.data.chat_template))
+        write_text(temporary / "Modelfile", modelfile(name, setup.recipe.data.chat_template, setup.longest))
         _write_lineage(setup, archive, after, without, temporary)
         _write_card(card, temporary)
     return out / name
 
 
-def modelfile(name: str, chat: bool) -> str:
-    """Ollama's Modelfile, by which prompts reach the model as it was trained on them. Without a template in
-    it Ollama would apply the base's chat template to every prompt."""
-    plain = "" if chat else 'TEMPLATE """{{ .Prompt }}"""\n'
-    return f"FROM ./{name}\n{plain}PARAMETER temperature 0\n"
+def modelfile(name: str, chat: bool, longest: int) -> str:
+    """Ollama's Modelfile, by which prompts reach the model as it was trained on them, and answers are greedy
+    ones, as in evaluation. Without a template in it Ollama would apply the base's chat template to every
+    prompt; it makes tokens of the last 64 less likely, at temperature 0 too, unless told otherwise, and cuts
+    what is longer than its window, so one that is too short for `longest` tokens is widened."""
+    lines = [f"FROM ./{name}"]
+    if not chat:
+        lines.append('TEMPLATE """{{ .Prompt }}"""')
+    lines += ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]
+    if longest > OLLAMA_WINDOW:
+        lines.append(f"PARAMETER num_ctx {longest}")
+    return "\n".join(lines) + "\n"
 
 
 def _changes(setup: Setup, terms: list[Update]) -> Callable[[str, torch.Tensor], torch.Tensor]:

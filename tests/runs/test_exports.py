@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 from typer.testing import CliRunner
 
 from codyra_llm.cli import app
-from codyra_llm.experiment.export import LINEAGE, adapter_notes, write_merged, write_peft
+from codyra_llm.experiment.export import LINEAGE, adapter_notes, modelfile, write_merged, write_peft
 from codyra_llm.experiment.plan import disk_bytes, skeleton
 from codyra_llm.experiment.run import run as run_recipe
 from codyra_llm.experiment.setup import prepare
@@ -284,8 +284,17 @@ def test_a_gguf_export_is_a_folder_for_ollama(trained, tmp_path):
     assert export(trained, tmp_path / "mine", "--format", "gguf", "--type", "q8_0").exit_code == 0
     names = {file.name for file in (tmp_path / "mine").iterdir()}
     assert names == {"mine-q8_0.gguf", "Modelfile", "README.md", LINEAGE}
-    told = (tmp_path / "mine" / "Modelfile").read_text()
-    assert told.startswith("FROM ./mine-q8_0.gguf\n") and 'TEMPLATE """{{ .Prompt }}"""' in told
+    plain = 'FROM ./mine-q8_0.gguf\nTEMPLATE """{{ .Prompt }}"""\n'
+    greedy = "PARAMETER temperature 0\nPARAMETER repeat_penalty 1\n"
+    assert (tmp_path / "mine" / "Modelfile").read_text() == plain + greedy
+
+
+def test_ollama_answers_as_evaluation_does():
+    """Greedily, and with room for the longest prompt and answer: by default it takes 4096 tokens, and divides
+    the logits of repeated tokens by 1.1."""
+    greedy = "FROM ./x.gguf\nPARAMETER temperature 0\nPARAMETER repeat_penalty 1\n"
+    assert modelfile("x.gguf", True, 4096) == greedy
+    assert modelfile("x.gguf", True, 4097) == greedy + "PARAMETER num_ctx 4097\n"
 
 
 def test_the_readers_figures_are_those_of_the_page():
