@@ -34,6 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.foreign import Failed
+from codyra_llm.evaluate.bounded_tasks import is_score, no_score
 from codyra_llm.evaluate.budget import batches, budget, within_memory
 from codyra_llm.evaluate.generate import generate_ids, prefixed
 from codyra_llm.evaluate.statistics import commonest
@@ -272,6 +273,8 @@ def measure(lm: Live, ability: Ability, section: "GeneralSection", chat: bool) -
     with redirect_stderr(StringIO()), ability.bounded():  # a bar for every part of every group, on every rank
         results = evaluate(lm, chosen, samples=samples, apply_chat_template=chat)
     scores = _of_group(results) if ability.is_group else _of_task(results, name)
+    if not scores:
+        raise Fault(no_score(name, results["samples"][next(iter(samples))][0]["metrics"]))
     if ability.is_group:
         results["groups"] = {name: {"alias": name, **_harness_keys(scores)}}
         results["results"] |= results["groups"]
@@ -295,12 +298,13 @@ def measure(lm: Live, ability: Ability, section: "GeneralSection", chat: bool) -
 
 
 def _of_task(results: dict, part: str) -> dict[str, dict]:
-    """By 'metric,filter' the harness's mean and standard error, in points."""
+    """By 'metric,filter' the harness's mean and standard error, in points, of the metrics that score each
+    example."""
     found, n = results["results"][part], results["n-samples"][part]["effective"]
-    out = {}
+    scoring, out = _scoring(results), {}
     for key, value in found.items():
-        metric, comma, filtered = key.partition(",")
-        if comma and not metric.endswith("_stderr"):
+        metric, _, filtered = key.partition(",")
+        if metric in scoring:
             error = found.get(f"{metric}_stderr,{filtered}")
             out[key] = _score(value, None if error in (None, "N/A") else error, n)
     return out
@@ -310,14 +314,27 @@ def _of_group(results: dict) -> dict[str, dict]:
     """By 'metric,filter' the mean over the examples of all parts and its standard error, sd / √n, in
     points.
     """
+    scoring = _scoring(results)
     values: dict[str, list[float]] = {}
     for sample in (sample for part in results["samples"].values() for sample in part):
-        for metric in (m for m in sample["metrics"] if isinstance(sample[m], int | float)):
+        for metric in (m for m in sample["metrics"] if m in scoring and not isinstance(sample[m], list)):
             values.setdefault(f"{metric},{sample['filter']}", []).append(float(sample[metric]))
     return {
         key: _score(fmean(v), stdev(v) / math.sqrt(len(v)) if len(v) > 1 else None, len(v))
         for key, v in values.items()
     }
+
+
+def _scoring(results: dict) -> set[str]:
+    """The metrics by which every example has a score of 0 to 1."""
+    found, others = set(), set()
+    for part, samples in results["samples"].items():
+        better = results["higher_is_better"].get(part, {})
+        for sample in samples:
+            for metric in sample["metrics"]:
+                scored = is_score(sample[metric], better.get(metric))
+                (found if scored else others).add(metric)
+    return found - others
 
 
 def _score(mean: float, error: float | None, n: int) -> dict:

@@ -147,6 +147,55 @@ def test_generation_by_hand_with_a_task_of_ones_own(tiny_llama, live, tmp_path):
     ] == pytest.approx(50)
 
 
+LAST_WORD = """
+task: last_word
+dataset_path: json
+dataset_kwargs: {data_files: {test: continue.json}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{text}}"
+doc_to_target: "{{answer}}"
+"""
+
+
+def test_a_score_is_a_share_of_which_more_is_better(tiny_llama, live, tmp_path):
+    """LAMBADA's metrics, the harness's default for the probability of a text: perplexity, then acc. Where
+    perplexity is taken for the score, a model that gets worse seems to get better."""
+    from codyra_llm.evaluate.harness import measure
+
+    model, tokenizer, lm = live(tiny_llama)
+    text = "Who is number 3 of the list?"
+    likeliest = tokenizer.decode(
+        model(tokenizer(text, return_tensors="pt")["input_ids"]).logits[0, -1].argmax()
+    )
+    (tmp_path / "last_word.yaml").write_text(LAST_WORD + 'target_delimiter: ""\n')
+    rows = [{"text": text, "answer": likeliest}, {"text": text, "answer": "y" if likeliest != "y" else "x"}]
+    (tmp_path / "continue.json").write_text(json.dumps(rows))
+    section = GeneralSection(data=str(tmp_path), tasks=["last_word"])
+    ability = suite.find(section)["last_word"]
+    ability.try_out(256)
+    row = measure(lm, ability, section, False).row(STAGE)
+    assert (row.headline, row.score, list(row.metrics)) == ("acc,none", 50.0, ["acc,none"])
+
+
+@pytest.mark.parametrize(
+    "task, metric, said",
+    [
+        (OWN.replace("continue\n", "own\n", 1), "bleu", "bleu"),  # 0 to 100, of all texts together
+        (LAST_WORD.replace("last_word", "own"), "perplexity", "perplexity"),
+    ],
+)
+def test_a_task_that_scores_no_example_is_refused_before_weights_load(tmp_path, task, metric, said):
+    lines = [line for line in task.splitlines() if not line.startswith("metric_list")]
+    (tmp_path / "own.yaml").write_text("\n".join([*lines, f"metric_list: [{{metric: {metric}}}]"]))
+    (tmp_path / "continue.json").write_text(json.dumps([{"text": "Say A:", "answer": "A"}]))
+    ability = suite.find(GeneralSection(data=str(tmp_path), tasks=["own"]))["own"]
+    with pytest.raises(
+        Fault, match=f"'own' is measured by {said}, which gives an example no score of 0 to 1"
+    ):
+        ability.try_out(256)
+
+
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_gemma2", "tiny_gemma3"])
 def test_the_model_is_asked_as_the_harness_asks_it(model, live, request):
     """Log-likelihoods and answers equal those of the harness's own HFLM, whatever the batches."""
