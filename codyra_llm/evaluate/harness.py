@@ -245,12 +245,13 @@ class Live(HFLM):
 @dataclass
 class Measured:
     """One task: the fields of its row of scores.jsonl but for the stage, its predictions, the harness's
-    results.
+    results, and the chat template that wrote the prompts, if one did.
     """
 
     fields: dict[str, Any]
     predictions: list[dict]
     results: dict
+    template: str | None = None
 
     def row(self, stage: Stage) -> ScoreRow:
         return ScoreRow(after=stage.after, step=stage.step, kind=GENERAL, **self.fields)
@@ -294,7 +295,7 @@ def measure(lm: Live, ability: Ability, section: "GeneralSection", chat: bool) -
         "shots": results["n-shot"][first],
         "version": results["versions"][first],
     }
-    return Measured(fields, predictions, results)
+    return Measured(fields, predictions, results, lm.tokenizer.get_chat_template() if chat else None)
 
 
 def _of_task(results: dict, part: str) -> dict[str, dict]:
@@ -409,7 +410,9 @@ def write(folder: Path, model: str, lm: Live, section: "GeneralSection", measure
     }
     add_tokenizer_info(whole, lm)
     tracker = EvaluationTracker(output_path=str(folder))
-    tracker.general_config_tracker.log_experiment_args("hf", f"pretrained={model}", None, None, False)
+    tracker.general_config_tracker.log_experiment_args(
+        "hf", f"pretrained={model}", None, measured.template, False
+    )
     tracker.save_results_aggregated(results=whole, samples=samples)
     for name, rows in samples.items():
         tracker.save_results_samples(task_name=name, samples=rows)

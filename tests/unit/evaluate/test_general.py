@@ -116,6 +116,28 @@ def test_multiple_choice_by_hand(tiny_llama, live, root):
     assert measured.predictions[0]["prompt"] == "Question: open a jar\nAnswer:"
 
 
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_harness_files_say_by_which_template_prompts_were_written(tiny_llama, live, root, tmp_path, chat):
+    from codyra_llm.evaluate.harness import measure, write
+
+    _, tokenizer, lm = live(tiny_llama)
+    tokenizer.chat_template = TEMPLATE
+    section = GeneralSection(data=str(root))
+    measured = measure(lm, suite.find(section)["piqa"], section, chat)
+    assert measured.predictions[0]["prompt"].startswith("<user>" if chat else "Question")
+    write(tmp_path / "out", "00-base", lm, section, measured)
+    (file,) = (tmp_path / "out" / "00-base").glob("results_*.json")
+    found = json.loads(file.read_text())
+    assert found["chat_template"] == (TEMPLATE if chat else None)
+    assert found["fewshot_as_multiturn"] is False
+
+
 def greedy(model, tokenizer, prompt, new):
     ids = tokenizer(prompt)["input_ids"]
     start = len(ids)
