@@ -21,6 +21,7 @@ from codyra_llm.lora.update import Update
 from codyra_llm.models import families, saved
 from codyra_llm.models.ends import name_ends, named_ends
 from codyra_llm.models.weights import WeightReader
+from codyra_llm.runtime import launch
 from codyra_llm.store.archive import Archive
 from codyra_llm.store.folder import RunFolder
 
@@ -42,8 +43,8 @@ def write_merged(
     and cast once to `dtype`, by default the one that the base stores each in. `card`: its README.md. The
     generation config names every token that ends an answer in evaluation.
 
-    The weights equal those that were evaluated if `dtype` is that of the evaluation (model.dtype). Raises
-    Fault for a method whose model is not a plain one.
+    The weights equal those that were evaluated, on the same kind of device, if `dtype` is that of the
+    evaluation (model.dtype). Raises Fault for a method whose model is not a plain one.
     """
     refuse_unmerged(setup, without)
     with replacing(out) as temporary:
@@ -99,7 +100,8 @@ def modelfile(name: str, chat: bool, longest: int) -> str:
 
 def _changes(setup: Setup, terms: list[Update]) -> Callable[[str, torch.Tensor], torch.Tensor]:
     """For each weight, by the name that the base stores it under, a function of its value after `terms`;
-    other towers are unchanged. Raises Fault if the base does not store a weight that they change."""
+    other towers are unchanged. Sums are taken where those of the evaluated model are, so that they are equal
+    to the last bit. Raises Fault if the base does not store a weight that they change."""
     family = families.family_in(setup.base)
     known = set(WeightReader(setup.base).handle_of)
     changed = {f"{site}.weight" for update in terms for site in update.adapters}
@@ -113,10 +115,14 @@ def _changes(setup: Setup, terms: list[Update]) -> Callable[[str, torch.Tensor],
     tied = families.text_config(setup.base).tie_word_embeddings
     # A tied head has no weight of its own: its changes are those of the embeddings.
     parameters = {f"{family.head}.weight": f"{family.embeddings}.weight"} if tied else {}
+    device = launch.device()
 
     def changed_weight(name: str, base: torch.Tensor) -> torch.Tensor:
         own = family.own_name(name)
-        return base if own is None else stored_weight(parameters.get(own, own), base, terms)
+        own = parameters.get(own, own) if own else ""
+        if own not in changed:
+            return base
+        return stored_weight(own, base.to(device), terms).to(base.device)
 
     return changed_weight
 

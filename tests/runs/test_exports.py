@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 from typer.testing import CliRunner
 
 from codyra_llm.cli import app
+from codyra_llm.experiment import export as export_module
 from codyra_llm.experiment.export import LINEAGE, adapter_notes, modelfile, write_merged, write_peft
 from codyra_llm.experiment.plan import disk_bytes, skeleton
 from codyra_llm.experiment.run import run as run_recipe
@@ -163,6 +164,24 @@ def test_an_export_is_in_the_bases_dtype_summed_in_float32_and_cast_once(stored_
     assert all(torch.equal(wide[name], weight) for name, weight in model.state_dict().items())
     assert (tmp_path / "merged" / "config.json").read_bytes() == (setup.base / "config.json").read_bytes()
     assert json.loads((tmp_path / "wide" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_an_export_is_summed_where_the_evaluated_model_is(setup, tmp_path, monkeypatch):
+    """A GPU adds products in another order than a CPU, which a cast to bfloat16 makes a last bit of. Weights
+    that no update changes are not sent there."""
+    places = {}
+
+    def noted(name, base, terms):
+        places[name] = base.device.type
+        return torch.zeros(base.shape)
+
+    monkeypatch.setattr(export_module, "stored_weight", noted)
+    monkeypatch.setattr(export_module.launch, "device", lambda: torch.device("meta"))
+    write_merged(setup, unequal(setup, tmp_path / "updates"), 1, None, tmp_path / "merged")
+    sites = {name for name in WeightReader(setup.base).handle_of if "_proj" in name}
+    assert places == dict.fromkeys(sites, "meta")
+    own, written = WeightReader(setup.base), WeightReader(tmp_path / "merged")
+    assert all(torch.equal(written.get(n), own.get(n) * (n not in sites)) for n in own.handle_of)
 
 
 def test_a_tied_head_that_is_stored_stays_the_embeddings(tiny_gemma2, toy_stream, tmp_path):
