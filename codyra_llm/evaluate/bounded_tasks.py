@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from codyra_llm.core import foreign
 from codyra_llm.core.errors import Fault
+from codyra_llm.core.parsing import shown
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -136,8 +137,8 @@ RESPONSES = {
 
 def try_first(task: "ConfigurableTask", name: str, positions: int | None) -> None:
     """Ask and score the first example with a made-up response in place of a model's. Raises Fault if that
-    fails, if no metric gives it a score, if the task samples, or if its longest answer takes all `positions`
-    of the model."""
+    fails, if its right answer is none of its choices, if no metric gives it a score, if the task samples, or
+    if its longest answer takes all `positions` of the model."""
     state = random.getstate()
     with telling(name):
         shots = task.config.num_fewshot or 0
@@ -149,6 +150,8 @@ def try_first(task: "ConfigurableTask", name: str, positions: int | None) -> Non
         requests = made if isinstance(made, list) else [made]
         for request in requests:
             request.resps = [RESPONSES[str(task.OUTPUT_TYPE)]]
+        if task.OUTPUT_TYPE == "multiple_choice" and not task.multiple_input:
+            refuse_label(name, task.doc_to_target(doc), task.doc_to_choice(doc))
         if task.OUTPUT_TYPE == "generate_until":
             _refuse_generation(name, cast(Any, requests[0]).args[1], positions)
         for pipeline in task._filters:
@@ -163,6 +166,20 @@ def try_first(task: "ConfigurableTask", name: str, positions: int | None) -> Non
         if not any(is_score(value, better.get(metric)) for metric, value in found.items()):
             raise Fault(no_score(name, found))
     random.setstate(state)
+
+
+def refuse_label(name: str, target: Any, choices: Sequence[str]) -> None:
+    """Raises Fault where an example's right answer, a number from 0 or one of the choices themselves, is none
+    of them: the harness counts each answer to it as wrong, without a word."""
+    texts = [choice.strip() for choice in choices]
+    for one in target if isinstance(target, list) else [target]:
+        known = one.strip() in texts if isinstance(one, str) else 0 <= one < len(texts)
+        if not known:
+            expected = f"0 to {len(texts) - 1}, or one of {shown(texts)}"
+            raise Fault(
+                f"general.tasks: '{name}' has an example whose right answer is {shown(one)}, expected "
+                f"{expected}; {CORRECT}"
+            )
 
 
 def is_score(value: Any, higher_is_better: bool | None) -> bool:

@@ -34,7 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.foreign import Failed
-from codyra_llm.evaluate.bounded_tasks import is_score, no_score
+from codyra_llm.evaluate.bounded_tasks import is_score, no_score, refuse_label
 from codyra_llm.evaluate.budget import batches, budget, within_memory
 from codyra_llm.evaluate.generate import generate_ids, prefixed
 from codyra_llm.evaluate.statistics import commonest
@@ -370,6 +370,7 @@ def _predictions(results: dict, headline: str) -> list[dict]:
                 likelihoods = [of_choice[0] for of_choice in sample["filtered_resps"]]
                 likeliest = max(range(len(choices)), key=likelihoods.__getitem__)
                 picked = choices[likeliest].strip()
+                refuse_label(part, target, choices)
                 target = choices[target].strip() if isinstance(target, int) else target
             else:
                 response = {"response": sample["resps"][0][0]}

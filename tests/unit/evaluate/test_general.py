@@ -4,6 +4,7 @@ refused.
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -198,6 +199,41 @@ def test_a_score_is_a_share_of_which_more_is_better(tiny_llama, live, tmp_path):
     ability.try_out(256)
     row = measure(lm, ability, section, False).row(STAGE)
     assert (row.headline, row.score, list(row.metrics)) == ("acc,none", 50.0, ["acc,none"])
+
+
+LABELLED = """
+task: labelled
+dataset_path: json
+dataset_kwargs: {data_files: {test: labelled.json}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{text}}"
+doc_to_choice: ["no", "yes"]
+doc_to_target: "{{label}}"
+"""
+
+
+@pytest.mark.parametrize("label, said", [("2", "2"), ("true", "'true'")])
+def test_a_right_answer_that_is_none_of_the_choices_is_refused(tiny_llama, live, tmp_path, label, said):
+    """The harness scores every answer to it as wrong, with a warning alone: labels counted from 1, say."""
+    from codyra_llm.evaluate.harness import measure
+
+    section = GeneralSection(data=str(tmp_path), tasks=["labelled"])
+    (tmp_path / "labelled.yaml").write_text(LABELLED)
+
+    def ability(*labels):
+        rows = [{"text": "Is it?", "label": one} for one in labels]
+        (tmp_path / "labelled.json").write_text(json.dumps(rows))
+        return suite.find(section)["labelled"]
+
+    told = f"right answer is {said}, expected 0 to 1, or one of ['no', 'yes']"
+    ability("1", "yes", "0").try_out(256)
+    with pytest.raises(Fault, match=f"index out of range|{re.escape(told)}"):
+        ability(label).try_out(256)
+    later = ability("1", label)
+    later.try_out(256)
+    with pytest.raises(Fault, match=re.escape(told)):
+        measure(live(tiny_llama)[2], later, section, False)
 
 
 @pytest.mark.parametrize(
