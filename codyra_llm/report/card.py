@@ -75,7 +75,7 @@ from transformers import AutoTokenizer
 model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(DIR), AutoTokenizer.from_pretrained(DIR)
 ```""",
     "gguf": """```text
-llama-cli -m FILE.gguf -p PROMPT --temp 0 -no-cnv
+llama-completion -m FILE.gguf -p PROMPT --temp 0 -no-cnv
 ollama create NAME -f Modelfile
 ```""",
 }

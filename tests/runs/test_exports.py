@@ -277,12 +277,15 @@ def test_a_base_of_transformers_4_is_exported_with_its_own_files(toy_stream, tmp
     [
         ("merged", "AutoModelForCausalLM.from_pretrained(DIR)"),
         ("peft", "AutoPeftModelForCausalLM.from_pretrained(DIR)"),
-        ("gguf", "llama-cli -m FILE.gguf"),
+        ("gguf", "llama-completion -m FILE.gguf"),
     ],
 )
 def test_the_card_says_how_to_load_and_to_ask(trained, tmp_path, format, words):
     assert export(trained, tmp_path / "out", "--format", format).exit_code == 0
     card = (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "llama-cli" not in card
+    )  # it has no mode without a chat template any more, and waits for a next turn
     assert words in card and "no chat template, and completion endpoints" in card and "## Scores" in card
 
 
