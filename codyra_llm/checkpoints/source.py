@@ -175,7 +175,7 @@ def recipe_of(checkpoint: str, source: Source, wanted: Wanted) -> Recipe:
     elif wanted.tasks:
         given["data.tasks"] = wanted.tasks
     for key, value in given.items():
-        emptied = key.startswith(("optim", "model.q")) or key == "model.revision" and not source.run
+        emptied = key.startswith(("optim", "model.q")) or key == "model.revision" and source.adapter
         if value is not None or source.raw and emptied:
             assign(raw, key, value)
     recipe = parse_recipe(override(raw, wanted.overrides), checkpoint)
