@@ -68,6 +68,7 @@ def checkpoint_source(checkpoint: str, base: str | None) -> Source:
     if is_adapter(folder):
         given = Base(base, revision_of(base, found.raw)) if base else None
         path, revision = base_of(folder, given)
+        revision = revision or revision_of(path, found.raw)  # adapters of old exports name none
         return replace(found, model=path, revision=revision, adapter=folder)
     return found
 
