@@ -14,7 +14,9 @@ from tiny import SIZES, save_tiny
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from codyra_llm.checkpoints.generate import answer
 from codyra_llm.cli import app
+from codyra_llm.evaluate.generate import generate_ids
 from codyra_llm.experiment import export as export_module
 from codyra_llm.experiment.export import LINEAGE, adapter_notes, modelfile, write_merged, write_peft
 from codyra_llm.experiment.plan import disk_bytes, skeleton
@@ -112,6 +114,26 @@ def test_an_adapter_names_the_revision_of_its_base(tiny_llama, toy_stream, tmp_p
     monkeypatch.setattr(loading, "download", lambda name, revision: tiny_llama)
     named = exported_base("owner/name", toy_stream, tmp_path, revision="v1")
     assert named == ("owner/name", "v1")
+
+
+def test_an_export_is_asked_as_its_run_asked(tiny_llama, toy_stream, tmp_path):
+    """`generate` writes the prompt by the chat template if the recipe that the export carries does."""
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    (base / "chat_template.jinja").write_text(TURNS)
+    asked = recipe(base, toy_stream, tmp_path / "run", SEQLORA)
+    expected = {}
+    for chat in (True, False):
+        data = asked.data.model_copy(update={"chat_template": chat})
+        setup = prepare(asked.model_copy(update={"data": data}))
+        archive = unequal(setup, tmp_path / f"updates-{chat}")
+        ids = setup.encoder.prompt("Say B:")[0]
+        found = generate_ids(setup.model(archive, 1).eval(), [ids], 4, setup.encoder.ends)
+        expected[chat] = setup.encoder.texts(found)[0]
+        write_merged(setup, archive, 1, None, tmp_path / f"merged-{chat}")
+        write_peft(setup, archive, 1, None, tmp_path / f"peft-{chat}")
+        assert answer(str(tmp_path / f"merged-{chat}"), "Say B:", 4) == expected[chat]
+        assert answer(str(tmp_path / f"peft-{chat}"), "Say B:", 4) == expected[chat]
+    assert expected[True] != expected[False]
 
 
 @pytest.mark.parametrize("model", ["~/models/tiny", "models/tiny"])
