@@ -12,7 +12,14 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from codyra_llm.checkpoints.lm_eval_layout import lm_eval_layout
-from codyra_llm.checkpoints.source import Source, Wanted, recipe_of, taken_apart, without_tasks
+from codyra_llm.checkpoints.source import (
+    Source,
+    Wanted,
+    recipe_of,
+    revision_of,
+    taken_apart,
+    without_tasks,
+)
 from codyra_llm.config.benchmark import digest
 from codyra_llm.config.differences import NO_RESULT, PLACES, flat
 from codyra_llm.core.errors import Fault, nearest
@@ -150,7 +157,8 @@ def _prepare(checkpoint: str, wanted: Wanted, bfloat16: bool | None = None) -> P
         scored = Checkpoint(**vars(setup), build=lambda: _built(setup, source.adapter))
     if not (wanted.base and (setup.recipe.general.data or setup.prompts)):
         return Prepared(scored, source, stage, None)
-    model = recipe.model.model_copy(update={"path": wanted.base})
+    named = {"path": wanted.base, "revision": revision_of(wanted.base, source.raw)}
+    model = recipe.model.model_copy(update=named)
     plain = prepare(without_tasks(recipe.model_copy(update={"model": model})), bfloat16=bfloat16)
     return Prepared(scored, source, stage, Checkpoint(**vars(plain), build=lambda: _built(plain, None)))
 

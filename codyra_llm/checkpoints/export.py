@@ -8,7 +8,7 @@ import torch
 
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.experiment.export import (
-    rank_notes,
+    adapter_notes,
     write_gguf_folder,
     write_merged,
     write_peft,
@@ -85,7 +85,7 @@ def export(folder: RunFolder, asked: Export, out: Path) -> list[str]:
     if asked.format == "stage":
         write_stage(folder, last, out, written())
     elif asked.format == "peft":
-        notes = rank_notes(write_peft(setup, archive, last, left, out, written, asked.rank))
+        notes = adapter_notes(setup, write_peft(setup, archive, last, left, out, written, asked.rank))
     elif asked.format == "gguf":
         write_gguf_folder(setup, archive, last, left, out, written(), asked.type or "f16")
     else:

@@ -38,9 +38,9 @@ def answer(checkpoint: str, prompt: str, new: int, base: str | None = None) -> s
     """The greedy answer to `prompt` of a model (folder, hub id, .gguf), of a PEFT adapter on its base (`base`
     or the one that it names), or of RUN@TASK, at most `new` tokens.
 
-    A stage of a run reads the prompt as the run does (its lengths, its chat template); a method that
-    needs the prompt's task gets TASK. Raises Fault for a checkpoint that can't be used, and for a prompt of
-    no token.
+    A stage of a run reads the prompt as the run does (its lengths, its chat template), an export of one by
+    the chat template if the run did; a method that needs the prompt's task gets TASK. Raises Fault for a
+    checkpoint that can't be used, and for a prompt of no token.
     """
     run, at, _ = checkpoint.rpartition("@")
     if at and Path(run).is_dir() and not (Path(run) / "recipe.json").is_file():
@@ -68,10 +68,11 @@ def _stage(folder: RunFolder, task: str | None, device: torch.device) -> Answeri
 
 
 def _plain(source: Source, new: int, device: torch.device) -> Answering:
-    base = loading.resolve(source.model)
+    base = loading.resolve(source.model, source.revision)
     reads = tokenizer_folder(source.adapter, base)
     rows = vocabulary(source.adapter) if source.adapter else None
-    faults = loading.check(base, False, reads, rows)
+    chat = bool(source.raw.get("data", {}).get("chat_template"))
+    faults = loading.check(base, chat, reads, rows)
     if faults:
         raise Fault(*faults)
     model = (
@@ -87,6 +88,6 @@ def _plain(source: Source, new: int, device: torch.device) -> Answering:
             "lower it"
         )
     tokenizer = load_tokenizer(reads)
-    section = DataSection(root="-", max_prompt_tokens=limit, max_answer_tokens=new + 2)
+    section = DataSection(root="-", max_prompt_tokens=limit, max_answer_tokens=new + 2, chat_template=chat)
     encoder = Encoder(tokenizer, section, answer_ends(base, tokenizer))
     return Answering(model.to(device).eval(), encoder)

@@ -1,5 +1,6 @@
 """What `codyra-llm evaluate` is given: what the checkpoint is, and the recipe that it is scored by."""
 
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from codyra_llm.config.sections import SHIPPED, TRACE
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.parsing import expanded, read_mapping, shown
 from codyra_llm.experiment.export import LINEAGE
-from codyra_llm.formats.adapter import base_of
+from codyra_llm.formats.adapter import Base, base_of
 from codyra_llm.formats.adapter_files import is_adapter
 from codyra_llm.store.folder import RunFolder
 
@@ -34,13 +35,14 @@ class Wanted:
 @dataclass(frozen=True)
 class Source:
     """What a checkpoint consists of: the recipe that it comes from, or an empty one; and a run with the last
-    task learnt, or the folder of a merged model, or a base and an adapter's folder."""
+    task learnt, or the folder of a merged model, or a base, at its revision, and an adapter's folder."""
 
     raw: dict
     after: str | None = None
     benchmark: str | None = None  # the digest of its recipe's
     run: RunFolder | None = None
     model: str | None = None
+    revision: str | None = None
     adapter: Path | None = None
     told: str = ""  # what the user should know about it
 
@@ -64,8 +66,18 @@ def checkpoint_source(checkpoint: str, base: str | None) -> Source:
         return _stage(RunFolder(folder))
     found = _carried(folder / LINEAGE, checkpoint)
     if is_adapter(folder):
-        return replace(found, model=base_of(folder, base), adapter=folder)
+        given = Base(base, revision_of(base, found.raw)) if base else None
+        path, revision = base_of(folder, given)
+        revision = revision or revision_of(path, found.raw)  # adapters of old exports name none
+        return replace(found, model=path, revision=revision, adapter=folder)
     return found
+
+
+def revision_of(base: str, raw: dict) -> str | None:
+    """The revision of a base that the command line names: the one of the recipe `raw` if that names the same
+    one, else none, as another model's branches and commits are its own."""
+    model = raw.get("model") or {}
+    return model.get("revision") if model.get("path") == base else None
 
 
 def _stage(run: RunFolder, after: str | None = None) -> Source:
@@ -138,7 +150,8 @@ def recipe_of(checkpoint: str, source: Source, wanted: Wanted) -> Recipe:
     over it.
     """
     anywhere = "." if wanted.benchmark in (None, *SHIPPED) else None
-    raw = source.raw or {"model": {}, "data": {"root": wanted.data or anywhere}, "method": "none"}
+    plain = {"model": {}, "data": {"root": wanted.data or anywhere}, "method": "none"}
+    raw = deepcopy(source.raw) or plain
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in checkpoint.strip("/."))
     given = {
         "output": str(wanted.out or Path("evaluations") / name),
@@ -146,6 +159,7 @@ def recipe_of(checkpoint: str, source: Source, wanted: Wanted) -> Recipe:
         "data.root": wanted.data,
         "data.benchmark": wanted.benchmark,
         "model.path": source.model,
+        "model.revision": source.revision,
         "general.data": wanted.general,
         "general.tasks": wanted.general_tasks,
     }
@@ -162,7 +176,8 @@ def recipe_of(checkpoint: str, source: Source, wanted: Wanted) -> Recipe:
     elif wanted.tasks:
         given["data.tasks"] = wanted.tasks
     for key, value in given.items():
-        if value is not None or source.raw and key.startswith(("optim", "model.q")):
+        emptied = key.startswith(("optim", "model.q")) or key == "model.revision" and source.adapter
+        if value is not None or source.raw and emptied:
             assign(raw, key, value)
     recipe = parse_recipe(override(raw, wanted.overrides), checkpoint)
     if source.raw or wanted.data or recipe.data.root != ".":

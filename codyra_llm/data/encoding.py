@@ -216,6 +216,7 @@ class Encoder:
         return self.texts([ids[:end]])[0]
 
     def texts(self, answers: Sequence[list[int]]) -> list[str]:
-        """The texts of generated answers, without what ended them and without special tokens."""
+        """The texts of generated answers, without what ended them and without special tokens. Spaces in front
+        of punctuation stay, as in TRACE's code, whatever the tokenizer's config says of cleaning up."""
         own = [without_end(ids, self.ends) for ids in answers]
-        return self.tokenizer.batch_decode(own, skip_special_tokens=True)
+        return self.tokenizer.batch_decode(own, skip_special_tokens=True, clean_up_tokenization_spaces=False)

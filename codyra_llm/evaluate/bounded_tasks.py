@@ -4,13 +4,15 @@ in a process with limits (core/foreign.py), and any other error in one of its ex
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from numbers import Real
 from typing import TYPE_CHECKING, Any, cast
 
 from codyra_llm.core import foreign
 from codyra_llm.core.errors import Fault
+from codyra_llm.core.parsing import shown
 
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
@@ -135,7 +137,8 @@ RESPONSES = {
 
 def try_first(task: "ConfigurableTask", name: str, positions: int | None) -> None:
     """Ask and score the first example with a made-up response in place of a model's. Raises Fault if that
-    fails, if the task samples, or if its longest answer takes all `positions` of the model."""
+    fails, if its right answer is none of its choices, if no metric gives it a score, if the task samples, or
+    if its longest answer takes all `positions` of the model."""
     state = random.getstate()
     with telling(name):
         shots = task.config.num_fewshot or 0
@@ -147,16 +150,52 @@ def try_first(task: "ConfigurableTask", name: str, positions: int | None) -> Non
         requests = made if isinstance(made, list) else [made]
         for request in requests:
             request.resps = [RESPONSES[str(task.OUTPUT_TYPE)]]
+        if task.OUTPUT_TYPE == "multiple_choice" and not task.multiple_input:
+            refuse_label(name, task.doc_to_target(doc), task.doc_to_choice(doc))
         if task.OUTPUT_TYPE == "generate_until":
             _refuse_generation(name, cast(Any, requests[0]).args[1], positions)
         for pipeline in task._filters:
             pipeline.apply(requests)
+        found = {}
         for filtered in requests[0].filtered_resps:
             results = [request.filtered_resps[filtered] for request in requests]
-            scores = task.process_results(doc, results)
-            for metric, value in scores.items():
+            found = task.process_results(doc, results)
+            for metric, value in found.items():
                 task.aggregation()[metric]([value])
+        better = task.higher_is_better()
+        if not any(is_score(value, better.get(metric)) for metric, value in found.items()):
+            raise Fault(no_score(name, found))
     random.setstate(state)
+
+
+def refuse_label(name: str, target: Any, choices: Sequence[str]) -> None:
+    """Raises Fault where an example's right answer, a number from 0 or one of the choices themselves, is none
+    of them: the harness counts each answer to it as wrong, without a word."""
+    texts = [choice.strip() for choice in choices]
+    for one in target if isinstance(target, list) else [target]:
+        known = one.strip() in texts if isinstance(one, str) else 0 <= one < len(texts)
+        if not known:
+            expected = f"0 to {len(texts) - 1}, or one of {shown(texts)}"
+            raise Fault(
+                f"general.tasks: '{name}' has an example whose right answer is {shown(one)}, expected "
+                f"{expected}; {CORRECT}"
+            )
+
+
+def is_score(value: Any, higher_is_better: bool | None) -> bool:
+    """Whether a metric's value for one example is a score of it: a share, 0 to 1, or a list of such, and more
+    is better. Perplexity is none, nor BLEU and F1 over all examples, which see texts or labels here."""
+    if isinstance(value, list):
+        return all(is_score(one, higher_is_better) for one in value)
+    return isinstance(value, Real) and 0 <= value <= 1 and higher_is_better is not False
+
+
+def no_score(name: str, metrics: Iterable[str]) -> str:
+    """The fault of a task by whose metrics examples have no score."""
+    return (
+        f"general.tasks: '{name}' is measured by {', '.join(metrics)}, which gives an example no score of 0 "
+        "to 1; add a metric that does, such as acc or exact_match, or leave it out"
+    )
 
 
 def _refuse_generation(name: str, given: dict[str, Any], positions: int | None) -> None:

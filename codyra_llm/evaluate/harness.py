@@ -34,6 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.foreign import Failed
+from codyra_llm.evaluate.bounded_tasks import is_score, no_score, refuse_label
 from codyra_llm.evaluate.budget import batches, budget, within_memory
 from codyra_llm.evaluate.generate import generate_ids, prefixed
 from codyra_llm.evaluate.statistics import commonest
@@ -244,12 +245,13 @@ class Live(HFLM):
 @dataclass
 class Measured:
     """One task: the fields of its row of scores.jsonl but for the stage, its predictions, the harness's
-    results.
+    results, and the chat template that wrote the prompts, if one did.
     """
 
     fields: dict[str, Any]
     predictions: list[dict]
     results: dict
+    template: str | None = None
 
     def row(self, stage: Stage) -> ScoreRow:
         return ScoreRow(after=stage.after, step=stage.step, kind=GENERAL, **self.fields)
@@ -272,6 +274,8 @@ def measure(lm: Live, ability: Ability, section: "GeneralSection", chat: bool) -
     with redirect_stderr(StringIO()), ability.bounded():  # a bar for every part of every group, on every rank
         results = evaluate(lm, chosen, samples=samples, apply_chat_template=chat)
     scores = _of_group(results) if ability.is_group else _of_task(results, name)
+    if not scores:
+        raise Fault(no_score(name, results["samples"][next(iter(samples))][0]["metrics"]))
     if ability.is_group:
         results["groups"] = {name: {"alias": name, **_harness_keys(scores)}}
         results["results"] |= results["groups"]
@@ -291,16 +295,17 @@ def measure(lm: Live, ability: Ability, section: "GeneralSection", chat: bool) -
         "shots": results["n-shot"][first],
         "version": results["versions"][first],
     }
-    return Measured(fields, predictions, results)
+    return Measured(fields, predictions, results, lm.tokenizer.get_chat_template() if chat else None)
 
 
 def _of_task(results: dict, part: str) -> dict[str, dict]:
-    """By 'metric,filter' the harness's mean and standard error, in points."""
+    """By 'metric,filter' the harness's mean and standard error, in points, of the metrics that score each
+    example."""
     found, n = results["results"][part], results["n-samples"][part]["effective"]
-    out = {}
+    scoring, out = _scoring(results), {}
     for key, value in found.items():
-        metric, comma, filtered = key.partition(",")
-        if comma and not metric.endswith("_stderr"):
+        metric, _, filtered = key.partition(",")
+        if metric in scoring:
             error = found.get(f"{metric}_stderr,{filtered}")
             out[key] = _score(value, None if error in (None, "N/A") else error, n)
     return out
@@ -310,14 +315,27 @@ def _of_group(results: dict) -> dict[str, dict]:
     """By 'metric,filter' the mean over the examples of all parts and its standard error, sd / √n, in
     points.
     """
+    scoring = _scoring(results)
     values: dict[str, list[float]] = {}
     for sample in (sample for part in results["samples"].values() for sample in part):
-        for metric in (m for m in sample["metrics"] if isinstance(sample[m], int | float)):
+        for metric in (m for m in sample["metrics"] if m in scoring and not isinstance(sample[m], list)):
             values.setdefault(f"{metric},{sample['filter']}", []).append(float(sample[metric]))
     return {
         key: _score(fmean(v), stdev(v) / math.sqrt(len(v)) if len(v) > 1 else None, len(v))
         for key, v in values.items()
     }
+
+
+def _scoring(results: dict) -> set[str]:
+    """The metrics by which every example has a score of 0 to 1."""
+    found, others = set(), set()
+    for part, samples in results["samples"].items():
+        better = results["higher_is_better"].get(part, {})
+        for sample in samples:
+            for metric in sample["metrics"]:
+                scored = is_score(sample[metric], better.get(metric))
+                (found if scored else others).add(metric)
+    return found - others
 
 
 def _score(mean: float, error: float | None, n: int) -> dict:
@@ -352,6 +370,7 @@ def _predictions(results: dict, headline: str) -> list[dict]:
                 likelihoods = [of_choice[0] for of_choice in sample["filtered_resps"]]
                 likeliest = max(range(len(choices)), key=likelihoods.__getitem__)
                 picked = choices[likeliest].strip()
+                refuse_label(part, target, choices)
                 target = choices[target].strip() if isinstance(target, int) else target
             else:
                 response = {"response": sample["resps"][0][0]}
@@ -392,7 +411,9 @@ def write(folder: Path, model: str, lm: Live, section: "GeneralSection", measure
     }
     add_tokenizer_info(whole, lm)
     tracker = EvaluationTracker(output_path=str(folder))
-    tracker.general_config_tracker.log_experiment_args("hf", f"pretrained={model}", None, None, False)
+    tracker.general_config_tracker.log_experiment_args(
+        "hf", f"pretrained={model}", None, measured.template, False
+    )
     tracker.save_results_aggregated(results=whole, samples=samples)
     for name, rows in samples.items():
         tracker.save_results_samples(task_name=name, samples=rows)

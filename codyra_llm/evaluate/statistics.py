@@ -90,7 +90,7 @@ def summarise(per_example: Sequence[float], seed: int = 0, resamples: int = 1000
     scores.
 
     The interval covers the choice of test examples alone, not the seed of training. Nulls where there is no
-    example.
+    example; a single one has a mean and no interval.
     """
     return summarise_all({"": per_example}, seed, resamples)[""]
 
@@ -114,7 +114,10 @@ def summarise_all(
 
 
 def _bounds(scores: np.ndarray, means: np.ndarray) -> dict:
-    """Mean of the scores, and the 95 % interval from the means of resampled sets."""
+    """Mean of the scores, and the 95 % interval from the means of resampled sets; none of a single score,
+    which says nothing of others."""
+    if len(scores) == 1:
+        return {"mean": float(scores[0]), "low": None, "high": None, "n": 1}
     low, high = np.percentile(means, [2.5, 97.5])
     return {"mean": float(scores.mean()), "low": float(low), "high": float(high), "n": len(scores)}
 

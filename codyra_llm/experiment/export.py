@@ -19,10 +19,13 @@ from codyra_llm.lora.merge import stored_weight
 from codyra_llm.lora.one_adapter import OneAdapter, one_adapter
 from codyra_llm.lora.update import Update
 from codyra_llm.models import families, saved
+from codyra_llm.models.ends import name_ends, named_ends
 from codyra_llm.models.weights import WeightReader
+from codyra_llm.runtime import launch
 from codyra_llm.store.archive import Archive
 from codyra_llm.store.folder import RunFolder
 
+OLLAMA_WINDOW = 4096  # tokens of prompt and answer that Ollama takes unless told otherwise
 # In every export: the recipe and the last task learnt, by which `evaluate` scores it.
 LINEAGE = "codyra_llm.json"
 
@@ -37,14 +40,16 @@ def write_merged(
     dtype: torch.dtype | None = None,
 ) -> None:
     """A plain Hugging Face folder: the base's own files, and its weights with the updates, summed in float32
-    and cast once to `dtype`, by default the one that the base stores each in. `card`: its README.md.
+    and cast once to `dtype`, by default the one that the base stores each in. `card`: its README.md. The
+    generation config names every token that ends an answer in evaluation.
 
-    The weights equal those that were evaluated if `dtype` is that of the evaluation (model.dtype). Raises
-    Fault for a method whose model is not a plain one.
+    The weights equal those that were evaluated, on the same kind of device, if `dtype` is that of the
+    evaluation (model.dtype). Raises Fault for a method whose model is not a plain one.
     """
     refuse_unmerged(setup, without)
     with replacing(out) as temporary:
         saved.copy_model(setup.base, temporary, _changes(setup, archive.terms(after, without)), dtype)
+        name_ends(temporary, setup.encoder.ends)
         _write_lineage(setup, archive, after, without, temporary)
         _write_card(card, temporary)
 
@@ -73,22 +78,30 @@ def write_gguf_folder(
         changes = _changes(setup, archive.terms(after, without))
         gguf_file.write_gguf(setup.base, temporary / name, changes, kind, out.name)
         saved.copy_files(setup.base, temporary, saved.TERMS)
-        write_text(temporary / "Modelfile", modelfile(name, setup.recipe.data.chat_template))
+        write_text(temporary / "Modelfile", modelfile(name, setup.recipe.data.chat_template, setup.longest))
         _write_lineage(setup, archive, after, without, temporary)
         _write_card(card, temporary)
     return out / name
 
 
-def modelfile(name: str, chat: bool) -> str:
-    """Ollama's Modelfile, by which prompts reach the model as it was trained on them. Without a template in
-    it Ollama would apply the base's chat template to every prompt."""
-    plain = "" if chat else 'TEMPLATE """{{ .Prompt }}"""\n'
-    return f"FROM ./{name}\n{plain}PARAMETER temperature 0\n"
+def modelfile(name: str, chat: bool, longest: int) -> str:
+    """Ollama's Modelfile, by which prompts reach the model as it was trained on them, and answers are greedy
+    ones, as in evaluation. Without a template in it Ollama would apply the base's chat template to every
+    prompt; it makes tokens of the last 64 less likely, at temperature 0 too, unless told otherwise, and cuts
+    what is longer than its window, so one that is too short for `longest` tokens is widened."""
+    lines = [f"FROM ./{name}"]
+    if not chat:
+        lines.append('TEMPLATE """{{ .Prompt }}"""')
+    lines += ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]
+    if longest > OLLAMA_WINDOW:
+        lines.append(f"PARAMETER num_ctx {longest}")
+    return "\n".join(lines) + "\n"
 
 
 def _changes(setup: Setup, terms: list[Update]) -> Callable[[str, torch.Tensor], torch.Tensor]:
     """For each weight, by the name that the base stores it under, a function of its value after `terms`;
-    other towers are unchanged. Raises Fault if the base does not store a weight that they change."""
+    other towers are unchanged. Sums are taken where those of the evaluated model are, so that they are equal
+    to the last bit. Raises Fault if the base does not store a weight that they change."""
     family = families.family_in(setup.base)
     known = set(WeightReader(setup.base).handle_of)
     changed = {f"{site}.weight" for update in terms for site in update.adapters}
@@ -102,10 +115,14 @@ def _changes(setup: Setup, terms: list[Update]) -> Callable[[str, torch.Tensor],
     tied = families.text_config(setup.base).tie_word_embeddings
     # A tied head has no weight of its own: its changes are those of the embeddings.
     parameters = {f"{family.head}.weight": f"{family.embeddings}.weight"} if tied else {}
+    device = launch.device()
 
     def changed_weight(name: str, base: torch.Tensor) -> torch.Tensor:
         own = family.own_name(name)
-        return base if own is None else stored_weight(parameters.get(own, own), base, terms)
+        own = parameters.get(own, own) if own else ""
+        if own not in changed:
+            return base
+        return stored_weight(own, base.to(device), terms).to(base.device)
 
     return changed_weight
 
@@ -144,6 +161,7 @@ def write_peft(
     config = LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=_base_path(setup),
+        revision=setup.recipe.model.revision,
         inference_mode=True,
         r=one.rank,
         lora_alpha=one.rank,
@@ -163,17 +181,17 @@ def write_peft(
         saved.copy_files(setup.base, temporary, (*saved.TOKENIZER, *saved.TERMS))
         cut = {"rank": one.rank, "error": one.error, "sites": one.relative()} if one.errors else None
         _write_lineage(setup, archive, after, without, temporary, {"truncation": cut} if cut else {})
-        _write_card(card(rank_notes(one)) if card else "", temporary)
+        _write_card(card(adapter_notes(setup, one)) if card else "", temporary)
     return one
 
 
 def _base_path(setup: Setup) -> str:
-    """Where PEFT is to find the base: the recipe's path if it is a folder or a hub id, else the folder that
-    a base of mini-TRACE's or a GGUF file was made into."""
+    """Where PEFT is to find the base: its hub id, or the folder in which the run found it, or made it of a
+    base of mini-TRACE's or a GGUF file. A folder's path is whole: in another place a relative one would be
+    taken for a hub id, and transformers knows no "~"."""
     named = setup.recipe.model.path
-    is_folder = os.path.isdir(os.path.expanduser(named))
-    is_hub_id = not os.path.exists(named) and named not in BASES
-    return named if is_folder or is_hub_id else str(setup.base)
+    is_here = os.path.exists(os.path.expanduser(named)) or named in BASES
+    return str(setup.base.absolute()) if is_here else named
 
 
 def _targets(setup: Setup, sites: set[str]) -> list[str]:
@@ -187,6 +205,21 @@ def _targets(setup: Setup, sites: set[str]) -> list[str]:
     if every == sites and family.tower is None:
         return sorted(names)
     return sorted(family.whole_name(site) for site in sites)
+
+
+def adapter_notes(setup: Setup, one: OneAdapter) -> list[str]:
+    """What one should know about an adapter of the run: its rank, and the ends of answers that the base's own
+    files, by which servers stop, don't name."""
+    missing = sorted(setup.encoder.ends - set(named_ends(setup.base)))
+    if not missing:
+        return rank_notes(one)
+    tokens = ", ".join(setup.tokenizer.convert_ids_to_tokens(missing))
+    return [
+        *rank_notes(one),
+        f"Answers end at {tokens} too, which the base's generation config does not name; give servers "
+        f"stop_token_ids={missing}, and transformers' `generate` all of "
+        f"eos_token_id={sorted(setup.encoder.ends)}.",
+    ]
 
 
 def rank_notes(one: OneAdapter) -> list[str]:

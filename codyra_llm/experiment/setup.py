@@ -65,9 +65,9 @@ class Setup:
         return getattr(torch, self.recipe.model.dtype)
 
     def model(self, archive: Archive, after: int, without: int | None = None) -> PreTrainedModel:
-        """The merged model as it is after task `after` (-1: the base), on the CPU. All that is evaluated,
-        exported or trained on comes from here, so what is exported is what was evaluated, to the last bit on
-        the same kind of device: updates are summed on the GPU where there is one."""
+        """The merged model as it is after task `after` (-1: the base), on the CPU. All that is evaluated or
+        trained on comes from here. Updates are summed on the GPU where there is one, as in an export, so that
+        what is exported is what was evaluated, to the last bit on the same kind of device."""
         model = loading.load(self.base, self.dtype, self.recipe.model.attention)
         merge(model, WeightReader(self.base), archive.terms(after, without), launch.device())
         return model

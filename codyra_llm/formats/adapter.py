@@ -2,6 +2,7 @@
 the model that it makes."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -24,9 +25,17 @@ from codyra_llm.models.families.config_file import explain_errors, size_faults
 from codyra_llm.models.weights import stored, stored_shapes, weight_files
 
 
-def base_of(folder: Path, given: str | None) -> str:
-    """The base that the adapter in `folder` belongs to: the one `given`, or the one that its config names.
-    Raises Fault, before anything is loaded, for a folder that is not a plain LoRA adapter of that base."""
+class Base(NamedTuple):
+    """A folder, hub id or GGUF file; the revision of a hub id, None for its newest."""
+
+    path: str
+    revision: str | None = None
+
+
+def base_of(folder: Path, given: Base | None) -> Base:
+    """The base that the adapter in `folder` belongs to: the one `given`, or the one that its config names, at
+    the revision that it names. Raises Fault, before anything is loaded, for a folder that is not a plain LoRA
+    adapter of that base."""
     try:
         import peft  # noqa: F401
     except ImportError:
@@ -54,20 +63,27 @@ def base_of(folder: Path, given: str | None) -> str:
         )
     if not (given or named):
         raise Fault(f"{folder}/{CONFIG} names no base_model_name_or_path; give the base with --base")
+    revision = config.get("revision")
+    if revision is not None and not isinstance(revision, str):
+        raise Fault(
+            f"{folder}/{CONFIG}: revision is {shown(revision)}, expected text or null; correct it, or give "
+            "the base with --base"
+        )
+    base = given or Base(named, revision)
     if given is None:
         try:
-            loading.resolve(named)
+            loading.resolve(*base)
         except Fault as fault:
             raise Fault(
                 f"{folder}/{CONFIG} names a base that can't be used here ({fault}); give the base with --base"
             ) from None
-    base = loading.resolve(given or named)
-    names = [name for file in weight_files(base) for name in stored(file)]
+    weights = loading.resolve(*base)
+    names = [name for file in weight_files(weights) for name in stored(file)]
     faults = config_faults(folder, config, module_names(names))
     if faults:
         raise Fault(*faults)
-    _check_shapes(folder, base)
-    return given or named
+    _check_shapes(folder, weights)
+    return base
 
 
 def build(base: Path, adapter: Path, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:

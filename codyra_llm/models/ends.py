@@ -5,11 +5,13 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from codyra_llm.core.files import write_json
 from codyra_llm.core.foreign import Failed
 from codyra_llm.core.parsing import read_json
 from codyra_llm.models import families
 from codyra_llm.models.tokenizer import ASKED, render_chat
 
+GENERATION = "generation_config.json"
 SAID = "An answer"  # by which the end of a turn is found in what a chat template writes
 
 
@@ -18,14 +20,36 @@ def answer_ends(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[i
     answers with; those of generation_config.json, or without one of config.json, at which transformers'
     `generate` stops (chat models name several); what the chat template writes after an answer; and what ends
     a turn in the family's own chats, which a tokenizer may have without a template."""
-    file = folder / "generation_config.json"
+    known = _special(tokenizer)
+    turns = {known.get(token) for token in families.family_in(folder).turn_ends}
+    ends = {*named_ends(folder), tokenizer.eos_token_id, end_of_turn(tokenizer), *turns}
+    return frozenset(token for token in ends if isinstance(token, int))
+
+
+def named_ends(folder: Path) -> list[int]:
+    """The tokens at which transformers' `generate` and vLLM stop for the model in `folder`, by its own files,
+    in their order."""
+    file = folder / GENERATION
     config = read_json(file if file.is_file() else folder / "config.json", "the model's own")
     named = config.get("eos_token_id", families.text_part(config).get("eos_token_id"))
     listed = named if isinstance(named, list) else [named]
-    known = _special(tokenizer)
-    turns = {known.get(token) for token in families.family_in(folder).turn_ends}
-    ends = {*listed, tokenizer.eos_token_id, end_of_turn(tokenizer), *turns}
-    return frozenset(token for token in ends if isinstance(token, int))
+    return [token for token in listed if isinstance(token, int)]
+
+
+def name_ends(folder: Path, ends: Collection[int]) -> None:
+    """Have the generation config of the model in `folder` name all of `ends`, after those that it names, so
+    that servers end an answer where evaluation does; untouched where it names them."""
+    named, file = named_ends(folder), folder / GENERATION
+    missing = sorted(set(ends) - set(named))
+    if not missing:
+        return
+    if file.is_file():
+        config = read_json(file, "the model's own")
+        config.pop("_from_model_config", None)  # by which transformers 4 may take the config's ends instead
+    else:
+        own = families.text_part(read_json(folder / "config.json", "the model's own"))
+        config = {key: own[key] for key in ("bos_token_id", "pad_token_id") if own.get(key) is not None}
+    write_json(file, config | {"eos_token_id": [*named, *missing]})
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:

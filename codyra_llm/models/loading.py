@@ -27,11 +27,21 @@ from codyra_llm.core.files import file_sha256
 from codyra_llm.core.parsing import read_json, shown
 from codyra_llm.models import families, packed_attention
 from codyra_llm.models.families.config_file import read_config, size_faults
+from codyra_llm.models.saved import TERMS
 from codyra_llm.models.tokenizer import tokenizer_faults
 from codyra_llm.models.weights import INDEX, SINGLE, header_faults, weight_files
 from codyra_llm.runtime.quiet import without_messages, without_weight_bars
 
-DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "README.md"]
+DOWNLOADED = [
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "tokenizer.model",
+    "merges.txt",
+    "vocab.txt",
+    "README.md",
+    *TERMS,  # which an export passes on
+]
 
 
 def resolve(path: str, revision: str | None = None) -> Path:

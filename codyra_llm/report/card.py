@@ -15,6 +15,7 @@ from codyra_llm.config.benchmark import load_benchmark
 from codyra_llm.config.recipe import Recipe
 from codyra_llm.config.registry import METHODS
 from codyra_llm.config.sections import TRACE
+from codyra_llm.core.parsing import read_json, shown
 from codyra_llm.evaluate.matrix import FORMULAS
 from codyra_llm.metrics.text import versioned
 from codyra_llm.report.grid import Cell, Grid, markdown, number, plain, word
@@ -48,6 +49,19 @@ KINDS = {
 }
 
 
+# What in a generation config has a model write something else than its greedy answer, and the value that
+# does not; 0 where none does.
+DECODING = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "suppress_tokens": 0,
+    "bad_words_ids": 0,
+}
+
 LOADING = {
     "merged": """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -61,7 +75,7 @@ from transformers import AutoTokenizer
 model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(DIR), AutoTokenizer.from_pretrained(DIR)
 ```""",
     "gguf": """```text
-llama-cli -m FILE.gguf -p PROMPT --temp 0 -no-cnv
+llama-completion -m FILE.gguf -p PROMPT --temp 0 -no-cnv
 ollama create NAME -f Modelfile
 ```""",
 }
@@ -91,6 +105,7 @@ def render(
     )
     if data.base_model:
         data["base_model_relation"] = KINDS[kind][1]
+    told = [*_decoding(base, kind), *notes]
     parts = [
         f"# {plain(title)}",
         KINDS[kind][2],
@@ -98,7 +113,7 @@ def render(
         *_loading(kind, recipe),
         *_tables(folder, recipe, rows, after),
         "## What to know",
-        "\n".join(f"- {line}" for line in (*_caveats(recipe, rows, without, licence), *map(plain, notes))),
+        "\n".join(f"- {line}" for line in (*_caveats(recipe, rows, without, licence), *map(plain, told))),
         "## How it was made",
         *_making(folder, recipe),
     ]
@@ -249,6 +264,24 @@ def _of_scores(recipe: Recipe, rows: list[ScoreRow]) -> list[str]:
         "decoding and metrics are the same there; the two protocols' accuracies differ for the same answers."
     )
     return lines
+
+
+def _decoding(base: Path, kind: str) -> list[str]:
+    """What in the base's generation config, which tools follow that read it, makes other answers than those
+    that were scored."""
+    file = base / "generation_config.json"
+    if kind not in ("merged", "peft") or not file.is_file():
+        return []
+    config = read_json(file, "the model's own")
+    kept = {key: config[key] for key, none in DECODING.items() if config.get(key) and config[key] != none}
+    if not kept:
+        return []
+    named = ", ".join(f"{key}={shown(value)}" for key, value in kept.items())
+    return [
+        f"The base's generation config sets {named}, which transformers and vLLM follow unless told "
+        "otherwise. Scores are those of greedy answers: give do_sample=False (vLLM: temperature 0) and "
+        "repetition_penalty=1."
+    ]
 
 
 def _making(folder: RunFolder, recipe: Recipe) -> list[str]:

@@ -122,3 +122,26 @@ def test_a_local_base_is_not_called_a_hub_model(run):
     assert found.data.base_model is None and card.render(
         prepare(run.recipe).base, run, 1, None, "merged"
     ) == str((run.path / "checkpoint" / "README.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "generation, kind, told",
+    [
+        (
+            {"do_sample": True, "repetition_penalty": 1.1, "top_k": 20},
+            "merged",
+            "do_sample=True, repetition_penalty=1.1",
+        ),
+        ({"repetition_penalty": 1.05}, "peft", "repetition_penalty=1.05"),
+        ({"do_sample": True}, "gguf", None),  # which has no such settings
+        ({"do_sample": False, "repetition_penalty": 1.0, "num_beams": 1, "temperature": 0.6}, "merged", None),
+        (None, "merged", None),
+    ],
+)
+def test_what_makes_other_answers_than_the_scored_ones_is_told(tmp_path, generation, kind, told):
+    """Qwen 2.5's chat models divide logits of repeated tokens by 1.05 to 1.1, in greedy answers too."""
+    if generation:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    found = card._decoding(tmp_path, kind)
+    assert bool(found) == bool(told)
+    assert not told or f"generation config sets {told}, which" in found[0]

@@ -11,16 +11,20 @@ import torch
 from adapters import TASKS, recipe
 from safetensors.torch import load_file, save_file
 from tiny import SIZES, save_tiny
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from codyra_llm.checkpoints.generate import answer
 from codyra_llm.cli import app
-from codyra_llm.experiment.export import LINEAGE, write_merged, write_peft
+from codyra_llm.evaluate.generate import generate_ids
+from codyra_llm.experiment import export as export_module
+from codyra_llm.experiment.export import LINEAGE, adapter_notes, modelfile, write_merged, write_peft
 from codyra_llm.experiment.plan import disk_bytes, skeleton
 from codyra_llm.experiment.run import run as run_recipe
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.lora.merge import merged_weight
 from codyra_llm.lora.update import Adapter, Update
+from codyra_llm.models import loading
 from codyra_llm.models.weights import WeightReader
 from codyra_llm.store.archive import Archive
 
@@ -96,6 +100,78 @@ def test_a_peft_export_carries_the_bases_tokenizer_and_nothing_else_of_it(setup,
     assert not (tmp_path / "peft" / "config.json").exists()  # it would be taken for a model of its own
 
 
+def exported_base(model, stream, tmp_path, **named):
+    """What an adapter's config says of its base: name and revision."""
+    asked = recipe(model, stream, tmp_path / "run", SEQLORA)
+    setup = prepare(asked.model_copy(update={"model": asked.model.model_copy(update=named)}))
+    write_peft(setup, unequal(setup, tmp_path / "updates"), 1, None, tmp_path / "peft")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    return config["base_model_name_or_path"], config["revision"]
+
+
+def test_an_adapter_names_the_revision_of_its_base(tiny_llama, toy_stream, tmp_path, monkeypatch):
+    """Without it readers put the adapter on whatever the hub's main branch holds by then."""
+    monkeypatch.setattr(loading, "download", lambda name, revision: tiny_llama)
+    named = exported_base("owner/name", toy_stream, tmp_path, revision="v1")
+    assert named == ("owner/name", "v1")
+
+
+def test_an_export_is_asked_as_its_run_asked(tiny_llama, toy_stream, tmp_path):
+    """`generate` writes the prompt by the chat template if the recipe that the export carries does."""
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    (base / "chat_template.jinja").write_text(TURNS)
+    asked = recipe(base, toy_stream, tmp_path / "run", SEQLORA)
+    expected = {}
+    for chat in (True, False):
+        data = asked.data.model_copy(update={"chat_template": chat})
+        setup = prepare(asked.model_copy(update={"data": data}))
+        archive = unequal(setup, tmp_path / f"updates-{chat}")
+        ids = setup.encoder.prompt("Say B:")[0]
+        found = generate_ids(setup.model(archive, 1).eval(), [ids], 4, setup.encoder.ends)
+        expected[chat] = setup.encoder.texts(found)[0]
+        write_merged(setup, archive, 1, None, tmp_path / f"merged-{chat}")
+        write_peft(setup, archive, 1, None, tmp_path / f"peft-{chat}")
+        assert answer(str(tmp_path / f"merged-{chat}"), "Say B:", 4) == expected[chat]
+        assert answer(str(tmp_path / f"peft-{chat}"), "Say B:", 4) == expected[chat]
+    assert expected[True] != expected[False]
+
+
+@pytest.mark.parametrize("model", ["~/models/tiny", "models/tiny"])
+def test_an_adapter_names_a_folder_that_is_found_from_anywhere(
+    tiny_llama, toy_stream, tmp_path, monkeypatch, model
+):
+    shutil.copytree(tiny_llama, tmp_path / "models" / "tiny")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert exported_base(model, toy_stream, tmp_path) == (str(tmp_path / "models" / "tiny"), None)
+
+
+TURNS = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<unk>{% endfor %}"
+
+
+@pytest.mark.parametrize("generation", [{"eos_token_id": 2, "top_k": 7, "_from_model_config": True}, None])
+def test_an_export_stops_where_the_evaluated_model_did(tiny_llama, toy_stream, tmp_path, generation):
+    """A base with a chat template whose generation config names EOS alone, as Qwen 2.5's: answers are trained
+    to end as turns do, and servers stop at what the generation config names."""
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    (base / "chat_template.jinja").write_text(TURNS)
+    (base / "generation_config.json").unlink()
+    if generation:
+        (base / "generation_config.json").write_text(json.dumps(generation))
+    asked = recipe(base, toy_stream, tmp_path / "run", SEQLORA)
+    data = asked.data.model_copy(update={"chat_template": True})
+    setup = prepare(asked.model_copy(update={"data": data}))
+    end = setup.encoder.answer("7")[0][-1]
+    assert end == setup.tokenizer.unk_token_id and setup.encoder.ends == {2, end}
+    archive = unequal(setup, tmp_path / "updates")
+    write_merged(setup, archive, 1, None, tmp_path / "merged")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").generation_config
+    assert (read.eos_token_id, read.bos_token_id) == ([2, end], None if generation else 1)
+    assert read.top_k == (7 if generation else GenerationConfig().top_k)
+    notes = adapter_notes(setup, write_peft(setup, archive, 1, None, tmp_path / "peft"))
+    assert "Answers end at <unk> too" in notes[1] and f"stop_token_ids=[{end}]" in notes[1]
+
+
 def test_an_export_is_in_the_bases_dtype_summed_in_float32_and_cast_once(stored_bf16, toy_stream, tmp_path):
     asked = recipe(stored_bf16, toy_stream, tmp_path / "run", SEQLORA)
     wide_model = asked.model.model_copy(update={"dtype": "float32"})
@@ -110,6 +186,24 @@ def test_an_export_is_in_the_bases_dtype_summed_in_float32_and_cast_once(stored_
     assert all(torch.equal(wide[name], weight) for name, weight in model.state_dict().items())
     assert (tmp_path / "merged" / "config.json").read_bytes() == (setup.base / "config.json").read_bytes()
     assert json.loads((tmp_path / "wide" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_an_export_is_summed_where_the_evaluated_model_is(setup, tmp_path, monkeypatch):
+    """A GPU adds products in another order than a CPU, which a cast to bfloat16 makes a last bit of. Weights
+    that no update changes are not sent there."""
+    places = {}
+
+    def noted(name, base, terms):
+        places[name] = base.device.type
+        return torch.zeros(base.shape)
+
+    monkeypatch.setattr(export_module, "stored_weight", noted)
+    monkeypatch.setattr(export_module.launch, "device", lambda: torch.device("meta"))
+    write_merged(setup, unequal(setup, tmp_path / "updates"), 1, None, tmp_path / "merged")
+    sites = {name for name in WeightReader(setup.base).handle_of if "_proj" in name}
+    assert places == dict.fromkeys(sites, "meta")
+    own, written = WeightReader(setup.base), WeightReader(tmp_path / "merged")
+    assert all(torch.equal(written.get(n), own.get(n) * (n not in sites)) for n in own.handle_of)
 
 
 def test_a_tied_head_that_is_stored_stays_the_embeddings(tiny_gemma2, toy_stream, tmp_path):
@@ -205,12 +299,15 @@ def test_a_base_of_transformers_4_is_exported_with_its_own_files(toy_stream, tmp
     [
         ("merged", "AutoModelForCausalLM.from_pretrained(DIR)"),
         ("peft", "AutoPeftModelForCausalLM.from_pretrained(DIR)"),
-        ("gguf", "llama-cli -m FILE.gguf"),
+        ("gguf", "llama-completion -m FILE.gguf"),
     ],
 )
 def test_the_card_says_how_to_load_and_to_ask(trained, tmp_path, format, words):
     assert export(trained, tmp_path / "out", "--format", format).exit_code == 0
     card = (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "llama-cli" not in card
+    )  # it has no mode without a chat template any more, and waits for a next turn
     assert words in card and "no chat template, and completion endpoints" in card and "## Scores" in card
 
 
@@ -231,8 +328,17 @@ def test_a_gguf_export_is_a_folder_for_ollama(trained, tmp_path):
     assert export(trained, tmp_path / "mine", "--format", "gguf", "--type", "q8_0").exit_code == 0
     names = {file.name for file in (tmp_path / "mine").iterdir()}
     assert names == {"mine-q8_0.gguf", "Modelfile", "README.md", LINEAGE}
-    told = (tmp_path / "mine" / "Modelfile").read_text()
-    assert told.startswith("FROM ./mine-q8_0.gguf\n") and 'TEMPLATE """{{ .Prompt }}"""' in told
+    plain = 'FROM ./mine-q8_0.gguf\nTEMPLATE """{{ .Prompt }}"""\n'
+    greedy = "PARAMETER temperature 0\nPARAMETER repeat_penalty 1\n"
+    assert (tmp_path / "mine" / "Modelfile").read_text() == plain + greedy
+
+
+def test_ollama_answers_as_evaluation_does():
+    """Greedily, and with room for the longest prompt and answer: by default it takes 4096 tokens, and divides
+    the logits of repeated tokens by 1.1."""
+    greedy = "FROM ./x.gguf\nPARAMETER temperature 0\nPARAMETER repeat_penalty 1\n"
+    assert modelfile("x.gguf", True, 4096) == greedy
+    assert modelfile("x.gguf", True, 4097) == greedy + "PARAMETER num_ctx 4097\n"
 
 
 def test_the_readers_figures_are_those_of_the_page():

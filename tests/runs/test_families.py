@@ -26,7 +26,7 @@ from codyra_llm.experiment.export import write_merged, write_peft
 from codyra_llm.experiment.plan import plan, skeleton
 from codyra_llm.experiment.run import run
 from codyra_llm.experiment.setup import prepare
-from codyra_llm.formats.adapter import base_of
+from codyra_llm.formats.adapter import Base, base_of
 from codyra_llm.lora.layer import AdapterSpec, attach, sites
 from codyra_llm.lora.shared import share_inputs
 from codyra_llm.models import families, loading, packed_attention
@@ -349,7 +349,7 @@ def test_an_adapter_of_the_text_model_does_not_fit_the_whole(made, toy_stream, t
     ran = run(asked)
     write_peft(prepare(ran.recipe), ran.archive(), 2, None, tmp_path / "peft")
     with pytest.raises(Fault, match="adapts 'model.layers.0.* which the base .* lacks"):
-        base_of(tmp_path / "peft", str(made("gemma3")))
+        base_of(tmp_path / "peft", Base(str(made("gemma3"))))
 
 
 def test_projections_that_a_family_lacks_are_refused(made, own_family, toy_stream, tmp_path):

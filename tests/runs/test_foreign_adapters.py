@@ -15,8 +15,9 @@ from codyra_llm.checkpoints.evaluate import _prepare
 from codyra_llm.checkpoints.generate import answer
 from codyra_llm.checkpoints.source import Wanted
 from codyra_llm.core.errors import Fault
-from codyra_llm.experiment.export import write_peft
+from codyra_llm.experiment.export import LINEAGE, write_merged, write_peft
 from codyra_llm.experiment.setup import prepare
+from codyra_llm.models import loading
 from codyra_llm.models.weights import stored
 
 PAIR = ["q_proj", "v_proj"]
@@ -129,6 +130,42 @@ def test_the_base_of_another_machine_is_given(tiny_llama, stream, tmp_path):
     model = _prepare(str(tmp_path / "adapter"), wanted)[0].model(None, 0).eval()
     torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-4, atol=2e-5)
     assert answer(str(tmp_path / "adapter"), "Say A:", 2, str(tiny_llama)) is not None
+
+
+def test_an_adapter_is_read_on_the_revision_that_it_names(tiny_llama, stream, tmp_path, monkeypatch):
+    """And a base that is given instead on its newest, unless it is the one that the carried recipe names."""
+    asked = set()
+    monkeypatch.setattr(loading, "download", lambda *named: asked.add(named) or tiny_llama)
+    make(tiny_llama, tmp_path / "adapter", **KINDS["plain"])
+    adapter_config(tmp_path / "adapter", base_model_name_or_path="owner/name", revision="v1")
+    setup = scored(tmp_path / "adapter", stream)
+    assert setup.recipe.model.revision == "v1"
+    answer(str(tmp_path / "adapter"), "Say A:", 2)
+    assert asked == {("owner/name", "v1")}
+    asked.clear()
+    answer(str(tmp_path / "adapter"), "Say A:", 2, "other/name")
+    assert asked == {("other/name", None)}
+    adapter_config(tmp_path / "adapter", revision=5)
+    with pytest.raises(Fault, match="revision is 5, expected text or null"):
+        answer(str(tmp_path / "adapter"), "Say A:", 2)
+
+
+def test_the_base_of_a_comparison_is_not_sought_at_the_revision_of_another(
+    run, tiny_llama, tmp_path, monkeypatch
+):
+    asked = set()
+    monkeypatch.setattr(loading, "download", lambda *named: asked.add(named) or tiny_llama)
+    folder = run({"name": "seqlora"})
+    write_merged(prepare(folder.recipe), folder.archive(), 2, None, tmp_path / "merged")
+    file = tmp_path / "merged" / LINEAGE
+    carried = json.loads(file.read_text())
+    carried["recipe"]["model"] |= {"path": "owner/name", "revision": "v1"}
+    carried["recipe"]["general"] = {"data": "mini"}
+    file.write_text(json.dumps(carried))
+    for base, expected in (("owner/name", "v1"), ("other/name", None)):
+        asked.clear()
+        _prepare(str(tmp_path / "merged"), Wanted(base=base))
+        assert asked == {(base, expected)}
 
 
 def pickled(folder, base):

@@ -8,8 +8,8 @@ import pytest
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, normalizers, processors
-from tokenizers.models import BPE
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE, Unigram
 from transformers import PreTrainedTokenizerFast
 
 from codyra_llm.config.sections import DataSection
@@ -252,3 +252,16 @@ def test_settings_are_not_chosen_on_prompts_of_the_test_split(tmp_path):
     write("test", ["p", "q", "r"])
     with pytest.raises(Fault, match="eval.json has no prompt that test.json lacks"):
         prompts("eval")
+
+
+def test_spaces_in_front_of_punctuation_stay_in_answers():
+    """Code has them. A tokenizer that is no BPE drops them where its config asks for cleaning up."""
+    pieces = ["<unk>", "</s>", *(f"\u2581{piece}" for piece in "f(.,")]
+    words = [(piece, -1.0) for piece in pieces]
+    core = Tokenizer(Unigram(words, unk_id=0))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="</s>", clean_up_tokenization_spaces=True
+    )
+    assert tokenizer.decode([2, 5, 2, 4]) == "f, f."
+    assert Encoder(tokenizer, section()).texts([[2, 5, 2, 4, 1]]) == ["f , f ."]

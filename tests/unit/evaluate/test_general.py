@@ -4,6 +4,7 @@ refused.
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -116,6 +117,28 @@ def test_multiple_choice_by_hand(tiny_llama, live, root):
     assert measured.predictions[0]["prompt"] == "Question: open a jar\nAnswer:"
 
 
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_harness_files_say_by_which_template_prompts_were_written(tiny_llama, live, root, tmp_path, chat):
+    from codyra_llm.evaluate.harness import measure, write
+
+    _, tokenizer, lm = live(tiny_llama)
+    tokenizer.chat_template = TEMPLATE
+    section = GeneralSection(data=str(root))
+    measured = measure(lm, suite.find(section)["piqa"], section, chat)
+    assert measured.predictions[0]["prompt"].startswith("<user>" if chat else "Question")
+    write(tmp_path / "out", "00-base", lm, section, measured)
+    (file,) = (tmp_path / "out" / "00-base").glob("results_*.json")
+    found = json.loads(file.read_text())
+    assert found["chat_template"] == (TEMPLATE if chat else None)
+    assert found["fewshot_as_multiturn"] is False
+
+
 def greedy(model, tokenizer, prompt, new):
     ids = tokenizer(prompt)["input_ids"]
     start = len(ids)
@@ -145,6 +168,90 @@ def test_generation_by_hand_with_a_task_of_ones_own(tiny_llama, live, tmp_path):
     assert measured.row(STAGE).score == 50 and measured.row(STAGE).metrics["exact_match,none"][
         "stderr"
     ] == pytest.approx(50)
+
+
+LAST_WORD = """
+task: last_word
+dataset_path: json
+dataset_kwargs: {data_files: {test: continue.json}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{text}}"
+doc_to_target: "{{answer}}"
+"""
+
+
+def test_a_score_is_a_share_of_which_more_is_better(tiny_llama, live, tmp_path):
+    """LAMBADA's metrics, the harness's default for the probability of a text: perplexity, then acc. Where
+    perplexity is taken for the score, a model that gets worse seems to get better."""
+    from codyra_llm.evaluate.harness import measure
+
+    model, tokenizer, lm = live(tiny_llama)
+    text = "Who is number 3 of the list?"
+    likeliest = tokenizer.decode(
+        model(tokenizer(text, return_tensors="pt")["input_ids"]).logits[0, -1].argmax()
+    )
+    (tmp_path / "last_word.yaml").write_text(LAST_WORD + 'target_delimiter: ""\n')
+    rows = [{"text": text, "answer": likeliest}, {"text": text, "answer": "y" if likeliest != "y" else "x"}]
+    (tmp_path / "continue.json").write_text(json.dumps(rows))
+    section = GeneralSection(data=str(tmp_path), tasks=["last_word"])
+    ability = suite.find(section)["last_word"]
+    ability.try_out(256)
+    row = measure(lm, ability, section, False).row(STAGE)
+    assert (row.headline, row.score, list(row.metrics)) == ("acc,none", 50.0, ["acc,none"])
+
+
+LABELLED = """
+task: labelled
+dataset_path: json
+dataset_kwargs: {data_files: {test: labelled.json}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{text}}"
+doc_to_choice: ["no", "yes"]
+doc_to_target: "{{label}}"
+"""
+
+
+@pytest.mark.parametrize("label, said", [("2", "2"), ("true", "'true'")])
+def test_a_right_answer_that_is_none_of_the_choices_is_refused(tiny_llama, live, tmp_path, label, said):
+    """The harness scores every answer to it as wrong, with a warning alone: labels counted from 1, say."""
+    from codyra_llm.evaluate.harness import measure
+
+    section = GeneralSection(data=str(tmp_path), tasks=["labelled"])
+    (tmp_path / "labelled.yaml").write_text(LABELLED)
+
+    def ability(*labels):
+        rows = [{"text": "Is it?", "label": one} for one in labels]
+        (tmp_path / "labelled.json").write_text(json.dumps(rows))
+        return suite.find(section)["labelled"]
+
+    told = f"right answer is {said}, expected 0 to 1, or one of ['no', 'yes']"
+    ability("1", "yes", "0").try_out(256)
+    with pytest.raises(Fault, match=f"index out of range|{re.escape(told)}"):
+        ability(label).try_out(256)
+    later = ability("1", label)
+    later.try_out(256)
+    with pytest.raises(Fault, match=re.escape(told)):
+        measure(live(tiny_llama)[2], later, section, False)
+
+
+@pytest.mark.parametrize(
+    "task, metric, said",
+    [
+        (OWN.replace("continue\n", "own\n", 1), "bleu", "bleu"),  # 0 to 100, of all texts together
+        (LAST_WORD.replace("last_word", "own"), "perplexity", "perplexity"),
+    ],
+)
+def test_a_task_that_scores_no_example_is_refused_before_weights_load(tmp_path, task, metric, said):
+    lines = [line for line in task.splitlines() if not line.startswith("metric_list")]
+    (tmp_path / "own.yaml").write_text("\n".join([*lines, f"metric_list: [{{metric: {metric}}}]"]))
+    (tmp_path / "continue.json").write_text(json.dumps([{"text": "Say A:", "answer": "A"}]))
+    ability = suite.find(GeneralSection(data=str(tmp_path), tasks=["own"]))["own"]
+    with pytest.raises(
+        Fault, match=f"'own' is measured by {said}, which gives an example no score of 0 to 1"
+    ):
+        ability.try_out(256)
 
 
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_gemma2", "tiny_gemma3"])

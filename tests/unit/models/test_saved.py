@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from tiny import SIZES, save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -52,6 +53,26 @@ def test_a_copy_is_the_base_byte_for_byte(tmp_path):
         assert (tmp_path / "copy" / name).read_bytes() == (base / name).read_bytes(), name
     written = sum(file.stat().st_size for file in (tmp_path / "copy").iterdir())
     assert saved.size(base) == written
+
+
+def test_terms_are_downloaded_since_an_export_passes_them_on(monkeypatch, tmp_path):
+    """LLaMA's licence wants its text and its notice with every copy."""
+    asked = {}
+    monkeypatch.setattr(loading, "snapshot_download", lambda name, **given: asked.update(given) or tmp_path)
+    loading.download("owner/name", None)
+    files = [
+        "LICENSE",
+        "LICENSE.txt",
+        "NOTICE.txt",
+        "USE_POLICY.md",
+        "config.json",
+        "original/LICENSE",
+        "x.bin",
+    ]
+    kept = filter_repo_objects(
+        files, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
+    )
+    assert list(kept) == files[:5]
 
 
 def test_shards_stay_and_a_weight_that_changed_is_where_it_was(tiny_llama, tmp_path):
