@@ -27,8 +27,9 @@ class CodyraDrift(Codyra):
     model, nothing that grows. Half of a task's moment (`answer_share`) are the tokens at which answers are
     predicted, one of 160 where a prompt is long and its answer a letter. Where the base has a chat template
     half of its sequences (`chats`) are chats: texts alone have next to no beginnings of answers in them, and
-    those are what short answers change. Near it: OWM, GPM and InfLoRA project where this weighs; RegMean (2212.09849)
-    merges so; Ritter et al.'s Kronecker-factored Laplace (1805.07810) has the output side in the penalty too.
+    those are what short answers change. Near it: OWM, GPM and InfLoRA project where this weighs; RegMean
+    (2212.09849) merges so; Ritter et al.'s Kronecker-factored Laplace (1805.07810) has the output side in the
+    penalty too.
     `selection` ratio: when the dense phase ends, every ΔW is rewritten by parts that have a cost and a gain
     each (`pricing.joint`), and those of all layers with the least gain per cost go until the predicted drift
     is within `keep_drift`. It is off: what the penalty and the merge do did not need it (docs/codyra.md).
