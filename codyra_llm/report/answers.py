@@ -2,6 +2,8 @@
 answers, cut ones.
 """
 
+from collections.abc import Iterable
+
 from codyra_llm.evaluate.matrix import mean
 from codyra_llm.store.rows import FloorRow, ScoreRow
 
@@ -38,10 +40,7 @@ def sentences(found: list[dict], many: float = MANY) -> list[str]:
     ones where at least the share `many` are."""
     alike = [(row, f"{row['alike']:.0%} of {row['of']}") for row in found if row["alike"]]
     empty = [(row, f"{row['empty']} of {row['of']}") for row in found if _some_empty(row)]
-    cut = []
-    for row in found:
-        if row["cut"] and row["cut"] >= many * row["of"]:
-            cut.append((row, f"{row['cut']} of {row['of']}"))
+    cut = [(row, f"{row['cut']} of {row['of']}") for row in found if _many_cut(row, many)]
     lines = []
     if alike:
         lines.append(
@@ -59,6 +58,10 @@ def _some_empty(row: dict) -> bool:
     return bool(row["empty"]) and row["empty"] >= SOME * row["of"]
 
 
+def _many_cut(row: dict, many: float = MANY) -> bool:
+    return bool(row["cut"]) and row["cut"] >= many * row["of"]
+
+
 def _by_task(told: list[tuple[dict, str]]) -> str:
     """`FOMC (50 of 50 after FOMC, 40 of 50 after ScienceQA), ...`"""
     by_task: dict[str, list[str]] = {}
@@ -69,31 +72,36 @@ def _by_task(told: list[tuple[dict, str]]) -> str:
 
 def tallied(runs: list[list[dict]]) -> dict:
     """Of `noted` of several runs of one kind, by task: in how many of them it had one answer ("alike"), and
-    how many answers were empty, of how many ("empty"); both just after the task or at the end."""
+    how many answers were empty, of how many ("empty"), or cut ("cut"); just after the task or at the end."""
     alike: dict[str, int] = {}
-    empty: dict[str, list[int]] = {}
     for found in runs:
         for task in dict.fromkeys(row["task"] for row in found if row["alike"]):
             alike[task] = alike.get(task, 0) + 1
-        for row in found:
-            if _some_empty(row):
-                had, of = empty.get(row["task"], (0, 0))
-                empty[row["task"]] = [had + row["empty"], of + row["of"]]
-    return {"runs": len(runs), "alike": alike, "empty": empty}
+    rows = [row for found in runs for row in found]
+    empty = _summed("empty", filter(_some_empty, rows))
+    cut = _summed("cut", filter(_many_cut, rows))
+    return {"runs": len(runs), "alike": alike, "empty": empty, "cut": cut}
+
+
+def _summed(key: str, rows: Iterable[dict]) -> dict[str, list[int]]:
+    """By task, how many of its answers are what `key` says, and of how many."""
+    found: dict[str, list[int]] = {}
+    for row in rows:
+        had, of = found.get(row["task"], (0, 0))
+        found[row["task"]] = [had + row[key], of + row["of"]]
+    return found
 
 
 def compared(arms: dict[str, dict]) -> list[str]:
     """Of `tallied` by arm, a sentence on each kind of answers."""
-    alike, empty = [], []
+    alike = []
     for arm, found in arms.items():
         runs = found["runs"]
         several = f" of {runs} runs" if runs > 1 else ""
         tasks = [f"{task} ({count}{several})" if several else task for task, count in found["alike"].items()]
-        counts = [f"{task} ({had} of {of})" for task, (had, of) in found["empty"].items()]
         if tasks:
             alike.append(f"{arm}: {', '.join(tasks)}")
-        if counts:
-            empty.append(f"{arm}: {', '.join(counts)}")
+    empty, cut = _counted(arms, "empty"), _counted(arms, "cut")
     lines = []
     if alike:
         lines.append(
@@ -102,6 +110,21 @@ def compared(arms: dict[str, dict]) -> list[str]:
         )
     if empty:
         lines.append(f"Empty answers, just after the task or at the end: {'; '.join(empty)}.")
+    if cut:
+        lines.append(
+            "Answers cut at eval.max_new_tokens, before they ended, just after the task or at the end: "
+            f"{'; '.join(cut)}."
+        )
+    return lines
+
+
+def _counted(arms: dict[str, dict], key: str) -> list[str]:
+    """Of `tallied` by arm, `ARM: TASK (HAD of OF), ...` of each arm that has such answers."""
+    lines = []
+    for arm, found in arms.items():
+        counts = [f"{task} ({had} of {of})" for task, (had, of) in found[key].items()]
+        if counts:
+            lines.append(f"{arm}: {', '.join(counts)}")
     return lines
 
 

@@ -132,16 +132,23 @@ def test_the_summary_is_json_and_names_them(tmp_path):
 
 
 def test_runs_of_an_arm_are_counted_together():
-    alike = {"task": "A", "after": "A", "of": 50, "alike": 1.0, "empty": 3}
-    last = alike | {"after": "B", "empty": 0}
-    other = {"task": "B", "after": "B", "of": 50, "alike": None, "empty": 7}
+    alike = {"task": "A", "after": "A", "of": 50, "alike": 1.0, "empty": 3, "cut": 24}
+    last = alike | {"after": "B", "empty": 0, "cut": 25}
+    other = {"task": "B", "after": "B", "of": 50, "alike": None, "empty": 7, "cut": 0}
     found = answers.tallied([[alike, last], [other], []])
-    assert found == {"runs": 3, "alike": {"A": 1}, "empty": {"A": [3, 50], "B": [7, 50]}}
+    assert found == {
+        "runs": 3,
+        "alike": {"A": 1},
+        "empty": {"A": [3, 50], "B": [7, 50]},
+        "cut": {"A": [25, 50]},
+    }
     alone = answers.tallied([[last]])
     assert answers.compared({"x": found, "y": alone, "z": answers.tallied([[]])}) == [
         "One and the same answer to at least 90% of a task's prompts, just after the task or at the end: "
         "x: A (1 of 3 runs); y: A.",
         "Empty answers, just after the task or at the end: x: A (3 of 50), B (7 of 50).",
+        "Answers cut at eval.max_new_tokens, before they ended, just after the task or at the end: "
+        "x: A (25 of 50); y: A (25 of 50).",
     ]
 
 

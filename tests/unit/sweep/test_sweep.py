@@ -421,7 +421,7 @@ def test_the_floor_and_answers_that_are_all_alike_are_told(sweep_file):
     faked(asked, {(arm, seed): cells for arm in ("seqlora", "ewc") for seed in (1, 2)})
     before = comparison.render(comparison.compare(asked), "x")
     assert "training answer" not in before and "the same answer" not in before  # of runs that noted neither
-    alike = {"task": "ONE", "after": "TWO", "of": 2, "alike": 1.0, "empty": 0}
+    alike = {"task": "ONE", "after": "TWO", "of": 2, "alike": 1.0, "empty": 0, "cut": 0}
     told(asked, "ewc", answers=[alike], floor={"scores": [20.0, 31.0], "op": 25.5})
     told(asked, "seqlora", answers=[], floor={"scores": [20.0, 31.0], "op": 25.5})
     found = comparison.compare(asked)
