@@ -193,6 +193,7 @@ def test_an_undeclared_launch_is_refused(name, tiny_llama, toy_stream, tmp_path,
 def test_it_can_be_planned(name, tiny_llama, toy_stream, tmp_path, capsys):
     plan(parse_recipe(raw(tiny_llama, toy_stream, tmp_path / "run", name)), Console(width=200))
     shown = capsys.readouterr().out
+    assert f"method {name} trains" in shown
     assert "memory, estimated" in shown and ("time to train" in shown) == bool(METHODS[name].trains)
 
 

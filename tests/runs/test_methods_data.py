@@ -1,6 +1,5 @@
 """icl, rcl, mtl, ilora and seqft: what they show, read, visit, average and store."""
 
-import io
 import json
 import shutil
 from collections import Counter
@@ -9,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import logits, tiny_recipe, weights, write_task
-from rich.console import Console
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +20,6 @@ from codyra_llm.data.batches import collate
 from codyra_llm.experiment import run as runs
 from codyra_llm.experiment.export import write_peft
 from codyra_llm.experiment.learning import task_data
-from codyra_llm.experiment.plan import plan
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.lora.layer import sites
 from codyra_llm.lora.merge import merge
@@ -490,11 +487,3 @@ def test_seqft_is_adam_on_all_weights(tiny_llama, toy_stream, tmp_path):
             assert error.mean() < 2e-5 and error.max() < 2e-3, (
                 name
             )  # Adam turns rounding of near-zero gradients into steps
-
-
-def test_plans(tiny_llama, reasoned, tmp_path):
-    for name in ("icl", "rcl", "mtl", "ilora", "ilora_mixed", "seqft"):
-        console = Console(width=200, record=True, file=io.StringIO())
-        shots = {"method__shots": 2} if name == "icl" else {}
-        plan(tiny_recipe(tiny_llama, reasoned, tmp_path / "run", method=name, **shots), console)
-        assert f"method {name} trains" in console.export_text()

@@ -52,7 +52,7 @@ def test_no_name_is_a_module_s_too():
 
 
 def test_naming_one_imports_what_it_needs_alone():
-    code = "import codyra_llm, sys; codyra_llm.load_recipe; print('torch' in sys.modules); codyra_llm.run"
+    code = "import codyra_llm, sys; codyra_llm.load_recipe; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "False\n", done.stderr
 

@@ -52,9 +52,10 @@ def test_damaged_ones_are_refused_as_a_whole(read, tmp_path, monkeypatch):
                 list(read_items(file, "a list"))
 
 
-def test_memory_does_not_grow_with_the_list(tmp_path):
-    """A file of 23 MB in less than 8."""
-    file, count = tmp_path / "x.json", 200_000
+def test_memory_does_not_grow_with_the_list(tmp_path, monkeypatch):
+    """A file of 6 MB in less than 2, a quarter of a megabyte at a time."""
+    monkeypatch.setattr(parsing, "READ", 1 << 18)
+    file, count = tmp_path / "x.json", 50_000
     file.write_text(json.dumps([{"prompt": "x" * 100}] * count))
     tracemalloc.start()
     assert sum(1 for _ in read_items(file, "a list")) == count
