@@ -221,12 +221,14 @@ class Engine:
 
     def values(self) -> Iterator[tuple[str, Tensor]]:
         """The trained parameters by `value.<name>`, whole (collective under ZeRO)."""
-        return ((f"value.{name}", self._full(p) if self.deepspeed else p) for name, p in self._trained())
+        return self._values(self._trained())
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """The trained parameters and Adam's moments and step counts, by `<kind>.<name>`: whole, in their own
-        precision, the same for any number of processes (collective under ZeRO)."""
+        """The trained parameters, the factors that stay as they are, and Adam's moments and step counts, by
+        `<kind>.<name>`: whole, in their own precision, the same for any number of processes (collective under
+        ZeRO)."""
         yield from self.values()
+        yield from self._values(self._fixed())
         for name, p in self._trained():
             if self.deepspeed:
                 yield from ((f"{key}.{name}", self._moment(p, key)) for key in MOMENTS)
@@ -239,10 +241,10 @@ class Engine:
         """Put back what `state` or `values` gave, under any number of processes and stage of ZeRO
         (collective).
         """
-        trained = dict(self._trained())
+        known = dict([*self._trained(), *self._fixed()])
         for key, tensor in tensors:
             kind, _, name = key.partition(".")
-            p = trained[name]
+            p = known[name]
             if kind == "value":
                 self._write(p, tensor.to(self.acc.device))
             elif not self.deepspeed:
@@ -257,6 +259,15 @@ class Engine:
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What the optimizer's steps may change, by name."""
         return ((name, p) for name, p in self.model.named_parameters() if id(p) in self.stepped)
+
+    def _fixed(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The factors that a method has chosen before training. Chosen again they may come out otherwise, and
+        those that train belong to these."""
+        named = self.model.named_parameters()
+        return ((name, p) for name, p in named if ".lora_" in name and not p.requires_grad)
+
+    def _values(self, named: Iterator[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
+        return ((f"value.{name}", self._full(p) if self.deepspeed else p) for name, p in named)
 
     def _flat(self) -> list[Tensor]:
         """ZeRO's flat shards that this process steps."""

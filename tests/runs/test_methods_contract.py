@@ -23,6 +23,7 @@ from codyra_llm.experiment.export import write_merged, write_stage
 from codyra_llm.experiment.plan import plan
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.methods.base import Method
+from codyra_llm.methods.parts.subspace import Subspace
 from codyra_llm.models import loading
 from codyra_llm.runtime import launch, signals
 from codyra_llm.store.folder import RunFolder
@@ -84,6 +85,24 @@ def test_stopped_and_restarted_equals_straight_through(name, finished, tmp_path)
     assert [(row["task"], row["step"], row["loss"]) for row in rows(folder)] == [
         (row["task"], row["step"], row["loss"]) for row in rows(again)
     ]
+
+
+@pytest.mark.parametrize("name", ["inflora", "keeplora", "gainlora"])
+def test_a_restart_goes_on_with_the_rows_that_were_chosen(name, finished, tmp_path):
+    """A restart makes the passes over data again, and what it chooses may come out otherwise: a backward pass
+    on a GPU does not add up in the same order twice, and the sign of a singular vector is nobody's."""
+    folder, _ = finished(name)
+    stopped = without_third_task(folder, tmp_path / "run")
+    recipe = folder.recipe.model_copy(update={"output": str(stopped.path)})
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(signals.Stopped, match="step 3 of"):
+        stop_inside(patch, "THREE", 2)
+        runs.run(recipe)
+    with pytest.MonkeyPatch.context() as patch:
+        leading = Subspace.leading
+        patch.setattr(Subspace, "leading", lambda *given: -leading(*given))
+        again = runs.run(recipe)
+    one, two = tensors(folder), tensors(again)
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
 def without_third_task(folder: RunFolder, path: Path) -> RunFolder:

@@ -27,11 +27,10 @@ class Dream(SeqLora):
     draws its gradient is that of the KL. LAMOL trains the model to write inputs, with a token for each task;
     SSR has the base write inputs from demonstrations and picks from clusters; here neither is done, so how
     much a dream has of a task depends on how well the model goes on from the beginning of its prompts. No
-    example is kept: the state is the tokens with which all prompts of a task begin, and those that end a
-    text of it. Cost: `batch` sequences
-    forward and backward per step, and a forward of the model before; per task `samples` sequences decoded
-    with cached keys and values, on every rank alike; one more copy of the adapter. In training time 2.4 times
-    seqlora's on the quickstart.
+    example is kept: the state is the tokens with which all prompts of a task begin that are not cut, and
+    those that end a text of it. Cost: `batch` sequences forward and backward per step, and a forward of the
+    model before; per task `samples` sequences decoded with cached keys and values, on every rank alike; one
+    more copy of the adapter. In training time 2.4 times seqlora's on the quickstart.
     """
 
     name, Config = "dream", DreamConfig
@@ -58,11 +57,13 @@ class Dream(SeqLora):
         return {"dream": self.config.weight * self._term(model, self._drawn(model))}
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
-        """How the task's prompts begin, the start of later dreams of it, and which tokens end one: those that
-        end an answer, but for those in its prompts, as the end of a user's turn is, after which an answer
-        is still to come."""
-        prompts = [example.prompt for example in task.encode(task.records())]
-        prefix = common_prefix(prompts)[: self.config.prefix_tokens] or [first_token(model)]
+        """How the task's prompts begin, those that are whole if any is, the start of later dreams of it; and
+        which tokens end one: those that end an answer, but for those in its prompts, as the end of a user's
+        turn is, after which an answer is still to come."""
+        examples = task.encode(task.records())
+        prompts = [example.prompt for example in examples]
+        whole = [example.prompt for example in examples if not example.cut]
+        prefix = common_prefix(whole or prompts)[: self.config.prefix_tokens] or [first_token(model)]
         ends = end_tokens(model, task.ends).difference(*prompts)
         own = {
             f"prefix.{task.index}": torch.tensor(prefix),

@@ -138,6 +138,21 @@ def test_what_ends_a_dream_of_a_task(tiny_llama, prompts, expected):
     assert state["ends.0"].tolist() == expected and state["ends.0"].dtype == torch.long
 
 
+@pytest.mark.parametrize(
+    ("cut", "expected"),
+    [((False, False, True), [1, 5, 6]), ((True, True, True), [1])],
+    ids=["one", "all"],
+)
+def test_a_task_begins_as_its_whole_prompts_do(tiny_llama, cut, expected):
+    """A prompt that lost its beginning to max_prompt_tokens says nothing of it; where all did, it is what the
+    model reads."""
+    method, model = begun(tiny_llama)
+    prompts = [1, 5, 6, 7], [1, 5, 6, 8], [1, 9, 9, 9]
+    examples = [Encoded(prompt, [3, 2], own) for prompt, own in zip(prompts, cut, strict=True)]
+    task = SimpleNamespace(index=0, state={}, ends=frozenset(), records=list, encode=lambda _: examples)
+    assert method.end_task(model, task, None)["prefix.0"].tolist() == expected
+
+
 def test_the_common_prefix():
     assert common_prefix([[1, 2, 3], [1, 2, 4, 5], [1, 2, 3, 9]]) == [1, 2]
     assert common_prefix([[1, 2], [1, 2, 3]]) == [1, 2] and common_prefix([[4], [5]]) == []
