@@ -1,6 +1,6 @@
 """A frozen linear layer with the adapters of many tasks, which every row of a batch weighs on its own."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ class MixtureLinear(LoraLinear):
     one, with m repeated over the ranks of its adapter between them. With `rows` None it is the plain base.
     Plain autograd, every layer by itself: a packed W is kept unpacked until backward.
     """
+
+    reads_input: ClassVar[bool] = False  # whether `weights` depends on what it is given
 
     def __init__(self, base: nn.Linear, spec: "AdapterSpec"):
         super().__init__(base, spec)
@@ -54,7 +56,7 @@ class MixtureLinear(LoraLinear):
         return self.rows is not None
 
     def weights(self, hidden: Tensor) -> Tensor:
-        """m [rows, K], which may depend on hidden = x Aᵀ [rows, T, R]."""
+        """m [rows, K], which may depend on hidden = x Aᵀ [rows, T, R], of x without dropout."""
         return self.rows
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,7 +67,8 @@ class MixtureLinear(LoraLinear):
         a = torch.cat([self.old_a, self.lora_A.to(x.dtype)])
         b = torch.cat([self.old_b, (self.spec.scale * self.lora_B).to(x.dtype)], 1)
         hidden = functional.dropout(x, self.spec.dropout, self.training) @ a.T  # [rows, T, R]
-        m = self.weights(hidden).to(x.dtype)  # [rows, K]
+        dropped = self.training and self.spec.dropout > 0
+        m = self.weights(x @ a.T if dropped and self.reads_input else hidden).to(x.dtype)  # [rows, K]
         m = m.repeat_interleave(self.repeats, 1, output_size=len(a))  # [rows, R]: a weight for every rank
         added = (hidden * m[:, None]) @ b.T  # [rows, T, out]
         y = torch.addmm(added.flatten(0, 1), x.flatten(0, 1), weight.T).view_as(added)  # small product first

@@ -106,13 +106,14 @@ def vanishing_rate(step: int, steps: int, dense: float) -> float:
 
 
 def published_kappa(step: int, steps: int, dense: float, kappa_max: float, stages: int = 50) -> float:
-    """CoDyRA's released schedule: `stages` values from 0 to κ_max, one every ⌊sparse/stages⌋ steps.
+    """CoDyRA's released schedule: `stages` values from 0 to κ_max, one every ⌊sparse/stages⌋ steps, sparse =
+    steps - dense·steps, which need not be whole.
 
     It prunes nothing in fewer than `stages` sparse steps, and more the longer the task is.
     """
-    first = int(dense * steps)
-    stride = (steps - first) // stages
-    if stride == 0 or step <= first:
+    end = dense * steps
+    stride = int((steps - end) // stages)
+    if stride == 0 or step <= end:
         return 0.0
-    advances = step // stride - (first - 1) // stride  # multiples of stride in first .. step
+    advances = step // stride - (math.ceil(end) - 1) // stride  # multiples of stride in ⌈end⌉ .. step
     return kappa_max * min(stages - 1, advances) / (stages - 1)

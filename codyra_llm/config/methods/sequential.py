@@ -299,7 +299,7 @@ class SoraConfig(SequentialConfig, frozen=True):
     gate_lr: NotNegative | None = Field(
         default=None,
         description="learning rate of the gates; null: the optimizer's; 0: no "
-        "gradient, the threshold alone moves them",
+        "gradient, the threshold alone moves them (not under ZeRO)",
     )
 
 

@@ -23,6 +23,7 @@ class DualLinear(MixtureLinear):
     of x over `prompts` [rows, T]; they are kept in `rows` and hold where `prompts` is None."""
 
     prompts: Tensor | None = None
+    reads_input = True
 
     @property
     def own_parts(self) -> list[int]:
@@ -59,10 +60,10 @@ class DualLora(Single):
     does) and A_o's applied updates are projected, ΔA_o ← ΔA_o (I - M Mᵀ), Adam's scaling and weight decay
     included.
     R_t: A_t = U_tᵀ frozen, U_t the leading left singular vectors of (I - M Mᵀ) C_t; B_t trains from zero.
-    Gates: without gradient; ‖x̄‖² cancels. x̄ leaves the first token out, as C does: BOS, or what attends as
-    BOS does. Since U_1 has what all prompts share, ρ_1 is large for every prompt. Gates of old prompts do
-    shrink when a task is added. Cost per step: (tasks + 1)× the adapter's products in plain autograd,
-    4·r·in·k per site for the projections, k columns of M. Per task: for every portion of the inputs
+    Gates: without gradient or dropout; ‖x̄‖² cancels. x̄ leaves the first token out, as C does: BOS, or what
+    attends as BOS does. Since U_1 has what all prompts share, ρ_1 is large for every prompt. Gates of old
+    prompts do shrink when a task is added. Cost per step: (tasks + 1)× the adapter's products in plain
+    autograd, 4·r·in·k per site for the projections, k columns of M. Per task: for every portion of the inputs
     (`inputs_at_once`) a pass over `max_examples` before and one after; an eigenproblem of size `in` in
     float64 on the CPU per distinct input, before and after. At test: a second pass over the prompts, for the
     gates. State and memory: at most in²/2 float32 per distinct input.

@@ -38,8 +38,9 @@ class HideLora(Single):
 
     z_i the adapted model's feature of prompt i, c_k the mean that task k's own adapter left; averaged as the
     loss is. The release takes unnormalised products and every other row of the batch as a negative, those of
-    the same task too. It shapes z and has no part in inferring the task. What TreeLoRA's table calls HideLoRA
-    is another method. Cost per step: an [examples, tasks] product. Per task: a forward pass over its prompts
+    the same task too. It shapes z and has no part in inferring the task. With `model.quantization` statistics
+    are of the packed base, and test features of the plain one. What TreeLoRA's table calls HideLoRA is
+    another method. Cost per step: an [examples, tasks] product. Per task: a forward pass over its prompts
     before and one after; one over every test prompt; a Cholesky factor of size h per evaluation. State: h² +
     2·h per task in float32.
     """

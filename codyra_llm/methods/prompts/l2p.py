@@ -25,9 +25,9 @@ class L2p(PromptMethod):
     nothing keeps one task from rewriting another's prompts but that their keys lie elsewhere.
 
     Ours: the query, the mean of the base's last hidden states over the prompt's tokens, the same in training
-    and at test; prompts start as embeddings of random tokens; the mean over examples is weighted as cross
-    entropy is (`optim.loss_average`). TRACE's code scores the bare model, its keys stay fixed and its queries
-    see the answer.
+    and at test (but for `model.quantization`, which packs the base for training alone); prompts start as
+    embeddings of random tokens; the mean over examples is weighted as the loss is (`optim.loss_average`).
+    TRACE's code scores the bare model, its keys stay fixed and its queries see the answer.
     Cost: N·length tokens per example (15), and one forward pass over each prompt, once per task and once per
     test prompt.
     """

@@ -26,7 +26,11 @@ class Sora(SeqLora):
 
     name, summary, Config = "sora", "one LoRA for all tasks with thresholded rank gates", SoraConfig
     config: SoraConfig
-    max_zero_stage = 2  # `end_task` reads whole parameters
+
+    @property
+    def max_zero_stage(self) -> int:
+        """`end_task` reads whole parameters; DeepSpeed fails on gates that have no gradient."""
+        return 0 if self.config.gate_lr == 0 else 2
 
     @property
     def shrinks(self) -> bool:

@@ -170,15 +170,23 @@ def test_published_schedule_prunes_by_the_number_of_steps(steps, total, survivor
     assert (w != 0).float().mean().item() == pytest.approx(survivors, abs=0.02)
 
 
+@pytest.mark.parametrize("dense", [0.0, 0.3, 0.5, 0.75])
+@pytest.mark.parametrize("steps", [1, 99, 100, 101, 199, 500, 501, 749])
+def test_published_schedule_where_a_share_of_the_steps_is_no_whole_number(steps, dense):
+    kappas = [published_kappa(step, steps, dense, 0.005) for step in range(steps)]
+    assert kappas == _released_loop(steps, dense=dense)
+
+
 def _released_loop(steps, kappa_max=0.005, stages=50, dense=0.5):
+    """In the fraction of a step that the dense phase ends at, as the released code has it."""
     table, stage, kappa, out = np.linspace(0, kappa_max, stages), 0, 0.0, []
-    first = int(dense * steps)
-    stride = (steps - first) // stages
+    end = dense * steps
+    stride = int((steps - end) // stages)
     for it in range(steps):
-        if stride > 0 and it >= first and it % stride == 0:
+        if stride > 0 and it >= end and it % stride == 0:
             stage += 1
             kappa = table[min(stages - 1, stage)]
-        out.append(float(kappa) if it > first else 0.0)
+        out.append(float(kappa) if it > end else 0.0)
     return pytest.approx(out)
 
 

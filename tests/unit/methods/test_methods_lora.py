@@ -4,6 +4,7 @@ import pytest
 import torch
 from adapters import SIZES, TASKS, a_task, attached, drawn
 
+from codyra_llm.config.registry import METHODS
 from codyra_llm.lora.layer import sites
 from codyra_llm.lora.proximal import released_threshold
 from codyra_llm.lora.update import Adapter, Update
@@ -87,6 +88,12 @@ def test_sora_threshold_is_the_three_lines():
     expected[expected.abs() < kappa] = 0
     torch.testing.assert_close(released_threshold([grid], kappa)[0], expected)
     assert (expected[grid.abs() < 2 * kappa] == 0).all()
+
+
+def test_gates_without_a_gradient_are_not_for_zero():
+    """Its shards want a gradient of each parameter in them."""
+    sora = METHODS["sora"]
+    assert [sora(sora.Config(gate_lr=lr), 0).max_zero_stage for lr in (None, 1e-3, 0.0)] == [2, 2, 0]
 
 
 def test_clora_is_the_dense_formula_and_keeps_what_is_old():

@@ -91,6 +91,21 @@ def test_dual_layer_gates_each_row_by_its_prompt():
     torch.testing.assert_close(layer(x[:, :1]), torch.stack(expected)[:, :1], rtol=1e-6, atol=1e-6)
 
 
+def test_gates_of_a_dual_layer_are_those_at_test_under_dropout_too():
+    torch.manual_seed(0)
+    layer = DualLinear(nn.Linear(6, 5).double(), AdapterSpec(4, 2.0, dropout=0.5))
+    layer.hold([Adapter(torch.randn(3, 6).double(), torch.randn(5, 3).double(), None)])
+    nn.init.normal_(layer.lora_A), nn.init.normal_(layer.lora_B)
+    x, gates = torch.randn(2, 4, 6).double(), []
+    for training in (True, False):
+        gate_by(layer, torch.ones(2, 4, dtype=torch.bool))
+        out = layer.train(training)(x)
+        gates.append(layer.rows)
+    assert torch.equal(*gates)
+    layer.prompts = None  # with the gates that were taken, dropout alone makes the difference
+    assert not torch.allclose(layer.train()(x), out) and torch.equal(layer.eval()(x), out)
+
+
 def test_what_a_prompt_is_does_not_depend_on_which_of_its_turns_are_learnt():
     """In training as at test it is all that stands before the answer."""
     chats = [Encoded([1, 5, 6, 7, 8], [9, 2], False, turns=((2, 4),)), Encoded([1, 5, 6], [7, 8, 2], False)]
