@@ -37,7 +37,7 @@ from codyra_llm.core.foreign import Failed
 from codyra_llm.evaluate.bounded_tasks import is_score, no_score, refuse_label
 from codyra_llm.evaluate.budget import batches, budget, within_memory
 from codyra_llm.evaluate.generate import generate_ids, prefixed
-from codyra_llm.evaluate.statistics import commonest
+from codyra_llm.evaluate.statistics import blank, commonest
 from codyra_llm.evaluate.suite import Ability, drawn, quiet
 from codyra_llm.methods.base import Condition
 from codyra_llm.models.ends import without_end
@@ -289,7 +289,7 @@ def measure(lm: Live, ability: Ability, section: "GeneralSection", chat: bool) -
         "headline": headline,
         "score": scores[headline]["mean"],
         "metrics": scores,
-        "empty": [row.get("response") for row in predictions].count(""),
+        "empty": blank(row["response"] for row in predictions if "response" in row),
         "commonest": most and most[1],
         "source": section.data,
         "shots": results["n-shot"][first],

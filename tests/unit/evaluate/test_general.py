@@ -374,7 +374,7 @@ NUMBERS = [  # response, GSM8K's answer, whether it is right
     ("The answer is 36", "3", False),
     ("The answer is 3", "36", False),
     ("", "36", False),
-    ("", "3", False),
+    (" ", "3", False),
 ]
 
 
