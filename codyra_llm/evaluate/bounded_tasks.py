@@ -187,7 +187,7 @@ def is_score(value: Any, higher_is_better: bool | None) -> bool:
     is better. Perplexity is none, nor BLEU and F1 over all examples, which see texts or labels here."""
     if isinstance(value, list):
         return all(is_score(one, higher_is_better) for one in value)
-    return isinstance(value, Real) and 0 <= value <= 1 and higher_is_better is not False
+    return isinstance(value, Real) and 0 <= float(value) <= 1 and higher_is_better is not False
 
 
 def no_score(name: str, metrics: Iterable[str]) -> str:

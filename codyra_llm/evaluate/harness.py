@@ -37,7 +37,7 @@ from codyra_llm.core.foreign import Failed
 from codyra_llm.evaluate.bounded_tasks import is_score, no_score, refuse_label
 from codyra_llm.evaluate.budget import batches, budget, within_memory
 from codyra_llm.evaluate.generate import generate_ids, prefixed
-from codyra_llm.evaluate.statistics import commonest
+from codyra_llm.evaluate.statistics import blank, commonest
 from codyra_llm.evaluate.suite import Ability, drawn, quiet
 from codyra_llm.methods.base import Condition
 from codyra_llm.models.ends import without_end
@@ -85,6 +85,7 @@ class Live(HFLM):
                 backend="causal",
                 chat_template_args={"date_string": DATE},
             )
+        self.reads = tokenizer
         self.acc, self.conditions, self.held = acc, conditions, budget(acc, model, tokens)
         self.ends = {tokenizer.eos_token_id} if ends is None else ends
 
@@ -95,8 +96,7 @@ class Live(HFLM):
         template takes none. Raises Fault where it writes neither."""
         plain = [message for message in chat_history if message["role"] != "system"]
         tried = [chat_history, plain] if len(plain) < len(chat_history) else [plain]
-        tokenizer: PreTrainedTokenizerBase = self.tokenizer
-        fault = ""
+        tokenizer, fault = self.reads, ""
         for chat in tried:
             try:
                 return render_chats(
@@ -275,7 +275,7 @@ def measure(lm: Live, ability: Ability, section: "GeneralSection", chat: bool) -
         results = evaluate(lm, chosen, samples=samples, apply_chat_template=chat)
     scores = _of_group(results) if ability.is_group else _of_task(results, name)
     if not scores:
-        raise Fault(no_score(name, results["samples"][next(iter(samples))][0]["metrics"]))
+        raise Fault(no_score(name, next(iter(tasks.values())).higher_is_better()))
     if ability.is_group:
         results["groups"] = {name: {"alias": name, **_harness_keys(scores)}}
         results["results"] |= results["groups"]
@@ -289,13 +289,13 @@ def measure(lm: Live, ability: Ability, section: "GeneralSection", chat: bool) -
         "headline": headline,
         "score": scores[headline]["mean"],
         "metrics": scores,
-        "empty": [row.get("response") for row in predictions].count(""),
+        "empty": blank(row["response"] for row in predictions if "response" in row),
         "commonest": most and most[1],
         "source": section.data,
         "shots": results["n-shot"][first],
         "version": results["versions"][first],
     }
-    return Measured(fields, predictions, results, lm.tokenizer.get_chat_template() if chat else None)
+    return Measured(fields, predictions, results, lm.reads.get_chat_template() if chat else None)
 
 
 def _of_task(results: dict, part: str) -> dict[str, dict]:

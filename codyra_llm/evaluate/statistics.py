@@ -1,7 +1,7 @@
 """From the scores of single examples to a mean with its uncertainty."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -62,6 +62,11 @@ def commonest(texts: Sequence[str]) -> tuple[str, float] | None:
         return None
     text, count = Counter(texts).most_common(1)[0]
     return text, count / len(texts)
+
+
+def blank(texts: Iterable[str]) -> int:
+    """How many of `texts` hold nothing but white space, such as the line break that some models end by."""
+    return len([text for text in texts if not text.strip()])
 
 
 def interval(values: list[float | None], drawn: np.ndarray | None) -> dict | None:

@@ -4,7 +4,7 @@ original base.
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -78,23 +78,27 @@ def write_gguf_folder(
         changes = _changes(setup, archive.terms(after, without))
         gguf_file.write_gguf(setup.base, temporary / name, changes, kind, out.name)
         saved.copy_files(setup.base, temporary, saved.TERMS)
-        write_text(temporary / "Modelfile", modelfile(name, setup.recipe.data.chat_template, setup.longest))
+        stops = setup.tokenizer.convert_ids_to_tokens(sorted(setup.encoder.ends - {setup.encoder.eos}))
+        chat = setup.recipe.data.chat_template
+        write_text(temporary / "Modelfile", modelfile(name, chat, setup.longest, stops))
         _write_lineage(setup, archive, after, without, temporary)
         _write_card(card, temporary)
     return out / name
 
 
-def modelfile(name: str, chat: bool, longest: int) -> str:
+def modelfile(name: str, chat: bool, longest: int, stops: Sequence[str]) -> str:
     """Ollama's Modelfile, by which prompts reach the model as it was trained on them, and answers are greedy
     ones, as in evaluation. Without a template in it Ollama would apply the base's chat template to every
     prompt; it makes tokens of the last 64 less likely, at temperature 0 too, unless told otherwise, and cuts
-    what is longer than its window, so one that is too short for `longest` tokens is widened."""
+    what is longer than its window, so one that is too short for `longest` tokens is widened. `stops` end an
+    answer in addition to EOS, the only end that its own engine reads in a GGUF file."""
     lines = [f"FROM ./{name}"]
     if not chat:
         lines.append('TEMPLATE """{{ .Prompt }}"""')
     lines += ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]
     if longest > OLLAMA_WINDOW:
         lines.append(f"PARAMETER num_ctx {longest}")
+    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
     return "\n".join(lines) + "\n"
 
 

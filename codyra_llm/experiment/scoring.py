@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple
 
-from codyra_llm.evaluate.statistics import commonest, summarise_all
+from codyra_llm.evaluate.statistics import blank, commonest, summarise_all
 from codyra_llm.experiment.experiment import Experiment
 from codyra_llm.experiment.setup import PROBE_TOKENS, Setup
 from codyra_llm.runtime import signals
@@ -197,7 +197,7 @@ def _score_row(
         headline=headline,
         score=metrics[headline]["mean"],
         metrics=metrics,
-        empty=predictions.count(""),
+        empty=blank(predictions),
         commonest=most and most[1],
         cut=cut,
     )

@@ -28,6 +28,7 @@ TYPES = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
 }
 ACTIVATIONS = {"llama": ("silu",), "qwen2": ("silu",), "qwen3": ("silu",)}  # Gemma's: GELU by tanh
+MOST_F16 = 65504
 BLOCK = 32  # numbers that q8_0 scales together
 PERIODS = {"gemma2": 2, "gemma3": 6}  # layers to the next one of full attention, fixed in llama.cpp
 LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, whose queries llama.cpp scales otherwise
@@ -120,6 +121,8 @@ def write_gguf(
     writer.write_ti_data_to_file()
     for own in kept:
         weight = changed(reader.stored_as[own], reader.get(own)).float()
+        if _type_of(list(weight.shape), kind) == GGMLQuantizationType.F16 and weight.abs().max() > MOST_F16:
+            raise Fault(f"--type: {own} holds values past float16's largest, {MOST_F16}; choose bf16 or f32")
         writer.write_tensor_data(_quantised(_arranged(own, weight, config), kind))
     if factors is not None:
         writer.write_tensor_data(factors)

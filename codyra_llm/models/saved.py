@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from codyra_llm.core.errors import Fault
 from codyra_llm.core.parsing import read_json
 from codyra_llm.core.tensors import save_tensors
 from codyra_llm.models.weights import FLOATING, INDEX, SINGLE, weight_files
@@ -91,6 +92,11 @@ def _written(
     if not weight.is_floating_point():
         return weight
     new = changed(name, weight).to(dtype or weight.dtype).contiguous()
+    if dtype == torch.float16 and not new.isfinite().all():
+        raise Fault(
+            f"--dtype: {name} holds values past float16's largest, 65504, which would become infinite; "
+            "choose bfloat16 or float32"
+        )
     # Two names of one parameter may be given one tensor, which safetensors refuses to store twice.
     return new if new.data_ptr() == weight.data_ptr() else new.clone()
 

@@ -63,10 +63,10 @@ class Row:
 class ScoreRow(Row):
     """A row of scores.jsonl: the scores on one task at one stage. `metrics` has by name {"mean", "low",
     "high", "n"} in points of 0 to 100; `score` is the mean of the metric `headline`, None where there was
-    no example. `empty`: how many answers are the empty text; `commonest`: the share of the prompts, 0 to 1,
-    that got the most frequent answer; `cut`: how many answers had the most tokens that they may have before
-    they ended (None: not known). Only rows of general ability by the harness have the fields after it: the
-    recipe's `general.data`, the number of examples in front of each question, and the task's version."""
+    no example. `empty`: how many answers hold nothing but white space; `commonest`: the share of the prompts,
+    0 to 1, that got the most frequent answer; `cut`: how many answers had the most tokens that they may have
+    before they ended (None: not known). Only rows of general ability by the harness have the fields after it:
+    the recipe's `general.data`, the number of examples in front of each question, the task's version."""
 
     after: str
     step: int

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapters import TASKS, recipe
+from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 from tiny import SIZES, save_tiny
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -18,7 +19,14 @@ from codyra_llm.checkpoints.generate import answer
 from codyra_llm.cli import app
 from codyra_llm.evaluate.generate import generate_ids
 from codyra_llm.experiment import export as export_module
-from codyra_llm.experiment.export import LINEAGE, adapter_notes, modelfile, write_merged, write_peft
+from codyra_llm.experiment.export import (
+    LINEAGE,
+    adapter_notes,
+    modelfile,
+    write_gguf_folder,
+    write_merged,
+    write_peft,
+)
 from codyra_llm.experiment.plan import disk_bytes, skeleton
 from codyra_llm.experiment.run import run as run_recipe
 from codyra_llm.experiment.setup import prepare
@@ -168,6 +176,9 @@ def test_an_export_stops_where_the_evaluated_model_did(tiny_llama, toy_stream, t
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").generation_config
     assert (read.eos_token_id, read.bos_token_id) == ([2, end], None if generation else 1)
     assert read.top_k == (7 if generation else GenerationConfig().top_k)
+    file = write_gguf_folder(setup, archive, 1, None, tmp_path / "gguf")
+    assert 'PARAMETER stop "<unk>"\n' in (file.parent / "Modelfile").read_text()
+    assert GGUFReader(file).fields["tokenizer.ggml.eot_token_id"].contents() == end
     notes = adapter_notes(setup, write_peft(setup, archive, 1, None, tmp_path / "peft"))
     assert "Answers end at <unk> too" in notes[1] and f"stop_token_ids=[{end}]" in notes[1]
 
@@ -337,8 +348,11 @@ def test_ollama_answers_as_evaluation_does():
     """Greedily, and with room for the longest prompt and answer: by default it takes 4096 tokens, and divides
     the logits of repeated tokens by 1.1."""
     greedy = "FROM ./x.gguf\nPARAMETER temperature 0\nPARAMETER repeat_penalty 1\n"
-    assert modelfile("x.gguf", True, 4096) == greedy
-    assert modelfile("x.gguf", True, 4097) == greedy + "PARAMETER num_ctx 4097\n"
+    assert modelfile("x.gguf", True, 4096, []) == greedy
+    ends = 'PARAMETER stop "<|im_end|>"\nPARAMETER stop "<|x|>"\n'
+    assert (
+        modelfile("x.gguf", True, 4097, ["<|im_end|>", "<|x|>"]) == f"{greedy}PARAMETER num_ctx 4097\n{ends}"
+    )
 
 
 def test_the_readers_figures_are_those_of_the_page():

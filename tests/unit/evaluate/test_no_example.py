@@ -51,3 +51,11 @@ def test_the_commonest_answer():
     assert commonest([]) is None
     assert commonest(["b", "a", "a", ""]) == ("a", 0.5)
     assert commonest(["b", "a", "b", "a"]) == ("b", 0.5)  # the first one
+
+
+def test_answers_of_white_space_are_empty():
+    """As metrics see them that strip, and readers of a table."""
+    questions = scoring.Questions("T", [{"prompt": "p", "answer": "a"}] * 4, 2, 0)
+    scores = {"exact_match": [0.0] * 4}
+    row = scoring._score_row(questions, Stage(1, "c"), scores, "exact_match", ["", "\n", " \t", "a"], 0)
+    assert row.empty == 3

@@ -126,6 +126,26 @@ def test_matrices_are_rounded_once_and_norms_not_at_all(tmp_path, kind):
             np.testing.assert_array_equal(found, gguf.dequantize(gguf.quantize(exact, kept), kept))
 
 
+def test_a_matrix_past_float16_is_refused(tmp_path):
+    """It would become infinite, and every answer of the file noise; norms stay in float32."""
+    base = tiny(tmp_path / "base", "llama")
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight"):
+        matrix = "up_proj" in name
+
+        def large(own, weight, name=name):
+            return weight * 0 + 1e5 if own == name else weight
+
+        for kind in gguf_file.TYPES:
+            file = tmp_path / f"{kind}-{matrix}.gguf"
+            if matrix and kind == "f16":
+                with pytest.raises(Fault, match=f"--type: {name} holds values past float16's largest"):
+                    write_gguf(base, file, large, kind, "tiny")
+                continue
+            write_gguf(base, file, large, kind, "tiny")
+            for tensor in gguf.GGUFReader(file).tensors:
+                assert np.isfinite(gguf.dequantize(tensor.data, tensor.tensor_type)).all()
+
+
 def test_llama3s_frequencies_are_those_of_transformers(tmp_path):
     base = tiny(tmp_path / "base", "llama", rope_parameters=LLAMA3)
     config = AutoConfig.from_pretrained(base)

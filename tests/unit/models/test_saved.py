@@ -75,6 +75,16 @@ def test_terms_are_downloaded_since_an_export_passes_them_on(monkeypatch, tmp_pa
     assert list(kept) == files[:5]
 
 
+def test_a_weight_past_float16_is_refused(tiny_llama, tmp_path):
+    def large(name, weight):
+        return weight * 0 + 1e5 if name == "model.norm.weight" else weight
+
+    with pytest.raises(Fault, match="--dtype: model.norm.weight holds values past float16's largest, 65504"):
+        saved.copy_model(tiny_llama, tmp_path / "copy", large, torch.float16)
+    saved.copy_model(tiny_llama, tmp_path / "wide", large, torch.bfloat16)
+    assert all(w.isfinite().all() for w in load_file(tmp_path / "wide" / "model.safetensors").values())
+
+
 def test_shards_stay_and_a_weight_that_changed_is_where_it_was(tiny_llama, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
