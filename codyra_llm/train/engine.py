@@ -60,10 +60,9 @@ class Engine:
         computed may differ between ranks: a backward pass on a GPU adds up in any order, and where singular
         values lie close together, a small difference there turns the directions."""
         with heartbeat.waiting():
-            for layer in sites(self.model).values():
-                for p in (layer.lora_A, layer.lora_w, layer.lora_B):
-                    if p is not None:
-                        p.copy_(broadcast(p.detach().clone()))
+            for name, p in self._named():
+                if ".lora_" in name:
+                    p.copy_(broadcast(p.detach().clone()))
 
     def accumulate(self, batch, first: bool, last: bool) -> dict[str, Tensor]:
         """Run forward and backward on one micro-batch. `first` adds the penalty terms, once per step; `last`
@@ -255,13 +254,15 @@ class Engine:
         self._forget()
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        return ((name, p) for name, p in self._named() if p.requires_grad)
 
     def _fixed(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The factors that a method has chosen before training. Chosen again they may come out otherwise, and
         those that train belong to these."""
-        named = self.model.named_parameters()
-        return ((name, p) for name, p in named if ".lora_" in name and not p.requires_grad)
+        return ((name, p) for name, p in self._named() if ".lora_" in name and not p.requires_grad)
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.model.named_parameters()
 
     def _values(self, named: Iterator[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
         return ((f"value.{name}", self._full(p) if self.deepspeed else p) for name, p in named)
