@@ -62,10 +62,9 @@ class Engine:
         computed may differ between ranks: a backward pass on a GPU adds up in any order, and where singular
         values lie close together, a small difference there turns the directions."""
         with heartbeat.waiting():
-            for layer in sites(self.model).values():
-                for p in (layer.lora_A, layer.lora_w, layer.lora_B):
-                    if p is not None:
-                        p.copy_(broadcast(p.detach().clone()))
+            for name, p in self._named():
+                if ".lora_" in name:
+                    p.copy_(broadcast(p.detach().clone()))
 
     def accumulate(self, batch, first: bool, last: bool) -> dict[str, Tensor]:
         """Run forward and backward on one micro-batch. `first` adds the penalty terms, once per step; `last`
@@ -258,13 +257,15 @@ class Engine:
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What the optimizer's steps may change, by name."""
-        return ((name, p) for name, p in self.model.named_parameters() if id(p) in self.stepped)
+        return ((name, p) for name, p in self._named() if id(p) in self.stepped)
 
     def _fixed(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The factors that a method has chosen before training. Chosen again they may come out otherwise, and
         those that train belong to these."""
-        named = self.model.named_parameters()
-        return ((name, p) for name, p in named if ".lora_" in name and not p.requires_grad)
+        return ((name, p) for name, p in self._named() if ".lora_" in name and id(p) not in self.stepped)
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.model.named_parameters()
 
     def _values(self, named: Iterator[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
         return ((f"value.{name}", self._full(p) if self.deepspeed else p) for name, p in named)
