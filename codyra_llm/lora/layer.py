@@ -133,20 +133,6 @@ def train_only_b(model: nn.Module) -> None:
         layer.lora_A.requires_grad_(False)
 
 
-def chosen_rows(model: nn.Module) -> dict[str, Tensor]:
-    """Every A by its site, for the checkpoint of a method that chose it before training: chosen anew, on
-    another device or in other batches, it may have other signs, and B would not fit it."""
-    return {site: layer.lora_A.detach() for site, layer in sites(model).items()}
-
-
-@torch.no_grad()
-def put_chosen_rows(model: nn.Module, rows: dict[str, Tensor]) -> None:
-    """Put back what `chosen_rows` gave."""
-    layers = sites(model)
-    for site, a in rows.items():
-        layers[site].lora_A.copy_(a)
-
-
 def sites(model: nn.Module) -> dict[str, LoraLinear]:
     """The model's adapted layers by name, e.g. 'model.layers.0.self_attn.q_proj'."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}

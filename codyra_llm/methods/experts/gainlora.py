@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from codyra_llm.config.methods.experts import GainLoraConfig
 from codyra_llm.core.tensors import generator
-from codyra_llm.lora.layer import attach, chosen_rows, put_chosen_rows, train_only_b
+from codyra_llm.lora.layer import attach, train_only_b
 from codyra_llm.lora.mixture import MixtureLinear, mixtures, weigh
 from codyra_llm.methods.base import Task
 from codyra_llm.methods.experts.single import Single
@@ -118,7 +118,6 @@ class GainLora(Single):
     def begin_task(self, model, task: Task) -> None:
         """Start the task's gate, and choose its A in what earlier tasks leave free."""
         super().begin_task(model, task)
-        self._model = model
         updates = [task.archive.load(k).adapters for k in range(task.index)]
         for name, layer in mixtures(model).items():
             layer.hold([adapters[name] for adapters in updates])
@@ -146,14 +145,6 @@ class GainLora(Single):
         for (p, space), held in zip(self._steps, self._held, strict=True):
             moved = (p - held).reshape(-1, p.shape[-1])
             p.copy_(held + space.free(moved.T).T.reshape(p.shape))
-
-    def progress(self) -> dict[str, Tensor]:
-        """A as it was chosen."""
-        return chosen_rows(self._model)
-
-    def resume(self, progress: dict[str, Tensor]) -> None:
-        """Put it back."""
-        put_chosen_rows(self._model, progress)
 
     def loss(self, model, batch) -> dict[str, Tensor]:
         """Cross entropy under the gates of each row's prompt."""
