@@ -92,7 +92,7 @@ def _written(
     if not weight.is_floating_point():
         return weight
     new = changed(name, weight).to(dtype or weight.dtype).contiguous()
-    if dtype == torch.float16 and not new.isfinite().all():
+    if new.dtype == torch.float16 and not new.isfinite().all():
         raise Fault(
             f"--dtype: {name} holds values past float16's largest, 65504, which would become infinite; "
             "choose bfloat16 or float32"
