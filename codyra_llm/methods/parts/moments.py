@@ -82,13 +82,14 @@ def recovered(product: Tensor, trace: Tensor, omega: Tensor | None) -> SecondMom
     """Σ from Y = Σ Ω [in, k] and its trace, float64; from Σ itself where `omega` is None.
 
     Nyström's approximation Y (Ωᵀ Y)⁻¹ Yᵀ, never above Σ, with the shift that Tropp, Yurtsever, Udell and
-    Cevher (1706.05736, algorithm 3) give it for rounding; what it leaves of the trace is spread evenly over
-    the directions that it does not span.
+    Cevher (1706.05736, algorithm 3) give it for rounding, that of float32 since Y is a sum of products in
+    float32: where fewer tokens were read than Ω has columns, Ωᵀ Y is singular but for it. What the
+    approximation leaves of the trace is spread evenly over the directions that it does not span.
     """
     if omega is None:
         return SecondMoment(product)
     size, width = product.shape
-    shift = math.sqrt(size) * torch.finfo(product.dtype).eps * product.norm()
+    shift = math.sqrt(size) * torch.finfo(torch.float32).eps * product.norm()
     if not shift > 0:
         return SecondMoment(omega, omega.new_zeros(1, width), omega.new_zeros(1, 1))
     shifted = product + shift * omega
