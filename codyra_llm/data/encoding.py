@@ -153,7 +153,8 @@ class Encoder:
         if not after:
             return None
         ids = self._ids(before)
-        return (ids if ids[:1] == self.bos else self.bos + ids), self._ids(after)
+        start = 1 if self.bos and ids[:1] == self.bos else 0  # a template may write BOS itself
+        return [*self.bos, *ids[start:]], self._ids(after)
 
     def _around(self, written: str) -> tuple[int, int]:
         """How many ids hold what the chat template writes before a user's text, and how many what it writes

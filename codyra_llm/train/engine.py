@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -265,7 +266,7 @@ class Engine:
         return ((name, p) for name, p in self._named() if ".lora_" in name and id(p) not in self.stepped)
 
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return self.model.named_parameters()
+        return cast(nn.Module, self.model).named_parameters()
 
     def _values(self, named: Iterator[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
         return ((f"value.{name}", self._full(p) if self.deepspeed else p) for name, p in named)

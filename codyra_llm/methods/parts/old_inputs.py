@@ -87,12 +87,12 @@ def sampled_moments(
     `chats` of them are chats twice as long, and weigh as much in the mean as their number."""
     ranks = PartialState().process_index, PartialState().num_processes
     frame = task.chat_frame() if chats else None
-    talks = round(chats * config.samples) if frame else 0
+    talks = 0 if frame is None else round(chats * config.samples)
     texts, found = config.samples - talks, []
     if texts:
         examples = self_sampled(model, texts, config.sample_tokens, seed, *ranks)
         found.append((texts, moments(config, model, task, examples)))
-    if talks:
+    if frame is not None and talks:
         examples = self_sampled_chats(model, frame, talks, 2 * config.sample_tokens, seed, *ranks)
         found.append((talks, moments(config, model, task, examples, answer_share)))
     return _mean(found)
