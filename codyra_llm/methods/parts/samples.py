@@ -1,6 +1,7 @@
 """Sequences that a model writes by itself, from BOS on or from a beginning: inputs without data."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +25,8 @@ def self_sampled(
     The random second token spreads the texts; without it a model that begins most texts alike would say
     little of what else it knows. Decoding keeps keys and values, so a sequence costs a forward of its length.
     """
-    training, found = model.training, []
-    model.eval()
-    for start in range(rank * TOGETHER, count, world * TOGETHER):
-        signals.check()
-        observer.at("sequences that the base writes")
-        draw = generator("self-sampled", seed, start)
-        rows = _continued(model, _starts(model, min(TOGETHER, count - start), draw), length, draw)
-        found += [Encoded(row[:-1], row[-1:], cut=False) for row in rows.tolist()]
-    model.train(training)
-    return found
+    rows = _shared_out(model, partial(_starts, model), count, length, ("self-sampled", seed), rank, world)
+    return [Encoded(row[:-1], row[-1:], cut=False) for row in rows]
 
 
 @torch.no_grad()
@@ -51,18 +44,35 @@ def self_sampled_chats(
     2406.08464). Where no answer begins within `length`, all but the last token are prompt.
     """
     before, after = frame
-    training, found = model.training, []
+
+    def begin(n: int, draw: torch.Generator) -> Tensor:
+        return torch.tensor([before] * n)
+
+    rows = _shared_out(model, begin, count, length, ("self-sampled chats", seed), rank, world)
+    places = [min(_end_of(after, row, len(before)), len(row) - 1) for row in rows]
+    return [Encoded(row[:place], row[place:], cut=False) for place, row in zip(places, rows, strict=True)]
+
+
+def _shared_out(
+    model: nn.Module,
+    starts: Callable[[int, torch.Generator], Tensor],
+    count: int,
+    length: int,
+    key: tuple[str, int],
+    rank: int,
+    world: int,
+) -> list[list[int]]:
+    """This rank's share of `count` rows: `starts(n, draw)` [n, k] and what the model writes after them, drawn
+    by generators of this key."""
+    training, rows = model.training, []
     model.eval()
     for start in range(rank * TOGETHER, count, world * TOGETHER):
         signals.check()
-        observer.at("chats that the base writes")
-        draw = generator("self-sampled chats", seed, start)
-        ids = torch.tensor([before] * min(TOGETHER, count - start))
-        for row in _continued(model, ids, length, draw).tolist():
-            place = min(_end_of(after, row, len(before)), len(row) - 1)
-            found.append(Encoded(row[:place], row[place:], cut=False))
+        observer.at("sequences that the base writes")
+        draw = generator(*key, start)
+        rows += _continued(model, starts(min(TOGETHER, count - start), draw), length, draw).tolist()
     model.train(training)
-    return found
+    return rows
 
 
 def _end_of(part: list[int], row: list[int], start: int) -> int:

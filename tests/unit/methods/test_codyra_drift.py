@@ -99,10 +99,7 @@ def test_chats_begin_with_the_template_and_answers_after_it(setup):
 def test_moments_of_texts_and_chats_have_their_shares(setup, tmp_path):
     """A quarter of chats: three quarters of the moments are those of texts."""
     archive = Archive(tmp_path / "updates", "base")
-    model = setup.model(archive, -1)
-    setup.method.attach(model)
-    for layer in sites(model).values():
-        layer.reset(0)
+    model = _adapted(setup, archive)
     frame = [3, 4], [9]
     task = replace(setup.task(model, archive, 0, {}), chat_frame=lambda: frame)
     config = setup.method.config.model_copy(update={"samples": 40, "sample_tokens": 6})
@@ -116,6 +113,14 @@ def test_moments_of_texts_and_chats_have_their_shares(setup, tmp_path):
     alone = moments(config, model, task, self_sampled(model, 40, 6, 0))
     for name, own in sampled_moments(config, model, without, 0, chats=0.25).items():
         torch.testing.assert_close(own, alone[name])
+
+
+def _adapted(setup, archive):
+    model = setup.model(archive, -1)
+    setup.method.attach(model)
+    for layer in sites(model).values():
+        layer.reset(0)
+    return model
 
 
 def _plain(setup):
@@ -178,10 +183,7 @@ def test_answers_have_their_share_of_the_moments(setup, tmp_path):
 def test_moments_where_the_first_token_alone_predicts(setup, tmp_path):
     """BOS and an answer of one token: BOS is left out, so no token is left to have the answers' share."""
     archive = Archive(tmp_path / "updates", "base")
-    model = setup.model(archive, -1)
-    setup.method.attach(model)
-    for layer in sites(model).values():
-        layer.reset(0)
+    model = _adapted(setup, archive)
     task, examples = setup.task(model, archive, 0, {}), [Encoded([0], [5], cut=False)]
     plain = moments(setup.method.config, model, task, examples)
     weighted = moments(setup.method.config, model, task, examples, answer_share=0.7)
