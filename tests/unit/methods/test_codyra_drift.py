@@ -130,10 +130,7 @@ def _plain(setup):
 def test_moments_are_means_over_sources(setup, tmp_path):
     """Against inputs read by hooks of one's own; two sources weigh alike, and the state gives them back."""
     archive = Archive(tmp_path / "updates", "base")
-    model, plain = setup.model(archive, -1), setup.model(archive, -1).eval()
-    setup.method.attach(model)
-    for layer in sites(model).values():
-        layer.reset(0)
+    model, plain = _adapted(setup, archive), setup.model(archive, -1).eval()
     task = setup.task(model, archive, 0, {})
     halves = task.encode(task.records()[:10]), task.encode(task.records()[10:])
     state = {}
@@ -159,10 +156,7 @@ def test_answers_have_their_share_of_the_moments(setup, tmp_path):
     """Against two means of inputs that hooks of one's own have read: at tokens that predict an answer's, and
     at all others."""
     archive = Archive(tmp_path / "updates", "base")
-    model, plain = setup.model(archive, -1), setup.model(archive, -1).eval()
-    setup.method.attach(model)
-    for layer in sites(model).values():
-        layer.reset(0)
+    model, plain = _adapted(setup, archive), setup.model(archive, -1).eval()
     task = setup.task(model, archive, 0, {})
     examples = task.encode(task.records()[:10])
     found = moments(setup.method.config, model, task, examples, answer_share=0.7)
