@@ -44,6 +44,8 @@ number() {  # NAME VALUE LEAST
   [[ $2 =~ ^(0|[1-9][0-9]*)$ ]] && [ "$2" -ge "$3" ] || refuse "$1: '$2' is no whole number from $3 on; give one"
 }
 
+cores() { nproc 2>/dev/null || getconf _NPROCESSORS_ONLN; }
+
 importable() { (cd / && "$1" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("codyra_llm") is None)') 2>/dev/null; }
 
 install() {
@@ -87,7 +89,9 @@ importable "$base" || python=$here/.venv/bin/python
 if [[ $1 != *.yaml && $1 != *.yml ]]; then
   [ -z "$asked" ] || refuse "${asked% } is about running a recipe (a .yaml file), and '$1' is none; leave it out"
   [ "$1" = test ] || go "$python" -m codyra_llm "$@"
-  shift; cd "$here"; go env HF_HUB_OFFLINE=1 "$python" -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal "$@"
+  shift; cd "$here"
+  # One more than there are cores: a test that waits for processes that it started or killed leaves a core free.
+  go env HF_HUB_OFFLINE=1 "$python" -m pytest --numprocesses $(($(cores) + 1)) --maxprocesses 8 --dist worksteal "$@"
 fi
 
 # Where the number of nodes comes from: flags or environment, SLURM, a hostfile.
@@ -141,9 +145,9 @@ if [ "$nodes" -gt 1 ]; then
   port=${port:-$((29500 + ${SLURM_JOB_ID:-0} % 1000))}  # two jobs may share a node
   number --master "$port" 1
 fi
-cores=$(( $(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) / processes ))
+threads=$(($(cores) / processes))
 # torchrun passes on the signals it is given, SLURM's warning among them, then gives the processes time to save.
-start=(env OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > 0 ? cores : 1))}"
+start=(env OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
   PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
   TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}" "$python" -m)
 if [ -n "${ACCELERATE_CONFIG:-}" ]; then

@@ -295,7 +295,7 @@ def test_the_tests_and_other_commands(launch):
         "-m",
         "pytest",
         "--numprocesses",
-        "logical",
+        "33",
         "--maxprocesses",
         "8",
         "--dist",
