@@ -56,15 +56,27 @@ def split_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
 
 
 def assign(raw: dict, key: str, value: Any) -> None:
-    """Set `a.b` of a recipe's mapping."""
+    """Set `a.b` of a recipe's mapping. A method that is written as its name alone is the same as a section of
+    it, and a section whose keys are all commented out, which YAML reads as null, is an empty one."""
     *path, last = key.split(".")
     if not all([*path, last]) or len(path) > 8:
         raise Fault(
             f"{shown(key)} is not the key of a setting; write its sections joined by dots, e.g. optim.lr"
         )
     node = raw
-    for part in path:
-        node = node.setdefault(part, {})
-        if not isinstance(node, dict):
+    for place, part in enumerate(path, 1):
+        inner = node.get(part)
+        if inner is None:
+            inner = {}
+        elif path[:place] == ["method"]:
+            inner = method_section(inner)
+        if not isinstance(inner, dict):
             raise Fault(f"{key}: '{part}' is a value, not a section; override '{part}' itself")
-    node[last] = {"name": value} if key == "method" and isinstance(value, str) else value
+        node[part] = inner
+        node = inner
+    node[last] = method_section(value) if key == "method" else value
+
+
+def method_section(given: Any) -> Any:
+    """A recipe's `method`, which may be its name alone, as a section."""
+    return {"name": given} if isinstance(given, str) else given

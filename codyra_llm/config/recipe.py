@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_va
 
 from codyra_llm.config.benchmark import Benchmark, benchmark_folder, load_benchmark
 from codyra_llm.config.methods.base import MethodConfig
-from codyra_llm.config.overrides import override, read_recipe
+from codyra_llm.config.overrides import method_section, override, read_recipe
 from codyra_llm.config.plugins import has_method
 from codyra_llm.config.registry import METHODS
 from codyra_llm.config.sections import (
@@ -175,9 +175,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(raw: dict, source: str = "recipe") -> Recipe:
     """A validated recipe from a mapping; every mistake of every section in one Fault."""
-    faults, method = [], raw.get("method")
-    if isinstance(method, str):
-        method = {"name": method}
+    faults, method = [], method_section(raw.get("method"))
     config = METHODS.settings("seqlora")()  # stands in while the rest is validated
     if not isinstance(method, dict) or not has_method(method.get("name")):  # any YAML
         name = method.get("name") if isinstance(method, dict) else method

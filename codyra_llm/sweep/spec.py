@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from codyra_llm.config.differences import differences
 from codyra_llm.config.overrides import assign, read_recipe, split_overrides
@@ -35,7 +35,12 @@ def _without_output(settings: dict) -> dict:
 
 MOST = 10_000  # runs of a sweep
 OF_TRIES = {"eval.split": "eval"}  # a setting that was chosen on test would be scored on what chose it
-Settings = Annotated[dict[str, Any], AfterValidator(_without_output)]
+# An arm that sets nothing, which YAML reads as null, is the recipe itself.
+Settings = Annotated[
+    dict[str, Any],
+    BeforeValidator(lambda given: {} if given is None else given),
+    AfterValidator(_without_output),
+]
 
 
 class TuneSection(Strict, frozen=True):
