@@ -25,13 +25,12 @@ from codyra_llm.config.differences import NO_RESULT, PLACES, flat
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.files import await_file, file_sha256, write_json
 from codyra_llm.core.version import __version__
-from codyra_llm.evaluate import judge
 from codyra_llm.evaluate.matrix import mean
 from codyra_llm.evaluate.statistics import delta_r
 from codyra_llm.experiment import open_ended
 from codyra_llm.experiment.experiment import Experiment
 from codyra_llm.experiment.observers import Beats
-from codyra_llm.experiment.preflight import preflight
+from codyra_llm.experiment.preflight import preflight, refuse_lacking
 from codyra_llm.experiment.scoring import measure
 from codyra_llm.experiment.setup import Setup, prepare
 from codyra_llm.formats.adapter import build
@@ -87,8 +86,7 @@ def evaluate(checkpoint: str, wanted: Wanted, observers: Sequence[Observer] = ()
     prepared = collectively(first, _prepare, checkpoint, wanted, fast)
     prepared = collectively(not first, _prepare, checkpoint, wanted, fast) or prepared
     setup = prepared.setup
-    if prepared.base and setup.prompts:
-        on_first(judge.require, setup.recipe.open_ended.judge)
+    collectively(True, refuse_lacking, setup, bool(prepared.base and setup.prompts) and is_first())
     if acc.num_processes > 1:
         heartbeat.start(acc.process_index, acc.num_processes, setup.recipe.hang_minutes)
         preflight(acc, setup, fingerprint(setup.base) if first else None)
