@@ -79,10 +79,11 @@ class Run:
     def load(self, after: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The merged model as it was after a task, on the CPU, and its tokenizer: plain objects of
         transformers. Raises Fault for a method that doesn't merge, and where the base has changed."""
-        setup = prepare(self.recipe, open_ended=False)
-        setup.verify(self.folder)
+        setup = prepare(self.recipe, runs=False)
+        index = self.stage(after).index
+        setup.verify(self.folder, index)
         refuse_unmerged(setup, None)
-        model = setup.model(self.folder.archive(), self.stage(after).index)
+        model = setup.model(self.folder.archive(), index)
         return model.eval(), setup.tokenizer
 
     def export(

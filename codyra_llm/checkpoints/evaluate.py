@@ -108,7 +108,7 @@ def _measure(checkpoint: str, wanted: Wanted, prepared: Prepared, acc: Accelerat
     experiment = Experiment(setup, out, acc, models=source.run or out)
     if source.told:
         say(source.told)
-    on_first(_claim, out, _manifest(checkpoint, setup, source, base))
+    on_first(_begin, checkpoint, prepared, out)
     collectively(True, await_file, out.path / "manifest.json")
     had = of_first(lambda: len(out.scores))
     if base:
@@ -204,10 +204,20 @@ def _manifest(checkpoint: str, setup: Setup, source: Source, base: Setup | None)
     }
 
 
+def _begin(checkpoint: str, prepared: Prepared, out: RunFolder) -> None:
+    """Check what a run's stage is made from, and claim the folder."""
+    manifest = _manifest(checkpoint, prepared.setup, prepared.source, prepared.base)
+    if prepared.source.run:
+        prepared.setup.verify(prepared.source.run, prepared.stage.index, manifest["base"])
+    _claim(out, manifest)
+
+
 def _claim(out: RunFolder, manifest: dict) -> None:
     """Begin the folder, or go on in it: with the same weights and the same way of scoring, on more tasks if
     asked.
     """
+    if out.is_run:
+        raise Fault(f"--out: {out.path} is the folder of a run; give another one")
     out.clear_up()
     out.check_results()
     file = out.path / "manifest.json"

@@ -59,9 +59,9 @@ def answer(checkpoint: str, prompt: str, new: int, base: str | None = None) -> s
 
 def _stage(folder: RunFolder, task: str | None, device: torch.device) -> Answering:
     assert task is not None, "a run answers at one of its stages"
-    setup = prepare(folder.recipe, open_ended=False)
-    setup.verify(folder)
+    setup = prepare(folder.recipe, runs=False)
     stage = Stage.of(setup.recipe.tasks, folder.archive().index(task))
+    setup.verify(folder, stage.index)
     number = stage.index if stage.step else None
     model, conditions = setup.load_stage(folder, stage, device)
     return Answering(model, setup.encoder, conditions, number)

@@ -36,6 +36,12 @@ def shown(value: Any) -> str:
     return _repr.repr(value)
 
 
+def listed(text: str | None) -> list[str] | None:
+    """The names in a text such as `FOMC, Py150`; None where there is none."""
+    names = [name.strip() for name in (text or "").split(",")]
+    return [name for name in names if name] or None
+
+
 def _path(value: str) -> str:
     if not value or max(len(part.encode()) for part in value.split("/")) > 255 or len(value) > 4000:
         raise ValueError(
