@@ -58,10 +58,9 @@ def checkpoint_source(checkpoint: str, base: str | None) -> Source:
     """What `checkpoint` (folder, hub id, .gguf, PEFT folder, RUN, RUN@TASK) is; an adapter is on `base`, or
     on the one that it names. Raises Fault for a run that has no such task, and for an adapter that can't be
     used."""
-    path, _, task = checkpoint.rpartition("@")
-    if path and Path(path).is_dir():
-        return _stage(RunFolder(Path(path)), task)
-    folder = Path(checkpoint).expanduser()
+    folder, (place, task) = Path(expanded(checkpoint)), run_at(checkpoint)
+    if place:
+        return _stage(RunFolder(place), task)
     if (folder / "recipe.json").is_file():
         return _stage(RunFolder(folder))
     found = _carried(folder / LINEAGE, checkpoint)
@@ -71,6 +70,14 @@ def checkpoint_source(checkpoint: str, base: str | None) -> Source:
         revision = revision or revision_of(path, found.raw)  # adapters of old exports name none
         return replace(found, model=path, revision=revision, adapter=folder)
     return found
+
+
+def run_at(checkpoint: str) -> tuple[Path | None, str]:
+    """The folder and the task of RUN@TASK; None where `checkpoint` is anything else, such as a folder whose
+    name has an @ in it."""
+    whole = expanded(checkpoint)
+    place, _, task = whole.rpartition("@")
+    return (Path(place), task) if place and Path(place).is_dir() and not Path(whole).exists() else (None, "")
 
 
 def revision_of(base: str, raw: dict) -> str | None:

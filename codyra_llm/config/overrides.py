@@ -7,7 +7,7 @@ from typing import Any
 
 from codyra_llm import recipes  # pyright: ignore  # installed from the top level
 from codyra_llm.core.errors import Fault, nearest
-from codyra_llm.core.parsing import parse_yaml, read_yaml, shown
+from codyra_llm.core.parsing import expanded, parse_yaml, read_yaml, shown
 
 PROGRAM_KEYS = ("_", "launch")  # the two lines that make a recipe a Python program as well
 
@@ -21,7 +21,7 @@ def read_recipe(path: str | Path) -> dict:
 def find_recipe(path: str | Path) -> Path:
     """The recipe file at `path`, or the shipped recipe of that name."""
     shipped = Path(recipes.__path__[0])
-    for candidate in (Path(path), shipped / Path(path).name, shipped / f"{path}.yaml"):
+    for candidate in (Path(expanded(str(path))), shipped / Path(path).name, shipped / f"{path}.yaml"):
         if os.path.isfile(candidate):
             return candidate
     names = sorted(p.name for p in shipped.glob("*.yaml"))

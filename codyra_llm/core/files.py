@@ -23,7 +23,9 @@ CHUNK = 1 << 24  # bytes per read when hashing and copying
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary name next to `path` to write a file or folder to. When the block succeeds it is
     synced to disk and renamed to `path`, with the mode that the umask asks for (safetensors writes 0600
-    whatever the umask). Raises Fault where the disk is full or can't be written."""
+    whatever the umask). A link stays, and what it leads to is replaced: checkpoints may lie on another disk.
+    Raises Fault where the disk is full or can't be written."""
+    path = path.resolve() if path.is_symlink() else path
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -66,6 +66,15 @@ def writable(path: str) -> str:
     return found
 
 
+def as_path(text: str | Path) -> Path:
+    """A path that was given with a command or in Python, ~ expanded: shells do that only at the beginning of
+    a word, not in quotes or after --out=, and Python doesn't. Raises Fault for the home of nobody."""
+    try:
+        return Path(writable(str(text)))
+    except ValueError as error:
+        raise Fault(str(error)) from None
+
+
 WrittenPath = Annotated[PathText, AfterValidator(writable)]
 
 
