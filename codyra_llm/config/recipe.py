@@ -28,7 +28,8 @@ from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.parsing import WrittenPath, shown
 from codyra_llm.core.schema import Positive, Strict, sentences
 
-FILE_NAME = re.compile(r"[^/\\.\x00-\x1f][^/\\\x00-\x1f]{0,99}")  # what a task's name becomes
+FILE_NAME = re.compile(r"[^/\\.\x00-\x1f][^/\\\x00-\x1f]*")  # what a task's name becomes
+NAME_BYTES = 200  # of 255 that file systems take: numbers, suffixes and a process's id come on top
 
 
 class Recipe(Strict, frozen=True):
@@ -128,6 +129,11 @@ def _task_faults(tasks: list[str]) -> Iterator[str]:
             yield (
                 f"data.tasks: {shown(name)} becomes a file name; leave out '/', control characters and a '.' "
                 "in front"
+            )
+        elif len(name.encode()) > NAME_BYTES:
+            yield (
+                f"data.tasks: {shown(name)} has {len(name.encode())} bytes and becomes a file name; shorten it "
+                f"to at most {NAME_BYTES}"
             )
     if "base" in tasks:
         yield "data.tasks: 'base' is the name of the stage before all tasks; rename it"

@@ -142,6 +142,16 @@ def test_a_setting_of_several_kinds_has_one_fault_at_its_own_key(change, message
     assert faults(raw, [change]) == messages
 
 
+@pytest.mark.parametrize(("name", "fits"), [("x" * 200, True), ("x" * 201, False), ("任" * 67, False)])
+def test_a_task_s_name_is_short_enough_for_its_files(name, fits):
+    """An update's file would be refused by the file system after the training."""
+    raw = {**MINIMAL, "data": {"root": "d", "tasks": [name]}}
+    if fits:
+        assert parse_recipe(raw).tasks == [name]
+    else:
+        assert "201 bytes and becomes a file name; shorten it to at most 200" in "\n".join(faults(raw))
+
+
 def test_protocols_fill_what_is_not_given():
     trace = parse_recipe(MINIMAL).resolved()
     assert (trace.optim.batch_size, trace.optim.loss_average, trace.data.max_prompt_tokens) == (
