@@ -132,8 +132,8 @@ def _task_faults(tasks: list[str]) -> Iterator[str]:
             )
         elif len(name.encode()) > NAME_BYTES:
             yield (
-                f"data.tasks: {shown(name)} has {len(name.encode())} bytes and becomes a file name; shorten it "
-                f"to at most {NAME_BYTES}"
+                f"data.tasks: {shown(name)} has {len(name.encode())} bytes and becomes a file name; shorten "
+                f"it to at most {NAME_BYTES}"
             )
     if "base" in tasks:
         yield "data.tasks: 'base' is the name of the stage before all tasks; rename it"
