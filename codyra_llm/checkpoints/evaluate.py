@@ -173,7 +173,7 @@ def _positions(prepared: Prepared, names: list[str] | None) -> list[int]:
     """Which tasks to score: those named, or those that the run scored at the stage."""
     recipe, stage = prepared.setup.recipe, prepared.stage
     if names is not None:
-        return [recipe.tasks.index(name) for name in names]
+        return [recipe.tasks.index(name) for name in dict.fromkeys(names)]
     seen = prepared.source.after is not None and stage.step > 0 and recipe.eval.tasks == "seen"
     return list(range(stage.step if seen else len(recipe.tasks)))
 

@@ -187,6 +187,7 @@ def recipe_of(checkpoint: str, source: Source, wanted: Wanted) -> Recipe:
         if value is not None or source.raw and emptied:
             assign(raw, key, value)
     recipe = parse_recipe(override(raw, wanted.overrides), checkpoint)
+    _refuse_another_run(checkpoint, source, recipe)
     if source.raw or wanted.data or recipe.data.root != ".":
         return recipe
     if not (recipe.general.data or recipe.open_ended.prompts):
@@ -195,6 +196,26 @@ def recipe_of(checkpoint: str, source: Source, wanted: Wanted) -> Recipe:
             "with --data, or files for general ability with --general"
         )
     return without_tasks(recipe)
+
+
+def _refuse_another_run(checkpoint: str, source: Source, recipe: Recipe) -> None:
+    """Raises one Fault where settings would change what the checkpoint is: how its updates are read, or which
+    task each of them belongs to."""
+    if not source.raw:
+        return
+    own, faults = parse_recipe(source.raw, checkpoint), []
+    if recipe.method != own.method:
+        faults.append(
+            f"method: {checkpoint} was made by {own.method.name} with settings of its own, and is scored by "
+            "these; leave 'method' out"
+        )
+    if recipe.tasks != own.tasks:
+        faults.append(
+            f"data.tasks: {checkpoint} is of a run that learns {', '.join(own.tasks)} in this order; leave "
+            "'data.tasks' out, and name those to score with --tasks"
+        )
+    if faults:
+        raise Fault(*faults)
 
 
 def _refuse_own_code(checkpoint: str, source: Source, wanted: Wanted) -> None:

@@ -331,9 +331,25 @@ def test_a_backend_that_is_not_installed_is_told_before_weights_load(merging, tm
         evaluate(str(merging.path), Wanted(out=tmp_path / "out", overrides=["eval.backend=vllm"]))
 
 
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("data.tasks=[TWO, ONE]", "data.tasks: .* learns ONE, TWO in this order; .* with --tasks"),
+        ("data.tasks=[ONE]", "data.tasks: .* learns ONE, TWO in this order"),
+        ("method=l2p", "method: .* was made by seqlora with settings of its own"),
+        ("method.rank=2", "method: .* was made by seqlora"),
+    ],
+)
+@pytest.mark.parametrize("checkpoint", ["", "@ONE", "/checkpoint"])
+def test_no_setting_makes_another_run_of_it(checkpoint, setting, told, merging, tmp_path):
+    """Its rows would be those of another task, or of a model without its updates."""
+    with pytest.raises(Fault, match=told):
+        evaluate(f"{merging.path}{checkpoint}", Wanted(out=tmp_path / "out", overrides=[setting]))
+
+
 def test_names_may_have_spaces_between_them(merging, tmp_path, capsys):
     out = tmp_path / "out"
-    code, _, err = call(capsys, "evaluate", merging.path, "--tasks", "ONE, TWO,", "--out", out)
+    code, _, err = call(capsys, "evaluate", merging.path, "--tasks", "ONE, TWO, ONE,", "--out", out)
     assert code == 0, err
     assert [row.task for row in RunFolder(out).scores] == ["ONE", "TWO"]
 
