@@ -6,7 +6,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd) started=$PWD
 
 usage() {
   cat <<'TEXT'
-usage: ./launch.sh [FLAG ...] RECIPE [KEY=VALUE ...]    run a recipe (recipes/*.yaml)
+usage: ./launch.sh [FLAG ...] [run] RECIPE [KEY=VALUE ...]    run a recipe (recipes/*.yaml; after run a shipped one's name too)
        ./launch.sh [--dry-run] test [PYTEST ARGUMENT ...]    run the tests
        ./launch.sh [--dry-run] COMMAND ...    any other codyra-llm command (plan, data, model, score, generate, export, report)
 
@@ -84,9 +84,14 @@ while [[ ${1:-} == -* ]]; do
 done
 if [ $# -eq 0 ]; then [ -z "$dry$asked" ] || refuse "there is no recipe; see ./launch.sh --help"; usage; exit 0; fi
 
-base=${PYTHON:-python3}; python=$base
+base=${PYTHON:-python3}
+[[ $base != */* || $base == /* ]] || base=$PWD/$base  # it is called from other folders too
+command -v "$base" >/dev/null || refuse "PYTHON: there is no program '$base'; set it to a Python 3.11 or later"
+python=$base
 importable "$base" || python=$here/.venv/bin/python
-if [[ $1 != *.yaml && $1 != *.yml ]]; then
+recipe=''  # run RECIPE is as RECIPE: in one process it would leave all GPUs but one idle
+if [ "$1" = run ] && [[ ${2:--} != -* ]]; then recipe=yes; shift; fi
+if [ -z "$recipe" ] && [[ $1 != *.yaml && $1 != *.yml ]]; then
   [ -z "$asked" ] || refuse "${asked% } is about running a recipe (a .yaml file), and '$1' is none; leave it out"
   [ "$1" = test ] || go "$python" -m codyra_llm "$@"
   shift; cd "$here"
@@ -112,7 +117,7 @@ if [ -n "$slurm" ]; then
   steps=${SLURM_STEP_NUM_NODES:-0} tasks=${SLURM_STEP_NUM_TASKS:-$nodes}
   if [ "$steps" -ne "$nodes" ]; then  # in the batch script or salloc: this file once per node, with the CPUs that sbatch was told
     go srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
-      ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "$here/launch.sh" "$@"
+      ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} "$here/launch.sh" ${recipe:+run} "$@"
   fi
   [ "$tasks" -eq "$nodes" ] || refuse "this SLURM step has $tasks tasks on $nodes nodes, and each would start all processes of its node; call launch.sh without srun, or with --ntasks-per-node=1"
 fi

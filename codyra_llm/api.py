@@ -14,6 +14,7 @@ from codyra_llm.checkpoints.export import Export, export
 from codyra_llm.checkpoints.source import Wanted
 from codyra_llm.config.recipe import Recipe
 from codyra_llm.config.registry import METHODS
+from codyra_llm.core.parsing import as_path
 from codyra_llm.core.terminal import Terminal
 from codyra_llm.experiment.export import refuse_unmerged
 from codyra_llm.experiment.plan import plan as show_plan
@@ -38,7 +39,7 @@ class Run:
 
     def __init__(self, folder: Place):
         """Raises Fault where there is no run."""
-        self.folder = RunFolder(Path(folder))
+        self.folder = RunFolder(as_path(folder))
         self.recipe: Recipe = self.folder.recipe
 
     def __repr__(self) -> str:
@@ -79,10 +80,11 @@ class Run:
     def load(self, after: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The merged model as it was after a task, on the CPU, and its tokenizer: plain objects of
         transformers. Raises Fault for a method that doesn't merge, and where the base has changed."""
-        setup = prepare(self.recipe, open_ended=False)
-        setup.verify(self.folder)
+        setup = prepare(self.recipe, runs=False)
+        index = self.stage(after).index
+        setup.verify(self.folder, index)
         refuse_unmerged(setup, None)
-        model = setup.model(self.folder.archive(), self.stage(after).index)
+        model = setup.model(self.folder.archive(), index)
         return model.eval(), setup.tokenizer
 
     def export(
@@ -97,7 +99,7 @@ class Run:
     ) -> list[str]:
         """Write the model as it was after a task to a new folder; arguments as the options of `codyra-llm
         export`. Returns what one should know about it, in sentences."""
-        return export(self.folder, Export(after, without, format, dtype, type, rank), Path(out))
+        return export(self.folder, Export(after, without, format, dtype, type, rank), as_path(out))
 
 
 def run(recipe: Recipe, observers: Sequence[Observer] = ()) -> Run:
@@ -131,7 +133,7 @@ def evaluate_checkpoint(
     far as it isn't yet; arguments as the options of `codyra-llm evaluate`. Returns all its scores."""
     root = None if data is None else str(data)
     given = list(overrides)
-    wanted = Wanted(root, tasks, general, general_tasks, base, Path(out), given, benchmark)
+    wanted = Wanted(root, tasks, general, general_tasks, base, as_path(out), given, benchmark)
     return evaluate(str(checkpoint), wanted, observers).scores
 
 
@@ -140,7 +142,7 @@ def run_sweep(
 ) -> dict:
     """Run what a sweep file asks for and is not finished, each run in a process of its own, and write its
     comparison; returns what sweep.json holds. Raises one Fault with all runs that failed."""
-    asked = load_sweep(file, list(overrides))
+    asked = load_sweep(as_path(file), list(overrides))
     write = partial(comparison.write, asked, Path(file).stem)
     runner.execute(asked, jobs, launcher, write)
     return write()
@@ -150,10 +152,10 @@ def write_report(runs: Sequence[Run | Place], out: Place, examples: bool = True,
     """Write a report on runs, and on the runs of sweep folders: a page (.html), or its tables (.csv, .md,
     .tex). `examples`: show test examples that were forgotten; `paper`: add the published TRACE tables. Raises
     Fault for another suffix, and for a folder that holds no run."""
-    folders = [one.path if isinstance(one, Run) else Path(one) for one in runs]
+    folders = [one.path if isinstance(one, Run) else as_path(one) for one in runs]
     members = collected(folders)
     pooled = any(member.arm for member in members)
-    page.write(members, Path(out), examples, paper, pooled)
+    page.write(members, as_path(out), examples, paper, pooled)
 
 
 def register(method: M) -> M:

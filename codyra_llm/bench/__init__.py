@@ -8,6 +8,7 @@ from rich.console import Console
 from codyra_llm.bench import evaluation, head, layers, measure, step
 from codyra_llm.bench.measure import TOLERANCE, Options
 from codyra_llm.core.errors import Fault, nearest
+from codyra_llm.core.parsing import listed
 from codyra_llm.runtime.launch import leave_out_cudnn_attention
 
 LEVELS = {
@@ -52,11 +53,11 @@ def options(
         raise Fault(
             f"--shape: '{shape}' must be whole numbers with commas between, e.g. 1024,576,1536,16"
         ) from None
-    split = (tuple(text.split(",")) if text else None for text in (arms, tasks))
+    names_of = {"arms": listed(arms), "tasks": listed(tasks)}
     return Options(
         torch.device(device),
         names[dtype],
         shape=numbers,
-        **dict(zip(("arms", "tasks"), split, strict=True)),
+        **{key: tuple(found) if found else None for key, found in names_of.items()},
         **others,
     )

@@ -25,13 +25,12 @@ from codyra_llm.config.differences import NO_RESULT, PLACES, flat
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.files import await_file, file_sha256, write_json
 from codyra_llm.core.version import __version__
-from codyra_llm.evaluate import judge
 from codyra_llm.evaluate.matrix import mean
 from codyra_llm.evaluate.statistics import delta_r
 from codyra_llm.experiment import open_ended
 from codyra_llm.experiment.experiment import Experiment
 from codyra_llm.experiment.observers import Beats
-from codyra_llm.experiment.preflight import preflight
+from codyra_llm.experiment.preflight import preflight, refuse_lacking
 from codyra_llm.experiment.scoring import measure
 from codyra_llm.experiment.setup import Setup, prepare
 from codyra_llm.formats.adapter import build
@@ -87,8 +86,7 @@ def evaluate(checkpoint: str, wanted: Wanted, observers: Sequence[Observer] = ()
     prepared = collectively(first, _prepare, checkpoint, wanted, fast)
     prepared = collectively(not first, _prepare, checkpoint, wanted, fast) or prepared
     setup = prepared.setup
-    if prepared.base and setup.prompts:
-        on_first(judge.require, setup.recipe.open_ended.judge)
+    collectively(True, refuse_lacking, setup, bool(prepared.base and setup.prompts) and is_first())
     if acc.num_processes > 1:
         heartbeat.start(acc.process_index, acc.num_processes, setup.recipe.hang_minutes)
         preflight(acc, setup, fingerprint(setup.base) if first else None)
@@ -110,7 +108,7 @@ def _measure(checkpoint: str, wanted: Wanted, prepared: Prepared, acc: Accelerat
     experiment = Experiment(setup, out, acc, models=source.run or out)
     if source.told:
         say(source.told)
-    on_first(_claim, out, _manifest(checkpoint, setup, source, base))
+    on_first(_begin, checkpoint, prepared, out)
     collectively(True, await_file, out.path / "manifest.json")
     had = of_first(lambda: len(out.scores))
     if base:
@@ -175,7 +173,7 @@ def _positions(prepared: Prepared, names: list[str] | None) -> list[int]:
     """Which tasks to score: those named, or those that the run scored at the stage."""
     recipe, stage = prepared.setup.recipe, prepared.stage
     if names is not None:
-        return [recipe.tasks.index(name) for name in names]
+        return [recipe.tasks.index(name) for name in dict.fromkeys(names)]
     seen = prepared.source.after is not None and stage.step > 0 and recipe.eval.tasks == "seen"
     return list(range(stage.step if seen else len(recipe.tasks)))
 
@@ -206,10 +204,20 @@ def _manifest(checkpoint: str, setup: Setup, source: Source, base: Setup | None)
     }
 
 
+def _begin(checkpoint: str, prepared: Prepared, out: RunFolder) -> None:
+    """Check what a run's stage is made from, and claim the folder."""
+    manifest = _manifest(checkpoint, prepared.setup, prepared.source, prepared.base)
+    if prepared.source.run:
+        prepared.setup.verify(prepared.source.run, prepared.stage.index, manifest["base"])
+    _claim(out, manifest)
+
+
 def _claim(out: RunFolder, manifest: dict) -> None:
     """Begin the folder, or go on in it: with the same weights and the same way of scoring, on more tasks if
     asked.
     """
+    if out.is_run:
+        raise Fault(f"--out: {out.path} is the folder of a run; give another one")
     out.clear_up()
     out.check_results()
     file = out.path / "manifest.json"

@@ -75,11 +75,17 @@ def export(folder: RunFolder, asked: Export, out: Path) -> list[str]:
     about it, in sentences. Raises Fault for what `check` refuses, for a task that is not learnt, and for a
     format that the run's method has not."""
     check(asked, out)
-    setup = prepare(folder.recipe, open_ended=False)
-    setup.verify(folder)
+    setup = prepare(folder.recipe, runs=False)
     archive = folder.archive()
     last = archive.index(asked.after) if asked.after else len(archive.files) - 1
     left = archive.index(asked.without) if asked.without else None
+    if left is not None and not 0 <= left <= last:
+        before = archive.tasks[: last + 1]
+        raise Fault(
+            f"--without: the model after {asked.after or archive.tasks[last]} has no update of "
+            f"'{asked.without}'; choose one of {', '.join(before) or 'no task'}, or leave --without out"
+        )
+    setup.verify(folder, last)
     written = partial(card.render, setup.base, folder, last, left, asked.format)
     notes = []
     if asked.format == "stage":

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from codyra_llm.checkpoints.source import Source, checkpoint_source
+from codyra_llm.checkpoints.source import Source, checkpoint_source, run_at
 from codyra_llm.config.sections import DataSection
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.schema import MOST_TOKENS
@@ -42,8 +41,8 @@ def answer(checkpoint: str, prompt: str, new: int, base: str | None = None) -> s
     the chat template if the run did; a method that needs the prompt's task gets TASK. Raises Fault for a
     checkpoint that can't be used, and for a prompt of no token.
     """
-    run, at, _ = checkpoint.rpartition("@")
-    if at and Path(run).is_dir() and not (Path(run) / "recipe.json").is_file():
+    run, _ = run_at(checkpoint)
+    if run and not (run / "recipe.json").is_file():
         raise Fault(f"{run} is not a run folder (it has no recipe.json); give RUN@TASK or a model folder")
     source = checkpoint_source(checkpoint, base)
     launch.leave_out_cudnn_attention()
@@ -59,9 +58,9 @@ def answer(checkpoint: str, prompt: str, new: int, base: str | None = None) -> s
 
 def _stage(folder: RunFolder, task: str | None, device: torch.device) -> Answering:
     assert task is not None, "a run answers at one of its stages"
-    setup = prepare(folder.recipe, open_ended=False)
-    setup.verify(folder)
+    setup = prepare(folder.recipe, runs=False)
     stage = Stage.of(setup.recipe.tasks, folder.archive().index(task))
+    setup.verify(folder, stage.index)
     number = stage.index if stage.step else None
     model, conditions = setup.load_stage(folder, stage, device)
     return Answering(model, setup.encoder, conditions, number)

@@ -58,10 +58,9 @@ def checkpoint_source(checkpoint: str, base: str | None) -> Source:
     """What `checkpoint` (folder, hub id, .gguf, PEFT folder, RUN, RUN@TASK) is; an adapter is on `base`, or
     on the one that it names. Raises Fault for a run that has no such task, and for an adapter that can't be
     used."""
-    path, _, task = checkpoint.rpartition("@")
-    if path and Path(path).is_dir():
-        return _stage(RunFolder(Path(path)), task)
-    folder = Path(checkpoint).expanduser()
+    folder, (place, task) = Path(expanded(checkpoint)), run_at(checkpoint)
+    if place:
+        return _stage(RunFolder(place), task)
     if (folder / "recipe.json").is_file():
         return _stage(RunFolder(folder))
     found = _carried(folder / LINEAGE, checkpoint)
@@ -71,6 +70,14 @@ def checkpoint_source(checkpoint: str, base: str | None) -> Source:
         revision = revision or revision_of(path, found.raw)  # adapters of old exports name none
         return replace(found, model=path, revision=revision, adapter=folder)
     return found
+
+
+def run_at(checkpoint: str) -> tuple[Path | None, str]:
+    """The folder and the task of RUN@TASK; None where `checkpoint` is anything else, such as a folder whose
+    name has an @ in it."""
+    whole = expanded(checkpoint)
+    place, _, task = whole.rpartition("@")
+    return (Path(place), task) if place and Path(place).is_dir() and not Path(whole).exists() else (None, "")
 
 
 def revision_of(base: str, raw: dict) -> str | None:
@@ -180,6 +187,7 @@ def recipe_of(checkpoint: str, source: Source, wanted: Wanted) -> Recipe:
         if value is not None or source.raw and emptied:
             assign(raw, key, value)
     recipe = parse_recipe(override(raw, wanted.overrides), checkpoint)
+    _refuse_another_run(checkpoint, source, recipe)
     if source.raw or wanted.data or recipe.data.root != ".":
         return recipe
     if not (recipe.general.data or recipe.open_ended.prompts):
@@ -188,6 +196,26 @@ def recipe_of(checkpoint: str, source: Source, wanted: Wanted) -> Recipe:
             "with --data, or files for general ability with --general"
         )
     return without_tasks(recipe)
+
+
+def _refuse_another_run(checkpoint: str, source: Source, recipe: Recipe) -> None:
+    """Raises one Fault where settings would change what the checkpoint is: how its updates are read, or which
+    task each of them belongs to."""
+    if not source.raw:
+        return
+    own, faults = parse_recipe(source.raw, checkpoint), []
+    if recipe.method != own.method:
+        faults.append(
+            f"method: {checkpoint} was made by {own.method.name} with settings of its own, and is scored by "
+            "these; leave 'method' out"
+        )
+    if recipe.tasks != own.tasks:
+        faults.append(
+            f"data.tasks: {checkpoint} is of a run that learns {', '.join(own.tasks)} in this order; leave "
+            "'data.tasks' out, and name those to score with --tasks"
+        )
+    if faults:
+        raise Fault(*faults)
 
 
 def _refuse_own_code(checkpoint: str, source: Source, wanted: Wanted) -> None:

@@ -10,6 +10,7 @@ import typer
 from codyra_llm.commands.common import LocalRank, Overrides, PathArg, Plugins, console, path
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.imports import uncollected
+from codyra_llm.core.parsing import listed
 from codyra_llm.core.terminal import one_line, write
 from codyra_llm.runtime import signals
 
@@ -117,7 +118,7 @@ def evaluate(
     given = overrides or []
     refuse_stray(given)
     signals.listen()
-    own, abilities = _listed(tasks), _listed(general_tasks)
+    own, abilities = listed(tasks), listed(general_tasks)
     wanted = Wanted(data, own, general, abilities, base, out, given, benchmark)
     score_checkpoint(checkpoint, wanted, [Display()])
     leave()
@@ -130,10 +131,6 @@ def refuse_stray(overrides: list[str]) -> None:
         raise Fault(
             f"'{stray[0]}' is neither an option nor an override; write key=value, e.g. eval.max_examples=10"
         )
-
-
-def _listed(names: str | None) -> list[str] | None:
-    return names.split(",") if names else None
 
 
 def generate(
@@ -263,4 +260,4 @@ def _bench_gpu(out: Path | None, tiny: bool, seconds: float | None, stages: str 
         raise Fault("--out: bench gpu needs a new folder for what it finds; give one, e.g. --out found")
     from codyra_llm.bench.gpu.stages import bench_gpu
 
-    bench_gpu(out, tiny, seconds or 600, stages.split(",") if stages else None, console)
+    bench_gpu(out, tiny, seconds or 600, listed(stages), console)

@@ -5,19 +5,8 @@ from typing import Annotated
 
 import typer
 
-from codyra_llm.core.errors import Fault
-from codyra_llm.core.parsing import writable
+from codyra_llm.core.parsing import as_path as path
 from codyra_llm.core.terminal import console as console
-
-
-def path(text: str) -> Path:
-    """A path argument, ~ expanded: shells do that only at the beginning of a word, not in quotes or after
-    --out=."""
-    try:
-        return Path(writable(text))
-    except ValueError as error:
-        raise Fault(str(error)) from None
-
 
 PathArg = Annotated[Path, typer.Argument(parser=path, metavar="PATH")]
 

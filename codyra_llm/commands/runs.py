@@ -153,14 +153,19 @@ def sweep(
 
         show(foresee(asked), jobs or 1, console)
         return
+
+    def compare() -> None:
+        console.print(comparison.table(comparison.write(asked, file.stem)))
+        console.print(f"comparison: {asked.output / 'sweep.md'}")
+
     signals.listen()
     try:
         if not report:
             runner.execute(asked, jobs, launcher, lambda: comparison.write(asked, file.stem))
-    finally:
-        if report or asked.output.is_dir():  # a sweep that was refused has no output folder
-            console.print(comparison.table(comparison.write(asked, file.stem)))
-            console.print(f"comparison: {asked.output / 'sweep.md'}")
+    except (runner.Failed, signals.Stopped):
+        compare()
+        raise
+    compare()  # not of a sweep that was refused: the folder may be that of another one
 
 
 def report(

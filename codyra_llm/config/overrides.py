@@ -7,7 +7,7 @@ from typing import Any
 
 from codyra_llm import recipes  # pyright: ignore  # installed from the top level
 from codyra_llm.core.errors import Fault, nearest
-from codyra_llm.core.parsing import parse_yaml, read_yaml, shown
+from codyra_llm.core.parsing import expanded, parse_yaml, read_yaml, shown
 
 PROGRAM_KEYS = ("_", "launch")  # the two lines that make a recipe a Python program as well
 
@@ -21,7 +21,7 @@ def read_recipe(path: str | Path) -> dict:
 def find_recipe(path: str | Path) -> Path:
     """The recipe file at `path`, or the shipped recipe of that name."""
     shipped = Path(recipes.__path__[0])
-    for candidate in (Path(path), shipped / Path(path).name, shipped / f"{path}.yaml"):
+    for candidate in (Path(expanded(str(path))), shipped / Path(path).name, shipped / f"{path}.yaml"):
         if os.path.isfile(candidate):
             return candidate
     names = sorted(p.name for p in shipped.glob("*.yaml"))
@@ -56,15 +56,27 @@ def split_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
 
 
 def assign(raw: dict, key: str, value: Any) -> None:
-    """Set `a.b` of a recipe's mapping."""
+    """Set `a.b` of a recipe's mapping. A method that is written as its name alone is the same as a section of
+    it, and a section whose keys are all commented out, which YAML reads as null, is an empty one."""
     *path, last = key.split(".")
     if not all([*path, last]) or len(path) > 8:
         raise Fault(
             f"{shown(key)} is not the key of a setting; write its sections joined by dots, e.g. optim.lr"
         )
     node = raw
-    for part in path:
-        node = node.setdefault(part, {})
-        if not isinstance(node, dict):
+    for place, part in enumerate(path, 1):
+        inner = node.get(part)
+        if inner is None:
+            inner = {}
+        elif path[:place] == ["method"]:
+            inner = method_section(inner)
+        if not isinstance(inner, dict):
             raise Fault(f"{key}: '{part}' is a value, not a section; override '{part}' itself")
-    node[last] = {"name": value} if key == "method" and isinstance(value, str) else value
+        node[part] = inner
+        node = inner
+    node[last] = method_section(value) if key == "method" else value
+
+
+def method_section(given: Any) -> Any:
+    """A recipe's `method`, which may be its name alone, as a section."""
+    return {"name": given} if isinstance(given, str) else given

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_va
 
 from codyra_llm.config.benchmark import Benchmark, benchmark_folder, load_benchmark
 from codyra_llm.config.methods.base import MethodConfig
-from codyra_llm.config.overrides import override, read_recipe
+from codyra_llm.config.overrides import method_section, override, read_recipe
 from codyra_llm.config.plugins import has_method
 from codyra_llm.config.registry import METHODS
 from codyra_llm.config.sections import (
@@ -28,7 +28,8 @@ from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.parsing import WrittenPath, shown
 from codyra_llm.core.schema import Positive, Strict, sentences
 
-FILE_NAME = re.compile(r"[^/\\.\x00-\x1f][^/\\\x00-\x1f]{0,99}")  # what a task's name becomes
+FILE_NAME = re.compile(r"[^/\\.\x00-\x1f][^/\\\x00-\x1f]*")  # what a task's name becomes
+NAME_BYTES = 200  # of 255 that file systems take: numbers, suffixes and a process's id come on top
 
 
 class Recipe(Strict, frozen=True):
@@ -129,6 +130,11 @@ def _task_faults(tasks: list[str]) -> Iterator[str]:
                 f"data.tasks: {shown(name)} becomes a file name; leave out '/', control characters and a '.' "
                 "in front"
             )
+        elif len(name.encode()) > NAME_BYTES:
+            yield (
+                f"data.tasks: {shown(name)} has {len(name.encode())} bytes and becomes a file name; shorten "
+                f"it to at most {NAME_BYTES}"
+            )
     if "base" in tasks:
         yield "data.tasks: 'base' is the name of the stage before all tasks; rename it"
     if len(tasks) > 100:
@@ -175,9 +181,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(raw: dict, source: str = "recipe") -> Recipe:
     """A validated recipe from a mapping; every mistake of every section in one Fault."""
-    faults, method = [], raw.get("method")
-    if isinstance(method, str):
-        method = {"name": method}
+    faults, method = [], method_section(raw.get("method"))
     config = METHODS.settings("seqlora")()  # stands in while the rest is validated
     if not isinstance(method, dict) or not has_method(method.get("name")):  # any YAML
         name = method.get("name") if isinstance(method, dict) else method

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from safetensors import SafetensorError
@@ -22,7 +23,9 @@ CHUNK = 1 << 24  # bytes per read when hashing and copying
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary name next to `path` to write a file or folder to. When the block succeeds it is
     synced to disk and renamed to `path`, with the mode that the umask asks for (safetensors writes 0600
-    whatever the umask). Raises Fault where the disk is full or can't be written."""
+    whatever the umask). A link stays, and what it leads to is replaced: checkpoints may lie on another disk.
+    Raises Fault where the disk is full or can't be written."""
+    path = path.resolve() if path.is_symlink() else path
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,6 +64,27 @@ def unwritable(path: Path, error: Exception) -> Fault:
         f"{path} can't be written ({reason}); free some space or correct the path, then give the same "
         "command again: it goes on from what is there"
     )
+
+
+def room_faults(output: Path, needed: int) -> list[str]:
+    """What keeps a run from writing `needed` bytes to `output`: the part of its path that exists has to be a
+    writable folder with enough space."""
+    place = next(p for p in (output.absolute(), *output.absolute().parents) if os.path.lexists(p))
+    try:
+        with TemporaryFile(dir=place):  # permissions, quotas and read-only mounts show only by trying
+            free = shutil.disk_usage(place).free
+    except OSError as error:
+        return [
+            f"output: {output} can't be written, since {place} takes no file ({error.strerror}); choose "
+            "another output"
+        ]
+    needed += 64 << 20
+    if free >= needed:
+        return []
+    return [
+        f"output: {output} needs about {needed / 1e9:.1f} GB, {place} has {free / 1e9:.1f} GB free; free "
+        "some, or choose another output"
+    ]
 
 
 def sync(path: Path) -> None:

@@ -36,6 +36,12 @@ def shown(value: Any) -> str:
     return _repr.repr(value)
 
 
+def listed(text: str | None) -> list[str] | None:
+    """The names in a text such as `FOMC, Py150`; None where there is none."""
+    names = [name.strip() for name in (text or "").split(",")]
+    return [name for name in names if name] or None
+
+
 def _path(value: str) -> str:
     if not value or max(len(part.encode()) for part in value.split("/")) > 255 or len(value) > 4000:
         raise ValueError(
@@ -58,6 +64,15 @@ def writable(path: str) -> str:
     if found.startswith("~"):
         raise ValueError(f"{shown(path)} names the home of a user that is not known here; write the path out")
     return found
+
+
+def as_path(text: str | Path) -> Path:
+    """A path that was given with a command or in Python, ~ expanded: shells do that only at the beginning of
+    a word, not in quotes or after --out=, and Python doesn't. Raises Fault for the home of nobody."""
+    try:
+        return Path(writable(str(text)))
+    except ValueError as error:
+        raise Fault(str(error)) from None
 
 
 WrittenPath = Annotated[PathText, AfterValidator(writable)]

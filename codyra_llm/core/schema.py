@@ -3,7 +3,8 @@ sentences.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
@@ -21,6 +22,15 @@ class Strict(BaseModel, frozen=True):
     """A section of a file of settings: unknown keys are errors, values are frozen."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _nothing_is_an_empty_section(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads a section whose keys are all commented out as null."""
+        assert info.field_name  # this is called for fields alone
+        kind = cls.model_fields[info.field_name].annotation
+        is_section = isinstance(kind, type) and issubclass(kind, BaseModel)
+        return {} if value is None and is_section else value
 
     @field_validator("*", mode="before")
     @classmethod
@@ -44,7 +54,7 @@ def _elements(value: Any) -> Iterable[Any]:
 def sentences(error: ValidationError, schema: type[BaseModel], prefix: tuple = ()) -> list[str]:
     """What pydantic found wrong with `schema`, one sentence each."""
     out = []
-    for e in error.errors():
+    for e in _by_key(error, schema):
         key, given = ".".join(str(part) for part in (*prefix, *e["loc"])), shown(e["input"])
         if e["type"] == "extra_forbidden":
             known = _fields(schema, e["loc"][:-1])
@@ -65,6 +75,44 @@ def sentences(error: ValidationError, schema: type[BaseModel], prefix: tuple = (
                 + nearest(given.strip("'"), str(e.get("ctx", {}).get("expected", "")).split("'"))
             )
     return out
+
+
+def _by_key(error: ValidationError, schema: type[BaseModel]) -> list[dict[str, Any]]:
+    """The errors, each at its key. Of a value that may be of several kinds pydantic has an error for each
+    kind, with the kind among the parts of the place: here what is wrong within the value, where one of them
+    got that far, or else one error that names all kinds."""
+    found: dict[tuple, list[dict[str, Any]]] = {}
+    for e in error.errors():
+        cut = _place_of_kind(schema, e["loc"])
+        at = e["loc"] if cut is None else e["loc"][:cut]
+        found.setdefault(at, []).append(
+            {**e, "loc": at, "within": () if cut is None else e["loc"][cut + 1 :]}
+        )
+    out = []
+    for at, errors in found.items():
+        inner = [e for e in errors if e["within"]]
+        if inner:
+            out += [{**e, "loc": (*at, *e["within"])} for e in inner]
+        elif len(errors) > 1:
+            messages = dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in errors)
+            out.append({**errors[0], "type": "kind", "msg": f"Input should be {', or '.join(messages)}"})
+        else:
+            out += errors
+    return out
+
+
+def _place_of_kind(schema: type[BaseModel], loc: tuple) -> int | None:
+    """Where in `loc` the kind of a value stands that may be of several; None where there is none."""
+    inside: Any = schema
+    for place, part in enumerate(loc):
+        if not (isinstance(inside, type) and issubclass(inside, BaseModel) and part in inside.model_fields):
+            return None
+        kind = inside.model_fields[part].annotation
+        choices = [one for one in get_args(kind) if one is not NoneType]
+        if get_origin(kind) in (Union, UnionType) and len(choices) > 1:
+            return place + 1 if place + 1 < len(loc) else None
+        inside = next(_sections(kind), None)
+    return None
 
 
 def _fields(schema: type[BaseModel], loc: tuple) -> list[str]:

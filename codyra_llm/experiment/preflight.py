@@ -21,7 +21,8 @@ from codyra_llm.core.files import file_sha256
 from codyra_llm.core.version import __version__
 from codyra_llm.data.batches import default_tokens
 from codyra_llm.evaluate import judge, vllm
-from codyra_llm.experiment.setup import Setup
+from codyra_llm.experiment import observers
+from codyra_llm.experiment.setup import Attempts, Setup
 from codyra_llm.runtime import launch
 
 # Settings that may differ between machines: the files that they name are compared instead.
@@ -65,29 +66,48 @@ def preflight(acc: Accelerator, setup: Setup, base: str | None) -> str:
 
 
 def refuse_launch(setup: Setup, acc: Accelerator) -> None:
-    """Raises Fault where this launch can't run the recipe, or this machine lacks what it asks for."""
+    """Raises one Fault where this launch can't run the recipe, or this machine lacks what it asks for."""
     stage, method = launch.zero_stage(acc), setup.method
-    if setup.prompts and acc.is_main_process:  # only this process asks the judge, and has the key
-        judge.require(setup.recipe.open_ended.judge)
-    if setup.recipe.eval.backend == "vllm":
-        vllm.require()
+    # Only the first process asks the judge, and has the key.
+    faults = lacking(setup, judges=bool(setup.prompts) and acc.is_main_process)
     if stage > method.max_zero_stage:
-        raise Fault(
+        faults.append(
             f"method {method.name} with these settings runs up to ZeRO stage {method.max_zero_stage} (0: "
             f"without DeepSpeed), this launch has stage {stage}; choose a lower stage in the accelerate "
             "config"
         )
     if stage == 3 and setup.recipe.model.quantization:
-        raise Fault(
+        faults.append(
             f"model.quantization: '{setup.recipe.model.quantization}' runs up to ZeRO stage 2, this launch "
             "has stage 3, which shards floating-point weights; choose a lower stage in the accelerate "
             "config, or set it to null"
         )
     if stage and method.carries_optimizer:
-        raise Fault(
+        faults.append(
             "method.carry_optimizer works with one process or DDP, not with DeepSpeed; set it to false or "
             "launch without DeepSpeed"
         )
+    if faults:
+        raise Fault(*faults)
+
+
+def refuse_lacking(setup: Setup, judges: bool) -> None:
+    """Raises one Fault with all that is `lacking`."""
+    faults = lacking(setup, judges)
+    if faults:
+        raise Fault(*faults)
+
+
+def lacking(setup: Setup, judges: bool) -> list[str]:
+    """What the recipe asks for and this machine does not have, one sentence each: packages of the backend and
+    of the trackers and, where this process `judges`, what it takes to ask the judge."""
+    tried = Attempts()
+    if judges:
+        tried(judge.require, setup.recipe.open_ended.judge)
+    if setup.recipe.eval.backend == "vllm":
+        tried(vllm.require)
+    tried(observers.check, setup.recipe.trackers)
+    return tried.faults
 
 
 def values(setup: Setup, base: str | None, host: str) -> dict[str, str]:

@@ -99,7 +99,6 @@ def _prepared(recipe: Recipe, acc: Accelerator) -> tuple[Setup, str | None]:
     setup = collectively(first, prepared)
     setup = collectively(not first, prepared) or setup
     collectively(True, refuse_launch, setup, acc)
-    collectively(True, observers.check, setup.recipe.trackers)
     base = fingerprint(setup.base) if first else None
     if acc.num_processes > 1:
         heartbeat.start(acc.process_index, acc.num_processes, setup.recipe.hang_minutes)

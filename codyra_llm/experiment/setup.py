@@ -1,12 +1,10 @@
 """From a recipe to everything that a run needs, checked before any weights load: all faults at once."""
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from codyra_llm.config import plugins
 from codyra_llm.config.recipe import Recipe, by_task
 from codyra_llm.config.registry import METHODS
 from codyra_llm.core.errors import Fault
+from codyra_llm.core.files import room_faults
 from codyra_llm.core.parsing import expanded
 from codyra_llm.data.batches import Batch, collate, default_tokens, micro_batches
 from codyra_llm.data.encoding import Encoded, Encoder
@@ -33,7 +32,7 @@ from codyra_llm.lora.proximal import warmup_steps
 from codyra_llm.methods.base import Method, Task
 from codyra_llm.models import families, fused_norm, loading, packed_attention, saved
 from codyra_llm.models.ends import answer_ends
-from codyra_llm.models.tokenizer import chat_faults, load_tokenizer, tokenizer_folder
+from codyra_llm.models.tokenizer import chat_faults, load_tokenizer, tokenizer_folder, tokenizer_hash
 from codyra_llm.models.weights import WeightReader, fingerprint, formats
 from codyra_llm.runtime import launch, precision, signals
 from codyra_llm.store import observer
@@ -72,19 +71,29 @@ class Setup:
         merge(model, WeightReader(self.base), archive.terms(after, without), launch.device())
         return model
 
-    def verify(self, folder: RunFolder) -> None:
-        """Raises Fault where the updates of `folder` were made on other base weights than the recipe's path
-        now holds, or by another version of the method.
-        """
+    def verify(self, folder: RunFolder, after: int, base: str | None = None) -> None:
+        """Raises one Fault where the updates of `folder` were made on other base weights or another tokenizer
+        than the recipe's path now holds, or by another version of the method, and where the run has no model
+        after task `after`. `base`: the hash of the weights, where it is known already."""
         faults = plugins.changed(folder.origins, self.origins, str(folder.path))
+        archive, path = folder.archive(), self.recipe.model.path
+        compared = (
+            ("base weights", archive.base, base or fingerprint(self.base)),
+            ("tokenizer files", folder.manifest.get("tokenizer"), tokenizer_hash(self.base)),
+        )
+        for what, was, now in compared:
+            if was not in (None, now):
+                faults.append(
+                    f"{folder.path} was made on other {what} ({was[:12]}, now {str(now)[:12]}); restore the "
+                    f"model at model.path ({path})"
+                )
+        if self.method.joint and after >= 0 and archive.is_empty(after):
+            faults.append(
+                f"{folder.path}: {self.method.name} learns all tasks at the last, so the run has no model "
+                f"after {archive.tasks[after]}; choose the last task, or 'base'"
+            )
         if faults:
             raise Fault(*faults)
-        now, was = fingerprint(self.base), folder.archive().base
-        if now != was:
-            raise Fault(
-                f"{folder.path} was made on other base weights ({was[:12]}, now {now[:12]}); restore the "
-                f"model at model.path ({self.recipe.model.path})"
-            )
 
     def load_stage(
         self, folder: RunFolder, stage: Stage, device: torch.device
@@ -149,15 +158,21 @@ class Setup:
 
 
 def prepare(
-    recipe: Recipe, open_ended: bool = True, adapter: Path | None = None, bfloat16: bool | None = None
+    recipe: Recipe,
+    open_ended: bool = True,
+    adapter: Path | None = None,
+    bfloat16: bool | None = None,
+    runs: bool = True,
 ) -> Setup:
     """Resolve the recipe and check model, data, method and disk. `open_ended`: whether its prompts are to be
     answered, so that their files must be there. `adapter`: a folder whose tokenizer and chat template, if it
     has them, are used in place of the base's. `bfloat16`: whether all processes multiply it fast; None: this
-    process finds out. Raises one Fault with everything that is wrong."""
+    process finds out. `runs`: whether anything is trained or scored; a finished run, which may have been made
+    on another machine, is exported and asked without its data and without a place to write to. Raises one
+    Fault with everything that is wrong."""
     recipe, tried = recipe.resolved(), Attempts()
     method = METHODS[recipe.method.name](recipe.method, recipe.seed)
-    tried.faults += _settings_that_exclude(recipe, method)
+    tried.faults += _settings_that_exclude(recipe, method) if runs else []
     base = tried(base_folder, recipe.model.path, recipe.model.revision)
     config = tokenizer = None
     if base:
@@ -170,21 +185,21 @@ def prepare(
             tried.faults += _fits(recipe, config) + method.check(config, recipe.model.attention)
             recipe = tried(_with_dtype, recipe, base, bfloat16) or recipe
             tokenizer = tried(load_tokenizer, reads)
-    root = tried(data_root, recipe.data.root)
+    root = tried(data_root if runs else root_folder, recipe.data.root)
     render, wrong = _render(recipe, tokenizer)
     tried.faults += wrong
     stream = Stream(recipe.data, root, render)
-    if root:
+    if root and runs:
         _try_data(tried, recipe, method, stream)
-    probes, harness = _general(tried, recipe, config)
-    prompts = tried(find_questions, recipe.open_ended) if open_ended else {}
-    if base:
+    probes, harness = _general(tried, recipe, config) if runs else ({}, {})
+    prompts = tried(find_questions, recipe.open_ended) if open_ended and runs else {}
+    if base and runs:
         # Without its config or dtype, for which there is a fault above, its size is not known.
         sized = config and recipe.model.dtype != "auto"
         needed = _written(recipe, base, method.archives_weights) if sized else 0
-        tried.faults += _disk(Path(recipe.output), needed)
+        tried.faults += room_faults(Path(recipe.output), needed)
     encoder = Encoder(tokenizer, recipe.data, answer_ends(base, tokenizer)) if tokenizer else None
-    if encoder and root:
+    if encoder and root and runs:
         read = list(splits(recipe, stream, bool(method.trains)))
         presented = tried(as_presented, method, stream, encoder, read) or read
         tried.faults += tried(prompt_faults, recipe, presented, encoder, config) or []
@@ -399,9 +414,14 @@ def _fitting_dtype(base: Path, bfloat16: bool | None) -> str:
     return "bfloat16" if fast else "float32"
 
 
-def data_root(root: str) -> Path:
+def root_folder(root: str) -> Path:
     """The folder of tasks that `root` names; mini-TRACE is made on first use."""
-    path = mini_data() if root == "mini" else Path(expanded(root))
+    return mini_data() if root == "mini" else Path(expanded(root))
+
+
+def data_root(root: str) -> Path:
+    """The folder of tasks that `root` names, which must be there."""
+    path = root_folder(root)
     if not os.path.isdir(path):
         raise Fault(
             f"data.root: there is no folder '{root}'; give the folder that holds <task>/train.json, "
@@ -425,23 +445,3 @@ def _written(recipe: Recipe, base: Path, whole: bool) -> int:
     served = saved.size(base, dtype) if recipe.eval.backend == "vllm" else 0
     updates = len(recipe.tasks) * saved.size(base, dtype) if whole else 0
     return max(checkpoint, served) + updates
-
-
-def _disk(output: Path, needed: int) -> list[str]:
-    """Check that the output, or the part of its path that exists, is a writable folder with enough space."""
-    place = next(p for p in (output.absolute(), *output.absolute().parents) if os.path.lexists(p))
-    try:
-        with TemporaryFile(dir=place):  # permissions, quotas and read-only mounts show only by trying
-            free = shutil.disk_usage(place).free
-    except OSError as error:
-        return [
-            f"output: {output} can't be written, since {place} takes no file ({error.strerror}); choose "
-            "another output"
-        ]
-    needed += 64 << 20
-    if free >= needed:
-        return []
-    return [
-        f"output: {output} needs about {needed / 1e9:.1f} GB, {place} has {free / 1e9:.1f} GB free; free "
-        "some, or choose another output"
-    ]

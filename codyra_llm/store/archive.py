@@ -84,6 +84,11 @@ class Archive:
         self.lineage.append(meta["lineage"])
         return path
 
+    def is_empty(self, index: int) -> bool:
+        """Whether update `index` changes nothing, as one that a joint method leaves before it learns."""
+        with safe_open(self.files[index], "pt") as file:
+            return not list(file.keys())
+
     def load(self, index: int) -> Update:
         """Read update `index` and check its tensors against its hash."""
         meta = _metadata(self.files[index])

@@ -51,11 +51,16 @@ class RunFolder:
         `checks` hashes: on a network file system others may see the new file and the old hash for a while."""
         self.path, self.lease, self.seals = path, lease, Seals(path, checks)
 
+    @property
+    def is_run(self) -> bool:
+        """Whether there is a run, which has a recipe.json or has lost it; an evaluation has none."""
+        return (self.path / "recipe.json").is_file() or "recipe.json" in self.seals.noted
+
     @cached_property
     def recipe(self) -> Recipe:
         """The recipe of an existing run. Raises Fault where there is none."""
         file = self.path / "recipe.json"
-        if not (file.is_file() or (self.path / SEALS).is_file()):
+        if not self.is_run:
             raise Fault(
                 f"{self.path} is not a run folder (it has no recipe.json); give the `output` of a run"
             )
@@ -104,6 +109,8 @@ class RunFolder:
         remark = ""
         for name in ("recipe.json", "manifest.json"):
             self.seals.check(self.path / name)
+        if "recipe" in (self.manifest if (self.path / "manifest.json").is_file() else {}):
+            raise Fault(f"output: {self.path} is the folder of an evaluation; give another one")
         if (self.path / "manifest.json").is_file():
             faults = plugins.changed(self.origins, manifest.get("plugins", {}), str(self.path))
             if faults:

@@ -87,7 +87,7 @@ class Lease:
             os.replace(self.file, aside)
         except FileNotFoundError:  # another was faster
             raise self._held() from None
-        found = aside.read_text(encoding="utf-8")
+        found = aside.read_text(encoding="utf-8", errors="replace")
         aside.unlink()
         if found != seen:  # another had taken it over already: give it back
             self._create(found)
@@ -130,9 +130,10 @@ class Lease:
     def owner(self) -> dict:
         """What the owner wrote of itself; {} where that can't be read, as after a loss of power."""
         try:
-            return json.loads(self._read() or "{}")
+            found = json.loads(self._read() or "{}")
         except ValueError:
             return {}
+        return found if isinstance(found, dict) else {}
 
     def _content(self, beat: int) -> str:
         own = os.getpid()

@@ -20,7 +20,7 @@ from codyra_llm.evaluate.statistics import MEASURES, interval, measures
 from codyra_llm.report import answers
 from codyra_llm.report.groups import POOLED, order_of
 from codyra_llm.store.folder import RunFolder
-from codyra_llm.sweep.spec import Run, Settings, Sweep
+from codyra_llm.sweep.spec import Run, Settings, Sweep, finished
 
 RESAMPLES = 1000
 
@@ -28,10 +28,10 @@ RESAMPLES = 1000
 def compare(sweep: Sweep) -> dict:
     """What sweep.json holds, of the finished runs: `{"baseline", "by", "rows", "by_order", "tries", "runs"}`.
     `rows` is empty if there are none, `by_order` if all learn the tasks in one order."""
-    runs = [run for run in sweep.runs() if run.finished]
+    runs = finished(sweep.runs())
     pooled, by_order = _grouped(runs, over_orders=True), _grouped(runs, over_orders=False)
     tries = []
-    for run in (run for run in sweep.tries if run.finished):
+    for run in finished(sweep.tries):
         score = run.folder.summary[sweep.by]
         tries.append(
             {"arm": run.arm, "settings": run.settings, "split": run.recipe.eval.split, sweep.by: score}

@@ -10,7 +10,7 @@ from codyra_llm.config.recipe import Recipe
 from codyra_llm.core.terminal import Terminal
 from codyra_llm.experiment.plan import Training, training
 from codyra_llm.runtime.forecast import duration
-from codyra_llm.sweep.spec import Run, Sweep
+from codyra_llm.sweep.spec import Run, Sweep, finished
 
 # Settings that change neither tokens nor time.
 ALIKE = ("seed", "output", "optim.lr", "optim.schedule", "optim.weight_decay", "optim.betas", "checkpoint")
@@ -30,11 +30,13 @@ def foresee(sweep: Sweep) -> list[Foreseen]:
     sweep.prepare()
     known: dict[str, Training] = {}
     found = []
-    for run in (*sweep.tries, *sweep.runs()):
+    runs = [*sweep.tries, *sweep.runs()]
+    done = {run.recipe.output for run in finished(runs)}
+    for run in runs:
         key = _work(run.recipe)
         if key not in known:
             known[key] = training(run.recipe)
-        found.append(Foreseen(run, known[key], run.finished))
+        found.append(Foreseen(run, known[key], run.recipe.output in done))
     return found
 
 
@@ -56,14 +58,14 @@ def show(found: list[Foreseen], jobs: int, console: Terminal) -> None:
         padding=0,
         collapse_padding=True,
     )
-    for run, work, finished in found:
+    for run, work, is_finished in found:
         table.add_row(
             run.arm,
             run.folder.path.name,
             f"{work.steps:,}",
             f"{work.tokens:,}",
             duration(work.seconds),
-            "finished" if finished else "",
+            "finished" if is_finished else "",
         )
     console.print(table)
     left = [one.training for one in found if not one.finished]

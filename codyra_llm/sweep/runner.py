@@ -21,14 +21,18 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import write_json
 from codyra_llm.core.parsing import shown
 from codyra_llm.runtime import signals
-from codyra_llm.sweep.spec import Run, Sweep
+from codyra_llm.sweep.spec import Run, Sweep, finished
 
 log = logging.getLogger(__name__)
 
 
+class Failed(Fault):
+    """Runs that failed, after all others have ended."""
+
+
 def execute(sweep: Sweep, jobs: int | None, launcher: str | None, done: Callable[[], object]) -> None:
-    """Run what is not finished, all tries first; `done()` after each run of the grid. Raises one Fault with
-    all runs that failed, or with what is wrong, before anything runs."""
+    """Run what is not finished, all tries first; `done()` after each run of the grid. Raises `Failed` with
+    all runs that failed, and before anything runs one Fault with what is wrong."""
     if launcher and jobs:
         raise Fault("--jobs: under --launcher runs go one after the other; leave one of the two out")
     try:
@@ -64,12 +68,13 @@ def _held(output: Path) -> Iterator[int]:
 def _run(
     runs: list[Run], places: list[dict], launcher: str | None, lock: int, done: Callable[[], object]
 ) -> None:
-    """Run the unfinished ones, as many at a time as there are places. Raises one Fault with a sentence for
+    """Run the unfinished ones, as many at a time as there are places. Raises `Failed` with a sentence for
     each that failed. No run outlives an interrupt, or a sweep that was asked to stop."""
-    pending = [run for run in runs if not run.finished]
+    there = {run.recipe.output for run in finished(runs)}
+    pending = [run for run in runs if run.recipe.output not in there]
     running, faults = [], []
-    if len(pending) < len(runs):
-        log.info("%d of %d runs are there already", len(runs) - len(pending), len(runs))
+    if there:
+        log.info("%d of %d runs are there already", len(there), len(runs))
     try:
         while pending or running:
             while pending and places:
@@ -94,7 +99,7 @@ def _run(
         for _, _, process in running:
             process.wait()
     if faults:
-        raise Fault(*faults)
+        raise Failed(*faults)
 
 
 def _places(jobs: int | None, launcher: str | None) -> list[dict[str, str]]:

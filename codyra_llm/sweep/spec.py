@@ -5,20 +5,22 @@ settings.
 import copy
 import itertools
 import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
-from codyra_llm.config.differences import differences
+from codyra_llm.config.differences import differences, flat
 from codyra_llm.config.overrides import assign, read_recipe, split_overrides
 from codyra_llm.config.recipe import Recipe, parse_recipe
 from codyra_llm.config.registry import METHODS
 from codyra_llm.core.errors import Fault, nearest
-from codyra_llm.core.parsing import WrittenPath, read_yaml
+from codyra_llm.core.parsing import WrittenPath, read_yaml, shown
 from codyra_llm.core.schema import Strict, sentences
+from codyra_llm.experiment.preflight import lacking
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.store.folder import RunFolder
 
@@ -34,8 +36,21 @@ def _without_output(settings: dict) -> dict:
 
 
 MOST = 10_000  # runs of a sweep
+CHECKED_ALONE = (  # settings that are checked as they are read, without model and data
+    "seed",
+    "output",
+    "optim.lr",
+    "optim.betas",
+    "optim.weight_decay",
+    "optim.max_grad_norm",
+)
 OF_TRIES = {"eval.split": "eval"}  # a setting that was chosen on test would be scored on what chose it
-Settings = Annotated[dict[str, Any], AfterValidator(_without_output)]
+# An arm that sets nothing, which YAML reads as null, is the recipe itself.
+Settings = Annotated[
+    dict[str, Any],
+    BeforeValidator(lambda given: {} if given is None else given),
+    AfterValidator(_without_output),
+]
 
 
 class TuneSection(Strict, frozen=True):
@@ -153,10 +168,25 @@ class Run:
         )
 
 
+def finished(runs: Sequence[Run]) -> list[Run]:
+    """Those whose whole stream is done. Raises one Fault with every run whose folder is another recipe's."""
+    done, faults = [], []
+    for run in runs:
+        try:
+            if run.finished:
+                done.append(run)
+        except Fault as fault:
+            faults += fault.messages
+    if faults:
+        raise Fault(*faults)
+    return done
+
+
 class Sweep:
     """The runs that a sweep file asks for. Raises one Fault with every mistake in every run's recipe."""
 
-    def __init__(self, file: SweepFile):
+    def __init__(self, file: SweepFile, given: Collection[str] = ()):
+        """`given`: the keys of `file.set` that come from the command."""
         self.file, self.output, self._raw = file, Path(file.output), read_recipe(file.recipe)
         self.baseline = file.baseline or next(iter(file.arms))
         tune = file.tune or TuneSection(tries={})
@@ -171,12 +201,13 @@ class Sweep:
         self._tries_of: dict[str, list[Run]] = {}
         for run in self.tries:
             self._tries_of.setdefault(run.arm, []).append(run)
-        self._check(set(tune.tries), self.runs())
+        self._check(set(tune.tries), self.runs(), given)
 
     def runs(self) -> list[Run]:
         """Every arm at every point of the grid, with the settings that its tries, once finished, have
         chosen.
         """
+        finished(self.tries)  # what is wrong with any arm's
         chosen = {arm: self.chosen(arm) for arm in self.file.arms}
         points = [
             dict(zip(self.file.grid, values, strict=True))
@@ -192,7 +223,7 @@ class Sweep:
 
     def chosen(self, arm: str) -> Settings:
         """The settings of the best try (of the first, if several are equal); empty without tries."""
-        tries = [run for run in self._tries_of.get(arm, ()) if run.finished]
+        tries = finished(self._tries_of.get(arm, []))
         sign = -1 if self.by == "op" else 1
         return min(tries, key=lambda run: sign * run.folder.summary[self.by]).settings if tries else {}
 
@@ -219,10 +250,10 @@ class Sweep:
             assign(raw, key, value)
         return parse_recipe(raw | {"output": str(self.output / arm / name)}, f"{arm}/{name}")
 
-    def _check(self, tuned: set[str], runs: list[Run]) -> None:
-        """Raises Fault where the tries are not fair: an arm has none or no forgetting to choose by, or they
-        are scored on different splits."""
-        faults = []
+    def _check(self, tuned: set[str], runs: list[Run], given: Collection[str]) -> None:
+        """Raises Fault where a setting of all runs reaches none, and where the tries are not fair: an arm has
+        none or no forgetting to choose by, or they are scored on different splits."""
+        faults = self._unheeded(given)
         trained = {run.arm for run in runs if METHODS[run.recipe.method.name].trains}
         untried = trained - tuned
         if tuned and untried:
@@ -244,20 +275,48 @@ class Sweep:
         if faults:
             raise Fault(*faults)
 
+    def _unheeded(self, given: Collection[str]) -> list[str]:
+        """A sentence for each setting of all runs that was `given` with the command, or stands over a grid
+        that does not, in whose place every run has another one."""
+        tune, grid = self.file.tune or TuneSection(tries={}), self.file.grid
+        tries = [settings for of_arm in tune.tries.values() for settings in of_arm]
+        faults = []
+        for key, value in self.file.set.items():
+            in_arms = all(key in settings for settings in self.file.arms.values())
+            in_tries = key in tune.set or all(key in settings for settings in tries)
+            in_grid = key in grid and in_tries
+            written = "grid" in self.file.model_fields_set
+            if (key in given and (in_arms or in_grid)) or (in_grid and not written):
+                others = f"'grid' has {key}: {grid[key]}" if in_grid else f"all of 'arms' have a {key}"
+                faults.append(
+                    f"{key}: {shown(value)} is given for all runs, and none gets it, since {others}; change "
+                    "that, or leave this out"
+                )
+        return faults
+
     def prepare(self) -> None:
-        """Check, before the first run starts, what every run would check: once per arm for all its seeds and
-        learning rates. Raises one Fault with everything that is wrong."""
+        """Check, before the first run starts, what every run would check: once for those that differ in
+        nothing but settings which are checked without the others, such as the seed. Raises one Fault with
+        everything that is wrong."""
         faults, checked = {}, {}
         for run in (*self.runs(), *self.tries):
-            checked.setdefault(str((run.arm, run.recipe.model, run.recipe.data, run.recipe.eval)), run)
+            settings = flat(run.recipe.model_dump(mode="json"))
+            key = str([(name, value) for name, value in settings.items() if name not in CHECKED_ALONE])
+            checked.setdefault(key, run)
         for run in checked.values():
-            try:
-                prepare(run.recipe)
-            except Fault as fault:
-                for message in fault.messages:
-                    faults.setdefault(message, f"{run.arm}: {message}")
+            for message in _refused(run.recipe):
+                faults.setdefault(message, f"{run.arm}: {message}")
         if faults:
             raise Fault(*faults.values())
+
+
+def _refused(recipe: Recipe) -> list[str]:
+    """What a run of the recipe would refuse on this machine, one sentence each."""
+    try:
+        setup = prepare(recipe)
+    except Fault as fault:
+        return fault.messages
+    return lacking(setup, judges=bool(setup.prompts))
 
 
 def load_sweep(path: str | Path, overrides: list[str] = ()) -> Sweep:
@@ -270,7 +329,7 @@ def load_sweep(path: str | Path, overrides: list[str] = ()) -> Sweep:
         file = SweepFile.model_validate(raw)
     except ValidationError as error:
         raise Fault(*(f"{path}: {line}" for line in sentences(error, SweepFile))) from None
-    return Sweep(file.model_copy(update={"set": file.set | given}))
+    return Sweep(file.model_copy(update={"set": file.set | given}), given)
 
 
 def _name(point: Settings, grid: dict[str, list]) -> str:

@@ -303,13 +303,34 @@ def test_the_tests_and_other_commands(launch):
         "-k",
         "a b",
     ]
+    one_process = ["python3", "-m", "codyra_llm", "run", "--help"]
+    assert shown(launch("--dry-run", "run", "--help", GPUS="8")) == one_process
     assert launch().stdout == launch("--help").stdout == launch("-h").stdout
     assert "usage: ./launch.sh" in launch().stdout
+
+
+@pytest.mark.parametrize("recipe", ["x.yaml", "quickstart"])
+def test_the_command_run_is_launched_like_its_recipe(recipe, launch):
+    """In a single process, as other commands are, it would leave all GPUs but one idle."""
+    run = ["-m", "codyra_llm", "run", recipe, "seed=1"]
+    words = shown(launch("--dry-run", "run", recipe, "seed=1", GPUS="8"))
+    assert words == [*TORCHRUN, "--nproc-per-node", "8", "--standalone", *run]
+    words = shown(launch("--dry-run", "--nodes", "2", "--rank", "1", "--master", "n7", "run", recipe))
+    assert words[:3] == ["env", "python3", "-m"] and words[-2:] == ["run", recipe]
+    words = shown(launch("--dry-run", "run", recipe, **{**BATCH, "SLURM_STEP_NUM_NODES": "1"}))
+    assert words[0] == "srun" and words[-3:] == [str(ROOT / "launch.sh"), "run", recipe]
+
+
+def test_a_python_may_be_named_by_a_relative_path(launch, tmp_path):
+    """It is asked from another folder whether it has codyra_llm."""
+    own = str(tmp_path / "bin" / "python3")
+    assert shown(launch("--dry-run", "x.yaml", PYTHON="bin/python3")) == [own, *RUN]
 
 
 @pytest.mark.parametrize(
     ("arguments", "environment", "told"),
     [
+        (["x.yaml"], {"PYTHON": "nowhere/python"}, "PYTHON: there is no program '"),
         (["--node", "2", "x.yaml"], {}, "unknown flag '--node'"),
         (["--dry-run"], {}, "there is no recipe"),
         (["--nodes"], {}, "--nodes needs a value"),

@@ -7,13 +7,20 @@ import shutil
 
 import pytest
 import torch
-from helpers import export, learnt
+from helpers import call, export, learnt
+from safetensors.torch import load_file, save_file
 
+from codyra_llm.api import Run
 from codyra_llm.checkpoints.evaluate import evaluate
+from codyra_llm.checkpoints.generate import answer
 from codyra_llm.checkpoints.source import Wanted
 from codyra_llm.cli import main
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import read_jsonl
+from codyra_llm.evaluate import vllm
+from codyra_llm.experiment.run import run
+from codyra_llm.experiment.setup import Setup
+from codyra_llm.store.folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -278,3 +285,111 @@ def test_a_checkpoint_does_not_bring_its_own_code(merging, tmp_path):
     assert not (tmp_path / "ran").exists()
     out = evaluate(str(theirs), Wanted(tasks=["ONE"], out=tmp_path / "out", overrides=["general.data=null"]))
     assert [row.task for row in out.scores] == ["ONE"]
+
+
+def changed(merging, tmp_path):
+    """A copy of the run whose base is a copy too, and the base's folder."""
+    base = shutil.copytree(merging.recipe.model.path, tmp_path / "base")
+    recipe = merging.recipe.model_copy(update={"output": str(tmp_path / "own")})
+    moved = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(base)})})
+    run(moved)
+    return tmp_path / "own", base
+
+
+@pytest.mark.parametrize("what", ["base weights", "tokenizer files"])
+def test_a_run_whose_base_has_changed_is_not_scored(what, merging, tmp_path, capsys):
+    """Its updates would be added to weights that they were not made on."""
+    own, base = changed(merging, tmp_path)
+    if what == "base weights":
+        file = base / "model.safetensors"
+        save_file({key: 2 * value for key, value in load_file(file).items()}, file, {"format": "pt"})
+    else:
+        with open(base / "tokenizer.json", "a", encoding="utf-8") as tokenizer:
+            tokenizer.write("\n")
+    for command in (["evaluate", "--out", tmp_path / "e"], ["generate"], ["export"]):
+        more = {"generate": ["Say A:"], "export": [tmp_path / "x"]}.get(command[0], [])
+        target = own if command[0] == "export" else f"{own}@ONE"
+        code, _, err = call(capsys, command[0], target, *more, *command[1:])
+        assert code == 2 and f"was made on other {what} (" in err
+    assert not (tmp_path / "e" / "scores.jsonl").exists() and not (tmp_path / "x").exists()
+
+
+def test_a_run_and_an_evaluation_have_folders_of_their_own(merging, tmp_path, capsys):
+    code, _, err = call(capsys, "evaluate", merging.path, "--out", merging.path)
+    assert (code, err) == (2, f"error: --out: {merging.path} is the folder of a run; give another one\n")
+    out = evaluate(f"{merging.path}@ONE", Wanted(out=tmp_path / "evaluation")).path
+    with pytest.raises(Fault, match="^output: .*evaluation is the folder of an evaluation; give another one"):
+        run(merging.recipe.model_copy(update={"output": str(out)}))
+    with pytest.raises(Fault, match="evaluation is not a run folder"):
+        RunFolder(out).recipe  # noqa: B018
+
+
+def test_a_backend_that_is_not_installed_is_told_before_weights_load(merging, tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm, "find_spec", lambda name: None)
+    monkeypatch.setattr(Setup, "load_stage", None)
+    with pytest.raises(Fault, match="eval.backend: vllm is not installed"):
+        evaluate(str(merging.path), Wanted(out=tmp_path / "out", overrides=["eval.backend=vllm"]))
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("data.tasks=[TWO, ONE]", "data.tasks: .* learns ONE, TWO in this order; .* with --tasks"),
+        ("data.tasks=[ONE]", "data.tasks: .* learns ONE, TWO in this order"),
+        ("method=l2p", "method: .* was made by seqlora with settings of its own"),
+        ("method.rank=2", "method: .* was made by seqlora"),
+    ],
+)
+@pytest.mark.parametrize("checkpoint", ["", "@ONE", "/checkpoint"])
+def test_no_setting_makes_another_run_of_it(checkpoint, setting, told, merging, tmp_path):
+    """Its rows would be those of another task, or of a model without its updates."""
+    with pytest.raises(Fault, match=told):
+        evaluate(f"{merging.path}{checkpoint}", Wanted(out=tmp_path / "out", overrides=[setting]))
+
+
+def test_names_may_have_spaces_between_them(merging, tmp_path, capsys):
+    out = tmp_path / "out"
+    code, _, err = call(capsys, "evaluate", merging.path, "--tasks", "ONE, TWO, ONE,", "--out", out)
+    assert code == 0, err
+    assert [row.task for row in RunFolder(out).scores] == ["ONE", "TWO"]
+
+
+def test_no_stage_is_made_up(merging, tiny_llama, toy_stream, tmp_path, capsys):
+    """A task that a joint method had not learnt yet, and an update that is not part of the model."""
+    joint = learnt(tiny_llama, toy_stream, tmp_path / "mtl", {"name": "mtl", "rank": 2}, epochs=1).path
+    for command in (
+        ["export", joint, tmp_path / "x", "--after", "ONE"],
+        ["generate", f"{joint}@ONE", "Say A:"],
+        ["evaluate", f"{joint}@ONE", "--out", tmp_path / "e"],
+    ):
+        code, _, err = call(capsys, *command)
+        assert code == 2 and "mtl learns all tasks at the last, so the run has no model after ONE" in err
+    command = ["export", merging.path, tmp_path / "x", "--after", "ONE", "--without", "TWO"]
+    code, _, err = call(capsys, *command)
+    assert code == 2 and "--without: the model after ONE has no update of 'TWO'; choose one of ONE" in err
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_finished_run_that_was_moved_needs_neither_its_data_nor_its_old_place(
+    tiny_llama, toy_stream, tmp_path, capsys
+):
+    """As after a copy from a cluster, where neither the data nor the output's path is the same."""
+    (tmp_path / "there").mkdir()
+    data = shutil.copytree(toy_stream, tmp_path / "data")
+    kept = learnt(tiny_llama, data, tmp_path / "there" / "run", {"name": "seqlora", "rank": 2}, epochs=1)
+    said = answer(f"{kept.path}@ONE", "Say A:", 3)
+    shutil.copytree(kept.path, tmp_path / "here")
+    shutil.rmtree(tmp_path / "there"), shutil.rmtree(data)
+    (tmp_path / "there").touch()  # nothing can be written below it
+    assert answer(f"{tmp_path / 'here'}@ONE", "Say A:", 3) == said
+    code, _, err = call(capsys, "export", tmp_path / "here", tmp_path / "merged")
+    assert code == 0, err
+    model, _ = Run(tmp_path / "here").load()
+    own = model.state_dict()
+    assert all(torch.equal(own[key], value) for key, value in weights_in(tmp_path / "merged").items())
+    with pytest.raises(Fault, match="data.root: there is no folder"):  # to score it, its data are needed
+        evaluate(f"{tmp_path / 'here'}@ONE", Wanted(out=tmp_path / "scores"))
+
+
+def weights_in(folder):
+    return load_file(folder / "model.safetensors")

@@ -89,3 +89,20 @@ def test_the_page(tiny_llama, toy_stream, tmp_path, monkeypatch, capsys, caplog)
     assert not logits(whole).equal(logits(run.load(after="ONE")[0]))
     with pytest.raises(Fault, match="'THREE' is not a finished task"):
         run.load(after="THREE")
+
+
+def test_home_is_written_out(finished, tmp_path, monkeypatch):
+    """Python expands no ~: a folder of that name would be made in the working folder."""
+    kept, _ = finished("seqlora")
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir(), here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    (home / "run").symlink_to(kept.path)
+    run = codyra_llm.Run("~/run")
+    run.export("~/merged")
+    codyra_llm.write_report(["~/run"], "~/page.html")
+    rows = codyra_llm.evaluate_checkpoint("~/run@ONE", "~/scores", tasks=["ONE"])
+    assert rows == [row for row in run.scores if (row.after, row.task) == ("ONE", "ONE")]
+    assert {file.name for file in home.iterdir()} == {"run", "merged", "page.html", "scores"}
+    assert not list(here.iterdir())

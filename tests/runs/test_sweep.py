@@ -8,7 +8,7 @@ from sweeps import go
 
 from codyra_llm.core.errors import Fault
 from codyra_llm.experiment.setup import prepare
-from codyra_llm.sweep import comparison, forecast
+from codyra_llm.sweep import comparison, forecast, runner
 from codyra_llm.sweep.spec import load_sweep
 
 
@@ -63,3 +63,14 @@ def test_a_dry_run_lists_runs_tokens_and_hours(sweep_file, launches, capsys):
     go(sweep_file(grid={"seed": [1]}))
     code, out, _ = call(capsys, "sweep", sweep_file(grid={"seed": [1, 2]}), "--dry-run")
     assert "2 of 4 runs are left" in out and out.count("finished") == 2
+
+
+def test_a_sweep_that_is_refused_leaves_the_comparison_of_another(sweep_file, launches, capsys):
+    """Two sweeps share an output: the second waits or is refused, and may be of other arms."""
+    one = load_sweep(sweep_file(grid={"seed": [1]}))
+    comparison.write(one, "first")
+    written = (one.output / "sweep.md").read_bytes()
+    with runner._held(one.output):
+        code, _, err = call(capsys, "sweep", sweep_file(arms={"other": {"method": "ewc"}}))
+    assert code == 2 and "another sweep, or a run that it left, is at work" in err
+    assert (one.output / "sweep.md").read_bytes() == written and not launches

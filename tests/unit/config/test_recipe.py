@@ -78,7 +78,7 @@ def test_all_mistakes_at_once_with_the_nearest_name():
         ([f"data.tasks=[{','.join(f't{i}' for i in range(101))}]"], "there are 101"),
         (["data.epochs={FOMK: 2}"], "'FOMK' is not a task of this recipe. Did you mean 'FOMC'?"),
         (["data.epochs=0"], "data.epochs: 0 must be at least 1"),
-        (["model=null"], "model: None"),
+        (["model=null"], "'model.path' is missing; add it"),
         (["optim.lr=abc"], "optim.lr: 'abc' is not valid"),
     ],
 )
@@ -95,6 +95,61 @@ def test_overrides():
         load_recipe("quickstart", ["oops"])
     with pytest.raises(Fault, match="'lr' is a value, not a section"):
         load_recipe("quickstart", ["optim.lr.x=1"])
+
+
+def test_a_method_that_is_its_name_alone_can_be_overridden():
+    short = {**MINIMAL, "method": "seqlora"}
+    assert parse_recipe(override(short, ["method.rank=4"])).method.rank == 4
+
+
+@pytest.mark.parametrize("section", ["optim", "eval", "general", "open_ended", "save"])
+def test_a_section_whose_keys_are_commented_out_has_its_defaults(section):
+    raw = {**MINIMAL, section: None}
+    assert parse_recipe(raw) == parse_recipe(MINIMAL)
+    changed = override({**MINIMAL, section: None}, ["optim.lr=1e-3", "open_ended.judge.retries=2"])
+    assert parse_recipe(changed) == parse_recipe(
+        {**MINIMAL, "optim": {"lr": 1e-3}, "open_ended": {"judge": {"retries": 2}}}
+    )
+
+
+def test_a_required_section_of_nothing_lacks_its_keys():
+    assert faults({**MINIMAL, "model": None}) == ["recipe: 'model.path' is missing; add it"]
+
+
+@pytest.mark.parametrize(
+    ("change", "messages"),
+    [
+        (
+            "data.tasks=FOMC",
+            [
+                "recipe: data.tasks: 'FOMC' is not valid; input should be a valid list, or a valid integer, "
+                "unable to parse string as an integer"
+            ],
+        ),
+        (
+            "data.epochs={FOMC: 2.5, Py150: x}",
+            [
+                "recipe: data.epochs.FOMC: 2.5 is not valid; input should be a valid integer, got a number "
+                "with a fractional part",
+                "recipe: data.epochs.Py150: 'x' is not valid; input should be a valid integer, unable to "
+                "parse string as an integer",
+            ],
+        ),
+    ],
+)
+def test_a_setting_of_several_kinds_has_one_fault_at_its_own_key(change, messages):
+    raw = {key: dict(value) if isinstance(value, dict) else value for key, value in MINIMAL.items()}
+    assert faults(raw, [change]) == messages
+
+
+@pytest.mark.parametrize(("name", "fits"), [("x" * 200, True), ("x" * 201, False), ("任" * 67, False)])
+def test_a_task_s_name_is_short_enough_for_its_files(name, fits):
+    """An update's file would be refused by the file system after the training."""
+    raw = {**MINIMAL, "data": {"root": "d", "tasks": [name]}}
+    if fits:
+        assert parse_recipe(raw).tasks == [name]
+    else:
+        assert "201 bytes and becomes a file name; shorten it to at most 200" in "\n".join(faults(raw))
 
 
 def test_protocols_fill_what_is_not_given():

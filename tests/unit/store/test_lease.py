@@ -10,7 +10,7 @@ import pytest
 
 from codyra_llm.core.errors import Fault
 from codyra_llm.store import lock
-from codyra_llm.store.lock import Lease
+from codyra_llm.store.lock import Lease, holder
 
 
 @pytest.fixture(autouse=True)
@@ -55,8 +55,11 @@ def test_another_machines_sign_of_life_is_seen(tmp_path):
         Lease(tmp_path).take()
 
 
-def test_a_file_that_was_only_begun_is_a_dead_owners(tmp_path):
-    (tmp_path / "lease.json").write_text("")
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"[1, 2]"])
+def test_a_file_that_names_nobody_is_a_dead_owners(content, tmp_path):
+    """It was only begun, or is what a loss of power left."""
+    (tmp_path / "lease.json").write_bytes(content)
+    assert holder(tmp_path) == {"pid": None, "host": None, "alive": True}  # it is young
     mine = Lease(tmp_path)
     mine.take()
     assert json.loads((tmp_path / "lease.json").read_text())["token"] == mine.token

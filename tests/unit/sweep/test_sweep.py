@@ -150,6 +150,50 @@ def test_tries_are_scored_on_eval_unless_they_say_otherwise(sweep_file, tune, sp
     assert f"Settings of each arm were chosen by op on the {split} splits, among:" in text
 
 
+def test_a_setting_of_one_point_of_the_grid_alone_is_checked_before_the_first(sweep_file, launches):
+    points = {"method.rank": [2, 4000], "optim.warmup": [0, 100], "trackers": [[], ["nothing"]]}
+    with pytest.raises(Fault) as fault:
+        go(sweep_file(grid=points))
+    text = str(fault.value)
+    for part in ("method.rank: 4000", "optim.warmup: 100", "trackers: 'nothing'"):
+        assert f"seqlora: {part}" in text
+    assert not launches
+
+
+def test_all_folders_of_other_settings_are_told_at_once(sweep_file, launches):
+    for run in load_sweep(sweep_file()).runs():
+        run.folder.open(run.recipe.resolved(), {"base": "x"})
+    with pytest.raises(Fault) as fault:
+        go(sweep_file(), "data.epochs=2")
+    assert len([m for m in fault.value.messages if "was run with other settings" in m]) == 4 and not launches
+
+
+def test_a_setting_that_no_run_gets_is_refused(sweep_file):
+    """It would be silently ignored: what a grid or an arm sets comes later."""
+    with pytest.raises(Fault, match=r"^seed: 7 is given for all runs, and none gets it, since 'grid' has"):
+        load_sweep(sweep_file(), ["seed=7"])
+    with pytest.raises(Fault, match="method: 'ewc' is given .* since all of 'arms' have a method"):
+        load_sweep(sweep_file(arms={"a": {"method": "seqlora"}}), ["method=ewc"])
+    assert load_sweep(sweep_file(), ["method=ewc"])  # one of two arms gets it
+    tune = {"tries": {"seqlora": [{}], "ewc": [{}]}}
+    assert {run.recipe.seed for run in load_sweep(sweep_file(tune=tune), ["seed=7"]).tries} == {7}
+    with pytest.raises(Fault, match="seed: 7 .* none gets it"):
+        load_sweep(sweep_file(tune={**tune, "set": {"seed": 0}}), ["seed=7"])
+
+
+def test_a_set_that_meets_the_default_grid_is_refused(sweep_file):
+    path = sweep_file(set={"seed": 7})
+    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    path.write_text(yaml.safe_dump({key: raw[key] for key in raw if key != "grid"}), encoding="utf-8")
+    with pytest.raises(Fault, match=r"seed: 7 .* since 'grid' has seed: \[1, 2, 3\]"):
+        load_sweep(path)
+
+
+def test_an_arm_that_sets_nothing_is_the_recipe(sweep_file):
+    found = load_sweep(sweep_file(arms={"plain": None, "ewc": {"method": "ewc"}}, grid={"seed": [1]}))
+    assert [run.recipe.method.name for run in found.runs()] == ["seqlora", "ewc"]
+
+
 def test_tries_of_different_splits_are_refused(sweep_file):
     tries = {"seqlora": [{}, {"eval.split": "test"}], "ewc": [{}, {}]}
     with pytest.raises(Fault, match="tune.tries: some are scored on the eval splits and some on test"):
