@@ -221,7 +221,8 @@ class Live(HFLM):
         self, lengths: list[int], new: int, answer: Callable[[list[int]], Any], most: int | None = None
     ) -> Iterator[tuple[list[int], Any]]:
         """This rank's batches (positions in `lengths`), each of at most `most` rows, with what `answer`
-        returns for them."""
+        returns for them (collective: all ranks cut the same batches)."""
+        self.held.agree(self.acc)
         number = answered = 0
         observer.counted(0, len(lengths))
         for chosen in list(batches(lengths, new, self.held.tokens, self.held.step)):
