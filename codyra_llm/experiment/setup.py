@@ -187,7 +187,8 @@ def prepare(
     if encoder and root:
         read = list(splits(recipe, stream, bool(method.trains)))
         presented = tried(as_presented, method, stream, encoder, read) or read
-        tried.faults += tried(prompt_faults, recipe, presented, encoder, config) or []
+        front = method.front(len(recipe.tasks))
+        tried.faults += tried(prompt_faults, recipe, presented, encoder, config, front) or []
         tried(try_metrics, recipe, read)
     if tried.faults:
         raise Fault(*dict.fromkeys(tried.faults))
