@@ -138,8 +138,8 @@ class Codyra(Method):
 
     def _lots(self, weights: list) -> list:
         """Masks over all sites together, 1 where a rank is to go; as many stay as `keep` says, to the nearest
-        rank.
-        """
+        rank. The same for every task: the ranks of a site are alike before each, so that the tasks share only
+        how many of a site's ranks stay."""
         sizes = [w.numel() for w in weights]
         order = torch.randperm(sum(sizes), generator=generator("lots", self.seed))
         dropped = (order >= round(self.config.keep * sum(sizes))).to(weights[0])
