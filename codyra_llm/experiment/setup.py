@@ -141,11 +141,14 @@ class Setup:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt and answer that evaluation can meet."""
+        """Tokens of the longest prompt and answer that evaluation can meet, at most the model's positions: a
+        server refuses to start with more."""
         answers = [self.new_tokens(index) for index in range(len(self.recipe.tasks))]
         if self.prompts:
             answers.append(self.recipe.open_ended.max_new_tokens)
-        return self.recipe.data.max_prompt_tokens + max(PROBE_TOKENS, *answers)
+        asked = self.recipe.data.max_prompt_tokens + max(PROBE_TOKENS, *answers)
+        positions = getattr(families.text_config(self.base), "max_position_embeddings", None)
+        return min(asked, positions or asked)
 
 
 def prepare(
