@@ -66,7 +66,7 @@ class Live(HFLM):
     and returns all answers.
 
     tokens: the most tokens of one forward pass, prompts and answers together, or None for what fits. ends:
-    the tokens that end an answer, by default EOS alone.
+    the tokens that end an answer, by default EOS alone. front: the positions that conditions' prefixes take.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class Live(HFLM):
         tokens: int | None = None,
         conditions: Conditions | None = None,
         ends: Collection[int] | None = None,
+        front: int = 0,
     ):
         with quiet():
             super().__init__(
@@ -85,6 +86,7 @@ class Live(HFLM):
                 backend="causal",
                 chat_template_args={"date_string": DATE},
             )
+        self._max_length = self.max_length - front
         self.reads = tokenizer
         self.acc, self.conditions, self.held = acc, conditions, budget(acc, model, tokens)
         self.ends = {tokenizer.eos_token_id} if ends is None else ends
