@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from codyra_llm.core.errors import Fault
 from codyra_llm.models import families
+from codyra_llm.runtime import heartbeat
 
 MOST = {"cpu": 4096, "cuda": 131072}  # tokens of a batch
 # Prompt tokens that cost as much as one decoding step. Measured on the CPU; on an H100 800 to 3000.
@@ -39,6 +40,13 @@ class Budget:
         self.tokens = needed // 2
         clear_device_cache(garbage_collection=True)
 
+    def agree(self, acc: Accelerator) -> None:
+        """Take the least budget of all ranks (collective): one that has halved its own would cut other
+        batches than the rest, and a prompt that no rank takes for its own would get no answer."""
+        if acc.num_processes > 1:
+            with heartbeat.waiting():
+                self.tokens = min(gather_object([self.tokens]))
+
 
 def budget(acc: Accelerator, model: PreTrainedModel, asked: int | None) -> Budget:
     """The budget that is `asked` for, or what fits on the device; the same on every rank, so that all cut the
@@ -46,10 +54,9 @@ def budget(acc: Accelerator, model: PreTrainedModel, asked: int | None) -> Budge
     kind = acc.device.type
     if asked or kind != "cuda":
         return Budget(asked or MOST["cpu"], STEP.get(kind, STEP["cpu"]))
-    tokens = affordable(model.config, model.dtype, free_bytes(acc.device))
-    if acc.num_processes > 1:
-        tokens = min(gather_object([tokens]))
-    return Budget(tokens, STEP["cuda"])
+    held = Budget(affordable(model.config, model.dtype, free_bytes(acc.device)), STEP["cuda"])
+    held.agree(acc)
+    return held
 
 
 def affordable(config: PreTrainedConfig, dtype: torch.dtype, free: int) -> int:

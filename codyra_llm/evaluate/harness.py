@@ -66,7 +66,7 @@ class Live(HFLM):
     and returns all answers.
 
     tokens: the most tokens of one forward pass, prompts and answers together, or None for what fits. ends:
-    the tokens that end an answer, by default EOS alone.
+    the tokens that end an answer, by default EOS alone. front: the positions that conditions' prefixes take.
     """
 
     def __init__(
@@ -77,6 +77,7 @@ class Live(HFLM):
         tokens: int | None = None,
         conditions: Conditions | None = None,
         ends: Collection[int] | None = None,
+        front: int = 0,
     ):
         with quiet():
             super().__init__(
@@ -85,6 +86,7 @@ class Live(HFLM):
                 backend="causal",
                 chat_template_args={"date_string": DATE},
             )
+        self._max_length = self.max_length - front
         self.reads = tokenizer
         self.acc, self.conditions, self.held = acc, conditions, budget(acc, model, tokens)
         self.ends = {tokenizer.eos_token_id} if ends is None else ends
@@ -221,7 +223,8 @@ class Live(HFLM):
         self, lengths: list[int], new: int, answer: Callable[[list[int]], Any], most: int | None = None
     ) -> Iterator[tuple[list[int], Any]]:
         """This rank's batches (positions in `lengths`), each of at most `most` rows, with what `answer`
-        returns for them."""
+        returns for them (collective: all ranks cut the same batches)."""
+        self.held.agree(self.acc)
         number = answered = 0
         observer.counted(0, len(lengths))
         for chosen in list(batches(lengths, new, self.held.tokens, self.held.step)):

@@ -44,10 +44,11 @@ def as_presented(method: Method, stream: Stream, encoder: Encoder, read: Sequenc
 
 
 def prompt_faults(
-    recipe: Recipe, read: Sequence[Split], encoder: Encoder, config: PreTrainedConfig
+    recipe: Recipe, read: Sequence[Split], encoder: Encoder, config: PreTrainedConfig, front: int = 0
 ) -> list[str]:
-    """Prompts that the model can't answer: those without a token, and those that leave no position free."""
-    return _empty(recipe, read, encoder) + _too_long(recipe, read, encoder, config)
+    """Prompts that the model can't answer: those without a token, and those that leave no position free.
+    `front`: the positions that the method's own prompts take."""
+    return _empty(recipe, read, encoder) + _too_long(recipe, read, encoder, config, front)
 
 
 def try_metrics(recipe: Recipe, read: Sequence[Split]) -> None:
@@ -79,9 +80,11 @@ def _empty(recipe: Recipe, read: Sequence[Split], encoder: Encoder) -> list[str]
     return faults
 
 
-def _too_long(recipe: Recipe, read: Sequence[Split], encoder: Encoder, config: PreTrainedConfig) -> list[str]:
+def _too_long(
+    recipe: Recipe, read: Sequence[Split], encoder: Encoder, config: PreTrainedConfig, front: int
+) -> list[str]:
     positions, data = getattr(config, "max_position_embeddings", None), recipe.data
-    if not positions or data.max_prompt_tokens + data.max_answer_tokens <= positions:
+    if not positions or front + data.max_prompt_tokens + data.max_answer_tokens <= positions:
         return []
     longest: dict[str, int] = {}
     for index, split, records in read:
@@ -92,11 +95,16 @@ def _too_long(recipe: Recipe, read: Sequence[Split], encoder: Encoder, config: P
             longest[where] = max(len(prompt) + room, longest.get(where, 0))
     return [
         f"data.max_prompt_tokens: {where} has a prompt of {tokens} tokens with its answer, and the "
-        f"model has {positions} positions; lower it, so that prompts are cut (now "
+        f"model has {_positions(positions, front)}; lower it, so that prompts are cut (now "
         f"{data.max_prompt_tokens}, answers up to {data.max_answer_tokens})"
         for where, tokens in longest.items()
-        if tokens > positions
+        if front + tokens > positions
     ]
+
+
+def _positions(positions: int, front: int) -> str:
+    taken = f", of which the method's own prompts take {front}" if front else ""
+    return f"{positions} positions{taken}"
 
 
 def _texts(records: Sequence[dict]) -> list[str]:
@@ -104,11 +112,16 @@ def _texts(records: Sequence[dict]) -> list[str]:
 
 
 def hints(
-    recipe: Recipe, read: Sequence[Split], encoder: Encoder, config: PreTrainedConfig, base: Path
+    recipe: Recipe,
+    read: Sequence[Split],
+    encoder: Encoder,
+    config: PreTrainedConfig,
+    base: Path,
+    front: int = 0,
 ) -> list[str]:
     """Warnings of `plan`: weights in the base's folder that are not read, a BOS that the family needs and the
     tokenizer does not add, training prompts that end in a space, answers that the tokenizer can't reproduce,
-    and answers that may go past the model's last position."""
+    and answers that may go past the model's last position. `front`: as in `prompt_faults`."""
     found = []
     left = leftovers(base)
     if left:
@@ -130,7 +143,7 @@ def hints(
             found += _unreachable(where, records, encoder)
         elif _own_ends(recipe, recipe.tasks[index]):
             found += _ending_in_a_space(where, records)
-    return found + _past_the_end(recipe, read, encoder, config)
+    return found + _past_the_end(recipe, read, encoder, config, front)
 
 
 def _own_ends(recipe: Recipe, name: str) -> bool:
@@ -178,20 +191,20 @@ def _changed(answers: Sequence[str], perfect: Callable[[str], str]) -> list[tupl
 
 
 def _past_the_end(
-    recipe: Recipe, read: Sequence[Split], encoder: Encoder, config: PreTrainedConfig
+    recipe: Recipe, read: Sequence[Split], encoder: Encoder, config: PreTrainedConfig, front: int
 ) -> list[str]:
     """Test prompts that leave fewer positions than `eval.max_new_tokens` asks for."""
     positions = getattr(config, "max_position_embeddings", None)
     found = []
     for index, split, records in read:
         new = by_task(recipe.eval.max_new_tokens, recipe.tasks[index])
-        if split == "train" or not positions or recipe.data.max_prompt_tokens + new <= positions:
+        if split == "train" or not positions or front + recipe.data.max_prompt_tokens + new <= positions:
             continue
         longest = max((len(ids) for ids, _ in encoder.prompts(_texts(records))), default=0)
-        if longest + new > positions:
+        if front + longest + new > positions:
             found.append(
                 f"{recipe.tasks[index]}/{split}: prompts of up to {longest} tokens and answers of up to "
-                f"{new} go past the model's {positions} positions; lower data.max_prompt_tokens or "
+                f"{new} go past the model's {_positions(positions, front)}; lower data.max_prompt_tokens or "
                 "eval.max_new_tokens"
             )
     return found

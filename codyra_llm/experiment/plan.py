@@ -83,7 +83,8 @@ def plan(recipe: Recipe, console: Console) -> None:
         console.print(_shown(setup, work.tasks[0].examples[0]))
     read = list(splits(setup.recipe, setup.stream, bool(setup.method.trains)))
     read = as_presented(setup.method, setup.stream, setup.encoder, read)
-    hinted = hints(setup.recipe, read, setup.encoder, model.config, setup.base)
+    front = setup.method.front(len(setup.recipe.tasks))
+    hinted = hints(setup.recipe, read, setup.encoder, model.config, setup.base, front)
     for hint in [*setup.stream.remarks(), *_cut(setup, work), *_endless(setup, work), *hinted]:
         console.print(f"note: {hint}", style="yellow", soft_wrap=True)
     size, schedule = setup.recipe.optim.batch_size, setup.recipe.optim.schedule

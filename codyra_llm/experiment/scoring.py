@@ -161,8 +161,15 @@ def _measure_general(experiment: Experiment, stage: Stage, names: list[str]) -> 
     observer.stage_begins(stage, Piece("load", "suite", stage.step))
     model, conditions = setup.load_stage(experiment.models, stage, experiment.acc.device)
     condition = conditions and partial(conditions, task=None)
+    front = setup.method.front(stage.step) if stage.step else 0
     lm = harness.Live(
-        experiment.acc, model, setup.tokenizer, recipe.eval.batch_tokens, condition, setup.encoder.ends
+        experiment.acc,
+        model,
+        setup.tokenizer,
+        recipe.eval.batch_tokens,
+        condition,
+        setup.encoder.ends,
+        front,
     )
     for name in names:
         signals.check()

@@ -150,11 +150,14 @@ class Setup:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt and answer that evaluation can meet."""
+        """Tokens of the longest prompt and answer that evaluation can meet, at most the model's positions: a
+        server refuses to start with more."""
         answers = [self.new_tokens(index) for index in range(len(self.recipe.tasks))]
         if self.prompts:
             answers.append(self.recipe.open_ended.max_new_tokens)
-        return self.recipe.data.max_prompt_tokens + max(PROBE_TOKENS, *answers)
+        asked = self.recipe.data.max_prompt_tokens + max(PROBE_TOKENS, *answers)
+        positions = getattr(families.text_config(self.base), "max_position_embeddings", None)
+        return min(asked, positions or asked)
 
 
 def prepare(
@@ -202,7 +205,8 @@ def prepare(
     if encoder and root and runs:
         read = list(splits(recipe, stream, bool(method.trains)))
         presented = tried(as_presented, method, stream, encoder, read) or read
-        tried.faults += tried(prompt_faults, recipe, presented, encoder, config) or []
+        front = method.front(len(recipe.tasks))
+        tried.faults += tried(prompt_faults, recipe, presented, encoder, config, front) or []
         tried(try_metrics, recipe, read)
     if tried.faults:
         raise Fault(*dict.fromkeys(tried.faults))

@@ -86,11 +86,13 @@ def rate_factor(schedule: str, step: int, steps: int, warmup: float) -> float:
 
 
 def budget_kappa(step: int, steps: int, dense: float, budget: float, schedule: str) -> float:
-    """A linear ramp over the sparse phase times the learning rate's factor, scaled to the sum `budget` for
-    any `steps`.
+    """A linear ramp over the sparse phase times the factor of the learning rate's schedule, scaled to the sum
+    `budget` for any `steps`.
 
     With D = ⌊dense·steps⌋: κ_t ∝ (t - D + 1)·lr_factor(t) for t ≥ D. A shrink that comes when the learning
-    rate is gone can no longer be answered by the loss, and then all that survives is left too small.
+    rate is gone can no longer be answered by the loss, and then all that survives is left too small. Warm-up
+    is left out: after it the learning rate's own factor, which then begins its fall later, is never below
+    this one.
     """
     first = int(dense * steps)
     shares = [(t - first + 1) * lr_factor(schedule, t, steps) for t in range(first, steps)]

@@ -127,6 +127,10 @@ class Method:
         """Faults: settings that a base model of this config does not support, one sentence each."""
         return []
 
+    def front(self, tasks: int) -> int:
+        """How many positions the method's own prompts take before a text, after so many tasks."""
+        return 0
+
     def foresee(self, model: nn.Module, steps: list[int], schedule: str) -> list[str]:
         """What a user should know about these settings before a run, in sentences. `model` has its adapters
         but no weights (meta device), `steps` are each task's, `schedule` is the learning rate's."""

@@ -152,7 +152,8 @@ class Engine:
         return nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
 
     def step(self) -> float | None:
-        """Clip, update, clear. Returns the global gradient norm before clipping, None where `read` did."""
+        """Clip, update, clear. Returns the global gradient norm before clipping, None where `read` did. Where
+        it is not finite, DeepSpeed leaves the step out and says infinite."""
         known = self.norm is not None
         if self.deepspeed:
             self.module.step()

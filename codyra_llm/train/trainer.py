@@ -112,6 +112,29 @@ def _saved(path: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
         yield key.removeprefix(prefix), tensor
 
 
+def _not_finite(where: str, totals: list[float], batches: list[Batch], losses: list[dict]) -> str:
+    """What to say of a loss that is not finite (collective)."""
+    own = []
+    for batch, terms in zip(batches, losses, strict=True):
+        if not torch.stack(list(terms.values())).isfinite().all():
+            own.append(batch.examples)
+    return (
+        f"{where}: the loss is {sum(totals)}; the micro-batches of training examples {gather_object(own)} "
+        "caused it (counted from 0 in train.json); look at them, or lower optim.lr"
+    )
+
+
+def _refuse_infinite(where: str, totals: list[float], norm: float | None) -> None:
+    """Raises Fault where the gradients are not finite though their loss is: a step by them would make all
+    weights NaN, which the next loss would tell, or after a task's last step no loss at all; ZeRO would leave
+    the step out."""
+    if norm is not None and not math.isfinite(norm):
+        raise Fault(
+            f"{where}: the loss is {sum(totals):.6g} and the norm of its gradients {norm}, expected a finite "
+            "one; lower optim.lr, or look at the derivatives of a loss term of your own"
+        )
+
+
 class Trainer:
     """Trains the adapters of `model` on one task, its micro-batches padded or packed as `batching` says."""
 
@@ -310,18 +333,12 @@ class Trainer:
         reduced = self.engine.reduce(own, flags)
         self.method.edit_gradients(self.gradients)
         totals, (asked, due), norm = self.engine.read(reduced, flags)
+        where = f"task {task.name}, step {step + 1}"
         if not all(map(math.isfinite, totals)):
-            own = [
-                batch.examples
-                for batch, terms in zip(batches, losses, strict=True)
-                if not torch.stack(list(terms.values())).isfinite().all()
-            ]
-            raise Fault(
-                f"task {task.name}, step {step + 1}: the loss is {sum(totals)}; the micro-batches of "
-                f"training examples {gather_object(own)} caused it (counted from 0 in train.json); look at "
-                "them, or lower optim.lr"
-            )
+            raise Fault(_not_finite(where, totals, batches, losses))
+        _refuse_infinite(where, totals, norm)
         late = self.engine.step()
+        _refuse_infinite(where, totals, late)  # under ZeRO it is known only now
         norm = late if norm is None else norm
         self.method.after_step(self.gradients)
         return dict(zip(losses[0], totals, strict=True)), norm, bool(asked), bool(due)

@@ -32,7 +32,7 @@ from codyra_llm.cli import main
 from codyra_llm.config.recipe import load_recipe
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import await_file
-from codyra_llm.data.batches import micro_batches
+from codyra_llm.data.batches import Batch, micro_batches
 from codyra_llm.experiment import run as runs
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.lora.layer import sites
@@ -234,6 +234,27 @@ def test_a_loss_that_is_not_finite_ends_both(recipe_files, tmp_path, forked):
     done = forked.command("run", *words)
     refused(done, "task ONE, step 2: the loss is nan")
     assert all(done.codes)
+    assert not (tmp_path / "run" / "updates").exists()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [None, "zero2", "zero3"])
+def test_a_gradient_that_is_not_finite_ends_both(stage, recipe_files, tmp_path, forked):
+    """DeepSpeed calls any such norm infinite, and would go on without the step."""
+    plain = Batch.cross_entropy
+
+    def with_a_root_at_zero(batch, model):
+        loss = plain(batch, model)
+        return loss + (loss - loss.detach()).abs().sqrt()  # 0, and its derivative is none
+
+    def work(rank: int) -> None:
+        Batch.cross_entropy = with_a_root_at_zero
+        main(["run", str(recipe_files / "seqlora.yaml"), f"output={tmp_path / 'run'}"])
+
+    done = forked.ranks(work, zero(stage) if stage else None)
+    refused(done, "task ONE, step 1: the loss is ")
+    norm = "inf" if stage else "nan"
+    assert f"and the norm of its gradients {norm}" in done.stderr and all(done.codes)
     assert not (tmp_path / "run" / "updates").exists()
 
 

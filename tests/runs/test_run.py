@@ -258,6 +258,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(
     assert not (tmp_path / "run" / "updates").exists()
 
 
+def test_gradients_that_are_not_finite_stop_the_run_where_the_loss_is(
+    tiny_llama, toy_stream, tmp_path, monkeypatch
+):
+    """In the last step of a task no later loss would tell."""
+    from codyra_llm.data.batches import Batch
+
+    plain = Batch.cross_entropy
+
+    def with_a_root_at_zero(self, model):
+        loss = plain(self, model)
+        return loss + (loss - loss.detach()).abs().sqrt()  # 0, and its derivative is none
+
+    monkeypatch.setattr(Batch, "cross_entropy", with_a_root_at_zero)
+    few = {"data__max_train_examples": 4, "data__epochs": 1, "optim__batch_size": 4}
+    with pytest.raises(Fault, match=r"task ONE, step 1: the loss is \d\S+ and the norm of its gradients nan"):
+        run.run(tiny_recipe(tiny_llama, toy_stream, tmp_path / "run", **few))
+    assert not (tmp_path / "run" / "updates").exists()
+
+
 def test_none_and_validation(tiny_llama, toy_stream, tmp_path):
     none = run.run(tiny_recipe(tiny_llama, toy_stream, tmp_path / "none", method="none"))
     summary = json.loads((none.path / "summary.json").read_text())

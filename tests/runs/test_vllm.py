@@ -43,6 +43,8 @@ def vllm_stub(monkeypatch):
     class LLM:
         def __init__(self, model, **options):
             self.model = loading.load(Path(model), getattr(torch, options["dtype"])).eval()
+            # Or vLLM refuses to start.
+            assert options["max_model_len"] <= self.model.config.max_position_embeddings
             seen.engines.append(
                 {**options, "folder": Path(model), "files": {f.name for f in Path(model).iterdir()}}
             )

@@ -8,7 +8,7 @@ from codyra_llm.bench.gpu.context import Context
 from codyra_llm.bench.gpu.shapes import PAD, adapted, config, examples, model, skeleton
 from codyra_llm.data.batches import Batch, collate, example_weights
 from codyra_llm.lora.shared import shared_inputs
-from codyra_llm.models import packed_attention
+from codyra_llm.models import loading, packed_attention
 from codyra_llm.runtime.memory import peak_bytes
 from codyra_llm.train.estimate import activation_bytes, depth, step_seconds
 
@@ -74,7 +74,7 @@ def micro_batch(context: Context, packed: bool) -> Batch:
 def as_trained(made: PreTrainedModel, context: Context, packed: bool, checkpointing: bool) -> PreTrainedModel:
     adapted(made, context)
     if checkpointing:
-        made.gradient_checkpointing_enable({"use_reentrant": False})
+        loading.checkpoint_layers(made)
     if packed:
         packed_attention.use(made)
     return made

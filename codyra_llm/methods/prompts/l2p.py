@@ -39,6 +39,10 @@ class L2p(PromptMethod):
     )
     config: L2pConfig
 
+    def front(self, tasks: int) -> int:
+        """The chosen prompts."""
+        return self.config.chosen * self.config.length
+
     def attach(self, model) -> None:
         """The pool [M, length, h] and its keys [M, h]."""
         c, hidden = self.config, model.config.hidden_size

@@ -65,6 +65,10 @@ class ProgressivePrompts(PromptMethod):
     config: PpConfig
     grows = True
 
+    def front(self, tasks: int) -> int:
+        """A prompt of each task."""
+        return tasks * self.config.length
+
     def attach(self, model) -> None:
         """The task's `Prompt`."""
         model.prompts = Prompt(model, self.config)

@@ -3,6 +3,7 @@ merged.
 """
 
 import torch
+from torch.nn import functional
 
 from codyra_llm.config.methods.sequential import CodyraConfig, RankWeightsConfig, Threshold
 from codyra_llm.core.tensors import generator
@@ -138,8 +139,8 @@ class Codyra(Method):
 
     def _lots(self, weights: list) -> list:
         """Masks over all sites together, 1 where a rank is to go; as many stay as `keep` says, to the nearest
-        rank.
-        """
+        rank. The same for every task: the ranks of a site are alike before each, so that the tasks share only
+        how many of a site's ranks stay."""
         sizes = [w.numel() for w in weights]
         order = torch.randperm(sum(sizes), generator=generator("lots", self.seed))
         dropped = (order >= round(self.config.keep * sum(sizes))).to(weights[0])
@@ -154,11 +155,16 @@ def all_aligned(adapters: dict[str, Adapter]) -> dict[str, Adapter]:
 def aligned(adapter: Adapter) -> Adapter:
     """The same ΔW by its singular directions: with B diag(w) A = U diag(σ) Vᵀ, rows of A along V, columns of
     B along U, w = σ/σ₁. A's rows get the norm 1/√3 of fresh ones, so that a step of the optimizer means to
-    them what it did."""
+    them what it did. Ranks beyond those that a matrix of W's shape can have are zero in all three."""
     q_b, r_b = torch.linalg.qr(adapter.b * adapter.w)
     q_a, r_a = torch.linalg.qr(adapter.a.T)
-    u, sigma, vt = torch.linalg.svd(r_b @ r_a.T)
+    u, sigma, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     if not sigma[0] > 0:
         return adapter
-    norm = 3**-0.5
-    return Adapter(norm * vt @ q_a.T, q_b @ u * (sigma[0] / norm), sigma / sigma[0])
+    norm, beyond = 3**-0.5, len(adapter.a) - len(sigma)
+    rows, columns, weights = norm * vt @ q_a.T, q_b @ u * (sigma[0] / norm), sigma / sigma[0]
+    return Adapter(
+        functional.pad(rows, (0, 0, 0, beyond)),
+        functional.pad(columns, (0, beyond)),
+        functional.pad(weights, (0, beyond)),
+    )

@@ -17,6 +17,7 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.evaluate import suite
 from codyra_llm.evaluate.statistics import delta_r
 from codyra_llm.experiment.setup import prepare
+from codyra_llm.methods.base import Condition
 from codyra_llm.report.summary import before_and_after
 from codyra_llm.store.rows import ScoreRow, Stage
 
@@ -149,6 +150,23 @@ def test_the_model_is_asked_as_the_harness_asks_it(model, live, request):
     ]
     answers = lm.generate_until(requests("generate_until", asked))
     assert answers == plain.generate_until(requests("generate_until", asked)) and answers[0] == first[:2]
+
+
+def test_prefixes_of_a_method_leave_room_within_the_models_positions(live, tiny_llama):
+    """56 of the 256 positions: what is asked is cut on the left, as the harness cuts what is too long."""
+    from lm_eval.api.instance import Instance
+
+    prefix, seen = torch.zeros(1, 56, 32), []
+    model, _, lm = live(tiny_llama, conditions=lambda prompts: Condition(prefix), front=56)
+
+    def note(module, given, named):
+        seen.append(named["position_ids"].max().item() + 1)
+
+    model.model.rotary_emb.register_forward_pre_hook(note, with_kwargs=True)
+    settings = {"until": [], "max_gen_toks": 8, "do_sample": False}
+    lm.loglikelihood([Instance("loglikelihood", {}, ("x" * 700, " y"), 0, ("t", 0, 1))])
+    lm.generate_until([Instance("generate_until", {}, ("x" * 700, settings), 0, ("t", 0, 1))])
+    assert seen[0] == 256 and max(seen) == 256 and len(seen) > 2
 
 
 def test_what_is_drawn():

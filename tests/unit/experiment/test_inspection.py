@@ -162,6 +162,33 @@ def test_prompts_past_the_models_positions_are_refused(tiny_llama, tmp_path):
     assert "go past the model's 256 positions" in planned(tiny_llama, stream, tmp_path / "run", **asked)
 
 
+@pytest.mark.parametrize(
+    "method, taken", [({"name": "pp", "length": 20}, 60), ({"name": "l2p", "chosen": 4, "length": 15}, 60)]
+)
+def test_prompts_of_the_method_count(method, taken, tiny_llama, tmp_path):
+    """200 tokens with an answer have room in 256 positions, but not after 60 of the method's own, of three
+    tasks or of four that are chosen."""
+    stream = stream_of(tmp_path / "data", ["word " * 400, "x"])
+    lengths = {"max_prompt_tokens": 197, "max_answer_tokens": 8}
+
+    def asked(chosen, **changes):
+        whole = recipe(tiny_llama, stream, tmp_path / "run", NONE)
+        config = METHODS[chosen["name"]].Config(**chosen)
+        data = whole.data.model_copy(update=lengths | changes)
+        return whole.model_copy(update={"method": config, "data": data})
+
+    prepare(asked(NONE))
+    told = f"256 positions, of which the method's own prompts take {taken}"
+    with pytest.raises(Fault, match=f"ONE/test.* {told}"):
+        prepare(asked(method))
+    prepare(asked(method, max_prompt_tokens=195))
+    console = Console(record=True, width=400, file=StringIO())
+    longer = asked(method, max_prompt_tokens=195)
+    longer = longer.model_copy(update={"eval": longer.eval.model_copy(update={"max_new_tokens": 2})})
+    plan(longer, console)
+    assert told in console.export_text()
+
+
 def test_demonstrations_in_the_prompt_count(tiny_llama, tmp_path):
     """Each test prompt alone has room; with six demonstrations of 50 tokens before it there is none."""
     stream = stream_of(tmp_path / "data", [f"{i} " + "word " * 30 for i in range(12)], split="train")

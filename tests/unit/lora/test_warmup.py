@@ -43,6 +43,13 @@ def test_without_it_the_schedule_is_as_it_was(steps):
         ]
 
 
+@given(st.integers(1, 200), st.floats(0, 0.9))
+def test_after_it_the_rate_is_never_below_the_schedule_that_thresholds_follow(steps, share):
+    """So no shrink of codyra's budget comes when the learning rate is gone already."""
+    for t in range(warmup_steps(share, steps), steps):
+        assert rate_factor("cosine", t, steps, share) >= lr_factor("cosine", t, steps) - 1e-12
+
+
 def test_mistakes_are_told_before_weights_load(tiny_llama, toy_stream, tmp_path):
     with pytest.raises(Fault, match="optim.warmup: 1.5 is neither a number of steps nor a share"):
         load_recipe("quickstart", ["optim.warmup=1.5"])

@@ -116,3 +116,18 @@ def test_alignment_keeps_the_update_and_orders_its_parts():
     torch.testing.assert_close(gram, torch.diag(gram.diagonal()), rtol=1e-4, atol=1e-3)
     nothing = Adapter(adapter.a, torch.zeros(7, 5), adapter.w)
     assert aligned(nothing) is nothing
+
+
+@pytest.mark.parametrize("out, wide", [(5, 9), (9, 5)])
+def test_alignment_of_more_ranks_than_the_matrix_can_have(out, wide):
+    """As of a model whose keys are narrower than its hidden size: the parts beyond are gone for good."""
+    rank, most, draw = 7, 5, torch.Generator().manual_seed(0)
+    a, b = torch.randn(rank, wide, generator=draw), torch.randn(out, rank, generator=draw)
+    adapter = Adapter(a, b, torch.rand(rank, generator=draw))
+    found = aligned(adapter)
+    torch.testing.assert_close(found.delta(1.0), adapter.delta(1.0), rtol=1e-4, atol=1e-5)
+    singular = torch.linalg.svdvals(adapter.delta(1.0))
+    torch.testing.assert_close(found.w[:most], singular / singular[0])
+    assert found.a.shape == adapter.a.shape and found.b.shape == adapter.b.shape
+    gone = [found.a[most:], found.b[:, most:], found.w[most:]]
+    assert not any(part.any() for part in gone)

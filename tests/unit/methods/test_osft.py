@@ -122,6 +122,49 @@ def test_whatever_the_optimizer_does_the_leading_directions_stay(name):
         torch.testing.assert_close(now @ vt[:kept].T, base[site] @ vt[:kept].T, rtol=0, atol=1e-5)
 
 
+def test_a_resumed_task_goes_on_from_the_same_split_where_singular_values_are_equal(monkeypatch):
+    """Of an orthogonal W any directions may be the leading ones, and an SVD with other threads takes
+    others: here one of W with noise in its last bits."""
+    method, model = orthogonal()
+    base = {site: layer.weight.clone() for site, layer in sites(model).items()}
+    method.begin_task(model, FIRST)
+    with torch.no_grad():
+        for layer in sites(model).values():
+            layer.lora_B.mul_(1.25)  # what training might do
+    adapters = {site: adapter(layer) for site, layer in sites(model).items()}
+    saved = {name: tensor.clone() for name, tensor in method.progress().items()}
+    expected = method.consolidate(adapters, 0).dense
+    again, resumed = orthogonal()
+    plain, draw = torch.linalg.svd, torch.Generator().manual_seed(5)
+
+    def otherwise(weight, **given):
+        noise = torch.randn(weight.shape, generator=draw)
+        return plain(weight + 1e-7 * weight.norm() * noise, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "svd", otherwise)
+        again.begin_task(resumed, FIRST)
+    other = {site: high for site, (high, _) in again._high.items()}
+    assert all((other[site] - saved[site]).norm() > 0.1 * saved[site].norm() for site in saved)
+    again.resume(saved)
+    for name, weight in again.consolidate(adapters, 0).dense.items():
+        assert torch.equal(weight, expected[name])
+    for site, layer in sites(resumed).items():
+        assert torch.equal(layer.weight, sites(model)[site].weight)
+        kept, before = again._kept[layer], method._kept[sites(model)[site]]
+        torch.testing.assert_close(kept.u @ kept.u.T, before.u @ before.u.T, rtol=0, atol=1e-5)
+        torch.testing.assert_close(kept.v @ kept.v.T, before.v @ before.v.T, rtol=0, atol=1e-5)
+        assert (expected[f"{site}.weight"] - base[site]).norm() > 0.1
+
+
+def orthogonal():
+    """`whole` with weights whose singular values are all 1."""
+    method, model = whole()
+    for layer in sites(model).values():
+        nn.init.orthogonal_(layer.weight)
+    return method, model
+
+
 def whole():
     """`osft` on the three layers of `attached`."""
     torch.manual_seed(0)
