@@ -75,7 +75,7 @@ class Prepared(NamedTuple):
 
 def evaluate(checkpoint: str, wanted: Wanted, observers: Sequence[Observer] = ()) -> RunFolder:
     """Score `checkpoint` (folder, hub id, .gguf, PEFT folder, RUN, RUN@TASK) into `wanted.out`, as far as it
-    isn't yet. `observers` hear how it goes, in the first process.
+    isn't yet. `observers` are called in the first process.
 
     A checkpoint that a run made is scored as the run did, by the recipe that it carries. Raises one Fault
     with everything that is wrong, before any weights load.
@@ -106,8 +106,8 @@ def evaluate(checkpoint: str, wanted: Wanted, observers: Sequence[Observer] = ()
 def _measure(checkpoint: str, wanted: Wanted, prepared: Prepared, acc: Accelerator, out: RunFolder) -> None:
     setup, source, stage, base = prepared
     experiment = Experiment(setup, out, acc, models=source.run or out)
-    if source.told:
-        say(source.told)
+    if source.remark:
+        say(source.remark)
     on_first(_begin, checkpoint, prepared, out)
     collectively(True, await_file, out.path / "manifest.json")
     had = of_first(lambda: len(out.scores))
@@ -124,7 +124,7 @@ def _measure(checkpoint: str, wanted: Wanted, prepared: Prepared, acc: Accelerat
 
 
 def _asks_general(prepared: Prepared, wanted: Wanted) -> bool:
-    """Whether to measure general ability: as the run did, or since it is asked for."""
+    """Whether to measure general ability: where the run did, or the user asks for it."""
     recipe = prepared.setup.recipe
     at_an_end = prepared.source.after is None or prepared.stage.step in (0, len(recipe.tasks))
     return bool(wanted.general) or at_an_end or recipe.general.when == "each"
@@ -213,8 +213,8 @@ def _begin(checkpoint: str, prepared: Prepared, out: RunFolder) -> None:
 
 
 def _claim(out: RunFolder, manifest: dict) -> None:
-    """Begin the folder, or go on in it: with the same weights and the same way of scoring, on more tasks if
-    asked.
+    """Start a new output folder, or continue in one that has the same weights and scoring settings; more
+    tasks may be added.
     """
     if out.is_run:
         raise Fault(f"--out: {out.path} is the folder of a run; give another one")
@@ -236,9 +236,8 @@ def _claim(out: RunFolder, manifest: dict) -> None:
 
 
 def _compared(manifest: dict) -> dict[str, Any]:
-    """What must stay the same in a folder: weights, data, metrics, and every setting that could change a
-    score.
-    """
+    """What must not change between commands that share a folder: weights, data, metrics, and every setting
+    that could change a score."""
     free = (*NO_RESULT, *PLACES, "data.tasks", "data.epochs", "general.tasks", "general.when")
     settings = {
         key: value

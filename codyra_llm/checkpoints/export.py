@@ -42,8 +42,8 @@ class Export:
 
 
 def check(asked: Export, out: Path) -> None:
-    """Raises one Fault for a format or a dtype that is none, for an option of another format, and where `out`
-    is there already."""
+    """Raises one Fault for an unknown format, dtype or type, for an option of another format, and where `out`
+    exists already."""
     if asked.format not in FORMATS:
         raise Fault(
             f"--format: '{asked.format}' is not a format; choose {', '.join(FORMATS)}."
@@ -71,32 +71,32 @@ def check(asked: Export, out: Path) -> None:
 
 
 def export(folder: RunFolder, asked: Export, out: Path) -> list[str]:
-    """Write the export to `out`, rebuilt from the base and the archived updates. Returns what one should know
-    about it, in sentences. Raises Fault for what `check` refuses, for a task that is not learnt, and for a
-    format that the run's method has not."""
+    """Write the export to `out`, rebuilt from the base and the archived updates. Returns remarks for
+    the user, in sentences. Raises Fault for what `check` refuses, for a task that is not learnt, and for a
+    format that the run's method does not have."""
     check(asked, out)
     setup = prepare(folder.recipe, runs=False)
     archive = folder.archive()
     last = archive.index(asked.after) if asked.after else len(archive.files) - 1
-    left = archive.index(asked.without) if asked.without else None
-    if left is not None and not 0 <= left <= last:
+    left_out = archive.index(asked.without) if asked.without else None
+    if left_out is not None and not 0 <= left_out <= last:
         before = archive.tasks[: last + 1]
         raise Fault(
             f"--without: the model after {asked.after or archive.tasks[last]} has no update of "
             f"'{asked.without}'; choose one of {', '.join(before) or 'no task'}, or leave --without out"
         )
     setup.verify(folder, last)
-    written = partial(card.render, setup.base, folder, last, left, asked.format)
+    written = partial(card.render, setup.base, folder, last, left_out, asked.format)
     notes = []
     if asked.format == "stage":
         write_stage(folder, last, out, written())
     elif asked.format == "peft":
-        notes = adapter_notes(setup, write_peft(setup, archive, last, left, out, written, asked.rank))
+        notes = adapter_notes(setup, write_peft(setup, archive, last, left_out, out, written, asked.rank))
     elif asked.format == "gguf":
-        write_gguf_folder(setup, archive, last, left, out, written(), asked.type or "f16")
+        write_gguf_folder(setup, archive, last, left_out, out, written(), asked.type or "f16")
     else:
         dtype = getattr(torch, asked.dtype) if asked.dtype else None
-        write_merged(setup, archive, last, left, out, written(), dtype)
+        write_merged(setup, archive, last, left_out, out, written(), dtype)
     less = f" without {asked.without}" if asked.without else ""
     name = archive.tasks[last] if last >= 0 else "base"
     return [*notes, f"{asked.format} model after {name}{less}: {out}"]

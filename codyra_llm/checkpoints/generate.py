@@ -25,21 +25,21 @@ from codyra_llm.store.rows import Stage
 
 @dataclass
 class Answering:
-    """A model that answers, how it reads a prompt, and the prompt's task for methods that need it."""
+    """A model, the encoder of its prompts, and for methods that need it the position of the prompt's task."""
 
     model: PreTrainedModel
     encoder: Encoder
     conditions: Callable | None = None  # (prompts, task) -> Condition
-    number: int | None = None
+    number: int | None = None  # of the task in the stream
 
 
 def answer(checkpoint: str, prompt: str, new: int, base: str | None = None) -> str:
     """The greedy answer to `prompt` of a model (folder, hub id, .gguf), of a PEFT adapter on its base (`base`
     or the one that it names), or of RUN@TASK, at most `new` tokens.
 
-    A stage of a run reads the prompt as the run does (its lengths, its chat template), an export of one by
-    the chat template if the run did; a method that needs the prompt's task gets TASK. Raises Fault for a
-    checkpoint that can't be used, and for a prompt of no token.
+    A stage of a run encodes the prompt as the run does (its lengths, its chat template); an export of a run
+    uses the chat template if the run did. A method that needs the prompt's task gets TASK. Raises Fault for a
+    checkpoint that can't be used, and for a prompt without a token.
     """
     run, _ = run_at(checkpoint)
     if run and not (run / "recipe.json").is_file():

@@ -34,8 +34,9 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Source:
-    """What a checkpoint consists of: the recipe that it comes from, or an empty one; and a run with the last
-    task learnt, or the folder of a merged model, or a base, at its revision, and an adapter's folder."""
+    """What a checkpoint consists of: the recipe it was made with (`raw`, empty where there is none), and one
+    of three: a `run` and the last task learnt (`after`); a merged `model`; a base (`model`, `revision`) and
+    the folder of its `adapter`."""
 
     raw: dict
     after: str | None = None
@@ -44,7 +45,7 @@ class Source:
     model: str | None = None
     revision: str | None = None
     adapter: Path | None = None
-    told: str = ""  # what the user should know about it
+    remark: str = ""  # what the user should know about it
 
 
 def taken_apart(checkpoint: str, wanted: Wanted) -> Source:
@@ -94,8 +95,8 @@ def _stage(run: RunFolder, after: str | None = None) -> Source:
 
 
 def _carried(file: Path, checkpoint: str) -> Source:
-    """The recipe, the task after which, and the digest of the benchmark, that an export carries; none of them
-    of any other checkpoint. An export is a plain model, and is scored as one where its method is not known
+    """The recipe, the last task and the digest of the benchmark that an export carries; any other checkpoint
+    carries none of them. An export is a plain model, and is scored as one where its method is not known
     here."""
     if not file.is_file():
         return Source({}, model=checkpoint)
@@ -106,11 +107,11 @@ def _carried(file: Path, checkpoint: str) -> Source:
             f"{file}: 'recipe' is {shown(raw)}, expected a run's recipe; restore the file, or remove it and "
             "give --data"
         )
-    told = ""
+    remark = ""
     unknown = _unknown_method(raw)
     if unknown:
         raw = raw | {"method": {"name": "none"}}
-        told = (
+        remark = (
             f"{checkpoint}: made by method '{unknown}', which is not known here; scored as a plain model, "
             "and with --plugin FILE by the method's own prompts"
         )
@@ -120,7 +121,7 @@ def _carried(file: Path, checkpoint: str) -> Source:
             f"{file}: 'after' is {shown(after)}, expected one of {', '.join(recipe.tasks)}; restore the file"
         )
     return Source(
-        recipe.model_dump(mode="json"), after, carried.get("benchmark"), model=checkpoint, told=told
+        recipe.model_dump(mode="json"), after, carried.get("benchmark"), model=checkpoint, remark=remark
     )
 
 
@@ -132,11 +133,13 @@ def _unknown_method(raw: dict) -> str | None:
 
 
 def _on_benchmark(source: Source, checkpoint: str, wanted: str | None) -> Source:
-    """The checkpoint, without its own recipe where another benchmark than that recipe's is asked for."""
+    """The checkpoint; without its own recipe where the user asks for another benchmark than that recipe's."""
     own = source.raw.get("data", {}).get("benchmark", TRACE)
-    if not (source.raw and wanted) or benchmark_folder(wanted).resolve() == benchmark_folder(own).resolve():
+    if not (source.raw and wanted):
         return source
-    if source.benchmark == digest(wanted):  # the same, at another place
+    if benchmark_folder(wanted).resolve() == benchmark_folder(own).resolve():
+        return source
+    if source.benchmark == digest(wanted):  # the same benchmark at another path
         if source.raw["data"]["root"] == str(benchmark_folder(own)):
             assign(source.raw, "data.root", str(benchmark_folder(wanted)))
         return source
@@ -145,17 +148,16 @@ def _on_benchmark(source: Source, checkpoint: str, wanted: str | None) -> Source
             f"--benchmark: {checkpoint} is a stage of a run on {own}, and is scored on its tasks; export it "
             "with `codyra-llm export`, and give the export"
         )
-    told = (
+    remark = (
         f"{checkpoint}: scored by the protocol of {wanted}, not by its run's recipe, which is for "
         f"another benchmark, {own}"
     )
-    return replace(source, raw={}, after=None, told=told)
+    return replace(source, raw={}, after=None, remark=remark)
 
 
 def recipe_of(checkpoint: str, source: Source, wanted: Wanted) -> Recipe:
-    """The recipe that the checkpoint is scored by: its own, or the benchmark's protocol; the command line
-    over it.
-    """
+    """The recipe that the checkpoint is scored by: its own, or the benchmark's protocol, with the command
+    line's settings over it."""
     anywhere = "." if wanted.benchmark in (None, *SHIPPED) else None
     plain = {"model": {}, "data": {"root": wanted.data or anywhere}, "method": "none"}
     raw = deepcopy(source.raw) or plain
@@ -170,7 +172,7 @@ def recipe_of(checkpoint: str, source: Source, wanted: Wanted) -> Recipe:
         "general.data": wanted.general,
         "general.tasks": wanted.general_tasks,
     }
-    if source.raw:  # checkpoints are passed on: where a key and answers go, the command line alone says
+    if source.raw:  # checkpoints are shared, so only the command line decides where keys and answers are sent
         given |= {
             "optim.validate_every": None,
             "optim.keep_best": False,
@@ -183,8 +185,9 @@ def recipe_of(checkpoint: str, source: Source, wanted: Wanted) -> Recipe:
     elif wanted.tasks:
         given["data.tasks"] = wanted.tasks
     for key, value in given.items():
-        emptied = key.startswith(("optim", "model.q")) or key == "model.revision" and source.adapter
-        if value is not None or source.raw and emptied:
+        # None: leave the recipe's value, except for these keys, which None resets.
+        resets = key.startswith(("optim", "model.q")) or (key == "model.revision" and source.adapter)
+        if value is not None or (source.raw and resets):
             assign(raw, key, value)
     recipe = parse_recipe(override(raw, wanted.overrides), checkpoint)
     _refuse_another_run(checkpoint, source, recipe)
@@ -220,8 +223,7 @@ def _refuse_another_run(checkpoint: str, source: Source, recipe: Recipe) -> None
 
 def _refuse_own_code(checkpoint: str, source: Source, wanted: Wanted) -> None:
     """Raises Fault where the recipe that the checkpoint carries names the checkpoint itself as the folder of
-    general-ability
-    tasks: the harness's task files can run code."""
+    general-ability tasks: the harness's task files can run code."""
     data = (source.raw.get("general") or {}).get("data")
     given = wanted.general or any(key == "general.data" for key, _ in split_overrides(wanted.overrides))
     if given or data in (None, "mini", "hub"):
@@ -236,6 +238,7 @@ def _refuse_own_code(checkpoint: str, source: Source, wanted: Wanted) -> None:
 
 
 def without_tasks(recipe: Recipe) -> Recipe:
+    """The recipe with no tasks to learn or score, for measuring general ability only."""
     return recipe.model_copy(
         update={
             "data": recipe.data.model_copy(update={"tasks": [], "root": "."}),

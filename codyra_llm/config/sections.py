@@ -11,7 +11,7 @@ from codyra_llm.core.parsing import PathText
 from codyra_llm.core.schema import Fraction, NotNegative, Positive, Strict, Tokens
 
 TRACE, FILE = "trace", "benchmark.yaml"
-SHIPPED = (TRACE, "olora", "superni")  # benchmarks that are known by name; none ships its data
+SHIPPED = (TRACE, "olora", "superni")  # benchmarks known by name; their data is not shipped
 
 
 class JudgeSection(Strict, frozen=True):
@@ -27,7 +27,7 @@ class JudgeSection(Strict, frozen=True):
         description="environment variable that holds the key; null: the endpoint needs none",
     )
     temperature: NotNegative | None = Field(
-        default=0.0, description="of the judge; null: not sent, for models that accept none"
+        default=0.0, description="the judge's; null: not sent, for models that accept none"
     )
     max_tokens: int | None = Field(
         default=1024,
@@ -158,8 +158,9 @@ class DataSection(Strict, frozen=True):
     )
     protocol: str | None = Field(
         default=None,
-        description="the protocol whose lengths, epochs, batch size, schedule, loss average and accuracy "
-        "rule are used for settings that are not given; for trace: trace or treelora; default: the first",
+        description="the protocol that supplies lengths, batch size, learning rate, schedule, betas and loss "
+        "average where they are not given, and the accuracy rule; for trace: trace or treelora; default: "
+        "the first",
     )
     tasks: list[str] | int = Field(
         default=1, description="names in order, or the number of one of the benchmark's orders"
@@ -208,24 +209,27 @@ class OptimSection(Strict, frozen=True):
 
     lr: Positive | None = Field(default=None, description="learning rate")
     schedule: Literal["constant", "cosine"] | None = Field(
-        default=None, description="of the learning rate within a task, after the warm-up; cosine ends at 0"
+        default=None,
+        description="schedule of the learning rate within a task, after the warm-up; cosine ends at 0",
     )
     warmup: NotNegative = Field(
         default=0.0,
-        description="steps of a task before the schedule, in which the learning rate rises in a straight "
-        "line; below 1: their share of the task's steps",
+        description="steps at the start of a task in which the learning rate rises linearly, before the "
+        "schedule; below 1: their share of the task's steps",
     )
     batch_size: Tokens | None = Field(
         default=None, ge=1, description="examples per optimizer step, over all ranks"
     )
     loss_average: Literal["token", "sample"] | None = Field(
         default=None,
-        description="the mean over all labelled tokens of the global batch, or over the examples' means",
+        description="token: the mean over all labelled tokens of the global batch; sample: over the "
+        "examples' means",
     )
     betas: tuple[Fraction, Fraction] | None = Field(default=None, description="AdamW's β₁ and β₂")
     weight_decay: NotNegative = Field(default=0.0, description="AdamW's, multiplied by the learning rate")
     max_grad_norm: Positive = Field(
-        default=1.0, description="the gradient of all trained parameters is scaled down to this norm"
+        default=1.0,
+        description="the gradient of all trained parameters is scaled down to this norm if it is larger",
     )
     micro_batch_tokens: Tokens | None = Field(
         default=None,
@@ -260,8 +264,8 @@ class EvalSection(Strict, frozen=True):
 
     when: Literal["each", "ends"] = Field(
         default="each",
-        description="each: all of `tasks` after every task; ends: after every task only that task, all of "
-        "them after the last, which leaves `forgetting` unknown and costs far less",
+        description="each: all of `tasks` after every task; ends: after every task only that task, and all "
+        "of them after the last, which costs far less but leaves `forgetting` unknown",
     )
     tasks: Literal["seen", "all"] = Field(default="seen", description="all: unseen tasks too")
     zero_shot: bool = Field(default=False, description="also evaluate before the first task")
@@ -274,18 +278,18 @@ class EvalSection(Strict, frozen=True):
     max_examples: int | None = Field(default=None, ge=1, description="only the first N of each task")
     backend: Literal["torch", "vllm"] = Field(
         default="torch",
-        description="what decodes; vllm: an optional package, on one GPU of the first process",
+        description="what generates answers; vllm: an optional package, on one GPU of the first process",
     )
     batch_tokens: Tokens | None = Field(
         default=None,
         ge=16,
         description="tokens (prompt and answer) that torch decodes at once; "
-        "default 4096 on a CPU, on a GPU as many as half of its free memory takes, at most 131072",
+        "default 4096 on a CPU, on a GPU as many as fit into half of its free memory, at most 131072",
     )
 
 
 class GeneralSection(Strict, frozen=True):
-    """What the model can do apart from the tasks."""
+    """General ability: what the model can do apart from the tasks."""
 
     data: PathText | None = Field(
         default=None,

@@ -49,8 +49,8 @@ class Budget:
 
 
 def budget(acc: Accelerator, model: PreTrainedModel, asked: int | None) -> Budget:
-    """The budget that is `asked` for, or what fits on the device; the same on every rank, so that all cut the
-    same batches."""
+    """The budget that is `asked` for, or else what fits on the device; the same on every rank, so that all
+    ranks make the same batches."""
     kind = acc.device.type
     if asked or kind != "cuda":
         return Budget(asked or MOST["cpu"], STEP.get(kind, STEP["cpu"]))
@@ -83,10 +83,11 @@ def free_bytes(device: torch.device) -> int:
 
 
 def batches(lengths: Sequence[int], new: int, tokens: int, step: int) -> Iterator[list[int]]:
-    """Positions in batches of like length, longest first, each at most `tokens` tokens with its `new` ones.
+    """Positions in batches of similar length, longest first, each of at most `tokens` tokens including the
+    `new` ones of every row.
 
-    `step` says how many prompt tokens cost as much as one decoding step: where the pads of a batch would cost
-    more than the `new` steps of another batch, it ends.
+    `step` says how many prompt tokens cost as much as one decoding step: a batch also ends where more pads
+    would cost more than the `new` steps of another batch.
     """
     current: list[int] = []
     pads = 0
@@ -119,7 +120,8 @@ def within_memory(
             found = answer(batch)
         except torch.OutOfMemoryError:
             found = None
-        if found is None:  # outside of the block above, where the failed batch's tensors are held no more
+        # Not in the except block, where the exception still refers to the failed batch's tensors.
+        if found is None:
             held.halve(needed, len(batch))
             waiting.append(batch)
         else:

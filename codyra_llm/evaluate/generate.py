@@ -1,6 +1,5 @@
-"""Greedy generation in torch. Prompts are batched by length and dealt to the ranks; rows that are done leave
-their batch, and a shared prefix is encoded once.
-"""
+"""Greedy generation in torch. Prompts are batched by length, and batches are divided among the ranks;
+finished rows leave their batch, and a shared prefix is encoded once."""
 
 import os
 from collections.abc import Callable, Collection, Sequence
@@ -22,25 +21,25 @@ from codyra_llm.models.ends import ended
 from codyra_llm.runtime import heartbeat, signals
 from codyra_llm.store import observer
 
-# The first steps of every batch are not recorded: after them many answers, such as a single letter, are done.
+# The first steps of every batch are not recorded: many answers, such as a single letter, end within them.
 UNRECORDED = 4
 LEAST_SHARED = 16  # tokens; a shorter prefix does not pay a forward pass of its own
 
 
 class Answer(NamedTuple):
-    """A model's answer; `cut`: it had the most tokens that it may have before it ended."""
+    """A model's answer; `cut`: it reached the token limit before it ended."""
 
     text: str
     cut: bool
 
 
 def shared_prefix(prompts: Sequence[list[int]], new: int, windows: Sequence[int]) -> int:
-    """How many first tokens of all `prompts` to encode once; 0 where it saves less than an eighth of the
-    tokens.
+    """How many of the first tokens, which all `prompts` share, to encode once; 0 where this saves less than
+    an eighth of the tokens.
 
-    The pads of shorter prompts then lie between prefix and rest. A sliding window counts them, so with
-    `windows` (of the sliding layers, in tokens) nothing is shared unless prompt and answer fit into each.
-    """
+    The pads of shorter prompts are then between the prefix and the rest. A sliding window counts them, so
+    with `windows` (of the sliding layers, in tokens) nothing is shared unless prompt and answer fit into
+    each."""
     lengths = [len(p) for p in prompts]
     shared = min(len(os.path.commonprefix(prompts)), min(lengths) - 1)
     pays = shared >= LEAST_SHARED and 8 * shared * (len(prompts) - 1) >= sum(lengths)
@@ -56,12 +55,12 @@ def generate_ids(
     condition: Condition | None = None,
     stop: Callable[[list[int]], bool] | None = None,
 ) -> list[list[int]]:
-    """Greedy continuations of one batch of prompts, each of at most `new` tokens, up to and with one of
-    `ends` (EOS, and what else ends a turn of the model) or where `stop` of the tokens so far says so.
+    """Greedy continuations of one batch of prompts, each of at most `new` tokens, up to and including one of
+    `ends` (EOS, and other tokens that end a turn), or until `stop` of the tokens so far is true.
 
     A row of the cache holds [shared prefix | pads | own tokens], or [pads | a method's prefix | own tokens];
-    pads are masked and positions count tokens alone. Rows that are done leave when they are a quarter of the
-    batch, since leaving copies the cache of those that stay.
+    pads are masked and positions count tokens only. Finished rows are removed when they are a quarter of the
+    batch, since removing them copies the cache of the others.
     """
     ends = {ends} if isinstance(ends, int) else ends
     cache = DynamicCache(config=model.config)
@@ -91,7 +90,7 @@ def generate_ids(
         if not going:
             break
         mask, positions = torch.cat([mask, torch.ones_like(ids)], 1), positions[:, -1:] + 1
-        if 4 * len(going) <= 3 * len(batch.rows):
+        if 4 * len(going) <= 3 * len(batch.rows):  # a quarter is done
             chosen = tensor(going)
             batch.keep(going)
             ids, mask, positions = ids[chosen], mask[chosen], positions[chosen]
@@ -156,8 +155,8 @@ def _finish(
     batch: _Batch,
     left: int,
 ) -> None:
-    """The remaining steps of a batch, recorded. Rows that are done leave when they are half of it, since a
-    smaller batch is recorded again."""
+    """The remaining steps of a batch, recorded. Finished rows are removed when they are half of it, since the
+    smaller batch must be recorded again."""
     layers = [(layer.keys, layer.values) for layer in cache.layers]
     kept = model.config._attn_implementation
     static_steps.use(model)
@@ -169,7 +168,7 @@ def _finish(
             going = batch.add(steps.next()[:, 0].tolist())
             if not going:
                 break
-            if 2 * len(going) <= len(batch.rows):
+            if 2 * len(going) <= len(batch.rows):  # half is done
                 steps = steps.select(torch.tensor(going, device=model.device))
                 batch.keep(going)
     finally:

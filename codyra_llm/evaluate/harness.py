@@ -62,11 +62,11 @@ Conditions = Callable[[list[list[int]]], Condition]
 
 
 class Live(HFLM):
-    """A model in memory behind the harness's interface. Every rank is given all requests, answers its share,
-    and returns all answers.
+    """A model in memory with the interface that the harness expects. Every rank gets all requests, answers
+    its share, and returns all answers.
 
     tokens: the most tokens of one forward pass, prompts and answers together, or None for what fits. ends:
-    the tokens that end an answer, by default EOS alone. front: the positions that conditions' prefixes take.
+    the tokens that end an answer, by default only EOS. front: the positions that conditions' prefixes take.
     """
 
     def __init__(
@@ -262,16 +262,16 @@ class Measured:
 
 @quiet()
 def measure(lm: Live, ability: Ability, section: "GeneralSection", chat: bool) -> Measured:
-    """Measure one task or group. Every rank has all answers, and computes the same scores from them."""
+    """Measure one task or group. Every rank has all answers and computes the same scores from them."""
     name, tasks = ability.name, ability.tasks
     samples = drawn(
         name, {part: len(task.eval_docs) for part, task in tasks.items()}, section.limit, section.seed
     )
-    random.seed(section.seed)  # IFEval's checks draw at random what a prompt leaves open
+    random.seed(section.seed)  # IFEval's checks draw at random what a prompt does not specify
     for task in tasks.values():
         task.set_config("num_fewshot", task.config.num_fewshot or 0)
         task.set_fewshot_seed(section.seed)
-    # The lower of the harness's two entries: the other one seeds every generator of the process at every
+    # `evaluate` and not `simple_evaluate`, which would seed every random generator of the process at each
     # call.
     chosen = {"tasks": {part: tasks[part] for part in samples}, "groups": {}, "group_map": {}}
     with redirect_stderr(StringIO()), ability.bounded():  # a bar for every part of every group, on every rank
@@ -337,7 +337,10 @@ def _scoring(results: dict) -> set[str]:
         for sample in samples:
             for metric in sample["metrics"]:
                 scored = is_score(sample[metric], better.get(metric))
-                (found if scored else others).add(metric)
+                if scored:
+                    found.add(metric)
+                else:
+                    others.add(metric)
     return found - others
 
 

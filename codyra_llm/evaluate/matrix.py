@@ -1,9 +1,9 @@
 """The score matrix R and what continual learning reads from it.
 
-R[i][j], 0..100, is the score on task j after training on task i, in the order of training; Z[j] the score
-before any training (zero-shot). T is the number of rows, so a stream that is not finished is summarised as
-far as it got. The literature has several definitions of forgetting and of backward transfer, of different
-sign, divisor and clipping: all are computed, each under its own name, as FORMULAS says.
+R[i][j], 0..100, is the score on task j after training on task i, in the order of training; Z[j] is the score
+before any training (zero-shot). T is the number of rows, so an unfinished stream is summarised over the tasks
+learnt so far. The literature has several definitions of forgetting and of backward transfer, which differ in
+sign, divisor and clipping: all are computed, each under its own name in FORMULAS.
 """
 
 from collections.abc import Iterable

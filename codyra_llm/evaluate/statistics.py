@@ -29,7 +29,7 @@ LONGEST = {"prompt": OF_DATA["prompt"], "prediction": 20_000, "answer": OF_DATA[
 def measures(summary: dict) -> dict[str, float | None]:
     """The numbers of MEASURES from a run's summary; None where not measured."""
     matrix = summary["matrix"]
-    # Without a matrix nothing was trained, and the base is the model that was measured.
+    # Without a matrix nothing was trained, so the scores of the base are the model's.
     when = "after" if matrix else "before"
     general = [scores.get(when) for scores in summary["general"].values()]
     learnt = [matrix[i][i] for i in range(len(matrix))]
@@ -65,7 +65,7 @@ def commonest(texts: Sequence[str]) -> tuple[str, float] | None:
 
 
 def blank(texts: Iterable[str]) -> int:
-    """How many of `texts` hold nothing but white space, such as the line break that some models end by."""
+    """How many of `texts` are empty or only white space, such as a line break before the end."""
     return len([text for text in texts if not text.strip()])
 
 
@@ -119,8 +119,8 @@ def summarise_all(
 
 
 def _bounds(scores: np.ndarray, means: np.ndarray) -> dict:
-    """Mean of the scores, and the 95 % interval from the means of resampled sets; none of a single score,
-    which says nothing of others."""
+    """Mean of the scores, and the 95 % interval from the means of resampled sets; no interval for a single
+    score, which says nothing about the spread."""
     if len(scores) == 1:
         return {"mean": float(scores[0]), "low": None, "high": None, "n": 1}
     low, high = np.percentile(means, [2.5, 97.5])

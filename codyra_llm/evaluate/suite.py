@@ -1,6 +1,4 @@
-"""What general ability is measured on: tasks of lm-evaluation-harness, on the hub's data or on local
-files.
-"""
+"""The tasks of general ability: those of lm-evaluation-harness, with the hub's data or local files."""
 
 import csv
 import logging
@@ -31,8 +29,8 @@ if TYPE_CHECKING:
 
 NEEDS_PUNKT = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
 
-# BBH's answer up to the end of its line, without a full stop. The harness's own filter, which stays as the
-# second one, wants a character after the answer, whatever it is: of "the answer is (A)" it takes "(A".
+# BBH's answer up to the end of its line, without a full stop. The harness's own filter, kept here as the
+# second one, requires any character after the answer: of "the answer is (A)" it takes "(A".
 BBH_FILTERS = [
     {
         "name": "whole-answer",
@@ -135,7 +133,7 @@ class Ability:
 def find(section: "GeneralSection") -> dict[str, Ability]:
     """The tasks that a recipe's `general` asks for, by name. Raises one Fault with everything that is wrong.
 
-    Without `tasks` these are all of the hub's, or all whose files are in the folder.
+    If the recipe names no `tasks`, these are all of the hub's, or all whose files are in the folder.
     """
     if find_spec("lm_eval") is None:
         raise Fault(
@@ -156,8 +154,11 @@ def find(section: "GeneralSection") -> dict[str, Ability]:
             for folder in (Path(shipped.__path__[0]), root)
             for file in sorted(folder.glob("*.yaml"))
         }
-    spare = "ifeval_no_punkt" if section.data == "hub" or has_punkt() else "ifeval"
-    asked = [name for name in known if name != spare] if section.tasks is None else section.tasks
+    # Of the two variants of IFEval the default is the one that this machine can run.
+    unused = "ifeval_no_punkt" if section.data == "hub" or has_punkt() else "ifeval"
+    asked = section.tasks
+    if asked is None:
+        asked = [name for name in known if name != unused]
     found, faults = {}, []
     for name in asked:
         if name not in known:
@@ -276,7 +277,7 @@ def _missing(ability: Ability) -> list[str]:
 
 
 def has_punkt() -> bool:
-    """Whether nltk's sentence splitter is on this machine; IFEval's checks that count sentences need it."""
+    """Whether nltk's sentence splitter is installed; IFEval's checks that count sentences need it."""
     import nltk
 
     try:
@@ -301,8 +302,8 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _no_download(offline: bool) -> Iterator[None]:
-    """Within this block nothing is fetched, if `offline`. The harness fetches punkt_tab when IFEval is
-    imported in the process with LOCAL_RANK 0, so this one says it is another."""
+    """Within this block nothing is downloaded, if `offline`. The harness downloads punkt_tab when IFEval is
+    imported in the process with LOCAL_RANK 0, so this process sets another rank."""
     before = os.environ.get("LOCAL_RANK")
     if offline:
         os.environ["LOCAL_RANK"] = "1"

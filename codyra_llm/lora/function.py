@@ -10,9 +10,8 @@ from torch.autograd.function import once_differentiable
 
 
 class Shadow(NamedTuple):
-    """Copies of a group's factors in the compute dtype; R = Σ r_k. Masters stay float32 and get the
-    gradients.
-    """
+    """Copies of a group's factors in the compute dtype; R = Σ r_k. The masters, the parameters themselves,
+    stay float32 and get the gradients."""
 
     a: Tensor  # [R, in], all A_k one below the other
     wa: Tensor  # [R, in], s·diag(w_k) A_k
@@ -21,10 +20,10 @@ class Shadow(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Frozen layers that read one input, and what their adapters need apart from the masters. `weights` are
-    called when they are needed, in forward and in backward, so that a quantised W lives only that long. Where
-    `leave` is given, backward hands it the products that the factors' gradients are made from, and leaves the
-    making to the caller."""
+    """Frozen layers with a common input, and what their adapters need apart from the masters. `weights` are
+    called where they are needed, in forward and in backward, so that a dequantised W exists only that long.
+    If `leave` is given, backward passes it the products from which the factors' gradients follow, and the
+    caller computes these later."""
 
     weights: tuple[Callable[[], Tensor], ...]  # () -> W_k [out_k, in]
     biases: tuple[Tensor | None, ...]
@@ -38,8 +37,8 @@ Factors = Sequence[tuple[Tensor, Tensor | None, Tensor]]  # (A_k, w_k, B_k), the
 
 @torch.no_grad()
 def shadow(factors: Factors, scale: float, dtype: torch.dtype) -> Shadow:
-    """Cast once what every micro-batch of an optimizer step reads; products with w are taken in float32
-    first.
+    """The shadow that all micro-batches of an optimizer step use; products with w are computed in float32
+    before the cast.
     """
     a = torch.cat([a for a, _, _ in factors]).to(dtype)
     wa = torch.cat([scaled(a, w, scale, 0) for a, w, _ in factors]).to(dtype)
@@ -59,16 +58,15 @@ class SharedLinears(torch.autograd.Function):
 
     Shapes: x, x̃ [N, in]; W_k [out_k, in]; A_k [r_k, in]; w_k [r_k] or None (all ones); B_k [out_k, r_k]; y_k
     [N, out_k]. Called as `apply(x, x̃ or None, group, A_1, w_1, B_1, A_2, ...)`, returns (y_1, y_2, ...). The
-    adapter's product is taken first and the frozen one is added to it in place, which saves a pass over y and
-    on a CPU keeps a small update from being rounded away on its grid (an H100 rounds before it adds). With
-    H = x̃ Aᵀ (one product for all k), G_k = dY_k B_k, P_k = dY_kᵀ H_k and Q = Gᵀ x̃ (one product):
+    adapter's product is computed first and the frozen one is added to it in place. This saves a pass over y,
+    and on a CPU keeps a small update from being rounded away (an H100 rounds before it adds). With H = x̃ Aᵀ
+    (one product for all k), G_k = dY_k B_k, P_k = dY_kᵀ H_k and Q = Gᵀ x̃ (one product):
 
         dB = s·P diag(w)     dA = s·diag(w) Q     dw = s·colsum(B ∘ P)     dx = Σ dY_k W_k     dx̃ = s·(G ∘ w)
         A
 
-    dw costs no pass over N, and it is not zero where w is zero, so a rank can come back. x is read once for H
-    and once for Q whatever the number of layers; x and H are all that is saved, and nothing saved is
-    overwritten.
+    dw needs no pass over N, and it is not zero where w is zero, so a rank can come back. x is read once for H
+    and once for Q, whatever the number of layers. Only x and H are saved, and neither is overwritten.
     """
 
     @staticmethod
@@ -98,8 +96,8 @@ class GatedMlp(torch.autograd.Function):
     no dropout.
 
     Called as `apply(x, gate-and-up group, down group, act, six factors of gate and up, three of down)`; x [N,
-    h] -> y [N, h]. Saves x, gate, up and the two [N, r] products; act(gate) ⊙ up, [N, intermediate], is taken
-    again in backward, where plain autograd would have kept it and act(gate).
+    h] -> y [N, h]. Saves x, gate, up and the two [N, r] products. Backward recomputes act(gate) ⊙ up,
+    [N, intermediate]; plain autograd would have saved it and act(gate).
     """
 
     @staticmethod
@@ -181,7 +179,7 @@ def _input_grad(group: Group, dys: Sequence[Tensor], g: Tensor | None) -> Tensor
 
 
 def _master(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in the dtype of the masters: float32 sums are kept where the device can write them out."""
+    """a @ b in the dtype of the masters; on a GPU the product's float32 sums are kept."""
     if a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
     return a @ b

@@ -30,10 +30,9 @@ class LoraLinear(nn.Linear):
     """y = x Wᵀ + b + s·((drop(x) Aᵀ) ⊙ w) Bᵀ: W and b frozen, A [r, in], w [r] (or None) and B [out, r]
     trained.
 
-    It owns W itself, under the name the plain layer had, so that the model's state dict keeps its keys; a
-    packed W (`quantize.py`) stays packed. A, w and B are float32 unless W is float64. `shared` computes it,
-    together with the layers that read the same input.
-    """
+    It owns W itself, under the name that the plain layer had, so that the model's state dict keeps its keys;
+    a packed W (`quantize.py`) stays packed. A, w and B are float32 unless W is float64. `shared` computes its
+    output, together with those of the layers that have the same input."""
 
     def __init__(self, base: nn.Linear, spec: AdapterSpec):
         nn.Module.__init__(self)
@@ -50,12 +49,12 @@ class LoraLinear(nn.Linear):
 
     @property
     def factors(self) -> Factors:
-        """What it computes with: the masters (A, w, B), or what stands in for them (`stand_in`)."""
+        """The factors it computes with: the masters (A, w, B), or the ones that replace them (`stand_in`)."""
         return self.stand_in or (self.lora_A, self.lora_w, self.lora_B)
 
     @property
     def sources(self) -> tuple[Tensor | None, ...]:
-        """The tensors that `factors` come from; another version of one of them makes other factors."""
+        """The tensors that `factors` are computed from; if one of them changes, so do the factors."""
         return self.factors
 
     @property
@@ -66,7 +65,7 @@ class LoraLinear(nn.Linear):
         return torch.get_autocast_dtype(device) if autocast else self.weight.dtype
 
     def frozen(self, dtype: torch.dtype) -> Tensor:
-        """W [out, in] in the given dtype; made at each call where W is packed."""
+        """W [out, in] in the given dtype; dequantised at each call where W is packed."""
         return self.weight.to(dtype) if isinstance(self.weight, Tensor) else self.weight.dequantize(dtype)
 
     @torch.no_grad()
@@ -90,7 +89,7 @@ class LoraLinear(nn.Linear):
         return self.shared.output(self, x)
 
     def extra_repr(self) -> str:
-        """What printing the model shows of it."""
+        """What printing the model shows about this layer."""
         return f"{super().extra_repr()}, rank={self.spec.rank}, scale={self.spec.scale}"
 
 
@@ -108,9 +107,9 @@ def attach(
     kind: Callable[[nn.Linear, AdapterSpec], LoraLinear] = LoraLinear,
     layers: list[int] | None = None,
 ) -> None:
-    """Put an adapter of this kind on every linear layer whose last name is in `targets`, in the decoder
-    blocks of these numbers (None: in all), in the mode, of training or not, that the layer is in. Raises
-    Fault for a target found nowhere."""
+    """Replace every linear layer whose last name is in `targets` by an adapted one of this `kind`, in the
+    decoder blocks with the numbers `layers` (None: in all); it keeps the layer's training mode. Raises Fault
+    for a target that no layer has."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     present = {name.rpartition(".")[2] for name in linears}
     faults = [
@@ -128,7 +127,7 @@ def attach(
 
 
 def train_only_b(model: nn.Module) -> None:
-    """From here on every adapter's A stays as it is, for methods that choose it before training."""
+    """Freeze every adapter's A, for methods that choose it before training."""
     for layer in sites(model).values():
         layer.lora_A.requires_grad_(False)
 
@@ -150,9 +149,9 @@ def _copied(factors: Factors) -> Factors:
 
 @contextmanager
 def stand_in(model: nn.Module, factors: dict[str, Factors]) -> Iterator[None]:
-    """Within this block the adapters compute with these factors (of every site, on its device) in place of
-    their parameters and without dropout: another stage of the run on the same base, e.g. a teacher under
-    no_grad. A backward belongs inside, or gradient checkpointing would recompute with the parameters."""
+    """Within this block the adapters compute with these factors (of every site, on its device) instead of
+    their parameters, and without dropout: as another stage of the run on the same base, e.g. a teacher under
+    no_grad. Call backward inside the block, or gradient checkpointing would recompute with the parameters."""
     layers = sites(model)
     for site, layer in layers.items():
         layer.stand_in = factors[site]
@@ -166,9 +165,8 @@ def stand_in(model: nn.Module, factors: dict[str, Factors]) -> Iterator[None]:
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Within this block nothing drops out, neither in the adapters nor in the base, whose attention may have
-    dropout of its own. Not model.eval(), which would also turn gradient checkpointing off.
-    """
+    """Within this block there is no dropout, neither in the adapters nor in the base, whose attention may
+    have its own. model.eval() would also turn off gradient checkpointing."""
     dropping = []
     for module in model.modules():
         if module.training and not getattr(module, "gradient_checkpointing", False):

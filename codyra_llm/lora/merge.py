@@ -12,7 +12,7 @@ from codyra_llm.models.weights import WeightReader
 
 class SiteChange(NamedTuple):
     """What an update changed at one site: `kept` of `rank` ranks, ‖ΔW‖_F, the drift ‖W_t - W₀‖_F, and the
-    share of ΔW that survives the cast; None where there is none."""
+    share of ΔW that survives the cast; None where a value does not apply."""
 
     site: str
     rank: int | None
@@ -32,8 +32,8 @@ def merged_weight(base: Tensor, terms: list[Update], site: str) -> Tensor:
 
 
 def stored_weight(name: str, base: Tensor, terms: list[Update]) -> Tensor:
-    """The parameter that the base stores under `name`, after `terms`: summed in float32 where adapters change
-    it, whole where an update holds it whole, and itself where nothing does."""
+    """The parameter that the base stores under `name`, after `terms`: summed in float32 if adapters change
+    it, the last whole one if updates replace it, else the base's."""
     site = name.removesuffix(".weight")
     if any(site in update.adapters for update in terms):
         return merged_weight(base, terms, site)

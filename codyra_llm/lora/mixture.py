@@ -1,4 +1,4 @@
-"""A frozen linear layer with the adapters of many tasks, which every row of a batch weighs on its own."""
+"""A frozen linear layer with the adapters of many tasks, weighted separately for every row of a batch."""
 
 from typing import TYPE_CHECKING, ClassVar
 
@@ -20,19 +20,19 @@ class MixtureLinear(LoraLinear):
     The last of the K adapters is the layer's own, A and B, and may train. The others (`hold`) are frozen, in
     the compute dtype; x and m get their gradients through them too. All A_k are one product and all B_k are
     one, with m repeated over the ranks of its adapter between them. With `rows` None it is the plain base.
-    Plain autograd, every layer by itself: a packed W is kept unpacked until backward.
+    Plain autograd, every layer separately: a dequantised W is kept until backward.
     """
 
     reads_input: ClassVar[bool] = False  # whether `weights` depends on what it is given
 
     def __init__(self, base: nn.Linear, spec: "AdapterSpec"):
         super().__init__(base, spec)
-        del self.shared  # which would compute it with its siblings, without the weights of the rows
+        del self.shared  # it would compute this layer with its siblings, without the rows' weights
         self.rows: Tensor | None = None
         self.hold([])
 
     def hold(self, adapters: list[Adapter]) -> None:
-        """Keep these frozen adapters of earlier tasks in front of the own one."""
+        """Keep these frozen adapters of earlier tasks, in front of the layer's own."""
         a, b = self.lora_A.detach(), self.lora_B.detach()
         rows = [adapter.a.to(a) for adapter in adapters]
         columns = [self.spec.scale * adapter.b.to(b) for adapter in adapters]
@@ -42,7 +42,7 @@ class MixtureLinear(LoraLinear):
         self.register_buffer("old_a", old_a.to(self.dtype), persistent=False)
         self.register_buffer("old_b", old_b.to(self.dtype), persistent=False)
         self.parts = [len(adapter.a) for adapter in adapters] + self.own_parts
-        repeats = torch.tensor(self.parts, device=a.device)  # here, since a forward would wait for the copy
+        repeats = torch.tensor(self.parts, device=a.device)  # made here so that forward waits for no copy
         self.register_buffer("repeats", repeats, persistent=False)
 
     @property

@@ -11,7 +11,7 @@ from codyra_llm.lora.update import Update
 @dataclass(frozen=True)
 class OneAdapter:
     """ΔW = B·A at each site, A [rank, in] and B [out, rank], float32; `rank` is the same everywhere, so that
-    a reader which scales by alpha / rank needs to know no site's own.
+    a reader can scale by alpha / rank without knowing the ranks of single sites.
 
     `parts`: how many updates were summed. `whole`: the largest rank of a site before anything was cut.
     `errors`: where the rank was cut, ‖ΔW - B·A‖_F by site; `norms` are the ‖ΔW‖_F that they compare with.

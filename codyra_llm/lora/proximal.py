@@ -10,7 +10,7 @@ from torch import Tensor
 
 def soft_threshold(values: list[Tensor], kappa: float) -> list[Tensor]:
     """sign(x)·max(|x| - κ, 0) for x in `values`: the proximal operator of κ‖x‖₁, element by element. All
-    tensors in a few operations: there are hundreds, and each is small."""
+    tensors are handled in a few operations, since there are hundreds of small ones."""
     shrunk = torch._foreach_abs(values)
     torch._foreach_sub_(shrunk, kappa)
     torch._foreach_clamp_min_(shrunk, 0)
@@ -25,7 +25,7 @@ def released_threshold(values: list[Tensor], kappa: float) -> list[Tensor]:
     shrunk = soft_threshold(values, kappa)
     kept = torch._foreach_abs(shrunk)
     torch._foreach_sub_(kept, kappa)
-    torch._foreach_sign_(kept)  # -1 where it is to be zero, else 0 or 1
+    torch._foreach_sign_(kept)  # -1 where the value is to be zeroed, else 0 or 1
     torch._foreach_add_(kept, 1)
     torch._foreach_clamp_max_(kept, 1)
     torch._foreach_mul_(shrunk, kept)
@@ -57,7 +57,7 @@ class ProximalAdamW(torch.optim.AdamW):
         loss = super().step(closure)
         for group in self.param_groups:
             kappa, drop, values = group.get("kappa", 0.0), group.get("drop"), group["params"]
-            if not kappa or not values:  # ZeRO 3 steps with some shards at a time; the other groups are empty
+            if not kappa or not values:  # in a step of ZeRO 3 only some groups have shards
                 continue
             if drop:
                 torch._foreach_copy_(values, _shrink_dropped(values, drop, kappa))
@@ -72,7 +72,7 @@ def lr_factor(schedule: str, step: int, steps: int) -> float:
 
 
 def warmup_steps(warmup: float, steps: int) -> int:
-    """Of `steps` those of the warm-up: `warmup` of them, or below 1 that share, rounded up."""
+    """How many of `steps` are warm-up: `warmup` itself, or if below 1 that share of them, rounded up."""
     return math.ceil(warmup * steps) if warmup < 1 else int(warmup)
 
 
@@ -89,10 +89,10 @@ def budget_kappa(step: int, steps: int, dense: float, budget: float, schedule: s
     """A linear ramp over the sparse phase times the factor of the learning rate's schedule, scaled to the sum
     `budget` for any `steps`.
 
-    With D = ⌊dense·steps⌋: κ_t ∝ (t - D + 1)·lr_factor(t) for t ≥ D. A shrink that comes when the learning
-    rate is gone can no longer be answered by the loss, and then all that survives is left too small. Warm-up
-    is left out: after it the learning rate's own factor, which then begins its fall later, is never below
-    this one.
+    With D = ⌊dense·steps⌋: κ_t ∝ (t - D + 1)·lr_factor(t) for t ≥ D. If values were shrunk when the learning
+    rate is near zero, training could not raise them again, and all that survives would be too small.
+    Warm-up is left out: the learning rate's own factor, which begins its fall later when there is warm-up,
+    is never below this one after it.
     """
     first = int(dense * steps)
     shares = [(t - first + 1) * lr_factor(schedule, t, steps) for t in range(first, steps)]
@@ -100,18 +100,20 @@ def budget_kappa(step: int, steps: int, dense: float, budget: float, schedule: s
 
 
 def vanishing_rate(step: int, steps: int, dense: float) -> float:
-    """The share to take off at `step` so that a value falls on a straight line to exactly 0 in the first half
-    of the sparse phase; the second half is left to what stays."""
+    """The share by which to reduce a value at `step` so that it falls linearly to exactly 0 in the first half
+    of the sparse phase; in the second half the remaining ranks train on."""
     first = int(dense * steps)
     last = first + (steps - first - 1) // 2
-    return 0.0 if step < first else 1.0 if step >= last else 1 / (last - step + 1)
+    if step < first:
+        return 0.0
+    return 1.0 if step >= last else 1 / (last - step + 1)
 
 
 def published_kappa(step: int, steps: int, dense: float, kappa_max: float, stages: int = 50) -> float:
     """CoDyRA's released schedule: `stages` values from 0 to κ_max, one every ⌊sparse/stages⌋ steps, sparse =
     steps - dense·steps, which need not be whole.
 
-    It prunes nothing in fewer than `stages` sparse steps, and more the longer the task is.
+    It prunes nothing in fewer than `stages` sparse steps, and the longer the task, the more it prunes.
     """
     end = dense * steps
     stride = int((steps - end) // stages)

@@ -35,11 +35,11 @@ class AdaptedLayer(Protocol):
 
 
 class SharedInput:
-    """Computes all its layers when the first of them is called, and hands the others theirs when they are
-    called on the same tensor: the model's own attention and MLP code stays as it is.
+    """Computes the outputs of all its layers when the first of them is called, and returns the others when
+    these are called on the same tensor. So the model's own attention and MLP code stays unchanged.
 
-    Dropout draws one mask for all of them. `fused` False: the same maths by plain autograd. The layers own
-    it; it refers to them weakly, so that a model is gone, and its memory free, when nobody holds it any more.
+    Dropout draws one mask for all layers. `fused` False: the same maths by plain autograd. The layers own
+    this object, and it refers to them weakly, so that a model is freed as soon as nothing else refers to it.
     """
 
     def __init__(self, layers: list[AdaptedLayer]):
@@ -50,7 +50,7 @@ class SharedInput:
             layer.shared = self
 
     def __deepcopy__(self, memo: dict) -> "SharedInput":
-        """Of the copies of the layers, which are under way when this is asked for."""
+        """The group of the copied layers, which are being copied when this is called."""
         copied = memo[id(self)] = SharedInput([])
         copied._layers = [ref(copy.deepcopy(layer, memo)) for layer in self.layers]
         copied.fused = self.fused
@@ -58,7 +58,7 @@ class SharedInput:
 
     @property
     def layers(self) -> list[AdaptedLayer]:
-        """Those that still exist, in order."""
+        """The layers that still exist, in order."""
         found = [layer() for layer in self._layers]
         return [layer for layer in found if layer is not None]
 
@@ -66,7 +66,7 @@ class SharedInput:
         """Drop the cached shadows. Needed after the masters were written in a way that autograd's version
         counters don't see (DeepSpeed writes to `.data`)."""
         self._input = None
-        self._shadows: dict[int, tuple[tuple, Shadow]] = {}  # of the masters and of what stands in for them
+        self._shadows: dict[int, tuple[tuple, Shadow]] = {}  # of the masters and of their replacements
         self._outputs: dict[int, Tensor] = {}
         self.left: tuple[Tensor, list[Tensor]] | None = None
 
@@ -75,7 +75,7 @@ class SharedInput:
         layers = self.layers
         if len(layers) == 1:
             return self.compute(x)[0]
-        # The same tensor in the same version, or it was written to since the first layer was called.
+        # Only for the same tensor in the same version: it may have been written to since the first call.
         kept = self._input is not None and self._input[0] is x and self._input[1] == x._version
         if not kept or id(layer) not in self._outputs:
             self._input = x, x._version
@@ -90,7 +90,7 @@ class SharedInput:
         layers = self.layers
         dtype, spec = layers[0].dtype, layers[0].spec
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
-        # Dtypes are explicit here, and autocast knows no addmm_.
+        # Dtypes are explicit here, and autocast does not support addmm_.
         with torch.autocast(x.device.type, enabled=False):
             drops = spec.dropout and layers[0].training
             dropped = functional.dropout(flat, spec.dropout) if drops else None
@@ -101,12 +101,12 @@ class SharedInput:
         return [y.view(*x.shape[:-1], y.shape[-1]) for y in out]
 
     def masters(self) -> list[Tensor | None]:
-        """A_1, w_1, B_1, A_2, … as the functions take them."""
+        """A_1, w_1, B_1, A_2, … as the autograd functions take them."""
         return [factor for layer in self.layers for factor in layer.factors]
 
     def group(self, dtype: torch.dtype) -> Group:
-        """What the functions read, with shadows of the masters as they are now: made once per optimizer
-        step.
+        """What the autograd functions need, with shadows of the current masters, which are made once per
+        optimizer step.
         """
         layers = self.layers
         scale = layers[0].spec.scale
@@ -121,29 +121,29 @@ class SharedInput:
         return Group(weights, biases, scale, kept[1], leave)
 
     def keep(self, dtype: torch.dtype, made: Shadow) -> None:
-        """Take shadows that were made, of the masters as they are, together with those of other groups."""
+        """Cache shadows of the current masters that were made together with those of other groups."""
         key, made_from = self._made_from(dtype)
         self._shadows[key] = made_from, made
 
     def leave(self, q: Tensor, ps: list[Tensor]) -> None:
-        """Sum the products that backward passes leave."""
+        """Add the products of one more backward pass to `left`."""
         if self.left is None:
             self.left = q, ps
         else:
             torch._foreach_add_([self.left[0], *self.left[1]], [q, *ps])
 
     def _made_from(self, dtype: torch.dtype) -> tuple[int, tuple]:
-        """From which tensors, in which state and at which scale shadows would be made now, and the key to
-        keep them by."""
+        """The key of the cached shadows, and what they depend on: the tensors and their versions, dtype,
+        device and scale."""
         layers = self.layers
         sources = [source for layer in layers for source in layer.sources if source is not None]
         states = [(id(s), s._version) for s in sources]
         return id(sources[0]), (dtype, sources[0].device, layers[0].spec.scale, states)
 
     def _trains_itself(self) -> bool:
-        """Whether the factors are parameters, not made from parameters and not standing in for any."""
-        standing_in = any(layer.stand_in for layer in self.layers)
-        return not standing_in and all(factor is None or factor.is_leaf for factor in self.masters())
+        """Whether the factors are parameters, neither computed from others nor replacements."""
+        replaced = any(layer.stand_in for layer in self.layers)
+        return not replaced and all(factor is None or factor.is_leaf for factor in self.masters())
 
 
 def _eager(layer: AdaptedLayer, x: Tensor, source: Tensor) -> Tensor:
@@ -156,10 +156,10 @@ def _eager(layer: AdaptedLayer, x: Tensor, source: Tensor) -> Tensor:
 
 
 def share_inputs(model: nn.Module, fused: bool = True, across: bool = True) -> None:
-    """Let what the family calls siblings (q, k, v; gate, up) be computed together where they have adapters,
-    and a block's gated MLP as one function where all three have and there is no dropout. `fused` False: the
-    same grouping in plain autograd. `across` False: every layer by itself, for ZeRO-3, which gathers weights
-    layer by layer."""
+    """Compute the family's siblings (q, k, v; gate, up) together where they have adapters, and a block's
+    gated MLP as one function where all three projections have adapters and there is no dropout. `fused`
+    False: the same grouping in plain autograd. `across` False: every layer separately, for ZeRO-3, which
+    gathers weights layer by layer."""
     family = families.of(model.config)
     for block in list(model.modules()):
         for names in family.siblings if across else ():
@@ -175,9 +175,8 @@ def share_inputs(model: nn.Module, fused: bool = True, across: bool = True) -> N
 
 @contextmanager
 def layer_by_layer(model: nn.Module) -> Iterator[None]:
-    """Within this block no MLP is one function, so that every adapted layer is called and hooks on it see its
-    input.
-    """
+    """Within this block no MLP is computed as one function, so that every adapted layer is called and its
+    hooks see its input."""
     fused = {
         block: vars(block).pop("forward")
         for block in model.modules()

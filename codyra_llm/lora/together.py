@@ -16,10 +16,10 @@ T = TypeVar("T")
 
 
 def make_shadows(shared: Sequence[SharedInput]) -> None:
-    """Make the shadows that the next forward reads, where parameters are whole; bit for bit what every group
-    would make for itself when it is called."""
-    alike = _grouped(shared, lambda group: (group.layers[0].dtype, group.layers[0].spec.scale))
-    for (dtype, scale), groups in alike.items():
+    """Make the shadows that the next forward uses, where parameters are whole; bit for bit equal to those
+    that every group would make by itself."""
+    same_kind = _grouped(shared, lambda group: (group.layers[0].dtype, group.layers[0].spec.scale))
+    for (dtype, scale), groups in same_kind.items():
         factors = [_factors(group) for group in groups]
         for group, made in zip(groups, shadows(factors, scale, dtype), strict=True):
             group.keep(dtype, made)
@@ -31,7 +31,7 @@ def _factors(group: SharedInput) -> Factors:
 
 @torch.no_grad()
 def shadows(groups: Sequence[Factors], scale: float, dtype: torch.dtype) -> list[Shadow]:
-    """`function.shadow` of every group. Those of one input size lie in one tensor, each as adjacent rows."""
+    """`function.shadow` of every group. Shadows of one input size share a tensor, each in adjacent rows."""
     a, wa = _row_shadows(groups, scale, dtype)
     b, wb = _column_shadows(groups, scale, dtype)
     made = []
@@ -78,8 +78,9 @@ def _rank(group: Factors) -> int:
 
 @contextmanager
 def deferred(shared: Sequence[SharedInput], wanted: bool = True) -> Iterator[None]:
-    """Within this block, if `wanted`, a backward leaves the products of gradients and inputs with the groups,
-    which sum them over micro-batches, and the factors get no gradient yet: `finish_gradients` makes those."""
+    """Within this block, if `wanted`, backward gives the factors no gradients. It leaves the products of
+    gradients and inputs with the groups, which sum them over micro-batches, and `finish_gradients` computes
+    the gradients from the sums."""
     for group in shared:
         group.defers = wanted
     try:
@@ -100,8 +101,8 @@ class _Site(NamedTuple):
 
 @torch.no_grad()
 def finish_gradients(shared: Sequence[SharedInput]) -> None:
-    """Add what `deferred` backwards left to the factors' gradients: dA = s·diag(w) Q, dw = s·colsum(B ∘ P),
-    dB = s·P diag(w). All three are linear in P and Q, so it does not matter that these were summed first."""
+    """Compute the factors' gradients from what `deferred` backward passes left: dA = s·diag(w) Q,
+    dw = s·colsum(B ∘ P), dB = s·P diag(w). All three are linear in P and Q, so these can be summed first."""
     sites = [site for group in shared for site in _left(group)]
     for same in _grouped(sites, lambda site: (_kind(site.q, 1), site.scale)).values():
         weights = _weights([site.factors for site in same], same[0].scale)
@@ -119,7 +120,7 @@ def finish_gradients(shared: Sequence[SharedInput]) -> None:
 
 
 def _left(group: SharedInput) -> list[_Site]:
-    """What the group's backwards left, one layer after the other; it is taken out."""
+    """Take out what the group's backward passes left, layer by layer."""
     if group.left is None:
         return []
     (q, ps), group.left = group.left, None
@@ -138,13 +139,14 @@ def _add(grads: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 
 def _weights(factors: Factors, scale: float) -> Tensor:
-    """s·w of all sites, one after the other; w None (at every site or at none): all ones."""
+    """s·w of all sites, concatenated; w None (at every site or at none) counts as ones."""
     if factors[0][1] is None:
         return factors[0][0].new_full((sum(len(a) for a, _, _ in factors),), scale)
     return scale * torch.cat([w for _, w, _ in factors])
 
 
 def _kind(x: Tensor, *dims: int) -> tuple:
+    """What tensors must have in common to be handled in one operation."""
     return x.dtype, x.device, *(x.shape[dim] for dim in dims)
 
 

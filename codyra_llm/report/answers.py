@@ -1,43 +1,43 @@
-"""What a run's answers look like, where a score hides it: one answer to nearly all prompts, empty
-answers, cut ones.
-"""
+"""What a score hides about a run's answers: one answer to nearly all prompts, empty answers, cut ones."""
 
 from collections.abc import Iterable
 
 from codyra_llm.evaluate.matrix import mean
 from codyra_llm.store.rows import FloorRow, ScoreRow
 
-ALIKE = 0.9  # the share of prompts from which on an answer is one and the same
-SOME = 0.05  # the share of answers from which on it is told that they are empty
-MANY = 0.5  # the share of answers from which on it is told that they are cut
+# Reports mention a task where at least this share of the answers is the same, is empty, or was cut.
+ALIKE, SOME, MANY = 0.9, 0.05, 0.5
 FLOOR = "most frequent training answer"
 FLOOR_SAID = f"op where each prompt of a task gets the task's {FLOOR}, without a model"
 
 
 def noted(rows: list[ScoreRow], steps: int) -> list[dict]:
-    """Of the rows of tasks just learnt and of those after the last of `steps` tasks, those whose answers want
-    telling: {"task", "after", "of", "alike", "empty", "cut"}: the number of prompts, the share that got the
-    most frequent answer where that is at least ALIKE (else None), and how many answers are empty or cut."""
+    """The rows of tasks just learnt, and those after the last of `steps` tasks, that have identical, empty or
+    cut answers: {"task", "after", "of", "alike", "empty", "cut"}. `of`: the number of prompts; `alike`: the
+    share that got the most frequent answer where that is at least ALIKE, else None; `empty`, `cut`: how many
+    are."""
     found = []
     for row in rows:
         count = row.interval.get("n", 0)
         alike = _alike(row, count)
-        told = {"alike": alike, "empty": row.empty, "cut": row.cut or 0}
-        if (row.step == steps or row.after == row.task) and any(told.values()):
-            found.append({"task": row.task, "after": row.after, "of": count, **told})
+        remarks = {"alike": alike, "empty": row.empty, "cut": row.cut or 0}
+        just_learnt_or_at_the_end = row.step == steps or row.after == row.task
+        if just_learnt_or_at_the_end and any(remarks.values()):
+            found.append({"task": row.task, "after": row.after, "of": count, **remarks})
     return found
 
 
 def _alike(row: ScoreRow, count: int) -> float | None:
-    """The share of the most frequent answer, where it is high; of a single prompt it says nothing."""
+    """The share of the most frequent answer where it is high, else None; for a single prompt it means
+    nothing."""
     if row.commonest is None or count < 2 or row.commonest < ALIKE:
         return None
     return row.commonest
 
 
 def sentences(found: list[dict], many: float = MANY) -> list[str]:
-    """Of `noted`, a sentence on each kind of answers: on empty ones where at least the share SOME are, on cut
-    ones where at least the share `many` are."""
+    """From what `noted` found, a sentence on each kind of answers: on empty ones where their share is at
+    least SOME, on cut ones where it is at least `many`."""
     alike = [(row, f"{row['alike']:.0%} of {row['of']}") for row in found if row["alike"]]
     empty = [(row, f"{row['empty']} of {row['of']}") for row in found if _some_empty(row)]
     cut = [(row, f"{row['cut']} of {row['of']}") for row in found if _many_cut(row, many)]
@@ -62,17 +62,18 @@ def _many_cut(row: dict, many: float = MANY) -> bool:
     return bool(row["cut"]) and row["cut"] >= many * row["of"]
 
 
-def _by_task(told: list[tuple[dict, str]]) -> str:
+def _by_task(counted: list[tuple[dict, str]]) -> str:
     """`FOMC (50 of 50 after FOMC, 40 of 50 after ScienceQA), ...`"""
     by_task: dict[str, list[str]] = {}
-    for row, count in told:
+    for row, count in counted:
         by_task.setdefault(row["task"], []).append(f"{count} after {row['after']}")
     return ", ".join(f"{task} ({', '.join(counts)})" for task, counts in by_task.items())
 
 
 def tallied(runs: list[list[dict]]) -> dict:
-    """Of `noted` of several runs of one kind, by task: in how many of them it had one answer ("alike"), and
-    how many answers were empty, of how many ("empty"), or cut ("cut"); just after the task or at the end."""
+    """What `noted` found in several runs of one arm, by task: in how many runs it had one answer ("alike"),
+    and how many of how many answers were empty ("empty") or cut ("cut"), just after the task or at the
+    end."""
     alike: dict[str, int] = {}
     for found in runs:
         for task in dict.fromkeys(row["task"] for row in found if row["alike"]):
@@ -84,7 +85,7 @@ def tallied(runs: list[list[dict]]) -> dict:
 
 
 def _summed(key: str, rows: Iterable[dict]) -> dict[str, list[int]]:
-    """By task, how many of its answers are what `key` says, and of how many."""
+    """By task, how many answers are `key` (empty or cut), and of how many."""
     found: dict[str, list[int]] = {}
     for row in rows:
         had, of = found.get(row["task"], (0, 0))
@@ -93,7 +94,7 @@ def _summed(key: str, rows: Iterable[dict]) -> dict[str, list[int]]:
 
 
 def compared(arms: dict[str, dict]) -> list[str]:
-    """Of `tallied` by arm, a sentence on each kind of answers."""
+    """From `tallied` by arm, a sentence on each kind of answers."""
     alike = []
     for arm, found in arms.items():
         runs = found["runs"]
@@ -119,7 +120,7 @@ def compared(arms: dict[str, dict]) -> list[str]:
 
 
 def _counted(arms: dict[str, dict], key: str) -> list[str]:
-    """Of `tallied` by arm, `ARM: TASK (HAD of OF), ...` of each arm that has such answers."""
+    """From `tallied` by arm, `ARM: TASK (HAD of OF), ...` for each arm that has such answers."""
     lines = []
     for arm, found in arms.items():
         counts = [f"{task} ({had} of {of})" for task, (had, of) in found[key].items()]
@@ -135,8 +136,8 @@ def mean_floor(runs: list[dict]) -> float | None:
 
 
 def floors(arms: dict[str, float | None]) -> dict[str, float]:
-    """Of `mean_floor` by arm, each value once with a label, which names the arms where these differ in it, as
-    with other tasks."""
+    """From `mean_floor` by arm, each distinct value with a label. The label names the arms where there are
+    several values, as when arms learn other tasks."""
     by_value: dict[float, list[str]] = {}
     for arm, value in arms.items():
         if value is not None:
@@ -149,8 +150,8 @@ def floors(arms: dict[str, float | None]) -> dict[str, float]:
 
 
 def floor(tasks: list[str], rows: list[FloorRow], seen: int) -> dict | None:
-    """{"scores", "op"}: the floor of each task, None where it was not noted, and its mean over the `seen`
-    first tasks, as OP's; None of a run that noted no floor."""
+    """{"scores", "op"}: the floor of each task, None where it was not recorded, and its mean over the `seen`
+    first tasks, like OP; None for a run that recorded no floor."""
     by_task = {row.task: row.score for row in rows}
     scores = [by_task.get(task) for task in tasks]
     if scores.count(None) == len(scores):

@@ -49,8 +49,8 @@ KINDS = {
 }
 
 
-# What in a generation config has a model write something else than its greedy answer, and the value that
-# does not; 0 where none does.
+# Keys of a generation config that make answers differ from greedy ones, each with its neutral value; 0 where
+# every value changes answers.
 DECODING = {
     "do_sample": False,
     "num_beams": 1,
@@ -85,7 +85,7 @@ def render(
     base: Path, folder: RunFolder, after: int, without: int | None, kind: str, notes: Sequence[str] = ()
 ) -> str:
     """The card of the model after task `after` (-1: the base), exported as `kind` (of KINDS), less the update
-    `without`. `notes`: what else one should know about this export.
+    `without`. `notes`: further remarks on this export.
     """
     recipe = folder.recipe
     # A model that lacks an update was never scored.
@@ -105,7 +105,8 @@ def render(
     )
     if data.base_model:
         data["base_model_relation"] = KINDS[kind][1]
-    told = [*_decoding(base, kind), *notes]
+    remarks = [*_decoding(base, kind), *notes]
+    caveats = [*_caveats(recipe, rows, without, licence), *map(plain, remarks)]
     parts = [
         f"# {plain(title)}",
         KINDS[kind][2],
@@ -113,7 +114,7 @@ def render(
         *_loading(kind, recipe),
         *_tables(folder, recipe, rows, after),
         "## What to know",
-        "\n".join(f"- {line}" for line in (*_caveats(recipe, rows, without, licence), *map(plain, told))),
+        "\n".join(f"- {line}" for line in caveats),
         "## How it was made",
         *_making(folder, recipe),
     ]
@@ -136,18 +137,18 @@ def _hub_id(path: str) -> str | None:
 
 
 def _licence(base: Path) -> dict[str, str]:
-    """What the base's own README or config says of its licence; empty where neither does."""
+    """What the base's own README or config says about its licence; empty where neither mentions one."""
     keys = ("license", "license_name", "license_link")
     card = {}
     try:
         if (base / "README.md").is_file():
             card = ModelCard.load(base / "README.md", ignore_metadata_errors=True).data
         config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError):  # a file that can't be read says nothing of the licence
+    except (ValueError, yaml.YAMLError):  # an unreadable file says nothing about the licence
         return {}
-    for said in (card, config):
-        if isinstance(said.get("license"), str):
-            texts = {key: said.get(key) for key in keys}
+    for source in (card, config):
+        if isinstance(source.get("license"), str):
+            texts = {key: source.get(key) for key in keys}
             return {key: text for key, text in texts.items() if isinstance(text, str)}
     return {}
 
@@ -187,14 +188,14 @@ def _origin(recipe: Recipe, after: int, without: int | None) -> str:
 
 
 def _loading(kind: str, recipe: Recipe) -> list[str]:
-    """How to load an export; DIR is where it lies."""
-    asked = (
+    """How to load an export; DIR is its folder."""
+    advice = (
         "Write prompts with the tokenizer's chat template, as in training."
         if recipe.data.chat_template
         else "Give prompts as plain text, as in training: no chat template, and completion endpoints of "
         "servers."
     )
-    return ["## How to load", LOADING[kind], asked] if kind in LOADING else []
+    return ["## How to load", LOADING[kind], advice] if kind in LOADING else []
 
 
 def _tables(folder: RunFolder, recipe: Recipe, rows: list[ScoreRow], after: int) -> list[str]:
@@ -267,8 +268,8 @@ def _of_scores(recipe: Recipe, rows: list[ScoreRow]) -> list[str]:
 
 
 def _decoding(base: Path, kind: str) -> list[str]:
-    """What in the base's generation config, which tools follow that read it, makes other answers than those
-    that were scored."""
+    """What in the base's generation config, which other tools follow, makes answers differ from those that
+    were scored."""
     file = base / "generation_config.json"
     if kind not in ("merged", "peft") or not file.is_file():
         return []
@@ -278,8 +279,8 @@ def _decoding(base: Path, kind: str) -> list[str]:
         return []
     named = ", ".join(f"{key}={shown(value)}" for key, value in kept.items())
     return [
-        f"The base's generation config sets {named}, which transformers and vLLM follow unless told "
-        "otherwise. Scores are those of greedy answers: give do_sample=False (vLLM: temperature 0) and "
+        f"The base's generation config sets {named}, which transformers and vLLM follow unless you "
+        "override it. Scores are those of greedy answers: give do_sample=False (vLLM: temperature 0) and "
         "repetition_penalty=1."
     ]
 

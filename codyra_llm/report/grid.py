@@ -5,11 +5,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TextIO
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet takes a cell that begins so for a formula
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet reads a cell that begins so as a formula
 HEADER = ("table", "row", "column", "value", "low", "high", "method", "seed", "order")
 
 
-class Whence(NamedTuple):
+class Provenance(NamedTuple):
     """Which runs a row comes from: their method, and their seeds and orders, separated by spaces."""
 
     method: str = ""
@@ -41,7 +41,7 @@ class Grid:
     rows: list[tuple[str, list[Cell | None]]]
     note: str = ""
     better: dict[str, int] = field(default_factory=dict)  # by column 1: more is better, -1: less is
-    whence: dict[str, Whence] = field(default_factory=dict)  # by row
+    provenance: dict[str, Provenance] = field(default_factory=dict)  # by row
 
     def holds_words(self, column: int) -> bool:
         """Whether the column's cells are texts."""
@@ -68,7 +68,7 @@ def word(value: str) -> Cell:
     return Cell(value, value)
 
 
-def write_csv(grids: Iterable[Grid], file: TextIO, whole: Whence | None = None) -> None:
+def write_csv(grids: Iterable[Grid], file: TextIO, whole: Provenance | None = None) -> None:
     """Write one line per cell that holds something, in full precision, with the columns of HEADER. A text
     that a spreadsheet would run as a formula gets an apostrophe in front. `whole`: the runs of rows whose
     grid names none."""
@@ -76,15 +76,15 @@ def write_csv(grids: Iterable[Grid], file: TextIO, whole: Whence | None = None) 
     out.writerow(HEADER)
     for grid in grids:
         for label, cells in grid.rows:
-            whence = grid.whence.get(label, whole or Whence())
+            provenance = grid.provenance.get(label, whole or Provenance())
             for column, cell in zip(grid.columns, cells, strict=True):
                 if cell is not None:
-                    line = (grid.name, label, column, cell.value, cell.low, cell.high, *whence)
+                    line = (grid.name, label, column, cell.value, cell.low, cell.high, *provenance)
                     out.writerow([_inert(value) for value in line])
 
 
 def _inert(value: object) -> object:
-    """A name such as "=HYPERLINK(...)" as a text that spreadsheets show and don't run."""
+    """A name such as "=HYPERLINK(...)" as a text that spreadsheets show and don't evaluate."""
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
@@ -114,5 +114,5 @@ def _line(texts: Iterable[str]) -> str:
 
 
 def plain(text: str) -> str:
-    """A name of the user's as text in a Markdown table: no cell ends in it, no tag begins."""
+    """A user's name escaped for a Markdown table, so that it ends no cell and begins no tag."""
     return " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")

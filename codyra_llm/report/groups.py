@@ -13,10 +13,10 @@ from codyra_llm.config.recipe import Recipe
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.parsing import read_mapping
 from codyra_llm.evaluate.statistics import interval
-from codyra_llm.report.grid import Cell, Whence
+from codyra_llm.report.grid import Cell, Provenance
 from codyra_llm.store.folder import RunFolder
 
-POOLED = ("seed", "data.tasks")  # of a sweep's grid: what a mean may be taken over
+POOLED = ("seed", "data.tasks")  # the keys of a sweep's grid that a mean may be taken over
 
 
 class Member(NamedTuple):
@@ -44,7 +44,7 @@ class Run:
 
 
 def collected(paths: Sequence[Path]) -> list[Member]:
-    """The runs in these folders. A sweep's folder stands for its finished runs, the baseline's first, without
+    """The runs in these folders. A sweep's folder means its finished runs, the baseline's first, without
     its tries. Raises Fault for a sweep that has none, and for results that were damaged since they were
     written."""
     found = []
@@ -69,8 +69,8 @@ def _below(path: Path) -> list[Path]:
 
 def _of_sweep(path: Path) -> list[Member]:
     file = path / "sweep.json"
-    said = read_mapping(file, "what the sweep wrote") if file.is_file() else {}
-    arms = list(dict.fromkeys([said.get("baseline"), *(run["arm"] for run in said.get("runs", []))]))
+    written = read_mapping(file, "what the sweep wrote") if file.is_file() else {}
+    arms = list(dict.fromkeys([written.get("baseline"), *(run["arm"] for run in written.get("runs", []))]))
     found = [
         Member(RunFolder(run), run.parent.name, _rest(run.name))
         for run in _below(path)
@@ -89,9 +89,10 @@ def _rest(point: str) -> str:
 
 
 def grouped(runs: list[Run], over_orders: bool = False) -> list[list[Run]]:
-    """Runs of the same recipe, but for the seed and settings that change no result; `over_orders`: and for
-    the order of the same tasks. Runs of a sweep are grouped by arm. Raises Fault where a seed is there twice
-    with one order: it would count as two and make the spread too small."""
+    """Groups of runs whose recipes differ only in the seed and in settings that change no result; with
+    `over_orders` also in the order of the same tasks. Runs of a sweep are grouped by arm. Raises Fault where
+    two runs of a group have the same seed and order: counting one run twice would make the spread too
+    small."""
     groups: list[list[Run]] = []
     for run in runs:
         group = next((g for g in groups if _same(g[0], run, over_orders)), None)
@@ -118,14 +119,16 @@ def _same(one: Run, other: Run, over_orders: bool) -> bool:
     """Whether two runs belong to one group."""
     first, second = one.recipe, other.recipe
     orders = sorted(first.tasks) == sorted(second.tasks) if over_orders else first.tasks == second.tasks
+    same_arm = (one.arm, one.rest) == (other.arm, other.rest)
+    # Compare all settings but the seed and the order.
     data = second.data.model_copy(update={"tasks": first.data.tasks})
-    alike = second.model_copy(update={"seed": first.seed, "data": data})
-    return orders and (one.arm, one.rest) == (other.arm, other.rest) and not differences(first, alike)
+    adjusted = second.model_copy(update={"seed": first.seed, "data": data})
+    return orders and same_arm and not differences(first, adjusted)
 
 
 def names(groups: list[list[Run]], over_orders: bool = False) -> list[str]:
-    """A name for each group: its arm and point where it is a sweep's, else its method and the settings that
-    tell it from the others."""
+    """A name for each group: for a sweep its arm and point, else its method and the settings that distinguish
+    it from the others."""
     found = labels([group[0].recipe for group in groups], over_orders)
     points = [(group[0].arm, group[0].rest) for group in groups]
     out = []
@@ -147,18 +150,18 @@ def baseline_of(group: list[Run], groups: list[list[Run]]) -> list[Run]:
     return (in_order or at_point or [first])[0]
 
 
-def whence(group: list[Run]) -> Whence:
+def provenance(group: list[Run]) -> Provenance:
     """Method, seeds and orders of a group."""
     seeds = dict.fromkeys(str(run.recipe.seed) for run in group)
     orders = dict.fromkeys(order_of(run.recipe) for run in group)
-    return Whence(group[0].recipe.method.name, " ".join(seeds), " ".join(orders))
+    return Provenance(group[0].recipe.method.name, " ".join(seeds), " ".join(orders))
 
 
 def order_of(recipe: Recipe) -> str:
     """The number of the benchmark's order that the recipe follows, or its tasks."""
     try:
         orders = recipe.benchmark.orders
-    except Fault:  # the benchmark's folder is gone: the tasks' names will do
+    except Fault:  # the benchmark's folder is gone, so name the tasks instead
         orders = {}
     numbers = [number for number, tasks in orders.items() if list(tasks) == recipe.tasks]
     return str(numbers[0]) if numbers else ",".join(recipe.tasks)
@@ -181,7 +184,7 @@ def labels(recipes: list[Recipe], over_orders: bool = False) -> list[str]:
 
 
 def distinguishing(recipe: Recipe, over_orders: bool = False) -> dict:
-    """The settings, flat, that may tell groups apart."""
+    """The settings that may distinguish groups, as a flat mapping."""
     by_task = ("data.epochs.", "eval.max_new_tokens.")  # they differ with the order
     known = {
         key: value

@@ -1,4 +1,4 @@
-"""The last lines of a run on mini-TRACE: what it learnt, forgot and kept, and plain sequential LoRA's."""
+"""The last lines of a run on mini-TRACE: what it learnt, forgot and kept, next to plain sequential LoRA."""
 
 from pathlib import Path
 
@@ -15,8 +15,8 @@ MEASURED = ("learnt", "op", "forgetting")
 
 
 def in_short(recipe: Recipe, found: dict) -> Table | None:
-    """The run with this summary next to the reference measured on the same data and base; None where the run
-    is not on all of them."""
+    """The run with this summary next to the reference on the same data and base; None where the two can't be
+    compared."""
     reference = yaml.safe_load(REFERENCE.read_text(encoding="utf-8"))
     own = {name: value for name, value in measures(found).items() if value is not None}
     change = found["delta_r"]

@@ -17,13 +17,13 @@ from codyra_llm.store.rows import BASE, LogRow, ScoreRow
 
 def look(folder: Path) -> dict:
     """State (running, stopped, died, finished), tasks and those learnt, the last row of the log, who holds
-    the folder, when it was last written (s since 1970), what the run goes on with, the scores by stage and
-    task. Raises Fault where there is no run, and where one that is not at work has lost results."""
+    the folder, when it was last written (s since 1970), what the run would do next, the scores by stage and
+    task. Raises Fault where there is no run, and where an inactive run has lost results."""
     owner = holder(folder)
     recipe = _recipe(folder, owner)
     tasks, scores = recipe["data"]["tasks"], ScoreRow.read(folder / "scores.jsonl")
     learnt = len(list(folder.glob("updates/*.safetensors")))
-    if not (owner and owner["alive"]):  # one that is at work checks what it reads itself
+    if not (owner and owner["alive"]):  # an active run checks its files itself
         RunFolder(folder).check_results()
         RunFolder(folder).check_scores(learnt)
     summary = _mapping(folder / "summary.json", "what the run wrote")
@@ -33,7 +33,7 @@ def look(folder: Path) -> dict:
     elif finished:
         state = "finished"
     else:
-        state = "died" if owner else "stopped"  # a process that stops in order gives the folder back
+        state = "died" if owner else "stopped"  # a process that stops in an orderly way releases the folder
     log = LogRow.read(folder / "log.jsonl")[-1:]
     by_stage: dict[str, dict[str, float | None]] = {}
     for row in scores:
@@ -71,9 +71,8 @@ def show(found: dict, console: Console) -> None:
         scores = ", ".join(f"{task} {score:.1f}" for task, score in by_task.items())
         lines.append(f"after {stage}: {scores}")
     if found["next"]:
-        lines.append(
-            f"{'next' if found['state'] == 'running' else 'the same command goes on with'}: {found['next']}"
-        )
+        lead = "next" if found["state"] == "running" else "the same command goes on with"
+        lines.append(f"{lead}: {found['next']}")
     for line in lines:
         console.print(line, soft_wrap=True)
 
@@ -104,8 +103,8 @@ def _mapping(file: Path, what: str) -> dict:
 
 
 def _written(folder: Path) -> float:
-    """When a file of the run changed last, in seconds since 1970. The lease does not count: it is renewed
-    whether or not the run gets anywhere."""
+    """When a file of the run last changed, in seconds since 1970. The lease does not count: it is renewed
+    even if the run makes no progress."""
     times = []
     # os.walk skips folders that are removed meanwhile; glob fails at them.
     for place, _, names in os.walk(folder):

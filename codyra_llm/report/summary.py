@@ -58,7 +58,7 @@ def summarise_run(recipe: Recipe, trains: bool, rows: list[ScoreRow], costs: lis
     zero_shot = before if known else None
     found = summary(tasks, after, zero_shot)
     if not trains and zero_shot:
-        # A model that never changes has one row, and forgets nothing that could be measured.
+        # A model that never changes has one row of scores, whose mean is OP, and can't forget.
         found["op"] = fmean(known) if len(known) == len(tasks) else None
     metrics = {row.task: versioned(row.headline) for row in of_tasks}
     general = before_and_after(rows, lambda row: row.step > 0)
@@ -91,8 +91,9 @@ def _matrix(tasks: list[str], rows: list[ScoreRow]) -> tuple[list[float | None],
 def before_and_after(
     rows: Iterable[ScoreRow], at_the_end: Callable[[ScoreRow], bool]
 ) -> dict[str, dict[str, float | None]]:
-    """By task of general ability its score `after`, of its last row that is `at_the_end`, and `before`, of
-    its last one that is not: None where it is of another metric, as the difference would say nothing."""
+    """For each task of general ability its score `after`, from its last row that is `at_the_end`, and
+    `before`, from its last other row. `before` is None where it has another metric, since the difference
+    would mean nothing."""
     found: dict[str, dict[str, ScoreRow]] = {}
     for row in rows:
         if row.general:

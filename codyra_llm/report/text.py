@@ -27,17 +27,16 @@ def methods_table() -> Table:
         "DDP: data parallel",
     )
     yes = {True: "yes", False: ""}
-    for m in (method.declared() for method in METHODS.values()):
-        stage = m["max_zero_stage"]
-        launches = _launches(m["trains"], stage)
+    for method in METHODS.values():
+        declared = method.declared()
         out.add_row(
-            m["name"],
-            m["trains"],
-            yes[m["old_data"]],
-            yes[m["task_id"]],
-            yes[m["merges"]],
-            yes[m["grows"]],
-            launches,
+            declared["name"],
+            declared["trains"],
+            yes[declared["old_data"]],
+            yes[declared["task_id"]],
+            yes[declared["merges"]],
+            yes[declared["grows"]],
+            _launches(declared["trains"], declared["max_zero_stage"]),
         )
     return out
 
@@ -63,9 +62,8 @@ def _cell(value: float | None) -> str:
 
 
 def table(found: dict) -> Table:
-    """The scores for the terminal, measures in the caption: the matrix, or where that would be too wide what
-    matters of it.
-    """
+    """The scores for the terminal, with the measures in the caption: the matrix, or one row per task where
+    the matrix would be too wide."""
     fits = max(map(len, found["tasks"])) + 6 * len(found["tasks"]) < COLUMNS
     out = _matrix(found) if fits else _by_task(found)
     out.caption = "   ".join(f"{name} {found[name]:.2f}" for name in MEASURES if found[name] is not None)
@@ -115,7 +113,7 @@ def _by_task(found: dict) -> Table:
 
 
 def updates_table(rows: list[UpdateRow]) -> list[str]:
-    """Lines of a Markdown table of `by_projection`; blank where a row has none."""
+    """Lines of a Markdown table of `by_projection`; cells are blank where a row has no value."""
     if not rows:
         return []
     lines = [

@@ -7,16 +7,17 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-# How often GNU's OpenMP looks for work before a waiting thread sleeps. Its default is thirty times the first:
-# where another program holds one core, all other threads then spin until the one on that core has its turn.
+# How often a waiting thread of GNU's OpenMP checks for work before it sleeps. Its default is thirty times the
+# first value here: where another program holds one core, all other threads then spin until the one on that
+# core gets to run.
 SPINS_WHERE_IDLE, SPINS_WHERE_BUSY = 10_000, 0
 STAT, QUOTAS = Path("/proc/stat"), Path("/sys/fs/cgroup")
 
 
 def share(seconds: float = 0.1) -> None:
     """Set, where the user or a launcher has not, how many threads OpenMP starts and how long they spin: no
-    more threads than a container's quota has cores, and little spinning where other programs are running,
-    which is looked at for `seconds`. Spinning changes no bit of any result."""
+    more threads than a container's quota has cores, and no spinning where other programs are running, which
+    is measured for `seconds`. Spinning changes no bit of any result."""
     quota, cores = cores_of_quota(), own_cores()
     if quota and quota < len(cores) and "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(quota)

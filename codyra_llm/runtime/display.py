@@ -1,4 +1,5 @@
-"""The display of a run: on a terminal one line that is kept up to date, elsewhere a line now and then."""
+"""The display of a run: on a terminal one line that is kept up to date, elsewhere an occasional printed
+line."""
 
 import sys
 import time
@@ -51,17 +52,17 @@ class Phase:
 
     @property
     def done(self) -> float:
-        """How much of `amount` this process did: the rest was done before it."""
+        """How much of `amount` this process did; an earlier process did the rest."""
         return self.amount * (1 - self.start[1] / self.total) if self.total else self.amount
 
 
 class Line:
-    """The line that shows one phase after the other, and the time that is left."""
+    """The line that shows the current phase and the time that is left."""
 
     def __init__(self) -> None:
         self.forecast, self.lock = Forecast(), RLock()  # the terminal's line has a thread of its own
         self.phase: Phase | None = None
-        self.told = time.monotonic()
+        self.printed = time.monotonic()  # when a line was last printed
 
     def expect(self, due: dict[Piece, float]) -> None:
         """Add pieces that are still to do, each with its amount; see `Forecast`."""
@@ -72,15 +73,15 @@ class Line:
         """Show the next piece; what the last one took goes into the forecast."""
         now = time.monotonic()
         with self.lock:
-            was = self.phase
-            if was:
-                self.forecast.done(was.piece, was.done, now - was.began)
+            last = self.phase
+            if last:
+                self.forecast.done(last.piece, last.done, now - last.began)
             what = tuple(words.format(piece.name) for words in WORDS[piece.kind])
             self.phase = Phase(piece, place, self.forecast.due.pop(piece, 0.0), now, what)
 
     def count(self, done: int, total: int, loss: float | None = None, tokens: int = 0) -> None:
-        """Show how much of the piece is done, of an optimizer step its loss and tokens too; on a log print a
-        line now and then."""
+        """Show how much of the piece is done, after an optimizer step also its loss and tokens. Where there
+        is no terminal, print a line for the first and the last step, and every `EVERY` seconds."""
         now = time.monotonic()
         with self.lock:
             phase = self.phase
@@ -90,13 +91,13 @@ class Line:
                 phase.start, phase.tokens = (now, done), 0
             phase.counts, phase.total, phase.last, phase.loss = True, total, (now, done), loss
             phase.tokens += tokens
-        edge = loss is not None and (done - phase.start[1] == 1 or done == total)
-        if not console.is_interactive and (edge or now - self.told >= EVERY):
-            self.told = now
+        first_or_last = loss is not None and (done - phase.start[1] == 1 or done == total)
+        if not console.is_interactive and (first_or_last or now - self.printed >= EVERY):
+            self.printed = now
             console.print(self.words(), soft_wrap=True)
 
     def note(self, what: str) -> None:
-        """What is done of the piece where there is nothing to count."""
+        """Show what the run is doing in the piece, where there is nothing to count."""
         with self.lock:
             if self.phase:
                 self.phase.what, self.phase.counts, self.phase.loss = (what, what), False, None
@@ -143,7 +144,8 @@ class Line:
 
     def _times(self, phase: Phase) -> list[tuple[str, str, int]]:
         """The time left for the phase, if it can be estimated, and for the whole."""
-        now, own, parts = time.monotonic(), self.forecast.seconds(phase.piece, phase.amount), []
+        now, parts = time.monotonic(), []
+        own = self.forecast.seconds(phase.piece, phase.amount)  # what is left of this phase
         if phase.pace is not None:
             own = phase.pace * (phase.total - phase.last[1]) - (now - phase.last[0])
         elif own is not None:
@@ -152,7 +154,9 @@ class Line:
             own = max(own, 0.0)
             parts.append((f"{duration(own)} left", duration(own), 5))
         if self.forecast.due:
-            learning = phase.pace and phase.tokens and (phase.last[0] - phase.start[0]) / phase.tokens
+            learning = None  # seconds per token of the task that is being learnt
+            if phase.pace and phase.tokens:
+                learning = (phase.last[0] - phase.start[0]) / phase.tokens
             rest, whole = self.forecast.left(learning)
             if rest + (own or 0):
                 about, sign = ("about", "~") if whole and own is not None else ("at least", ">")

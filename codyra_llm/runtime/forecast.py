@@ -1,11 +1,11 @@
-"""How long the rest of a run will take: what is still to do, at the speed of what was done."""
+"""How long the rest of a run will take: the remaining work at the measured speed."""
 
 from typing import NamedTuple
 
 
 class Piece(NamedTuple):
-    """A part of a run. `kind`: learn, load (a model to evaluate), answer, general, close; `stage`: tasks
-    learnt then.
+    """A part of a run. `kind`: learn, load (a model to evaluate), answer, general, close; `stage`: how many
+    tasks are learnt at that point.
     """
 
     kind: str
@@ -14,8 +14,8 @@ class Piece(NamedTuple):
 
 
 class Forecast:
-    """`due`: pieces and how much each is (tokens to learn, prompts to answer, 1 where there is nothing to
-    count).
+    """`due`: the remaining pieces, each with its amount (tokens to learn, prompts to answer, 1 where there is
+    nothing to count).
     """
 
     def __init__(self) -> None:
@@ -32,8 +32,9 @@ class Forecast:
             self.spent[key] = before[0] + amount, before[1] + seconds
 
     def seconds(self, piece: Piece, amount: float) -> float | None:
-        """For a piece: as before where the same was done (a task's prompts are answered again after every
-        task), else at the mean speed of its kind; None where nothing of the kind was done yet."""
+        """Seconds for `amount` of a piece: at the speed of earlier pieces of the same name (a task's prompts
+        are answered again after every task), else at the mean speed of its kind; None where nothing of the
+        kind was measured yet."""
         for key in ((piece.kind, piece.name), (piece.kind, None)):
             done, spent = self.spent.get(key, (0.0, 0.0))
             if done:
@@ -41,9 +42,9 @@ class Forecast:
         return None
 
     def left(self, learning: float | None = None) -> tuple[float, bool]:
-        """Seconds for all that is due, and whether that counts everything; `learning`: seconds per token of
-        the task at hand, taken where no task was finished yet, without what comes before and after its
-        steps."""
+        """Seconds for all that is due, and whether every piece could be estimated. `learning`: seconds per
+        token of the steps of the current task, used while no task is finished; this leaves out what a task
+        does before and after its steps, so the estimate is then a lower bound."""
         total, whole = 0.0, True
         for piece, amount in self.due.items():
             found = self.seconds(piece, amount)

@@ -1,5 +1,5 @@
-"""Heartbeats: each process tells the others where it is, so that none waits long for one that is gone or
-hangs."""
+"""Heartbeats: each process keeps the others informed of what it is doing, so that none waits long for a
+process that is gone or hangs."""
 
 import json
 import os
@@ -21,14 +21,17 @@ from codyra_llm.runtime import signals
 EXIT = 76  # another process of the launch is gone
 BEAT = 2.0  # seconds between heartbeats
 
-# Seconds without a heartbeat after which a process is taken for dead; libraries may block the interpreter.
+# Seconds without a heartbeat after which a process counts as dead: long, since a library call may block the
+# interpreter and with it the heartbeat.
 SILENT = 120.0
-BROKEN = 10.0  # the same if a connection has broken, or the launcher has begun to end all processes
+BROKEN = 10.0  # the same where a connection has broken, or the launcher is already ending all processes
 
 
 @dataclass
 class Sign:
-    """The heartbeat of a process. `moves` counts the places that it has reached; `code`: how it ended."""
+    """The heartbeat of a process. `place`: what it is doing; `moves`: how many places it has reached;
+    `waits`: whether it is waiting for others; `beats`: how many heartbeats it has sent; `code`: its exit
+    code, None while it runs."""
 
     host: str
     place: str = "its start"
@@ -42,8 +45,8 @@ class Watch:
     """The watchdog of rank `rank` among `world`. Rank 0 watches all others, in a thread; the others watch
     rank 0.
 
-    A process is lost when it is silent for `SILENT` seconds; the launch stands still when for `hung` seconds
-    no process has come to a new place, and then those are named that don't wait for others.
+    A process is lost when it has sent no heartbeat for `SILENT` seconds. The launch hangs when no process has
+    reached a new place for `hung` seconds; the message then names those that are not waiting for others.
     """
 
     def __init__(self, store: Store, rank: int, world: int, hung: float):
@@ -52,7 +55,7 @@ class Watch:
         self.others = range(world) if rank == 0 else range(1)
         self.seen: dict[int, tuple[Sign, float]] = {}  # each one's last heartbeat, and when it came
         self.moved = time.monotonic()
-        self.stopping = False  # on its way to the end
+        self.stopping = False  # this process is already ending in an orderly way
         self.tell()
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -84,8 +87,8 @@ class Watch:
                 found.append(f"rank {rank} on {sign.host} is gone or stopped, last seen at {sign.place}")
             elif sign.code not in (None, 0, signals.EXIT):
                 found.append(
-                    f"rank {rank} on {sign.host} has ended with exit code {sign.code} at {sign.place}, and "
-                    "says why"
+                    f"rank {rank} on {sign.host} has ended with exit code {sign.code} at {sign.place}; its "
+                    "own message says why"
                 )
         return found
 
@@ -98,7 +101,7 @@ class Watch:
                     self.look(self.others)
                     self._judge()
             except DistError:
-                if self.own.code is None and signals.asked():  # the first has saved, and has left
+                if self.own.code is None and signals.asked():  # the first process has saved and ended
                     os._exit(signals.EXIT)
                 if self.own.code is None:
                     end("the first process, or its machine, is gone")
@@ -109,14 +112,15 @@ class Watch:
         if not self.stopping and any(sign.code == signals.EXIT for sign, _ in self.seen.values()):
             leave(signals.EXIT)
             os._exit(signals.EXIT)
-        verdict = "; ".join(self.gone(BROKEN if signals.asked() else SILENT)) or (
-            self._standing() if self.rank == 0 else ""
-        )
+        verdict = "; ".join(self.gone(BROKEN if signals.asked() else SILENT))
+        if not verdict and self.rank == 0:
+            verdict = self._standing()
         if verdict:
             self.store.set("verdict", verdict)
             end(verdict)
 
     def _standing(self) -> str:
+        """That no process makes progress, and where they are; empty while one does."""
         if time.monotonic() - self.moved < self.hung:
             return ""
         signs = {self.rank: self.own, **{rank: sign for rank, (sign, _) in self.seen.items()}}
@@ -136,15 +140,15 @@ def start(rank: int, world: int, hang_minutes: float) -> None:
     process started one before, it must have called `leave` since."""
     global _watch, _started
     _started += 1
-    # A connection of its own: whoever waits for a key blocks the other one, for as long as a collective.
+    # A separate connection: waiting for a key blocks a connection, for as long as a collective may last.
     store = _get_default_store().clone()
     store.set_timeout(timedelta(seconds=BROKEN))
     _watch = Watch(PrefixStore(f"codyra_llm/{_started}", store), rank, world, 60 * hang_minutes)
 
 
 def launcher() -> None:
-    """From here on this process ends when torchrun, which keeps the store, is gone: until all have met
-    nothing else shows it, and torch would wait as long as for a collective."""
+    """From here on this process ends when torchrun, which keeps the store, is gone. Until all processes have
+    joined the group nothing else would show it, and torch would wait as long as for a collective."""
     global _needs_launcher
 
     def look() -> None:
@@ -164,12 +168,12 @@ def at(place: str) -> None:
 
 
 def alive() -> tuple[int, int] | None:
-    """How many processes are alive (not ended, and heard lately), and how many there are; None if there is
-    only one. For rank 0, which hears all."""
+    """How many processes are alive (not ended, and with a recent heartbeat), and how many there are; None if
+    there is only one. For rank 0, which reads all heartbeats."""
     if not _watch:
         return None
     missed = [
-        1
+        sign
         for sign, since in list(_watch.seen.values())
         if sign.code is not None or time.monotonic() - since >= BROKEN
     ]
@@ -221,8 +225,8 @@ def first_ended() -> int | None:
 
 @contextmanager
 def until_stopped() -> Iterator[None]:
-    """Once `Stopped` leaves this block the watchdog no longer ends this process, even if the others are long
-    gone: it still has to finish a tracker's upload and release the lock of the folder."""
+    """Once `Stopped` leaves this block the watchdog no longer ends this process, even if the others ended
+    long ago: it still has to finish a tracker's upload and release the lock of the folder."""
     try:
         yield
     except signals.Stopped:
@@ -232,8 +236,8 @@ def until_stopped() -> Iterator[None]:
 
 
 def leave(code: int) -> None:
-    """Announce that this process ends with `code`, or has done its part: from here on it watches no one, and
-    the others know."""
+    """Announce to the others that this process ends with `code`, or has done its part. From here on it
+    watches no other process."""
     if _watch:
         _watch.own.code = code
         with suppress(DistError):  # the process that keeps the store has left already

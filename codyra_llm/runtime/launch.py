@@ -38,8 +38,8 @@ def accelerator() -> Accelerator:
         _prepare_deepspeed(cpu)
     if many:
         heartbeat.launcher()
-    # The first process alone converts models and writes checkpoints, which can take longer than the usual ten
-    # minutes.
+    # Only the first process converts models and writes checkpoints, which can take longer than the default
+    # timeout of ten minutes.
     backend = {"backend": "gloo"} if cpu and (zero or many) else {}
     group = InitProcessGroupKwargs(timeout=timedelta(hours=2), **backend)
     # Not cpu=True with ZeRO, which would drop DeepSpeed.
@@ -51,7 +51,7 @@ def accelerator() -> Accelerator:
                 "zero_optimization.offload_optimizer replaces the optimizer by DeepSpeed's own, which knows "
                 "no soft threshold; set its device to none (offload_param may stay)"
             )
-        # Batches are cut by tokens here, so the engine sees every micro-batch as a step of its own.
+        # Batches are cut by tokens here, so to DeepSpeed's engine every micro-batch is a step of its own.
         config.update(
             train_micro_batch_size_per_gpu=1,
             gradient_accumulation_steps=1,
@@ -114,7 +114,7 @@ def _prepare_deepspeed(cpu: bool) -> None:
     # Without this DeepSpeed compiles a shared-memory all-reduce for minutes, and fails where there is no
     # compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # It calls collectives by names that torch is about to change, once per step.
+    # DeepSpeed calls collectives by deprecated names, so torch would warn at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
@@ -132,8 +132,8 @@ def leave(code: int = 0) -> None:
 
 
 def collectively(mine: bool, action: Callable, *args) -> Any:
-    """`action(*args)` on the processes where `mine` holds, None on the others, which wait for it. A Fault of
-    any process is raised on all, so that none goes on and waits for one that has ended."""
+    """`action(*args)` on the processes where `mine` is true, None on the others, which wait for it. A Fault
+    of any process is raised on all, so that none continues and waits for one that has ended."""
     result, faults = None, []
     if mine:
         try:
@@ -153,8 +153,8 @@ def on_first(action: Callable, *args) -> Any:
 
 
 def of_first(make: Callable[[], Any]) -> Any:
-    """What `make()` returns in the first process, on all. For whatever each would find otherwise by itself:
-    a look into the run folder depends on how far the first process has come meanwhile."""
+    """What `make()` returns in the first process, on all processes. For what could differ between them, such
+    as reading the run folder, which the first process may have changed meanwhile."""
     value = make() if is_first() else None
     with heartbeat.waiting():
         return broadcast_object_list([value])[0]

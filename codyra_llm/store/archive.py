@@ -1,4 +1,4 @@
-"""The updates of a run on disk: one small safetensors file per task, chained by hashes to the base they
+"""The updates of a run on disk: one small safetensors file per task, chained by hashes to the base that they
 belong to.
 """
 

@@ -1,4 +1,5 @@
-"""Checkpoints inside a task: all that training needs to go on after a step, with any number of processes."""
+"""Checkpoints inside a task: all that training needs to continue after a step, with any number of
+processes."""
 
 import hashlib
 import json
@@ -34,8 +35,7 @@ class Progress:
 
     The first process writes and removes them, all processes read them. `parent`: the lineage of the updates
     before the task; a checkpoint that was made on others is not used. `section`: how often one is due, and
-    how many stay.
-    """
+    how many are kept."""
 
     def __init__(
         self,
@@ -72,8 +72,8 @@ class Progress:
             mark = {"step": step, "parent": self.parent, **small, "files": files}
             write_json(temporary / MARK, {**mark, "digest": _digest(mark)})
             self.may_write()
-        # Later ones are damaged, since the run went on from before them; if they stayed, every restart would
-        # say so again.
+        # Later ones are damaged, since the run continued from an earlier one; if they stayed, every restart
+        # would report them again.
         for later in [path for path in self._paths() if path > self._path(step)]:
             shutil.rmtree(later)
         for old in self._paths()[: -self.section.keep]:
@@ -81,7 +81,7 @@ class Progress:
         self.saved = time.monotonic()
 
     def newest(self) -> Path | None:
-        """The last checkpoint that is whole and belongs to this task of this run; says which are damaged."""
+        """The last undamaged checkpoint of this task and run; logs which are damaged."""
         for path in reversed(self._paths()):
             try:
                 self.check(path)
@@ -136,7 +136,7 @@ def tensors(path: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
                 yield from ((key, file.get_tensor(key)) for key in file.keys() if key.startswith(prefix))
         except SafetensorError as error:
             raise Fault(
-                f"{path / name} can't be read ({error}); remove {path} to go on from what is before it"
+                f"{path / name} can't be read ({error}); remove {path} to continue from what is before it"
             ) from None
 
 

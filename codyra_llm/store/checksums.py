@@ -1,4 +1,4 @@
-"""The sha256 of a folder's files, which shows whether one was cut short, altered or lost."""
+"""The sha256 of a folder's files, which shows whether a file was truncated, altered or lost."""
 
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
@@ -33,13 +33,12 @@ class Seals:
         with replacing(path) as temporary:
             yield temporary
             if path.is_file():
-                sync(
-                    path
-                )  # lines that were appended to it would not outlive a loss of power as its hash does
+                # Appended lines must survive a loss of power, as their hash will.
+                sync(path)
             new, old = file_sha256(temporary), _present(path)
             self._note(path, [new, old])
-        # From here on only the new content is right: a file whose last line was cut off may equal the old
-        # one.
+        # From here on only the new content is valid: if both hashes stayed, a file that lost its last line
+        # could pass as the old one.
         self._note(path, [new])
 
     def check(self, path: Path) -> None:
@@ -49,7 +48,7 @@ class Seals:
 
     def holds(self, path: Path) -> bool:
         """Whether the file is as it was written, or has no recorded hash."""
-        # Asked twice: the file may have been replaced between reading its hash and reading it.
+        # Checked twice: the file may have been replaced between reading its recorded hash and reading it.
         return not self.checks or self._fits(path) or self._fits(path)
 
     def _fits(self, path: Path) -> bool:
@@ -62,13 +61,13 @@ class Seals:
         noted = self.noted if self.checks else {}
         files = [self.folder / name for name in noted if name.partition("/")[0] not in but]
         suspect = [file for file in files if _present(file) not in noted[self._name(file)]]
-        # A run that is at work may have replaced them since its hashes were read here.
+        # An active run may have replaced them since its hashes were read here.
         damaged = [file for file in suspect if not self.holds(file)]
         if damaged:
             raise Fault(*map(self._wrong, damaged))
 
     def forget(self, path: Path) -> None:
-        """Have no hash for a file that is about to be appended to."""
+        """Remove the hash of a file that is about to be appended to."""
         noted = self.noted
         if noted.pop(self._name(path), None):
             write_json(self.file, noted)

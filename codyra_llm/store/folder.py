@@ -86,8 +86,8 @@ class RunFolder:
         return self._mapping("manifest.json")
 
     def clear_up(self) -> None:
-        """Remove what a killed process left half written. Raises Fault where the folder is somebody else's,
-        or has lost the hashes of its files."""
+        """Remove what a killed process left half written. Raises Fault where the folder has files of
+        something else, or has lost the hashes of its files."""
         names = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
         if SEALS not in names and "manifest.json" in names:
             raise Fault(
@@ -104,8 +104,8 @@ class RunFolder:
             self.lease.check()
 
     def open(self, recipe: Recipe, manifest: dict) -> str:
-        """Claim the folder for a resolved recipe: new, the same again, or the same with tasks added at the
-        end. Returns what the user should know, or an empty text."""
+        """Claim the folder for a resolved recipe: a new folder, or that of the same recipe, to which tasks
+        may have been added at the end. Returns a remark for the user, or an empty text."""
         remark = ""
         for name in ("recipe.json", "manifest.json"):
             self.seals.check(self.path / name)
@@ -132,7 +132,7 @@ class RunFolder:
         self.__dict__.pop("manifest", None)
 
     def _other_files(self, manifest: dict) -> list[str]:
-        """Which of base, tokenizer, data and metrics differ from those that the run began with."""
+        """Which of base, tokenizer, data and metrics differ from those that the run started with."""
         was = self.manifest
         lines = [
             f"the {key} was {str(was[key])[:12]}, and is {str(manifest[key])[:12]} now"
@@ -157,7 +157,7 @@ class RunFolder:
         return Archive(self.path / "updates", self.manifest["base"])
 
     def state(self, index: int) -> Path:
-        """Where the method's state after task `index` lies."""
+        """The file of the method's state after task `index`."""
         return self.path / "state" / f"{index:02d}.safetensors"
 
     def load_state(self, index: int) -> dict[str, "Tensor"]:
@@ -175,7 +175,7 @@ class RunFolder:
             save_tensors({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary)
 
     def progress(self, index: int, task: str, parent: str) -> "Progress":
-        """The checkpoints inside task `index`, which begins on the updates of lineage `parent`."""
+        """The checkpoints inside task `index`, which starts from the updates of lineage `parent`."""
         from codyra_llm.store.checkpoint import Progress
 
         return Progress(self.path / "progress", index, task, parent, self.recipe.save, self.may_write)
@@ -200,9 +200,9 @@ class RunFolder:
 
     def check_results(self) -> None:
         """Raise one Fault that names every file of results which was changed, damaged or lost: scores, the
-        predictions that they were computed from, answers, costs, and what the run was given. For whoever
-        reports on a run or goes on with it. Updates and states are checked as they are read, and a summary
-        can be made again from the rest."""
+        predictions that they were computed from, answers, costs, and what the run was given. Called before a
+        run is reported on or resumed. Updates and states are checked as they are read, and a summary can be
+        made again from the rest."""
         self.seals.check_all(but=("state", SUMMARY))
 
     def clear_progress(self) -> None:
@@ -223,7 +223,7 @@ class RunFolder:
 
     @property
     def floor(self) -> list[FloorRow]:
-        """What each task's most frequent training answer scores; [] of a run that did not note it."""
+        """What each task's most frequent training answer scores; [] for a run that did not record it."""
         return self._rows(FloorRow, "floor.jsonl")
 
     def add_floor(self, rows: list[FloorRow]) -> None:
@@ -264,7 +264,7 @@ class RunFolder:
         write_text(self.path / LOG, to_jsonl(kept))
 
     def close_log(self) -> None:
-        """Note the hash of the log, which is whole now."""
+        """Record the hash of the log, which is complete now."""
         if (self.path / LOG).is_file():
             self._write_rows(LOG, self.log_rows)
 
@@ -325,15 +325,14 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has come to its end and nobody works on it; its summary may have been damaged
-        since."""
+        """Whether the run is complete and no process works on it; its summary may have been damaged since."""
         file, owner = self.path / SUMMARY, holder(self.path)
         if not file.is_file() or (owner and owner["alive"]):
             return False
         return not self.seals.holds(file) or self.summary.get("tasks") == self.recipe.tasks
 
     def write_summary(self, summary: dict, report: str) -> None:
-        """The summary last: whoever finds it finds a finished run."""
+        """Write the summary last: its presence marks a finished run."""
         self.write_report(report)
         self._write(SUMMARY, to_json(summary))
 
@@ -343,16 +342,14 @@ class RunFolder:
 
 
 def _other_launch(was: dict, now: dict) -> str:
-    """A sentence where a run goes on with other versions, devices or numbers of processes; else empty."""
-    # `open` refuses a change of these, or it is no matter of the launch.
+    """A sentence where a run resumes with other versions, devices or numbers of processes; else empty."""
+    # `open` refuses a change of these, or they do not belong to the launch.
     elsewhere = {"base", "tokenizer", "benchmark", "data", "metrics", "plugins", "stages"}
     changed = [
         f"{key} was {was[key]}, now {now[key]}"
         for key in was.keys() & now.keys() - elsewhere
         if was[key] != now[key]
     ]
-    return (
-        f"going on where the run stopped, equal to rounding only: {', '.join(sorted(changed))}"
-        if changed
-        else ""
-    )
+    if not changed:
+        return ""
+    return f"going on where the run stopped, equal to rounding only: {', '.join(sorted(changed))}"

@@ -1,4 +1,4 @@
-"""One run at a time in a folder: a file that says who works there, renewed for as long as it lives."""
+"""One run at a time in a folder: a file that says which process works there, renewed while it runs."""
 
 import json
 import logging
@@ -16,22 +16,21 @@ from codyra_llm.core.files import unwritable
 from codyra_llm.core.terminal import one_line
 
 log = logging.getLogger(__name__)
-BEAT = 5.0  # seconds between signs of life
-DEAD = 60.0  # without one for so long, an owner on another machine is dead
+BEAT = 5.0  # seconds between renewals
+DEAD = 60.0  # seconds without a renewal after which an owner on another machine counts as dead
 
 
 class Lease:
-    """Holds `folder` for this process. A dead owner's lease is taken over: at once where this machine can
-    tell that the process is gone, else when it has shown no sign of life for `DEAD` seconds of this machine's
-    clock."""
+    """Holds `folder` for this process. A dead owner's lease is taken over: at once if it ran on this machine,
+    else when it has not been renewed for `DEAD` seconds of this machine's clock."""
 
     def __init__(self, folder: Path):
         self.folder, self.file = folder, folder / "lease.json"
-        self.token = uuid.uuid4().hex  # by which this holder knows its own file
+        self.token = uuid.uuid4().hex  # by which this holder recognises its own file
         self.ended, self.thread = threading.Event(), None
 
     def take(self) -> None:
-        """Hold the folder from now on. Raises Fault where another process that lives holds it."""
+        """Hold the folder from now on. Raises Fault where a running process holds it."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -82,14 +81,15 @@ class Lease:
             self._await_beat(seen)
         elif _lives(self.owner()):
             raise self._held()
+        # Renaming decides between several processes that found the owner dead: one of them gets the file.
         aside = self.file.with_name(f".{self.token}.{os.getpid()}")
         try:
             os.replace(self.file, aside)
-        except FileNotFoundError:  # another was faster
+        except FileNotFoundError:  # another process was faster
             raise self._held() from None
         found = aside.read_text(encoding="utf-8", errors="replace")
         aside.unlink()
-        if found != seen:  # another had taken it over already: give it back
+        if found != seen:  # the file of a process that had taken over already: give it back
             self._create(found)
             raise self._held()
 
@@ -104,7 +104,7 @@ class Lease:
                 raise self._held()
 
     def _create(self, content: str) -> None:
-        """Exactly one of several processes gets to make the file, on network file systems too."""
+        """Make the file, in exactly one of several processes, on network file systems too."""
         try:
             with open(self.file, "x", encoding="utf-8") as file:
                 file.write(content)
@@ -128,7 +128,7 @@ class Lease:
             return None
 
     def owner(self) -> dict:
-        """What the owner wrote of itself; {} where that can't be read, as after a loss of power."""
+        """What the owner wrote about itself; {} where that can't be read, as after a loss of power."""
         try:
             found = json.loads(self._read() or "{}")
         except ValueError:
@@ -168,13 +168,13 @@ def _who(found: dict) -> str:
 
 
 def _place() -> str:
-    """Identifies where process ids mean the same: on one machine and, in containers, in one pid namespace."""
+    """Identifies where process ids are comparable: one machine and, in containers, one pid namespace."""
     numbering = Path("/proc/self/ns/pid")
     return f"{socket.gethostname()} {uuid.getnode():x} {os.readlink(numbering) if numbering.exists() else ''}"
 
 
 def _lives(owner: dict) -> bool:
-    """Whether the process still runs; another that was given its pid later started at another time."""
+    """Whether the process still runs. Start times show whether the pid was reused by a later process."""
     try:
         process = psutil.Process(owner["pid"])
         return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - owner["started"]) < 10

@@ -1,7 +1,7 @@
-"""Who hears how a run goes: the display, trackers, the heartbeat, and whatever a user of the library adds.
+"""Observers of a run: the display, trackers, the heartbeat, and those that a user of the library adds.
 
-Code at any depth reports by calling the functions of this module. `observing` says who hears it, in this
-thread and for as long as its block lasts; outside of such a block nobody does.
+Code at any depth reports by calling the functions of this module, which call the observers. `observing` sets
+the observers of this thread for the length of its block; outside of such a block there are none.
 """
 
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ from codyra_llm.store.rows import LogRow, ScoreRow, Stage
 
 
 class Observer:
-    """Hears how a run goes, in the first process of its launch. The hooks do nothing by default: override
-    those that you need. An error that a hook raises ends the run, which can be resumed."""
+    """Is called as a run progresses, in the first process of its launch. The hooks do nothing by default:
+    override those that you need. An error that a hook raises ends the run, which can be resumed."""
 
     def run_begins(self, tasks: list[str]) -> None:
         """The run, or the evaluation of a checkpoint, is about to begin; `tasks` in the order of the run."""
@@ -29,7 +29,7 @@ class Observer:
         """An earlier process of this run has done a piece in so many seconds."""
 
     def stage_begins(self, stage: Stage, piece: Piece) -> None:
-        """From here on the run is at `piece` of `stage`: it learns the stage's task, or answers prompts."""
+        """The run starts `piece` of `stage`: it learns the stage's task, answers prompts, and so on."""
 
     def counted(self, done: int, total: int) -> None:
         """`done` of the piece's `total` optimizer steps or prompts are done; first called before any is."""
@@ -38,13 +38,13 @@ class Observer:
         """What the run is doing in the piece, in words, where there is nothing to count."""
 
     def row_logged(self, row: LogRow) -> None:
-        """An optimizer step is in log.jsonl."""
+        """An optimizer step was written to log.jsonl."""
 
     def scored(self, row: ScoreRow) -> None:
-        """The scores on a task at a stage are in scores.jsonl."""
+        """The scores on a task at a stage were written to scores.jsonl."""
 
     def at(self, place: str) -> None:
-        """The process has come to this place, and so does not hang."""
+        """The process has reached this place, which shows that it does not hang."""
 
 
 _listening: ContextVar[tuple[Observer, ...]] = ContextVar("_listening", default=())
@@ -52,7 +52,7 @@ _listening: ContextVar[tuple[Observer, ...]] = ContextVar("_listening", default=
 
 @contextmanager
 def observing(tasks: list[str], *observers: Observer) -> Iterator[None]:
-    """Within this block these observers, and those of an outer block, hear what is reported."""
+    """Within this block these observers, and those of an outer block, are called with what is reported."""
     before = _listening.get()
     with ExitStack() as ends:
         for one in observers:

@@ -62,11 +62,11 @@ class Row:
 @dataclass(frozen=True)
 class ScoreRow(Row):
     """A row of scores.jsonl: the scores on one task at one stage. `metrics` has by name {"mean", "low",
-    "high", "n"} in points of 0 to 100; `score` is the mean of the metric `headline`, None where there was
-    no example. `empty`: how many answers hold nothing but white space; `commonest`: the share of the prompts,
-    0 to 1, that got the most frequent answer; `cut`: how many answers had the most tokens that they may have
-    before they ended (None: not known). Only rows of general ability by the harness have the fields after it:
-    the recipe's `general.data`, the number of examples in front of each question, the task's version."""
+    "high", "n"} in points of 0 to 100; `score` is the mean of the metric `headline`, None where there was no
+    example. `empty`: how many answers are empty or only white space; `commonest`: the share of the prompts, 0
+    to 1, that got the most frequent answer; `cut`: how many answers reached the token limit before they ended
+    (None: not known). Only rows of general ability by the harness have the fields after it: the recipe's
+    `general.data`, the number of examples in front of each question, the task's version."""
 
     after: str
     step: int
@@ -108,8 +108,8 @@ class ScoreRow(Row):
 @dataclass(frozen=True)
 class FloorRow(Row):
     """A row of floor.jsonl: what a task's most frequent training answer scores where it is given to every
-    prompt, without a model. `share` of the training answers, 0 to 1, are this one; `headline`, `score` and
-    `metrics` as in a ScoreRow."""
+    prompt, without a model. `share`: the part of the training answers, 0 to 1, that equal `answer`;
+    `headline`, `score` and `metrics` as in a ScoreRow."""
 
     task: str
     answer: str

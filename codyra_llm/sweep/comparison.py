@@ -1,9 +1,8 @@
-"""The comparison that a sweep was made for: its finished runs, arm by arm, every mean with an interval.
+"""The comparison of a sweep's arms: its finished runs, arm by arm, every mean with an interval.
 
-Over seeds and orders of the tasks where an arm has several: Student's t at 95 %. Where it has one run: the
-percentile bootstrap over test examples, the same draws in every cell of a task and in every arm. A difference
-between arms is a paired one: of runs with the same seed and order, or of the same draws.
-"""
+Where an arm has several seeds or orders of the tasks, the interval is Student's t at 95 %. Where it has one
+run, it is the percentile bootstrap over test examples, with the same draws in every cell of a task and in
+every arm. Differences between arms are paired: by seed and order, or by these draws."""
 
 from collections.abc import Callable
 from functools import cache
@@ -68,7 +67,7 @@ def _grouped(runs: list[Run], over_orders: bool) -> Groups:
 
 
 def _rows(sweep: Sweep, groups: Groups) -> list[dict]:
-    """A row for each group; where groups differ in their tasks or the order of these, rows say which."""
+    """A row for each group; where groups differ in the order of their tasks, rows name it."""
     streams = {tasks for _, _, tasks in groups}
     found = []
     for (arm, rest, tasks), members in groups.items():
@@ -100,7 +99,7 @@ def _row(arm: str, rest: str, runs: list[Run], baseline: list[Run]) -> dict:
     own_costs = _costs([own for own, _ in pairs])
     other_costs = _costs([other for _, other in pairs])
     summaries = [run.folder.summary for run in runs]
-    told = [summary.get("answers", []) for summary in summaries]
+    noted = [summary.get("answers", []) for summary in summaries]
     return {
         "arm": arm,
         "settings": rest,
@@ -110,7 +109,7 @@ def _row(arm: str, rest: str, runs: list[Run], baseline: list[Run]) -> dict:
         **over_seeds,
         "difference": _difference(pairs) if pairs and runs != baseline else None,
         "floor": answers.mean_floor(summaries),
-        "answers": answers.tallied(told),
+        "answers": answers.tallied(noted),
         "costs": _costs(runs),
         "relative": _relative(own_costs, other_costs),
     }
@@ -178,7 +177,7 @@ def _sample(
     general = {}
     for name, scores in found["general"].items():
         steps = {"before": 0, "after": count}
-        # What the summary leaves out is left out here too.
+        # Leave out what the summary leaves out.
         general[name] = {key: cell(steps[key], name) for key, score in scores.items() if score is not None}
     return measures(out | {"general": general})
 
@@ -272,7 +271,7 @@ def render(found: dict, name: str) -> str:
     if found["by_order"]:
         lines += ["", "By order of the tasks, over seeds:", "", *lines[4:6], *_lines(found["by_order"])]
     if found["tries"]:
-        split = found["tries"][0]["split"]  # that of all: others are refused
+        split = found["tries"][0]["split"]  # the same for all: sweeps with several splits are refused
         lines += [
             "",
             f"Settings of each arm were chosen by {found['by']} on the {split} splits, among:",

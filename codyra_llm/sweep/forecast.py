@@ -13,7 +13,7 @@ from codyra_llm.runtime.forecast import duration
 from codyra_llm.sweep.spec import Run, Sweep, finished
 
 # Settings that change neither tokens nor time.
-ALIKE = ("seed", "output", "optim.lr", "optim.schedule", "optim.weight_decay", "optim.betas", "checkpoint")
+NO_COST = ("seed", "output", "optim.lr", "optim.schedule", "optim.weight_decay", "optim.betas", "checkpoint")
 
 
 class Foreseen(NamedTuple):
@@ -44,7 +44,7 @@ def _work(recipe: Recipe) -> str:
     """The settings that determine tokens and time, as a key."""
     free = {key for key in NO_RESULT if not key.startswith(("optim.", "model.", "data."))}
     settings = flat(recipe.model_dump(mode="json"))
-    return str(sorted((key, str(value)) for key, value in settings.items() if key not in {*free, *ALIKE}))
+    return str(sorted((key, str(value)) for key, value in settings.items() if key not in {*free, *NO_COST}))
 
 
 def show(found: list[Foreseen], jobs: int, console: Terminal) -> None:

@@ -1,4 +1,4 @@
-"""The runs of a sweep, each in a process of its own, as many at the same time as the machine has room for.
+"""Starts the runs of a sweep, each in its own process, one per GPU at the same time unless asked otherwise.
 
 A finished run is not run again, so the same command resumes a sweep that stopped.
 """
@@ -50,9 +50,8 @@ def execute(sweep: Sweep, jobs: int | None, launcher: str | None, done: Callable
 
 @contextmanager
 def _held(output: Path) -> Iterator[int]:
-    """Lock the output for one sweep at a time. Runs inherit the lock, so runs that a killed sweep left behind
-    still hold it.
-    """
+    """Lock the output for one sweep at a time. Runs inherit the lock, so runs that outlive a killed sweep
+    still hold it."""
     output.mkdir(parents=True, exist_ok=True)
     with open(output / ".lock", "w", encoding="utf-8") as file:
         try:
@@ -68,8 +67,8 @@ def _held(output: Path) -> Iterator[int]:
 def _run(
     runs: list[Run], places: list[dict], launcher: str | None, lock: int, done: Callable[[], object]
 ) -> None:
-    """Run the unfinished ones, as many at a time as there are places. Raises `Failed` with a sentence for
-    each that failed. No run outlives an interrupt, or a sweep that was asked to stop."""
+    """Start the unfinished runs, as many at a time as there are places. Raises `Failed` with a sentence for
+    each that failed. All runs are ended when the sweep is interrupted or asked to stop."""
     there = {run.recipe.output for run in finished(runs)}
     pending = [run for run in runs if run.recipe.output not in there]
     running, faults = [], []
@@ -103,7 +102,7 @@ def _run(
 
 
 def _places(jobs: int | None, launcher: str | None) -> list[dict[str, str]]:
-    """The environment variables of each run of those that go at the same time: they give it its share of the
+    """For each run that may go at the same time, the environment variables that give it its share of the
     cores and, where there are any, a GPU."""
     if launcher:
         return [{}]
@@ -121,7 +120,7 @@ def _places(jobs: int | None, launcher: str | None) -> list[dict[str, str]]:
 
 
 def _launch(run: Run, place: dict[str, str], launcher: str | None, lock: int) -> subprocess.Popen:
-    """One run in a process of its own; what it prints goes to a file next to its folder."""
+    """Start one run in its own process; what it prints goes to a file next to its folder."""
     write_json(run.file("json"), run.recipe.model_dump(mode="json"))
     start = shlex.split(launcher) if launcher else [sys.executable]
     with open(run.file("log"), "a", encoding="utf-8") as output:

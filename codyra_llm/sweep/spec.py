@@ -1,4 +1,4 @@
-"""What a sweep file asks for: every arm × every point of the grid, and the tries that choose each arm's
+"""The runs of a sweep file: every arm at every point of the grid, and the tries that choose each arm's
 settings.
 """
 
@@ -44,7 +44,7 @@ CHECKED_ALONE = (  # settings that are checked as they are read, without model a
     "optim.weight_decay",
     "optim.max_grad_norm",
 )
-OF_TRIES = {"eval.split": "eval"}  # a setting that was chosen on test would be scored on what chose it
+OF_TRIES = {"eval.split": "eval"}  # settings chosen on test would be scored on the data that chose them
 # An arm that sets nothing, which YAML reads as null, is the recipe itself.
 Settings = Annotated[
     dict[str, Any],
@@ -119,7 +119,7 @@ class SweepFile(Strict, frozen=True):
 
 
 def _repeats(values: list) -> bool:
-    """Whether two values are equal, or written alike, so that their runs would share a folder."""
+    """Whether two values are equal, or have the same text, so that their runs would share a folder."""
     written = [str(value) for value in values]
     return any(value in values[:i] or written[i] in written[:i] for i, value in enumerate(values))
 
@@ -144,13 +144,13 @@ class Run:
         return RunFolder(Path(self.recipe.output))
 
     def file(self, kind: str) -> Path:
-        """The file next to its folder that has the folder's name and ends in `kind`: json, its recipe; log,
-        what it printed."""
+        """The file next to the run folder with the folder's name and suffix `kind`: json for its recipe, log
+        for what it printed."""
         return self.folder.path.with_name(f"{self.folder.path.name}.{kind}")
 
     @property
     def finished(self) -> bool:
-        """Whether its whole stream is done. Raises Fault where the folder is another recipe's."""
+        """Whether its whole stream is done. Raises Fault where the folder belongs to another recipe."""
         if not (self.folder.path / "recipe.json").is_file():
             return False
         was, recipe = self.folder.recipe, self.recipe.resolved()
@@ -229,7 +229,7 @@ class Sweep:
 
     def _runs(self, wanted: list[tuple[str, str, Settings, list[Settings]]]) -> list[Run]:
         runs: list[Run] = []
-        # Most runs share a mistake: it is kept once, by its words without the run's name.
+        # A mistake is often the same in most runs: keep it once, by its text without the run's name.
         faults: dict[str, str] = {}
         for arm, name, settings, layers in wanted:
             try:
@@ -244,8 +244,8 @@ class Sweep:
     def _recipe(self, arm: str, name: str, layers: list[Settings]) -> Recipe:
         raw = copy.deepcopy(self._raw)
         settings = [item for layer in (self.file.set, self.file.arms[arm], *layers) for item in layer.items()]
-        # A method starts its section afresh, so it comes first, whichever layer names it: no layer's
-        # `method.rank` is lost.
+        # `method` resets its section, so assign it first, whichever layer gives it; else a `method.rank` of
+        # another layer would be lost.
         for key, value in sorted(settings, key=lambda item: item[0] != "method"):
             assign(raw, key, value)
         return parse_recipe(raw | {"output": str(self.output / arm / name)}, f"{arm}/{name}")
@@ -320,8 +320,8 @@ def _refused(recipe: Recipe) -> list[str]:
 
 
 def load_sweep(path: str | Path, overrides: list[str] = ()) -> Sweep:
-    """Read a sweep file; `output=` and other `key=value` hold for all runs in which no arm, try or grid says
-    otherwise. Raises Fault with everything that is wrong."""
+    """Read a sweep file; `output=` and other `key=value` apply to all runs unless an arm, a try or the grid
+    sets them. Raises Fault with everything that is wrong."""
     given = dict(split_overrides(overrides))
     raw = read_yaml(Path(path), "a sweep file, as `codyra-llm sweep --help` shows one")
     raw |= {"output": given.pop("output")} if "output" in given else {}

@@ -33,35 +33,35 @@ class Engine:
         if self.deepspeed:
             acc.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = max_norm
         self.shared = shared_inputs(objective)
-        self.whole = self.shared if zero_stage(acc) < 3 else []  # those whose factors are whole on this rank
+        self.whole = self.shared if zero_stage(acc) < 3 else []  # ZeRO 3 has no whole factors on a rank
         # Whether the adapters' gradients are computed together at the end of a step. On a CPU that would
         # change the order of sums and save nothing: only a GPU has kernel launches to save. ZeRO takes
         # gradients when autograd writes them.
         self.defers = acc.device.type == "cuda" and not self.deepspeed
         self.norm: Tensor | None = None  # of the step's gradients, where it is known before `step`
-        # Also those without a gradient, which a threshold may move.
+        # Includes parameters without a gradient: a threshold may change them.
         self.stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self.inner = optimizer  # ZeRO puts its shards in place of the parameters in this very optimizer
+        self.inner = optimizer  # ZeRO replaces the parameters in this same optimizer by its shards
         self.module, self.optimizer = objective, optimizer
         if self.deepspeed:
             self.module, self.optimizer = acc.prepare(objective, optimizer)
-            # `prepare` has set it, and with it transformers would load the next task's model in shards.
+            # `prepare` set it, and transformers would then load the next task's model in shards.
             unset_hf_deepspeed_config()
         elif acc.num_processes > 1:
             self._agree()
 
     @property
     def groups(self) -> list[dict]:
-        """Where lr and kappa are set. Looked up each time: Accelerate and load_state_dict replace the
-        dictionaries.
+        """The parameter groups, with lr and kappa. Look them up each time: Accelerate and load_state_dict
+        replace the dictionaries.
         """
         return self.inner.param_groups
 
     @torch.no_grad()
     def _agree(self) -> None:
-        """Take the first rank's factors (collective), as DeepSpeed does by itself. Those that a method has
-        computed may differ between ranks: a backward pass on a GPU adds up in any order, and where singular
-        values lie close together, a small difference there turns the directions."""
+        """Copy the first rank's factors to all ranks (collective), as DeepSpeed does by itself. Factors that
+        a method has computed may differ between ranks: a backward pass on a GPU sums in any order, and where
+        singular values are close together, a small difference rotates the directions."""
         with heartbeat.waiting():
             for name, p in self._named():
                 if ".lora_" in name:
@@ -69,8 +69,8 @@ class Engine:
 
     def accumulate(self, batch, first: bool, last: bool) -> dict[str, Tensor]:
         """Run forward and backward on one micro-batch. `first` adds the penalty terms, once per step; `last`
-        closes the accumulation. Ranks don't synchronise here except under ZeRO, which sums over ranks as it
-        goes, so that a rank out of memory is a Fault there."""
+        closes the accumulation. Ranks synchronise here only under ZeRO, which sums over ranks in backward, so
+        that there a rank out of memory is a Fault."""
         share = 1 / self.acc.num_processes if first else 0.0  # of the penalty terms
         if first:
             make_shadows(self.whole)
@@ -83,7 +83,7 @@ class Engine:
         return {name: term.detach() for name, term in terms.items()}
 
     def _forward_backward(self, batch, penalty: float, last: bool) -> dict[str, Tensor]:
-        """The same under DeepSpeed."""
+        """`accumulate` under DeepSpeed."""
         try:
             terms = self.module(batch, penalty)
             self.module.set_gradient_accumulation_boundary(last)
@@ -109,7 +109,7 @@ class Engine:
         cached.
         """
         self.inner.zero_grad(set_to_none=True)
-        self._forget()  # what a forward that stopped half-way has computed for layers not called yet
+        self._forget()  # what an interrupted forward computed for layers that were not called yet
         clear_device_cache(garbage_collection=True)
 
     @torch.no_grad()
@@ -121,8 +121,8 @@ class Engine:
 
     @torch.no_grad()
     def read(self, reduced: Tensor, flags: list[float]) -> tuple[list[float], list[float], float | None]:
-        """The summed terms and flags that `reduce` left, on the host, and with them the norm of the gradients
-        as they are now (None under ZeRO): the only time in a step that the host waits for the device."""
+        """The summed terms and flags from `reduce`, on the host, and the norm of the current gradients (None
+        under ZeRO). Only here does the host wait for the device in a step."""
         if not self.deepspeed:
             self.norm = self._norm()
             reduced = torch.cat([reduced, self.norm[None].to(reduced)])
@@ -134,7 +134,7 @@ class Engine:
         return values[: -len(flags)], values[-len(flags) :], norm
 
     def _summed(self, terms: Tensor, flags: list[float]) -> Tensor:
-        """`terms` and `flags`, one after the other, summed over ranks, and the gradients with them."""
+        """`terms` followed by `flags`, summed over ranks; sums the gradients in the same reduction."""
         trained = [] if self.deepspeed else [p for group in self.groups for p in group["params"]]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
         # From pinned memory, so that the copy does not make the host wait.
@@ -152,8 +152,8 @@ class Engine:
         return nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
 
     def step(self) -> float | None:
-        """Clip, update, clear. Returns the global gradient norm before clipping, None where `read` did. Where
-        it is not finite, DeepSpeed leaves the step out and says infinite."""
+        """Clip, update, clear. Returns the global gradient norm before clipping, None where `read` returned
+        it. Where the norm is not finite, DeepSpeed skips the update and returns infinity."""
         known = self.norm is not None
         if self.deepspeed:
             self.module.step()
@@ -168,8 +168,8 @@ class Engine:
         return None if known else float(norm)
 
     def _forget(self) -> None:
-        """Drop what layers with a shared input hold: copies of the factors, and products not asked for
-        yet."""
+        """Drop what layers with a shared input cache: copies of the factors, and products that were not
+        used."""
         for shared in self.shared:
             shared.forget()
 
@@ -185,10 +185,9 @@ class Engine:
         }
 
     def rewrite(self, function: Callable[[dict[str, Adapter]], dict[str, Adapter]]) -> None:
-        """Replace the adapters by `function` of all of them, on all ranks alike, and start Adam anew: moments
-        and count of steps, without which it would not correct the moments for their zeros, and go 2 to 6
-        times as far as the learning rate says with a β₂ of 0.999.
-        """
+        """Replace the adapters by `function` of all of them, the same on all ranks, and reset Adam's moments
+        and step counts. With the old step counts Adam would not correct the bias of the new moments, and its
+        steps would be 2 to 6 times too long with a β₂ of 0.999."""
         self.put(function(self.adapters()))
         for state in self.inner.state.values():
             for kept in ("exp_avg", "exp_avg_sq", "step"):
@@ -262,8 +261,8 @@ class Engine:
         return ((name, p) for name, p in self._named() if id(p) in self.stepped)
 
     def _fixed(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The factors that a method has chosen before training. Chosen again they may come out otherwise, and
-        those that train belong to these."""
+        """The factors that a method has chosen before training and that do not train. They are saved since
+        choosing them again may give others, which would not fit the trained ones."""
         return ((name, p) for name, p in self._named() if ".lora_" in name and id(p) not in self.stepped)
 
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -304,7 +303,8 @@ class Engine:
                 part.copy_(value.flatten()[own])
 
     def _parts(self, p: nn.Parameter, key: str) -> Iterator[tuple[slice, Tensor]]:
-        """Under ZeRO 1 and 2: which elements of p this process steps, if any, and where their moment lies."""
+        """Under ZeRO 1 and 2: the elements of p that this process steps, if any, with their part of the
+        moment."""
         held = p._hp_mapping
         if held is not None:
             own, place = held.lp_fragment_address, held.hp_fragment_address
@@ -321,10 +321,11 @@ class Engine:
         return (p if full is None else full).detach().float().cpu().clone()
 
     def free(self) -> None:
-        """Tear the engine down and free its model; a later task builds its own. DeepSpeed 0.19 holds
-        every stage-3 engine, and its model, for the life of the process (in `FWD_MODULE_STACK` and the cache
-        of `__params_to_release`), so their tensors go here."""
-        zero, inner = self.module.optimizer if zero_stage(self.acc) == 3 else None, self.inner
+        """Tear the engine down and free its model; a later task builds its own. DeepSpeed 0.19 keeps a
+        reference to every stage-3 engine and its model until the process ends (in `FWD_MODULE_STACK` and the
+        cache of `__params_to_release`), so their tensors are freed here one by one."""
+        zero = self.module.optimizer if zero_stage(self.acc) == 3 else None
+        inner = self.inner
         self.module = self.optimizer = self.inner = None
         self.acc.free_memory()
         if zero is not None:
@@ -334,5 +335,5 @@ class Engine:
                 held.clear()
         self.model, self.shared, self.whole = None, [], []
         libc = ctypes.CDLL(None)
-        if hasattr(libc, "malloc_trim"):  # glibc keeps freed memory that lies between small pieces
+        if hasattr(libc, "malloc_trim"):  # glibc does not return freed memory to the system by itself
             libc.malloc_trim(0)

@@ -1,6 +1,5 @@
-"""What a training step will take, without weights: memory from a run on fake tensors; time from a few layers
-that run, or, if that would take too long, from counted operations.
-"""
+"""Estimates of a training step without the model's weights: memory from a run on fake tensors; time from a
+few layers that are timed, or, if that would take too long, from counted operations."""
 
 import time
 from collections.abc import Callable
@@ -18,9 +17,9 @@ from codyra_llm.lora.together import deferred, finish_gradients, make_shadows
 from codyra_llm.models import families
 from codyra_llm.runtime.memory import Meter
 
-# Even numbers: the layers of some families take turns between two kinds of attention.
+# Even numbers, since in some families layers alternate between two kinds of attention.
 MEASURED_LAYERS = (2, 4)
-SECONDS = 0.3  # for which products are timed
+SECONDS = 0.3  # how long products are timed
 
 
 class Depth(NamedTuple):
@@ -35,10 +34,10 @@ class Depth(NamedTuple):
 def depth(model: nn.Module) -> Depth:
     """The depth of a model's adapters, read from what requires gradients."""
     trains = [_trained(block) > 0 for block in families.blocks(model)]
-    # Set where inputs require gradients: what trains stands in front of the layers, and backward goes through
-    # all of them.
-    whole = getattr(model, "_require_grads_hooks", None)
-    ended = 0 if whole or True not in trains else trains.index(True)
+    # Set where inputs require gradients: prompts train in front of the layers, and backward passes through
+    # all.
+    inputs_train = getattr(model, "_require_grads_hooks", None)
+    ended = 0 if inputs_train or True not in trains else trains.index(True)
     return Depth(sum(trains), len(trains) - sum(trains) - ended, ended)
 
 
@@ -100,17 +99,17 @@ def step_flops(model: nn.Module, tokens: int, squares: int, labelled: int) -> in
     Gradient checkpointing runs the layers' forward twice. Layers where backward has ended have a forward
     alone.
     """
-    c = model.config
+    config = model.config
     checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     again = 2 if checkpointed else 0  # operations of the second forward, per weight and token
     ended, trained = depth(model).ended, _trained(model)
     weights = [_linear_weights(block) for block in families.blocks(model)]
-    widths = [2 * squares * shape.heads * shape.head_dim for shape in families.attention_shapes(c)]
+    widths = [2 * squares * shape.heads * shape.head_dim for shape in families.attention_shapes(config)]
     forward = 2 * tokens * sum(weights) + 2 * sum(widths)  # of QKᵀ, and of the weights with V
-    backward = 4 if c._attn_implementation == "eager" else 5  # fused kernels compute QKᵀ again
+    backward = 4 if config._attn_implementation == "eager" else 5  # fused kernels compute QKᵀ again
     returning = (2 + again) * tokens * sum(weights[ended:]) + (backward + again) * sum(widths[ended:])
     adapters = (6 + again) * tokens * trained
-    return forward + returning + adapters + 4 * labelled * c.hidden_size * c.vocab_size
+    return forward + returning + adapters + 4 * labelled * config.hidden_size * config.vocab_size
 
 
 def _trained(module: nn.Module) -> int:
@@ -137,7 +136,7 @@ def total_seconds(big: Timed, typical: Timed, count: int, operations: float) -> 
     apart = big.operations - typical.operations
     each = (big.seconds - typical.seconds) / apart if apart > 0 else 0.0
     start = big.seconds - each * big.operations
-    if each <= 0 or start < 0:  # equal sizes, or noise: in proportion
+    if each <= 0 or start < 0:  # both have one size, or the timing is noise: scale with the operations
         return operations * big.seconds / big.operations
     return count * start + operations * each
 
@@ -159,7 +158,7 @@ def step_seconds(make: Make, batch: Batch, layers: Depth) -> float:
         adapters and take `start`."""
         return max(0.0, seconds - start) / (more - few)
 
-    if not layers.adapted:  # what trains stands in front of them, and all are alike
+    if not layers.adapted:  # prompts train in front of the layers, which all cost the same
         return start + (sum(layers) - few) * each(whole)
     total = start + (layers.adapted - few) * each(whole)
     if layers.passed:
@@ -194,10 +193,10 @@ def _seconds(model: nn.Module, batch: Batch, rounds: int = 3) -> float:
 def matmul_speed(model: nn.Module, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
     """Floating-point operations per second that the device reaches in the model's own shapes: the products of
     the MLP, up and down again, for SECONDS."""
-    c = model.config
+    config = model.config
     tokens = min(tokens, 1024 if device.type == "cpu" else tokens)
-    x = torch.randn(tokens, c.hidden_size, device=device).to(dtype)
-    up = torch.randn(c.intermediate_size, c.hidden_size, device=device).to(dtype)
+    x = torch.randn(tokens, config.hidden_size, device=device).to(dtype)
+    up = torch.randn(config.intermediate_size, config.hidden_size, device=device).to(dtype)
     times: list[float] = []
     while sum(times) < SECONDS or len(times) < 3:
         began = time.perf_counter()

@@ -21,9 +21,9 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
 
 
 class Gradients:
-    """The gradients of one task's training. Every list is in the order of `parameters`, which is the model's.
-    All gradients but the step's are taken without dropout and change nothing; they need whole parameters,
-    which ranks have up to ZeRO stage 2."""
+    """The gradients of one task's training. Every list has the order of `parameters`, which is the model's.
+    All gradients but the step's are computed without dropout and have no side effects; they need whole
+    parameters, which ranks have up to ZeRO stage 2."""
 
     def __init__(
         self,
@@ -70,8 +70,8 @@ class Gradients:
         return unflatten(self.engine.acc.reduce(flat(tensors), "sum"), tensors)
 
     def _sum(self, batches: Iterable[Batch], loss: Loss) -> list[Tensor]:
-        """The gradients of the summed loss of `batches`. By autograd.grad rather than backward, which would
-        touch the step's gradients and DeepSpeed's hooks."""
+        """The gradients of the summed loss of `batches`, by autograd.grad: backward would change the step's
+        gradients and call DeepSpeed's hooks."""
         parameters = self.parameters
         found = [torch.zeros_like(p) for p in parameters]
         with without_dropout(self.model):

@@ -1,6 +1,4 @@
-"""The only training loop. It trains on one task, from encoded examples to the adapters that the task
-leaves.
-"""
+"""The only training loop: it trains on one task, from encoded examples to the finished adapters."""
 
 import logging
 import math
@@ -52,7 +50,7 @@ class Objective(nn.Module):
         self.model, self.method = model, method
 
     def forward(self, batch: Batch, penalty: float = 0.0) -> dict[str, Tensor]:
-        """The method's loss terms and, times `penalty`, its penalty terms; those are not computed for 0."""
+        """The method's loss terms and its penalty terms times `penalty`; with 0 these are not computed."""
         terms = dict(self.method.loss(self.model, batch))
         if penalty:
             for name, value in self.method.penalty(self.model).items():
@@ -71,7 +69,7 @@ class TaskData:
     examples: list[Encoded]
     epochs: list[range]
     validation: list[Encoded]
-    apart: int = 0  # epochs at the end whose learning rate runs through its schedule by itself
+    apart: int = 0  # the last epochs that have a learning-rate schedule of their own
 
     def batches(self, seed: int, size: int) -> Iterator[list[int]]:
         """Global batches; a function of (seed, task, epoch) alone."""
@@ -84,16 +82,15 @@ class TaskData:
         return _steps(self.epochs, size)
 
     def phase(self, step: int, size: int) -> tuple[int, int]:
-        """Where step `step` is in its pass through the learning rate's schedule, and how many steps that pass
-        has."""
+        """The position of step `step` in its learning-rate schedule, and how many steps that schedule has."""
         first = _steps(self.epochs[: len(self.epochs) - self.apart], size)
         return (step, first) if step < first else (step - first, self.steps(size) - first)
 
 
 def _divided(order: list[int], size: int) -> Iterator[list[int]]:
-    """An epoch's batches: of `size`, and the rest in the last. Where the rest would be less than half a
-    batch, whose few examples would move the weights as far as all of the others do, the batches differ by at
-    most one example instead."""
+    """An epoch's batches of `size`, the last with the rest. Where the rest would be less than half a batch,
+    the epoch is divided evenly instead: Adam moves the weights as far for a few examples as for a full
+    batch."""
     count, start = math.ceil(len(order) / size), 0
     uneven = 0 < 2 * (len(order) % size) < size and count > 1
     for i in range(count):
@@ -161,7 +158,7 @@ class Trainer:
         groups = method.param_groups(model, optim.lr)
         self.trained = sum(p.numel() for group in groups for p in group["params"])
         self.optimizer = ProximalAdamW(groups, betas=optim.betas, weight_decay=optim.weight_decay)
-        self._ahead = None, None, []  # examples, tokens and micro-batches of the next step
+        self._ahead = None, None, []  # the next step's examples, token limit and collated micro-batches
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.engine = Engine(acc, Objective(model, method), self.optimizer, optim.max_grad_norm)
         self.gradients = Gradients(
@@ -173,11 +170,11 @@ class Trainer:
     def fit(
         self, task: TaskData, seed: int, saves: Progress | None = None, start: int = 0
     ) -> Iterator[LogRow]:
-        """Train on `task` from step `start` on: a row per optimizer step, each before the next step begins.
-        Afterwards `adapters` are those of the last step, or of the best where `keep_best` is set.
+        """Train on `task` from step `start` on, and yield a row after each optimizer step, before the next
+        one begins. Afterwards `adapters` are those of the last step, or of the best where `keep_best` is set.
 
-        `saves` gets checkpoints where they are due, after their step's row. Raises Fault when a loss is not
-        finite, before anything is updated by it, and Stopped after a checkpoint when any process was asked to
+        A checkpoint that is due is written to `saves` after its step's row. Raises Fault when a loss is not
+        finite, before it updates anything, and Stopped, after a checkpoint, when any process was asked to
         stop.
         """
         steps = task.steps(self.optim.batch_size)
@@ -226,8 +223,8 @@ class Trainer:
         return self.engine.adapters()
 
     def _validated(self, task: TaskData, step: int, steps: int) -> float | None:
-        """The loss on the eval split after `step` of `steps`, None where none is due. Where it is the best so
-        far and `keep_best` is set, the trained parameters are kept."""
+        """The loss on the eval split after `step` of `steps`, None where no validation is due. Where it is
+        the best so far and `keep_best` is set, the trained parameters are kept."""
         every = self.optim.validate_every
         if not every or (step % every and step < steps):
             return None
@@ -260,7 +257,7 @@ class Trainer:
         elif self.engine.deepspeed:
             for _ in tensors:  # ZeRO gathers each tensor from all ranks, so all must go through them
                 pass
-        wait()  # if a process ended now, the launcher would end the one that writes
+        wait()  # else a process might end first, and the launcher would end the one that still writes
 
     def resume(self, path: Path) -> int:
         """Put back what `save` wrote, and return the step to continue from."""
@@ -308,7 +305,7 @@ class Trainer:
         """One optimizer step: its loss terms and the gradients' norm; whether any process was asked to stop,
         and whether a checkpoint is due. `following`: the examples of the next step.
         """
-        while True:  # until the micro-batches of all ranks fit into their memories
+        while True:  # until the micro-batches of all ranks fit into memory
             torch.manual_seed(
                 generator("dropout", seed, task.index, step, self.acc.process_index).initial_seed()
             )
@@ -328,7 +325,7 @@ class Trainer:
             and self.acc.is_main_process
             and saves.due(step + 1 == task.steps(self.optim.batch_size))
         )
-        # What all must agree on travels with the losses. A NaN on any rank is a NaN on all.
+        # What all ranks must agree on is reduced together with the losses. A NaN on any rank is a NaN on all.
         flags = [float(signals.asked()), float(due)]
         reduced = self.engine.reduce(own, flags)
         self.method.edit_gradients(self.gradients)
@@ -337,9 +334,9 @@ class Trainer:
         if not all(map(math.isfinite, totals)):
             raise Fault(_not_finite(where, totals, batches, losses))
         _refuse_infinite(where, totals, norm)
-        late = self.engine.step()
-        _refuse_infinite(where, totals, late)  # under ZeRO it is known only now
-        norm = late if norm is None else norm
+        norm_of_step = self.engine.step()
+        _refuse_infinite(where, totals, norm_of_step)  # ZeRO knows the norm only now
+        norm = norm_of_step if norm is None else norm
         self.method.after_step(self.gradients)
         return dict(zip(losses[0], totals, strict=True)), norm, bool(asked), bool(due)
 
@@ -356,11 +353,11 @@ class Trainer:
                 for batch in batches
             ]
         except torch.OutOfMemoryError:
-            return [], None  # the caller makes room: here the failed forward's tensors are still held
+            return [], None  # the caller frees memory: here the failed forward's tensors are still referenced
 
     def _shrink(self, lengths: list[int], where: str) -> None:
-        """Halve the tokens of a micro-batch, down to the longest example alone. All ranks have the same
-        numbers, and so come to the same result."""
+        """Halve the tokens of a micro-batch, but not below the longest example. All ranks have the same
+        numbers, and so get the same result."""
         cut = micro_batches(lengths, self.acc.num_processes, self.tokens, self.packed)
         largest = 0
         for positions in chain.from_iterable(cut):
@@ -389,9 +386,11 @@ class Trainer:
     def _next(self, examples: list[Encoded], chosen: list[int]) -> list[Batch]:
         """This rank's micro-batches on the host: those collated ahead if they are of these examples, else new
         ones."""
-        key, (*ahead, batches) = [chosen, self.tokens], self._ahead
+        ahead_chosen, ahead_tokens, batches = self._ahead
         self._ahead = None, None, []
-        return batches if ahead == key else list(self._collated(examples, chosen))
+        if (ahead_chosen, ahead_tokens) == (chosen, self.tokens):
+            return batches
+        return list(self._collated(examples, chosen))
 
     def _collated(self, examples: list[Encoded], chosen: list[int]) -> Iterator[Batch]:
         """This rank's micro-batches of a global batch; an empty one becomes a filler of weight 0."""
@@ -406,8 +405,8 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, examples: list[Encoded]) -> float:
-        """Mean loss over the examples, averaged as in training: of the method's terms the one that the log
-        has as `loss`, or all of them where none has that name."""
+        """Mean loss over the examples, averaged as in training: the method's term named `loss`, or the sum of
+        all terms where none has that name."""
         self.engine.module.eval()
         total = 0.0
         for batch in self._micro(examples, list(range(len(examples)))):

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 from codyra_llm.core.parsing import shown
 from codyra_llm.core.schema import Fraction, Strict
 
-# Ranks, widths, examples in memory: more is a slip, and would exhaust it.
+# Ranks, widths, examples in memory: a larger number is a slip, and would exhaust memory.
 Count = Annotated[int, Field(le=1 << 16)]
 Layer = Annotated[int, Field(ge=0, le=9999)]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -36,7 +36,7 @@ class TargetsConfig(MethodConfig, frozen=True):
     @field_validator("layers", mode="before")
     @classmethod
     def _written_out(cls, value: Any) -> Any:
-        """Ranges as the numbers that they stand for."""
+        """Ranges expanded to their numbers."""
         if isinstance(value, int) and not isinstance(value, bool):
             return [value]
         return _numbers(value) if isinstance(value, str) else value
@@ -85,18 +85,19 @@ class InputsConfig(LoraConfig, frozen=True):
     energy_first: Fraction = Field(
         default=0.995,
         description="ε at the first task: share of ‖C‖_F², C the inputs' covariance, that the basis of old "
-        "inputs must hold (`lamb` in InfLoRA's released code); its authors have 0.995 for language models "
+        "inputs must hold (`lamb` in InfLoRA's released code); its authors use 0.995 for language models "
         "and 0.95 for vision",
     )
     energy_last: Fraction = Field(
-        default=1.0, description="ε of a task after the last one; linear in between (`lame`)"
+        default=1.0,
+        description="ε that a task after the last would have; tasks in between get linear steps (`lame`)",
     )
     max_examples: int = Field(
-        default=512, ge=1, description="training examples of a task, drawn, whose inputs are read"
+        default=512, ge=1, description="how many drawn training examples of a task its inputs are taken from"
     )
     inputs_at_once: Count | None = Field(
         default=None,
         ge=1,
-        description="distinct inputs whose covariances are in memory together; each such portion is a pass "
-        "over the examples. null: as many as 2 GB hold",
+        description="how many distinct inputs have their covariances in memory at a time; each such group "
+        "takes a pass over the examples. null: as many as fit into 2 GB",
     )

@@ -64,7 +64,7 @@ class SaptConfig(ExpertConfig, frozen=True):
         default=1.0, description="weight of each old task's KL(its stored attention ‖ attention now)"
     )
     replay_examples: int = Field(
-        default=512, ge=1, description="training prompts of each old task, drawn, for that term"
+        default=512, ge=1, description="how many training prompts of each old task are drawn for that term"
     )
     replay_batch: Count = Field(default=16, ge=1, description="prompts of each old task per optimizer step")
 

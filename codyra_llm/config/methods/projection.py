@@ -16,8 +16,8 @@ class MemoryConfig(SequentialConfig, frozen=True):
     batch: Count = Field(
         default=16,
         ge=1,
-        description="how many of them a reference gradient is taken on, redrawn at each step; "
-        "from `memory` on it is all",
+        description="how many of them a reference gradient uses, redrawn at each step; all of them if this "
+        "is at least `memory`",
     )
 
 
@@ -56,22 +56,24 @@ class KeepLoraConfig(SequentialConfig, frozen=True):
     )
     energy_old: Fraction = Field(
         default=0.99,
-        description="share of a finished task's inputs (or gradient) that the directions kept from later "
-        "tasks hold",
+        description="share of a finished task's inputs (or gradient) that lies in the directions which later "
+        "tasks must not use",
     )
     old: Literal["inputs", "gradients"] = Field(
         default="inputs",
-        description="whose directions are kept after a task: inputs: those of what the sites read, as in the "
-        "paper; gradients: those of the loss by W, as in its code for LLaVA",
+        description="which directions are protected after a task: inputs: those of the sites' inputs, as in "
+        "the paper; gradients: those of the gradient of the loss by W, as in its code for LLaVA",
     )
     max_examples: int = Field(
-        default=512, ge=1, description="training examples of a task, drawn, for its gradient and its inputs"
+        default=512,
+        ge=1,
+        description="how many training examples of a task are drawn for its gradient and its inputs",
     )
     inputs_at_once: Count | None = Field(
         default=None,
         ge=1,
-        description="distinct inputs whose covariances, or their sites' gradients, are in memory together; "
-        "each such portion is a pass over the examples. null: as many as 2 GB hold",
+        description="how many distinct inputs have their covariances, or their sites' gradients, in memory "
+        "at a time; each such group takes a pass over the examples. null: as many as fit into 2 GB",
     )
 
 
@@ -85,11 +87,11 @@ class OgdConfig(SequentialConfig, frozen=True):
     examples: int = Field(
         default=20,
         ge=0,
-        description="training examples of each finished task whose directions are kept; "
+        description="how many training examples of each finished task give directions; "
         "each costs as much memory as the adapter in float32",
     )
     max_gigabytes: Positive = Field(
-        default=16.0, description="the most that the directions of all tasks may take"
+        default=16.0, description="the most memory that the directions of all tasks may take"
     )
 
 
@@ -98,7 +100,7 @@ class OsftConfig(TargetsConfig, frozen=True):
 
     name: Literal["osft"] = "osft"
     preserved: Fraction = Field(
-        default=0.5, lt=1, description="share of W's singular directions, the leading ones, that stay"
+        default=0.5, lt=1, description="share of W's singular directions, the leading ones, that are frozen"
     )
 
 
@@ -110,5 +112,5 @@ class OsftLoraConfig(SequentialConfig, frozen=True):
         default=True, description="must stay true: the directions are those of the merged W"
     )
     preserved: Fraction = Field(
-        default=0.5, lt=1, description="share of W's singular directions, the leading ones, that stay"
+        default=0.5, lt=1, description="share of W's singular directions, the leading ones, that are frozen"
     )

@@ -9,9 +9,9 @@ from codyra_llm.core.schema import NotNegative, Positive
 
 
 class PromptConfig(MethodConfig, frozen=True):
-    """The rate of the prompts; those that suit LoRA are too small for them. Published: 0.03·batch/256 for L2P
-    on a vision transformer, 0.3 for Progressive Prompts on T5, 1e-5 on TRACE, where prompts hardly move. The
-    default is ours."""
+    """The learning rate of the prompts; rates that suit LoRA are too small for them. Published:
+    0.03·batch/256 for L2P on a vision transformer, 0.3 for Progressive Prompts on T5, 1e-5 on TRACE, where
+    prompts hardly change. The default is ours."""
 
     prompt_lr: Positive = Field(default=0.01, description="learning rate of prompts and keys")
 
@@ -31,7 +31,9 @@ class DualPromptConfig(PromptConfig, frozen=True):
         default=[2, 3, 4], min_length=1, description="layers of the experts' prefixes"
     )
     expert_length: Count = Field(default=20, ge=1, description="keys and values of an expert's prefix")
-    pull: NotNegative = Field(default=1.0, description="c, how strongly a task's key is drawn to its queries")
+    pull: NotNegative = Field(
+        default=1.0, description="c, how strongly a task's key is pulled to its queries"
+    )
     key_init: Literal["mean", "uniform"] = Field(
         default="mean",
         description="mean: a task's key starts as the mean direction of "
@@ -59,7 +61,7 @@ class L2pConfig(PromptConfig, frozen=True):
     )
     pull: NotNegative = Field(
         default=0.5,
-        description="c, how strongly chosen keys are drawn to the queries; 0.5 on TRACE, 0.1 "
+        description="c, how strongly chosen keys are pulled to the queries; 0.5 on TRACE, 0.1 "
         "in the original's code",
     )
 

@@ -36,46 +36,48 @@ class DreamConfig(StartConfig, frozen=True):
     )
     target: Literal["kl", "tokens"] = Field(
         default="kl",
-        description="kl: keep to the distribution of the model before the task; tokens: cross entropy on "
-        "what it drew, as LAMOL's pseudo-examples have it",
+        description="kl: stay close to the distribution of the model before the task; tokens: cross entropy "
+        "on the tokens that it drew, as for LAMOL's pseudo-examples",
     )
     samples: int = Field(
         default=256,
         ge=0,
         le=1 << 16,
-        description="sequences that the model writes before every task; 0: none",
+        description="sequences that the model generates before every task; 0: none",
     )
-    sample_tokens: Count = Field(default=48, ge=1, description="tokens that it draws for each, at most")
+    sample_tokens: Count = Field(default=48, ge=1, description="most tokens that it draws for each")
     prompted: Fraction = Field(
         default=0.5,
-        description="share of them that begin as the earlier tasks' prompts do, as many for each task; the "
-        "others begin with BOS and a token at random",
+        description="share of them that begin like the earlier tasks' prompts, the same number for each "
+        "task; the others begin with BOS and a random token",
     )
     prefix_tokens: Count = Field(
         default=64,
         ge=1,
-        description="tokens of the prompts' common beginning that are kept of a task, at most",
+        description="most tokens that are kept of the common beginning of a task's prompts",
     )
     batch: Count = Field(default=16, ge=1, description="sequences per optimizer step, redrawn each time")
 
 
 class SdftConfig(StartConfig, frozen=True):
+    """Settings of `Sdft` in methods/regularised/sdft.py, which explains them."""
+
     name: Literal["sdft"] = "sdft"
     demonstration: str = Field(
         default="{prompt}\n\nThis is an example for a response to the question:\n{answer}\n\nNow answer with "
         "a response of your own:\n",
-        description="the prompt that the teacher reads; {prompt} and {answer} stand for the example's",
+        description="the prompt that the teacher gets; {prompt} and {answer} are replaced by the example's",
     )
     divergence: Literal["reverse", "forward"] = Field(
         default="reverse", description="reverse: KL(student ‖ teacher); forward: KL(teacher ‖ student)"
     )
-    answer_tokens: Count = Field(default=64, ge=1, description="tokens that the student draws, at most")
+    answer_tokens: Count = Field(default=64, ge=1, description="most tokens that the student draws")
     skip: int = Field(
         default=0,
         ge=0,
         le=1 << 16,
-        description="first tokens of an answer that the loss leaves out, since a teacher likes to begin with "
-        "words about the demonstration",
+        description="how many first tokens of an answer the loss leaves out, since teachers tend to begin "
+        "with words about the demonstration",
     )
     teacher_rate: Fraction = Field(
         default=0.02,
@@ -85,12 +87,12 @@ class SdftConfig(StartConfig, frozen=True):
         default=32,
         ge=0,
         le=1 << 16,
-        description="examples of the first task on which the base has to show, before training, that it "
-        "makes use of a demonstration; 0: none",
+        description="on how many examples of the first task to check, before training, that the base makes "
+        "use of a demonstration; 0: no check",
     )
     gain: Fraction = Field(
         default=0.5,
-        description="least share of the answers' cross entropy that the demonstration must take away there",
+        description="the least share by which the demonstration must lower the answers' cross entropy there",
     )
 
     @field_validator("demonstration")
@@ -116,7 +118,7 @@ class EwcConfig(StartConfig, frozen=True):
     )
     decay: Fraction = Field(default=1.0, description="γ in F ← γ F + F_new; 1 sums all tasks")
     examples: int = Field(
-        default=500, ge=1, description="training examples of a finished task that F_new is a mean over"
+        default=500, ge=1, description="how many training examples of a finished task F_new is averaged over"
     )
 
 
@@ -125,7 +127,7 @@ class EwcLoraConfig(StartConfig, frozen=True):
 
     name: Literal["ewclora"] = "ewclora"
     fresh: Literal[True] = Field(
-        default=True, description="must stay true: what is held back is a task's own update"
+        default=True, description="must stay true: the penalty is on a task's own update"
     )
     weight: NotNegative = Field(
         default=1e4,
@@ -134,7 +136,7 @@ class EwcLoraConfig(StartConfig, frozen=True):
     )
     decay: Fraction = Field(default=1.0, description="γ in F ← γ F + F_new; 1 sums all tasks")
     examples: int = Field(
-        default=500, ge=1, description="training examples of a finished task that F_new is a mean over"
+        default=500, ge=1, description="how many training examples of a finished task F_new is averaged over"
     )
 
 
@@ -164,8 +166,8 @@ class OLoraConfig(SequentialConfig, frozen=True):
     )
     lambda_orthogonal: NotNegative = Field(
         default=2048.0,
-        description="λ1, weight of the mean overlap of a pair of directions, one of the task and one of an "
-        "earlier task's, per optimizer step; released: 0.5 of the sum over 64 sites of 8 x 8 pairs, so 2048",
+        description="λ1, weight of the mean overlap over pairs of a direction of the task and one of an "
+        "earlier task, per optimizer step; released: 0.5 times the sum over 64 sites of 8 x 8 pairs, so 2048",
     )
     lambda_norm: NotNegative = Field(
         default=0.0, description="λ2, weight of Σ ‖A‖_F + ‖B‖_F of the task's own adapter"
@@ -190,13 +192,13 @@ class TreeLoraConfig(SequentialConfig, frozen=True):
     name: Literal["treelora"] = "treelora"
     weight: Fraction = Field(
         default=0.1,
-        description="β, share of the step's gradient that the similar task's takes; not the "
+        description="β, share of the similar task's gradient in the step's gradient; not the "
         "paper's λ (0.5), which weighs another term",
     )
     exploration: NotNegative = Field(
         default=0.2,
         description="c in the lower confidence bound μ - c·√(log n / n_k); the paper "
-        "has 2, with which 100 steps go to all earlier tasks nearly alike",
+        "has 2, with which 100 steps choose all earlier tasks nearly equally often",
     )
 
 
@@ -205,5 +207,6 @@ class TreeLoraRepoConfig(SequentialConfig, frozen=True):
 
     name: Literal["treelora_repo"] = "treelora_repo"
     weight: NotNegative = Field(
-        default=0.5, description="weight of the regulariser at the end of an epoch's ramp from 0"
+        default=0.5,
+        description="weight of the regulariser at the end of each epoch, to which it rises from 0",
     )

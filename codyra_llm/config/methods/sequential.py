@@ -37,18 +37,18 @@ class SequentialConfig(LoraConfig, frozen=True):
 
 
 class StartConfig(SequentialConfig, frozen=True):
-    """Where A begins."""
+    """How A is initialised."""
 
     start: Literal["random", "inputs", "weights"] = Field(
         default="random",
-        description="where A begins: random; inputs: off the leading directions of what the layers read in "
-        "sequences that the model writes; weights: in the directions that each W reads least",
+        description="how A is initialised: random; inputs: orthogonal to the leading directions of the "
+        "layers' inputs on sequences that the model generates; weights: W's smallest right singular vectors",
     )
     start_energy: Fraction | None = Field(
         default=None,
         gt=0,
         lt=1,
-        description="inputs only: share of the inputs' energy that A begins off; default 0.95",
+        description="inputs only: share of the inputs' energy in the directions that A avoids; default 0.95",
     )
 
     @model_validator(mode="after")
@@ -72,7 +72,7 @@ class Threshold(Strict, frozen=True):
     schedule: Literal["budget", "published-ramp", "published"] = Field(
         default="budget",
         description="budget: the shrinks of all steps sum to `budget` and follow the learning rate; "
-        "published-ramp: they climb to the end, as published, and sum to `budget`; published: κ climbs to "
+        "published-ramp: they rise until the end, as published, and sum to `budget`; published: κ rises to "
         "`kappa_max` in 50 stages, so it prunes nothing in fewer than 50 sparse steps",
     )
     budget: NotNegative | None = Field(
@@ -98,9 +98,9 @@ class Threshold(Strict, frozen=True):
 
 
 class RankWeightsConfig(LoraConfig, frozen=True):
-    """An adapter whose rank-one parts carry weights, and which of the parts stay."""
+    """An adapter with a weight per rank, and which of the ranks are kept."""
 
-    scale: Positive = Field(default=1.0, description="s in ΔW = s·B diag(w) A; the published code has 1")
+    scale: Positive = Field(default=1.0, description="s in ΔW = s·B diag(w) A; 1 in the published code")
     importance_init: Literal["constant", "normal"] = Field(
         default="constant", description="w at the start of a task: one value, or N(0, value²) as published"
     )
@@ -110,8 +110,8 @@ class RankWeightsConfig(LoraConfig, frozen=True):
     )
     align: bool = Field(
         default=True,
-        description="when the dense phase ends, rewrite each ΔW by its singular directions, with "
-        "w = σ/σ₁, so that the threshold meets parts in the order of their size",
+        description="when the dense phase ends, rewrite each ΔW in its singular directions, with "
+        "w = σ/σ₁, so that the threshold removes ranks by size",
     )
     threshold: Threshold = Field(
         default=Threshold(), description="how hard the weights w are shrunk, and when"
@@ -136,8 +136,8 @@ class CodyraConfig(RankWeightsConfig, frozen=True):
     name: Literal["codyra"] = "codyra"
     selection: Literal["threshold", "random", "none"] = Field(
         default="threshold",
-        description="random: the control that drops ranks at random, along a straight line to zero; none: "
-        "plain LoRA, with `merge_scale` the control that shrinks every update instead",
+        description="random: a control that drops ranks at random, shrinking them linearly to zero; none: "
+        "plain LoRA, and with `merge_scale` a control that shrinks every update instead",
     )
 
 
@@ -148,18 +148,20 @@ class OldInputsConfig(LoraConfig, frozen=True):
         default=1024,
         ge=0,
         le=1 << 16,
-        description="sequences that the base writes by itself before the first task; their inputs count as "
-        "one old task's; 0: none",
+        description="sequences that the base generates by itself before the first task; their inputs count "
+        "as those of one old task; 0: none",
     )
     sample_tokens: Count = Field(default=48, ge=1, description="tokens of each of them")
     max_examples: int = Field(
-        default=256, ge=1, description="training examples of a finished task, drawn, whose inputs are read"
+        default=256,
+        ge=1,
+        description="how many drawn training examples of a finished task its inputs are taken from",
     )
     sketch: Count = Field(
         default=256,
         ge=1,
-        description="columns kept of the second moment of an input that is wider than four times as many; "
-        "narrower ones are kept whole",
+        description="how many columns are kept of an input's second moment if the input is more than four "
+        "times as wide; narrower ones are kept whole",
     )
 
 
@@ -173,30 +175,31 @@ class CodyraDriftConfig(OldInputsConfig, RankWeightsConfig, frozen=True):
     )
     merge_weight: NotNegative = Field(
         default=1.0,
-        description="μ_m of old against new inputs in the merge in closed form; 0: the update as trained",
+        description="μ_m, weight of old against new inputs in the closed-form merge; 0: the update as "
+        "trained",
     )
     chats: Fraction = Field(
         default=0.5,
-        description="share of the `samples` that are chats, a user's text and an answer, of twice as many "
-        "tokens; for models with a chat template",
+        description="share of the `samples` that are chats (a user's text and an answer, with twice as many "
+        "tokens); for models with a chat template",
     )
     answer_share: Fraction | None = Field(
         default=0.5,
-        description="share that the places at which an answer's tokens are predicted have in a task's second "
-        "moments, where prompts are long and answers short; null: every token weighs the same",
+        description="total weight, in a task's second moments, of the positions that predict the answer's "
+        "tokens, which are few where prompts are long; null: every token has the same weight",
     )
     ridge: Positive = Field(
         default=1e-3,
-        description="ε of that merge, and of the parts, as a share of the inputs' mean energy; a smaller one "
-        "magnifies rounding where the inputs have next to no energy",
+        description="ε of that merge, and of selection ratio, as a share of the inputs' mean energy; a "
+        "smaller one magnifies rounding errors where the inputs have almost no energy",
     )
     selection: Literal["none", "ratio", "threshold", "random"] = Field(
         default="none",
-        description="ratio: drop the parts with the least gain on new inputs per drift of old outputs; "
+        description="ratio: drop the ranks with the least gain on new inputs per drift of old outputs; "
         "threshold, random: codyra's rule and its random control, for comparison",
     )
     keep_drift: Fraction | None = Field(
-        default=None, description="ratio only: τ, share of the predicted drift of old outputs that may stay"
+        default=None, description="ratio only: τ, share of the predicted drift of old outputs that may remain"
     )
 
     @model_validator(mode="after")
@@ -222,13 +225,14 @@ class IloraConfig(LoraConfig, frozen=True):
     batch: Count = Field(
         default=16,
         ge=1,
-        description="how many of them each step replays; as many as the step's own in the release",
+        description="how many of them each step replays; in the release as many as the step's own examples",
     )
     decay: Fraction = Field(
         default=0.25, description="α of slow ← α·slow + (1-α)·fast after every step; 0: slow is fast"
     )
     weight: NotNegative = Field(
-        default=1.0, description="of the distance of the fast adapter's hidden states above the slow one's"
+        default=1.0,
+        description="γ, weight of how far the fast adapter's hidden states are below the slow one's",
     )
 
 
@@ -271,13 +275,13 @@ class ReplayConfig(StartConfig, frozen=True):
     general: str | None = Field(
         default="Lima",
         min_length=1,
-        description="a set of general data that is replayed too, all of its training examples: a folder in "
+        description="a set of general data whose training examples are all replayed too: a folder in "
         "data.root, or a task of the benchmark that is not learnt; null: none",
     )
     when: Literal["after", "mixed"] = Field(
         default="mixed",
-        description="mixed: memory in every epoch; after: one more epoch over the memory when the task's own "
-        "are done, as published, with a schedule of the learning rate of its own",
+        description="mixed: memory in every epoch; after: one more epoch over the memory after the task's "
+        "own, as published, with its own learning-rate schedule",
     )
 
 
@@ -299,7 +303,7 @@ class SoraConfig(SequentialConfig, frozen=True):
     gate_lr: NotNegative | None = Field(
         default=None,
         description="learning rate of the gates; null: the optimizer's; 0: no "
-        "gradient, the threshold alone moves them (not under ZeRO)",
+        "gradient, only the threshold changes them (not under ZeRO)",
     )
 
 
@@ -320,23 +324,23 @@ class PmConfig(OldInputsConfig, StartConfig, frozen=True):
 
     name: Literal["pm"] = "pm"
     fresh: Literal[True] = Field(
-        default=True, description="must stay true: what is weighed is a task's update"
+        default=True, description="must stay true: α is chosen for a task's own update"
     )
     curvature: Literal["fisher", "inputs"] = Field(
         default="fisher",
-        description="what a change of W costs a task: fisher: its diagonal Fisher information, as published; "
-        "inputs: what it says to the task's inputs, without gradients",
+        description="how the cost of a change of W to a task is measured: fisher: by the diagonal Fisher "
+        "information, as published; inputs: by the change of outputs on its inputs, without gradients",
     )
     weight: NotNegative = Field(
-        default=1.0, description="inputs only: μ of the tasks before against the new one"
+        default=1.0, description="inputs only: μ, weight of the earlier tasks against the new one"
     )
     perturbation: Fraction = Field(
-        default=0.5, lt=1, description="ε: steps take their gradients at (1 ± ε) ΔW; 0: at ΔW"
+        default=0.5, lt=1, description="ε: gradients are taken at (1 ± ε) ΔW; 0: at ΔW"
     )
     samples: int = Field(
         default=0,
         ge=0,
         le=1 << 16,
-        description="inputs only: sequences that the base writes by itself before the first task; their "
-        "inputs count as one old task's; 0: none",
+        description="inputs only: sequences that the base generates by itself before the first task; their "
+        "inputs count as those of one old task; 0: none",
     )

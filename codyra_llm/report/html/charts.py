@@ -1,4 +1,4 @@
-"""Numbers to places in a drawing; the template draws them as inline SVG. y grows downwards."""
+"""Converts numbers to coordinates, which the template draws as inline SVG. y grows downwards."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -95,7 +95,7 @@ def curve(
 
 
 def thinned(line: list[tuple[float, float]], most: int = 60) -> list[tuple[float, float]]:
-    """Means of as many neighbours as leave at most `most` points, each at the middle of its neighbours."""
+    """The line with at most `most` points: each is the mean of some neighbours, at their middle."""
     size = math.ceil(len(line) / most) or 1
     parts = [line[i : i + size] for i in range(0, len(line), size)]
     means = []
@@ -126,7 +126,7 @@ def scatter(groups: list[list[tuple[float, float]]], means: list[tuple[float, fl
 
 
 def _free(at: tuple[float, float], placed: list[tuple[float, float]]) -> tuple[float, float]:
-    """A place for a label near `at` that no dot or label has taken, going outwards."""
+    """The nearest place for a label around `at` that overlaps no dot or label."""
     places = [
         (at[0] + reach * dx, at[1] + reach * dy + 4)
         for reach in (13, 20, 27)

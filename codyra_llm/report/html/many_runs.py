@@ -9,8 +9,17 @@ from statistics import fmean
 from codyra_llm.config.recipe import Recipe
 from codyra_llm.evaluate.statistics import MEASURES, measures
 from codyra_llm.report import answers
-from codyra_llm.report.grid import Cell, Grid, Whence, number, word
-from codyra_llm.report.groups import Member, Run, baseline_of, distinguishing, grouped, over, pairing, whence
+from codyra_llm.report.grid import Cell, Grid, Provenance, number, word
+from codyra_llm.report.groups import (
+    Member,
+    Run,
+    baseline_of,
+    distinguishing,
+    grouped,
+    over,
+    pairing,
+    provenance,
+)
 from codyra_llm.report.groups import names as names_of
 from codyra_llm.report.html.charts import scatter
 from codyra_llm.report.summary import summarised
@@ -43,7 +52,7 @@ def content(members: list[Member], over_orders: bool = False, numbered: bool = T
     `over_orders`: runs that differ in the order of their tasks are one group."""
     runs = opened(members)
     groups = grouped(runs, over_orders)
-    # One recipe stands for its group: the others differ from it in nothing that is shown.
+    # The first recipe represents its group: the others differ from it in nothing that is shown.
     recipes = [group[0].recipe for group in groups]
     names = names_of(groups, over_orders)
     if numbered:
@@ -66,7 +75,7 @@ def _settings(names: list[str], recipes: list[Recipe], over_orders: bool) -> Gri
     known = [distinguishing(recipe, over_orders) for recipe in recipes]
     lines = []
     for key in dict.fromkeys(key for settings in known for key in settings):
-        texts = [_said(settings[key]) if key in settings else None for settings in known]
+        texts = [_text(settings[key]) if key in settings else None for settings in known]
         if len(set(texts) - {None}) > 1:
             lines.append((key, [word(text) if text is not None else None for text in texts]))
     if not lines:
@@ -76,7 +85,8 @@ def _settings(names: list[str], recipes: list[Recipe], over_orders: bool) -> Gri
     return Grid("settings", "setting", numbers, lines, note)
 
 
-def _said(value: object) -> str:
+def _text(value: object) -> str:
+    """A setting's value as it is shown."""
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
@@ -102,7 +112,7 @@ def _facts(groups: list[list[Run]], over_orders: bool) -> list[str]:
 
 
 def _said_of_answers(names: list[str], groups: list[list[Run]]) -> list[str]:
-    """The floor's OP, and which groups gave answers that are all alike, or empty ones."""
+    """The floor's OP, and which groups gave identical, empty or cut answers."""
     floors, tallies = {}, {}
     for name, group in zip(names, groups, strict=True):
         summaries = [run.summary for run in group]
@@ -125,7 +135,7 @@ def _leaderboard(names: list[str], groups: list[list[Run]]) -> Grid:
         "The highest OP first. Forgetting: lower is better; BWT: higher is; "
         "TreeLoRA's BWT: lower is. Time and memory are those of training.",
         BETTER,
-        _whence(names, groups),
+        _provenances(names, groups),
     ).filled()
 
 
@@ -146,8 +156,8 @@ def _line(group: list[Run]) -> list[Cell | None]:
     return cells
 
 
-def _whence(names: list[str], groups: list[list[Run]]) -> dict[str, Whence]:
-    return {name: whence(group) for name, group in zip(names, groups, strict=True)}
+def _provenances(names: list[str], groups: list[list[Run]]) -> dict[str, Provenance]:
+    return {name: provenance(group) for name, group in zip(names, groups, strict=True)}
 
 
 def _mean(values: list[float | None], unit: float = 1) -> float | None:
@@ -174,7 +184,7 @@ def _tasks(names: list[str], groups: list[list[Run]]) -> Grid:
         lines,
         "Score on each task after the last one.",
         dict.fromkeys(tasks, 1),
-        _whence(names, groups),
+        _provenances(names, groups),
     )
 
 
@@ -185,7 +195,7 @@ def _last_scores(run: Run) -> dict[str, float | None]:
 
 
 def _differences(names: list[str], groups: list[list[Run]], over_orders: bool) -> Grid | None:
-    """Each group less its baseline, run by run of the same seed and order."""
+    """Each group minus its baseline, paired by seed and order."""
     lines = []
     for name, group in zip(names, groups, strict=True):
         baseline = baseline_of(group, groups)
@@ -202,7 +212,9 @@ def _differences(names: list[str], groups: list[list[Run]], over_orders: bool) -
         return None
     note = "Means over the seeds and orders that both have. Marked: the 95 % interval leaves 0 out."
     columns, corner = ["pairs", *MEASURES.values()], f"less {names[0]}"
-    return Grid("paired differences", corner, columns, lines, note, whence=_whence(names, groups)).filled()
+    return Grid(
+        "paired differences", corner, columns, lines, note, provenance=_provenances(names, groups)
+    ).filled()
 
 
 def _less(a: float | None, b: float | None) -> float | None:
@@ -218,14 +230,14 @@ def _difference(values: list[float | None]) -> Cell | None:
 
 def _runs(names: list[str], groups: list[list[Run]]) -> Grid:
     shared = Path(*_common([run.folder.path.parts for group in groups for run in group]))
-    lines, told = [], {}
+    lines, provenances = [], {}
     for name, group in zip(names, groups, strict=True):
         for run in group:
             place = str(run.folder.path.relative_to(shared))
             measured = [number(value, ".2f") for value in run.measures.values()]
             lines.append((place, [word(name), Cell(run.recipe.seed, str(run.recipe.seed)), *measured]))
-            told[place] = whence([run])
-    return Grid("runs", "run", ["group", "seed", *MEASURES.values()], lines, whence=told).filled()
+            provenances[place] = provenance([run])
+    return Grid("runs", "run", ["group", "seed", *MEASURES.values()], lines, provenance=provenances).filled()
 
 
 def _common(paths: list[tuple[str, ...]]) -> list[str]:

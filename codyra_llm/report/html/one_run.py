@@ -1,4 +1,4 @@
-"""What the page of one run shows. A part whose file the run folder lacks is left out."""
+"""The contents of the page of one run. Parts whose file is missing from the run folder are left out."""
 
 import json
 import math
@@ -108,7 +108,7 @@ def _constant(row: FloorRow | None) -> Cell | None:
 
 
 def _panels(found: dict, rows: Rows) -> list[dict]:
-    """Per task its score after each step; none where no task was scored twice."""
+    """For each task its score after each step; empty if no task was scored twice."""
     steps, out = len(found["matrix"]), []
     for learnt, task in enumerate(found["tasks"][:steps], 1):
         known = {
@@ -203,7 +203,7 @@ def _kept(kept: int, rank: int) -> Cell:
 
 
 def _rank_maps(updates: list[UpdateRow]) -> list[Grid]:
-    """Per task, layer × projection; none where every rank was kept."""
+    """For each task, layer × projection; empty if every rank was kept."""
     rows = [row for row in updates if row.rank is not None]
     if all(row.kept == row.rank for row in rows):
         return []

@@ -12,7 +12,7 @@ from codyra_llm.core.version import __version__
 from codyra_llm.report import published
 from codyra_llm.report.figures import SUFFIXES as FIGURES
 from codyra_llm.report.grid import Grid, markdown, write_csv
-from codyra_llm.report.groups import Member, Run, whence
+from codyra_llm.report.groups import Member, Run, provenance
 from codyra_llm.report.html import many_runs, one_run
 from codyra_llm.report.latex import latex
 from codyra_llm.store.folder import RunFolder
@@ -48,7 +48,9 @@ def write(
     found["published"] = published.comparisons(folders) if paper else []
     with replacing(out) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         if out.suffix == ".csv":
-            write_csv(grids(found), file, whence([Run(folders[0], {}, {})]) if len(members) == 1 else None)
+            write_csv(
+                grids(found), file, provenance([Run(folders[0], {}, {})]) if len(members) == 1 else None
+            )
         elif out.suffix == ".html":
             file.write(html(found, len(members)))
         elif out.suffix == ".md":
