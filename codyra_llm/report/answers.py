@@ -45,7 +45,7 @@ def sentences(found: list[dict], many: float = MANY) -> list[str]:
     if alike:
         lines.append(
             f"One and the same answer to at least {ALIKE:.0%} of the prompts: {_by_task(alike)}. Such a "
-            f"score shows nothing learnt from the prompts; compare it with that of the {FLOOR}."
+            f"score shows nothing learnt from the prompts; for a trained task, compare it with the {FLOOR}'s."
         )
     if empty:
         lines.append(f"Empty answers: {_by_task(empty)}.")

@@ -8,6 +8,7 @@ import yaml
 
 from codyra_llm.benchmarks import trace  # pyright: ignore  # installed from the top level
 from codyra_llm.config.benchmark import load_benchmark
+from codyra_llm.config.recipe import by_task
 from codyra_llm.report.grid import Cell, Grid, number, word
 from codyra_llm.report.groups import Run, grouped, labels, over
 from codyra_llm.report.summary import summarised
@@ -79,18 +80,31 @@ def _delta_r(group: list[Run]) -> Cell | None:
 
 
 def _run(group: list[Run]) -> str:
-    """What one has to know of a group of runs here: base, protocol, order, examples and seeds."""
+    """What one has to know of a group of runs here: base, protocol, order, training, scoring and seeds."""
     recipe = group[0].recipe
+    data, scoring = recipe.data, recipe.eval
     orders = [
         f"order {number}"
         for number, tasks in load_benchmark("trace").orders.items()
         if list(tasks) == recipe.tasks
     ]
-    order, most = (orders or ["none of the orders of TRACE's eight tasks"])[0], recipe.eval.max_examples
-    scored = f"at most {most} examples of each task scored" if most else "all examples scored"
-    train = f", at most {recipe.data.max_train_examples} trained on" if recipe.data.max_train_examples else ""
+    order = (orders or ["none of the orders of TRACE's eight tasks"])[0]
     seeds = f"{len(group)} seeds" if len(group) > 1 else "1 seed"
+    epochs, tokens = (_in_turn(value, recipe.tasks) for value in (data.epochs, scoring.max_new_tokens))
     return (
-        f"Base {recipe.model.path}, protocol {recipe.data.protocol}, {order}, {recipe.eval.split} split, "
-        f"{scored}{train}, {seeds}."
+        f"Base {recipe.model.path}, protocol {data.protocol}, {order}, {seeds}. "
+        f"Trained on {_most(data.max_train_examples)} of each task, epochs {epochs}, "
+        f"prompts of at most {data.max_prompt_tokens} tokens, answers of at most {data.max_answer_tokens}. "
+        f"Scored on {_most(scoring.max_examples)} of each task's {scoring.split} split, greedy answers of at "
+        f"most {tokens} tokens."
     )
+
+
+def _most(examples: int | None) -> str:
+    return f"at most {examples} examples" if examples else "all examples"
+
+
+def _in_turn(value: int | dict[str, int], tasks: list[str]) -> str:
+    """A setting's one value, or its values in the order of the tasks where they differ: `5,3,7`."""
+    values = [str(by_task(value, task)) for task in tasks]
+    return values[0] if len(set(values)) == 1 else ",".join(values)

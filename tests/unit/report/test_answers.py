@@ -67,7 +67,7 @@ def test_rows_just_learnt_and_at_the_end_are_told_and_no_others(tmp_path):
     one = f"{FIRST} (100% of 2 after {FIRST}, 95% of 2 after {THIRD}), probe (100% of 2 after {THIRD})"
     found = (
         f"One and the same answer to at least 90% of the prompts: {one}. Such a score shows nothing learnt "
-        f"from the prompts; compare it with that of the {NAME}."
+        f"from the prompts; for a trained task, compare it with the {NAME}'s."
     )
     empty = f"Empty answers: {FIRST} (1 of 2 after {THIRD})."
     lines = report(folder).splitlines()

@@ -7,7 +7,7 @@ import html
 
 import pytest
 from helpers import main_ends
-from made_runs import Page, make, written
+from made_runs import TASKS, Page, make, written
 
 from codyra_llm.report.html import page
 
@@ -66,6 +66,14 @@ def test_seeds_are_one_row_with_their_interval(tmp_path):
     assert (
         "3 seeds" in table(folders, tmp_path / "x.csv", "to compare them")["here: 2 seqlora"]["what to know"]
     )
+
+
+def test_what_the_caveats_of_a_comparison_name_is_said_of_the_run(tmp_path):
+    lengths = {"data__max_prompt_tokens": 300, "data__max_train_examples": 40, "eval__max_new_tokens": 7}
+    folder = make(tmp_path / "run", data__epochs={TASKS[0]: 2, TASKS[1]: 3, TASKS[2]: 2}, **lengths)
+    known = table([folder], tmp_path / "x.csv", "to compare them")["here: codyra"]["what to know"]
+    assert "Trained on at most 40 examples of each task" in known and "prompts of at most 300 tokens" in known
+    assert "epochs 2,3,2" in known and "test split, greedy answers of at most 7 tokens" in known
 
 
 @pytest.mark.parametrize("several", [False, True])
