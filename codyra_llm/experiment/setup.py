@@ -74,8 +74,7 @@ class Setup:
 
     def verify(self, folder: RunFolder) -> None:
         """Raises Fault where the updates of `folder` were made on other base weights than the recipe's path
-        now holds, or by another version of the method.
-        """
+        now holds, or by another version of the method."""
         faults = plugins.changed(folder.origins, self.origins, str(folder.path))
         if faults:
             raise Fault(*faults)
@@ -141,8 +140,7 @@ class Setup:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt and answer that evaluation can meet, at most the model's positions: a
-        server refuses to start with more."""
+        """Tokens of the longest prompt and answer that evaluation can meet, at most the model's positions."""
         answers = [self.new_tokens(index) for index in range(len(self.recipe.tasks))]
         if self.prompts:
             answers.append(self.recipe.open_ended.max_new_tokens)
