@@ -150,8 +150,7 @@ class Setup:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt and answer that evaluation can meet, at most the model's positions: a
-        server refuses to start with more."""
+        """Tokens of the longest prompt and answer that evaluation can meet, at most the model's positions."""
         answers = [self.new_tokens(index) for index in range(len(self.recipe.tasks))]
         if self.prompts:
             answers.append(self.recipe.open_ended.max_new_tokens)

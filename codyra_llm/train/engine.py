@@ -234,7 +234,7 @@ class Engine:
                 yield from ((f"{key}.{name}", self._moment(p, key)) for key in MOMENTS)
                 yield f"step.{name}", next(iter(self.inner.state.values()))["step"].clone()
             else:  # a parameter that never had a gradient has no moments
-                yield from ((f"{key}.{name}", value) for key, value in self.inner.state[p].items())
+                yield from ((f"{key}.{name}", value) for key, value in self.inner.state.get(p, {}).items())
 
     @torch.no_grad()
     def load_state(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
