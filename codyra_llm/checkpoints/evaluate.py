@@ -150,10 +150,16 @@ def _prepare(checkpoint: str, wanted: Wanted, bfloat16: bool | None = None) -> P
         stage = Stage.of(tasks, source.run.archive().index(source.after))
     elif source.after:
         stage = Stage.of(tasks, tasks.index(source.after))
+    measured = setup.recipe.general.data or setup.prompts
+    if wanted.base and not (source.adapter or measured):
+        raise Fault(
+            f"--base: {checkpoint} is no PEFT adapter, and nothing is measured on the base, since neither "
+            "general.data nor open_ended.prompts is given; give one of them, or leave --base out"
+        )
     scored = setup
     if not source.run:
         scored = Checkpoint(**vars(setup), build=lambda: _built(setup, source.adapter))
-    if not (wanted.base and (setup.recipe.general.data or setup.prompts)):
+    if not (wanted.base and measured):
         return Prepared(scored, source, stage, None)
     named = {"path": wanted.base, "revision": revision_of(wanted.base, source.raw)}
     model = recipe.model.model_copy(update=named)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from codyra_llm.core.errors import Fault, nearest
+from codyra_llm.core.files import room_faults
 from codyra_llm.experiment.export import (
     adapter_notes,
     write_gguf_folder,
@@ -15,6 +16,7 @@ from codyra_llm.experiment.export import (
     write_stage,
 )
 from codyra_llm.experiment.setup import prepare
+from codyra_llm.models import saved
 from codyra_llm.report import card
 from codyra_llm.store.folder import RunFolder
 
@@ -86,6 +88,10 @@ def export(folder: RunFolder, asked: Export, out: Path) -> list[str]:
             f"'{asked.without}'; choose one of {', '.join(before) or 'no task'}, or leave --without out"
         )
     setup.verify(folder, last)
+    dtype = getattr(torch, asked.dtype) if asked.dtype else None
+    faults = room_faults(out, _size(asked, setup.base, dtype), "OUT")
+    if faults:
+        raise Fault(*faults)
     written = partial(card.render, setup.base, folder, last, left_out, asked.format)
     notes = []
     if asked.format == "stage":
@@ -95,8 +101,17 @@ def export(folder: RunFolder, asked: Export, out: Path) -> list[str]:
     elif asked.format == "gguf":
         write_gguf_folder(setup, archive, last, left_out, out, written(), asked.type or "f16")
     else:
-        dtype = getattr(torch, asked.dtype) if asked.dtype else None
         write_merged(setup, archive, last, left_out, out, written(), dtype)
     less = f" without {asked.without}" if asked.without else ""
     name = archive.tasks[last] if last >= 0 else "base"
     return [*notes, f"{asked.format} model after {name}{less}: {out}"]
+
+
+def _size(asked: Export, base: Path, dtype: torch.dtype | None) -> int:
+    """About how many bytes the export takes, where it is a whole model; else 0."""
+    if asked.format == "merged":
+        return saved.size(base, dtype)
+    if asked.format == "gguf":
+        wide = saved.size(base, torch.float32 if asked.type == "f32" else torch.float16)
+        return wide // 2 if asked.type == "q8_0" else wide
+    return 0

@@ -191,6 +191,8 @@ def recipe_of(checkpoint: str, source: Source, wanted: Wanted) -> Recipe:
             assign(raw, key, value)
     recipe = parse_recipe(override(raw, wanted.overrides), checkpoint)
     _refuse_another_run(checkpoint, source, recipe)
+    if wanted.general_tasks and not recipe.general.data:
+        raise Fault("--general-tasks: no general ability is measured; give --general, or leave it out")
     if source.raw or wanted.data or recipe.data.root != ".":
         return recipe
     if not (recipe.general.data or recipe.open_ended.prompts):

@@ -12,10 +12,12 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from codyra_llm.config.benchmark import load_benchmark
 from codyra_llm.config.recipe import parse_recipe
 from codyra_llm.config.registry import METHODS
 from codyra_llm.config.sections import (
     FILE,
+    TRACE,
     DataSection,
     EvalSection,
     GeneralSection,
@@ -62,7 +64,7 @@ def draft(answers: Answers, file: Path) -> str:
         f"# Check it with `codyra-llm plan {file}`, start it with `codyra-llm run {file}`; the same command",
         "# goes on where a run stopped. What is commented out has its default; all keys: docs/recipes.md.",
         *_section("model", {"path": answers.model}),
-        *_section("data", {inside: answers.data}),
+        *_section("data", {inside: answers.data, **_stream(answers.data)}),
         "method:",
         _line("name", answers.method, METHODS[answers.method].summary),
         *_settings(METHODS.settings(answers.method), skip="name"),
@@ -76,11 +78,21 @@ def draft(answers: Answers, file: Path) -> str:
     return text
 
 
+def _stream(data: str) -> dict[str, list[str]]:
+    """The tasks of a folder that does not have those of TRACE, by name, since no order of these fits; empty
+    where the benchmark's default does."""
+    tasks = sorted(file.parent.name for file in Path(expanded(data)).glob("*/train.json"))
+    own = tasks and not os.path.isfile(Path(expanded(data), FILE))
+    return {"tasks": tasks} if own and not {*load_benchmark(TRACE).orders[1]} <= {*tasks} else {}
+
+
 def _section(name: str, given: dict[str, Any]) -> list[str]:
     """A section of what is given and of NEXT; with nothing given its head is a comment too."""
     schema = SCHEMAS[name]
     lines = [_line(key, value, _meaning(schema, key)) for key, value in given.items()]
     for key in NEXT[name]:
+        if key in given:
+            continue
         lines.append(_line(key, schema.model_fields[key].default, _meaning(schema, key), comment=True))
     head = f"{name}:" if given else f"# {name}:"
     return [head, *lines]

@@ -66,24 +66,24 @@ def unwritable(path: Path, error: Exception) -> Fault:
     )
 
 
-def room_faults(output: Path, needed: int) -> list[str]:
-    """What keeps a run from writing `needed` bytes to `output`: the part of its path that exists has to be a
-    writable folder with enough space."""
-    place = next(p for p in (output.absolute(), *output.absolute().parents) if os.path.lexists(p))
+def room_faults(place: Path, needed: int, key: str = "output") -> list[str]:
+    """What keeps a command from writing `needed` bytes to `place`, which was given as `key`: the part of its
+    path that exists has to be a writable folder with enough space."""
+    there = next(p for p in (place.absolute(), *place.absolute().parents) if os.path.lexists(p))
     try:
-        with TemporaryFile(dir=place):  # permissions, quotas and read-only mounts show only by trying
-            free = shutil.disk_usage(place).free
+        with TemporaryFile(dir=there):  # permissions, quotas and read-only mounts show only by trying
+            free = shutil.disk_usage(there).free
     except OSError as error:
         return [
-            f"output: {output} can't be written, since {place} takes no file ({error.strerror}); choose "
-            "another output"
+            f"{key}: {place} can't be written, since {there} takes no file ({error.strerror}); choose "
+            f"another {key}"
         ]
     needed += 64 << 20
     if free >= needed:
         return []
     return [
-        f"output: {output} needs about {needed / 1e9:.1f} GB, {place} has {free / 1e9:.1f} GB free; free "
-        "some, or choose another output"
+        f"{key}: {place} needs about {needed / 1e9:.1f} GB, {there} has {free / 1e9:.1f} GB free; free some, "
+        f"or choose another {key}"
     ]
 
 

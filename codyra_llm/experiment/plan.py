@@ -17,7 +17,7 @@ from codyra_llm.data.batches import Batch, batch_tokens, collate, default_tokens
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.evaluate.budget import MOST, affordable, free_bytes, token_bytes
 from codyra_llm.experiment.inspection import as_presented, hints, splits
-from codyra_llm.experiment.observers import check as check_trackers
+from codyra_llm.experiment.preflight import refuse_lacking
 from codyra_llm.experiment.setup import Setup, prepare
 from codyra_llm.lora.layer import sites
 from codyra_llm.lora.shared import share_inputs
@@ -64,7 +64,7 @@ class Piece(NamedTuple):
 def plan(recipe: Recipe, console: Console) -> None:
     """Print the plan of a recipe. Raises one Fault with everything that is wrong with it."""
     setup = prepare(recipe)
-    check_trackers(recipe.trackers)
+    refuse_lacking(setup, judges=bool(setup.prompts))
     model = skeleton(setup)
     work = _work(setup, model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

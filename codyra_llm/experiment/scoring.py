@@ -5,9 +5,10 @@ from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple
 
+from codyra_llm.core.errors import Fault
 from codyra_llm.evaluate.statistics import blank, commonest, summarise_all
 from codyra_llm.experiment.experiment import Experiment
-from codyra_llm.experiment.setup import PROBE_TOKENS, Setup
+from codyra_llm.experiment.setup import PROBE_TOKENS, Attempts, Setup
 from codyra_llm.runtime import signals
 from codyra_llm.runtime.forecast import Piece
 from codyra_llm.runtime.launch import is_first, of_first, say, wait
@@ -159,6 +160,11 @@ def _measure_general(experiment: Experiment, stage: Stage, names: list[str]) -> 
 
     setup, recipe = experiment.setup, experiment.recipe
     observer.stage_begins(stage, Piece("load", "suite", stage.step))
+    tried = Attempts()
+    for name in names:  # their data, which may be missing, before the model
+        tried(getattr, setup.suite[name], "tasks")
+    if tried.faults:
+        raise Fault(*tried.faults)
     model, conditions = setup.load_stage(experiment.models, stage, experiment.acc.device)
     condition = conditions and partial(conditions, task=None)
     front = setup.method.front(stage.step) if stage.step else 0

@@ -185,6 +185,8 @@ def prepare(
         if not wrong:
             config = families.text_config(base)
             tried.faults += _fits(recipe, config) + method.check(config, recipe.model.attention)
+            if recipe.model.attention:
+                tried(loading.try_attention, base, recipe.model.attention)
             recipe = tried(_with_dtype, recipe, base, bfloat16) or recipe
             tokenizer = tried(load_tokenizer, reads)
     root = tried(data_root if runs else root_folder, recipe.data.root)

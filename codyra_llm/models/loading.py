@@ -225,6 +225,25 @@ def load_whole(folder: Path, dtype: torch.dtype, attention: str | None = None) -
     return _loaded(folder, dtype, attention, {"config": read_config(folder)})
 
 
+def try_attention(folder: Path, attention: str) -> None:
+    """Raises Fault where the model of `folder` can't have this attention here, found on one layer without
+    weights."""
+    config = families.shortened(families.text_config(folder), 1)
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    except (ImportError, ValueError) as error:
+        raise _unattended(folder, attention, error) from None
+
+
+def _unattended(folder: Path, attention: str | None, error: Exception) -> Fault:
+    """What to say where a package is missing, or Gemma 2 is asked for sdpa."""
+    return Fault(
+        f"{folder} can't be loaded with attention '{attention}' ({str(error).split('. ')[0]}): choose "
+        "eager, which every model supports, or install what is missing."
+    )
+
+
 def _loaded(folder: Path, dtype: torch.dtype, attention: str | None, given: dict) -> PreTrainedModel:
     try:
         with without_weight_bars():
@@ -238,11 +257,8 @@ def _loaded(folder: Path, dtype: torch.dtype, attention: str | None, given: dict
                 local_files_only=True,
                 output_loading_info=True,
             )
-    except (ImportError, ValueError) as error:  # a package that is missing, or Gemma 2 with sdpa
-        raise Fault(
-            f"{folder} can't be loaded with attention '{attention}' ({str(error).split('. ')[0]}): choose "
-            "eager, which every model supports, or install what is missing."
-        ) from None
+    except (ImportError, ValueError) as error:
+        raise _unattended(folder, attention, error) from None
     if info["missing_keys"]:  # transformers leaves them at random values
         names = sorted(info["missing_keys"])
         raise Fault(

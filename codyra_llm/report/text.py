@@ -1,7 +1,9 @@
 """Tables for the terminal, and a run's report in Markdown (report.md)."""
 
 from rich.box import SIMPLE
+from rich.console import Group
 from rich.table import Column, Table
+from rich.text import Text
 
 from codyra_llm.config.recipe import Recipe
 from codyra_llm.config.registry import METHODS
@@ -61,22 +63,30 @@ def _cell(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
-def table(found: dict) -> Table:
-    """The scores for the terminal, with the measures in the caption: the matrix, or one row per task where
-    the matrix would be too wide."""
+def table(found: dict) -> Group:
+    """The scores for the terminal, with the measures below them: the matrix, or one row per task where the
+    matrix would be too wide. Title and measures are lines of their own, since those of a table are broken at
+    its width, which is small where there are few tasks."""
     fits = max(map(len, found["tasks"])) + 6 * len(found["tasks"]) < COLUMNS
-    out = _matrix(found) if fits else _by_task(found)
-    out.caption = "   ".join(f"{name} {found[name]:.2f}" for name in MEASURES if found[name] is not None)
+    what = "after each task" if fits else "(after each task: report.md)"
+    title = f"{found['method']}: score on each task{',' if fits else ''} {what}"
+    scores = _matrix(found) if fits else _by_task(found)
+    return Group(Text(title, style="table.title"), scores, Text(_measures(found), style="table.caption"))
+
+
+def _measures(found: dict) -> str:
+    """What is said below the scores, a line for each kind."""
+    lines = ["   ".join(f"{name} {found[name]:.2f}" for name in MEASURES if found[name] is not None)]
     if found.get("floor"):
-        out.caption += f"\n{answers.FLOOR}, without a model: op {_cell(found['floor']['op'])}"
-    out.caption += "".join(f"\n{line}" for line in answers.sentences(found.get("answers", [])))
+        lines.append(f"{answers.FLOOR}, without a model: op {_cell(found['floor']['op'])}")
+    lines += answers.sentences(found.get("answers", []))
     if found["general"]:
-        out.caption += "\ngeneral ability, before → after: " + ", ".join(
-            f"{name} {_cell(v.get('before'))} → {_cell(v.get('after'))}"
-            for name, v in found["general"].items()
-        )
-        out.caption += "".join(f"\n{line}" for line in _change(found))
-    return out
+        changes = [
+            f"{name} {_cell(scores.get('before'))} → {_cell(scores.get('after'))}"
+            for name, scores in found["general"].items()
+        ]
+        lines += [f"general ability, before → after: {', '.join(changes)}", *_change(found)]
+    return "\n".join(lines)
 
 
 def _matrix(found: dict) -> Table:
@@ -86,7 +96,6 @@ def _matrix(found: dict) -> Table:
         box=SIMPLE,
         padding=0,
         collapse_padding=True,
-        title=f"{found['method']}: score on each task, after each task",
     )
     trained = zip(found["tasks"], found["matrix"], strict=False)  # without training there is no matrix
     for task, row in [("base", found["zero_shot"] or []), *trained]:
@@ -101,7 +110,6 @@ def _by_task(found: dict) -> Table:
         Column("task", no_wrap=True),
         *(Column(name, justify="right", no_wrap=True) for name in ("base", "just learnt", "at the end")),
         box=SIMPLE,
-        title=f"{found['method']}: score on each task (after each task: report.md)",
     )
     rows = found["matrix"]
     for i, task in enumerate(found["tasks"]):

@@ -3,6 +3,7 @@ refused.
 """
 
 import json
+import re
 import shutil
 
 import pytest
@@ -345,6 +346,16 @@ def test_no_setting_makes_another_run_of_it(checkpoint, setting, told, merging, 
     """Its rows would be those of another task, or of a model without its updates."""
     with pytest.raises(Fault, match=told):
         evaluate(f"{merging.path}{checkpoint}", Wanted(out=tmp_path / "out", overrides=[setting]))
+
+
+def test_an_option_that_nothing_uses_is_refused(merging, tiny_llama, tmp_path, capsys):
+    for command, option, told in (
+        ("evaluate", ["--base", tiny_llama], "--base: .* nothing is measured on the base"),
+        ("evaluate", ["--general-tasks", "piqa"], "--general-tasks: no general ability is measured"),
+        ("generate", ["Say A:", "--base", tiny_llama], "--base: .* is no PEFT adapter"),
+    ):
+        code, out, err = call(capsys, command, merging.path, *option)
+        assert code == 2 and not out and re.search(told, err)
 
 
 def test_names_may_have_spaces_between_them(merging, tmp_path, capsys):

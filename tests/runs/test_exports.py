@@ -5,11 +5,13 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from adapters import TASKS, recipe
 from gguf import GGUFReader
+from helpers import call
 from safetensors.torch import load_file, save_file
 from tiny import SIZES, save_tiny
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -17,6 +19,7 @@ from typer.testing import CliRunner
 
 from codyra_llm.checkpoints.generate import answer
 from codyra_llm.cli import app
+from codyra_llm.core import files
 from codyra_llm.evaluate.generate import generate_ids
 from codyra_llm.experiment import export as export_module
 from codyra_llm.experiment.export import (
@@ -369,3 +372,31 @@ def test_the_readers_figures_are_those_of_the_page():
         if "error" in cell or not (cell["tokens"] and cell["answers"] and cell["logits"] < 0.05)
     ]
     assert all(export == "gguf" and by.startswith("transformers") for _, export, by in wrong), wrong
+
+
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [
+        ([], 1.0),
+        (["--dtype", "bfloat16"], 0.5),
+        (["--format", "gguf", "--type", "f32"], 1.0),
+        (["--format", "gguf"], 0.5),
+        (["--format", "gguf", "--type", "q8_0"], 0.25),
+    ],
+)
+def test_an_export_without_room_is_refused_before_anything_is_written(
+    options, share, finished, tmp_path, monkeypatch, capsys
+):
+    """The weights of the base are float32, whose files are of their size but for headers and tokenizer."""
+    run, _ = finished("seqlora")
+    base = Path(run.recipe.model.path)
+    weights = (base / "model.safetensors").stat().st_size
+    others = sum(file.stat().st_size for file in base.iterdir()) - weights
+    needed = share * weights + (64 << 20)
+    header = 1 << 13  # at most
+    for free, fits in ((needed + others + header, True), (needed - 0.1 * share * weights, False)):
+        monkeypatch.setattr(files.shutil, "disk_usage", lambda place, free=free: SimpleNamespace(free=free))
+        code, _, err = call(capsys, "export", run.path, tmp_path / f"out {fits}", *options)
+        assert (code == 0) is fits, err
+    assert "error: OUT: " in err and "GB free; free some, or choose another OUT" in err
+    assert not (tmp_path / "out False").exists()

@@ -36,6 +36,7 @@ def test_five_questions(tmp_path, capsys, monkeypatch, toy_stream):
     recipe = load_recipe(tmp_path / "mine.yaml")
     assert (recipe.model.path, recipe.data.root) == ("some/model", str(toy_stream))
     assert (recipe.method.name, recipe.optim.batch_size) == ("seqlora", 24)
+    assert recipe.tasks == ["ONE", "THREE", "TWO"]  # the folder's own, since it has not those of TRACE
     assert recipe.optim.micro_batch_tokens == 16384 and recipe.output == "runs/a b: #1"
 
 

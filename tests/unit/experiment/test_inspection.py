@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from codyra_llm.config.registry import METHODS
 from codyra_llm.core.errors import Fault
 from codyra_llm.data.check import check_root
+from codyra_llm.evaluate import vllm
 from codyra_llm.experiment.plan import plan
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.metrics.text import METRICS
@@ -252,3 +253,21 @@ def test_a_plan_hints_at_answers_that_teach_no_end(tiny_llama, tmp_path):
             eval={"max_new_tokens": {"ONE": new, "TWO": 5, "THREE": 5}},
         )
         assert (told in said) == hinted
+
+
+def test_an_attention_that_is_not_here_is_told_with_all_else(tiny_llama, toy_stream, tmp_path):
+    """Without a package that takes a GPU; it used to be found as the weights loaded."""
+    asked = recipe(tiny_llama, toy_stream, tmp_path / "run", {"name": "seqlora", "rank": 4000})
+    model = asked.model.model_copy(update={"attention": "flash_attention_2"})
+    with pytest.raises(Fault, match="attention 'flash_attention_2'.*choose eager") as caught:
+        prepare(asked.model_copy(update={"model": model}))
+    assert len(caught.value.messages) == 2 and "method.rank: 4000" in caught.value.messages[0]
+
+
+def test_a_plan_tells_all_that_this_machine_lacks(tiny_llama, toy_stream, tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm, "find_spec", lambda name: None)
+    asked = recipe(tiny_llama, toy_stream, tmp_path / "run", {"name": "seqlora"})
+    lacks = {"eval": asked.eval.model_copy(update={"backend": "vllm"}), "trackers": ["nothing"]}
+    with pytest.raises(Fault) as caught:
+        plan(asked.model_copy(update=lacks), Console(file=StringIO()))
+    assert [message.partition(": ")[0] for message in caught.value.messages] == ["eval.backend", "trackers"]

@@ -36,3 +36,12 @@ def test_what_was_not_measured_is_blank():
     matrix = [[1.0 if i == j or i == 22 else None for j in range(23)] for i in range(23)]
     assert shown(23, matrix).count("1.0") == 46
     assert shown(23, [], [3.0] * 23).count("3.0") == 23
+
+
+def test_a_narrow_matrix_does_not_break_what_is_said_of_it():
+    found = dict.fromkeys(MEASURES, 50.0) | {"method": "seqlora", "tasks": ["A"], "matrix": [[1.0]]}
+    out = io.StringIO()
+    Terminal(file=out, width=80).print(table(found | {"zero_shot": None, "general": {}}))
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "seqlora: score on each task, after each task"
+    assert any(line.startswith("op 50.00   bwt 50.00   ") for line in lines)
