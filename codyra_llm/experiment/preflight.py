@@ -1,6 +1,5 @@
-"""Checks before any weights load: that the launch can run the recipe, and that all its processes answer and
-are about to do the same on the same files.
-"""
+"""Checks before any weights load: that the launch can run the recipe, and that all its processes respond and
+have the same recipe, versions and files."""
 
 import hashlib
 import json
@@ -47,9 +46,9 @@ class Row(NamedTuple):
 
 
 def preflight(acc: Accelerator, setup: Setup, base: str | None) -> str:
-    """Compare all processes, and return the line that describes the launch (collective). `base` is the hash
-    of the weights, None on processes that leave it to another of their machine. Raises, on all processes, one
-    Fault with all that they disagree about."""
+    """Compare all processes, and return a line that describes the launch (collective). `base` is the hash of
+    the weights, None where another process of the machine computes it. Raises, on all processes, one Fault
+    with everything that differs."""
     host = socket.gethostname()
     rows = gather_object([Row(host, acc.process_index, values(setup, base, host))])
     counted = acc.reduce(torch.ones(1, device=acc.device), "sum").item()
@@ -123,7 +122,7 @@ def disagreements(rows: Iterable[Row]) -> list[str]:
 
 
 def summary(acc: Accelerator, setup: Setup, machines: int) -> str:
-    """Processes, machines and engine; the effective batch."""
+    """A line with processes, machines, engine and the effective batch."""
     stage, optim = launch.zero_stage(acc), setup.recipe.optim
     noun = "machines" if machines > 1 else "machine"
     return (

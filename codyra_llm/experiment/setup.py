@@ -1,4 +1,5 @@
-"""From a recipe to everything that a run needs, checked before any weights load: all faults at once."""
+"""Turns a recipe into everything that a run needs, and checks it before any weights load; all faults are
+reported together."""
 
 import os
 import shutil
@@ -65,9 +66,9 @@ class Setup:
         return getattr(torch, self.recipe.model.dtype)
 
     def model(self, archive: Archive, after: int, without: int | None = None) -> PreTrainedModel:
-        """The merged model as it is after task `after` (-1: the base), on the CPU. All that is evaluated or
-        trained on comes from here. Updates are summed on the GPU where there is one, as in an export, so that
-        what is exported is what was evaluated, to the last bit on the same kind of device."""
+        """The merged model after task `after` (-1: the base), on the CPU. Every model that is trained on or
+        evaluated is made here. Updates are summed on the GPU if there is one, as in an export, so that on the
+        same kind of device an export equals the evaluated model to the last bit."""
         model = loading.load(self.base, self.dtype, self.recipe.model.attention)
         merge(model, WeightReader(self.base), archive.terms(after, without), launch.device())
         return model
@@ -98,7 +99,7 @@ class Setup:
             return model, None
         state = folder.load_state(stage.index)
         self.method.install(model, self.task(model, archive, stage.index, state))
-        model.eval()  # what a method has added too
+        model.eval()  # for modules that the method has added
         return model, lambda prompts, task: self.method.condition(
             model, prompts, task if self.method.task_id else None
         )
@@ -141,7 +142,7 @@ class Setup:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt and answer that evaluation can meet."""
+        """Tokens of the longest prompt and answer together that are possible in evaluation."""
         answers = [self.new_tokens(index) for index in range(len(self.recipe.tasks))]
         if self.prompts:
             answers.append(self.recipe.open_ended.max_new_tokens)
@@ -153,8 +154,8 @@ def prepare(
 ) -> Setup:
     """Resolve the recipe and check model, data, method and disk. `open_ended`: whether its prompts are to be
     answered, so that their files must be there. `adapter`: a folder whose tokenizer and chat template, if it
-    has them, are used in place of the base's. `bfloat16`: whether all processes multiply it fast; None: this
-    process finds out. Raises one Fault with everything that is wrong."""
+    has them, are used instead of the base's. `bfloat16`: whether it is fast on all processes; None: this
+    process checks. Raises one Fault with everything that is wrong."""
     recipe, tried = recipe.resolved(), Attempts()
     method = METHODS[recipe.method.name](recipe.method, recipe.seed)
     tried.faults += _settings_that_exclude(recipe, method)
@@ -179,7 +180,7 @@ def prepare(
     probes, harness = _general(tried, recipe, config)
     prompts = tried(find_questions, recipe.open_ended) if open_ended else {}
     if base:
-        # Without its config or dtype, for which there is a fault above, its size is not known.
+        # Where the config or dtype is missing, for which there is a fault already, the size is not known.
         sized = config and recipe.model.dtype != "auto"
         needed = _written(recipe, base, method.archives_weights) if sized else 0
         tried.faults += _disk(Path(recipe.output), needed)
@@ -215,7 +216,7 @@ def _try_data(tried: Attempts, recipe: Recipe, method: Method, stream: Stream) -
     for index in range(len(recipe.tasks)):
         if method.trains or method.old_data:
             visited = tried(method.train_data, stream, index)
-            early = method.joint and index < last  # a joint method trains at the last task alone
+            early = method.joint and index < last  # a joint method trains only at the last task
             if visited and method.trains and not early:
                 _, epochs = visited
                 tried.faults += _warm_up(recipe, index, epochs, method.epochs_apart(stream, index))
@@ -319,7 +320,7 @@ def _render(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> tuple[
 
 
 def _unanswered(recipe: Recipe, index: int, rows: list[dict]) -> list[str]:
-    """Fault: a task that nothing can be scored on, as TRACE's Lima."""
+    """Fault: a task that can't be scored since it has no answers, such as TRACE's Lima."""
     if not rows or any(row["answer"].strip() for row in rows):
         return []
     name = recipe.tasks[index]
@@ -330,7 +331,7 @@ def _unanswered(recipe: Recipe, index: int, rows: list[dict]) -> list[str]:
 
 
 def _warm_up(recipe: Recipe, index: int, epochs: list[range], apart: int) -> list[str]:
-    """Check that warm-up leaves some steps of the task, and of each run through the schedule in it."""
+    """Check that warm-up leaves some steps of every learning-rate schedule in the task."""
     asked, size = recipe.optim.warmup, recipe.optim.batch_size
     assert size is not None, "resolved() fills in the protocol's"
     whole = TaskData(recipe.tasks[index], index, [], epochs, [], apart)
@@ -376,8 +377,9 @@ def base_folder(path: str, revision: str | None = None) -> Path:
 
 
 def _with_dtype(recipe: Recipe, base: Path, bfloat16: bool | None) -> Recipe:
-    """The recipe with `model.dtype` chosen where it is auto: that in which the run began, if it did; float32
-    on a CPU for a base in float32; otherwise bfloat16 if this machine multiplies it fast, else float32."""
+    """The recipe with `model.dtype` chosen where it is auto: the one that the run started with, if it has;
+    float32 on a CPU for a base in float32; otherwise bfloat16 if this machine has fast bfloat16, else
+    float32."""
     if recipe.model.dtype != "auto":
         return recipe
     name = _dtype_of_run(Path(recipe.output)) or _fitting_dtype(base, bfloat16)
@@ -418,8 +420,8 @@ def _probes() -> dict[str, list[dict]]:
 
 
 def _written(recipe: Recipe, base: Path, whole: bool) -> int:
-    """Bytes of whole models that the run writes: the checkpoint and vLLM's copy, which are never there at
-    once, and each task's weights where it trains all of them."""
+    """Bytes of whole models that the run writes: the checkpoint or vLLM's copy, which never exist at the same
+    time, and each task's weights if the method trains all of them."""
     dtype = getattr(torch, recipe.model.dtype)
     checkpoint = saved.size(base) if recipe.checkpoint else 0
     served = saved.size(base, dtype) if recipe.eval.backend == "vllm" else 0
