@@ -1,7 +1,8 @@
 """Mistakes of the user, reported in one sentence each and never as a traceback."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class Fault(Exception):
@@ -12,6 +13,21 @@ class Fault(Exception):
     def __init__(self, *messages: str):
         super().__init__("\n".join(messages))
         self.messages = list(messages)
+
+
+class Attempts:
+    """Calls functions one after the other and keeps the faults that they raise, so that all are reported
+    together."""
+
+    def __init__(self) -> None:
+        self.faults: list[str] = []
+
+    def __call__(self, action: Callable, *args: Any) -> Any:
+        """What `action(*args)` returns, or None where it raised a Fault."""
+        try:
+            return action(*args)
+        except Fault as fault:
+            self.faults += fault.messages
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -50,15 +50,15 @@ def _files(path: Path) -> list[Path]:
 
 
 def umask() -> int:
-    """The process's umask, which can only be read by setting it: to the strictest one for that moment, so
-    that a file which another thread makes meanwhile is too private rather than too open."""
+    """The process's umask, which can only be read by setting it. It is set to the strictest for that moment,
+    so that a file which another thread creates meanwhile is too private rather than too open."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
 
 
 def unwritable(path: Path, error: Exception) -> Fault:
-    """What to say of a path that can't be written, and what to do."""
+    """The fault for a path that can't be written."""
     reason = getattr(error, "strerror", None) or str(error)
     return Fault(
         f"{path} can't be written ({reason}); free some space or correct the path, then give the same "
@@ -88,7 +88,7 @@ def room_faults(place: Path, needed: int, key: str = "output") -> list[str]:
 
 
 def sync(path: Path) -> None:
-    """Have what was written to a file, or the names in a folder, outlive a loss of power."""
+    """Make sure that a file's content, or the names in a folder, survive a loss of power."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -119,9 +119,8 @@ def file_sha256(path: Path) -> str:
 
 
 def await_file(path: Path, seconds: float = 90) -> None:
-    """Wait until a file that another node wrote is seen here: network file systems remember a listing for a
-    while.
-    """
+    """Wait until a file that another node wrote is visible here: network file systems cache directory
+    listings."""
     end = time.monotonic() + seconds
     while path not in path.parent.glob("*"):
         if time.monotonic() > end:
@@ -159,8 +158,8 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def append_jsonl(path: Path, row: dict) -> None:
-    """Add a row to a JSONL file. Not synced, and a crash may cut the last line off: for records that a
-    resumed run writes again from there."""
+    """Add a row to a JSONL file. It is not synced, and a crash may cut off the last line, so use it for
+    records that a resumed run writes again."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:

@@ -1,10 +1,9 @@
-"""Templates and patterns that a model, a data folder or a task file brings, run so that they end.
+"""Runs templates and regular expressions that come with a model, a data folder or a task file, with limits.
 
-A chat template can loop for ever, ask for all memory inside a single operation, or match for hours, and no
-thread can stop that. So they run in a process of their own, which the kernel ends by the CPU time of one item
-(not by the clock, so a busy machine makes no difference), with a bound on its memory. It is started when it
-is first needed, serves all that comes, and is started again after one that was ended. Whatever happens there
-is a `Failed` here.
+A chat template can loop forever, request all memory in a single operation, or match for hours, and no thread
+can stop that. So they run in a separate process with a limit on its memory, which the kernel ends when one
+item has used up its CPU time (not wall time, so the load makes no difference). It is started when it is first
+needed, serves all requests, and is restarted after it was ended. Every failure there becomes a `Failed` here.
 """
 
 import atexit
@@ -21,15 +20,15 @@ from typing import IO, Any
 
 from codyra_llm.core import foreign_worker
 
-START = 120  # seconds by the clock until the first answer, imports from a slow disk included
-SILENCE = 60  # seconds by the clock between two answers, should the bound on CPU time not hold
-MOST = 1_000_000  # characters that an example of a data set may be written as
-FREE, TIMES = 100_000, 8  # a chat's most: so many characters, and this many times its own
+START = 120  # seconds of wall time until the first answer, including imports from a slow disk
+SILENCE = 60  # seconds of wall time between two answers, in case the limit on CPU time fails
+MOST = 1_000_000  # characters that a template may write for an example of a data set
+FREE, TIMES = 100_000, 8  # for a chat: FREE characters plus TIMES its own length
 
 
 class Failed(Exception):
-    """Code of others did not do its work on item `number`: `reason`, a clause without a full stop. `stopped`:
-    it was ended at a bound, and would be again, so that nothing more of it is to be tried."""
+    """Foreign code failed on item `number`: `reason`, a clause without a full stop. `stopped`: it was ended
+    at a limit, and would be again, so don't try it on other items."""
 
     def __init__(self, reason: str, stopped: bool, number: int = 0):
         super().__init__(reason)
@@ -37,8 +36,8 @@ class Failed(Exception):
 
 
 def write_chats(shared: dict[str, Any], chats: Sequence[list[dict]]) -> list[str]:
-    """Chats as the template in `shared` (the arguments of transformers' `render_jinja_template`) writes them.
-    Raises Failed at the first that it doesn't write."""
+    """Chats written by the template in `shared` (the arguments of transformers' `render_jinja_template`).
+    Raises Failed at the first chat that fails."""
     items = [(chat, FREE + TIMES * _characters(chat)) for chat in chats]
     return _worker.ask("chat", shared, items)
 
@@ -69,16 +68,16 @@ def _characters(chat: list[dict]) -> int:
 
 
 class _Worker:
-    """The other process, of the process that asks: after a fork each has one of its own."""
+    """The worker process. After a fork each process has its own."""
 
     def __init__(self) -> None:
         self.lock, self.owner, self.waits = threading.Lock(), 0, START
         self.process: subprocess.Popen[bytes] | None = None
         self.unread = bytearray()
-        self.stopped: dict[bytes, str] = {}  # what was ended once is not tried again
+        self.stopped: dict[bytes, str] = {}  # why code was stopped, which is not tried again
 
     def ask(self, kind: str, shared: Any, items: Sequence[Any]) -> list[str]:
-        """The answers to all items, in order. Raises Failed at the first that has none."""
+        """The answers to all items, in order. Raises Failed at the first item that fails."""
         if not items:
             return []
         code = pickle.dumps((kind, shared))
@@ -115,7 +114,7 @@ class _Worker:
         self.owner, self.waits, self.unread = os.getpid(), START, bytearray()
 
     def _send(self, request: bytes) -> None:
-        with suppress(BrokenPipeError):  # where it has ended, and `_receive` says why
+        with suppress(BrokenPipeError):  # the worker has ended; `_receive` reports why
             requests, _ = _pipes(self.process)
             requests.write(len(request).to_bytes(8) + request)
             requests.flush()
@@ -165,7 +164,7 @@ class _Worker:
         process.wait()
         requests, answers = _pipes(process)
         answers.close()
-        with suppress(BrokenPipeError):  # of what was still to be written to it
+        with suppress(BrokenPipeError):  # the worker can't take the rest of the buffer any more
             requests.close()
 
 

@@ -18,9 +18,9 @@ import time
 from functools import cache
 from typing import Any, BinaryIO
 
-SECONDS = 2  # of CPU time for one item; what is meant takes a thousandth
-EACH = 0.02  # of CPU time for an item, on the average of many
-MEMORY = 1 << 29  # bytes on top of what the process holds when it has imported what it needs
+SECONDS = 2  # of CPU time for one item; normal ones take a thousandth
+EACH = 0.02  # seconds of CPU time per item, averaged over many
+MEMORY = 1 << 29  # bytes in addition to what the process holds after its imports
 FINE, REFUSED, STOPPED = b"f", b"r", b"s"
 
 Answer = tuple[bytes, str]
@@ -69,11 +69,11 @@ class CpuBudget:
 
 
 def _limit_memory() -> None:
-    """Of address space, since what is asked for at once is refused before it is touched."""
+    """Limit address space, so that a huge allocation is refused before any of it is used."""
     try:
         with open("/proc/self/statm") as file:
             held = int(file.read().split()[0]) * resource.getpagesize()
-    except OSError:  # no /proc, as on macOS, which does not keep the limit either
+    except OSError:  # no /proc, as on macOS, which does not enforce the limit either
         return
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     wanted = held + MEMORY

@@ -1,6 +1,5 @@
-"""Text that others wrote, YAML and JSON, as plain values: strict where parsers are silent, bounded where they
-are not.
-"""
+"""Parses YAML and JSON that others wrote into plain values: strictly where parsers are lenient, and with
+limits that parsers lack."""
 
 import codecs
 import json
@@ -18,7 +17,7 @@ from pydantic import AfterValidator
 from codyra_llm.core.errors import Fault
 
 DEPTH = 50  # nested sections; a recipe has 4
-NODES = 20_000  # values, each alias counted with all that it stands for
+NODES = 20_000  # values, with every alias expanded
 YAML_BYTES = 1 << 18
 READ = 1 << 20  # characters of a long file at a time
 ITEM = 1 << 24  # characters of one value of a list; a record has at most a million, escaped 6 million
@@ -84,7 +83,7 @@ def _without_dates(resolvers: list[tuple[str, re.Pattern]]) -> list[tuple[str, r
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values alone: no tags, no dates, no repeated keys, and neither deep nor endless."""
+    """Loads only plain values: no tags, dates or repeated keys, and with limits on depth and size."""
 
     yaml_implicit_resolvers = {
         first: _without_dates(known) for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -277,8 +276,8 @@ def _items(stream: TextIO) -> Iterator[Any]:
 
 
 def _decoded(decoder: json.JSONDecoder, text: str, at: int, stream: TextIO) -> tuple[Any, str, int]:
-    """The value that begins at `at`, and the text and place after it. What is read is doubled until it is
-    whole, so that a long value is not begun again too often."""
+    """The value that begins at `at`, and the text and position after it. The amount of text is doubled until
+    the value is complete, so that a long value is parsed only a few times."""
     while True:
         try:
             value, end = decoder.raw_decode(text, at)

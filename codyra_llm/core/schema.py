@@ -1,6 +1,5 @@
-"""What files of settings have in common: strict sections, types of numbers, and what pydantic found wrong, in
-sentences.
-"""
+"""What settings files have in common: strict sections, types of numbers, and pydantic's errors as
+sentences."""
 
 from collections.abc import Iterable, Iterator
 from types import NoneType, UnionType
@@ -45,7 +44,7 @@ class Strict(BaseModel, frozen=True):
 
 
 def _elements(value: Any) -> Iterable[Any]:
-    """What a mapping or a list holds; anything else alone."""
+    """The items of a mapping or a list; anything else as a single item."""
     if isinstance(value, dict):
         return value.values()
     return value if isinstance(value, list) else [value]

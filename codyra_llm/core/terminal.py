@@ -1,4 +1,4 @@
-"""What is shown on a terminal: text of others stays text, whatever it holds."""
+"""Output on a terminal: foreign text is shown as text, whatever control codes it contains."""
 
 import io
 import logging
@@ -22,7 +22,7 @@ REPLACEMENT = "\ufffd"
 
 
 def printable(text: str) -> str:
-    """`text` with every character that a terminal would obey replaced by U+FFFD."""
+    """`text` with every character that a terminal would interpret replaced by U+FFFD."""
     return HIDDEN.sub(REPLACEMENT, text)
 
 
@@ -32,12 +32,12 @@ def one_line(text: str) -> str:
 
 
 def write(text: str) -> None:
-    """Print `text` as it is, but for what a terminal would obey where standard output is one."""
+    """Print `text`; if standard output is a terminal, without characters that it would interpret."""
     print(printable(text) if sys.stdout and sys.stdout.isatty() else text)
 
 
 class Unbroken:
-    """A text stream whose reader may go away, or whose disk may fill: what is written then goes nowhere."""
+    """A text stream that drops what is written once its reader has gone or its disk is full."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -71,8 +71,8 @@ class Unbroken:
 
 @contextmanager
 def unbroken_output() -> Iterator[None]:
-    """Within it nothing fails because standard output can't be written, or lacks a letter. Raises Fault at
-    the end where the first was for another reason than a reader who has seen enough (`| head`)."""
+    """Within this block nothing fails because standard output can't be written or can't encode a letter.
+    Raises Fault at the end if it could not be written, except when the reader closed it (`| head`)."""
     if sys.stdout is None:  # closed before the start
         yield
         return
@@ -99,9 +99,8 @@ def unbroken_output() -> Iterator[None]:
 
 
 class Terminal(Console):
-    """A console for which no string is markup: names and paths may hold [/b]. Styles are given by rich's
-    `Text`.
-    """
+    """A console that treats no string as markup: names and paths may contain [/b]. Use rich's `Text` for
+    styles."""
 
     def __init__(self, **options: Any):
         super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})

@@ -19,14 +19,12 @@ from codyra_llm.models.head_loss import head_loss
 @dataclass
 class Batch:
     """One micro-batch of `examples`: padded on the right (so causal attention needs no mask), or packed into
-    one row in which they follow one another, of the lengths `segments`, with `positions` that restart, up to
-    `ends`.
+    one row, one after the other, with lengths `segments`, ends `ends` and `positions` that restart for each.
 
-    ids [R, T]; positions [1, T] or None. A labelled token is a target [M]; the hidden state that predicts it
-    stands at `predictors` [M] of the flattened rows. weights [M] sum to 1 over the labelled tokens of the
-    global batch. Of each example, on the host: its `prompts`, the tokens before the answer, and how many
-    tokens are `labelled`, those of earlier turns of a chat among them.
-    """
+    ids [R, T]; positions [1, T] or None. The labelled tokens are `targets` [M]; the hidden states that
+    predict them are at `predictors` [M] in the flattened rows. weights [M] sum to 1 over the labelled tokens
+    of the global batch. For each example, on the host: `prompts`, the tokens before the answer, and
+    `labelled`, the number of labelled tokens, including those of a chat's earlier turns."""
 
     ids: Tensor
     positions: Tensor | None
@@ -40,14 +38,14 @@ class Batch:
     ends: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        """On the device; to a GPU in one copy that the host does not wait for."""
+        """The batch on the device; it goes to a GPU in one copy, for which the host does not wait."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         moved = in_one_copy(list(tensors.values()), device)
         return replace(self, **dict(zip(tensors, moved, strict=True)))
 
     def content(self, lengths: Sequence[int]) -> Tensor:
-        """Where the tokens of the examples, of these lengths, stand in the flattened rows, without pads and
-        without the first of each: BOS, or what attends as BOS does."""
+        """The positions, in the flattened rows, of the tokens of the examples, which have these lengths;
+        without pads and without the first token of each: BOS, or one that takes its role in attention."""
         width = self.ids.shape[1]
         if self.segments is None:  # one example per row
             starts = range(0, self.ids.numel(), width)
@@ -73,18 +71,18 @@ class Batch:
         return states.flatten(0, 1).index_select(0, self.predictors)
 
     def cross_entropy(self, model: nn.Module, front: Tensor | None = None) -> Tensor:
-        """Σ weight·CE over the labelled tokens. The head runs on their positions alone: most of a TRACE
-        example is prompt, and logits over the vocabulary are the largest tensor of a step."""
+        """Σ weight·CE over the labelled tokens. The head runs only on their positions: most of a TRACE
+        example is prompt, and logits over the vocabulary would be the largest tensor of a step."""
         return self.cross_entropy_of(model, self.hidden(model, front))
 
     def cross_entropy_of(self, model: nn.Module, hidden: Tensor) -> Tensor:
-        """The same of hidden states [M, h] that are known already."""
+        """`cross_entropy` from hidden states [M, h] that are already computed."""
         head, cap = families.head(model), families.softcap(model)
         return head_loss(head, hidden, self.targets, self.weights, cap)
 
 
 def in_one_copy(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """The tensors on the device; from the host to a GPU in one copy that nobody waits for."""
+    """The tensors on the device; from the host to a GPU in one asynchronous copy."""
     if device.type != "cuda" or tensors[0].device.type != "cpu":
         return [tensor.to(device) for tensor in tensors]
     return through_pinned(tensors, device)
@@ -140,15 +138,14 @@ def collate(
 
 def example_weights(encoded: Sequence[Encoded], chosen: Sequence[int], average: str) -> list[float]:
     """Weight per labelled token: 1 / (labelled tokens of the global batch), or 1 / (examples · own labelled
-    tokens). An example without any has no weight to give.
-    """
+    tokens). An example without labelled tokens has no weight."""
     counts = [max(encoded[i].targets, 1) for i in chosen]
     total = max(sum(encoded[i].targets for i in chosen), 1)
     return [1 / total if average == "token" else 1 / (len(chosen) * n) for n in counts]
 
 
 def shuffled(visited: range, *key: int) -> list[int]:
-    """The order of an epoch: a function of the key (seed, task, epoch) alone."""
+    """The order of an epoch, which depends only on the key (seed, task, epoch)."""
     return [visited[i] for i in torch.randperm(len(visited), generator=generator("order", *key)).tolist()]
 
 
@@ -157,10 +154,9 @@ def micro_batches(
 ) -> list[list[list[int]]]:
     """Cut a global batch (positions 0 .. n-1, by their lengths) into micro-batches: [rank][step][positions].
 
-    Sorted by length, dealt to the ranks in turn, cut where a micro-batch would pass `tokens` (padding counts;
-    packed rows have none), though it always holds at least one example. All ranks get the same number of
-    steps: a rank with fewer ends in empty ones, which the caller fills.
-    """
+    Examples are sorted by length, distributed to the ranks in turn, and cut where a micro-batch would exceed
+    `tokens` (padding counts; packed rows have none); it always has at least one example. All ranks get the
+    same number of steps: a rank with fewer ends with empty ones, which the caller fills."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     ranks = [list(_cut(order[rank::world], lengths, tokens, packed)) for rank in range(world)]
     steps = max(map(len, ranks))

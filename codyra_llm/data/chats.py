@@ -42,7 +42,7 @@ class Chat(NamedTuple):
 
 
 class Wrong(Exception):
-    """What is wrong with a chat, without where it is."""
+    """What is wrong with a chat; the message does not say where the chat is."""
 
 
 def read_chat(row: object, task: Task) -> Chat:

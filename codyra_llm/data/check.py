@@ -94,8 +94,8 @@ def check_task(
 
 
 def doubtful(records: list[dict], stats: dict, labels: tuple[str, ...]) -> Iterator[tuple[int, str]]:
-    """What a user should look at in one split: how many records, and what is the matter with them. `stats`:
-    their `statistics`; `labels`: the answers of a task that classifies."""
+    """What a user should look at in one split: how many records, and what is wrong with them. `stats`: their
+    `statistics`; `labels`: the answers of a task that classifies."""
     answers = [record["answer"] for record in records]
     strangers = [answer for answer in answers if labels and answer not in labels]
     secret = answers if set(answers) == {"-1"} else []

@@ -21,9 +21,9 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example in token ids: BOS (where the tokenizer adds one) and prompt, then the answer, and its end
-    where all of it is there. Labelled are answer and end, and of the prompt the `turns`, which the assistant
-    said earlier in a chat. Labels go by position, so pad = EOS does no harm."""
+    """One example in token ids: BOS (where the tokenizer adds one) and the prompt, then the answer and,
+    unless it was cut, its end token. The answer and its end are labelled, and in the prompt the `turns`, the
+    assistant's earlier turns of a chat. Labels go by position, so pad may equal EOS."""
 
     prompt: list[int]
     answer: list[int]
@@ -35,13 +35,13 @@ class Encoded:
 
     @property
     def labelled(self) -> list[int]:
-        """The places of the tokens that are to be predicted; nothing predicts the first of all."""
+        """The positions of the tokens to predict; the first token of all can't be predicted."""
         spans = (*self.turns, (max(len(self.prompt), 1), len(self)))
         return [place for start, stop in spans for place in range(start, stop)]
 
     @property
     def targets(self) -> int:
-        """The number of tokens that are to be learnt: how many are `labelled`."""
+        """The number of tokens to learn: how many are `labelled`."""
         answer = len(self) - max(len(self.prompt), 1)
         return max(answer, 0) + sum(stop - start for start, stop in self.turns)
 
@@ -49,12 +49,11 @@ class Encoded:
 class Encoder:
     """Text to token ids, the same for training and for generation.
 
-    The prompt is tokenised alone, as it is at generation; the answer as its continuation, without the
-    word-start mark that SentencePiece gives a text of its own. It ends with EOS, or where a chat template
-    wrote the prompt with the token that the template ends turns with. A cut answer has no end. A cut prompt
-    still begins with BOS, and where a chat template wrote it with what that writes before a user's text, and
-    ends with what it writes after one: only what stands between them is cut.
-    """
+    The prompt is tokenised alone, as in generation; the answer as its continuation, without the word-start
+    mark that SentencePiece gives to a separate text. The answer ends with EOS, or if a chat template wrote
+    the prompt, with the token with which the template ends turns. A cut answer has no end. A cut prompt still
+    begins with BOS. If a chat template wrote it, it also keeps what the template writes before and after a
+    user's text: only the text in between is cut."""
 
     def __init__(
         self,
@@ -81,7 +80,7 @@ class Encoder:
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _written(self, prompts: Sequence[str]) -> list[str]:
-        """The prompts as the model reads them. Raises Fault where the chat template doesn't write one."""
+        """The prompts as the model gets them. Raises Fault where the chat template doesn't write one."""
         if not self.data.chat_template:
             return list(prompts)
         try:
@@ -99,8 +98,7 @@ class Encoder:
         return [self._prompt(*one) for one in zip(written, self._all_ids(written), strict=True)]
 
     def answer(self, text: str) -> tuple[list[int], bool]:
-        """Ids of an answer and its end, the first `max_answer_tokens` of them, and whether any were left
-        out."""
+        """Ids of an answer and its end, at most `max_answer_tokens`, and whether any were left out."""
         return self._answer(text, self._ids("\n" + text), self._end())
 
     def encode(self, records: Sequence[dict]) -> list[Encoded]:
@@ -123,14 +121,15 @@ class Encoder:
         return self.bos + [token for part in kept for token in ids[part]], len(kept) > 1
 
     def _kept(self, written: str, ids: list[int]) -> list[slice]:
-        """Which of a prompt's ids are kept after BOS: all, or a head, maybe empty, and a tail."""
+        """The ids of a prompt that are kept after BOS, as slices: all, or a head (possibly empty) and a
+        tail."""
         first = len(self.bos) if self.bos and ids[:1] == self.bos else 0  # Py150's texts begin with "<s>"
         room = self.data.max_prompt_tokens - len(self.bos)
         if len(ids) - first <= room:
             return [slice(first, len(ids))]
         before, after = self._around(written)
         before = max(before - first, 0)
-        if before + after >= room:  # no text would be left
+        if before + after >= room:  # no room for the text would be left
             before = after = 0
         head = before + ((room - before - after) // 2 if self.data.truncation == "middle" else 0)
         return [slice(first, first + head), slice(len(ids) - (room - head), len(ids))]
@@ -147,8 +146,8 @@ class Encoder:
         return around_text(self.tokenizer)
 
     def chat_frame(self) -> tuple[list[int], list[int]] | None:
-        """The ids that stand before a user's text, BOS with them, and between it and the answer; None
-        without a chat template."""
+        """The ids before a user's text, including BOS, and those between it and the answer; None without a
+        chat template."""
         before, after = self._frame
         if not after:
             return None
@@ -157,9 +156,10 @@ class Encoder:
         return [*self.bos, *ids[start:]], self._ids(after)
 
     def _around(self, written: str) -> tuple[int, int]:
-        """How many ids hold what the chat template writes before a user's text, and how many what it writes
-        after it; none where the template did not write the prompt, or began it with a chat's own system text.
-        A token that holds some of the text too is counted, so that the template's part is whole."""
+        """How many ids belong to what the chat template writes before a user's text, and how many to what it
+        writes after it; 0 where the template did not write the prompt, or the chat began with its own system
+        text. A token with some of the user's text in it is counted too, so that the template's part stays
+        complete."""
         before, after = self._frame
         if not (before or after) or not written.startswith(before) or not written.endswith(after):
             return 0, 0
@@ -167,7 +167,7 @@ class Encoder:
         return bisect_left(begins, len(before)), len(ends) - bisect_right(ends, len(written) - len(after))
 
     def _places(self, written: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """By token of a prompt the character that it begins at, and the one that it ends before."""
+        """For each token of a prompt, the character at which it begins, and the one before which it ends."""
         offsets = self.tokenizer(
             written, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         ).offset_mapping
@@ -175,14 +175,14 @@ class Encoder:
         return begins, ends
 
     def _turns(self, prompt: str, spans: Sequence[Span], ids: list[int]) -> tuple[Span, ...]:
-        """Where spans of a prompt's characters stand in the ids that are kept of it. A turn that is not kept
-        as a whole, or that nothing is kept before, is not learnt."""
+        """Spans of a prompt's characters, as spans of its kept ids. A turn that is not kept completely, or
+        has nothing before it, is not learnt."""
         if not spans:
             return ()
         begins, ends = self._places(prompt)
         found, place = [], len(self.bos)
         kept = self._kept(prompt, ids)
-        bare = len(kept) > 1 or not self.bos  # whether a part's first token has nothing of a prompt before it
+        bare = len(kept) > 1 or not self.bos  # whether nothing of the prompt precedes a part's first token
         for part in kept:
             first = part.start + 1 if bare else part.start
             for start, stop in spans:
@@ -197,27 +197,27 @@ class Encoder:
         return self._chat_end if chat or self.data.chat_template else self.eos
 
     def _answer(self, text: str, continued: list[int], end: int) -> tuple[list[int], bool]:
-        """`continued`: the ids of the answer after a newline. Where it is cut its end goes too: a text that
-        goes on must not teach to stop."""
+        """`continued`: the ids of the answer after a newline. A cut answer has no end token, since it must
+        not teach the model to stop in the middle of a text."""
         ids = [*self._continuation(text, continued), end]
         room = self.data.max_answer_tokens
         return ids[:room], len(ids) > room
 
     def _continuation(self, text: str, continued: list[int]) -> list[int]:
-        """Ids of a text that goes on from another one, without the mark of a word's start."""
+        """Ids of a text that continues another one, without the mark of a word's start."""
         n = len(self.newline)
         return continued[n:] if continued[:n] == self.newline else self._ids(text)
 
     def perfect(self, text: str) -> str:
-        """What an answer reads as that a model has learnt by heart: its tokens up to the first that ends an
-        answer, decoded as answers are. Not `text` where it holds special tokens, or where decoding drops the
-        space in front (SentencePiece)."""
+        """What a model would answer that has learnt `text` perfectly: its tokens up to the first that ends an
+        answer, decoded like answers. This differs from `text` if it contains special tokens, or if decoding
+        drops a leading space (SentencePiece)."""
         ids = self._continuation(text, self._ids("\n" + text))
         end = next((place for place, token in enumerate(ids) if token in self.ends), len(ids))
         return self.texts([ids[:end]])[0]
 
     def texts(self, answers: Sequence[list[int]]) -> list[str]:
-        """The texts of generated answers, without what ended them and without special tokens. Spaces in front
-        of punctuation stay, as in TRACE's code, whatever the tokenizer's config says of cleaning up."""
+        """The texts of generated answers, without their end token and special tokens. Spaces before
+        punctuation stay, as in TRACE's code, whatever the tokenizer's config says about cleaning up."""
         own = [without_end(ids, self.ends) for ids in answers]
         return self.tokenizer.batch_decode(own, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,4 +1,4 @@
-"""How examples, {"prompt", "answer"}, are made of a task's rows: columns, a template over columns, or
+"""Makes examples, {"prompt", "answer"}, from a task's rows: from columns, a template over columns, or
 chats."""
 
 from collections.abc import Iterator
@@ -20,9 +20,8 @@ Made = tuple[Example | None, list[str]]
 
 
 def label_names(root: Path, name: str, task: Task) -> tuple[str, ...]:
-    """The labels of a task, in the order of their numbers; none where it has none. Raises Fault for a file
-    that holds none.
-    """
+    """The labels of a task, in the order of their numbers; empty if it has none. Raises Fault for a file
+    without labels."""
     if not task.labels:
         return ()
     if not task.labels.file:
@@ -43,9 +42,8 @@ def label_names(root: Path, name: str, task: Task) -> tuple[str, ...]:
 
 
 def field(row: dict, name: str) -> object:
-    """The value at `name`, or, where no field is called so, the one that its parts lead to: `answers.text.0`
-    is the first of the list `text` in `answers`. ABSENT where there is none.
-    """
+    """The value of the field `name`, or if there is no such field, the value at this path: `answers.text.0`
+    is the first of the list `text` in `answers`. ABSENT where there is none."""
     if name in row:
         return row[name]
     value: object = row
@@ -69,7 +67,7 @@ class Columns:
         self.numbered = {str(number): label for number, label in enumerate(labels)}
 
     def lacking(self, rows: list, where: str) -> Iterator[str]:
-        """Columns of the template that no row has: slips, not texts that are optional."""
+        """Faults for columns of the template that no row has: these are mistakes, not optional texts."""
         if not self.templates:
             return
         rows = [row for row in rows if isinstance(row, dict)]
@@ -114,9 +112,11 @@ class Columns:
         return all(self._text(row, name).strip() for name in template.columns)
 
     def _value(self, row: dict, name: str) -> object:
-        """A column of a template; what no row has to have is empty."""
+        """A column of a template; an optional one that is absent is empty."""
         value = field(row, name)
-        return self.given.get(name, "") if value is ABSENT else "" if value is None else value
+        if value is ABSENT:
+            return self.given.get(name, "")
+        return "" if value is None else value
 
     def _text(self, row: dict, name: str) -> str:
         value = self._value(row, name)
@@ -147,7 +147,7 @@ class Columns:
         return list(dict.fromkeys(name for one in self.templates for name in one.columns))
 
     def _answer(self, row: dict) -> object:
-        """The answer, as the label that a number stands for; ABSENT, and what is not text, as it is."""
+        """The answer, with a number replaced by its label; ABSENT, and what is not text, unchanged."""
         value = _single(field(row, self.task.answer))
         if not self.labels or value in self.labels or not isinstance(value, str):
             return value
@@ -169,7 +169,7 @@ class Columns:
 
 
 def _single(value: object) -> object:
-    """A list of one as that one, whole numbers as text."""
+    """A list of one item as that item, integers as text."""
     return as_text(value[0] if isinstance(value, list) and len(value) == 1 else value)
 
 
@@ -181,11 +181,11 @@ class Chats:
         self.task, self.render, self.every = task, render, every
 
     def lacking(self, rows: list, where: str) -> Iterator[str]:
-        """None: what a chat lacks is found record by record."""
+        """Nothing: what a chat lacks is found record by record."""
         return iter(())
 
     def skips(self, row: object) -> bool:
-        """None is left out."""
+        """No row is left out."""
         return False
 
     def key(self, row: dict) -> str:
@@ -193,9 +193,8 @@ class Chats:
         return plain(_asked(read_chat(row, self.task)))
 
     def make(self, row: object, split: str, where: str) -> Made:
-        """The example that a row is, and what is wrong with it. `learnt` has the places in the prompt,
-        [start, stop) in characters, of the turns that are learnt too.
-        """
+        """The example that a row makes, and what is wrong with it. `learnt` has the spans in the prompt,
+        [start, stop) in characters, of the turns that are learnt too."""
         try:
             example = self._example(read_chat(row, self.task))
         except Wrong as wrong:

@@ -109,7 +109,7 @@ def _refuse_taken(out: Path, names: list[str]) -> None:
 
 
 def _remove_abandoned(out: Path) -> None:
-    """Remove what commands left that were killed on the way, and not what one that still runs is writing."""
+    """Remove what killed commands left, but not what a running one is writing."""
     for folder in out.glob(f"{TEMPORARY}*"):
         written = [path.stat().st_mtime for path in (folder, *folder.rglob("*"))]
         if time.time() - max(written) > ABANDONED:
@@ -177,9 +177,8 @@ def _downloaded(address: str, temporary: Path, out: Path, seen: Seen) -> Path:
 
 
 def _file_name(address: str, answer: http.client.HTTPResponse) -> str:
-    """A name for what an address gives: the first that names a variant of what was asked for, what it was
-    redirected to, and what the server calls it.
-    """
+    """A name for the download: the first that names a variant, of the URL, the URL it was redirected to, and
+    the server's file name."""
     given = (address, answer.geturl(), answer.headers.get_filename() or "")
     names = [PurePosixPath(text.split("?")[0]).name for text in given]
     return next(filter(None, map(_variant, names)), "archive")
@@ -203,7 +202,7 @@ def _save(answer: http.client.HTTPResponse, target: Path, address: str, out: Pat
 def _received(
     answer: http.client.HTTPResponse, address: str, done: int, whole: int | None, out: Path
 ) -> bytes:
-    """The next bytes, none at the end. `done` came before them, of `whole`."""
+    """The next bytes, empty at the end; `done` of `whole` bytes came before."""
     try:
         chunk, reason = answer.read1(1 << 16), "it ended early"
         if chunk or whole in (None, done):
@@ -277,8 +276,7 @@ def _first_line(error: Exception) -> str:
 
 def _variants(place: Path, temporary: Path, source: str) -> dict[str | None, Path]:
     """The folders with TRACE's tasks at `place` by the variant's name, None where neither folder nor archive
-    tells it. Archives in a folder without such tasks are unpacked too.
-    """
+    names it. Archives in a folder without such tasks are unpacked too."""
     archives = [place] if place.is_file() else []
     found = {} if archives else _layouts(place, place.name)
     if not found and not archives:
@@ -297,7 +295,7 @@ def _variants(place: Path, temporary: Path, source: str) -> dict[str | None, Pat
 
 
 def _layouts(root: Path, called: str) -> dict[str | None, Path]:
-    """`called`: the name of what `root` was made of, for tasks that lie in no folder of a variant's name."""
+    """`called`: the name of the archive or folder of `root`, for tasks in a folder that names no variant."""
     names, found = set(load_benchmark(TRACE).tasks), {}
     for folder in [root, *sorted(path for path in root.rglob("*") if path.is_dir())]:
         if names & {task.name for task in task_folders(folder)}:
@@ -410,7 +408,7 @@ def _safe(name: str, called: str) -> tuple[str, ...]:
 
 
 def _copy(source: IO[bytes], target: IO[bytes], left: list[int], called: str) -> None:
-    """Copy all bytes, at most those that are `left`, which is lowered."""
+    """Copy all bytes, and count them off `left`. Raises Fault when none are left."""
     for chunk in iter(partial(_unpacked, source, called), b""):
         left[0] -= len(chunk)
         if left[0] < 0:

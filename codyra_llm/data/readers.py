@@ -1,4 +1,4 @@
-"""Files of records: JSON, JSON Lines, CSV, TSV, Parquet, and the first four packed by gzip."""
+"""Reads files of records: JSON, JSON Lines, CSV, TSV, Parquet, and the first four compressed by gzip."""
 
 import csv
 import gzip
@@ -14,14 +14,14 @@ from codyra_llm.core.parsing import decoded, parse_json, read_text
 from codyra_llm.data.records import HIDDEN, LINES, LONGEST, has_lines, json_lines, listed, refuse
 from codyra_llm.runtime.quiet import without_data_bars
 
-DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}  # of a .csv that names none
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}  # tried where none is given
 MOST_BYTES = 1 << 32  # of text that a .gz unpacks to
 
 
 class Reading(NamedTuple):
-    """How a file is to be read, if its name alone does not say so."""
+    """How a file is to be read, where its name does not say so."""
 
-    delimiter: str | None = None  # None: found out
+    delimiter: str | None = None  # None: detect it
     records: str | None = None  # the field with the list of records
     used: frozenset[str] | None = None  # the columns that matter; None: all
 
@@ -30,7 +30,7 @@ PLAIN = Reading()
 
 
 class Found(NamedTuple):
-    """Rows, and what about the file is not as its name says."""
+    """Rows, and a remark if the file's content differs from what its name says."""
 
     rows: list
     remark: str = ""
@@ -42,7 +42,7 @@ def rows(path: Path, expected: str, reading: Reading = PLAIN) -> list:
 
 
 def found(path: Path, expected: str, reading: Reading = PLAIN) -> Found:
-    """The rows of a file and what is to be said of it. Raises Fault as `rows` does."""
+    """The rows of a file and a remark on it. Raises Fault as `rows` does."""
     suffix = kind(path)
     if suffix is None:
         raise Fault(
@@ -95,15 +95,12 @@ def _jsonl(path: Path, text: str, expected: str, reading: Reading) -> Found:
 
 
 def _records(value: object, path: Path, expected: str, reading: Reading) -> list:
-    """The list of records that a JSON value is, or has in the field that is said; the object's other fields
-    are put into each record that lacks them.
-    """
+    """The list of records: the JSON value itself, or what it has in the field `reading.records`. The object's
+    other fields are added to each record that lacks them."""
     if reading.records is None:
-        inside = (
-            [key for key, inner in value.items() if isinstance(inner, list)]
-            if isinstance(value, dict)
-            else []
-        )
+        inside = []
+        if isinstance(value, dict):
+            inside = [key for key, inner in value.items() if isinstance(inner, list)]
         if inside:
             raise Fault(
                 f"{path} holds an object, expected a list of {expected}; say which of its lists has the "
@@ -130,7 +127,7 @@ def _csv(path: Path, text: str, expected: str, reading: Reading) -> Found:
 
 
 def _tsv(path: Path, text: str, expected: str, reading: Reading) -> Found:
-    """With quotes as in CSV, or, where that can't be, with quotes that are part of the text."""
+    """Reads quotes as in CSV, or if that fails, as part of the text."""
     delimiter = reading.delimiter or "\t"
     try:
         return Found(_table(path, text, expected, delimiter, reading.used))
@@ -222,7 +219,7 @@ def _parquet(path: Path, expected: str) -> list[dict]:
 
 
 def class_names(table) -> list[dict]:
-    """The rows of a data set, numbers of classes as the classes' names."""
+    """The rows of a data set, with class numbers replaced by the classes' names."""
     from datasets import ClassLabel
 
     classes = {key: kind.names for key, kind in table.features.items() if isinstance(kind, ClassLabel)}

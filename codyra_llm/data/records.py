@@ -22,7 +22,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")  # valid in JSON escapes, but no token
 # Characters; TRACE has up to 164,000 and 18,000, and ROUGE is quadratic.
 LONGEST = {"prompt": 1_000_000, "answer": 50_000}
 
-ABSENT, HIDDEN = object(), object()  # in place of a value: there is none; a label of -1
+ABSENT, HIDDEN = object(), object()  # instead of a value: there is none; the label is -1, so kept secret
 
 LINES = "has one record in each line (JSON Lines), and is read so"
 NAMED = 5  # faults of one file that are listed one by one; the rest are counted
@@ -90,7 +90,7 @@ def parse(path: Path, expected: str = '{"prompt": ..., "answer": ...} records') 
 
 
 def remarks(root: Path, task: str) -> list[str]:
-    """What is read otherwise than a file's name says, of files that can be read."""
+    """Remarks on files that are read otherwise than their names say, where they can be read."""
     found = []
     for split in SPLITS:
         path = root / task / f"{split}.json"
@@ -104,7 +104,7 @@ def remarks(root: Path, task: str) -> list[str]:
 
 
 def has_lines(text: str) -> bool:
-    """Whether the first two lines are an object each, as they can't be in one JSON value."""
+    """Whether each of the first two lines is an object, which is not possible in a single JSON value."""
     lines = (line.strip() for line in io.StringIO(text))
     first = list(islice((line for line in lines if line), 2))
     return len(first) == 2 and all(line.startswith("{") and line.endswith("}") for line in first)
@@ -148,9 +148,8 @@ def record_faults(
 
 
 def as_text(value: object) -> object:
-    """A whole number as its text; anything else as it is. Labels are often numbers; the text of 1.10 is not
-    known.
-    """
+    """An integer as its text, anything else unchanged. Labels are often integers; for 1.10 the original text
+    is not known."""
     return str(value) if type(value) is int else value
 
 

@@ -1,6 +1,5 @@
-"""Chats as text: by a model's chat template, or without one; and where in that text the assistant's turns
-stand.
-"""
+"""Chats as text, by a model's chat template or without one, and the positions of the assistant's turns in
+it."""
 
 import json
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ class Render:
     closing = ""  # what is written after a user's text, up to where the answer begins
 
     def __call__(self, chat: Chat) -> str:
-        """What stands before the assistant's next turn."""
+        """The text before the assistant's next turn."""
         lines = [f"tools: {_compact(chat.tools)}"] if chat.tools else []
         for message in chat.messages:
             calls = f" {_compact(message['tool_calls'])}" if "tool_calls" in message else ""
@@ -29,7 +28,7 @@ class Render:
         return "\n".join(lines)
 
     def turns(self, chat: Chat) -> list[Span]:
-        """Where in what is written of `chat` its assistant's turns stand; none without a template."""
+        """The spans of the assistant's turns in the written `chat`; none without a template."""
         return []
 
 
@@ -59,10 +58,10 @@ class ByTemplate(Render):
         return self._beginnings(chat, [len(chat.messages)])[0]
 
     def turns(self, chat: Chat) -> list[Span]:
-        """The assistant's turns from where each would be generated up to the token that ends it, this one
-        included. Raises Wrong where the template writes a turn, or what stands before it, otherwise when the
-        chat goes on: then no one sequence holds what the model reads and writes at each turn.
-        """
+        """The spans of the assistant's turns, each from where it would be generated up to and including the
+        token that ends it. Raises Wrong where the template writes a turn, or the text before it, differently
+        when the chat continues: then no single sequence contains what the model reads and writes at each
+        turn."""
         places = [
             place for place, message in enumerate(chat.messages) if place and message["role"] == "assistant"
         ]
@@ -76,31 +75,32 @@ class ByTemplate(Render):
         return [span for span in spans if span]
 
     def _turn(self, message: dict, number: int, before: str, whole: str) -> Span | None:
-        """Where in `whole` the assistant's turn `number` stands that begins after `before`; None if it is
+        """The span in `whole` of the assistant's turn `number`, which begins after `before`; None if it is
         empty."""
-        said, start = message["content"].strip(), len(before)
-        rest = whole[start:].lstrip()  # templates put white space of their own around a text
-        if not whole.startswith(before) or not rest.startswith(said):
+        text, start = message["content"].strip(), len(before)
+        rest = whole[start:].lstrip()  # templates may put white space around a text
+        if not whole.startswith(before) or not rest.startswith(text):
             raise Wrong(
                 f"the model's chat template writes the assistant's turn {number}, or what stands before it, "
                 "otherwise when the chat goes on (such as without its reasoning), so that it can't be learnt "
                 "together with later ones; set train_on to last, or change the text"
             )
         if "tool_calls" in message:
-            return start, self._end_of_call(number, start + len(said), whole)
-        if not said:
+            return start, self._end_of_call(number, start + len(text), whole)
+        if not text:
             return None
-        return start, self._end_of_text(len(whole) - len(rest) + len(said), whole)
+        return start, self._end_of_text(len(whole) - len(rest) + len(text), whole)
 
     def _end_of_text(self, stop: int, whole: str) -> int:
-        """Where a turn ends whose text ends at `stop`: after the token that closes it, if that is next."""
+        """The end of a turn whose text ends at `stop`: after the token that closes the turn, if it comes
+        next."""
         rest = whole[stop:].lstrip()
         if self.end is None or not rest.startswith(self.end):
             return stop
         return len(whole) - len(rest) + len(self.end)
 
     def _end_of_call(self, number: int, start: int, whole: str) -> int:
-        """Where the turn ends that calls a tool, in words that only the template knows."""
+        """The end of a turn that calls a tool, which every template writes in its own way."""
         stop = whole.find(self.end, start) if self.end else -1
         if stop < 0:
             raise Wrong(
@@ -116,7 +116,7 @@ class ByTemplate(Render):
         if chat.tools:
             needed.add("tools")
         for word in sorted(needed):
-            if word not in template:  # it would leave them out silently
+            if word not in template:  # the template would silently leave them out
                 raise Failed(f"it writes no {word}", stopped=False)
         shortened = [chat.messages[:place] for place in places]
         return render_chats(self.tokenizer, shortened, tools=chat.tools)

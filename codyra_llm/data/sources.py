@@ -1,5 +1,5 @@
-"""Where the records of a task come from: TRACE's layout, or what benchmark.yaml declares, files or a data set
-of `datasets`; and which split they belong to. docs/own_data.md describes it for users."""
+"""Finds the records of a task, in TRACE's layout or as benchmark.yaml declares them (files, or a data set of
+`datasets`), and assigns them to splits. docs/own_data.md describes it for users."""
 
 import hashlib
 from collections.abc import Callable
@@ -22,7 +22,7 @@ HUB = {"train": "train", "eval": "validation", "test": "test"}
 
 
 class Table(NamedTuple):
-    """Rows that a split is made of: where they are, for sentences, and what reads them."""
+    """The rows of a split: where they are, for messages, and the function that reads them."""
 
     where: str
     read: Callable[[], list]
@@ -49,7 +49,7 @@ def read(root: Path, name: str, task: Task, split: str, render: Render = plain) 
     kept = [(i, row) for i, row in enumerate(rows) if source != "train" or not maker.skips(row)]
     made = [maker.make(row, source, f"{table.where}: record {i}") for i, row in kept]
     refuse([fault for _, faults in made for fault in faults], table.where, len(rows))
-    # Splits that are not given are cut out of train, so of its rows some belong to others.
+    # Splits that are not given are taken out of train, so some of its rows belong to them.
     missing = [key for key in SHARES if key not in tables]
     assigned = divided([maker.key(row) for _, row in kept], missing)
     examples = []
@@ -74,9 +74,8 @@ def reading(task: Task) -> Reading:
 
 
 def remarks(root: Path, name: str, task: Task) -> list[str]:
-    """What is read otherwise than a file's name says, and what is left out, a sentence each; of files that
-    can be read.
-    """
+    """Remarks on files that are read otherwise than their names say, and on what is left out, a sentence
+    each; only for readable files."""
     notes = [] if task.declared else records.remarks(root, name)
     for split, file in task.files or ():
         if not file:
@@ -104,26 +103,25 @@ def place(root: Path, name: str, task: Task, split: str) -> str:
 
 
 def divided(prompts: list[str], missing: list[str]) -> list[str]:
-    """For each row of train the split that it goes to: train, or one of those that are `missing`.
+    """For each row of train, the split to which it goes: train, or one of the `missing` ones.
 
-    The distinct prompts, white space and case aside, are put into the order of their sha256, and each missing
-    split takes its share of them, at least one. So it is the same on every machine, for every model and seed
-    and however the rows are ordered, and a prompt that is there twice is in one split alone.
-    """
+    The distinct prompts, ignoring white space and case, are sorted by their sha256, and each missing split
+    takes its share of them, at least one. So the split is the same on every machine, for every model and seed
+    and any order of the rows, and a prompt that occurs twice is in only one split."""
     keys = [
         hashlib.sha256(" ".join(prompt.split()).casefold().encode("utf-8", "replace")).hexdigest()
         for prompt in prompts
     ]
-    distinct, of, first = sorted(set(keys)), {}, 0
+    distinct, split_of, first = sorted(set(keys)), {}, 0
     for split in missing:
         last = first + max(1, round(SHARES[split] * len(distinct)))
-        of |= dict.fromkeys(distinct[first:last], split)
+        split_of |= dict.fromkeys(distinct[first:last], split)
         first = last
-    return [of.get(key, "train") for key in keys]
+    return [split_of.get(key, "train") for key in keys]
 
 
 def _tables(root: Path, name: str, task: Task) -> dict[str, Table]:
-    """By split what is given for it."""
+    """The given table of each split."""
     if task.files:
         files = {split: root / file for split, file in task.files if file}
         return {

@@ -1,6 +1,4 @@
-"""The work that a run still has to do, counted before it is done: steps and tokens to train on, prompts to
-answer.
-"""
+"""Counts the work that a run still has to do: steps and tokens to train on, prompts to answer."""
 
 from math import ceil
 

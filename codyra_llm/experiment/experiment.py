@@ -1,4 +1,4 @@
-"""A run at work: what was prepared, the folders, the launch, and what answers prompts at a stage."""
+"""A run in progress: its setup, folders and launch, and the backends that answer prompts at a stage."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -23,9 +23,9 @@ from codyra_llm.store.rows import Stage
 
 @dataclass
 class Experiment:
-    """A run at work, or the evaluation of a checkpoint. Every process of the launch has one; `acc` is the
-    launch. Scores and answers go to `store`; models are made from the updates in `models`, in a run the same
-    folder."""
+    """A run in progress, or the evaluation of a checkpoint. Every process of the launch has one, with the
+    launch's `acc`. Scores and answers go to `store`; models are built from the updates in `models`, which in
+    a run is the same folder."""
 
     setup: Setup
     store: RunFolder

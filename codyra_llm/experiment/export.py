@@ -25,8 +25,8 @@ from codyra_llm.runtime import launch
 from codyra_llm.store.archive import Archive
 from codyra_llm.store.folder import RunFolder
 
-OLLAMA_WINDOW = 4096  # tokens of prompt and answer that Ollama takes unless told otherwise
-# In every export: the recipe and the last task learnt, by which `evaluate` scores it.
+OLLAMA_WINDOW = 4096  # Ollama's default limit on the tokens of prompt and answer
+# In every export: the recipe and the last task learnt, from which `evaluate` knows how to score it.
 LINEAGE = "codyra_llm.json"
 
 
@@ -87,11 +87,11 @@ def write_gguf_folder(
 
 
 def modelfile(name: str, chat: bool, longest: int, stops: Sequence[str]) -> str:
-    """Ollama's Modelfile, by which prompts reach the model as it was trained on them, and answers are greedy
-    ones, as in evaluation. Without a template in it Ollama would apply the base's chat template to every
-    prompt; it makes tokens of the last 64 less likely, at temperature 0 too, unless told otherwise, and cuts
-    what is longer than its window, so one that is too short for `longest` tokens is widened. `stops` end an
-    answer in addition to EOS, the only end that its own engine reads in a GGUF file."""
+    """Ollama's Modelfile, which passes prompts to the model in the format it was trained on and makes answers
+    greedy, as in evaluation. Without a template Ollama would apply the base's chat template to every prompt.
+    By default it penalises repetition of the last 64 tokens, even at temperature 0, and cuts what is longer
+    than its window, so the window is enlarged if it is too short for `longest` tokens. `stops` end an answer
+    in addition to EOS, the only end token that Ollama reads from a GGUF file."""
     lines = [f"FROM ./{name}"]
     if not chat:
         lines.append('TEMPLATE """{{ .Prompt }}"""')

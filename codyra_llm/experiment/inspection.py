@@ -46,8 +46,8 @@ def as_presented(method: Method, stream: Stream, encoder: Encoder, read: Sequenc
 def prompt_faults(
     recipe: Recipe, read: Sequence[Split], encoder: Encoder, config: PreTrainedConfig, front: int = 0
 ) -> list[str]:
-    """Prompts that the model can't answer: those without a token, and those that leave no position free.
-    `front`: the positions that the method's own prompts take."""
+    """Faults for prompts that the model can't answer: those without a token, and those that leave no free
+    position. `front`: how many positions the method's own prompts take."""
     return _empty(recipe, read, encoder) + _too_long(recipe, read, encoder, config, front)
 
 
@@ -154,9 +154,9 @@ def _own_ends(recipe: Recipe, name: str) -> bool:
 
 
 def _ending_in_a_space(where: str, records: Sequence[dict]) -> list[str]:
-    """Training prompts after whose space an answer begins with a letter: tokenizers join a space to the word
-    after it, so that its first token is one that the base has hardly seen there. After a space digits may
-    stand as they are, and many tokenizers write them so."""
+    """Training prompts that end in a space and whose answer begins with a letter: tokenizers join a space to
+    the word after it, so the answer's first token is one that the base has hardly seen after a space. Digits
+    are no problem, since many tokenizers keep them separate from a space."""
     spaced = [
         number
         for number, record in enumerate(records)
@@ -172,8 +172,8 @@ def _ending_in_a_space(where: str, records: Sequence[dict]) -> list[str]:
 
 
 def _unreachable(where: str, records: Sequence[dict], encoder: Encoder) -> list[str]:
-    """Answers that even a model that has memorised them can't give, since decoding drops special tokens,
-    whatever follows an end token, or a leading space."""
+    """Answers that even a model that has memorised them can't reproduce, since decoding drops special tokens,
+    everything after an end token, or a leading space."""
     changed = _changed([record["answer"] for record in records], encoder.perfect)
     if not changed:
         return []
@@ -193,7 +193,7 @@ def _changed(answers: Sequence[str], perfect: Callable[[str], str]) -> list[tupl
 def _past_the_end(
     recipe: Recipe, read: Sequence[Split], encoder: Encoder, config: PreTrainedConfig, front: int
 ) -> list[str]:
-    """Test prompts that leave fewer positions than `eval.max_new_tokens` asks for."""
+    """Test prompts that leave fewer positions than `eval.max_new_tokens`."""
     positions = getattr(config, "max_position_embeddings", None)
     found = []
     for index, split, records in read:

@@ -65,7 +65,7 @@ def learn(experiment: Experiment, stage: Stage, peak: ProcessPeak) -> None:
 
 
 def pass_over(experiment: Experiment, stage: Stage) -> None:
-    """Leave an empty update for a task that a joint method learns later."""
+    """Write an empty update for a task that a joint method learns later."""
     archive = experiment.store.archive()
     if is_first():
         archive.append(stage.after, Update({}, 1.0, experiment.method.mode))
@@ -100,7 +100,8 @@ def _train(experiment: Experiment, stage: Stage, archive: Archive) -> Learnt:
     setup, recipe, method, store = experiment.setup, experiment.recipe, experiment.method, experiment.store
     model = _start(setup, archive, stage, experiment.acc)
     began = time.perf_counter()
-    # What the task before left: the optimizer's moments, where they are carried on, and the method's state.
+    # The state after the task before: the optimizer's moments, if they are carried over, and the method's
+    # own.
     before = store.load_state(stage.index - 1)
     carried = {key: value for key, value in before.items() if key.startswith(OPTIMIZER)}
     state = {key: value for key, value in before.items() if key not in carried}

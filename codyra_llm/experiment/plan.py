@@ -1,4 +1,5 @@
-"""What a recipe will do, without training: steps, tokens, parameters, memory, time, disk, and one example."""
+"""Shows what a recipe will do, without training: steps, tokens, parameters, memory, time, disk, and one
+example."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -41,8 +42,8 @@ from codyra_llm.train.trainer import TaskData
 
 @dataclass
 class Work:
-    """What the recipe trains on, cut as one process would cut it: its tasks, all micro-batches, and among
-    these the one with the most tokens and one of median size."""
+    """What the recipe trains on, cut into micro-batches as in one process: its tasks, all micro-batches, the
+    one with the most tokens, and one of median size."""
 
     tasks: list[TaskData] = field(default_factory=list)
     pieces: list["Piece"] = field(default_factory=list)
@@ -120,7 +121,7 @@ def skeleton(
     if setup.recipe.model.gradient_checkpointing:
         loading.checkpoint_layers(model)
     if setup.method.trains and not setup.method.merges:
-        # What such a method adds, in front of the model or next to it, is small and not counted.
+        # What such a method adds to the model is small and not counted.
         model.enable_input_require_grads()
     return model.train()
 
@@ -206,7 +207,7 @@ def _table(setup: Setup, work: Work) -> Table:
 
 
 def _cut(setup: Setup, work: Work) -> list[str]:
-    """A sentence for each task that loses a part of most of its examples."""
+    """A sentence for each task of which most examples are cut."""
     limits, found = setup.recipe.data, []
     for name, data in zip(setup.recipe.tasks, work.tasks, strict=False):  # of no tasks where nothing trains
         cut = [example for example in data.examples if example.cut]
@@ -220,8 +221,8 @@ def _cut(setup: Setup, work: Work) -> list[str]:
 
 
 def _endless(setup: Setup, work: Work) -> list[str]:
-    """A sentence on the tasks that mostly teach no end, since their answers are cut, and whose answers in
-    evaluation may be longer than those."""
+    """A sentence on the tasks whose answers are mostly cut, so that they hardly teach the model to stop,
+    while evaluation allows longer answers."""
     room, found = setup.recipe.data.max_answer_tokens, []
     assert room is not None, "resolved() fills it in"
     for index, data in enumerate(work.tasks):
@@ -274,8 +275,8 @@ def _estimates(setup: Setup, model: nn.Module, work: Work, trained: int, total: 
 
 
 def disk_bytes(setup: Setup, trained: int) -> int:
-    """What the finished run holds, at most: each task's update, whose parameters are float32, or a model of
-    the run's dtype where a method archives weights, and the merged model where it is asked for."""
+    """The most bytes of a finished run: each task's update in float32, or a model in the run's dtype where a
+    method archives weights; and the merged model if it is asked for."""
     whole = setup.method.archives_weights
     each = saved.size(setup.base, setup.dtype) if whole else 4 * trained
     updates = len(setup.recipe.tasks) * each
@@ -283,14 +284,13 @@ def disk_bytes(setup: Setup, trained: int) -> int:
     return updates + (saved.size(setup.base) if merged else 0)
 
 
-# Seconds that a micro-batch may take in a few layers; if it would take more, time is estimated from counted
-# operations.
+# If a micro-batch takes more than these seconds in a few layers, time is estimated from counted operations.
 LONGEST = 20
 
 
 class Training(NamedTuple):
     """What training takes in one process: optimizer steps, tokens (padding included) and seconds; `line` is
-    what the plan says about the seconds, and how they are known."""
+    the plan's sentence on the seconds and how they were estimated."""
 
     steps: int
     tokens: int

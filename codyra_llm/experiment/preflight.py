@@ -1,6 +1,5 @@
-"""Checks before any weights load: that the launch can run the recipe, and that all its processes answer and
-are about to do the same on the same files.
-"""
+"""Checks before any weights load: that the launch can run the recipe, and that all its processes respond and
+have the same recipe, versions and files."""
 
 import hashlib
 import json
@@ -16,13 +15,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from codyra_llm.config.recipe import Recipe
-from codyra_llm.core.errors import Fault
+from codyra_llm.core.errors import Attempts, Fault
 from codyra_llm.core.files import file_sha256
 from codyra_llm.core.version import __version__
 from codyra_llm.data.batches import default_tokens
 from codyra_llm.evaluate import judge, vllm
 from codyra_llm.experiment import observers
-from codyra_llm.experiment.setup import Attempts, Setup
+from codyra_llm.experiment.setup import Setup
 from codyra_llm.runtime import launch
 
 # Settings that may differ between machines: the files that they name are compared instead.
@@ -48,9 +47,9 @@ class Row(NamedTuple):
 
 
 def preflight(acc: Accelerator, setup: Setup, base: str | None) -> str:
-    """Compare all processes, and return the line that describes the launch (collective). `base` is the hash
-    of the weights, None on processes that leave it to another of their machine. Raises, on all processes, one
-    Fault with all that they disagree about."""
+    """Compare all processes, and return a line that describes the launch (collective). `base` is the hash of
+    the weights, None where another process of the machine computes it. Raises, on all processes, one Fault
+    with everything that differs."""
     host = socket.gethostname()
     rows = gather_object([Row(host, acc.process_index, values(setup, base, host))])
     counted = acc.reduce(torch.ones(1, device=acc.device), "sum").item()
@@ -143,7 +142,7 @@ def disagreements(rows: Iterable[Row]) -> list[str]:
 
 
 def summary(acc: Accelerator, setup: Setup, machines: int) -> str:
-    """Processes, machines and engine; the effective batch."""
+    """A line with processes, machines, engine and the effective batch."""
     stage, optim = launch.zero_stage(acc), setup.recipe.optim
     noun = "machines" if machines > 1 else "machine"
     return (

@@ -1,6 +1,5 @@
-"""The experiment on one page: for each task learn, consolidate, evaluate. What the run folder already has is
-not done again.
-"""
+"""The whole experiment in one short file: for each task learn, consolidate, evaluate. What is already in the
+run folder is skipped."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -40,9 +39,9 @@ from codyra_llm.store.rows import Stage
 
 
 def run(recipe: Recipe, observers: Sequence[Observer] = ()) -> RunFolder:
-    """Run a recipe, or go on with it where it stopped. Returns the finished run's folder. `observers` hear
-    how it goes, in the first process. Raises one Fault with everything that is wrong with the recipe, and
-    Stopped when the process was asked to stop (`signals.listen`): the same call resumes."""
+    """Run a recipe, or resume it where it stopped. Returns the finished run's folder. `observers` are called
+    in the first process. Raises one Fault with everything that is wrong with the recipe, and Stopped when the
+    process was asked to stop (`signals.listen`): the same call resumes."""
     acc = launch.accelerator()
     setup, base = _prepared(recipe, acc)
     with (
@@ -51,12 +50,12 @@ def run(recipe: Recipe, observers: Sequence[Observer] = ()) -> RunFolder:
         heartbeat.until_stopped(),
     ):
         _run(experiment)
-    heartbeat.leave(0)  # whatever the caller does next, nobody watches for lost processes any more
+    heartbeat.leave(0)  # the caller may do anything next, so stop watching for lost processes
     return experiment.store
 
 
 def _run(experiment: Experiment) -> None:
-    """Whatever the run folder does not have yet, stage by stage."""
+    """Do what is missing in the run folder, stage by stage."""
     method, peak = experiment.method, ProcessPeak(experiment.acc.device)
     store = experiment.store
     learnt = of_first(lambda: len(store.archive().files))
@@ -108,7 +107,7 @@ def _prepared(recipe: Recipe, acc: Accelerator) -> tuple[Setup, str | None]:
 
 @contextmanager
 def _opened(setup: Setup, acc: Accelerator, base: str | None) -> Iterator[Experiment]:
-    """Within this block the run folder is this launch's alone."""
+    """Within this block this launch holds the lock of the run folder."""
     lease = Lease(Path(setup.recipe.output))
     on_first(lease.take)
     try:
@@ -123,8 +122,8 @@ def _opened(setup: Setup, acc: Accelerator, base: str | None) -> Iterator[Experi
 
 @contextmanager
 def _observed(experiment: Experiment, added: Sequence[Observer]) -> Iterator[None]:
-    """Within this block the heartbeat, and in the first process the recipe's trackers and those `added`, hear
-    how the run goes."""
+    """Within this block the heartbeat, and in the first process the recipe's trackers and the `added`
+    observers, are called."""
     listening: list[Observer] = [observers.Beats()]
     recipe = experiment.recipe
     if recipe.trackers:
@@ -138,8 +137,8 @@ def _observed(experiment: Experiment, added: Sequence[Observer]) -> Iterator[Non
 
 
 def _claim(experiment: Experiment, base: str) -> None:
-    """Open the run folder for this recipe, or go on in it. Raises Fault where it is damaged, or another
-    recipe's."""
+    """Open the run folder for this recipe, new or to resume. Raises Fault where it is damaged or belongs to
+    another recipe."""
     store = experiment.store
     store.clear_up()
     store.check_results()
@@ -149,7 +148,7 @@ def _claim(experiment: Experiment, base: str) -> None:
 
 
 def _foresee(experiment: Experiment, learnt: int) -> None:
-    """Tell observers what is still to do, and how long the tasks took that an earlier process learnt."""
+    """Report to observers what is still to do, and how long tasks took that an earlier process learnt."""
     setup, store = experiment.setup, experiment.store
     observer.expected(agenda.remaining(setup, store, learnt))
     if experiment.method.joint:

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple
 
-from codyra_llm.core.errors import Fault
+from codyra_llm.core.errors import Attempts, Fault
 from codyra_llm.evaluate.statistics import blank, commonest, summarise_all
 from codyra_llm.experiment.experiment import Experiment
-from codyra_llm.experiment.setup import PROBE_TOKENS, Attempts, Setup
+from codyra_llm.experiment.setup import PROBE_TOKENS, Setup
 from codyra_llm.runtime import signals
 from codyra_llm.runtime.forecast import Piece
 from codyra_llm.runtime.launch import is_first, of_first, say, wait
@@ -37,8 +37,8 @@ class Questions(NamedTuple):
 
 
 def note_floor(setup: Setup, folder: RunFolder) -> None:
-    """Put the floor of each task into the folder, as far as it is not there: what the most frequent training
-    answer scores without a model. A method that reads no training data has none: the data may have no
+    """Add the missing floors to the folder: for each task the score of giving its most frequent training
+    answer, without a model. A method that reads no training data has none, since the data may have no
     training split."""
     if not (setup.method.trains or setup.method.old_data):
         return
@@ -52,8 +52,8 @@ def note_floor(setup: Setup, folder: RunFolder) -> None:
 
 
 def _floor(setup: Setup, index: int) -> FloorRow:
-    """The scores of task `index` where every prompt gets the most frequent answer among the examples that the
-    task trains on, the first one of several; where all differ, that is the first."""
+    """The scores of task `index` if every prompt gets the most frequent answer among the task's training
+    examples, in a tie the first; so where all answers differ, the first one."""
     most = commonest([record["answer"] for record in setup.stream.records(index, "train")])
     assert most, "prepare() refuses a task without training examples"
     questions = Questions(setup.recipe.tasks[index], setup.test(index), setup.new_tokens(index), index)
@@ -105,8 +105,8 @@ def pieces(
 
 
 def measure(experiment: Experiment, stage: Stage, tasks: Iterable[int], general: bool) -> None:
-    """Score the model of `stage` on these `tasks`, and on what `general` asks for, as far as the folder has
-    no row of that stage."""
+    """Score the model of `stage` on these `tasks` and, with `general`, on general ability, where the folder
+    has no row of that stage yet."""
     setup, tasks = experiment.setup, list(tasks)
     done = of_first(lambda: experiment.store.tasks_scored(stage))
     observer.expected(pieces(setup, stage, tasks, general, done))
@@ -129,7 +129,7 @@ def _due(setup: Setup, tasks: Iterable[int], general: bool) -> list[Questions]:
 
 
 def _measure_tasks(experiment: Experiment, stage: Stage, pending: list[Questions]) -> None:
-    """Answer and score the prompts in this process and the others of the launch."""
+    """Answer the prompts in all processes of the launch, and score the answers in the first."""
     setup, benchmark = experiment.setup, experiment.setup.stream.benchmark
     observer.stage_begins(stage, Piece("load", "tasks", stage.step))
     with experiment.answering(stage) as ask:

@@ -1,11 +1,11 @@
-"""From a recipe to everything that a run needs, checked before any weights load: all faults at once."""
+"""Turns a recipe into everything that a run needs, and checks it before any weights load; all faults are
+reported together."""
 
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from codyra_llm.benchmarks.trace.mini.make import BASES, mini_data, mini_model
 from codyra_llm.config import plugins
 from codyra_llm.config.recipe import Recipe, by_task
 from codyra_llm.config.registry import METHODS
-from codyra_llm.core.errors import Fault
+from codyra_llm.core.errors import Attempts, Fault
 from codyra_llm.core.files import room_faults
 from codyra_llm.core.parsing import expanded
 from codyra_llm.data.batches import Batch, collate, default_tokens, micro_batches
@@ -64,9 +64,9 @@ class Setup:
         return getattr(torch, self.recipe.model.dtype)
 
     def model(self, archive: Archive, after: int, without: int | None = None) -> PreTrainedModel:
-        """The merged model as it is after task `after` (-1: the base), on the CPU. All that is evaluated or
-        trained on comes from here. Updates are summed on the GPU where there is one, as in an export, so that
-        what is exported is what was evaluated, to the last bit on the same kind of device."""
+        """The merged model after task `after` (-1: the base), on the CPU. Every model that is trained on or
+        evaluated is made here. Updates are summed on the GPU if there is one, as in an export, so that on the
+        same kind of device an export equals the evaluated model to the last bit."""
         model = loading.load(self.base, self.dtype, self.recipe.model.attention)
         merge(model, WeightReader(self.base), archive.terms(after, without), launch.device())
         return model
@@ -107,7 +107,7 @@ class Setup:
             return model, None
         state = folder.load_state(stage.index)
         self.method.install(model, self.task(model, archive, stage.index, state))
-        model.eval()  # what a method has added too
+        model.eval()  # for modules that the method has added
         return model, lambda prompts, task: self.method.condition(
             model, prompts, task if self.method.task_id else None
         )
@@ -150,7 +150,8 @@ class Setup:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt and answer that evaluation can meet, at most the model's positions."""
+        """Tokens of the longest prompt and answer together that are possible in evaluation, at most the
+        model's positions: a server refuses to start with more."""
         answers = [self.new_tokens(index) for index in range(len(self.recipe.tasks))]
         if self.prompts:
             answers.append(self.recipe.open_ended.max_new_tokens)
@@ -168,13 +169,12 @@ def prepare(
 ) -> Setup:
     """Resolve the recipe and check model, data, method and disk. `open_ended`: whether its prompts are to be
     answered, so that their files must be there. `adapter`: a folder whose tokenizer and chat template, if it
-    has them, are used in place of the base's. `bfloat16`: whether all processes multiply it fast; None: this
-    process finds out. `runs`: whether anything is trained or scored; a finished run, which may have been made
-    on another machine, is exported and asked without its data and without a place to write to. Raises one
-    Fault with everything that is wrong."""
+    has them, are used instead of the base's. `bfloat16`: whether it is fast on all processes; None: this
+    process checks. `runs`: whether anything is trained or scored. A finished run, perhaps from another
+    machine, can be exported and asked without its data and without a place to write to. Raises one Fault with
+    everything that is wrong."""
     recipe, tried = recipe.resolved(), Attempts()
     method = METHODS[recipe.method.name](recipe.method, recipe.seed)
-    tried.faults += _settings_that_exclude(recipe, method) if runs else []
     base = tried(base_folder, recipe.model.path, recipe.model.revision)
     config = tokenizer = None
     if base:
@@ -193,40 +193,35 @@ def prepare(
     render, wrong = _render(recipe, tokenizer)
     tried.faults += wrong
     stream = Stream(recipe.data, root, render)
-    if root and runs:
-        _try_data(tried, recipe, method, stream)
-    probes, harness = _general(tried, recipe, config) if runs else ({}, {})
-    prompts = tried(find_questions, recipe.open_ended) if open_ended and runs else {}
-    if base and runs:
-        # Without its config or dtype, for which there is a fault above, its size is not known.
-        sized = config and recipe.model.dtype != "auto"
-        needed = _written(recipe, base, method.archives_weights) if sized else 0
-        tried.faults += room_faults(Path(recipe.output), needed)
     encoder = Encoder(tokenizer, recipe.data, answer_ends(base, tokenizer)) if tokenizer else None
-    if encoder and root and runs:
-        read = list(splits(recipe, stream, bool(method.trains)))
-        presented = tried(as_presented, method, stream, encoder, read) or read
-        front = method.front(len(recipe.tasks))
-        tried.faults += tried(prompt_faults, recipe, presented, encoder, config, front) or []
-        tried(try_metrics, recipe, read)
+    setup = Setup(recipe, method, base, tokenizer, encoder, stream, {}, {}, {})
+    if runs:
+        setup.probes, setup.suite = _general(tried, recipe, config)
+        setup.prompts = tried(find_questions, recipe.open_ended) if open_ended else {}
+        _try_run(tried, setup, config)
     if tried.faults:
         raise Fault(*dict.fromkeys(tried.faults))
-    return Setup(recipe, method, base, tokenizer, encoder, stream, probes, harness, prompts)
+    return setup
 
 
-class Attempts:
-    """Calls functions one after the other and keeps the faults that they raise, so that all are reported
-    together."""
-
-    def __init__(self) -> None:
-        self.faults: list[str] = []
-
-    def __call__(self, action: Callable, *args: Any) -> Any:
-        """What `action(*args)` returns, or None where it raised a Fault."""
-        try:
-            return action(*args)
-        except Fault as fault:
-            self.faults += fault.messages
+def _try_run(tried: Attempts, setup: Setup, config: PreTrainedConfig | None) -> None:
+    """Check what only training and scoring need: settings that fit together, disk, data, prompts, metrics."""
+    recipe, method, stream = setup.recipe, setup.method, setup.stream
+    tried.faults += _settings_that_exclude(recipe, method)
+    if setup.base:
+        # Where the config or dtype is missing, for which there is a fault already, the size is not known.
+        sized = config and recipe.model.dtype != "auto"
+        needed = _written(recipe, setup.base, method.archives_weights) if sized else 0
+        tried.faults += room_faults(Path(recipe.output), needed)
+    if stream.root is None:
+        return
+    _try_data(tried, recipe, method, stream)
+    if setup.encoder:
+        read = list(splits(recipe, stream, bool(method.trains)))
+        presented = tried(as_presented, method, stream, setup.encoder, read) or read
+        front = method.front(len(recipe.tasks))
+        tried.faults += tried(prompt_faults, recipe, presented, setup.encoder, config, front) or []
+        tried(try_metrics, recipe, read)
 
 
 def _try_data(tried: Attempts, recipe: Recipe, method: Method, stream: Stream) -> None:
@@ -235,7 +230,7 @@ def _try_data(tried: Attempts, recipe: Recipe, method: Method, stream: Stream) -
     for index in range(len(recipe.tasks)):
         if method.trains or method.old_data:
             visited = tried(method.train_data, stream, index)
-            early = method.joint and index < last  # a joint method trains at the last task alone
+            early = method.joint and index < last  # a joint method trains only at the last task
             if visited and method.trains and not early:
                 _, epochs = visited
                 tried.faults += _warm_up(recipe, index, epochs, method.epochs_apart(stream, index))
@@ -339,7 +334,7 @@ def _render(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> tuple[
 
 
 def _unanswered(recipe: Recipe, index: int, rows: list[dict]) -> list[str]:
-    """Fault: a task that nothing can be scored on, as TRACE's Lima."""
+    """Fault: a task that can't be scored since it has no answers, such as TRACE's Lima."""
     if not rows or any(row["answer"].strip() for row in rows):
         return []
     name = recipe.tasks[index]
@@ -350,7 +345,7 @@ def _unanswered(recipe: Recipe, index: int, rows: list[dict]) -> list[str]:
 
 
 def _warm_up(recipe: Recipe, index: int, epochs: list[range], apart: int) -> list[str]:
-    """Check that warm-up leaves some steps of the task, and of each run through the schedule in it."""
+    """Check that warm-up leaves some steps of every learning-rate schedule in the task."""
     asked, size = recipe.optim.warmup, recipe.optim.batch_size
     assert size is not None, "resolved() fills in the protocol's"
     whole = TaskData(recipe.tasks[index], index, [], epochs, [], apart)
@@ -396,8 +391,9 @@ def base_folder(path: str, revision: str | None = None) -> Path:
 
 
 def _with_dtype(recipe: Recipe, base: Path, bfloat16: bool | None) -> Recipe:
-    """The recipe with `model.dtype` chosen where it is auto: that in which the run began, if it did; float32
-    on a CPU for a base in float32; otherwise bfloat16 if this machine multiplies it fast, else float32."""
+    """The recipe with `model.dtype` chosen where it is auto: the one that the run started with, if it has;
+    float32 on a CPU for a base in float32; otherwise bfloat16 if this machine has fast bfloat16, else
+    float32."""
     if recipe.model.dtype != "auto":
         return recipe
     name = _dtype_of_run(Path(recipe.output)) or _fitting_dtype(base, bfloat16)
@@ -443,8 +439,8 @@ def _probes() -> dict[str, list[dict]]:
 
 
 def _written(recipe: Recipe, base: Path, whole: bool) -> int:
-    """Bytes of whole models that the run writes: the checkpoint and vLLM's copy, which are never there at
-    once, and each task's weights where it trains all of them."""
+    """Bytes of whole models that the run writes: the checkpoint or vLLM's copy, which never exist at the same
+    time, and each task's weights if the method trains all of them."""
     dtype = getattr(torch, recipe.model.dtype)
     checkpoint = saved.size(base) if recipe.checkpoint else 0
     served = saved.size(base, dtype) if recipe.eval.backend == "vllm" else 0

@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """What a method may use when task `index` begins and ends."""
+    """What a method may use at the beginning and the end of task `index`."""
 
     index: int
     archive: Archive
     stream: "Stream"
     encode: Callable[[list[dict]], list["Encoded"]]
-    # All of the examples in micro-batches, the same on every rank.
+    # Puts examples into micro-batches, the same ones on every rank.
     batches: Callable[[list["Encoded"]], Iterator["Batch"]]
     state: dict[str, Tensor]  # what `end_task` of the task before returned
     ends: frozenset[int] = frozenset()  # the tokens that end an answer, in addition to the model's own EOS
-    # What the model's chat template writes before a user's text and after it, as tokens; None: it has none.
+    # The tokens that the model's chat template writes before and after a user's text; None: no template.
     chat_frame: Callable[[], tuple[list[int], list[int]] | None] = lambda: None
 
     def records(self, past: int | None = None) -> list[dict]:
@@ -42,9 +42,8 @@ class Task:
         return self.stream.records(self.index if past is None else past, "train")
 
     def sample(self, count: int, seed: int, past: int | None = None) -> list["Encoded"]:
-        """`count` of these records, or all there are, drawn by (seed, task) alone: the same whenever asked
-        for.
-        """
+        """`count` of these records, or all if there are fewer; the draw depends only on (seed, task), so it
+        is the same at each call."""
         records = self.records(past)
         draw = generator("sample", seed, self.index if past is None else past)
         chosen = torch.randperm(len(records), generator=draw)[:count].tolist()
@@ -54,9 +53,8 @@ class Task:
 class Condition:
     """What one batch of prompts needs at inference in addition to the model, for methods that don't merge.
 
-    `prefix` [B, P, h], or None: embeddings in front of each prompt. `select(rows)` is called with the rows
-    that go on when others are finished, so that what lies in the model per row can follow.
-    """
+    `prefix` [B, P, h], or None: embeddings in front of each prompt. `select(rows)` is called with the
+    remaining rows when others are finished, so that state which the model keeps per row can follow."""
 
     def __init__(self, prefix: Tensor | None = None, select: Callable[[Tensor], None] = lambda rows: None):
         self.prefix, self.select = prefix, select
@@ -84,15 +82,15 @@ class Method:
     trains: ClassVar[str] = "adapters"  # "" for nothing
     archives_weights: ClassVar[bool] = False  # whole parameters in place of adapters
     old_data: ClassVar[bool] = False  # reads earlier tasks' training examples
-    task_id: ClassVar[bool] = False  # has to be given at test the task that an example is of
+    task_id: ClassVar[bool] = False  # needs to know an example's task at test
     merges: ClassVar[bool] = True  # is a plain model after every task
-    grows: ClassVar[bool] = False  # every task adds to what later tasks need or inference runs, updates aside
-    joint: ClassVar[bool] = False  # trains once, at the last task, and is evaluated there alone
+    grows: ClassVar[bool] = False  # apart from updates, state or the cost of inference grows with every task
+    joint: ClassVar[bool] = False  # trains once, at the last task, and is evaluated only there
     separable: ClassVar[bool] = True  # one task's part can be left out of the merged model
     averages: ClassVar[bool] = False  # the update is an average over the task's steps
     max_zero_stage: int = 3  # settings may lower it
     mode: ClassVar[Literal["add", "replace", "apart"]] = "add"
-    packs: ClassVar[bool] = True  # its loss takes packed batches
+    packs: ClassVar[bool] = True  # its loss accepts packed batches
     carries_optimizer: ClassVar[bool] = False
     merge_factor: ClassVar[float] = 1.0  # on an update when it is merged
 
@@ -120,7 +118,7 @@ class Method:
 
     @property
     def shrinks(self) -> bool:
-        """Whether ranks are driven to zero in the course of a task, the last of them in its last steps."""
+        """Whether the method drives ranks to zero during a task, some of them only in its last steps."""
         return False
 
     def check(self, config: "PreTrainedConfig", attention: str | None) -> list[str]:
@@ -132,8 +130,8 @@ class Method:
         return 0
 
     def foresee(self, model: nn.Module, steps: list[int], schedule: str) -> list[str]:
-        """What a user should know about these settings before a run, in sentences. `model` has its adapters
-        but no weights (meta device), `steps` are each task's, `schedule` is the learning rate's."""
+        """Remarks for the user on these settings before a run, in sentences. `model` has its adapters but no
+        weights (meta device), `steps` are each task's, `schedule` is the learning rate's."""
         return []
 
     def spec(self) -> AdapterSpec:
@@ -141,13 +139,12 @@ class Method:
         raise TypeError(f"{self.name} has no adapter")
 
     def attach(self, model: nn.Module) -> None:
-        """Add to the model what trains; called on a fresh model at the start of every task."""
+        """Add the trained parameters to the model; called on a fresh model at the start of every task."""
         attach(model, self.config.targets, self.spec(), layers=self.config.layers)
 
     def begin_task(self, model: nn.Module, task: Task) -> None:
-        """Prepare a task. There is no engine yet, so weights may be written and passes over data may be
-        made.
-        """
+        """Prepare a task. The engine does not exist yet, so this may write weights and make passes over
+        data."""
         for name, layer in sites(model).items():
             layer.reset(self.seed, task.index, name)
 
@@ -180,17 +177,16 @@ class Method:
         """
 
     def edit_gradients(self, gradients: "Gradients") -> None:
-        """Change the step's gradients, summed over ranks and not yet clipped. Not under ZeRO. They may not be
-        finite: losses are read afterwards, since the host waits once for them and the norm of what this
-        leaves."""
+        """Change the step's gradients, which are summed over ranks and not yet clipped. Not under ZeRO. They
+        may be non-finite: losses are checked only afterwards, so that the host waits once for them and for
+        the norm of the changed gradients."""
 
     def after_step(self, gradients: "Gradients") -> None:
         """Change the parameters after the optimizer's step. Not under ZeRO."""
 
     def rewrite(self, step: int, steps: int) -> Callable[[dict[str, Adapter]], dict[str, Adapter]] | None:
-        """A function from all adapters by site to those that replace them before step `step`; None: keep
-        them.
-        """
+        """A function that maps all adapters by site to their replacements before step `step`; None: keep
+        them."""
 
     def progress(self) -> dict[str, Tensor]:
         """State to save in a checkpoint inside a task: what the method has accumulated since `begin_task`,
@@ -208,19 +204,18 @@ class Method:
         return {}
 
     def forget(self) -> None:
-        """Drop, after `consolidate`, what this task's hooks kept on the method under names with an
-        underscore: some of it refers to the model, which would stay in memory while the next one is
-        loaded."""
+        """After `consolidate`, delete the attributes with an underscore that this task's hooks set: some of
+        them refer to the model, which would stay in memory while the next one is loaded."""
         for name in [name for name in vars(self) if name.startswith("_")]:
             delattr(self, name)
 
     def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
-        """The update that task `index` leaves."""
+        """The update of task `index`."""
         return Update(adapters, self.spec().scale * self.merge_factor, self.mode)
 
     def install(self, model: nn.Module, task: Task) -> None:
-        """Add to the base model what inference after `task` needs; `task.archive` and `task.state` hold what
-        the tasks up to it left. Only for methods that don't merge."""
+        """Add to the base model what inference after `task` needs; `task.archive` and `task.state` are those
+        after `task`. Only for methods that don't merge."""
 
     def condition(self, model: nn.Module, prompts: list[list[int]], task: int | None) -> Condition:
         """Prepare the model for one batch of prompts. `task` is None unless the method has declared
@@ -233,16 +228,15 @@ class Method:
         return prompts
 
     def read(self, task: str, prediction: str) -> str:
-        """The part of the model's output that is the answer; called for tasks, not for general-ability
-        probes.
-        """
+        """The part of the model's output that is the answer; called only for tasks, not for general-ability
+        probes."""
         return prediction
 
 
 @torch.no_grad()
 def restore(model: nn.Module, update: Update) -> None:
-    """Put the factors of `update` back into the model's adapters, or whole parameters into the model, to go
-    on training them."""
+    """Put the factors of `update` back into the model's adapters, or whole parameters into the model, to
+    continue training them."""
     layers = sites(model)
     for site, adapter in update.adapters.items():
         layers[site].lora_A.copy_(adapter.a)
@@ -252,7 +246,7 @@ def restore(model: nn.Module, update: Update) -> None:
 
 
 def trained_factors(model: nn.Module) -> dict[str, Tensor]:
-    """All factors as the adapters have them, by parameter name, for methods that archive something else."""
+    """A copy of all adapters' factors by parameter name, for methods whose archive holds something else."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if ".lora_" in name}
 
 

@@ -1,4 +1,4 @@
-"""What ends an answer: one set of tokens for every way of answering."""
+"""The tokens that end an answer: the same set for every way of generating answers."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -12,14 +12,15 @@ from codyra_llm.models import families
 from codyra_llm.models.tokenizer import ASKED, render_chat
 
 GENERATION = "generation_config.json"
-SAID = "An answer"  # by which the end of a turn is found in what a chat template writes
+SAID = "An answer"  # marks where a turn ends in what a chat template writes
 
 
 def answer_ends(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens at which an answer of the model in `folder` ends: the tokenizer's EOS, which training ends
-    answers with; those of generation_config.json, or without one of config.json, at which transformers'
-    `generate` stops (chat models name several); what the chat template writes after an answer; and what ends
-    a turn in the family's own chats, which a tokenizer may have without a template."""
+    """The tokens at which an answer of the model in `folder` ends: the tokenizer's EOS, with which training
+    ends answers; those of generation_config.json (or else of config.json), at which transformers' `generate`
+    stops, and of which chat models name several; the token that the chat template writes after an answer; and
+    the tokens that end turns in the family's own chats, which a tokenizer may have even without a
+    template."""
     known = _special(tokenizer)
     turns = {known.get(token) for token in families.family_in(folder).turn_ends}
     ends = {*named_ends(folder), tokenizer.eos_token_id, end_of_turn(tokenizer), *turns}
@@ -37,15 +38,15 @@ def named_ends(folder: Path) -> list[int]:
 
 
 def name_ends(folder: Path, ends: Collection[int]) -> None:
-    """Have the generation config of the model in `folder` name all of `ends`, after those that it names, so
-    that servers end an answer where evaluation does; untouched where it names them."""
+    """Add those of `ends` that are missing to the generation config of the model in `folder`, so that servers
+    end an answer where evaluation does. The file is unchanged if none is missing."""
     named, file = named_ends(folder), folder / GENERATION
     missing = sorted(set(ends) - set(named))
     if not missing:
         return
     if file.is_file():
         config = read_json(file, "the model's own")
-        config.pop("_from_model_config", None)  # by which transformers 4 may take the config's ends instead
+        config.pop("_from_model_config", None)  # with it transformers 4 may use the config's ends instead
     else:
         own = families.text_part(read_json(folder / "config.json", "the model's own"))
         config = {key: own[key] for key in ("bos_token_id", "pad_token_id") if own.get(key) is not None}
@@ -80,5 +81,5 @@ def ended(ids: Sequence[int], ends: Collection[int]) -> bool:
 
 
 def without_end(ids: Sequence[int], ends: Collection[int]) -> list[int]:
-    """An answer's tokens without the one that ended it, which need not be one that decoding drops."""
+    """An answer's tokens without its end token, which decoding would not always drop."""
     return list(ids[:-1] if ended(ids, ends) else ids)

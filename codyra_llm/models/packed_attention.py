@@ -1,6 +1,5 @@
-"""Attention in training, without a T x T mask: over a packed row, whose examples follow one another and each
-attend to itself alone, and over rows that are padded on the right.
-"""
+"""Attention in training without a T x T mask: over a packed row, in which each example attends only to
+itself, and over rows that are padded on the right."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from codyra_llm.models import families, prefix_attention, short_attention
 
 NAME = "packed"
-# By their names, attention functions that are causal where they get no mask.
+# Attention functions, by name, that are causal when they get no mask.
 WITHOUT_MASK = {"sdpa": short_attention.causal, prefix_attention.NAME: prefix_attention.prefixed}
 FLASH = "flash_attention_2"
 WIDE = ((8, 0), (9, 0), (10, 0))  # compute capabilities whose flash backward takes heads of more than 192
@@ -41,18 +40,19 @@ def _width(given: dict) -> int:
 
 @contextmanager
 def unmasked(model: nn.Module, width: int) -> Iterator[None]:
-    """Within it the model's layers get no mask, since rows of this `width` that are padded on the right need
-    none: a token attends to those before it. transformers comes to the same end, but looks first whether the
-    positions of such rows restart, and for that the host waits for a GPU.
+    """Within this block the model's layers get no mask, since rows of this `width` that are padded on the
+    right need none: a token attends only to earlier ones. transformers would also make none, but it first
+    checks whether the positions of such rows restart, for which the host waits for the GPU.
 
-    Not where a layer has a sliding window as short as the rows, or with an attention that needs its mask."""
+    This has no effect if a layer's sliding window is no longer than the rows, or with an attention function
+    that needs a mask."""
     config = families.pretrained(model).config
     name = getattr(config, "_attn_implementation", None)
     function = WITHOUT_MASK.get(name or "")
     if function is None or any(window <= width for window in families.windows(config)):
         yield
         return
-    # transformers makes masks for the names that it knows a kind of mask for, and None for all others.
+    # transformers makes masks only for attention functions whose names it knows.
     AttentionInterface.register(f"{name}_unmasked", function)
     config._attn_implementation = f"{name}_unmasked"
     try:
@@ -62,9 +62,9 @@ def unmasked(model: nn.Module, width: int) -> Iterator[None]:
 
 
 class As:
-    """Within it a model of this config attends as it did when this was made, for what checkpointed layers
-    compute again in backward, when `unmasked` has ended. It may be entered more than once, as a backward may
-    come again."""
+    """Within this context a model of this config attends as it did when the object was made: checkpointed
+    layers are recomputed in backward, when `unmasked` has ended. It may be entered more than once, since
+    backward may run again."""
 
     def __init__(self, config: PreTrainedConfig):
         self.config, self.name = config, config._attn_implementation
@@ -79,15 +79,16 @@ class As:
 
 
 def use(model: PreTrainedModel) -> None:
-    """Let `model` attend within segments; every call must give them (`arguments`). Its flash_attention_2
-    stays, since it takes the same arguments. Not for generation: there is no mask for padding."""
+    """Let `model` attend within segments, which every call must give (`arguments`). A model with
+    flash_attention_2 keeps it, since it takes the same arguments. Not for generation: there is no mask for
+    padding."""
     AttentionInterface.register(NAME, packed)
     if model.config._attn_implementation != FLASH:
         model.set_attn_implementation(NAME)
 
 
 def used(model: PreTrainedModel) -> bool:
-    """Whether `model` takes packed rows only, since `use`."""
+    """Whether `use` was called, after which `model` takes only packed rows."""
     return model.config._attn_implementation == NAME
 
 
@@ -102,9 +103,8 @@ def pays(model: PreTrainedModel, device: torch.device) -> bool:
 
 
 def arguments(lengths: Sequence[int], ends: Tensor) -> dict:
-    """What a packed row's segments are to transformers' flash attention and to `packed`, to be given to the
-    model; `ends` (of `segment_ends`) on its device.
-    """
+    """The arguments that describe a packed row's segments to transformers' flash attention and to `packed`,
+    for a call of the model; `ends` is that of `segment_ends`, on its device."""
     return {
         "segments": list(lengths),
         "cu_seq_lens_q": ends,
@@ -115,7 +115,7 @@ def arguments(lengths: Sequence[int], ends: Tensor) -> dict:
 
 
 def segment_ends(lengths: Sequence[int]) -> Tensor:
-    """Where each segment of these lengths begins and the last one ends, int32 [segments + 1]."""
+    """The start of each segment of these lengths and the end of the last one, int32 [segments + 1]."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
@@ -161,7 +161,7 @@ def packed(
         window_size=(left, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    assert isinstance(out, Tensor), "nothing in addition is asked for"
+    assert isinstance(out, Tensor), "no other output was requested"
     return out[None], None
 
 

@@ -1,4 +1,5 @@
-"""Attention with prefixes: in some layers every token also sees a few keys and values that no token made."""
+"""Attention with prefixes: in some layers every token also attends to a few keys and values that do not come
+from tokens."""
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +26,14 @@ def show(model: PreTrainedModel, prefixes: dict[int, Tensor]) -> None:
     """From now on row b of a batch sees `prefixes[layer][b]`, keys and values [B, 2, H_kv, P, d], in these
     layers alone.
 
-    They lie before the mask of the family (causal, sliding) and outside of the cache, so positions, windows
-    and pads stay what they were. Keys are taken as they are, as if rotated already.
-    """
+    They come before what the family's mask covers (causal, sliding) and are not in the cache, so positions,
+    windows and pads are unaffected. Keys are used as they are, as if already rotated."""
     for number, attention in enumerate(families.attentions(model)):
         attention.prefix = prefixes.get(number)
 
 
 def select(model: PreTrainedModel, rows: Tensor) -> None:
-    """Only these rows of the batch go on."""
+    """Keep the prefixes of only these rows of the batch."""
     show(
         model,
         {
@@ -46,9 +46,7 @@ def select(model: PreTrainedModel, rows: Tensor) -> None:
 
 @torch.no_grad()
 def made_by(model: PreTrainedModel, ids: Tensor, layers: list[int]) -> Tensor:
-    """The keys (rotated) and values that the tokens `ids` [P] leave in these layers: [layers, 2, H_kv, P,
-    d].
-    """
+    """The keys (rotated) and values of the tokens `ids` [P] in these layers: [layers, 2, H_kv, P, d]."""
     cache = DynamicCache()  # without the config, so that no sliding window drops any
     families.backbone(model)(input_ids=ids[None], past_key_values=cache, use_cache=True)
     return torch.stack([_keys_and_values(cache, i) for i in layers])
@@ -95,7 +93,7 @@ def prefixed(
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scaling / softcap))  # [B, H, T, P + S]
     scores = scores.to(torch.promote_types(query.dtype, torch.float32))
-    # The least number, since -inf would make NaN of a pad's row, which may look at nothing.
+    # Not -inf, which would give NaN in the row of a pad, which may attend to nothing.
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     shares = functional.dropout(scores.softmax(-1).to(query.dtype), dropout)
     return (shares @ value).transpose(1, 2), None

@@ -1,9 +1,8 @@
-"""Model folders that are written: a copy of a base whose weights alone differ, and a model that came without
-files of its own.
+"""Writes model folders: a copy of a base in which only the weights differ, and a model that has no files of
+its own.
 
-What a training did not change is copied byte for byte. Configs and tokenizers that transformers rewrites
-are in the layout of its own major version, which older readers take for another model without a word.
-"""
+What training did not change is copied byte for byte: transformers would rewrite configs and tokenizers in the
+layout of its own major version, which older versions misread without an error."""
 
 import json
 import os
@@ -43,8 +42,8 @@ TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # which the base's licence may a
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes per number of the dtypes that may be cast
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
-# Keys of tokenizer_config.json that say how a tokenizer was loaded, not what it is.
 UNLIMITED = 1 << 53  # transformers writes 10^30 where there is no limit
+# Keys of tokenizer_config.json that say how a tokenizer was loaded, not what it is.
 LOADED = ("backend", "is_local", "local_files_only", "padding_side", "truncation_side", "processor_class")
 
 
@@ -112,7 +111,7 @@ def _write_index(base: Path, folder: Path, files: list[Path]) -> None:
 
 
 def _name_dtype(file: Path, dtype: torch.dtype) -> None:
-    """Have a config say that its weights are in `dtype`; untouched where it does already."""
+    """Set the dtype that a config names; the file is unchanged if it is right already."""
     config, name = read_json(file, "the model's config"), str(dtype).removeprefix("torch.")
     sections = [value for key, value in config.items() if key.endswith("_config")]
     parts = [part for part in (config, *sections) if isinstance(part, dict)]
@@ -151,9 +150,10 @@ def size(base: Path, dtype: torch.dtype | None = None) -> int:
 
 
 def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A model without files of its own (of a GGUF file, or made here) as a folder that transformers 4 and 5,
-    and what builds on either, read alike: config and tokenizer in the layout of published checkpoints."""
-    # transformers imports DeepSpeed here where it is installed, which would warn of a CPU.
+    """Write a model that has no files of its own (from a GGUF file, or made here) as a folder that
+    transformers 4 and 5, and tools based on either, read in the same way: config and tokenizer in the layout
+    of published checkpoints."""
+    # transformers imports DeepSpeed here if it is installed, which would warn about the CPU.
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with without_weight_bars():

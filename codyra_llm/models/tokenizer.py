@@ -12,10 +12,10 @@ from codyra_llm.core.files import file_sha256
 from codyra_llm.core.parsing import shown
 from codyra_llm.models.families.config_file import explain_errors, read_config
 
-DATE = "26 Jul 2024"  # the day that chat templates take for today, so that a run's prompts don't change
-ASKED = "A question"  # by which a user's text is found in what a chat template writes
+DATE = "26 Jul 2024"  # today's date for chat templates, fixed so that a run's prompts don't change
+ASKED = "A question"  # marks a user's text in what a chat template writes
 
-# Goes in front of a template. Its last line break is cut, so that a template begins a line as it does alone.
+# Prefix of a template. jinja drops its last line break, so the template still begins on a new line.
 UNDATED = (
     "{% macro strftime_now(form) %}"
     """{{ raise_exception("it writes today's date, so prompts would change daily") }}"""
@@ -25,7 +25,7 @@ UNDATED = (
 _TEXT = "What is monetary policy?\n\n" + "Größe, 态度, <s> {{ x }} 4.5 %. " * 200
 _ASKED = {"role": "user", "content": _TEXT}
 _SAID = {"role": "assistant", "content": "It is\nset by a central bank."}
-# Chats that a template is tried on, and whether it must write them: some want no system's or empty message.
+# Chats on which a template is tried, and whether it must write them: some refuse system or empty messages.
 PROBES = [
     ([{"role": "user", "content": "a"}], True),
     ([_ASKED], True),
@@ -36,11 +36,10 @@ PROBES = [
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Tokenizer that pads and truncates on the left, so that the end of a prompt meets its answer.
+    """The tokenizer, which pads and truncates on the left, so that the end of a prompt is next to its answer.
 
-    A missing pad token falls back to EOS, then to the unknown token. Labels are made by position and padding
-    is masked by position, so a pad token that is also EOS hides no EOS from the loss.
-    """
+    A missing pad token falls back to EOS, then to the unknown token. Labels and padding go by position, so a
+    pad token that equals EOS hides no EOS from the loss."""
     config = read_config(folder) if (folder / "config.json").is_file() else None
     with explain_errors(
         f"{folder} has a tokenizer that can't be read",
@@ -54,7 +53,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             padding_side="left",
             truncation_side="left",
         )
-        tokenizer("a\n")  # some faults show in use
+        tokenizer("a\n")  # some faults appear only in use
     fallback = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None and fallback:
         tokenizer.pad_token = fallback
@@ -146,9 +145,9 @@ def render_chats(
     go_on: bool = False,
     tools: list[dict] | None = None,
 ) -> list[str]:
-    """Chats as the model's template writes them, with the `tools` that are offered; with `ask` up to where
-    the answer begins, with `go_on` up to where the last message ends. Equal to the tokenizer's
-    `apply_chat_template`, in bounded time and memory.
+    """Chats as the model's template writes them, with the offered `tools`; with `ask` up to where the answer
+    begins, with `go_on` up to the end of the last message. Equal to the tokenizer's `apply_chat_template`, in
+    bounded time and memory.
 
     Raises foreign.Failed where the template refuses a chat, comes to no end, or writes today's date whatever
     `date_string` says, and ValueError where there is no template, or several and none of them is the default.

@@ -33,18 +33,18 @@ ENDS = {
 
 class Icl(NoMethod):
     """Prompt = instruction + "We will give you several examples …" + k demonstrations + the test prompt
-    without its instruction; MeetingBank goes without, as published. Model and weights are those of `none`.
+    without its instruction; MeetingBank gets no demonstrations, as published. Model and weights are those of
+    `none`.
 
     Source: TRACE (2310.06762), with 6 demonstrations and data.max_prompt_tokens 3584. Ours: demonstrations
-    come from the training split, and not from test prompts that stand in it too (TRACE draws them from the
-    test set itself); one draw by the seed serves all prompts of a task, answers as balanced as can be (two of
-    each for three classes, all different where there are many), those that fit into max_prompt_tokens /
-    (2·shots) tokens first, and what is longer loses its beginning. What a model writes after its answer,
-    mostly a further example, is cut where TRACE cuts it; for the tasks with letters that is after the first
-    character that is not a blank (TRACE: the first token), for tasks that are not TRACE's at the blank line
-    between examples.
-    Cost: prompts up to twice as long, in evaluation; their common beginning is encoded once per batch.
-    """
+    come from the training split, without prompts that are also in the test split (TRACE draws them from the
+    test set itself). One draw by the seed is used for all prompts of a task. Its answers are as balanced as
+    possible (two of each for three classes, all different where there are many); examples that fit into
+    max_prompt_tokens / (2·shots) tokens come first, and longer ones lose their beginning. What a model writes
+    after its answer, mostly another example, is cut where TRACE cuts it: for the tasks with letters after the
+    first character that is not white space (TRACE: the first token), for tasks that are not TRACE's at the
+    blank line between examples. Cost: prompts up to twice as long, in evaluation; their common beginning is
+    encoded once per batch."""
 
     name, summary, Config = "icl", "the frozen model with demonstrations in the prompt", IclConfig
     old_data = True

@@ -7,14 +7,13 @@ from codyra_llm.methods.sequential.seqlora import SeqLora
 
 class Mtl(SeqLora):
     """All tasks' examples shuffled together, each visited as often as its task has epochs; trained once, when
-    the last task has come. Multi-task learning is not a method of continual learning; TRACE (2310.06762)
-    measures those methods by it.
+    the last task has come. Multi-task learning is not continual learning; TRACE (2310.06762) uses it as a
+    reference.
 
-    Tasks before the last leave an empty update and are not evaluated, so the matrix has its last row alone:
-    OP is defined, backward transfer and forgetting are not. In epoch e those tasks take part that have
-    more than e epochs. A task added to a finished run trains all again. Validation losses are over all tasks'
-    eval splits together. Cost: the sum of all tasks' steps, at once.
-    """
+    Tasks before the last leave an empty update and are not evaluated, so the matrix has only its last row: OP
+    is defined, backward transfer and forgetting are not. Epoch e contains the tasks that have more than e
+    epochs. If a task is added to a finished run, all tasks are trained again. Validation losses are over all
+    tasks' eval splits together. Cost: the sum of all tasks' steps, at once."""
 
     name, summary, Config = "mtl", "one LoRA adapter trained on all tasks at once (upper bound)", MtlConfig
     old_data, joint, separable = True, True, False

@@ -17,11 +17,9 @@ class Color(Single):
     reproduction. Ours: the feature, which is the mean over the prompt's tokens of the frozen base's last
     hidden state, the same at training and at test; k-means++ seeds; Euclidean distance. Where
     `model.quantization` packs the base for training, centroids come from the packed weights and test features
-    from the plain ones.
-    Cost: none per step; one forward pass over the task's prompts per task and one over every test prompt.
-    State: the centroids, 5·h float32 per task. TRACE's tasks but the two of NumGLUE have prompts of their
-    own, so expect this near `single`.
-    """
+    from the plain ones. Cost: none per step; one forward pass over the task's prompts per task and one over
+    every test prompt. State: the centroids, 5·h float32 per task. Except for the two NumGLUE tasks, TRACE's
+    tasks have clearly different prompts, so expect results close to `single`."""
 
     name, summary, Config = "color", "one LoRA per task, chosen by the nearest prompt centroid", ColorConfig
     config: ColorConfig

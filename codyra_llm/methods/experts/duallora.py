@@ -32,12 +32,12 @@ class DualLinear(MixtureLinear):
 
     @property
     def mixes(self) -> bool:
-        """Whether gates are there, or prompts to take them from."""
+        """Whether there are gates, or prompts to compute them from."""
         return self.rows is not None or self.prompts is not None
 
     @torch.no_grad()
     def weights(self, hidden: Tensor) -> Tensor:
-        """The gates of the rows [rows, tasks + 1], O's a one; taken from the prompts where these are set."""
+        """The gates of the rows [rows, tasks + 1], 1 for O; computed from the prompts where these are set."""
         if self.prompts is not None:
             squares = mean_state(hidden, self.prompts).square()  # A x̄ = the mean of A x
             *old, _orthogonal, new = (part.sum(1) for part in squares.split(self.parts, 1))
@@ -52,21 +52,23 @@ class DualLora(Single):
     (`DualLinear`).
 
     Idea: DualLoRA (2411.00623), for vision transformers, of which the abstract alone was read: an adapter
-    updated orthogonally to the features of old tasks, one within bases that those do not contain, and a
-    memory that weighs the latter by how well a test input lies in them. All formulas are ours, so this is not
-    a reproduction:
-    M: orthonormal basis per input of what old tasks read, grown by DualGPM as in InfLoRA (2404.00228).
-    O: in the first task plain LoRA; later B_o is frozen (another B_o would change old outputs whatever A_o
-    does) and A_o's applied updates are projected, ΔA_o ← ΔA_o (I - M Mᵀ), Adam's scaling and weight decay
+    updated orthogonally to the features of old tasks, one within bases outside of these features, and a
+    memory that weights the latter by how well a test input fits their bases. All formulas are ours, so this
+    is not a reproduction:
+    M: an orthonormal basis of old tasks' inputs, for each distinct input, grown by DualGPM as in InfLoRA
+    (2404.00228).
+    O: in the first task plain LoRA; later B_o is frozen (a changed B_o would change old outputs whatever
+    A_o is) and A_o's applied updates are projected, ΔA_o ← ΔA_o (I - M Mᵀ), Adam's scaling and weight decay
     included.
     R_t: A_t = U_tᵀ frozen, U_t the leading left singular vectors of (I - M Mᵀ) C_t; B_t trains from zero.
-    Gates: without gradient or dropout; ‖x̄‖² cancels. x̄ leaves the first token out, as C does: BOS, or what
-    attends as BOS does. Since U_1 has what all prompts share, ρ_1 is large for every prompt. Gates of old
-    prompts do shrink when a task is added. Cost per step: (tasks + 1)× the adapter's products in plain
-    autograd, 4·r·in·k per site for the projections, k columns of M. Per task: for every portion of the inputs
-    (`inputs_at_once`) a pass over `max_examples` before and one after; an eigenproblem of size `in` in
-    float64 on the CPU per distinct input, before and after. At test: a second pass over the prompts, for the
-    gates. State and memory: at most in²/2 float32 per distinct input.
+    Gates: without gradient or dropout; ‖x̄‖² cancels. x̄ leaves out the first token, as C does: BOS, or a
+    token that takes its role in attention. Since U_1 has what all prompts share, ρ_1 is large for every
+    prompt. Gates of old prompts do shrink when a task is added.
+    Cost per step: (tasks + 1)× the adapter's products in plain autograd, 4·r·in·k per site for the
+    projections, k columns of M. Per task: for every portion of the inputs (`inputs_at_once`) a pass over
+    `max_examples` before and one after; an eigenproblem of size `in` in float64 on the CPU per distinct
+    input, before and after. At test: a second pass over the prompts, for the gates. State and memory: at
+    most in²/2 float32 per distinct input.
     """
 
     name, summary, Config = "duallora", "an orthogonal LoRA and gated residual LoRAs per task", DualLoraConfig

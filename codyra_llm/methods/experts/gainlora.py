@@ -92,13 +92,13 @@ class GainLora(Single):
     and inputs, rank 8, alpha 32, learning rate 3e-4, q and v), in its form on InfLoRA: A_t and its memory are
     that method's (`inflora`), B_t trains. M₁, M₂, M₃ grow by DualGPM with covariances of e, SiLU(U e) and
     f(e). Ours: e is the mean over the prompt's own tokens, where the release divides by the padded length;
-    rows of U and V are not scaled back to the length they had before their step was projected, which would
-    undo that; old adapters are frozen, but the gradient of their input is exact, where the release cuts it;
-    where no direction is left for a key, its dead gate is a Fault. Cost per step: (tasks)× the adapter's
-    products in plain autograd, and 2·hidden·h·tasks per prompt. Per task: inflora's passes over data; three
-    eigenproblems of sizes h, hidden, h. Memory and state: all adapters; per task 2·hidden·h; at most in²/2
-    float32 per distinct input of an adapted layer. In training time 1.4 times seqlora's on the quickstart.
-    """
+    rows of U and V are not rescaled to their length before the projected step, which would undo the
+    projection; old adapters are frozen, but the gradient by their input is exact, where the release cuts it;
+    if no direction is left for a key, so that its gate would be dead, this is a Fault. Cost per step:
+    (tasks)× the adapter's products in plain autograd, and 2·hidden·h·tasks per prompt. Per task: inflora's
+    passes over data; three eigenproblems of sizes h, hidden, h. Memory and state: all adapters; per task
+    2·hidden·h; at most in²/2 float32 per distinct input of an adapted layer. In training time 1.4 times
+    seqlora's on the quickstart."""
 
     name, summary, Config = (
         "gainlora",

@@ -1,6 +1,5 @@
-"""HiDe-LoRA for a causal LM: one adapter per task that goes on from the one before, the task inferred from
-the prompt.
-"""
+"""HiDe-LoRA for a causal LM: one adapter per task that starts from the one before; the task is inferred from
+the prompt."""
 
 import torch
 from torch import Tensor
@@ -28,22 +27,21 @@ class HideLora(Single):
     of prompts.
 
     Source: HiDe (its public code, HiDe-Prompt and HiDe-PET, was read), for vision transformers with a
-    classifier. Kept of it: the adapters' start and, when a task ends, their momentum (HiDe-PET's
-    lora_momentum, 0.1), statistics of features of the base that infer the task, a contrastive term against
-    what earlier tasks left, weight 0.01, τ = 0.8. Left out: the epochs in which a head is aligned. Ours, as
-    a causal LM has no class head to align: the feature (mean over the prompt's tokens of the last hidden
+    classifier. Kept: the adapters' start and, when a task ends, their momentum (HiDe-PET's lora_momentum,
+    0.1), statistics of the base's features from which the task is inferred, a contrastive term against the
+    earlier tasks' features, weight 0.01, τ = 0.8. Left out: the epochs in which a head is aligned. Ours, as a
+    causal LM has no class head to align: the feature (mean over the prompt's tokens of the last hidden
     state), one Gaussian per task with the pooled covariance Σ, equal priors, and the term
 
         L_i = -log( e^{1/τ} / (e^{1/τ} + Σ_{k<t} e^{cos(z_i, c_k)/τ}) ),
 
-    z_i the adapted model's feature of prompt i, c_k the mean that task k's own adapter left; averaged as the
-    loss is. The release takes unnormalised products and every other row of the batch as a negative, those of
-    the same task too. It shapes z and has no part in inferring the task. With `model.quantization` statistics
-    are of the packed base, and test features of the plain one. What TreeLoRA's table calls HideLoRA is
-    another method. Cost per step: an [examples, tasks] product. Per task: a forward pass over its prompts
-    before and one after; one over every test prompt; a Cholesky factor of size h per evaluation. State: h² +
-    2·h per task in float32.
-    """
+    z_i the adapted model's feature of prompt i, c_k the mean feature of task k with its own adapter; averaged
+    like the loss. The release uses unnormalised products and every other row of the batch as a negative,
+    including those of the same task. The term shapes z and is not used to infer the task. With
+    `model.quantization` the statistics are of the packed base, and test features of the plain one. What
+    TreeLoRA's table calls HideLoRA is another method. Cost per step: an [examples, tasks] product. Per task:
+    a forward pass over its prompts before and one after; one over every test prompt; a Cholesky factor of
+    size h per evaluation. State: h² + 2·h per task in float32."""
 
     name, summary, Config = (
         "hidelora",

@@ -1,6 +1,5 @@
-"""The drift of old outputs as a penalty: what an update changes where old inputs are, as a share of what the
-layer says there.
-"""
+"""The drift of old outputs as a penalty: how much an update changes a layer's outputs on old inputs, relative
+to the outputs themselves."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from codyra_llm.methods.parts.moments import SecondMoment, stacked
 
 @dataclass
 class _Group:
-    """Inputs that are read by layers of the same shapes: moments [n, in, k], for every input its layers, and
-    the factor s²/tr(W Σ Wᵀ) of each [n, layers]."""
+    """Inputs whose layers have the same shapes: their moments [n, in, k], the layers of every input, and the
+    factor s²/tr(W Σ Wᵀ) of each layer [n, layers]."""
 
     moments: SecondMoment
     layers: list[list[LoraLinear]]
@@ -47,7 +46,8 @@ class DriftPenalty:
 
 
 def share(layer: LoraLinear, moment: SecondMoment) -> Tensor:
-    """s²/tr(W Σ Wᵀ): what turns E|B A x|² into a share of what the layer says; 0 where it says nothing."""
+    """s²/tr(W Σ Wᵀ), which scales E|B A x|² to a share of the energy of the layer's output; 0 where that is
+    0."""
     energy = moment.energy(layer.frozen(moment.factor.dtype))
     return torch.where(energy > 0, layer.spec.scale**2 / energy, 0.0)
 

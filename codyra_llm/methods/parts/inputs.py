@@ -1,6 +1,4 @@
-"""What a task's sites read: covariances of their inputs, and the subspaces that grow with them from task to
-task.
-"""
+"""The inputs of a task's sites: their covariances, and the subspaces that these extend from task to task."""
 
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -44,7 +42,7 @@ def grown(config: InputsConfig, task: Task, found: Iterator[Covariance]) -> dict
 
 
 def energy_at(config: InputsConfig, task: Task) -> float:
-    """ε of this task, on the line from the first task to one after the last."""
+    """ε of this task, interpolated linearly between the first task and one after the last."""
     rise = config.energy_last - config.energy_first
     return config.energy_first + rise * task.index / len(task.stream.tasks)
 
@@ -69,7 +67,7 @@ def free_rows(
 
 
 def distinct_inputs(model: nn.Module) -> list[list[str]]:
-    """Names of the adapted sites, those together that read the same tensor."""
+    """Names of the adapted sites, grouped by the input that they share."""
     groups: dict[tuple, list[str]] = {}
     siblings = families.of(model.config).siblings
     for name in sites(model):
@@ -99,8 +97,8 @@ def input_covariances(
 
 
 def portions(inputs: list[list[str]], sizes: list[int], at_once: int | None) -> Iterator[list[list[str]]]:
-    """The inputs in turn, `at_once` together, or (None) as many as AT_ONCE bytes hold of what is summed for
-    them, float64 numbers of these counts; one at least."""
+    """The inputs in groups of `at_once`, or (None) of as many as fit into AT_ONCE bytes, where each needs its
+    size in float64 numbers; at least one per group."""
     portion, count = [], 0
     for names, size in zip(inputs, sizes, strict=True):
         full = count + size > AT_ONCE // 8 if at_once is None else len(portion) == at_once

@@ -1,6 +1,5 @@
-"""Second moments Σ = E[x xᵀ] of inputs: whole for small inputs, for large ones a linear sketch, in which sums
-over ranks and over tasks stay sums.
-"""
+"""Second moments Σ = E[x xᵀ] of inputs: whole for small inputs, as a sketch for large ones. The sketch is
+linear, so moments can be summed over ranks and tasks."""
 
 import math
 from typing import NamedTuple
@@ -83,9 +82,8 @@ def recovered(product: Tensor, trace: Tensor, omega: Tensor | None) -> SecondMom
 
     Nyström's approximation Y (Ωᵀ Y)⁻¹ Yᵀ, never above Σ, with the shift that Tropp, Yurtsever, Udell and
     Cevher (1706.05736, algorithm 3) give it for rounding, that of float32 since Y is a sum of products in
-    float32: where fewer tokens were read than Ω has columns, Ωᵀ Y is singular but for it. What the
-    approximation leaves of the trace is spread evenly over the directions that it does not span.
-    """
+    float32. If there were fewer tokens than Ω has columns, Ωᵀ Y would be singular without the shift. The rest
+    of the trace is spread evenly over the directions that the approximation does not span."""
     if omega is None:
         return SecondMoment(product)
     size, width = product.shape
@@ -99,5 +97,5 @@ def recovered(product: Tensor, trace: Tensor, omega: Tensor | None) -> SecondMom
     vectors, singular, _ = torch.linalg.svd(root, full_matrices=False)
     values = (singular.square() - shift).clamp_min(0)
     rest = ((trace - values.sum()) / (size - width)).clamp_min(0)
-    # `rest` also stands on the directions of F, where the values already say all.
+    # `rest`·I also covers the directions of F, whose values are complete: subtract it there.
     return SecondMoment(vectors, (values - rest)[None], rest.reshape(1, 1))

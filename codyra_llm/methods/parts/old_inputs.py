@@ -1,6 +1,5 @@
-"""What earlier tasks' inputs were, as second moments per distinct input: no example is kept, and what is kept
-does not grow with the tasks.
-"""
+"""Earlier tasks' inputs as second moments per distinct input: no example is kept, and the state does not grow
+with the tasks."""
 
 from collections.abc import Iterator, Mapping
 
@@ -24,9 +23,9 @@ Moments = dict[str, tuple[Tensor, Tensor]]
 
 
 class OldInputs(Mapping[str, SecondMoment]):
-    """Σ_old by an input's first site: the mean over the sources' second moments, a source being a finished
-    task, or what the base writes by itself. Each is recovered when it is asked for, so that what is in memory
-    is the sum over sources, in float32 as it is stored.
+    """Σ_old by an input's first site: the mean over the sources' second moments, where a source is a finished
+    task or the base's own samples. A moment is recovered when it is used, so that only the sum over sources
+    is in memory, in float32 as it is stored.
 
     Kept per distinct input (q, k and v read one; gate and up one): Σ in float32 where the input is at most
     4·`sketch` wide, else Σ Ω, Ω drawn by the size alone. Both are linear in Σ, so sources and ranks add up.
@@ -158,8 +157,8 @@ def moments(
 
 
 class _Shares:
-    """Weights by which the tokens of all ranks' examples that predict a labelled token have one share of the
-    whole, and all others the rest; their mean over the tokens is 1."""
+    """Weights of tokens: those of all ranks' examples that predict a labelled token have together one share
+    of the total weight, all others the rest. The mean weight over the tokens is 1."""
 
     def __init__(self, examples: list[Encoded], share: float, device: torch.device):
         self.examples = examples

@@ -1,6 +1,5 @@
-"""What the parts of trained updates cost and gain: rank-one parts that read old and new inputs without cross
-terms, and the choice among those of all layers.
-"""
+"""The cost and gain of a trained update's parts: rank-one parts without cross terms on old and new inputs,
+and the choice among the parts of all layers."""
 
 import torch
 from torch import Tensor
@@ -17,10 +16,9 @@ def joint(adapter: Adapter, new: SecondMoment, old: SecondMoment, share: float, 
     old and new second moments: E_old|ΔW x|² = Σ|b'_i|² and E_new|ΔW x|² = Σ ρ_i|b'_i|², without cross terms.
 
     Costs are share·|b'_i|², gains ρ_i times them; parts come in ascending ρ. `ridge`·(mean of A O Aᵀ's
-    diagonal) is added to that diagonal, so that rows that read nothing old have a cost. With L Lᵀ = A O Aᵀ
-    and V diag(ρ) Vᵀ = L⁻¹ (A N Aᵀ) L⁻ᵀ: A' = Vᵀ L⁻¹ A, B' = B diag(w) L V. A's rows are then scaled to the
-    norm of fresh ones, B's columns by the inverse, w = 1. float64 inside.
-    """
+    diagonal) is added to that diagonal, so that rows which are orthogonal to old inputs have a cost too. With
+    L Lᵀ = A O Aᵀ and V diag(ρ) Vᵀ = L⁻¹ (A N Aᵀ) L⁻ᵀ: A' = Vᵀ L⁻¹ A, B' = B diag(w) L V. A's rows are then
+    scaled to the norm of fresh ones, B's columns by the inverse, w = 1. float64 inside."""
     new, old = (moment.to(torch.zeros((), dtype=torch.float64)) for moment in (new, old))
     a, b = adapter.a.double(), adapter.b.double()
     b = b if adapter.w is None else b * adapter.w.double()

@@ -1,4 +1,4 @@
-"""Sequences that a model writes by itself, from BOS on or from a beginning: inputs without data."""
+"""Sequences that a model generates by itself, from BOS or from a given beginning: inputs without data."""
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -22,9 +22,9 @@ def self_sampled(
     """This rank's share of `count` sequences: BOS, one token at random, and `length` drawn by the model at
     temperature 1. A function of (weights, count, length, seed) up to the split over ranks.
 
-    The random second token spreads the texts; without it a model that begins most texts alike would say
-    little of what else it knows. Decoding keeps keys and values, so a sequence costs a forward of its length.
-    """
+    The random second token makes the texts diverse: without it a model that begins most texts in the same way
+    would show little of what it knows. Decoding caches keys and values, so a sequence costs one forward of
+    its length."""
     rows = _shared_out(model, partial(_starts, model), count, length, ("self-sampled", seed), rank, world)
     return [Encoded(row[:-1], row[-1:], cut=False) for row in rows]
 
@@ -76,7 +76,8 @@ def _shared_out(
 
 
 def _end_of(part: list[int], row: list[int], start: int) -> int:
-    """The place in `row` after the first `part` from `start` on; its length where there is none."""
+    """The position in `row` after the first occurrence of `part` from `start` on; the row's length if there
+    is none."""
     places = range(start, len(row) - len(part) + 1)
     return next((i + len(part) for i in places if row[i : i + len(part)] == part), len(row))
 
@@ -151,8 +152,8 @@ def answered(
 
 
 def _inverse_cdf(logits: Tensor, chances: Tensor) -> Tensor:
-    """The token of each row [R, V] at which its cumulative probability passes the row's chance [R, 1] in
-    [0, 1), as [R, 1]; in float64, where the least likely of 250,000 tokens still has its share."""
+    """For each row of logits [R, V], the token at which the cumulative probability passes the row's random
+    number in [0, 1), both [R, 1]; in float64, in which the least likely of 250,000 tokens still counts."""
     cumulative = logits.double().softmax(1).cumsum(1)
     at = chances.double() * cumulative[:, -1:]
     return torch.searchsorted(cumulative, at, right=True).clamp(max=logits.shape[1] - 1)

@@ -15,11 +15,10 @@ def spared(
     """The adapters of one input with A* = A Σ_new (Σ_new + μ Σ_old + εI)⁻¹ in place of A, μ = `weight` and
     ε = `ridge` · tr(Σ_new)/in; B and w as they are, so the rank too.
 
-    ΔW* = B A* minimises E_new|(ΔW - X) x|² + μ E_old|X x|² + ε‖X‖_F² over all X: its gradient is zero where
-    X (Σ_new + μ Σ_old + εI) = ΔW Σ_new. (RegMean, 2212.09849, weighs two models so; here one of the two is no
-    update at all.) float64; by Cholesky where both moments are whole, else by Woodbury's identity, with a
-    system of the two sketches' widths.
-    """
+    ΔW* = B A* minimises E_new|(ΔW - X) x|² + μ E_old|X x|² + ε‖X‖_F² over all X: its gradient is zero where X
+    (Σ_new + μ Σ_old + εI) = ΔW Σ_new. (RegMean, 2212.09849, weights two models in this way; here one of the
+    two is the zero update.) float64; by Cholesky where both moments are whole, else by Woodbury's identity,
+    with a system of the two sketches' widths."""
     new, old = (moment.to(torch.zeros((), dtype=torch.float64)) for moment in (new, old))
     rows = torch.cat([adapter.a for adapter in adapters]).double()
     found = solved(new.times(rows), new, old, weight, ridge * new.mean).float()

@@ -1,4 +1,5 @@
-"""Where A begins: at random, or where the model reads little, so that what it knows is in the way of less."""
+"""How A is initialised: at random, or in directions that the model hardly uses, so that training interferes
+less with what it knows."""
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +19,15 @@ DEFAULT_ENERGY = 0.95
 
 @torch.no_grad()
 def start(config: StartConfig, model: nn.Module, task: Task, seed: int) -> None:
-    """Rewrite A of all fresh adapters (B = 0) as `config.start` says; "random": leave it.
+    """Rewrite A of all fresh adapters (B = 0) by `config.start`; "random" leaves it.
 
-    "inputs": the drawn rows less the fewest leading directions that hold `start_energy` of the inputs' energy
-    on sequences that the model writes (LoRA-Null, 2503.02659, has the least directions themselves, of the
-    inputs of a data set, and W's part in them). "weights": W's least right singular vectors (MiLoRA,
-    2406.09044, has the least singular part of W itself, taken off W). Rows keep the norms that they were
-    drawn with; B = 0 in both, so the model begins as it is. A trains and may leave where it began. Cost per
-    task that starts afresh: the sequences and a pass over them, or an SVD per site; in training time 1.8 and
-    1.1 times seqlora's on the quickstart where every task does.
-    """
+    "inputs": the drawn rows without their part in the fewest leading directions that hold `start_energy` of
+    the inputs' energy on sequences that the model generates (LoRA-Null, 2503.02659, uses the smallest
+    directions themselves, of a data set's inputs, and W's part in them). "weights": W's smallest right
+    singular vectors (MiLoRA, 2406.09044, uses the smallest singular part of W itself, and subtracts it from
+    W). Rows keep the norms that they were drawn with; B = 0 in both, so the model starts unchanged. A trains
+    and may leave these directions. Cost per task that starts afresh: the sequences and a pass over them, or
+    an SVD per site; in training time 1.8 and 1.1 times seqlora's on the quickstart where every task does."""
     if config.start == "inputs":
         _off_inputs(config, model, task, seed)
     elif config.start == "weights":
@@ -49,15 +49,15 @@ def _off_inputs(config: StartConfig, model: nn.Module, task: Task, seed: int) ->
 
 
 def rows_off(used: Subspace, rows: Tensor) -> Tensor:
-    """The part of the rows [r, in] in the free space, of the norms that they had."""
+    """The part of the rows [r, in] in the free space, scaled to their old norms."""
     free = used.free(rows.double().cpu().T).T
     norms = rows.double().cpu().norm(dim=1, keepdim=True)
     return (free * norms / free.norm(dim=1, keepdim=True).clamp_min(torch.finfo(free.dtype).tiny)).to(rows)
 
 
 def least_rows(weight: Tensor, rows: Tensor) -> Tensor:
-    """W's least right singular vectors in place of the rows [r, in], the least first, of the norms that they
-    had; where W [out, in] has fewer than r, the other rows as they are."""
+    """W's smallest right singular vectors instead of the rows [r, in], the smallest first, scaled to the
+    rows' norms; where W [out, in] has fewer than r, the other rows stay."""
     vectors = torch.linalg.svd(weight, full_matrices=False)[2].flip(0)[: len(rows)]
     found = rows.clone()
     found[: len(vectors)] = vectors * rows[: len(vectors)].norm(dim=1, keepdim=True)

@@ -1,6 +1,5 @@
-"""Gradients of the loss by the frozen weights under the adapters, which autograd does not give: from what
-each layer reads and from the gradient of what it says.
-"""
+"""Gradients of the loss by the frozen weights under the adapters, which autograd does not compute: from each
+layer's inputs and the gradients of its outputs."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -63,9 +62,9 @@ def read_gradients(
     examples: list[Encoded],
     take: Callable[[str, Tensor, Tensor], None],
 ) -> None:
-    """Call `take(site, x, g)` for every example: x [n, in] what the site reads of its n tokens, g [n, out]
-    the gradient of the example's mean cross entropy by what the site says, both float32; so ∂/∂W is gᵀ x.
-    Without dropout; needs factors with gradients, by which autograd reaches the sites."""
+    """Call `take(site, x, g)` for every example: x [n, in] are the site's inputs at its n tokens, g [n, out]
+    the gradient of the example's mean cross entropy by the site's outputs, both float32; so ∂/∂W is gᵀ x.
+    Without dropout; needs factors with gradients, through which autograd reaches the sites."""
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     hooks = [_kept(layer, name, inputs, outputs) for name, layer in layers.items()]
@@ -89,8 +88,8 @@ def read_gradients(
 
 
 def _kept(layer: LoraLinear, name: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]):
-    def keep(_, read: tuple[Tensor, ...], said: Tensor) -> None:
-        inputs[name], outputs[name] = read[0], said
+    def keep(_, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        inputs[name], outputs[name] = arguments[0], output
 
     return layer.register_forward_hook(keep)
 
@@ -103,7 +102,7 @@ def _each_mean(batch: "Batch", examples: list[Encoded]) -> "Batch":
 
 
 def _rows(batch: "Batch", lengths: list[int]) -> Iterator[slice]:
-    """Where each example's tokens stand in the flattened rows."""
+    """The positions of each example's tokens in the flattened rows."""
     width = batch.ids.shape[1]
     packed = accumulate([0, *lengths[:-1]])
     starts = range(0, batch.ids.numel(), width) if batch.segments is None else packed

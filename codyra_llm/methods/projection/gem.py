@@ -50,11 +50,10 @@ class Gem(EpisodicMemory):
     Source: Lopez-Paz and Ranzato (1706.08840). Where any g·g_k < 0, the dual: v = argmin_{v ≥ γ} ½ vᵀ(G Gᵀ +
     εI)v + (G g)ᵀ v, g̃ = g + Gᵀ v, over the vector of all parameters, in float64 by non-negative least
     squares. γ = 0.5 and ε = 1e-3 as TRACE, whose code stores a single gradient per task, projects tensor by
-    tensor and has both signs of the quadratic programme turned round. Ours: ε is relative, since adapters'
-    gradients are small next to 1e-3; a batch drawn from the memory in each step, where the original takes all
-    of it. The bound holds for the gradient, not for what Adam makes of it. Cost per step in task t: t ·
-    `batch` more examples forward and backward, and t + 1 vectors of all parameters.
-    """
+    tensor and has both signs of the quadratic program flipped. Ours: ε is relative, since adapters' gradients
+    are small compared with 1e-3; a batch is drawn from the memory in each step, where the original uses all
+    of it. The bound holds for the gradient, not for Adam's step. Cost per step in task t: t · `batch` more
+    examples forward and backward, and t + 1 vectors of all parameters."""
 
     name, summary, Config = (
         "gem",

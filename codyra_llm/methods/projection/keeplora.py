@@ -30,18 +30,18 @@ class KeepLora(FixedRows):
     directions (`energy_weights` of ‖W₀‖_F²), and after each task the fewest directions more that make it hold
     `energy_old` of what the task's inputs have.
 
-    Source: KeepLoRA (2601.19659) and its released code. Its CLIP code takes W's output side as M, which fits
-    there since the matrices are square; its LLaVA code, followed here, the input side, with 0.6 of W's
-    energy, rank 64, scale 2, learning rate 2e-5. After a task the paper and the CLIP code add directions of
-    the task's inputs (`old` inputs); the LLaVA code those of its gradient where it ends, 0.99 of it (`old`
-    gradients). B starts from zero as in the latter; the former starts it from the gradient and takes the
-    product off W. Ours: exact eigenvectors for randomised ones; the first token of an example is left out of
-    the inputs; a row of A that no free direction is left for is zero. Cost per step: none. Per task:
-    for every portion of the inputs (`inputs_at_once`) a backward pass over `max_examples` before, and a
-    forward (or backward) one after; an eigenproblem in float64 of size `in` on the CPU per site before and
-    after. All ranks do the same. Memory: G in float32 for the sites of a portion. State: at most in²/2
-    float32 per site. In training time 1.4 (`old` gradients 1.8) times seqlora's on the quickstart.
-    """
+    Source: KeepLoRA (2601.19659) and its released code. Its CLIP code uses W's output side for M, which is
+    possible there since the matrices are square; its LLaVA code, followed here, uses the input side, with 0.6
+    of W's energy, rank 64, scale 2, learning rate 2e-5. After a task the paper and the CLIP code add
+    directions of the task's inputs (`old` inputs); the LLaVA code those of its gradient where it ends, 0.99
+    of it (`old` gradients). B starts from zero as in the LLaVA code; the CLIP code starts it from the
+    gradient and subtracts the product from W. Ours: exact eigenvectors for randomised ones; the first token
+    of an example is left out of the inputs; rows of A for which no free direction is left are zero. Cost per
+    step: none. Per task: for every portion of the inputs (`inputs_at_once`) a backward pass over
+    `max_examples` before, and a forward (or backward) one after; an eigenproblem in float64 of size `in` on
+    the CPU per site before and after. All ranks do the same. Memory: G in float32 for the sites of a portion.
+    State: at most in²/2 float32 per site. In training time 1.4 (`old` gradients 1.8) times seqlora's on the
+    quickstart."""
 
     name, Config = "keeplora", KeepLoraConfig
     summary = "fresh LoRA per task, A from its gradient outside of W's and old inputs' directions"

@@ -17,16 +17,15 @@ NEW = 1e-4  # share of a direction that must lie outside of the basis for it to 
 
 
 class Ogd(SeqLora):
-    """g̃ = g - Uᵀ(U g), and the same for the step that AdamW makes of it; rows of U: an orthonormal basis of
-    ∂/∂θ Σ (logit of the true token) over drawn examples of each finished task (the variant OGD-GTL).
+    """g̃ = g - Uᵀ(U g), and the same for the step that AdamW takes; rows of U: an orthonormal basis of ∂/∂θ Σ
+    (logit of the true token) over drawn examples of each finished task (the variant OGD-GTL).
 
-    Source: Farajtabar et al. (1910.07104). TRACE declares 150 directions in all and never reads the number;
-    20 for each of its eight tasks come near it. Ours: the optimizer's step (momentum, preconditioning, weight
-    decay) is projected as well, since it leaves the complement that the gradient lies in; logits summed over
-    the answer, without dropout. Cost per step: eight products of U with a vector, as each projection is done
-    twice against rounding. Memory: 4 bytes · parameters · (tasks · `examples` + 3); each task's state on disk
-    holds the basis so far.
-    """
+    Source: Farajtabar et al. (1910.07104). TRACE's code sets 150 directions in all but never uses the number;
+    20 for each of its eight tasks are close to it. Ours: the optimizer's step (momentum, preconditioning,
+    weight decay) is projected as well, since it leaves the complement in which the gradient is; logits summed
+    over the answer, without dropout. Cost per step: eight products of U with a vector, as each projection is
+    done twice against rounding. Memory: 4 bytes · parameters · (tasks · `examples` + 3); each task's state on
+    disk holds the basis so far."""
 
     name, summary, Config = (
         "ogd",

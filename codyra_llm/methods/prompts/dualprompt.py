@@ -32,13 +32,12 @@ class DualPrompt(PromptMethod):
     the task's name, or applies neither.
 
     Ours: the query (see l2p); prefixes start as keys and values that the base makes of random tokens; and
-    keys that start at the mean of their queries, which is where c draws them. Queries of different tasks have
-    much in common, and of keys on their way from a random start the one that came furthest is the nearest to
-    all. The attention function is ours whatever `model.attention` says (sdpa, or eager where scores are
-    capped), since the prefix needs it.
-    Cost: a mask in the layers with a prefix, no token more; one forward pass over each prompt, once per task
-    and once per test prompt; per task |layers|·2·length·kv heads·head size numbers.
-    """
+    keys that start at the mean of their queries, which is where c pulls them. Queries of different tasks have
+    much in common, so among keys on their way from a random start the one that got furthest would be the
+    nearest to all queries. The attention function is ours whatever `model.attention` is (sdpa, or eager where
+    scores are capped), since the prefix needs it. Cost: a mask in the layers with a prefix, no token more;
+    one forward pass over each prompt, once per task and once per test prompt; per task |layers|·2·length·kv
+    heads·head size numbers."""
 
     name, summary, Config = (
         "dualprompt",

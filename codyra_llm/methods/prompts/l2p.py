@@ -17,12 +17,12 @@ from codyra_llm.methods.prompts.pool import (
 
 
 class L2p(PromptMethod):
-    """L = CE − c·mean_b Σ_{n ∈ top N} cos(q_b, k_n); the N nearest prompts stand before the example, the
+    """L = CE − c·mean_b Σ_{n ∈ top N} cos(q_b, k_n); the N nearest prompts are put before the example, the
     nearest first.
 
     Source: Learning to Prompt (2112.08654), on a vision transformer with [CLS] as the query. Pool, length and
-    N as on TRACE; keys train and start at U(-1, 1), as in the original. Nothing tells tasks apart, and
-    nothing keeps one task from rewriting another's prompts but that their keys lie elsewhere.
+    N as on TRACE; keys train and start at U(-1, 1), as in the original. Tasks are not distinguished, and only
+    the distance of their keys keeps one task from overwriting another's prompts.
 
     Ours: the query, the mean of the base's last hidden states over the prompt's tokens, the same in training
     and at test (but for `model.quantization`, which packs the base for training alone); prompts start as

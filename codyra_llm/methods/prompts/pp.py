@@ -1,4 +1,4 @@
-"""Progressive Prompts: a soft prompt per task, before which stand all earlier ones, frozen."""
+"""Progressive Prompts: a soft prompt per task, in front of all earlier ones, which are frozen."""
 
 import torch
 from torch import Tensor, nn
@@ -48,12 +48,12 @@ class Prompt(nn.Module):
 
 
 class ProgressivePrompts(PromptMethod):
-    """Before the input stand p̂_t, p̂_{t-1}, …, p̂_0, of which only p̂_t = p + MLP(p) trains; p̂_t is then
-    fixed for good.
+    """The input is preceded by p̂_t, p̂_{t-1}, …, p̂_0, of which only p̂_t = p + MLP(p) trains; p̂_t is
+    frozen after its task.
 
     Source: Progressive Prompts (2301.12314), on T5. MLP: Linear, ReLU, Linear, Tanh, Linear as on TRACE.
-    Trained prompts never change, but what stands before them does: after task i every test prompt is seen
-    with p̂_i … p̂_0, no id. TRACE's code trains one prompt on for all tasks, lets gradients reach earlier
+    Trained prompts never change, but what precedes them does: after task i every test prompt gets p̂_i …
+    p̂_0, without a task id. TRACE's code keeps training one prompt on all tasks, lets gradients reach earlier
     ones, and scores without any.
 
     Ours: the prompt starts as embeddings of random tokens, and the MLP at zero; the MLP trains at `optim.lr`.

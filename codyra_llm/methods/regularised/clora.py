@@ -49,10 +49,9 @@ class CLora(SeqLora):
     R_δ, and an orthogonality between the two. Ours: the order B R A, the regulariser's form and λ, the start
     (A, B drawn, R = 0), and that A and B train in the first task and are frozen (`factor_lr` 0) afterwards. R
     = R_old + R_δ is one parameter that starts a task at R_old, which is the same, without weight decay. R_old
-    has full rank after one task, so the term holds R back in the directions R_old uses, in proportion to
-    their weight. The archive has the plain factors A and B·R. Cost per step: out·r² per site to multiply B R,
-    r³ for the term. Memory: r² more parameters per site, and R_old.
-    """
+    has full rank after one task, so the term penalises changes of R in the directions that R_old uses, in
+    proportion to their weight. The archive has the plain factors A and B·R. Cost per step: out·r² per site to
+    multiply B R, r³ for the term. Memory: r² more parameters per site, and R_old."""
 
     name, summary, Config = "clora", "shared LoRA factors, tasks move an r×r matrix between them", CLoraConfig
     config: CLoraConfig

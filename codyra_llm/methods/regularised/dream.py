@@ -1,4 +1,4 @@
-"""Dream: sequential LoRA that keeps to the model before the task on what that model writes by itself."""
+"""Dream: sequential LoRA that distils the model before the task on sequences which that model generates."""
 
 import torch
 from accelerate import PartialState
@@ -17,21 +17,21 @@ from codyra_llm.models.head_loss import distillation, head_loss
 
 
 class Dream(SeqLora):
-    """CE + β · mean over the tokens of a dreamt batch of KL(p_{t-1} ‖ p_θ), one batch in every step. What is
-    dreamt, before every task, the first included: `samples` sequences that the model writes, a part of them
-    from BOS and a token at random, the others from how an earlier task's prompts begin, alike for each task.
+    """CE + β · mean over the tokens of a dreamt batch of KL(p_{t-1} ‖ p_θ), one batch in every step. Before
+    every task, including the first, the model dreams, that is generates, `samples` sequences: some start from
+    BOS and a random token, the others from the common beginning of an earlier task's prompts, the same number
+    for each task.
 
     Ours, from two ideas: distilling the model before the task (LwF, 1606.09282, there on new inputs), and
-    replay of what a language model writes itself (LAMOL, 1909.03329; SSR, 2403.01244; pseudo-examples in
-    EasyCL). `target` tokens is the latter: cross entropy on the tokens as they were drawn; in the mean over
-    draws its gradient is that of the KL. LAMOL trains the model to write inputs, with a token for each task;
-    SSR has the base write inputs from demonstrations and picks from clusters; here neither is done, so how
-    much a dream has of a task depends on how well the model goes on from the beginning of its prompts. No
-    example is kept: the state is the tokens with which all prompts of a task begin that are not cut, and
-    those that end a text of it. Cost: `batch` sequences forward and backward per step, and a forward of the
-    model before; per task `samples` sequences decoded with cached keys and values, on every rank alike; one
-    more copy of the adapter. In training time 2.4 times seqlora's on the quickstart.
-    """
+    replay of what a language model generates itself (LAMOL, 1909.03329; SSR, 2403.01244; pseudo-examples in
+    EasyCL). `target` tokens is the second idea alone: cross entropy on the tokens as they were drawn, whose
+    gradient on average over draws is that of the KL. LAMOL trains the model to generate inputs, with a token
+    for each task; SSR has the base generate inputs from demonstrations and selects from clusters. Neither is
+    done here, so how much a dream resembles a task depends on how well the model continues the beginning of
+    its prompts. No example is kept: the state is the tokens with which all uncut prompts of a task begin, and
+    the tokens that end its texts. Cost: `batch` sequences forward and backward per step, and a forward of the
+    model before the task; per task `samples` sequences decoded with cached keys and values, the same on every
+    rank; one more copy of the adapter. In training time 2.4 times seqlora's on the quickstart."""
 
     name, Config = "dream", DreamConfig
     summary = "seqlora that distils the model before the task on sequences it writes itself"
@@ -40,7 +40,7 @@ class Dream(SeqLora):
     grows = True
 
     def begin_task(self, model, task: Task) -> None:
-        """Keep the factors as they are for the teacher, and have the model write its sequences."""
+        """Copy the factors for the teacher, and have the model generate its sequences."""
         super().begin_task(model, task)
         self._index, self._step = task.index, 0
         self._before = snapshot(model)

@@ -16,11 +16,10 @@ class Ewc(SeqLora):
     the task's end.
 
     Source: Kirkpatrick et al. (1612.00796), in the online form of Schwarz et al. (1805.06370). λ = 400, γ = 1
-    as in TRACE, whose code takes the squares of batch gradients while it trains, its own penalty's among
-    them. Ours: drawn examples one by one, without dropout; on the adapter's factors alone.
-    Cost: an element-wise pass per step, `examples` backward passes of one example per task. Memory: two more
-    copies of the adapter in float32; one on disk per task.
-    """
+    as in TRACE, whose code squares batch gradients during training, including those of its own penalty. Ours:
+    drawn examples one by one, without dropout; only for the adapter's factors. Cost: an element-wise pass per
+    step, `examples` backward passes of one example per task. Memory: two more copies of the adapter in
+    float32; one on disk per task."""
 
     name, summary, Config = (
         "ewc",

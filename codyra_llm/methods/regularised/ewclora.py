@@ -15,15 +15,14 @@ class EwcLora(SeqLora):
     the mean over examples of (∂/∂W mean CE of one example)² where the task ends, and ΔW_t is merged.
 
     Source: Zheng et al. (2602.17559) and their code for vision transformers (k and v; λ 1e7, γ 1, rank 10).
-    Against `ewc` the Fisher is that of W itself: those of A and B apart leave out how the two act together,
-    and what a factor is worth changes as the other moves. Ours: examples one by one, where the release
-    squares the gradient of a batch of 128, which is smaller by up to that factor, so λ is smaller here (of
-    1e3 to 1e6 the default was best on mini-TRACE, one seed); ΔW_t is added to W, where the release adds A to
-    A and B to B, whose product is not the sum of the products. Cost: out·in·r per site and step for ΔW and
+    Unlike in `ewc`, the Fisher information is that of W itself: separate ones for A and B ignore how the two
+    interact, and the importance of one factor changes as the other moves. Ours: examples one by one; the
+    release squares the gradient of a batch of 128, which is smaller by up to that factor, so λ is smaller
+    here (of 1e3 to 1e6 the default was best on mini-TRACE, one seed). ΔW_t is added to W; the release adds A
+    to A and B to B, whose product is not the sum of the products. Cost: out·in·r per site and step for ΔW and
     its gradient, which is more than the adapter's own products for few tokens; `examples` backward passes per
     task. Memory and state: one number per weight of the sites in float32, whatever the number of tasks. In
-    training time 1.5 times seqlora's on the quickstart.
-    """
+    training time 1.5 times seqlora's on the quickstart."""
 
     name, Config = "ewclora", EwcLoraConfig
     summary = "fresh LoRA per task held back by the Fisher information of W itself"

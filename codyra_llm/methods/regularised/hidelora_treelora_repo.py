@@ -16,12 +16,10 @@ class HideLoraRepo(SeqLora):
     """L + 0.5 Σ_sites CE(A Aᵀ / 0.8, identity): each row of A is to be more like itself than like the other
     rows.
 
-    Source: the code behind TreeLoRA's HideLoRA row. It is not HiDe: it keeps no statistics of tasks, infers
-    no task and has one LoRA for all of them; nothing in the term knows of earlier tasks. For parity with that
-    row alone. As run there: rank 8, alpha 32, dropout 0.1, targets q_proj and v_proj. Ours: once per
-    optimizer step.
-    Cost: r²·in multiplications per site and step. With weight 0 it is seqlora.
-    """
+    Source: the code of TreeLoRA's HideLoRA row. It is not HiDe: it keeps no statistics of tasks, infers no
+    task and has one LoRA for all of them, and its term does not depend on earlier tasks. It exists only for
+    comparison with that row. As run there: rank 8, alpha 32, dropout 0.1, targets q_proj and v_proj. Ours:
+    once per optimizer step. Cost: r²·in multiplications per site and step. With weight 0 it is seqlora."""
 
     name, Config = "hidelora_treelora_repo", HideLoraRepoConfig
     summary = "seqlora with rows of A pushed apart, as TreeLoRA's repository runs HideLoRA"

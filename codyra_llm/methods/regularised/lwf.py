@@ -15,11 +15,10 @@ class Lwf(SeqLora):
     """Loss + α T² Σ weights·KL(softmax(z'/T) ‖ softmax(z/T)) at the labelled positions, averaged like the
     loss; z' are the logits of the model that the task began with.
 
-    Source: Li and Hoiem (1606.09282). α = 1, T = 2 as TRACE, whose code has the two models in each other's
-    place, leaves T² out and sums over prompts and padding. The teacher is a second set of factors on the same
-    base. Cost per step from the second task on: one forward without gradient or dropout and the head three
-    times; one more copy of the adapter.
-    """
+    Source: Li and Hoiem (1606.09282). α = 1, T = 2 as TRACE, whose code swaps the two models, leaves out T²
+    and sums over prompts and padding. The teacher is a second set of factors on the same base. Cost per step
+    from the second task on: one forward without gradient or dropout and the head three times; one more copy
+    of the adapter."""
 
     name, summary, Config = (
         "lwf",

@@ -14,14 +14,13 @@ from codyra_llm.methods.sequential.seqlora import SeqLora
 class OLora(SeqLora):
     """L + λ1 Σ_k mean_sites,ij |A_k Aᵀ|_ij + λ2 Σ_sites (‖A‖_F + ‖B‖_F); A_k: earlier task k's A.
 
-    Source: Wang et al. (2310.14152). On TRACE: λ1 0.5 of the sum over sites, i and j, λ2 0, rank 8, alpha
-    32, dropout 0.1, targets q_proj and v_proj. The mean is ours: λ1 then means the same for another rank,
-    number of sites or size of model. With 64 sites of rank 8 (LLaMA-2 7B, q and v) the released 0.5 is 2048
-    here; 224 sites of rank 16 would make the sum 14 times as large. Ours: earlier adapters are merged into W
-    instead of being run next to it, which is the same function; the penalty enters once per optimizer step,
+    Source: Wang et al. (2310.14152). On TRACE: λ1 0.5 of the sum over sites, i and j, λ2 0, rank 8, alpha 32,
+    dropout 0.1, targets q_proj and v_proj. The mean is ours: λ1 then means the same for another rank, number
+    of sites or size of model. With 64 sites of rank 8 (LLaMA-2 7B, q and v) the released 0.5 is 2048 here;
+    224 sites of rank 16 would make the sum 14 times as large. Ours: earlier adapters are merged into W
+    instead of being run separately, which is the same function; the penalty is added once per optimizer step,
     whatever the number of micro-batches. With both λ at 0 it is seqlora. Cost: tasks·r²·in multiplications
-    per site and step; memory: every earlier A in float32.
-    """
+    per site and step; memory: every earlier A in float32."""
 
     name, summary, Config = (
         "olora",

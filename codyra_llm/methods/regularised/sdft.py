@@ -1,4 +1,4 @@
-"""SDFT: the model learns, on its own answers, from itself when its prompt shows the right answer."""
+"""SDFT: on its own answers, the model learns from itself with the right answer shown in the prompt."""
 
 import torch
 from torch import Tensor, nn
@@ -21,21 +21,20 @@ PARTS = ("A", "w", "B")
 class Sdft(SeqLora):
     """Σ_examples share · mean over the tokens of y of KL(p_θ(·|x, y_<) ‖ p_φ(·|c(x, a), y_<)), with y drawn
     by the student from p_θ(·|x) at temperature 1, c(x, a) the prompt that shows the gold answer a as a
-    demonstration, and φ an exponential average of the student's adapter, begun anew with every task. The sum
-    over the vocabulary is exact; no gradient goes through the draw or to the teacher.
+    demonstration, and φ an exponential average of the student's adapter, restarted with every task. The sum
+    over the vocabulary is exact; no gradient flows through the draw or to the teacher.
 
-    Source: Shenfeld et al. (2601.19897), who train on the model's own answers since that moves it least. The
-    wording of the demonstration is theirs, without "including the thinking process"; their
-    code skips the first 3 tokens of long answers (`skip`), has α = 0.01, and averages over examples, which
-    here is `optim.loss_average: sample` (by tokens, an example's share is that of its gold answer). Ours: an
-    adapter in place of all weights, and `probe`: the method can't work where the base makes nothing of a
+    Source: Shenfeld et al. (2601.19897), who train on the model's own answers since this changes the model
+    least. The wording of the demonstration is theirs, without "including the thinking process"; their code
+    skips the first 3 tokens of long answers (`skip`), uses α = 0.01, and averages over examples, which here
+    is `optim.loss_average: sample` (by tokens, an example's share is that of its gold answer). Ours: an
+    adapter instead of all weights, and `probe`: the method can't work where the base does not use a
     demonstration, so before the first task the cross entropy of `probe` gold answers is measured with and
     without it. A demonstration that doesn't fit into `data.max_prompt_tokens` loses the beginning of its
-    prompt; of a chat, the last answer is learnt, and shown in the user's last turn. Validation losses
-    (optim.validate_every) are the cross entropy of the gold answers, without demonstration. Cost per step: up
-    to `answer_tokens` forwards of one token per micro-batch, and the teacher's forward; one more copy of the
-    adapter.
-    """
+    prompt; in a chat, only the last answer is learnt, and it is shown in the user's last turn. Validation
+    losses (optim.validate_every) are the cross entropy of the gold answers, without demonstration. Cost per
+    step: up to `answer_tokens` forwards of one token per micro-batch, and the teacher's forward; one more
+    copy of the adapter."""
 
     name, Config = "sdft", SdftConfig
     summary = "seqlora that learns, on its own answers, from itself with the right answer in the prompt"
@@ -57,7 +56,7 @@ class Sdft(SeqLora):
 
     def before_step(self, groups, step: int, steps: int, schedule: str) -> None:
         self._step = step
-        # The first forward of a step is the first to see the adapter that the step before has left.
+        # The adapter has changed since the last average, which is due with this step's first forward.
         self._due = step > 0
 
     def loss(self, model, batch: Batch) -> dict[str, Tensor]:
@@ -65,7 +64,7 @@ class Sdft(SeqLora):
         if not model.training:
             return super().loss(model, batch)
         self._average(model)
-        # The model needs one token at least to go on from.
+        # The model needs at least one token to continue from.
         prompts = [self._examples[i].prompt or [first_token(model)] for i in batch.examples]
         draws = [generator("sdft", self.seed, self._index, self._step, i) for i in batch.examples]
         answers = answered(model, prompts, self.config.answer_tokens, self._ends, draws)
@@ -100,14 +99,14 @@ class Sdft(SeqLora):
                     factor.copy_(progress[f"{site}.{part}"])
 
     def _with_demonstration(self, record: dict, closing: str) -> dict:
-        """The record with the prompt that the teacher reads. Braces in a prompt or an answer are text.
-        `closing`: what a chat's template writes after the user's text, whose turn the demonstration is in."""
+        """The record with the teacher's prompt. Braces in a prompt or an answer are plain text. `closing`:
+        what a chat's template writes after the user's text, whose turn the demonstration is in."""
         asked, end = record["prompt"], ""
         if "learnt" in record and asked.endswith(closing):
             asked, end = asked.removesuffix(closing), closing
         wording = self.config.demonstration.split("{prompt}")
         parts = [part.replace("{answer}", record["answer"]) for part in wording]
-        earlier = {"learnt": []} if "learnt" in record else {}  # their places are other ones now
+        earlier = {"learnt": []} if "learnt" in record else {}  # the prompt's length changes their positions
         return {**record, **earlier, "prompt": asked.join(parts) + end}
 
     @torch.no_grad()
@@ -134,7 +133,7 @@ class Sdft(SeqLora):
         return torch.cat(found)
 
     def _require_in_context_learning(self, model: nn.Module, task: Task) -> None:
-        """Raises Fault where the base predicts gold answers hardly better once it is shown them."""
+        """Raises Fault where showing the base the gold answers does not lower their cross entropy enough."""
         count = min(self.config.probe, len(self._examples))
         if not count:
             return
@@ -155,7 +154,7 @@ class Sdft(SeqLora):
 def _states(model: nn.Module, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
     """The last hidden states [M, h] from which each token of each answer is predicted after its prompt."""
     examples = [Encoded(p, a, cut=False) for p, a in zip(prompts, answers, strict=True)]
-    weights = [0.0] * len(examples)  # of the loss, which is not asked for
+    weights = [0.0] * len(examples)  # of the loss, which is not computed
     batch = collate(examples, range(len(examples)), weights, pad=0)
     return batch.to(families.pretrained(model).device).hidden(model)
 

@@ -17,18 +17,16 @@ class TreeLora(SeqLora):
     selects.
 
     Source: Qian et al. (2506.10355): residuals ‖ĝ - g_k‖₁, minimum lower confidence bound, K-D style tree,
-    λ‖ĝ - g_k‖₁ in the loss. Its exact gradient is a Hessian-vector product. Two surrogates are in use, of
-    opposite sign: (i) the Hessian taken as c·I, g + λc·sign(g - g_k), steps towards where the gradients would
-    agree if the curvature were even; (ii) the blend above makes the applied update resemble the similar
-    task's, which is what the method is said to do, and needs no guess of c. This is (ii); say so next to its
-    results.
-    Ours: g_k, a task's signature, is its mean gradient of A and B over its last epoch, and ĝ the mean over
-    the epoch so far; residuals are taken between vectors of ℓ1 norm 1 and halved, so they lie in [0, 1] as
-    the bound expects, and the size of a gradient early or late in training plays no part; one tree and bandit
-    per site; β's value is untuned. Cost per step: two passes over the adapter's gradients and one transfer of
-    a number per site. Memory and state: the signatures of all earlier tasks, float32, each of the adapter's
-    size. With β 0 it is seqlora.
-    """
+    λ‖ĝ - g_k‖₁ in the loss. Its exact gradient is a Hessian-vector product. There are two surrogates, of
+    opposite sign: (i) with the Hessian approximated by c·I, g + λc·sign(g - g_k) steps towards where the
+    gradients would agree if the curvature were uniform; (ii) the blend above makes the applied update
+    resemble the similar task's, which is what the method is described to do, and needs no guess of c. This is
+    (ii); say so when you report its results. Ours: g_k, a task's signature, is its mean gradient of A and B
+    over its last epoch, and ĝ the mean over the epoch so far; residuals are taken between vectors of ℓ1 norm
+    1 and halved, so that they are in [0, 1] as the bound expects and do not depend on the size of gradients
+    early or late in training; one tree and bandit per site; β's value is untuned. Cost per step: two passes
+    over the adapter's gradients and one transfer of a number per site. Memory and state: the signatures of
+    all earlier tasks, float32, each of the adapter's size. With β 0 it is seqlora."""
 
     name, Config = "treelora", TreeLoraConfig
     summary = "seqlora whose gradients lean to the most similar earlier task's"

@@ -17,18 +17,18 @@ from codyra_llm.methods.sequential.seqlora import SeqLora
 
 
 class TreeLoraRepo(SeqLora):
-    """L - w_τ·[L]·s/[s] with s = Σ_sites ⟨A, A_k⟩ and [·] a value without gradient; w_τ = weight·τ/S in step
-    τ of the S of an epoch; A_k the signature of an earlier task k that `Draw` draws for every site and step.
+    """L - w_τ·[L]·s/[s] with s = Σ_sites ⟨A, A_k⟩, where [·] is a value without gradient; w_τ = weight·τ/S in
+    step τ of the S of an epoch; A_k the signature of an earlier task k that `Draw` draws for every site and
+    step.
 
-    Source: TreeLoRA's released code, for parity with its numbers. As run there: rank 8, alpha 32, dropout
+    Source: TreeLoRA's released code, for comparison with its numbers. As run there: rank 8, alpha 32, dropout
     0.1, targets q_proj and v_proj, epochs 2,1,3,2,1,2,2,3. It differs from the paper: signatures are A
     itself, not gradients; the draw favours the least similar task; of the tree only the first split is read.
     Ours: τ and S count optimizer steps, not micro-steps, with one draw for each; the draw comes from (seed,
     task, step), the same on all ranks; sites are stacked within groups of one shape, depth being the place
     within the group; |s| is at least 1e-3 in the division. Cost per step: one pass over the signatures,
     [tasks, sites, r·in] float32 in memory and in the state. With weight 0, or on the first task, it is
-    seqlora.
-    """
+    seqlora."""
 
     name, Config = "treelora_repo", TreeLoraRepoConfig
     summary = "seqlora with A held along an earlier task's, as TreeLoRA's repository runs it"

@@ -41,11 +41,10 @@ class Codyra(Method):
     length. Nothing is published of rank, rate, epochs or κ on TRACE.
 
     Ours, and the default: the constant start; the threshold budget that does not depend on the number of
-    steps; and `align`. Without it the parts share the update among them, each is as needed as the next, and
-    which of them outlive the threshold is decided by where their w began (docs/codyra.md has the figures).
-    Cost: r more parameters per site, an element-wise pass over them per step, one QR and SVD of rank r per
-    site and task; nothing after the merge.
-    """
+    steps; and `align`. Without it the ranks share the update about equally, and the initial values of w
+    decide which of them survive the threshold (docs/codyra.md has the figures). Cost: r more parameters per
+    site, an element-wise pass over them per step, one QR and SVD of rank r per site and task; nothing after
+    the merge."""
 
     name, summary, Config = (
         "codyra",

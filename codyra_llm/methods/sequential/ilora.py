@@ -15,21 +15,20 @@ from codyra_llm.models import packed_attention
 
 class Ilora(IloraMixed):
     """½ (CE of the batch + CE of a replayed batch) + γ mean (h_fast - max(h_fast, h_slow))² from the second
-    task on; A' ← α A' + (1-α) A and B' alike after every step of the slow adapter (A', B').
+    task on; A' ← α A' + (1-α) A and the same for B' after every step, (A', B') being the slow adapter.
 
     h: hidden states of all layers, the embeddings' included, at all positions of the replayed batch. So a
-    state is drawn up to the slow one's where it is below it, and left alone above.
+    state is pulled up to the slow one's where it is below it, and not changed above.
 
     Source: I-LoRA (2402.18865) by its code (which47/LLMCL, method/ILORA.py): α 0.25, γ 1, a buffer of 500 by
-    reservoir, a replayed batch as large as the step's, rank 8, alpha 32, dropout 0.1, q, k, v and o,
-    learning rate 1e-5. Its faults are not kept: pads count in its distance and are attended to, the slow
-    adapter starts from another random A, and `load_ema_model`, which it calls after each task, is not there.
-    The slow adapter is evaluated and archived, as the paper says; the code names none. Ours: the buffer
-    changes between tasks, not within one, and each training example enters it once; the replayed batch has
-    `batch` examples, and is read without dropout by both adapters. Validation losses are those of the fast
-    adapter. Cost per step from the second task on: `batch` examples forward and backward, and once
-    more forward; one more copy of the adapter, on the device and, per task, in the state.
-    """
+    reservoir, a replayed batch as large as the step's, rank 8, alpha 32, dropout 0.1, q, k, v and o, learning
+    rate 1e-5. Its faults are not reproduced: there, pads count in the distance and are attended to, the slow
+    adapter starts from another random A, and `load_ema_model`, which the code calls after each task, does not
+    exist. The slow adapter is evaluated and archived, as in the paper; the code does not say which. Ours: the
+    buffer changes between tasks, not within one, and each training example enters it once; the replayed batch
+    has `batch` examples, and is read without dropout by both adapters. Validation losses are those of the
+    fast adapter. Cost per step from the second task on: `batch` examples forward and backward, and once more
+    forward; one more copy of the adapter, on the device and, per task, in the state."""
 
     name, Config = "ilora", IloraConfig
     summary = "replay in every step, with a slow average of the adapter, as its repository runs it"

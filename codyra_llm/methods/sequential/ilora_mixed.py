@@ -17,15 +17,14 @@ class IloraMixed(SeqLora):
     step A' ← λ A' + (1-λ) A and B' ← λ B' + (1-λ) B of the slow adapter (A', B'), which is evaluated and
     archived.
 
-    Source: I-LoRA (2402.18865), not its code, which is `ilora` here; two memories after complementary
-    learning systems: a fast learner by gradients, a slow one by interpolation, and a squared distance
+    Source: I-LoRA (2402.18865) by its text; its code is `ilora` here. Two memories, after complementary
+    learning systems: a fast learner trained by gradients, a slow one by interpolation, and a squared distance
     between their embeddings of replayed examples. Ours, where the paper's text did not decide: λ, γ and the
     share replayed; the last hidden states at labelled positions, averaged like the loss; memory mixed into
-    every epoch of the task; both adapters start alike; the slow forward without dropout. The average is of
+    every epoch of the task; both adapters start equal; the slow forward without dropout. The average is of
     the factors, not of their product. Cost per step from the second task on: the memory's examples, and for
     micro-batches that hold one of them a forward without gradient; one more copy of the adapter, on the
-    device and, per task, in the state. Validation losses are those of the fast adapter.
-    """
+    device and, per task, in the state. Validation losses are those of the fast adapter."""
 
     name, Config = "ilora_mixed", IloraMixedConfig
     summary = "replay mixed in, with a slow average of the adapter"

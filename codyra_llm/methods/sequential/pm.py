@@ -1,6 +1,5 @@
-"""Perturb and merge: a fresh LoRA per task, trained at perturbed sizes and merged by the share of it that
-costs all tasks least.
-"""
+"""Perturb and merge: a fresh LoRA per task, trained at perturbed sizes and merged with the coefficient that
+costs all tasks least."""
 
 from dataclasses import replace
 
@@ -21,24 +20,24 @@ from codyra_llm.methods.sequential.seqlora import SeqLora
 
 
 class PerturbMerge(SeqLora):
-    """W_t = W_{t-1} + α_t ΔW_t, α_t the minimum over α of Σ_{i≤t} ½ ‖W_{t-1} + α ΔW_t - W*_i‖²_{H_i}, W*_i
-    where task i's training ended, within [0, 1]; each step of training takes its gradient at (1 ± ε) ΔW, the
-    sign drawn, so at L + ε²/2 ΔWᵀ H ΔW in the mean.
+    """W_t = W_{t-1} + α_t ΔW_t, where α_t in [0, 1] minimises Σ_{i≤t} ½ ‖W_{t-1} + α ΔW_t - W*_i‖²_{H_i} and
+    W*_i are the weights at the end of task i's training. Each training step takes its gradient at (1 ± ε) ΔW
+    with a drawn sign, which on average minimises L + ε²/2 ΔWᵀ H ΔW.
 
     Source: P&M (2505.22389), by its abstract and reviews; no code was found. As published, `curvature`
     fisher: H_i the diagonal empirical Fisher of W, so that
 
         α = (⟨F_t, ΔW²⟩ - ⟨Σ_{i<t} F_i ⊙ (W_{t-1} - W*_i), ΔW⟩) / ⟨Σ_{i≤t} F_i, ΔW²⟩.
 
-    Ours: one α for all layers; 0 and 1 as its bounds; ε and that only the signs ± are drawn; the Fisher of
-    the sites' whole W in place of the factors'; `curvature` inputs, without gradients: H is the second moment
-    of a site's inputs, each site's share of what it says, and W*_i is taken to be W_{t-1}, so α = q_t/(q_t +
-    μ q_old) with q = Σ_sites c tr(ΔW Σ ΔWᵀ). That is the scalar case of codyra_drift's merge, which chooses a
-    matrix. A task that is learnt so well that its gradients vanish has next to no Fisher information, and
-    gets next to no α; `inputs` does not suffer from that. Cost: none per step; per task `max_examples`
-    backward passes (fisher), or a forward pass. State: two numbers per weight of the sites in float32
-    (fisher), or codyra_drift's. In training time 1.3 (inputs 1.1) times seqlora's on the quickstart.
-    """
+    Ours: one α for all layers; 0 and 1 as its bounds; the value of ε, and that only the sign is drawn; the
+    Fisher information of the sites' whole W instead of the factors'; and `curvature` inputs, which needs no
+    gradients: H is the second moment of a site's inputs, relative to the energy of the site's output, and
+    W*_i is taken to be W_{t-1}, so α = q_t/(q_t + μ q_old) with q = Σ_sites c tr(ΔW Σ ΔWᵀ). This is the
+    scalar case of codyra_drift's merge, which chooses a matrix. A task that is learnt so well that its
+    gradients vanish has almost no Fisher information, and so gets an α near 0; `inputs` does not have this
+    problem. Cost: none per step; per task `max_examples` backward passes (fisher), or a forward pass. State:
+    two numbers per weight of the sites in float32 (fisher), or codyra_drift's. In training time 1.3 (inputs
+    1.1) times seqlora's on the quickstart."""
 
     name, Config = "pm", PmConfig
     summary = "fresh LoRA per task, merged by the coefficient that costs all tasks least"
@@ -118,9 +117,8 @@ def optimum_terms(
 ) -> tuple[Tensor, Tensor]:
     """Numerator and denominator of α at one site, float64 scalars: ⟨F_t Δ - (P D - T), Δ⟩ and ⟨P + F_t, Δ²⟩.
 
-    Δ = `delta`, F_t = `fisher`, P = `old` = Σ_{i<t} F_i, D = `moved` = W_{t-1} - W₀ and T = `aimed` =
-    Σ_{i<t} F_i ⊙ (W*_i - W₀), so that P D - T is the gradient of what the tasks before lose at W_{t-1}.
-    """
+    Δ = `delta`, F_t = `fisher`, P = `old` = Σ_{i<t} F_i, D = `moved` = W_{t-1} - W₀ and T = `aimed` = Σ_{i<t}
+    F_i ⊙ (W*_i - W₀), so that P D - T is the gradient of the earlier tasks' quadratic loss at W_{t-1}."""
     pull = fisher * delta - (old * moved - aimed)
     return (pull * delta).double().sum(), ((old + fisher) * delta.square()).double().sum()
 
@@ -135,5 +133,5 @@ def relative_energies(layer: LoraLinear, new: SecondMoment, old: SecondMoment) -
 
 
 def coefficient(numerator: float, denominator: float) -> float:
-    """α within [0, 1]; 1 where nothing speaks against the update."""
+    """α within [0, 1]; 1 where no task has a cost."""
     return 1.0 if denominator <= 0 else min(max(numerator / denominator, 0.0), 1.0)

@@ -16,13 +16,11 @@ class Rcl(SeqLora):
     Source: TRACE (2310.06762), reasoning-augmented continual learning, on 376 to 513 examples per task of the
     variant LLM-CL-Benchmark_Reasoning, whose wording is in codyra_llm/data/reasoning.py. Test prompts are
     those of data.root, put into the words of the training prompts (checked on the prompts that both variants
-    hold). An output without the marker has given no answer and is read as an empty one; eval rows count
-    these. Tasks that are not TRACE's: their prompts must be the same in both folders, and the marker is
-    "\\nAnswer:".
-    Cost: longer answers, in training and evaluation; leave room for them in data.max_answer_tokens and
+    hold). An output without the marker counts as an empty answer; eval rows count these. Tasks that are not
+    TRACE's: their prompts must be the same in both folders, and the marker is "\\nAnswer:". Cost: longer
+    answers, in training and evaluation; leave room for them in data.max_answer_tokens and
     eval.max_new_tokens. Validation losses (optim.validate_every) are of the answers in data.root, without
-    reasoning.
-    """
+    reasoning."""
 
     name, summary, Config = "rcl", "seqlora on answers with reasoning", RclConfig
     config: RclConfig

@@ -10,11 +10,9 @@ class Replay(SeqLora):
     `when` after, as in TRACE, in one epoch after the task's own.
 
     Source: TRACE (2310.06762) and its code, whose learning rate is constant. Ours: one adapter trains, as in
-    seqlora; memory mixed in; an epoch apart has a schedule of its own (at the tail of the task's cosine its
-    rate would be next to none); another set as `general`, or none.
-    Cost: the memory's examples, up to 0.7 of an epoch and the general set, per task (or per epoch with `when`
-    mixed).
-    """
+    seqlora; the memory is mixed in; a separate memory epoch has its own schedule (at the end of the task's
+    cosine its rate would be almost 0); `general` may be another set, or none. Cost: the memory's examples, up
+    to 0.7 of an epoch and the general set, per task (or per epoch with `when` mixed)."""
 
     name, summary, Config = (
         "replay",

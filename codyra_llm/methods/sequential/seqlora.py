@@ -12,9 +12,8 @@ class SeqLora(Method):
 
     As published on TRACE: targets q_proj and v_proj, rank 8, alpha 32, dropout 0.1, `carry_optimizer` true.
     Cost: none but the adapter's. The archive holds the whole adapter after each task (mode "replace"); with
-    `fresh` it holds each task's own update, and what is left of the difference to codyra is the rank
-    selection. `start` has A begin where the model reads little (`starts.start`).
-    """
+    `fresh` it holds each task's own update, and then the only difference to codyra is the rank selection.
+    `start` initialises A where the model's inputs have little energy (`starts.start`)."""
 
     name, summary, Config = "seqlora", "one LoRA adapter trained on all tasks in turn", SeqLoraConfig
 

@@ -18,11 +18,9 @@ class Sora(SeqLora):
     Source: Ding et al. (2311.11696), its released rule; there is no published setting for TRACE. Ours: a
     constant κ (the release can raise it in stages) of 5e-4, AdamW instead of its own copy of it for the
     gates, no weight decay on them. A zero gate keeps its gradient and may come back in a later task, so
-    training goes on from all ranks (the task's state) and what the archive holds (mode "replace") is without
-    those at zero.
-    Cost: r parameters more per site and an element-wise pass over them. With κ 0, gates of 1 and gate_lr 0 it
-    is seqlora.
-    """
+    training continues from all ranks (the task's state), while the archive (mode "replace") leaves out those
+    at zero. Cost: r parameters more per site and an element-wise pass over them. With κ 0, gates of 1 and
+    gate_lr 0 it is seqlora."""
 
     name, summary, Config = "sora", "one LoRA for all tasks with thresholded rank gates", SoraConfig
     config: SoraConfig

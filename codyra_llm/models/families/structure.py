@@ -1,4 +1,4 @@
-"""The parts of a model or its config, found as its family describes them: modules, shapes of attention, soft
+"""Finds the parts of a model or its config that its family describes: modules, shapes of attention, soft
 caps."""
 
 import copy
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """The attention of one layer. `window`: to how many tokens a token attends, itself among them; None: all
-    before it. `own_keys`: False where it reads the keys and values of an earlier layer."""
+    """The attention of one layer. `window`: to how many tokens a token attends, including itself; None: all
+    before it. `own_keys`: False where it uses the keys and values of an earlier layer."""
 
     heads: int
     kv_heads: int
@@ -32,7 +32,7 @@ class AttentionShape:
 
 
 def family_named(model_type: object) -> Family:
-    """The family of a model_type; LLaMA, whose names most have, for one that is not known."""
+    """The family of a model_type; for an unknown one LLaMA, whose names most models share."""
     return registered().get(model_type, LLAMA) if isinstance(model_type, str) else LLAMA
 
 
@@ -84,13 +84,13 @@ def text_model(whole: "PreTrainedModel") -> "PreTrainedModel":
 
 
 def pretrained(model: nn.Module) -> "PreTrainedModel":
-    """The model as transformers' class, for what `nn.Module` declares of no type: its config, its device, its
-    embeddings. Hooks of methods and of accelerate name it a module."""
+    """The model typed as transformers' class, for attributes that `nn.Module` does not declare: its config,
+    device, embeddings. Method hooks and accelerate type it as a module."""
     return cast("PreTrainedModel", model)
 
 
 def backbone(model: nn.Module) -> nn.Module:
-    """What gives the last hidden states."""
+    """The module that computes the last hidden states."""
     return model.get_submodule(of(model.config).backbone)
 
 
@@ -158,7 +158,7 @@ def windows(config: PreTrainedConfig) -> list[int]:
 
 
 def takes_embeddings(config: PreTrainedConfig) -> bool:
-    """Whether embeddings that belong to no token may stand before a text. Not where every layer adds
+    """Whether a text may be preceded by embeddings that belong to no token. Not where every layer adds
     embeddings of the tokens themselves (Gemma 4's per-layer embeddings)."""
     return not getattr(config, "hidden_size_per_layer_input", None)
 
