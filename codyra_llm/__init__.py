@@ -1,8 +1,7 @@
 """Continual fine-tuning of causal language models with rank-selective LoRA (CoDyRA) on TRACE-like task
 streams.
 
-The names of `__all__` are what Python users are offered (docs/python.md); each is imported when first used.
-"""
+The names in `__all__` are the Python API (docs/python.md); each is imported when first used."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -35,7 +35,7 @@ Place = str | Path
 
 
 class Run:
-    """A run folder: of a finished run, or of one that stopped and goes on when its recipe is run again."""
+    """The folder of a finished run, or of one that stopped and resumes when its recipe is run again."""
 
     def __init__(self, folder: Place):
         """Raises Fault where there is no run."""
@@ -98,13 +98,13 @@ class Run:
         rank: int | None = None,
     ) -> list[str]:
         """Write the model as it was after a task to a new folder; arguments as the options of `codyra-llm
-        export`. Returns what one should know about it, in sentences."""
+        export`. Returns notes on what was written, as sentences."""
         return export(self.folder, Export(after, without, format, dtype, type, rank), as_path(out))
 
 
 def run(recipe: Recipe, observers: Sequence[Observer] = ()) -> Run:
-    """Run a recipe, or go on with it where it stopped; a finished one is not run again. `observers` hear how
-    it goes. Raises Fault with everything that is wrong with the recipe, before any weights load."""
+    """Run a recipe, or resume it where it stopped; a finished one is not run again. `observers` are notified
+    of its progress. Raises Fault with everything that is wrong with the recipe, before any weights load."""
     return Run(run_recipe(recipe, observers).path)
 
 

@@ -29,8 +29,8 @@ app = typer.Typer(
 )
 
 data_app = typer.Typer(help="Get TRACE, check a folder of tasks, or write mini-TRACE.", no_args_is_help=True)
-benchmark_app = typer.Typer(help="Task streams of one's own (docs/own_data.md).", no_args_is_help=True)
-recipe_app = typer.Typer(help="Recipes: what a run is described by.", no_args_is_help=True)
+benchmark_app = typer.Typer(help="Your own task streams (docs/own_data.md).", no_args_is_help=True)
+recipe_app = typer.Typer(help="Recipes, the files that describe runs.", no_args_is_help=True)
 model_app = typer.Typer(help="Pretrained models for people without a hub account.", no_args_is_help=True)
 
 
@@ -72,7 +72,8 @@ def _show_version(asked: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print it, and no more")
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and exit"),
     ] = False,
 ) -> None:
     """Continual fine-tuning of LLaMA and Gemma on TRACE-like task streams."""
@@ -112,7 +113,8 @@ def _run(args: list[str] | None) -> None:
     running out of memory, wherever in the code it happens."""
     try:
         with quiet.without_chatter(), unbroken_output(), log_printed():
-            if (sys.argv[1:] if args is None else args)[:1] in ([name] for name in COMPUTE):
+            given = sys.argv[1:] if args is None else args
+            if given and given[0] in COMPUTE:
                 cores.share()
             app(args=args, prog_name="codyra-llm")
     except OSError as error:
@@ -128,8 +130,8 @@ def _run(args: list[str] | None) -> None:
             raise
         raise Fault(
             f"memory ran out ({' '.join(str(error).split())[:200]}); lower optim.micro_batch_tokens or "
-            "eval.batch_tokens, or turn on model.gradient_checkpointing; the same command goes on from what "
-            "is saved"
+            "eval.batch_tokens, or turn on model.gradient_checkpointing; the same command continues from "
+            "what is saved"
         ) from error
 
 
@@ -149,7 +151,7 @@ def main(args: list[str] | None = None) -> None:
         _need_utf8_names()
         _run(args)
     except Fault as fault:
-        _tell(2)
+        _announce_end(2)
         rank = int(os.environ.get("RANK", "0"))
         if rank and _spoken_for():
             _end(2)
@@ -171,7 +173,7 @@ def main(args: list[str] | None = None) -> None:
         _end(signals.EXIT)
     except Exception as error:
         _look_for_lost()
-        _tell(1)
+        _announce_end(1)
         error.add_note(
             "This is a mistake of codyra_llm, of a plug-in or of a library, not of what you gave: please "
             "report it with these lines and the command."
@@ -180,8 +182,8 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _need_utf8_names() -> None:
-    """Raises Fault where this process can't name every file: a task "Größe" would then be one that is not
-    there."""
+    """Raises Fault where this process can't name every file: a task "Größe" would then not be
+    found."""
     encoding = sys.getfilesystemencoding()
     if encoding != "utf-8":
         raise Fault(
@@ -202,7 +204,7 @@ def _spoken_for() -> bool:
     return False
 
 
-def _tell(code: int) -> None:
+def _announce_end(code: int) -> None:
     """Tell the other processes of the launch that this one ends."""
     heartbeat = _module("heartbeat")
     if heartbeat:

@@ -1,6 +1,6 @@
 """The generated parts of docs/*.md, from schema and declarations: `python docs/reference.py` writes them.
 
-A part stands between `<!-- generated: NAME -->` and `<!-- end -->`, NAME one of PARTS.
+A part is what lies between `<!-- generated: NAME -->` and `<!-- end -->`, NAME one of PARTS.
 """
 
 import inspect
@@ -54,7 +54,7 @@ class Key(NamedTuple):
 
 
 def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[Key]:
-    """The settings of a section and of the sections in it, which lead the names of theirs."""
+    """The settings of a section and of the sections in it, whose names precede those of their settings."""
     whole = schema.model_json_schema()
     for name, node in whole["properties"].items():
         field = schema.model_fields[name]
@@ -82,21 +82,21 @@ def _type(node: dict) -> str:
     if "enum" in node or "const" in node:
         return ", ".join(f"`{_shown(value)}`" for value in node.get("enum", [node.get("const")]))
     if node.get("type") == "array":
-        return (
-            f"{len(node['prefixItems'])} numbers"
-            if "prefixItems" in node
-            else f"list of {_type(node['items'])}"
-        )
+        if "prefixItems" in node:
+            return f"{len(node['prefixItems'])} numbers"
+        return f"list of {_type(node['items'])}"
     if isinstance(node.get("additionalProperties"), dict):
         return f"{_type(node['additionalProperties'])} by name"
     return TYPES.get(node.get("type"), node.get("type"))
 
 
 def _bounds(node: dict) -> str:
-    told = (
-        "minimum" if "exclusiveMinimum" in node else "minItems" if "prefixItems" in node else ""
-    )  # in other words
-    own = [text.format(node[key]) for key, text in BOUNDS.items() if key in node and key != told]
+    stated = ""  # a bound that the page gives in other words already
+    if "exclusiveMinimum" in node:
+        stated = "minimum"
+    elif "prefixItems" in node:
+        stated = "minItems"
+    own = [text.format(node[key]) for key, text in BOUNDS.items() if key in node and key != stated]
     inner = [*node.get("anyOf", ()), *node.get("prefixItems", ()), node.get("items", {})]
     return ", ".join(dict.fromkeys(filter(None, own + [_bounds(part) for part in inner if part])))
 
@@ -151,12 +151,12 @@ def _keys_table(found: Iterator[Key] | list[Key]) -> str:
 
 
 def method_keys() -> str:
-    """Every key of every method once, with the methods that have it so."""
-    of: dict[Key, list[str]] = {}
+    """Every key of every method once, with the methods that share it."""
+    users: dict[Key, list[str]] = {}
     for method in METHODS.values():
         for key in own_keys(method):
-            of.setdefault(key, []).append(method.name)
-    found = sorted(of.items(), key=lambda item: -len(item[1]))  # what many share comes first
+            users.setdefault(key, []).append(method.name)
+    found = sorted(users.items(), key=lambda item: -len(item[1]))  # what many share comes first
     intro = (
         "A key that means something else in another method, or has another default, has a row for each.\n\n"
     )
@@ -227,7 +227,7 @@ def all_hooks() -> dict[str, Callable]:
 
 
 def hooks_table(hooks: dict[str, Callable]) -> str:
-    """Each hook, and some methods that put something of their own in its place."""
+    """Each hook, and some methods that override it."""
     lines = []
     for name, hook in hooks.items():
         parameters = [*inspect.signature(hook).parameters][1:]

@@ -26,7 +26,7 @@ def measured(level: str, options: Options) -> dict:
     """What a level found, as plain JSON values; Fault where an arm is off."""
     if level not in LEVELS:
         raise Fault(f"'{level}' is not a level; choose from {', '.join(LEVELS)}.{nearest(level, LEVELS)}")
-    leave_out_cudnn_attention()  # of all arms: none is to pay for plans that a second round does not need
+    leave_out_cudnn_attention()  # for all arms, so that none pays for plans that a second round does not need
     return LEVELS[level](options)
 
 
@@ -38,11 +38,11 @@ def show(result: dict, console: Console) -> None:
 def options(
     device: str | None, dtype: str | None, shape: str | None, arms: str | None, tasks: str | None, **others
 ) -> Options:
-    """From the command line's words."""
+    """The options, parsed from the command line."""
     cuda = torch.cuda.is_available()
     device = device or ("cuda" if cuda else "cpu")
     if device.partition(":")[0] not in ("cpu", "cuda") or (device != "cpu" and not cuda):
-        raise Fault(f"--device: '{device}' is not here; choose {'cpu or cuda' if cuda else 'cpu'}")
+        raise Fault(f"--device: '{device}' is not available here; choose {'cpu or cuda' if cuda else 'cpu'}")
     names = {str(known).removeprefix("torch."): known for known in TOLERANCE}
     dtype = dtype or ("bfloat16" if device != "cpu" else "float32")
     if dtype not in names:

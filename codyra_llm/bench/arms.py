@@ -20,13 +20,13 @@ LOW = (torch.bfloat16, torch.float16)
 
 NOTES = {
     "frozen": "the model without adapters, with input gradients: a floor, not a competitor",
-    "peft": "PEFT's LoRA as it comes: float32 adapters, autocast where the base has 16 bits; it has no w",
+    "peft": "PEFT's LoRA by default: float32 adapters, autocast where the base has 16 bits; it has no w",
     "peft-strong": "PEFT's LoRA with adapters in the base's dtype, no autocast, no dropout; it has no w",
     "eager": "LoRA with w by plain autograd",
     "ours": "LoRA with w by the hand-written functions; on a GPU with fused norms, as in training",
 }
 
-# By site A [r, in], w [r] and B [out, r]; all are random, B is not zero.
+# By site: A [r, in], w [r] and B [out, r], all of them random; B is not zero.
 Numbers = dict[str, tuple[Tensor, Tensor, Tensor]]
 
 
@@ -55,7 +55,7 @@ class Arm:
         return [p for triple in self.masters.values() for p in triple if p is not None]
 
     def forget_gradients(self) -> None:
-        """Before a measurement that makes them anew."""
+        """Drop all gradients, before a measurement that computes them anew."""
         for p in self.parameters():
             p.grad = None
 
@@ -128,7 +128,7 @@ def weighted(base: nn.Module, numbers: Numbers, fused: bool) -> Arm:
 
 
 def peft(base: nn.Module, numbers: Numbers, strong: bool) -> Arm:
-    """The same ΔW by PEFT. `strong`: with what it can be told to do better. Raises Fault without peft."""
+    """The same ΔW by PEFT. `strong`: with the settings that make it fastest. Raises Fault without peft."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:

@@ -90,7 +90,7 @@ def _measure(level: str, base: nn.Module, shape: tuple[int, ...], rank: int, opt
         "shape": [f"x {list(shape)}", f"y {list(dy.shape)}", f"r={rank}"],
         "machine": machine(options),
         "arms": compare(contestants, options, options.rounds or 20),
-        "notes": [f"{n}: {NOTES[n]}" for n in names],
+        "notes": [f"{name}: {NOTES[name]}" for name in names],
     }
 
 

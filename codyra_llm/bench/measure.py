@@ -1,6 +1,5 @@
-"""One way to measure for all levels: check every arm against float64, then time them in turn, then meter
-their memory.
-"""
+"""One way to measure for all levels: check every arm against float64, then time them in turn, then measure
+their memory."""
 
 import math
 import platform
@@ -25,7 +24,7 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 0.02, torc
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says; a level takes what concerns it."""
+    """The options of the command line; each level uses those that concern it."""
 
     device: torch.device
     dtype: torch.dtype
@@ -60,9 +59,9 @@ class Options:
 
 @dataclass
 class Contestant:
-    """What the measurement calls. `outcome` gives output or loss and gradients and changes nothing;
-    `expected` are the same in float64; `run(i)` is the work of round i; `saved`, where it is given, the bytes
-    that its forward leaves."""
+    """What the measurement calls. `outcome` returns output or loss, and gradients, and changes nothing;
+    `expected` are the same in float64; `run(i)` does the work of round i; `saved`, if given, returns the
+    bytes that forward keeps for backward."""
 
     outcome: Callable[[], dict[str, Tensor]]
     expected: dict[str, Tensor]
@@ -73,23 +72,22 @@ class Contestant:
 def compare(
     contestants: dict[str, Contestant], options: Options, rounds: int, largest: int = 0, different: int = 1
 ) -> dict[str, dict]:
-    """One row per arm; raises Fault where an arm is off, before anything is timed. `largest`: the round to
-    meter. `different`: how many rounds differ in their work; all of them are warmed up.
-    """
+    """One row per arm; raises Fault where an arm is off, before anything is timed. `largest`: the round whose
+    memory is measured. `different`: how many rounds differ in their work; all of them are warmed up."""
     errors = gate(contestants, options.dtype)
     runs = {name: contestant.run for name, contestant in contestants.items()}
     times = interleaved(runs, rounds, options.device, different, options.asleep)
     reference = next((name for name in ("peft", "full") if name in times), next(iter(times)))
     rows = {}
-    for name, c in contestants.items():
+    for name, contestant in contestants.items():
         rows[name] = {
             "speedup": _spread(_ratios(times[reference], times[name])),
             "over": reference,
             "over_floor": median(_ratios(times[name], times["frozen"])) if "frozen" in times else None,
             "milliseconds": _spread([1000 * t for t in times[name]]),
             "seconds": sum(times[name]),
-            "peak_bytes": peak_bytes(partial(c.run, largest), options.device),
-            "saved_bytes": c.saved() if c.saved else None,
+            "peak_bytes": peak_bytes(partial(contestant.run, largest), options.device),
+            "saved_bytes": contestant.saved() if contestant.saved else None,
             "error": errors[name],
         }
     return rows
@@ -103,9 +101,9 @@ def _ratios(above: list[float], below: list[float]) -> list[float]:
 def gate(contestants: dict[str, Contestant], dtype: torch.dtype) -> dict[str, float]:
     """Each arm's largest relative distance ‖x - x₆₄‖ / ‖x₆₄‖ over its output and its gradients by kind."""
     errors, faults = {}, []
-    for name, c in contestants.items():
-        found = c.outcome()
-        distances = {key: _distance(value, c.expected[key]) for key, value in found.items()}
+    for name, contestant in contestants.items():
+        found = contestant.outcome()
+        distances = {key: _distance(value, contestant.expected[key]) for key, value in found.items()}
         worst = max(distances, key=lambda key: (math.isnan(distances[key]), distances[key]))
         errors[name] = distances[worst]
         if not errors[name] <= TOLERANCE[dtype]:
@@ -144,8 +142,8 @@ def interleaved(
 
 
 def _seconds(action: Callable[[], object], device: torch.device, asleep: int = 0) -> float:
-    """Of one call. A GPU first sleeps for so many clock cycles, while the host fills its queue: then the
-    host's own time, which a long training step hides, is in no figure."""
+    """Seconds of one call. A GPU first sleeps for `asleep` clock cycles, while the host fills its queue; so
+    the host's own time, which a long training step hides, is not measured."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if asleep:
@@ -174,11 +172,12 @@ def machine(options: Options) -> dict:
         except PackageNotFoundError:
             return None
 
-    cuda = options.device.type == "cuda"
+    if options.device.type == "cuda":
+        device = torch.cuda.get_device_name(options.device)
+    else:
+        device = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {
-        "device": torch.cuda.get_device_name(options.device)
-        if cuda
-        else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "device": device,
         "threads": torch.get_num_threads(),
         "dtype": str(options.dtype).removeprefix("torch."),
         **{name: installed(name) for name in ("torch", "transformers", "peft")},

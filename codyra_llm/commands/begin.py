@@ -36,7 +36,7 @@ def recipe_init(
     if file.exists():
         raise Fault(f"{file} exists already; give a new name")
     if file.suffix not in (".yaml", ".yml"):
-        raise Fault(f"FILE: '{file}' is no name of a recipe; give one that ends in .yaml")
+        raise Fault(f"FILE: '{file}' is not a recipe's name; give one that ends in .yaml")
 
     def ask(option: str, given: str | None, question: str, default: str, check: Callable = str) -> Any:
         if given is None and not yes:

@@ -1,4 +1,4 @@
-"""Commands on checkpoints and predictions, however they were made."""
+"""Commands on checkpoints and predictions from any source."""
 
 import json
 import sys
@@ -56,7 +56,7 @@ Tokens = Annotated[
     int | None, typer.Option(min=16, help="step: padded tokens at once; eval: longest prompt, default 256")
 ]
 Found = Annotated[
-    Path | None, typer.Option(parser=path, metavar="FOLDER", help="gpu: a new folder for what is found")
+    Path | None, typer.Option(parser=path, metavar="FOLDER", help="gpu: a new folder for the findings")
 ]
 
 
@@ -66,7 +66,7 @@ def score(
     benchmark: Annotated[str, typer.Option(help="whose task: trace, olora, superni, or a folder")] = "trace",
     plugin: Plugins = None,
 ) -> None:
-    """Score predictions made anywhere: FILE is a JSON list of {"prompt", "prediction", "answer"}. Prints
+    """Score predictions from any source: FILE is a JSON list of {"prompt", "prediction", "answer"}. Prints
     JSON.
 
     TASK is the name of a task of the benchmark; under trace any other name is scored by exact match.
@@ -257,7 +257,7 @@ def bench(
 def _bench_gpu(out: Path | None, tiny: bool, seconds: float | None, stages: str | None) -> None:
     """`bench gpu`, which has options of its own."""
     if out is None:
-        raise Fault("--out: bench gpu needs a new folder for what it finds; give one, e.g. --out found")
+        raise Fault("--out: bench gpu needs a new folder for its findings; give one, e.g. --out found")
     from codyra_llm.bench.gpu.stages import bench_gpu
 
     bench_gpu(out, tiny, seconds or 600, listed(stages), console)

@@ -18,7 +18,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE ...",
-        help="settings over the recipe's, e.g. method=seqlora optim.lr=1e-4 data.epochs=2",
+        help="settings that override the recipe's, e.g. method=seqlora optim.lr=1e-4 data.epochs=2",
     ),
 ]
 

@@ -39,7 +39,7 @@ class Protocol(Strict, frozen=True):
     loss_average: Literal["token", "sample"] = "token"
 
 
-PROBE = Task(metrics=("exact_match",))  # of general ability, where a benchmark says nothing of other tasks
+PROBE = Task(metrics=("exact_match",))  # general-ability probes, where a benchmark has no `others`
 
 
 class Benchmark(Strict, frozen=True):
@@ -108,8 +108,9 @@ class Benchmark(Strict, frozen=True):
         return {metric: list(values) for metric, values in zip(metrics, scores, strict=True)}
 
     def score_each(self, name: str, rows: Iterable[tuple[str, str, str]]) -> dict[str, "array[float]"]:
-        """`score` of (prompt, prediction, answer) that come one after the other and are not kept. They are
-        divided among the cores where all metrics are shipped ones: for processes without threads alone."""
+        """`score` for a stream of (prompt, prediction, answer), which is not kept in memory. If all metrics
+        are shipped ones, the rows are divided among the cores by forking, so the process must have no other
+        threads."""
         metrics = list(self.task(name).metrics)
         scores = {metric: array("d") for metric in metrics}
         score = partial(_scored_rows, metrics, name)
@@ -136,9 +137,8 @@ class Benchmark(Strict, frozen=True):
         return faults + self.strangers(data.tasks, "data.tasks: {} is not a task of " + data.benchmark)
 
     def strangers(self, names: Sequence[str], sentence: str) -> list[str]:
-        """Those of `names` that may not be here, each put into a sentence (for its first {}) and with the
-        nearest that is.
-        """
+        """A sentence for each of `names` that is not allowed here: `sentence` with the name in place of its
+        first {}, and the nearest task that exists."""
         return [
             f"{sentence.replace('{}', shown(name), 1)}.{nearest(name, self.tasks)} Known: "
             f"{', '.join(self.tasks)}"
@@ -185,9 +185,8 @@ def load_benchmark(name: str) -> Benchmark:
 
 
 def digest(name: str) -> str:
-    """sha256 of the benchmark's file, by which it is known wherever it lies. Raises Fault where there is
-    none.
-    """
+    """sha256 of the benchmark's file, which identifies it wherever it is. Raises Fault where there is
+    none."""
     return file_sha256(_file(name))
 
 

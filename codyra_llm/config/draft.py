@@ -1,6 +1,5 @@
-"""The text of a recipe to begin with: the settings that were chosen and, commented out, those that one is
-likely to change next, with defaults and meanings from the schema.
-"""
+"""The text of a recipe to start from: the chosen settings and, commented out, those most likely to be changed
+next, with defaults and meanings from the schema."""
 
 import json
 import os
@@ -62,7 +61,7 @@ def draft(answers: Answers, file: Path) -> str:
     inside = "benchmark" if os.path.isfile(Path(expanded(answers.data), FILE)) else "root"
     lines = [
         f"# Check it with `codyra-llm plan {file}`, start it with `codyra-llm run {file}`; the same command",
-        "# goes on where a run stopped. What is commented out has its default; all keys: docs/recipes.md.",
+        "# resumes a run that stopped. What is commented out has its default; all keys: docs/recipes.md.",
         *_section("model", {"path": answers.model}),
         *_section("data", {inside: answers.data, **_stream(answers.data)}),
         "method:",
@@ -87,7 +86,7 @@ def _stream(data: str) -> dict[str, list[str]]:
 
 
 def _section(name: str, given: dict[str, Any]) -> list[str]:
-    """A section of what is given and of NEXT; with nothing given its head is a comment too."""
+    """A section with the given settings and those of NEXT; if none is given, its head is a comment too."""
     schema = SCHEMAS[name]
     lines = [_line(key, value, _meaning(schema, key)) for key, value in given.items()]
     for key in NEXT[name]:

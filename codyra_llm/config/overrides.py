@@ -1,4 +1,4 @@
-"""Recipe files by path or name, and `key=value` settings over them."""
+"""Recipe files by path or name, and `key=value` settings that override them."""
 
 import os
 from collections.abc import Sequence

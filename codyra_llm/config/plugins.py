@@ -132,7 +132,8 @@ def _installed(kind: str, name: str) -> bool:
     if not found:
         return False
     packages = ", ".join(sorted(map(_package, found)))
-    if METHODS.ships(name) if kind == "method" else name in SHIPPED_METRICS:
+    is_shipped = METHODS.ships(name) if kind == "method" else name in SHIPPED_METRICS
+    if is_shipped:
         raise Fault(
             f"{kind} '{name}' of package {packages} has the name of a shipped one; uninstall the package"
         )
@@ -155,8 +156,8 @@ def _package(found: EntryPoint) -> str:
 
 
 def _register(kind: str, name: str, loaded: Any) -> None:
-    """What an entry point names under its name: a method's class; a metric's class, or a function, which may
-    have registered itself by `@metric`."""
+    """Register what an entry point loads: a method's class, a metric's class, or a function, which may have
+    registered itself by `@metric`."""
     if kind == "method":
         METHODS[name] = loaded
     elif name not in METRICS and isinstance(loaded, type) and issubclass(loaded, ExampleMean):
@@ -171,7 +172,7 @@ def is_loaded(file: Path) -> bool:
 
 
 def files() -> list[str]:
-    """The files that another process has to load to have the same methods and metrics as this one."""
+    """The files that another process must load to know the same methods and metrics as this one."""
     known = [_origin(name) for name in sorted(_registered())]
     return sorted({origin["file"] for origin in known if "file" in origin})
 
@@ -217,8 +218,8 @@ def _remedy(origin: Origin) -> str:
 
 
 def changed(recorded: dict[str, Origin], now: dict[str, Origin], where: str) -> list[str]:
-    """A sentence for each plug-in whose file is another than the one that `where` was made with; it may have
-    moved."""
+    """A sentence for each plug-in whose file has other content than when `where` was made; its path may
+    differ."""
     sentences = []
     for name, origin in recorded.items():
         before, after = origin.get("sha256"), now.get(name, {}).get("sha256")

@@ -73,7 +73,7 @@ class Recipe(Strict, frozen=True):
 
     @property
     def epochs(self) -> list[int]:
-        """By task, in order; of a recipe that is resolved."""
+        """Epochs of each task, in order; the recipe must be resolved."""
         epochs = self.data.epochs
         assert epochs is not None, "resolved() fills in the protocol's"
         return [by_task(epochs, task) for task in self.tasks]

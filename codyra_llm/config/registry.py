@@ -36,7 +36,7 @@ class Registry(MutableMapping[str, Any]):
         return entry
 
     def settings(self, name: str) -> Any:
-        """The class of a method's section, without importing the method, and torch with it."""
+        """The class of a method's section; neither the method nor torch is imported for it."""
         entry = self._entries[name]
         if isinstance(entry, Entry):
             return _imported("codyra_llm.config.methods." + entry.settings)

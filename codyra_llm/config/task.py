@@ -13,7 +13,7 @@ from codyra_llm.core.schema import Strict
 from codyra_llm.metrics.text import METRICS
 
 ANY = "any protocol"
-READING = (  # what says how records are read, where the benchmark says where they are
+READING = (  # keys that say how records are read; they need `files` or `dataset`
     "delimiter",
     "records",
     "format",
@@ -119,10 +119,10 @@ class Task(Strict, frozen=True):
     )
     labels: Labels | None = Field(
         default=None,
-        description="a list or a file of the possible answers, for which numbers may stand",
+        description="a list or a file of the possible answers; records may give their numbers instead",
     )
     skip_empty: bool = Field(
-        default=False, description="leave training records without an answer out, which else are refused"
+        default=False, description="leave out training records without an answer; otherwise they are refused"
     )
     messages: str | None = Field(
         default=None,
@@ -223,7 +223,9 @@ class Task(Strict, frozen=True):
         """What writes the prompt: the first whose columns all have text, or the last. Empty where a column
         is the prompt.
         """
-        texts = (self.prompt,) if self.prompt else ALPACA if self.format == "alpaca" else ()
+        texts = ALPACA if self.format == "alpaca" else ()
+        if self.prompt:
+            texts = (self.prompt,)
         return tuple(template.parse(text) for text in texts)
 
     @property

@@ -114,7 +114,7 @@ class Trackers(Observer):
         acc.project_configuration.logging_dir = str(place)
         options = _options(folder.path.resolve().name, name, place)
         settings = None if goes_on else _settings(recipe)
-        self.begun: list[GeneralTracker] = []
+        self.running: list[GeneralTracker] = []
         for kind in recipe.trackers:
             acc.log_with, acc.trackers = filter_trackers([kind], place), []
             try:
@@ -125,11 +125,11 @@ class Trackers(Observer):
                 raise Fault(
                     f"trackers: {kind} can't begin ({_reason(error)}); correct that, or leave it out"
                 ) from None
-            self.begun += acc.trackers
-        acc.trackers = self.begun
+            self.running += acc.trackers
+        acc.trackers = self.running
 
     def run_ends(self) -> None:
-        for tracker in self.begun:
+        for tracker in self.running:
             _tried(tracker, tracker.finish)
 
     def row_logged(self, row: LogRow) -> None:
@@ -148,7 +148,7 @@ class Trackers(Observer):
 
     def _log(self, values: dict, step: int) -> None:
         """Log to every tracker, and drop those that fail."""
-        self.begun = [one for one in self.begun if _tried(one, one.log, values, step=step)]
+        self.running = [one for one in self.running if _tried(one, one.log, values, step=step)]
 
     def _already_logged(self, folder: RunFolder, place: Path) -> int:
         """The last step that the trackers have, over all tasks. The log alone does not say, since a resumed

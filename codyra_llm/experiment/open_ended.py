@@ -77,7 +77,7 @@ def _keep(setup: Setup, folder: RunFolder, name: str, stage: Stage, texts: list[
 
 def settle(experiment: Experiment) -> None:
     """Have the judge compare what it has not compared yet, if the recipe names a judge; every verdict is
-    saved as it comes.
+    saved as soon as it arrives.
 
     The first process asks, the others wait. Raises Fault when the endpoint fails.
     """
@@ -121,7 +121,7 @@ def _due(section: JudgeSection, folder: RunFolder, name: str) -> list[str]:
 
 
 def _judge(section: JudgeSection, folder: RunFolder, name: str, due: list[str]) -> None:
-    """Ask the judge the `due` questions, and save each verdict as it comes."""
+    """Ask the judge the `due` questions, and save each verdict as soon as it arrives."""
     questions, verdicts = _questions(folder, name), Verdicts(folder, name)
     texts = {digest: questions[digest][0] for digest in due}
     for digest, said in judge.replies(section, texts):

@@ -1,1 +1,1 @@
-"""Models in the layouts of other tools: PEFT adapters that are read, GGUF files that are written."""
+"""Formats of other tools: PEFT adapters (read), GGUF files (written), and models that PyPI packages carry."""

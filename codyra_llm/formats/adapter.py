@@ -1,5 +1,4 @@
-"""PEFT LoRA adapters that were made anywhere, on their base: what is wrong with one, from headers alone, and
-the model that it makes."""
+"""PEFT LoRA adapters from any source: check one against its base by headers alone, and merge it."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +25,7 @@ from codyra_llm.models.weights import stored, stored_shapes, weight_files
 
 
 class Base(NamedTuple):
-    """A folder, hub id or GGUF file; the revision of a hub id, None for its newest."""
+    """A base model: a folder, hub id or GGUF file, and the revision of a hub id (None: the newest)."""
 
     path: str
     revision: str | None = None
@@ -87,10 +86,10 @@ def base_of(folder: Path, given: Base | None) -> Base:
 
 
 def build(base: Path, adapter: Path, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
-    """The base with the adapter merged in float32 and cast once, equal to PEFT's unmerged model: with rows
-    for tokens that the adapter adds, and a head of its own where embeddings or head are adapted and the base
-    ties them. Of a base with several towers it is the text model; adapters name its parts as the whole does.
-    """
+    """The base with the adapter merged in float32 and cast once, equal to PEFT's unmerged model. It gets rows
+    for tokens that the adapter adds, and an untied head if the adapter changes embeddings or head and the
+    base ties them. A base with several towers is loaded whole, since adapters name its parts that way; the
+    result is its text model."""
     from peft import PeftModel
 
     model = loading.load_whole(base, torch.float32, attention)
@@ -124,15 +123,16 @@ def _check_shapes(folder: Path, base: Path) -> None:
     faults = []
     for name, (shape, _) in stored(folder / WEIGHTS).items():
         module, factor, _ = name.removeprefix(PREFIX).partition(".lora_")
-        rest = name.rpartition(".lora_")[2].split(".")[0]
+        letter = name.rpartition(".lora_")[2].split(".")[0]
         weight = found.get(f"{module}.weight")
-        if not factor or rest not in "AB" or of_vocabulary(module):
+        if not factor or letter not in "AB" or of_vocabulary(module):
             continue
-        if weight is None and _part(module) in others:
-            continue  # no text reaches it
         if weight is None:
-            faults.append(f"{folder} adapts {shown(module)}, which the base {base} lacks")
-        elif shape[1 if rest == "A" else 0] != weight[1 if rest == "A" else 0]:
+            if _part(module) not in others:  # no text reaches the other towers
+                faults.append(f"{folder} adapts {shown(module)}, which the base {base} lacks")
+            continue
+        axis = 1 if letter == "A" else 0  # A [rank, in], B [out, rank]
+        if shape[axis] != weight[axis]:
             faults.append(
                 f"{folder} has {shown(name)} of shape {shape}, and the weight of the base {base} has {weight}"
             )
@@ -141,5 +141,5 @@ def _check_shapes(folder: Path, base: Path) -> None:
 
 
 def _part(name: str) -> str:
-    """What of a whole model's parts a name lies in, e.g. vision_tower."""
+    """The part of a whole model that a name belongs to, e.g. vision_tower."""
     return name.removeprefix("model.").partition(".")[0]

@@ -11,9 +11,9 @@ from codyra_llm.models.loading import missing_files
 from codyra_llm.models.weights import stored, weight_files
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-PREFIX = "base_model.model."  # of an adapter's names, in front of the base's
+PREFIX = "base_model.model."  # PEFT puts it in front of the base's names
 MOST_RANK = 1 << 16
-# What makes another model of the base, or imports a module that the adapter names.
+# Not supported: they change the base's layers, or import a module that the adapter names.
 UNUSED = ("layer_replication", "megatron_config")
 
 
@@ -50,7 +50,7 @@ def adapter_file_faults(folder: Path) -> list[str]:
 
 
 def config_faults(folder: Path, config: dict[str, Any], modules: Sequence[str]) -> list[str]:
-    """What in an adapter's config PEFT would stumble over, or never be done with, on a base of these
+    """The settings in an adapter's config that PEFT would fail on, or never finish with, on a base with these
     modules."""
     where, faults = f"{folder}/{CONFIG}", []
     for key, rank in _ranks(config):
@@ -117,8 +117,8 @@ def module_names(weights: Sequence[str]) -> list[str]:
 
 
 def vocabulary(folder: Path) -> int | None:
-    """How many tokens the model had that the adapter was saved from: the rows of the embeddings or the head
-    that it holds whole or adapts; None where it leaves both alone."""
+    """The vocabulary size of the model that the adapter was saved from, by the embeddings or head that it
+    holds whole or adapts; None where it leaves both alone."""
     for name, (shape, _) in stored(folder / WEIGHTS).items():
         if not of_vocabulary(name):
             continue

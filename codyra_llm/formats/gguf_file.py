@@ -1,8 +1,7 @@
-"""A model as a GGUF file, which llama.cpp and what builds on it (Ollama, LM Studio) read.
+"""Write a model as a GGUF file, for llama.cpp and the programs built on it (Ollama, LM Studio).
 
-Field names and tensor layouts are those of llama.cpp's own converter. A model that llama.cpp would compute
-otherwise than transformers, since GGUF has no field for what it needs, is refused.
-"""
+Field names and tensor layouts are those of llama.cpp's own converter. A model is refused if llama.cpp would
+compute it differently from transformers, because GGUF has no field for something that it needs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +30,7 @@ ACTIVATIONS = {"llama": ("silu",), "qwen2": ("silu",), "qwen3": ("silu",)}  # Ge
 MOST_F16 = 65504
 BLOCK = 32  # numbers that q8_0 scales together
 PERIODS = {"gemma2": 2, "gemma3": 6}  # layers to the next one of full attention, fixed in llama.cpp
-LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, whose queries llama.cpp scales otherwise
+LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, whose queries llama.cpp scales differently
 
 
 def faults(base: Path) -> list[str]:
@@ -42,7 +41,7 @@ def faults(base: Path) -> list[str]:
         known = ", ".join(kind for kind, family in families.registered().items() if family.gguf)
         return [f"a GGUF export knows {known}, and the model is a {config.model_type}; {INSTEAD}"]
     reasons = [*_activation(config, architecture), *_scaling(config), *_windows(config, architecture)]
-    return [f"{reason}, which llama.cpp computes otherwise; {INSTEAD}" for reason in reasons]
+    return [f"{reason}, which llama.cpp computes differently; {INSTEAD}" for reason in reasons]
 
 
 def _architecture(config: PreTrainedConfig) -> str:
@@ -67,7 +66,8 @@ def _scaling(config: PreTrainedConfig) -> list[str]:
 
 
 def _windows(config: PreTrainedConfig, architecture: str) -> list[str]:
-    """Sliding windows and the scale of queries, of which GGUF says nothing for these architectures."""
+    """Faults of sliding windows and the scale of queries, for which GGUF has no fields in these
+    architectures."""
     kinds, period = getattr(config, "layer_types", None), PERIODS.get(architecture)
     if period is None:
         slides = kinds is None or "sliding_attention" in kinds
@@ -94,7 +94,7 @@ def write_gguf(
 ) -> None:
     """Write the model in `base`, each weight as `changed(name, stored)` gives it, to `file`. Matrices are
     stored as `kind` (of TYPES), cast once from float32; norms and biases in float32. One weight is held at a
-    time. `reads`: the tokenizer's folder, if not the base's. Raises Fault for what `faults` tells."""
+    time. `reads`: the tokenizer's folder, if not the base's. Raises Fault for what `faults` lists."""
     wrong = faults(base)
     if wrong:
         raise Fault(*wrong)
@@ -175,7 +175,7 @@ def _tensor_name(own: str, names: gguf.TensorNameMap) -> str:
 
 def _arranged(own: str, weight: Tensor, config: PreTrainedConfig) -> Tensor:
     """A weight as llama.cpp's graphs read it: rotated pairs next to each other (`llama`), and Gemma's norms
-    as factors, which it stores less one."""
+    as plain factors, which transformers stores minus one."""
     family = families.of(config)
     if family.gguf == "llama" and (".q_proj." in own or ".k_proj." in own):
         heads = config.num_attention_heads if ".q_proj." in own else config.num_key_value_heads

@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer as the fields by which llama.cpp tokenises alike, or a sentence on why not."""
+"""Write a Hugging Face tokenizer as GGUF fields with which llama.cpp tokenises the same way."""
 
 import json
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ SPACE = "\u2581"  # SentencePiece's mark of a space
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What llama.cpp knows of a tokenizer: by id the tokens' texts, kinds and scores (SentencePiece alone);
-    its model, for byte-level BPE how it cuts a text, and the merges."""
+    """What llama.cpp needs to know of a tokenizer: its model; by id the tokens' texts, kinds and
+    (SentencePiece only) scores; for byte-level BPE, how it cuts a text, and the merges."""
 
     model: str
     texts: list[str]
@@ -77,7 +77,7 @@ def _cut(core: dict) -> str:
         if pattern in PATTERNS and steps[0]["behavior"] == "Isolated":
             return PATTERNS[pattern]
     raise Fault(
-        "the tokenizer cuts a text into words in a way that a GGUF export knows no name of llama.cpp for; "
+        "the tokenizer cuts a text into words in a way for which a GGUF export knows no llama.cpp name; "
         f"{INSTEAD}"
     )
 
@@ -85,8 +85,8 @@ def _cut(core: dict) -> str:
 def _sentencepiece(
     core: dict, model: dict, texts: list[str], kinds: list[TokenType], merges: list[str]
 ) -> Vocabulary:
-    """llama.cpp merges the pair whose whole has the highest score, tokenizers the pair that stands first in
-    the list of merges: a token's score is minus its place there."""
+    """llama.cpp merges the pair whose result has the highest score, `tokenizers` the pair that comes first in
+    the list of merges: so a token's score is minus its place there."""
     scores = [-1e9] * len(texts)
     for place, merge in enumerate(merges):
         number = model["vocab"]["".join(merge.split(" "))]

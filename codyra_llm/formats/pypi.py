@@ -1,4 +1,4 @@
-"""Models that can be had from PyPI, for people without a hub account."""
+"""Models that packages on PyPI carry, for people without a hub account."""
 
 import logging
 import re

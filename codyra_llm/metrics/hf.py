@@ -1,4 +1,4 @@
-"""A metric of `metrics.text` as an `evaluate.Metric`, for whoever composes it with others."""
+"""A metric of `metrics.text` as an `evaluate.Metric`, so that it can be combined with others."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,9 +13,8 @@ class HfMetric(evaluate.Metric):
     """`HfMetric(METRICS["sari"])` computes what `METRICS["sari"].compute` does; it needs no network.
 
     `compute`, `add` and `add_batch` take the texts `predictions` and `references`, and where the metric looks
-    at prompts `sources` too. `settings` are those of `evaluate.Metric`. One process keeps its texts in
-    memory: processes of one host would else compete for one cache file.
-    """
+    at prompts `sources` too. `settings` are those of `evaluate.Metric`. A single process keeps its texts in
+    memory; otherwise processes on one host would compete for one cache file."""
 
     def __init__(self, metric: type[ExampleMean], **settings: Any):
         self.metric = metric

@@ -19,7 +19,7 @@ AT_ONCE = 1000  # rows; reading and sending them takes a twentieth of what SARI 
 def over_cores(work: Callable[[int, list[Row]], Found], rows: Iterable[Row]) -> Iterator[Found]:
     """`work(number of the first, rows)` of every portion of the rows, in order: in forked processes where
     there are several cores and more than one portion, here otherwise. `work` must be known to pickle by its
-    name. No more rows are read than the processes need next, so that memory is flat."""
+    name. Rows are read only as the processes need them, so memory use stays flat."""
     portions = _numbered(rows)
     begun = list(islice(portions, 2))
     processes = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1  # forking is safe there alone

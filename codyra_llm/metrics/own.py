@@ -1,4 +1,4 @@
-"""A metric of one's own: a function of one example, with its bounds and its direction."""
+"""Metrics of your own: a function of one example, with its bounds and its direction."""
 
 import re
 from collections.abc import Callable
@@ -17,8 +17,7 @@ def metric(
 
     Every value is in [low, high]; reports show it on a scale from 0 (worst) to 100 (best), so that scores of
     tasks can be averaged. `version` rises whenever a value can change. Raises ValueError for a name that is
-    taken or none, and for bounds that hold no interval.
-    """
+    taken or not a valid one, and for bounds that enclose no interval."""
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name) or name in TAKEN:
         raise ValueError(
             f"metric {name!r} is no name for one; give lower-case letters, digits and '_', and none of "

@@ -2,9 +2,8 @@
 TRACE.
 
 Each different word becomes a number of two bytes, so that a text is a short array and a pair of words one
-number. A source has ten times as many n-grams as a prediction, and nearly all of them are there once and
-nowhere else. Such a one is deleted, rightly, and is only counted.
-"""
+number. A source has ten times as many n-grams as a prediction, and nearly all of them occur once there and in
+no other text. Those are all rightly deleted, so only their number is needed."""
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence, Set
@@ -48,9 +47,9 @@ class _Text(NamedTuple):
 
 
 class _Numbers(dict[str, bytes]):
-    """By a text without white space the numbers of its words: the tokens of the 13a tokenisation, whose
-    rules look at two neighbouring characters and see white space as any other that is neither a digit nor a
-    mark."""
+    """Maps a text without white space to the numbers of its words, the tokens of the 13a tokenisation. That
+    can be done piece by piece: the rules of 13a look at two neighbouring characters at most, and white space
+    is to them like any character that is neither a digit nor a mark."""
 
     def __init__(self):
         self.of_word: dict[str, bytes] = {}
@@ -120,7 +119,7 @@ def _parts(text: str) -> list[str]:
 
 
 def _tokens(part: str) -> list[str]:
-    """Of a text without white space, beyond which no rule of small letters looks."""
+    """The words of a text without white space, in lower case; no rule looks further than such a text."""
     part = part.lower()
     if part.isalnum():  # no rule looks at letters and digits alone
         return [part]
@@ -138,13 +137,13 @@ def _words(text: str) -> list[str]:
 
 
 class _OfLength(NamedTuple):
-    """N-grams of one length: how often those of the source that another text has are in each, and how many
-    the texts have."""
+    """The n-grams of one length. Those that the source shares with another text are counted in every text; of
+    the rest, only how many there are."""
 
-    grams: Sequence[Gram]  # the source's, where it is known that they matter
+    grams: Sequence[Gram]  # the source's; empty where they can't matter
     distinct: int  # of the source's
     shared: Set[Gram]
-    given: Mapping[Gram, int]  # in the order of the text; of words the others too
+    given: Mapping[Gram, int]  # in the order of the text; for n = 1, not only the shared ones
     found: Mapping[Gram, int]
     wanted: Mapping[Gram, int]
     added: Set[Gram]  # the prediction's that are not in the source
@@ -152,20 +151,22 @@ class _OfLength(NamedTuple):
     times: int  # references, by which counts are multiplied
 
     def may_be_longer(self) -> bool:
-        """Whether an n-gram of the source that is longer by a word may be there twice, or be in another text:
-        it begins and ends with such a one."""
+        """Whether an n-gram of the source that is longer by one word may occur twice there, or in another
+        text. Both the n-grams that it begins and ends with would have to as well."""
         if self.distinct == len(self.grams) and not self.shared:
             return False
         found, seen = set(self.shared), set()
         if self.distinct < len(self.grams):
+            # Those met before: `add` returns None.
             found.update([gram for gram in self.grams if gram in seen or seen.add(gram)])
+        # A byte per n-gram, 1 for the found ones: are two of them neighbours?
         return b"\1\1" in bytes(map(found.__contains__, self.grams))
 
     def score(self) -> float:
         """(F1 of kept + precision of deleted + F1 of added) / 3."""
         hits = len(self.added & self.to_add)
         add = _f1(_ratio(hits, len(self.added)), _ratio(hits, len(self.to_add)))
-        if not self.shared:  # nothing was kept or was to be kept, and all that was deleted rightly so
+        if not self.shared:  # nothing was or should be kept, so all deletions are right
             return (1.0 + 1.0 + add) / 3
         return (self._kept() + self._deleted() + add) / 3
 
@@ -184,7 +185,7 @@ class _OfLength(NamedTuple):
         return _f1(_ratio(reduce(add, in_order, 0.0), len(shares)), _ratio(rightly, to_keep))
 
     def _deleted(self) -> float:
-        shares: dict[Gram, float] = {}  # 1 for all that are not here
+        shares: dict[Gram, float] = {}  # for all that are missing here it is 1
         whole = self.distinct
         for gram in self.shared:
             deleted, wanted = self.given[gram] - self.found.get(gram, 0), self.wanted.get(gram, 0)
@@ -196,7 +197,7 @@ class _OfLength(NamedTuple):
         return _ratio(self._sum(shares), whole)
 
     def _sum(self, shares: dict[Gram, float]) -> float:
-        """Of `shares`, and 1 for every other n-gram of the source."""
+        """The sum of `shares`, plus 1 for every other n-gram of the source."""
         if EXACT.issuperset(shares.values()):  # then no sum is rounded
             return self.distinct - len(shares) + sum(shares.values())
         # In the order of the text, in which the published sum is rounded.
@@ -205,7 +206,7 @@ class _OfLength(NamedTuple):
 
 
 def _of_length(given: _Text, found: _Text, wanted: list[_Text], n: int, plain: bool) -> _OfLength:
-    """`plain`: whether each n-gram of the source is there once and in no other text."""
+    """`plain`: whether each n-gram of the source occurs once there and in no other text."""
     of_prediction, of_references = found.grams(n), [text.grams(n) for text in wanted]
     predicted, required = set(of_prediction), set().union(*of_references)
     if plain:

@@ -1,4 +1,4 @@
-"""TRACE's metrics, of which any benchmark chooses: each a mean over examples of a score in 0..100.
+"""TRACE's metrics, from which any benchmark can choose: each is a mean over examples of a score in 0..100.
 
 They compute with plain lists; `metrics.hf` turns one into an `evaluate.Metric`.
 
@@ -134,9 +134,8 @@ class RougeL(ExampleMean):
     sets).
 
     The union of the longest common subsequences of all pairs of sentences. The package's F1 is not symmetric
-    where a text has several sentences: the answer goes first, as in TRACE. Chinese text has no white space:
-    no measure there. A text without any sentence (empty, or full stops only) counts 0.
-    """
+    where a text has several sentences: the answer goes first, as in TRACE. Chinese text has no white space,
+    so the score means nothing there. A text without any sentence (empty, or full stops only) counts 0."""
 
     metric = "rouge_l"
 
@@ -149,8 +148,8 @@ class RougeL(ExampleMean):
 class RougeLTreelora(ExampleMean):
     """ROUGE-L F1 with a newline added to a prediction that has none, as in TreeLoRA's metrics.py.
 
-    It gives a prediction that ends in '.' an empty word more, which an answer has only if white space follows
-    a full stop at its end: of "the cat sat." against itself the F1 is 6/7. An empty text counts 0.
+    The newline gives a prediction that ends in '.' one more, empty word, which an answer has only if white
+    space follows its last full stop: the F1 of "the cat sat." against itself is 6/7. An empty text counts 0.
     """
 
     VERSION = 2  # the answer gets no newline, nor does a prediction that has one
@@ -198,9 +197,8 @@ class EditSimilarityDifflib(ExampleMean):
     """Py150's similarity as fuzzywuzzy computes it without python-Levenshtein: difflib's matching blocks,
     rounded.
 
-    Never above `edit_similarity` but for rounding, often below; which of them a published number is depends
-    on its environment.
-    """
+    Apart from rounding it is never above `edit_similarity`, and often below. Which of the two a published
+    number is depends on the environment it was computed in."""
 
     metric = "edit_similarity_difflib"
 
@@ -217,9 +215,8 @@ class Sari(ExampleMean):
 
     Mean over n = 1..4 of (F1 of kept + precision of deleted + F1 of added n-grams) / 3, in lower case and the
     13a tokenisation, with 0/0 = 1: tensor2tensor's variant, the one of Hugging Face's metric and so of TRACE.
-    Two traits of it: the reference itself scores just below 100 where the source repeats one of its words,
-    and an empty prediction scores far above 0, for all that it deletes.
-    """
+    Note that the reference itself scores just below 100 where the source repeats one of its words, and that
+    an empty prediction scores far above 0, for all that it deletes."""
 
     metric = "sari"
     takes_sources = True

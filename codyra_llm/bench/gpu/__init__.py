@@ -1,1 +1,1 @@
-"""`codyra-llm bench gpu`: what a machine with a GPU is to settle, in stages, each in a process of its own."""
+"""`codyra-llm bench gpu`: everything that only a GPU can show, in stages, each in its own process."""

@@ -75,7 +75,7 @@ def figures(arms: dict[str, dict]) -> dict[str, dict]:
 
 
 def step(context: Context) -> None:
-    """Llama-3.2-1B's shape, long and short examples, against PEFT as it comes and at its strongest."""
+    """Llama-3.2-1B's shape, long and short examples, against PEFT with its defaults and at its strongest."""
     for long in (True, False):
         kind = "long" if long else "short"
         found = measure_steps(context, "llama-3.2-1b", STEP_ARMS, kind)

@@ -77,9 +77,9 @@ def fit_figures(made: Trainer, task: TaskData) -> dict:
 
 
 def waits(made: Trainer, task: TaskData) -> dict[str, int]:
-    """How often the host waits for the device in a step, by line of the project. Those of the step with the
-    median number of waits: after the first step all adapters are read, to check that they moved, and before
-    one of them codyra aligns all."""
+    """How often the host waits for the device in a step, by line of the project. Of all steps, the one with
+    the median number of waits: the first also reads all adapters, to check that they moved, and before one
+    step codyra aligns them all."""
     steps: list[Counter[str]] = [Counter()]
 
     def count_wait(message: Warning | str, *_, **__) -> None:
@@ -111,8 +111,8 @@ def _project_line() -> str:
 
 
 def kernels(context: Context, made: Trainer, task: TaskData, kind: str) -> dict:
-    """Of the last two steps: the share of the time in which kernels run, how many run, the longest, and those
-    of Triton, of which there should be none. The whole profile goes to a file."""
+    """The kernels of the last two steps: the share of the time in which they run, how many there are, the
+    longest, and those of Triton, of which there should be none. The whole profile goes to a file."""
     seen = profiled(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
     began = 0.0
     for row in made.fit(task, 1):
