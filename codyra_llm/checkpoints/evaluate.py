@@ -231,7 +231,7 @@ def _claim(out: RunFolder, manifest: dict) -> None:
         was = out.manifest
         before, now = _compared(was), _compared(manifest)
         faults = [
-            f"{out.path} was begun with {key} {before[key]!r}, now it is {now[key]!r}; give another --out, "
+            f"{out.path} was started with {key} {before[key]!r}, now it is {now[key]!r}; give another --out, "
             "or remove the folder"
             for key in sorted(before.keys() & now.keys())
             if before[key] != now[key]

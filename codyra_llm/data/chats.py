@@ -96,7 +96,7 @@ def _turn(raw: object, where: str) -> dict[str, Any]:
 
 
 def _message(raw: object, where: str) -> dict[str, Any]:
-    """A message of OpenAI's, of which only what templates know is kept."""
+    """A message in OpenAI's format, reduced to the fields that templates know."""
     if not isinstance(raw, dict) or not isinstance(raw.get("role"), str):
         hint = (
             " It looks like ShareGPT's; give format: sharegpt."

@@ -86,9 +86,8 @@ def get(
     seen: Seen = lambda done, whole: None,
 ) -> list[Path]:
     """Write the variants of TRACE that `source` holds, or the one that is named, to folders in `out`; returns
-    these. By default the public copy of the variant 500 is fetched. `seen` hears how a download goes.
-    Raises Fault with what to do by hand; nothing is left in `out` then.
-    """
+    these. By default the public copy of the variant 500 is fetched. `seen` is called as a download proceeds.
+    Raises Fault with what to do by hand; nothing is left in `out` then."""
     _known(name, variant, out, source)
     wanted = variant if source else "500"
     _refuse_taken(out, [STEM + wanted] if wanted else [])  # before anything is fetched

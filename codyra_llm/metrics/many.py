@@ -21,16 +21,16 @@ def over_cores(work: Callable[[int, list[Row]], Found], rows: Iterable[Row]) -> 
     there are several cores and more than one portion, here otherwise. `work` must be known to pickle by its
     name. Rows are read only as the processes need them, so memory use stays flat."""
     portions = _numbered(rows)
-    begun = list(islice(portions, 2))
+    first_two = list(islice(portions, 2))
     processes = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1  # forking is safe there alone
-    if len(begun) < 2 or processes == 1:
-        for portion in chain(begun, portions):
+    if len(first_two) < 2 or processes == 1:
+        for portion in chain(first_two, portions):
             yield work(*portion)
         return
     pool = ProcessPoolExecutor(processes, get_context("fork"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
     waiting: deque[Future[Found]] = deque()
     try:
-        for portion in chain(begun, portions):
+        for portion in chain(first_two, portions):
             waiting.append(pool.submit(work, *portion))
             if len(waiting) > 2 * processes:
                 yield waiting.popleft().result()

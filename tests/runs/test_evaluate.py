@@ -131,7 +131,7 @@ def test_anybodys_checkpoint_and_what_is_missing(tiny_llama, toy_stream, tmp_pat
     files = sorted((tmp_path / "out" / "lm_eval" / "01-checkpoint").glob("results_*.json"))
     results = json.loads(files[-1].read_text())["results"]
     assert len(files) == 2 and results["TWO"]["exact_match,none"] == expected["TWO"] / 100
-    with pytest.raises(Fault, match="was begun with eval.max_new_tokens 3, now it is 4"):
+    with pytest.raises(Fault, match="was started with eval.max_new_tokens 3, now it is 4"):
         evaluate(
             str(tiny_llama),
             Wanted(
@@ -235,7 +235,7 @@ def test_the_command_and_its_refusals(merging, tmp_path, capsys):
         (("--tasks", "TOW"), "'TOW' is not a task of the recipe"),
         (("--benchmark", "glue"), "is neither one of trace, olora, superni nor a folder"),
         (("x",), "'x' is neither an option nor an override"),
-        (("eval.max_new_tokens=9", "--out", tmp_path / "out"), "was begun with eval.max_new_tokens"),
+        (("eval.max_new_tokens=9", "--out", tmp_path / "out"), "was started with eval.max_new_tokens"),
     ]:
         code, told = call(merging.path / "checkpoint", *args)
         assert code == 2 and message in told and "Traceback" not in told

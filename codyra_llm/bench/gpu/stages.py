@@ -74,7 +74,7 @@ def bench_gpu(out: Path, tiny: bool, seconds: float, names: Sequence[str] | None
     for name in chosen:
         began = time.monotonic()
         if end - began < LEAST:
-            how = "not begun: no time was left"
+            how = "not started: no time was left"
         else:
             process = server.Process(target=_stage, args=(name, out, tiny))
             how = run_process(process, min(limit(name), end - began))

@@ -15,7 +15,7 @@ class SeqFt(Method):
     As published on TRACE (2310.06762): optim.lr 1e-5 constant, epochs 1, 1, 5, 5, 1, 5, 5, 5 in order 1,
     `carry_optimizer` true. Parameters, gradients and moments are float32; with model.dtype bfloat16 the
     blocks compute in bfloat16 by autocast, the head in float32. Weights are rounded to model.dtype once per
-    task, when they are archived, and the next task goes on from what was evaluated.
+    task, when they are archived, and the next task starts from what was evaluated.
     Cost: 16 bytes of memory per parameter plus the activations, and on disk one copy of the model per task.
     One process or data parallel. A task can't be taken out again, since no part of the weights is its own.
     """

@@ -13,7 +13,7 @@ from codyra_llm.methods.parts.features import over_prompts, padded, pooled_state
 class Color(Single):
     """A fresh LoRA per task; the nearest of all tasks' k-means centroids picks the adapter for each prompt.
 
-    Source: CoLoR (2311.17601), for vision transformers, of which the abstract alone was read: not a
+    Source: CoLoR (2311.17601), for vision transformers, of which only the abstract was read: not a
     reproduction. Ours: the feature, which is the mean over the prompt's tokens of the frozen base's last
     hidden state, the same at training and at test; k-means++ seeds; Euclidean distance. Where
     `model.quantization` packs the base for training, centroids come from the packed weights and test features

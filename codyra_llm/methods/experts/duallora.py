@@ -51,7 +51,7 @@ class DualLora(Single):
     """W + s·B_o A_o + Σ_k g_k·s·B_k A_k: O for the stream, a residual R_k per task, gated by the prompt
     (`DualLinear`).
 
-    Idea: DualLoRA (2411.00623), for vision transformers, of which the abstract alone was read: an adapter
+    Idea: DualLoRA (2411.00623), for vision transformers, of which only the abstract was read: an adapter
     updated orthogonally to the features of old tasks, one within bases outside of these features, and a
     memory that weights the latter by how well a test input fits their bases. All formulas are ours, so this
     is not a reproduction:

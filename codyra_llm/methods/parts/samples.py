@@ -167,7 +167,7 @@ def first_token(model: nn.Module) -> int:
 
 
 def end_tokens(model: nn.Module, ends: Collection[int] = ()) -> set[int]:
-    """EOS, of which a model may have several or none, and `ends`, those of the encoder."""
+    """The model's EOS tokens, several or none, and `ends`, those of the encoder."""
     own = pretrained(model).config.eos_token_id
     listed = own if isinstance(own, list) else [own]
     return {*listed, *ends} - {None}

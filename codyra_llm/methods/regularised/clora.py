@@ -45,7 +45,7 @@ class CLora(SeqLora):
     """ΔW = s·B (R_old + R_δ) A with L + λ Σ_sites ‖R_oldᵀ R_δ‖_F²; after each task R_old ← R_old + R_δ, R_δ ←
     0.
 
-    Source: C-LoRA (2502.17920), of which the abstract alone was read: one shared pair, R = R_old (frozen) +
+    Source: C-LoRA (2502.17920), of which only the abstract was read: one shared pair, R = R_old (frozen) +
     R_δ, and an orthogonality between the two. Ours: the order B R A, the regulariser's form and λ, the start
     (A, B drawn, R = 0), and that A and B train in the first task and are frozen (`factor_lr` 0) afterwards. R
     = R_old + R_δ is one parameter that starts a task at R_old, which is the same, without weight decay. R_old

@@ -1,8 +1,7 @@
 """The model families that are supported: their descriptions, and how models are read by them.
 
-Everything that depends on the structure of a model asks here. A family of one's own is one `register` away,
-or an entry point of the group `codyra_llm.families` in a package.
-"""
+Everything that depends on the structure of a model asks here. A family of your own takes one call of
+`register`, or an entry point of the group `codyra_llm.families` in a package."""
 
 from codyra_llm.models.families.family import Family, Tower
 from codyra_llm.models.families.known import of, refusals, register, registered, titles
