@@ -103,8 +103,9 @@ class Run:
 
 
 def run(recipe: Recipe, observers: Sequence[Observer] = ()) -> Run:
-    """Run a recipe, or resume it where it stopped; a finished one is not run again. `observers` are notified
-    of its progress. Raises Fault with everything that is wrong with the recipe, before any weights load."""
+    """Run a recipe, or resume it where it stopped. A finished one is neither trained nor scored again, but
+    its final model and its reports are written anew. `observers` are notified of its progress. Raises Fault
+    with everything that is wrong with the recipe, before any weights load."""
     return Run(run_recipe(recipe, observers).path)
 
 
@@ -122,9 +123,9 @@ def evaluate_checkpoint(
     *,
     benchmark: str | None = None,
     data: Place | None = None,
-    tasks: list[str] | None = None,
+    tasks: str | Sequence[str] | None = None,
     general: str | None = None,
-    general_tasks: list[str] | None = None,
+    general_tasks: str | Sequence[str] | None = None,
     base: str | None = None,
     overrides: Sequence[str] = (),
     observers: Sequence[Observer] = (),
@@ -132,9 +133,15 @@ def evaluate_checkpoint(
     """Score any checkpoint (a folder, hub id, .gguf, PEFT folder, RUN, RUN@TASK) into the folder `out`, as
     far as it isn't yet; arguments as the options of `codyra-llm evaluate`. Returns all its scores."""
     root = None if data is None else str(data)
-    given = list(overrides)
-    wanted = Wanted(root, tasks, general, general_tasks, base, as_path(out), given, benchmark)
+    wanted = Wanted(
+        root, _names(tasks), general, _names(general_tasks), base, as_path(out), list(overrides), benchmark
+    )
     return evaluate(str(checkpoint), wanted, observers).scores
+
+
+def _names(given: str | Sequence[str] | None) -> list[str] | None:
+    """A list of names; a single one may be given by itself."""
+    return [given] if isinstance(given, str) else given and list(given)
 
 
 def run_sweep(

@@ -57,8 +57,10 @@ def taken_apart(checkpoint: str, wanted: Wanted) -> Source:
 
 def checkpoint_source(checkpoint: str, base: str | None) -> Source:
     """What `checkpoint` (folder, hub id, .gguf, PEFT folder, RUN, RUN@TASK) is; an adapter is on `base`, or
-    on the one that it names. Raises Fault for a run that has no such task, and for an adapter that can't be
-    used."""
+    on the one that it names. Raises Fault for no name, for a run that has no such task, and for an adapter
+    that can't be used."""
+    if not checkpoint.strip():  # an unset variable of the shell; as a path it would be the working folder
+        raise Fault("CHECKPOINT: expected a folder, a hub id or RUN@TASK, got nothing; give one")
     folder, (place, task) = Path(expanded(checkpoint)), run_at(checkpoint)
     if place:
         return _stage(RunFolder(place), task)

@@ -42,6 +42,7 @@ def test_generate_and_export_any_stage(capsys, folder, tmp_path):
     "args, message",
     [
         (["generate", "{folder}@TREE", "x"], "'TREE' is not a finished task"),
+        (["generate", "", "x"], "CHECKPOINT: expected a folder, a hub id or RUN@TASK, got nothing"),
         (["export", "{folder}", "out", "--after", "ON"], "Did you mean 'ONE'?"),
         (["export", "{folder}", "out", "--format", "onnx"], "'onnx' is not a format"),
         (["export", "{folder}", "{folder}"], "exists already"),

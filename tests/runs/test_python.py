@@ -102,7 +102,7 @@ def test_home_is_written_out(finished, tmp_path, monkeypatch):
     run = codyra_llm.Run("~/run")
     run.export("~/merged")
     codyra_llm.write_report(["~/run"], "~/page.html")
-    rows = codyra_llm.evaluate_checkpoint("~/run@ONE", "~/scores", tasks=["ONE"])
+    rows = codyra_llm.evaluate_checkpoint("~/run@ONE", "~/scores", tasks="ONE")
     assert rows == [row for row in run.scores if (row.after, row.task) == ("ONE", "ONE")]
     assert {file.name for file in home.iterdir()} == {"run", "merged", "page.html", "scores"}
     assert not list(here.iterdir())
