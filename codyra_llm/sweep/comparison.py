@@ -17,6 +17,7 @@ from codyra_llm.core.files import write_json, write_text
 from codyra_llm.evaluate.matrix import summary as summarise
 from codyra_llm.evaluate.statistics import MEASURES, interval, measures
 from codyra_llm.report import answers
+from codyra_llm.report.grid import plain
 from codyra_llm.report.groups import POOLED, order_of
 from codyra_llm.store.folder import RunFolder
 from codyra_llm.sweep.spec import Run, Settings, Sweep, finished
@@ -267,7 +268,7 @@ def render(found: dict, name: str) -> str:
     ]
     lines += _lines(found["rows"])
     for line in answers.compared({COLUMNS["arm"](row): row["answers"] for row in found["rows"]}):
-        lines += ["", line]
+        lines += ["", plain(line)]
     if found["by_order"]:
         lines += ["", "By order of the tasks, over seeds:", "", *lines[4:6], *_lines(found["by_order"])]
     if found["tries"]:
@@ -281,7 +282,7 @@ def render(found: dict, name: str) -> str:
         ]
     chosen = {row["arm"]: row["chosen"] for row in found["rows"]}
     for tried in found["tries"]:
-        settings = ", ".join(f"{key}={value}" for key, value in tried["settings"].items())
+        settings = plain(", ".join(f"{key}={value}" for key, value in tried["settings"].items()))
         mark = "yes" if chosen.get(tried["arm"]) == tried["settings"] else ""
         lines.append(f"| {tried['arm']} | {settings or 'as it is'} | {tried[found['by']]:.1f} | {mark} |")
     return "\n".join(lines) + "\n"
@@ -290,7 +291,7 @@ def render(found: dict, name: str) -> str:
 def _lines(rows: list[dict]) -> list[str]:
     lines = []
     for row in rows:
-        cells = [show(row) for show in COLUMNS.values()]
+        cells = [plain(show(row)) for show in COLUMNS.values()]
         lines.append(f"| {' | '.join(cells)} |")
     return lines + _floors(rows)
 
@@ -299,7 +300,7 @@ def _floors(rows: list[dict]) -> list[str]:
     """The lines for the OP of the most frequent training answers."""
     lines = []
     for label, value in answers.floors({COLUMNS["arm"](row): row["floor"] for row in rows}).items():
-        lines.append(f"| {label} | {value:.1f} |{' |' * (len(COLUMNS) - 2)}")
+        lines.append(f"| {plain(label)} | {value:.1f} |{' |' * (len(COLUMNS) - 2)}")
     return lines
 
 

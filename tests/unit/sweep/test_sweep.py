@@ -459,6 +459,19 @@ def told(sweep, arm: str, **changes) -> None:
             write_json(run.folder.path / "summary.json", run.folder.summary | changes)
 
 
+def test_a_setting_is_text_in_the_table(sweep_file):
+    """Of an arm's point and of a try: it ends no cell, begins no tag, and holds nothing for a terminal."""
+    asked = load_sweep(sweep_file(grid={"seed": [1], "data.root": ["a|<b>\x9b2J"]}))
+    cells = {(2, "ONE"): [100.0], (2, "TWO"): [0.0]}
+    faked(asked, {(arm, 1): cells for arm in ("seqlora", "ewc")})
+    found = comparison.compare(asked)
+    found["tries"] = [{"arm": "ewc", "settings": {"data.root": "a|<b>\x9b2J"}, "split": "eval", "op": 1.0}]
+    text = comparison.render(found, "x")
+    shown = "data.root=a\\|&lt;b>\ufffd2J |"
+    assert f"| seqlora {shown} 50.0" in text and f"| ewc | {shown} 1.0" in text
+    assert "<b>" not in text and "\x9b" not in text
+
+
 def test_the_floor_and_answers_that_are_all_alike_are_told(sweep_file):
     asked = load_sweep(sweep_file(grid={"seed": [1, 2]}))
     cells = {(1, "ONE"): [0.0, 100.0], (2, "ONE"): [0.0, 100.0], (2, "TWO"): [0.0, 100.0]}
