@@ -10,7 +10,7 @@ from codyra_llm.config.registry import METHODS
 from codyra_llm.evaluate.matrix import FORMULAS
 from codyra_llm.report import answers, judged
 from codyra_llm.report.grid import plain
-from codyra_llm.report.summary import MEASURES, by_projection
+from codyra_llm.report.summary import MEASURES, by_projection, change_in_words
 from codyra_llm.store.rows import UpdateRow
 
 COLUMNS = 80  # of a terminal; a score and the space around it take six
@@ -56,7 +56,7 @@ def _launches(trains: str | None, stage: int) -> str:
 def _change(found: dict) -> list[str]:
     """One line on ΔR, or none."""
     change = found.get("delta_r")
-    return [f"ΔR {change['value']:+.2f}, mean change over {', '.join(change['members'])}"] if change else []
+    return [change_in_words(change)] if change else []
 
 
 def _cell(value: float | None) -> str:

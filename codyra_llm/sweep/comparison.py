@@ -15,14 +15,12 @@ from rich.table import Column, Table
 
 from codyra_llm.core.files import write_json, write_text
 from codyra_llm.evaluate.matrix import summary as summarise
-from codyra_llm.evaluate.statistics import MEASURES, interval, measures
+from codyra_llm.evaluate.statistics import MEASURES, RESAMPLES, interval, measures, resampled
 from codyra_llm.report import answers
 from codyra_llm.report.grid import plain
 from codyra_llm.report.groups import POOLED, order_of
 from codyra_llm.store.folder import RunFolder
 from codyra_llm.sweep.spec import Run, Settings, Sweep, finished
-
-RESAMPLES = 1000
 
 
 def compare(sweep: Sweep) -> dict:
@@ -149,8 +147,9 @@ def _resampled(path: Path, count: int) -> dict[str, np.ndarray]:
     cells = {}
     for row in folder.scores:
         answers = folder.predictions(row.stage, row.task)
-        scores = np.array([answer[row.headline] for answer in answers], dtype=float)
-        cells[row.step, row.task] = scores[_draws(row.task, len(scores))].mean(axis=1)
+        if answers:
+            scores = [answer[row.headline] for answer in answers]
+            cells[row.step, row.task] = resampled(row.task, scores)
     samples = [_sample(folder.recipe.tasks, found, cells, count, i) for i in range(RESAMPLES)]
     drawn = {}
     for name in MEASURES:
@@ -181,12 +180,6 @@ def _sample(
         # Leave out what the summary leaves out.
         general[name] = {key: cell(steps[key], name) for key, score in scores.items() if score is not None}
     return measures(out | {"general": general})
-
-
-def _draws(task: str, n: int) -> np.ndarray:
-    """Positions of examples [RESAMPLES, n], drawn from a seed of the task's name: the same wherever a task is
-    scored, so that differences are paired, and independent between tasks."""
-    return np.random.default_rng(list(task.encode())).integers(n, size=(RESAMPLES, n))
 
 
 def _costs(runs: list[Run]) -> dict | None:

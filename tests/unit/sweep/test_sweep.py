@@ -309,6 +309,17 @@ def test_intervals_over_test_examples(sweep_file):
     assert ewc["difference"]["op"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "over": "test examples"}
 
 
+def test_tasks_of_one_example_or_none_have_no_interval(sweep_file):
+    """Of one run: a single example says nothing of the spread, and a task without one has no score."""
+    asked = load_sweep(sweep_file(grid={"seed": [1]}, arms={"seqlora": {}}))
+    faked(asked, {("seqlora", 1): {(2, "ONE"): [100.0], (2, "TWO"): [0.0, 100.0]}})
+    (run,) = asked.runs()
+    run.folder.add_scores(ScoreRow("TWO", 2, "probe", "general", "acc", None), [])
+    found = comparison.compare(asked)
+    assert found["rows"][0]["op"] == {"mean": 75.0, "low": None, "high": None, "over": None}
+    assert "| seqlora | 75.0 |" in comparison.render(found, "x")
+
+
 def test_the_change_of_general_ability_is_paired(sweep_file):
     """Of one seed: the same questions are drawn before and after, so ΔR's interval is that of the change of
     single questions; IFEval is no member, and a probe of the base alone neither."""
