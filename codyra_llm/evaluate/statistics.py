@@ -22,6 +22,7 @@ MEASURES = {
     "delta_r": "ΔR",
 }
 
+RESAMPLES = 1000  # test sets that a bootstrap draws
 DRAWN = 2**16  # how many examples the bootstrap draws at once, which bounds its memory
 LONGEST = {"prompt": OF_DATA["prompt"], "prediction": 20_000, "answer": OF_DATA["answer"]}  # characters
 
@@ -71,7 +72,8 @@ def blank(texts: Iterable[str]) -> int:
 
 def interval(values: list[float | None], drawn: np.ndarray | None) -> dict | None:
     """Mean and 95 % bounds: Student's t over several values (runs of different seeds), the percentile
-    bootstrap `drawn` for a single one. None where a value is missing."""
+    bootstrap `drawn` for a single one, without bounds where it has no spread to show (`resampled`). None
+    where a value is missing."""
     if not values or None in values:
         return None
     if len(values) > 1:
@@ -84,13 +86,31 @@ def interval(values: list[float | None], drawn: np.ndarray | None) -> dict | Non
             "high": fmean(values) + half,
             "over": "seeds",
         }
-    if drawn is None:
+    if drawn is None or np.isnan(drawn).any():
         return {"mean": values[0], "low": None, "high": None, "over": None}
     low, high = np.percentile(drawn, [2.5, 97.5])
     return {"mean": values[0], "low": float(low), "high": float(high), "over": "test examples"}
 
 
-def summarise(per_example: Sequence[float], seed: int = 0, resamples: int = 1000) -> dict:
+def resampled(task: str, scores: Sequence[float]) -> np.ndarray:
+    """The mean of an n-example test set's scores [n], on RESAMPLES test sets drawn from it with replacement;
+    NaN for a single example, which says nothing about the spread.
+
+    The draws follow from the task's name and n alone: the same wherever a task is scored, so that differences
+    are paired, and independent between tasks.
+    """
+    values = np.asarray(scores, dtype=float)
+    n, means = len(values), np.full(RESAMPLES, np.nan)
+    if n < 2:
+        return means
+    random, at_once = np.random.default_rng(list(task.encode())), max(DRAWN // n, 1)
+    for first in range(0, RESAMPLES, at_once):
+        sets = slice(first, min(first + at_once, RESAMPLES))
+        means[sets] = values[random.integers(n, size=(sets.stop - first, n))].mean(axis=1)
+    return means
+
+
+def summarise(per_example: Sequence[float], seed: int = 0, resamples: int = RESAMPLES) -> dict:
     """`{"mean", "low", "high", "n"}`: the mean and its 95 % percentile bootstrap interval, in the unit of the
     scores.
 
@@ -101,7 +121,7 @@ def summarise(per_example: Sequence[float], seed: int = 0, resamples: int = 1000
 
 
 def summarise_all(
-    per_example: Mapping[str, Sequence[float]], seed: int = 0, resamples: int = 1000
+    per_example: Mapping[str, Sequence[float]], seed: int = 0, resamples: int = RESAMPLES
 ) -> dict[str, dict]:
     """`summarise` of each of several scores of the same examples, which are drawn once for all of them."""
     scores = {name: np.asarray(values, dtype=np.float64) for name, values in per_example.items()}

@@ -25,7 +25,8 @@ COLUMN = 3.3  # inches, of a two-column paper
 COLOURS = ("#000000", "#0072b2", "#d55e00", "#56b4e9", "#009e73", "#e69f00", "#cc79a7")  # Okabe and Ito's
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-APART = 0.04  # tasks between the marks of two groups, so that no interval hides another
+APART, WIDEST = 0.04, 0.5  # tasks between the marks of two groups, so that no interval hides another, and
+# between the first and the last group's, so that none is read as the next task's
 STYLE: Any = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -220,6 +221,7 @@ def along(run: Run) -> list[float | None]:
 def stream(series: Sequence[Series]) -> "Figure":
     """After each task the mean score on the tasks learnt so far, with the interval over seeds."""
     figure, (axes,) = _drawn(COLUMN, 3.0)
+    apart = min(APART, WIDEST / len(series))
     longest: list[str] = []
     drawn = 0
     for number, one in enumerate(series):
@@ -228,7 +230,7 @@ def stream(series: Sequence[Series]) -> "Figure":
         for step, values in enumerate(steps, 1):
             found = interval(list(values), None)
             if found is not None:
-                places.append(step + APART * number)
+                places.append(step + apart * number)
                 known.append(found)
         if not known:
             continue

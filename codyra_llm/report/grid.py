@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TextIO
 
+from codyra_llm.core.terminal import printable
+
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet reads a cell that begins so as a formula
 HEADER = ("table", "row", "column", "value", "low", "high", "method", "seed", "order")
 
@@ -113,6 +115,10 @@ def _line(texts: Iterable[str]) -> str:
     return "| " + " | ".join(map(plain, texts)) + " |"
 
 
+MARKDOWN = str.maketrans({"\\": r"\\", "|": r"\|", "&": "&amp;", "<": "&lt;"})
+
+
 def plain(text: str) -> str:
-    """A user's name escaped for a Markdown table, so that it ends no cell and begins no tag."""
-    return " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    """A user's name escaped for a Markdown table, so that it ends no cell, begins no tag, and holds nothing
+    that a terminal would interpret."""
+    return printable(" ".join(text.split())).translate(MARKDOWN)

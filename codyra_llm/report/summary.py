@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable
 from statistics import fmean
 from typing import NamedTuple
 
+import numpy as np
+
 from codyra_llm.config.recipe import Recipe
 from codyra_llm.config.registry import METHODS
 from codyra_llm.evaluate.matrix import summary
-from codyra_llm.evaluate.statistics import delta_r
+from codyra_llm.evaluate.statistics import delta_r, interval, resampled
 from codyra_llm.metrics.text import versioned
 from codyra_llm.report import answers, judged
 from codyra_llm.report.grid import Cell, number
@@ -24,6 +26,8 @@ def summarised(folder: RunFolder) -> dict:
     recipe = folder.recipe
     found = summarise_run(recipe, bool(METHODS[recipe.method.name].trains), folder.scores, folder.costs)
     steps = len(found["matrix"])
+    if found["delta_r"]:
+        found["delta_r"] |= _over_examples(folder, found["delta_r"])
     return found | {
         "floor": answers.floor(recipe.tasks, folder.floor, steps or len(recipe.tasks)),
         "answers": answers.noted(folder.scores, steps),
@@ -94,16 +98,46 @@ def before_and_after(
     """For each task of general ability its score `after`, from its last row that is `at_the_end`, and
     `before`, from its last other row. `before` is None where it has another metric, since the difference
     would mean nothing."""
-    found: dict[str, dict[str, ScoreRow]] = {}
-    for row in rows:
-        if row.general:
-            found.setdefault(row.task, {})["after" if at_the_end(row) else "before"] = row
     general = {}
-    for task, ends in found.items():
+    for task, ends in _ends(rows, at_the_end).items():
         general[task] = {when: row.score for when, row in ends.items()}
         if len({row.headline for row in ends.values()}) > 1:
             general[task]["before"] = None
     return general
+
+
+def _ends(rows: Iterable[ScoreRow], at_the_end: Callable[[ScoreRow], bool]) -> dict[str, dict[str, ScoreRow]]:
+    """For each task of general ability its last row that is `at_the_end`, as "after", and its last other one,
+    as "before"."""
+    found: dict[str, dict[str, ScoreRow]] = {}
+    for row in rows:
+        if row.general:
+            found.setdefault(row.task, {})["after" if at_the_end(row) else "before"] = row
+    return found
+
+
+def _over_examples(folder: RunFolder, change: dict) -> dict[str, float | None]:
+    """ΔR's 95 % interval over test examples, {"low", "high"}: the bootstrap of a sweep's comparison, in which
+    the same examples are drawn before and after. Nulls where predictions are not there."""
+    ends, drawn = _ends(folder.scores, lambda row: row.step > 0), []
+    for task in change["members"]:
+        before, after = (_per_example(folder, ends[task][when]) for when in ("before", "after"))
+        if not before or len(before) != len(after):
+            return {"low": None, "high": None}
+        drawn.append(resampled(task, after) - resampled(task, before))
+    found = interval([change["value"]], np.mean(drawn, axis=0)) or {}
+    return {"low": found.get("low"), "high": found.get("high")}
+
+
+def _per_example(folder: RunFolder, row: ScoreRow) -> list[float]:
+    return [answer[row.headline] for answer in folder.predictions(row.stage, row.task)]
+
+
+def change_in_words(change: dict) -> str:
+    """ΔR with its interval, where there is one, and what it is the mean of."""
+    low, high = change.get("low"), change.get("high")
+    known = "" if low is None else f" (95 % interval over test examples: {low:+.2f} to {high:+.2f})"
+    return f"ΔR {change['value']:+.2f}{known}, mean change over {', '.join(change['members'])}"
 
 
 def _costs(rows: list[CostRow]) -> dict | None:

@@ -9,7 +9,8 @@ from codyra_llm.config.recipe import Recipe
 from codyra_llm.config.registry import METHODS
 from codyra_llm.evaluate.matrix import FORMULAS
 from codyra_llm.report import answers, judged
-from codyra_llm.report.summary import MEASURES, by_projection
+from codyra_llm.report.grid import plain
+from codyra_llm.report.summary import MEASURES, by_projection, change_in_words
 from codyra_llm.store.rows import UpdateRow
 
 COLUMNS = 80  # of a terminal; a score and the space around it take six
@@ -55,7 +56,7 @@ def _launches(trains: str | None, stage: int) -> str:
 def _change(found: dict) -> list[str]:
     """One line on ΔR, or none."""
     change = found.get("delta_r")
-    return [f"ΔR {change['value']:+.2f}, mean change over {', '.join(change['members'])}"] if change else []
+    return [change_in_words(change)] if change else []
 
 
 def _cell(value: float | None) -> str:
@@ -133,7 +134,7 @@ def updates_table(rows: list[UpdateRow]) -> list[str]:
         ranks = "" if row.rank is None else f"{row.kept} of {row.rank}"
         share = "" if row.surviving is None else format(row.surviving, ".4f")
         lines.append(
-            f"| {row.task} | {row.projection} | {ranks} | {row.norm:.4f} | {row.drift:.4f} | {share} |"
+            f"| {plain(row.task)} | {row.projection} | {ranks} | {row.norm:.4f} | {row.drift:.4f} | {share} |"
         )
     return lines
 
@@ -149,15 +150,16 @@ def render(recipe: Recipe, found: dict, updates: list[UpdateRow]) -> str:
     """The report in Markdown: measures with their formulas, the matrix, general ability, what each task
     changed.
     """
+    tasks = [plain(task) for task in found["tasks"]]
     lines = [
         f"# {recipe.method.name} on {len(found['tasks'])} tasks",
         "",
-        f"Base model `{recipe.model.path}`, protocol {found['protocol']}, seed {found['seed']}. Scores are 0 "
-        "to 100.",
+        f"Base model {plain(recipe.model.path)}, protocol {found['protocol']}, seed {found['seed']}. Scores "
+        "are 0 to 100.",
         "",
     ]
     for line in answers.sentences(found["answers"]):
-        lines += [line, ""]
+        lines += [plain(line), ""]
     lines += [
         "| measure | value | definition |",
         "|---|---|---|",
@@ -170,8 +172,8 @@ def render(recipe: Recipe, found: dict, updates: list[UpdateRow]) -> str:
     lines += _floor_measure(found["floor"])
     lines += [
         "",
-        "| after | " + " | ".join(found["tasks"]) + " |",
-        "|---" * (len(found["tasks"]) + 1) + "|",
+        "| after | " + " | ".join(tasks) + " |",
+        "|---" * (len(tasks) + 1) + "|",
         "| metric | " + " | ".join(found["metrics"]) + " |",
     ]
     if found["floor"]:
@@ -180,15 +182,15 @@ def render(recipe: Recipe, found: dict, updates: list[UpdateRow]) -> str:
         lines.append("| base | " + " | ".join(map(_cell, found["zero_shot"])) + " |")
     lines += [
         f"| {task} | " + " | ".join(map(_cell, row)) + " |"
-        for task, row in zip(found["tasks"], found["matrix"], strict=False)
+        for task, row in zip(tasks, found["matrix"], strict=False)
     ]
     if found["general"]:
         lines += ["", "| general ability | before | after |", "|---|---|---|"]
         lines += [
-            f"| {name} | {_cell(v.get('before'))} | {_cell(v.get('after'))} |"
+            f"| {plain(name)} | {_cell(v.get('before'))} | {_cell(v.get('after'))} |"
             for name, v in found["general"].items()
         ]
-        lines += [line for change in _change(found) for line in ("", f"{change}.")]
+        lines += [line for change in _change(found) for line in ("", f"{plain(change)}.")]
     lines += judged.lines(found["open_ended"])
     costs = found["costs"]
     if costs:

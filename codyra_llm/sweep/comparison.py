@@ -15,13 +15,12 @@ from rich.table import Column, Table
 
 from codyra_llm.core.files import write_json, write_text
 from codyra_llm.evaluate.matrix import summary as summarise
-from codyra_llm.evaluate.statistics import MEASURES, interval, measures
+from codyra_llm.evaluate.statistics import MEASURES, RESAMPLES, interval, measures, resampled
 from codyra_llm.report import answers
+from codyra_llm.report.grid import plain
 from codyra_llm.report.groups import POOLED, order_of
 from codyra_llm.store.folder import RunFolder
 from codyra_llm.sweep.spec import Run, Settings, Sweep, finished
-
-RESAMPLES = 1000
 
 
 def compare(sweep: Sweep) -> dict:
@@ -148,8 +147,9 @@ def _resampled(path: Path, count: int) -> dict[str, np.ndarray]:
     cells = {}
     for row in folder.scores:
         answers = folder.predictions(row.stage, row.task)
-        scores = np.array([answer[row.headline] for answer in answers], dtype=float)
-        cells[row.step, row.task] = scores[_draws(row.task, len(scores))].mean(axis=1)
+        if answers:
+            scores = [answer[row.headline] for answer in answers]
+            cells[row.step, row.task] = resampled(row.task, scores)
     samples = [_sample(folder.recipe.tasks, found, cells, count, i) for i in range(RESAMPLES)]
     drawn = {}
     for name in MEASURES:
@@ -180,12 +180,6 @@ def _sample(
         # Leave out what the summary leaves out.
         general[name] = {key: cell(steps[key], name) for key, score in scores.items() if score is not None}
     return measures(out | {"general": general})
-
-
-def _draws(task: str, n: int) -> np.ndarray:
-    """Positions of examples [RESAMPLES, n], drawn from a seed of the task's name: the same wherever a task is
-    scored, so that differences are paired, and independent between tasks."""
-    return np.random.default_rng(list(task.encode())).integers(n, size=(RESAMPLES, n))
 
 
 def _costs(runs: list[Run]) -> dict | None:
@@ -267,7 +261,7 @@ def render(found: dict, name: str) -> str:
     ]
     lines += _lines(found["rows"])
     for line in answers.compared({COLUMNS["arm"](row): row["answers"] for row in found["rows"]}):
-        lines += ["", line]
+        lines += ["", plain(line)]
     if found["by_order"]:
         lines += ["", "By order of the tasks, over seeds:", "", *lines[4:6], *_lines(found["by_order"])]
     if found["tries"]:
@@ -281,7 +275,7 @@ def render(found: dict, name: str) -> str:
         ]
     chosen = {row["arm"]: row["chosen"] for row in found["rows"]}
     for tried in found["tries"]:
-        settings = ", ".join(f"{key}={value}" for key, value in tried["settings"].items())
+        settings = plain(", ".join(f"{key}={value}" for key, value in tried["settings"].items()))
         mark = "yes" if chosen.get(tried["arm"]) == tried["settings"] else ""
         lines.append(f"| {tried['arm']} | {settings or 'as it is'} | {tried[found['by']]:.1f} | {mark} |")
     return "\n".join(lines) + "\n"
@@ -290,7 +284,7 @@ def render(found: dict, name: str) -> str:
 def _lines(rows: list[dict]) -> list[str]:
     lines = []
     for row in rows:
-        cells = [show(row) for show in COLUMNS.values()]
+        cells = [plain(show(row)) for show in COLUMNS.values()]
         lines.append(f"| {' | '.join(cells)} |")
     return lines + _floors(rows)
 
@@ -299,7 +293,7 @@ def _floors(rows: list[dict]) -> list[str]:
     """The lines for the OP of the most frequent training answers."""
     lines = []
     for label, value in answers.floors({COLUMNS["arm"](row): row["floor"] for row in rows}).items():
-        lines.append(f"| {label} | {value:.1f} |{' |' * (len(COLUMNS) - 2)}")
+        lines.append(f"| {plain(label)} | {value:.1f} |{' |' * (len(COLUMNS) - 2)}")
     return lines
 
 

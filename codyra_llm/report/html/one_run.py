@@ -14,7 +14,14 @@ from codyra_llm.report import answers, judged
 from codyra_llm.report.grid import Cell, Grid, number, word
 from codyra_llm.report.html.charts import curve, panel, thinned
 from codyra_llm.report.html.forgotten import forgotten
-from codyra_llm.report.summary import MEASURES, Change, by_projection, scored, summarised
+from codyra_llm.report.summary import (
+    MEASURES,
+    Change,
+    by_projection,
+    change_in_words,
+    scored,
+    summarised,
+)
 from codyra_llm.store.folder import RunFolder
 from codyra_llm.store.rows import CostRow, FloorRow, LogRow, ScoreRow, UpdateRow
 
@@ -155,10 +162,8 @@ def _general_note(found: dict, rows: Rows) -> str:
     how = [f"{name}: {row.headline}, {row.shots}-shot" for name, row in last.items()]
     sentences = ["Tasks that are not trained on, with 95 % intervals over their examples."]
     sentences.append(f"By lm-evaluation-harness: {'; '.join(how)}." if how else "Exact match on probes.")
-    change = found["delta_r"]
-    if change:
-        members = ", ".join(change["members"])
-        sentences.append(f"ΔR, the mean change over {members}: {change['value']:+.2f}.")
+    if found["delta_r"]:
+        sentences.append(f"{change_in_words(found['delta_r'])}.")
     return " ".join(sentences)
 
 

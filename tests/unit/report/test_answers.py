@@ -2,13 +2,16 @@
 numbers put in.
 """
 
+import html
 import json
+import re
 
 import pytest
 from made_runs import TASKS, Page, make, score, written
 
 from codyra_llm.core.files import read_jsonl, write_jsonl
 from codyra_llm.report import answers
+from codyra_llm.report.grid import plain
 from codyra_llm.report.summary import summarised
 from codyra_llm.report.text import render
 from codyra_llm.store.rows import FloorRow, ScoreRow
@@ -71,9 +74,22 @@ def test_rows_just_learnt_and_at_the_end_are_told_and_no_others(tmp_path):
     )
     empty = f"Empty answers: {FIRST} (1 of 2 after {THIRD})."
     lines = report(folder).splitlines()
-    assert found in lines and empty in lines
+    assert plain(found) in lines and plain(empty) in lines
     texts = Page(written([folder], tmp_path / "x.html")).texts
     assert found in texts and empty in texts
+
+
+def test_foreign_names_are_text_in_markdown(tmp_path):
+    """In report.md too: no name begins a tag, ends a cell, or holds what a terminal would interpret."""
+    evil = "a|b\u202e<img src=x>"
+    folder = make(tmp_path / "run", data__tasks=[evil, *TASKS[:2]], model__path="C:\\|<b>\x9b2J")
+    text = report(folder)
+    assert not re.search("<[a-z]|\x9b|\u202e", text)
+    assert "Base model C:\\\\\\|&lt;b>\ufffd2J," in text  # backslash and bar have a backslash each
+    head = next(line for line in text.splitlines() if line.startswith("| after |"))
+    cells = re.findall(r"\| ((?:\\.|[^|\\])*?) (?=\|)", head)
+    assert cells[:2] == ["after", "a\\|b\ufffd&lt;img src=x>"]
+    assert [html.unescape(re.sub(r"\\(.)", r"\1", cell)) for cell in cells[2:]] == TASKS[:2]
 
 
 def test_nothing_is_said_of_answers_that_differ_or_are_not_known(tmp_path):
@@ -94,7 +110,7 @@ def test_the_page_tells_all_cut_answers_and_the_report_where_half_are(tmp_path):
     few = f"{FIRST} (1 of 3 after {FIRST}), {SECOND} (1 of 2 after {THIRD})"
     begin = "Answers cut at eval.max_new_tokens, before they ended:"
     assert f"{begin} {few}." in Page(written([folder], tmp_path / "x.html")).texts
-    assert f"{begin} {SECOND} (1 of 2 after {THIRD})." in report(folder).splitlines()
+    assert plain(f"{begin} {SECOND} (1 of 2 after {THIRD}).") in report(folder).splitlines()
     changed(folder, 3, SECOND, cut=0)
     assert begin not in report(folder)
 
@@ -154,8 +170,8 @@ def test_runs_of_an_arm_are_counted_together():
 
 def test_the_page_of_several_runs_tells_floor_and_answers(tmp_path):
     one, other = make(tmp_path / "one"), make(tmp_path / "other", method={"name": "seqlora", "rank": 4})
-    plain = Page(written([one, other], tmp_path / "x.html")).texts
-    assert not any(NAME in text or "One and the same" in text for text in plain)
+    alone = Page(written([one, other], tmp_path / "x.html")).texts
+    assert not any(NAME in text or "One and the same" in text for text in alone)
     changed(other, 3, SECOND, commonest=1.0)
     for folder in (one, other):
         write_jsonl(folder.path / "floor.jsonl", floors([40.0, 10.0, 31.0]))

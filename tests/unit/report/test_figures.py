@@ -68,6 +68,18 @@ def test_what_is_drawn(runs):
     assert figures.kept(one) == {"up_proj": {0: pytest.approx(3 / 12), 1: pytest.approx(6 / 12)}}
 
 
+def test_marks_of_many_groups_stay_at_their_task(runs):
+    """Of forty groups the last one's mark after a task is still nearer to it than to the next task."""
+    one = opened([Member(runs[0])])
+    drawn = figures.stream([figures.Series(f"group {number}", one) for number in range(40)])
+    lines = [bar.lines[0] for bar in drawn.axes[0].containers]
+    places = [list(line.get_xdata()) for line in lines]
+    assert len(places) == 40 and places[0] == [1, 2, 3]
+    assert all(0 <= place - step < 0.5 for row in places for step, place in enumerate(row, 1))
+    few = figures.stream([figures.Series(f"group {number}", one) for number in range(2)])
+    assert list(few.axes[0].containers[1].lines[0].get_xdata()) == [1.04, 2.04, 3.04]
+
+
 def test_points_of_the_tradeoff_are_the_measures(runs):
     import matplotlib
 

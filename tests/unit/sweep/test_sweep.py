@@ -309,6 +309,17 @@ def test_intervals_over_test_examples(sweep_file):
     assert ewc["difference"]["op"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "over": "test examples"}
 
 
+def test_tasks_of_one_example_or_none_have_no_interval(sweep_file):
+    """Of one run: a single example says nothing of the spread, and a task without one has no score."""
+    asked = load_sweep(sweep_file(grid={"seed": [1]}, arms={"seqlora": {}}))
+    faked(asked, {("seqlora", 1): {(2, "ONE"): [100.0], (2, "TWO"): [0.0, 100.0]}})
+    (run,) = asked.runs()
+    run.folder.add_scores(ScoreRow("TWO", 2, "probe", "general", "acc", None), [])
+    found = comparison.compare(asked)
+    assert found["rows"][0]["op"] == {"mean": 75.0, "low": None, "high": None, "over": None}
+    assert "| seqlora | 75.0 |" in comparison.render(found, "x")
+
+
 def test_the_change_of_general_ability_is_paired(sweep_file):
     """Of one seed: the same questions are drawn before and after, so ΔR's interval is that of the change of
     single questions; IFEval is no member, and a probe of the base alone neither."""
@@ -457,6 +468,19 @@ def told(sweep, arm: str, **changes) -> None:
     for run in sweep.runs():
         if run.arm == arm:
             write_json(run.folder.path / "summary.json", run.folder.summary | changes)
+
+
+def test_a_setting_is_text_in_the_table(sweep_file):
+    """Of an arm's point and of a try: it ends no cell, begins no tag, and holds nothing for a terminal."""
+    asked = load_sweep(sweep_file(grid={"seed": [1], "data.root": ["a|<b>\x9b2J"]}))
+    cells = {(2, "ONE"): [100.0], (2, "TWO"): [0.0]}
+    faked(asked, {(arm, 1): cells for arm in ("seqlora", "ewc")})
+    found = comparison.compare(asked)
+    found["tries"] = [{"arm": "ewc", "settings": {"data.root": "a|<b>\x9b2J"}, "split": "eval", "op": 1.0}]
+    text = comparison.render(found, "x")
+    shown = "data.root=a\\|&lt;b>\ufffd2J |"
+    assert f"| seqlora {shown} 50.0" in text and f"| ewc | {shown} 1.0" in text
+    assert "<b>" not in text and "\x9b" not in text
 
 
 def test_the_floor_and_answers_that_are_all_alike_are_told(sweep_file):
