@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
@@ -204,3 +206,15 @@ def test_archive_refuses_another_base_a_missing_task_and_a_changed_file(tmp_path
     (tmp_path / "00-T0.safetensors").unlink()
     with pytest.raises(Fault, match="this update was made on"):
         Archive(tmp_path, "base")
+
+
+@pytest.mark.parametrize("key, value", [("scale", "0.25"), ("mode", "replace"), ("sites", '["t"]')])
+def test_what_an_update_s_header_says_is_part_of_its_hash(key, value, tmp_path):
+    """Each of these changes what the tensors mean, and none of them the tensors."""
+    path = Archive(tmp_path, "base").append("T0", update(0))
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    assert header[key] != value
+    save_file(load_file(path), path, {**header, key: value})
+    with pytest.raises(Fault, match="does not match its hash"):
+        Archive(tmp_path, "base").load(0)

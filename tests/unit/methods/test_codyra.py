@@ -11,7 +11,7 @@ from codyra_llm.lora.layer import LoraLinear, sites
 from codyra_llm.lora.proximal import ProximalAdamW, lr_factor
 from codyra_llm.lora.update import Adapter
 from codyra_llm.methods.base import Task
-from codyra_llm.methods.sequential.codyra import aligned
+from codyra_llm.methods.sequential.codyra import aligned, shrink
 
 SIGMA = torch.tensor([1.0, 0.8, 0.6])
 
@@ -100,6 +100,39 @@ def test_published_rule_prunes_nothing_in_a_short_task():
         threshold={"schedule": "published", "operator": "released"},
     )
     assert kept == 16
+
+
+def begun(**config):
+    """The method and a model of one layer with its adapter."""
+    codyra = METHODS["codyra"]
+    method = codyra(codyra.Config(targets=["q_proj"], rank=4, **config), 0)
+    model = nn.ModuleDict({"q_proj": nn.Linear(6, 5, bias=False)})
+    method.attach(model)
+    method.begin_task(model, Task(0, None, None, None, None, {}))
+    return method, model
+
+
+@pytest.mark.parametrize("own", [None, 0.25, 0.0])
+def test_nothing_but_the_threshold_shrinks_importances(own):
+    """The optimizer's weight decay shrinks A alone; w has its own rate where one is given."""
+    method, model = begun(importance_lr=own)
+    layer = sites(model)["q_proj"]
+    a, w = layer.lora_A.detach().clone(), layer.lora_w.detach().clone()
+    optimizer = ProximalAdamW(method.param_groups(model, 0.1), weight_decay=0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1 if own is None else own]
+    for p in (layer.lora_A, layer.lora_B, layer.lora_w):
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    torch.testing.assert_close(layer.lora_A.detach(), a * (1 - 0.1 * 0.5))
+    assert torch.equal(layer.lora_w.detach(), w)
+
+
+@pytest.mark.parametrize("dense, steps", [(0.5, 39), (0.0, 7), (0.3, 10)])
+def test_alignment_comes_once_before_the_first_shrink(dense, steps):
+    method, _ = begun(threshold={"dense": dense})
+    aligns = [step for step in range(steps) if method.rewrite(step, steps)]
+    kappas = [shrink(method.config.threshold, step, steps, "constant") for step in range(steps)]
+    assert aligns == [next(step for step, kappa in enumerate(kappas) if kappa)]
 
 
 def test_alignment_keeps_the_update_and_orders_its_parts():

@@ -8,11 +8,16 @@ from moments_cases import dense, inputs, moment, normal
 from torch import nn
 from transformers import LlamaConfig
 
+from codyra_llm.config.methods.sequential import CodyraDriftConfig
+from codyra_llm.config.registry import METHODS
 from codyra_llm.lora.layer import AdapterSpec, attach, sites
 from codyra_llm.lora.update import Adapter
+from codyra_llm.methods.base import Task
 from codyra_llm.methods.parts.drift import DriftPenalty, share
+from codyra_llm.methods.parts.old_inputs import OldInputs
 from codyra_llm.methods.parts.pricing import dropped, joint
 from codyra_llm.methods.parts.sparing import solved, spared, woodbury
+from codyra_llm.methods.sequential import codyra_drift
 
 SIZES = {"q_proj": (40, 7), "k_proj": (40, 3), "v_proj": (40, 3), "o_proj": (24, 40), "down_proj": (24, 40)}
 
@@ -143,3 +148,97 @@ def test_the_share_is_that_of_the_layer_s_output(model):
     with torch.no_grad():
         layer.weight.zero_()
     assert share(layer, found) == 0
+
+
+READ = {"q_proj": ("q_proj", "k_proj", "v_proj"), "o_proj": ("o_proj",), "down_proj": ("down_proj",)}
+
+
+def seconds(seed):
+    """By an input's first site: Σ and its trace, of inputs that differ with the seed."""
+    found = {}
+    for place, name in enumerate(READ):
+        whole = moment(inputs(300, SIZES[name][0], seed=seed + place), 16)[1]
+        found[name] = whole, whole.trace()
+    return found
+
+
+def begun(model, monkeypatch, **config):
+    """The method in its second task, the second moments of the first, and those of this one."""
+    old, new, asked = seconds(10), seconds(20), []
+
+    def read(config, model, task, seed, answer_share):
+        asked.append(answer_share)
+        return new
+
+    monkeypatch.setattr(codyra_drift, "task_moments", read)
+    settings = CodyraDriftConfig(
+        targets=list(SIZES), rank=3, scale=2.0, sketch=16, answer_share=0.4, **config
+    )
+    method = METHODS["codyra_drift"](settings, 0)
+    task = Task(1, None, None, None, None, OldInputs(settings, {}).state_with(old))
+    method.begin_task(model, task)
+    for i, layer in enumerate(sites(model).values()):
+        with torch.no_grad():
+            layer.lora_B.copy_(normal(*layer.lora_B.shape, seed=i))
+    return method, task, old, new, asked
+
+
+def test_the_method_weights_its_penalty(model, monkeypatch):
+    method, _, old, _, _ = begun(model, monkeypatch, drift_weight=0.3)
+    expected = 0.0
+    for name, own in READ.items():
+        for site in own:
+            layer, whole = sites(model)[site], old[name][0]
+            delta = 2.0 * (layer.lora_B * layer.lora_w) @ layer.lora_A
+            change, output = delta @ whole @ delta.T, layer.weight @ whole @ layer.weight.T
+            expected += 0.3 * (change.trace() / output.trace()).item()
+    assert method.penalty(model)["drift"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_method_merges_the_task_s_own_inputs_against_those_before_it(model, monkeypatch):
+    """A* = A N (N + μ_m O + εI)⁻¹; afterwards the task's moments are one source of the old ones."""
+    method, task, old, new, asked = begun(model, monkeypatch, merge_weight=0.7, ridge=1e-2)
+    state = method.end_task(model, task, None)
+    assert asked == [0.4] and state["sources"] == 2
+    adapters = {}
+    for site, layer in sites(model).items():
+        factors = layer.lora_A, layer.lora_B, layer.lora_w
+        adapters[site] = Adapter(*(factor.detach().float() for factor in factors))
+    update = method.consolidate(adapters, 1)
+    assert update.scale == 2.0 and list(update.adapters) == list(adapters)
+    for name, own in READ.items():
+        n, o = new[name][0], old[name][0]
+        torch.testing.assert_close(state[f"{name}.product"].double(), n + o, rtol=1e-6, atol=1e-6)
+        ridge = 1e-2 * n.trace() / len(n) * torch.eye(len(n)).double()
+        for site in own:
+            expected = adapters[site].a.double() @ n @ torch.linalg.inv(n + 0.7 * o + ridge)
+            torch.testing.assert_close(update.adapters[site].a.double(), expected, rtol=1e-4, atol=1e-5)
+            assert torch.equal(update.adapters[site].b, adapters[site].b)
+
+
+def test_the_method_drops_the_parts_with_the_least_gain_per_drift(model, monkeypatch):
+    """Costs and gains of the rewritten parts by their dense ΔW, as shares of the outputs on old inputs."""
+    method, _, old, new, _ = begun(model, monkeypatch, selection="ratio", keep_drift=0.5)
+    adapters = {}
+    for site, layer in sites(model).items():
+        factors = layer.lora_A, layer.lora_B, layer.lora_w
+        adapters[site] = Adapter(*(factor.detach().float() for factor in factors))
+    parts = method.rewrite(5, 10)(adapters)
+    costs, gains, gone = [], [], []
+    for name, own in READ.items():
+        for site in own:
+            torch.testing.assert_close(
+                parts[site].delta(1.0), adapters[site].delta(1.0), rtol=1e-3, atol=1e-3
+            )
+            weight = sites(model)[site].weight
+            output = (weight @ old[name][0] @ weight.T).trace()
+            for k in range(3):
+                delta = 2.0 * torch.outer(parts[site].b[:, k], parts[site].a[k]).double()
+                costs.append((delta @ old[name][0] @ delta.T).trace().item() / output.item())
+                gains.append((delta @ new[name][0] @ delta.T).trace().item() / output.item())
+                gone.append(bool(method.progress()[site][k]))
+    order = sorted(range(len(costs)), key=lambda i: gains[i] / costs[i])
+    left, count = sum(costs), 0
+    while left > 0.5 * sum(costs):
+        left, count = left - costs[order[count]], count + 1
+    assert [i for i in range(len(costs)) if gone[i]] == sorted(order[:count]) and 0 < count < len(costs)

@@ -1,9 +1,12 @@
 """EWC-LoRA: the penalty and its gradient against the formula written out."""
 
 import torch
+from adapters import SIZES, a_task, attached, drawn
 from torch import nn
 
-from codyra_llm.lora.layer import AdapterSpec, LoraLinear
+from codyra_llm.lora.layer import AdapterSpec, LoraLinear, sites
+from codyra_llm.methods.base import Task
+from codyra_llm.methods.regularised import ewclora
 from codyra_llm.methods.regularised.ewclora import held_back
 
 
@@ -26,3 +29,36 @@ def test_the_penalty_and_its_gradient_in_closed_form():
     torch.testing.assert_close(found.detach(), total, rtol=1e-12, atol=0)
     torch.testing.assert_close(by_b, 2 * 1.5 * weighted @ a.T, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(by_a, 2 * 1.5 * b.T @ weighted, rtol=1e-12, atol=1e-12)
+
+
+def fishers(seed):
+    draw = torch.Generator().manual_seed(seed)
+    return {site: torch.rand(out, wide, generator=draw) for site, (wide, out) in SIZES.items()}
+
+
+def test_the_method_s_penalty_is_half_of_its_weight():
+    """λ/2 Σ_sites Σ F (s B A)², none in the first task."""
+    method, model = attached("ewclora", alpha=6.0, weight=3.0)
+    method.begin_task(model, a_task(0))
+    assert method.penalty(model) == {}
+    held = fishers(1)
+    method.begin_task(model, a_task(1, state=held))
+    drawn(model, 2)
+    expected = 0.0
+    for site, layer in sites(model).items():
+        delta = 2.0 * layer.lora_B.double() @ layer.lora_A.double()
+        expected = expected + 3.0 / 2 * (held[site] * delta**2).sum()
+    torch.testing.assert_close(method.penalty(model)["ewc"].double(), expected, rtol=1e-5, atol=0)
+
+
+def test_fishers_are_summed_and_old_ones_fade(monkeypatch):
+    """γ F + F_new, after a first task F_new itself."""
+    method, model = attached("ewclora", decay=0.25)
+    old, new = fishers(1), fishers(2)
+    monkeypatch.setattr(ewclora, "weight_fisher", lambda *_: new)
+    monkeypatch.setattr(Task, "sample", lambda *_: [])
+    first = method.end_task(model, a_task(0), None)
+    later = method.end_task(model, a_task(1, state=old), None)
+    for site in SIZES:
+        assert torch.equal(first[site], new[site])
+        torch.testing.assert_close(later[site], 0.25 * old[site] + new[site])

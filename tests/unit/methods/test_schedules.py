@@ -93,6 +93,12 @@ def test_what_is_pruned_is_foreseen():
     assert plain.foresee(None, [39], "cosine") == []
 
 
+@pytest.mark.parametrize("align, told", [(True, 1), (False, 0)])
+def test_the_largest_weight_is_1_after_alignment_whatever_it_starts_at(align, told):
+    config = CodyraConfig(align=align, importance_value=3.0, threshold={"budget": 2.0})
+    assert len(METHODS["codyra"](config, 0).foresee(None, [39], "cosine")) == told
+
+
 def test_merge_scale_goes_with_merging():
     with pytest.raises(ValidationError, match="'merge_scale' is 0.8, but with 'fresh' false"):
         SeqLoraConfig(merge_scale=0.8)

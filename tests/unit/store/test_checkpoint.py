@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from codyra_llm.config.sections import SaveSection
-from codyra_llm.store.checkpoint import Progress, small, tensors
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.files import write_json
+from codyra_llm.store import checkpoint
+from codyra_llm.store.checkpoint import MARK, Progress, small, tensors
 
 
 @pytest.fixture
@@ -42,3 +45,39 @@ def test_a_damaged_one_is_told_of_until_the_run_has_gone_on(progress, caplog):
     save(progress, 3)
     assert names(progress) == ["01-TASK-00000002", "01-TASK-00000003"]
     assert progress.newest().name == "01-TASK-00000003" and not caplog.text
+
+
+def test_one_that_was_made_on_other_updates_is_not_gone_on_with(tmp_path, progress):
+    save(progress, 2)
+    other = Progress(tmp_path, 1, "TASK", "another parent", SaveSection(), lambda: None)
+    assert other.newest() is None
+    with pytest.raises(Fault, match="was made on other updates than those"):
+        other.check(progress.newest())
+
+
+def test_a_mark_that_was_changed_is_damaged(progress):
+    save(progress, 2)
+    path = progress.newest()
+    write_json(path / MARK, small(path) | {"step": 3})
+    with pytest.raises(Fault, match="complete.json is damaged"):
+        progress.check(path)
+
+
+@pytest.mark.parametrize("minutes, seconds, at_the_end", [(10.0, 600, 60), (0.5, 30, 30), (None, None, None)])
+def test_when_one_is_due(minutes, seconds, at_the_end, tmp_path, monkeypatch):
+    """The time after which one is due, inside a task and after its last step; counted from the last one."""
+    now = [1000.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+    progress = Progress(tmp_path, 0, "TASK", "parent", SaveSection(minutes=minutes), lambda: None)
+
+    def first(last):
+        begun = now[0]
+        for passed in range(1000):
+            now[0] = begun + passed
+            if progress.due(last):
+                return passed
+        return None
+
+    assert first(False) == seconds
+    save(progress, 1)
+    assert first(True) == at_the_end

@@ -3,9 +3,11 @@
 import json
 import logging
 import os
+import subprocess
 import threading
 import time
 
+import psutil
 import pytest
 
 from codyra_llm.core.errors import Fault
@@ -96,3 +98,33 @@ def test_who_was_taken_over_stops(tmp_path):
     time.sleep(0.5)
     with pytest.raises(Fault, match="taken over by process .* on far"):
         suspended.check()
+
+
+def here(folder, pid: int, started: float) -> None:
+    """The lease of a process of this machine."""
+    own = {"token": "x", "host": "here", "pid": pid, "place": lock._place(), "started": started, "beat": 1}
+    (folder / "lease.json").write_text(json.dumps(own))
+
+
+def test_a_process_that_has_a_dead_owner_s_number_is_not_the_owner(tmp_path):
+    """Process ids are used again: the owner is who began when the lease says."""
+    began = psutil.Process().create_time()
+    here(tmp_path, os.getpid(), began - 3600)
+    assert not holder(tmp_path)["alive"]
+    mine = Lease(tmp_path)
+    mine.take()  # at once, without waiting for a beat
+    mine.release()
+    here(tmp_path, os.getpid(), began + 1)  # clocks differ a little
+    assert holder(tmp_path)["alive"]
+    with pytest.raises(Fault, match="is being worked on by process"):
+        Lease(tmp_path).take()
+
+
+def test_an_owner_that_nobody_has_waited_for_is_dead(tmp_path):
+    """It has ended, and its parent has not asked how: a zombie, which still has its number."""
+    child = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    here(tmp_path, child.pid, psutil.Process(child.pid).create_time())
+    assert not holder(tmp_path)["alive"]
+    child.wait()
+    assert not holder(tmp_path)["alive"]

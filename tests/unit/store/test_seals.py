@@ -2,6 +2,8 @@
 these.
 """
 
+import os
+
 import pytest
 
 from codyra_llm.core import files
@@ -78,6 +80,30 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"] and (
         tmp_path / "a.txt"
     ).read_text() == "old"
+
+
+def test_content_is_on_disk_before_it_has_its_name_and_the_name_before_the_end(tmp_path, monkeypatch):
+    """Else a loss of power leaves an empty file under the new name, or takes back what was said to be done.
+    Files are known by their inodes, which a new name does not change."""
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def syncing(handle):
+        done.append(("fsync", os.fstat(handle).st_ino))
+        fsync(handle)
+
+    def renaming(old, new):
+        done.append(("replace", os.stat(old).st_ino))
+        replace(old, new)
+
+    monkeypatch.setattr(files.os, "fsync", syncing)
+    monkeypatch.setattr(files.os, "replace", renaming)
+    with replacing(tmp_path / "folder") as temporary:
+        temporary.mkdir()
+        (temporary / "a.txt").write_text("new")
+    file, folder, parent = (
+        path.stat().st_ino for path in (tmp_path / "folder" / "a.txt", tmp_path / "folder", tmp_path)
+    )
+    assert done == [("fsync", file), ("replace", folder), ("fsync", parent)]
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
