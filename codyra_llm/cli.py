@@ -166,7 +166,7 @@ def main(args: list[str] | None = None) -> None:
         _look_for_lost(keeper=False)
         if os.environ.get("LOCAL_RANK", "0") == "0":  # all of them stop at the same place
             print(
-                f"stopped ({one_line(str(stopped))}), all is saved; the same command goes on",
+                f"stopped ({one_line(str(stopped))}), all is saved; run the same command to resume",
                 file=sys.stderr,
                 flush=True,
             )

@@ -20,7 +20,7 @@ def metric(
     taken or not a valid one, and for bounds that enclose no interval."""
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name) or name in TAKEN:
         raise ValueError(
-            f"metric {name!r} is no name for one; give lower-case letters, digits and '_', and none of "
+            f"metric {name!r} is not a valid name; give lower-case letters, digits and '_', and none of "
             f"{', '.join(TAKEN)}"
         )
     if name in SHIPPED:

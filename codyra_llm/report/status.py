@@ -71,7 +71,7 @@ def show(found: dict, console: Console) -> None:
         scores = ", ".join(f"{task} {score:.1f}" for task, score in by_task.items())
         lines.append(f"after {stage}: {scores}")
     if found["next"]:
-        lead = "next" if found["state"] == "running" else "the same command goes on with"
+        lead = "next" if found["state"] == "running" else "to resume, run the same command; next"
         lines.append(f"{lead}: {found['next']}")
     for line in lines:
         console.print(line, soft_wrap=True)

@@ -125,8 +125,8 @@ class Watch:
             return ""
         signs = {self.rank: self.own, **{rank: sign for rank, (sign, _) in self.seen.items()}}
         busy = {rank: sign for rank, sign in signs.items() if not sign.waits} or signs
-        return f"nothing has moved for {self.hung / 60:g} minutes (hang_minutes): " + ", ".join(
-            f"rank {rank} on {sign.host} stands at {sign.place}" for rank, sign in sorted(busy.items())
+        return f"no process has made progress for {self.hung / 60:g} minutes (hang_minutes): " + ", ".join(
+            f"rank {rank} on {sign.host} is at {sign.place}" for rank, sign in sorted(busy.items())
         )
 
 
@@ -248,7 +248,7 @@ def end(verdict: str) -> None:
     """End this process because another is gone, whatever it waits for."""
     rank = _watch.rank if _watch else os.environ.get("RANK", 0)
     print(
-        f"error (rank {rank}): {one_line(verdict)}; the same command goes on from what is saved",
+        f"error (rank {rank}): {one_line(verdict)}; run the same command to resume from what is saved",
         file=sys.stderr,
         flush=True,
     )

@@ -87,7 +87,7 @@ class Progress:
                 self.check(path)
                 return path
             except Fault as fault:
-                log.info("%s; going on from what is before it", fault)
+                log.info("%s; continuing from the state before it", fault)
         return None
 
     def check(self, path: Path) -> None:

@@ -40,7 +40,7 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk(tiny_llama, toy_stream, tmp_path, small_disk, monkeypatch):
-    """One sentence, nothing half written, and the same command goes on when there is room. That so little is
+    """One sentence, nothing half written, and the same command resumes when there is room. That so little is
     free is reported before anything begins, which is left out here."""
     monkeypatch.setattr(setup, "room_faults", lambda output, needed: [])
     chaos = Chaos(asked(tiny_llama, toy_stream, tmp_path), tmp_path, seed=1)

@@ -367,7 +367,7 @@ def test_no_process_outlives_a_launcher_that_is_killed_before_they_met(recipe_fi
     launcher.kill()
     launcher.wait()
     assert not psutil.wait_procs(started, 120)[1]
-    assert (tmp_path / "log").read_text().count("the launcher is gone; the same command goes on") == 2
+    assert (tmp_path / "log").read_text().count("the launcher is gone; run the same command to resume") == 2
     assert not (tmp_path / "run").exists()
 
 
@@ -416,6 +416,6 @@ def test_ctrl_c_under_torchrun(times, recipe_files, tmp_path, forked):
     assert done.returncode == 1
     told = done.stdout + done.stderr
     assert told.count(signals.MESSAGE) == 1
-    assert told.count("all is saved; the same command goes on") == 2 - times
+    assert told.count("all is saved; run the same command to resume") == 2 - times
     saved = len(list((run / "progress").glob("*")))
     assert (saved, (run / "lease.json").is_file()) == ((1, False) if times == 1 else (0, True))

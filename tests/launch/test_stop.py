@@ -1,4 +1,4 @@
-"""A process that is asked to stop saves, ends with a code of its own, and the same command goes on to the
+"""A process that is asked to stop saves, ends with a code of its own, and the same command resumes it to the
 same end.
 """
 

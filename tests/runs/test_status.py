@@ -63,7 +63,7 @@ def test_a_run_at_every_moment(tiny_llama, toy_stream, tmp_path, monkeypatch, ca
     lines = said(after)
     assert lines[0].startswith(f"{tmp_path / 'run'}: stopped; last written ") and lines[0].endswith(" s ago")
     assert lines[1] == "method codyra, 1 of 2 tasks learnt: ONE"
-    assert lines[-1].endswith("goes on with: task 2/2 TWO, after step 5")
+    assert lines[-1].endswith("run the same command; next: task 2/2 TWO, after step 5")
     assert lines[2].startswith(f"last step: task 2/2 TWO, step 5/6, loss {after['last']['loss']:.3f}, ")
     with pytest.raises(SystemExit):
         main(["report", str(tmp_path / "run")])

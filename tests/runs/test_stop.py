@@ -1,4 +1,4 @@
-"""A process that is asked to stop saves, ends with a code of its own, and the same command goes on to the
+"""A process that is asked to stop saves, ends with a code of its own, and the same command resumes it to the
 same end.
 """
 
@@ -88,7 +88,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     told = caplog.text
     assert (
         "00-ONE-00000005" in told
-        and "going on from what is before it" in told
+        and "continuing from the state before it" in told
         and "going on after step 4" in told
     )
     assert (folder.path / "scores.jsonl").read_bytes() == (other.path / "scores.jsonl").read_bytes()

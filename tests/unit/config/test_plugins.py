@@ -86,7 +86,7 @@ def test_a_file_is_loaded_once_and_anew_when_it_has_changed(tmp_path):
         (METHOD + "METHODS['seqlora'] = Mine\n", "method 'seqlora' is one of codyra_llm's own"),
         (METHOD + "METHODS['yours'] = Mine\n", "whose `name` is 'mine'"),
         (METRIC.replace('"length_gap"', '"sari"'), "metric 'sari' is one of codyra_llm's own"),
-        (METRIC.replace('"length_gap"', '"answer"'), "is no name for one"),
+        (METRIC.replace('"length_gap"', '"answer"'), "is not a valid name"),
         (METRIC.replace("low=0", "low=10"), "low 10 must be below high 10"),
     ],
 )

@@ -85,8 +85,8 @@ def test_what_stands_still_is_named_and_what_waits_for_it_is_not(two, ended):
     two[0].hung = 0.2
     until(lambda: ended)
     verdict = ended[0]
-    assert "nothing has moved" in verdict and "rank 1 on " in verdict and "rank 0" not in verdict
-    assert "stands at task ONE, step 3" in verdict
+    assert "no process has made progress" in verdict and "rank 1 on " in verdict and "rank 0" not in verdict
+    assert "is at task ONE, step 3" in verdict
 
 
 def test_a_broken_connection_asks_who_is_gone(two, monkeypatch):
