@@ -114,7 +114,7 @@ def _run(args: list[str] | None) -> None:
     try:
         with quiet.without_chatter(), unbroken_output(), log_printed():
             given = sys.argv[1:] if args is None else args
-            if given and given[0] in COMPUTE:
+            if given and given[0] in COMPUTE and "--help" not in given:
                 cores.share()
             app(args=args, prog_name="codyra-llm")
     except OSError as error:
