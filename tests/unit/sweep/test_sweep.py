@@ -470,6 +470,16 @@ def told(sweep, arm: str, **changes) -> None:
             write_json(run.folder.path / "summary.json", run.folder.summary | changes)
 
 
+def test_arms_that_were_measured_otherwise_have_no_difference(sweep_file):
+    arms = {"seqlora": {}, "ewc": {"eval.max_examples": 2}}
+    asked = load_sweep(sweep_file(grid={"seed": [1]}, arms=arms))
+    cells = {(2, "ONE"): [100.0, 0.0], (2, "TWO"): [0.0, 0.0]}
+    faked(asked, {(arm, 1): cells for arm in arms})
+    found = comparison.compare(asked)
+    assert found["unlike"] == ["examples scored"] and found["rows"][1]["difference"] is None
+    assert "Runs here differ in examples scored." in comparison.render(found, "x")
+
+
 def test_a_setting_is_text_in_the_table(sweep_file):
     """Of an arm's point and of a try: it ends no cell, begins no tag, and holds nothing for a terminal."""
     asked = load_sweep(sweep_file(grid={"seed": [1], "data.root": ["a|<b>\x9b2J"]}))
