@@ -18,7 +18,7 @@ from codyra_llm.evaluate.matrix import summary as summarise
 from codyra_llm.evaluate.statistics import MEASURES, RESAMPLES, interval, measures, resampled
 from codyra_llm.report import answers
 from codyra_llm.report.grid import plain
-from codyra_llm.report.groups import POOLED, Basis, basis, differing, order_of, said_of
+from codyra_llm.report.groups import LOAD, POOLED, Basis, basis, differing, order_of, said_of
 from codyra_llm.store.folder import RunFolder
 from codyra_llm.sweep.spec import Run, Settings, Sweep, finished
 
@@ -321,7 +321,7 @@ def _caption(found: dict) -> str:
     orders = f" and {_counted(found['rows'], 'order')}" if several else ""
     return (
         f"Means over {_counted(found['rows'], 'seed')}{orders}{interval}; time and peak memory of training "
-        f"as multiples of {found['baseline']}'s"
+        f"as multiples of {found['baseline']}'s, time by the clock: {LOAD}"
     )
 
 

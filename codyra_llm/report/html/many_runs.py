@@ -12,6 +12,7 @@ from codyra_llm.evaluate.statistics import MEASURES, measures
 from codyra_llm.report import answers
 from codyra_llm.report.grid import Cell, Grid, Provenance, number, word
 from codyra_llm.report.groups import (
+    LOAD,
     OF_GENERAL,
     Basis,
     Member,
@@ -159,7 +160,7 @@ def _leaderboard(names: list[str], groups: list[list[Run]]) -> Grid:
         columns,
         lines,
         "The highest OP first. Forgetting: lower is better; BWT: higher is; "
-        "TreeLoRA's BWT: lower is. Time and memory are those of training.",
+        f"TreeLoRA's BWT: lower is. Time and memory are those of training, time by the clock: {LOAD}.",
         better,
         _provenances(names, groups),
     ).filled()

@@ -85,6 +85,17 @@ def test_foreign_text_stays_text_and_nothing_is_loaded(one, many, several, tmp_p
         assert EVIL in found.texts and EVIL + "wrong" in found.texts and "yes␛" in found.texts
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_the_page_can_be_read_without_a_mouse_or_colours(one, many, several, tmp_path):
+    """What scrolls takes the focus and has a name, no header is empty, and a mark is told as text too."""
+    source = written(many if several else [one], tmp_path / "x.html", paper=True)
+    begun = re.findall(r'<div class="scroll"[^>]*>', source)
+    assert begun and all(re.search('tabindex="0" role="group" aria-label="[^"]+"', tag) for tag in begun)
+    assert not re.search(r"<th[^>]*>\s*</th>", source) and "<th>" not in source
+    marked = re.findall(r'<td class="[^"]*marked[^"]*".*?</td>', source, re.S)
+    assert len(marked) >= 1 and all('<span class="unseen"> (marked)</span>' in cell for cell in marked)
+
+
 def test_examples_are_those_that_fell_and_can_be_left_out(one, tmp_path):
     source = written([one], tmp_path / "x.html")
     assert "1 of 2 fell" in source and "kept" not in Page(source).texts

@@ -387,6 +387,7 @@ def test_runs_are_pooled_over_seeds_and_orders(sweep_file):
     }
     text = comparison.render(found, "x")
     assert "Means over 2 seeds and 2 orders, ± half the width of a 95 % interval over runs" in text
+    assert "time by the clock: where other jobs shared the machine it says little of the method" in text
     head, _, rest = text.partition("By order of the tasks, over seeds:")
     assert head.count("| ewc |") == 1 and rest.count("| ewc order ") == 2
 
