@@ -265,7 +265,7 @@ def render(found: dict, name: str) -> str:
     lines = [
         f"# {name}",
         "",
-        _caption(found),
+        plain(_caption(found)),
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|---" * len(COLUMNS) + "|",
@@ -318,6 +318,9 @@ def _caption(found: dict) -> str:
     several = any(row["orders"] > 1 for row in found["rows"])
     kinds = sorted("runs" if several and kind == "seeds" else kind for kind in over)
     interval = f", ± half the width of a 95 % interval over {' or '.join(kinds)}" if over else ""
+    if len(kinds) > 1:  # which rows have which
+        alone = [COLUMNS["arm"](row) for row in found["rows"] if row["runs"] == 1]
+        interval += f" (over test examples, of one run each: {'; '.join(alone)})"
     orders = f" and {_counted(found['rows'], 'order')}" if several else ""
     return (
         f"Means over {_counted(found['rows'], 'seed')}{orders}{interval}; time and peak memory of training "

@@ -283,6 +283,17 @@ def test_no_cell_of_a_csv_is_a_formula():
     ]
 
 
+def test_no_cell_of_a_csv_is_a_command_of_a_terminal():
+    out = io.StringIO()
+    grid.write_csv([grid.Grid("\x9b2J", "", ["a\u202eb"], [("\x1b[2J", [grid.word("\r=1+1")])])], out)
+    assert list(csv.reader(out.getvalue().splitlines()))[1][:4] == [
+        "\ufffd2J",
+        "\ufffd[2J",
+        "a\ufffdb",
+        "'\ufffd=1+1",
+    ]
+
+
 def test_csv_and_markdown_parse_back(one, tmp_path):
     rows = parsed([one], tmp_path / "x.csv")
     for j, task in enumerate(TASKS):
