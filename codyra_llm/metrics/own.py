@@ -1,5 +1,6 @@
 """Metrics of your own: a function of one example, with its bounds and its direction."""
 
+import math
 import re
 from collections.abc import Callable
 
@@ -25,8 +26,8 @@ def metric(
         )
     if name in SHIPPED:
         raise ValueError(f"metric {name!r} is one of codyra_llm's own; give yours another name")
-    if not low < high:
-        raise ValueError(f"metric {name!r}: low {low} must be below high {high}")
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"metric {name!r}: low {low} must be below high {high}, and both finite")
 
     def register(example: Example) -> Example:
         traits = {

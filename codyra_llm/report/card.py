@@ -255,8 +255,8 @@ def _of_scores(recipe: Recipe, rows: list[ScoreRow]) -> list[str]:
     lines = [
         f"Scored under protocol `{recipe.data.protocol}`, by greedy answers to the {split} split{scored_on}"
     ]
-    if limit and rows:
-        lines.append(f"General ability was measured on {limit} drawn examples of each task.")
+    if limit and any(row.general for row in rows):
+        lines.append(f"General ability was measured on at most {limit} drawn examples of each task.")
     if split == "eval":
         lines.append("Scores of the eval split are no test scores.")
     lines.append(f"One run with seed {recipe.seed}: the intervals say nothing of the spread over seeds.")

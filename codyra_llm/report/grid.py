@@ -86,8 +86,11 @@ def write_csv(grids: Iterable[Grid], file: TextIO, whole: Provenance | None = No
 
 
 def _inert(value: object) -> object:
-    """A name such as "=HYPERLINK(...)" as a text that spreadsheets show and don't evaluate."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
+    """A name such as "=HYPERLINK(...)" as a text that spreadsheets show and don't evaluate, and a terminal
+    does not interpret."""
+    if not isinstance(value, str):
+        return value
+    return printable(f"'{value}" if value.startswith(FORMULA) else value)
 
 
 def markdown(grids: Iterable[Grid]) -> str:

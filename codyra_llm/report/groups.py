@@ -16,6 +16,10 @@ from codyra_llm.evaluate.statistics import interval
 from codyra_llm.report.grid import Cell, Provenance
 from codyra_llm.store.folder import RunFolder
 
+Basis = dict[str, object]  # by name, what runs must share
+CONTENT = ("base", "tokenizer", "data", "metrics")  # keys of a manifest that hold hashes and versions
+OF_GENERAL = ("general", "delta_r")  # the measures that have a basis of their own
+LOAD = "where other jobs shared the machine it says little of the method"  # of seconds by the clock
 POOLED = ("seed", "data.tasks")  # the keys of a sweep's grid that a mean may be taken over
 
 
@@ -41,6 +45,11 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         return self.folder.recipe
+
+    @property
+    def recorded(self) -> dict:
+        """Its manifest; empty where there is none."""
+        return self.folder.manifest if (self.folder.path / "manifest.json").is_file() else {}
 
 
 def collected(paths: Sequence[Path]) -> list[Member]:
@@ -89,10 +98,10 @@ def _rest(point: str) -> str:
 
 
 def grouped(runs: list[Run], over_orders: bool = False) -> list[list[Run]]:
-    """Groups of runs whose recipes differ only in the seed and in settings that change no result; with
-    `over_orders` also in the order of the same tasks. Runs of a sweep are grouped by arm. Raises Fault where
-    two runs of a group have the same seed and order: counting one run twice would make the spread too
-    small."""
+    """Groups of runs whose recipes differ only in the seed and in settings that change no result, on the same
+    base and data; with `over_orders` also in the order of the same tasks. Runs of a sweep are grouped by arm.
+    Raises Fault where two runs of a group have the same seed and order: counting one run twice would make the
+    spread too small."""
     groups: list[list[Run]] = []
     for run in runs:
         group = next((g for g in groups if _same(g[0], run, over_orders)), None)
@@ -123,7 +132,14 @@ def _same(one: Run, other: Run, over_orders: bool) -> bool:
     # Compare all settings but the seed and the order.
     data = second.data.model_copy(update={"tasks": first.data.tasks})
     adjusted = second.model_copy(update={"seed": first.seed, "data": data})
-    return orders and same_arm and not differences(first, adjusted)
+    return orders and same_arm and not differences(first, adjusted) and _same_content(one, other)
+
+
+def _same_content(one: Run, other: Run) -> bool:
+    """Whether what the recipes name by a path is the same: base, tokenizer, data and metrics, as far as both
+    runs recorded it."""
+    before, after = one.recorded, other.recorded
+    return all(before[key] == after[key] for key in CONTENT if key in before and key in after)
 
 
 def names(groups: list[list[Run]], over_orders: bool = False) -> list[str]:
@@ -138,16 +154,18 @@ def names(groups: list[list[Run]], over_orders: bool = False) -> list[str]:
     return out
 
 
-def baseline_of(group: list[Run], groups: list[list[Run]]) -> list[Run]:
+def baseline_of(group: list[Run], groups: list[list[Run]], over_orders: bool = False) -> list[Run]:
     """The group that this one is compared with: the first one; in a sweep, the one of the first group's arm
-    at the same point, in the same order if there is one."""
+    at the same point and in the same order (with `over_orders`, of the same tasks), [] if there is none."""
     first = groups[0]
-    tasks = group[0].recipe.tasks
     if not first[0].arm:
         return first
-    at_point = [g for g in groups if (g[0].arm, g[0].rest) == (first[0].arm, group[0].rest)]
-    in_order = [g for g in at_point if g[0].recipe.tasks == tasks]
-    return (in_order or at_point or [first])[0]
+    for other in groups:
+        at_point = (other[0].arm, other[0].rest) == (first[0].arm, group[0].rest)
+        one, two = other[0].recipe.tasks, group[0].recipe.tasks
+        if at_point and (one == two or (over_orders and sorted(one) == sorted(two))):
+            return other
+    return []
 
 
 def provenance(group: list[Run]) -> Provenance:
@@ -199,6 +217,41 @@ def _setting(key: str, value: object, recipe: Recipe) -> str:
         return f"{key.rpartition('.')[2]}={value}"
     order = order_of(recipe)
     return f"order {order}" if order.isdecimal() else f"tasks {order}"
+
+
+def basis(recipe: Recipe, summary: dict) -> Basis:
+    """What runs must share for their measures of the stream to mean the same. The order of the tasks, the
+    base and all settings of training are not part of it, since these are what one compares."""
+    seen = len(summary["matrix"]) or len(recipe.tasks)  # without training all tasks are scored
+    metrics = dict(zip(summary["tasks"][:seen], summary.get("metrics", ()), strict=False))
+    return {
+        "tasks learnt": set(summary["tasks"][:seen]),
+        "metrics": metrics,
+        "split": recipe.eval.split,
+        "examples scored": recipe.eval.max_examples,
+    }
+
+
+def general_basis(recipe: Recipe, summary: dict) -> Basis:
+    """The same for general ability; empty where it was not measured."""
+    if not summary["general"]:
+        return {}
+    questions = (recipe.general.data, recipe.general.limit, recipe.general.seed)
+    return {"tasks of general ability": set(summary["general"]), "questions of general ability": questions}
+
+
+def differing(bases: Sequence[Basis]) -> list[str]:
+    """The names of what some of them have otherwise."""
+    known = [one for one in bases if one]
+    return [name for name in (known[0] if known else ()) if any(one[name] != known[0][name] for one in known)]
+
+
+def said_of(names: list[str]) -> str:
+    """A sentence on what runs don't share."""
+    return (
+        f"Runs here differ in {', '.join(names)}. Scores that were measured otherwise don't compare: no "
+        "difference between such is given, and no best one marked."
+    )
 
 
 def over(values: list[float | None], form: str = ".1f", heat: float | None = None) -> Cell | None:

@@ -63,7 +63,8 @@ def _trace(data: dict, own: dict[str, list[Run]]) -> Grid:
         "method",
         ["OP", "BWT", "drop", "ΔR"],
         rows,
-        "LLaMA-2-7B-Chat. OP, BWT and ΔR: higher is better. TRACE, Wang et al., arXiv 2310.06762.",
+        "LLaMA-2-7B-Chat. OP, BWT and ΔR: higher is better; TRACE's ΔR is over MMLU, GSM8K, BBH, TyDiQA, "
+        "BoolQ and PIQA. TRACE, Wang et al., arXiv 2310.06762.",
     )
 
 
@@ -96,8 +97,20 @@ def _run(group: list[Run]) -> str:
         f"Trained on {_most(data.max_train_examples)} of each task, epochs {epochs}, "
         f"prompts of at most {data.max_prompt_tokens} tokens, answers of at most {data.max_answer_tokens}. "
         f"Scored on {_most(scoring.max_examples)} of each task's {scoring.split} split, greedy answers of at "
-        f"most {tokens} tokens."
+        f"most {tokens} tokens.{_members(group)}"
     )
+
+
+def _members(group: list[Run]) -> str:
+    """What the group's ΔR is the mean over; empty without general ability."""
+    members = dict.fromkeys(
+        name for run in group for name in (run.summary["delta_r"] or {}).get("members", ())
+    )
+    if not members:
+        return ""
+    limit = group[0].recipe.general.limit
+    questions = f", at most {limit} examples of each" if limit else ""
+    return f" ΔR over {', '.join(members)}{questions}."
 
 
 def _most(examples: int | None) -> str:

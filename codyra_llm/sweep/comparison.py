@@ -18,14 +18,15 @@ from codyra_llm.evaluate.matrix import summary as summarise
 from codyra_llm.evaluate.statistics import MEASURES, RESAMPLES, interval, measures, resampled
 from codyra_llm.report import answers
 from codyra_llm.report.grid import plain
-from codyra_llm.report.groups import POOLED, order_of
+from codyra_llm.report.groups import LOAD, POOLED, Basis, basis, differing, order_of, said_of
 from codyra_llm.store.folder import RunFolder
 from codyra_llm.sweep.spec import Run, Settings, Sweep, finished
 
 
 def compare(sweep: Sweep) -> dict:
-    """What sweep.json holds, of the finished runs: `{"baseline", "by", "rows", "by_order", "tries", "runs"}`.
-    `rows` is empty if there are none, `by_order` if all learn the tasks in one order."""
+    """What sweep.json holds, of the finished runs: `{"baseline", "by", "unlike", "rows", "by_order", "tries",
+    "runs"}`. `unlike`: in what the runs were measured otherwise than others; `rows` is empty if there are
+    none, `by_order` if all learn the tasks in one order."""
     runs = finished(sweep.runs())
     pooled, by_order = _grouped(runs, over_orders=True), _grouped(runs, over_orders=False)
     tries = []
@@ -37,6 +38,7 @@ def compare(sweep: Sweep) -> dict:
     return {
         "baseline": sweep.baseline,
         "by": sweep.by,
+        "unlike": differing([_basis(run) for run in runs]),
         "rows": _rows(sweep, pooled),
         "by_order": _rows(sweep, by_order) if len(by_order) > len(pooled) else [],
         "tries": tries,
@@ -50,6 +52,10 @@ def write(sweep: Sweep, title: str) -> dict:
     write_json(sweep.output / "sweep.json", found)
     write_text(sweep.output / "sweep.md", render(found, title))
     return found
+
+
+def _basis(run: Run) -> Basis:
+    return basis(run.recipe, run.folder.summary)
 
 
 Groups = dict[tuple, list[Run]]  # by arm, point but for seed and order, and tasks
@@ -86,7 +92,12 @@ def _row(arm: str, rest: str, runs: list[Run], baseline: list[Run]) -> dict:
     """The measures of one arm over its runs, their differences to the baseline's of the same seeds and
     orders, and the costs.
     """
-    pairs = [(own, other) for own in runs for other in baseline if own.settings == other.settings]
+    pairs = [
+        (own, other)
+        for own in runs
+        for other in baseline
+        if own.settings == other.settings and not differing([_basis(own), _basis(other)])
+    ]
     found = [measures(run.folder.summary) for run in runs]
     alone = _drawn(runs[0]) if len(runs) == 1 else {}
     over_seeds = {}
@@ -254,12 +265,14 @@ def render(found: dict, name: str) -> str:
     lines = [
         f"# {name}",
         "",
-        _caption(found),
+        plain(_caption(found)),
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|---" * len(COLUMNS) + "|",
     ]
     lines += _lines(found["rows"])
+    if found["unlike"]:
+        lines += ["", said_of(found["unlike"])]
     for line in answers.compared({COLUMNS["arm"](row): row["answers"] for row in found["rows"]}):
         lines += ["", plain(line)]
     if found["by_order"]:
@@ -305,10 +318,13 @@ def _caption(found: dict) -> str:
     several = any(row["orders"] > 1 for row in found["rows"])
     kinds = sorted("runs" if several and kind == "seeds" else kind for kind in over)
     interval = f", ± half the width of a 95 % interval over {' or '.join(kinds)}" if over else ""
+    if len(kinds) > 1:  # which rows have which
+        alone = [COLUMNS["arm"](row) for row in found["rows"] if row["runs"] == 1]
+        interval += f" (over test examples, of one run each: {'; '.join(alone)})"
     orders = f" and {_counted(found['rows'], 'order')}" if several else ""
     return (
         f"Means over {_counted(found['rows'], 'seed')}{orders}{interval}; time and peak memory of training "
-        f"as multiples of {found['baseline']}'s"
+        f"as multiples of {found['baseline']}'s, time by the clock: {LOAD}"
     )
 
 

@@ -145,3 +145,12 @@ def test_what_makes_other_answers_than_the_scored_ones_is_told(tmp_path, generat
     found = card._decoding(tmp_path, kind)
     assert bool(found) == bool(told)
     assert not told or f"generation config sets {told}, which" in found[0]
+
+
+def test_general_ability_is_told_where_this_stage_has_it(tmp_path):
+    """A limit of the recipe says nothing of a stage at which general ability was not measured."""
+    folder = make(tmp_path / "run", general={"data": str(tmp_path), "limit": 30})
+    said = "General ability was measured on at most 30 drawn examples of each task."
+    assert said in card._of_scores(folder.recipe, card._scored(folder, 2))
+    lines = card._of_scores(folder.recipe, card._scored(folder, 0))
+    assert lines and not any("General ability" in line for line in lines)

@@ -7,18 +7,26 @@ from pathlib import Path
 from statistics import fmean
 
 from codyra_llm.config.recipe import Recipe
+from codyra_llm.config.registry import METHODS
 from codyra_llm.evaluate.statistics import MEASURES, measures
 from codyra_llm.report import answers
 from codyra_llm.report.grid import Cell, Grid, Provenance, number, word
 from codyra_llm.report.groups import (
+    LOAD,
+    OF_GENERAL,
+    Basis,
     Member,
     Run,
     baseline_of,
+    basis,
+    differing,
     distinguishing,
+    general_basis,
     grouped,
     over,
     pairing,
     provenance,
+    said_of,
 )
 from codyra_llm.report.groups import names as names_of
 from codyra_llm.report.html.charts import scatter
@@ -97,8 +105,9 @@ def _facts(groups: list[list[Run]], over_orders: bool) -> list[str]:
     short = [
         run.folder.path
         for run in runs
-        if run.summary["matrix"] and len(run.summary["matrix"]) < len(run.recipe.tasks)
+        if METHODS[run.recipe.method.name].trains and len(run.summary["matrix"]) < len(run.recipe.tasks)
     ]
+    unlike = _unlike(runs, "op") + _unlike(runs, "general")
     splits = {run.recipe.eval.split for run in runs}
     lines = [
         f"Runs with the same recipe but for {seeds} are a group. ± is half the 95 % interval over {over} "
@@ -108,7 +117,20 @@ def _facts(groups: list[list[Run]], over_orders: bool) -> list[str]:
         lines.append(f"Scored on the {' and '.join(sorted(splits))} split.")
     if short:
         lines.append(f"Not finished: {', '.join(map(str, short))}.")
+    if unlike:
+        lines.append(said_of(unlike))
     return lines
+
+
+def _basis(run: Run, measure: str) -> Basis:
+    """What a run must share with another for this measure to compare."""
+    of_measure = general_basis if measure in OF_GENERAL else basis
+    return of_measure(run.recipe, run.summary)
+
+
+def _unlike(runs: list[Run], measure: str) -> list[str]:
+    """In what the bases of a measure differ between runs."""
+    return differing([_basis(run, measure) for run in runs])
 
 
 def _said_of_answers(names: list[str], groups: list[list[Run]]) -> list[str]:
@@ -125,6 +147,11 @@ def _said_of_answers(names: list[str], groups: list[list[Run]]) -> list[str]:
 def _leaderboard(names: list[str], groups: list[list[Run]]) -> Grid:
     columns = ["runs", *MEASURES.values(), "parameters trained", "seconds", "peak memory, MiB"]
     lines = [(name, _line(group)) for name, group in zip(names, groups, strict=True)]
+    runs = [run for group in groups for run in group]
+    better = {}
+    for name, title in MEASURES.items():
+        if title in BETTER and not _unlike(runs, name):
+            better[title] = BETTER[title]
     op = 1 + list(MEASURES).index("op")
     lines.sort(key=lambda line: _rank_key(line[1][op]))
     return Grid(
@@ -133,8 +160,8 @@ def _leaderboard(names: list[str], groups: list[list[Run]]) -> Grid:
         columns,
         lines,
         "The highest OP first. Forgetting: lower is better; BWT: higher is; "
-        "TreeLoRA's BWT: lower is. Time and memory are those of training.",
-        BETTER,
+        f"TreeLoRA's BWT: lower is. Time and memory are those of training, time by the clock: {LOAD}.",
+        better,
         _provenances(names, groups),
     ).filled()
 
@@ -177,13 +204,14 @@ def _tasks(names: list[str], groups: list[list[Run]]) -> Grid:
             values = [end.get(task) for end in ends]
             cells.append(over(values, heat=_mean(values)))
         lines.append((name, cells))
+    unlike = _unlike([run for group in groups for run in group], "op")
     return Grid(
         "final scores",
         "group",
         tasks,
         lines,
         "Score on each task after the last one.",
-        dict.fromkeys(tasks, 1),
+        {} if unlike else dict.fromkeys(tasks, 1),
         _provenances(names, groups),
     )
 
@@ -198,27 +226,31 @@ def _differences(names: list[str], groups: list[list[Run]], over_orders: bool) -
     """Each group minus its baseline, paired by seed and order."""
     lines = []
     for name, group in zip(names, groups, strict=True):
-        baseline = baseline_of(group, groups)
-        known = {pairing(run, over_orders): run.measures for run in baseline}
-        own = [(run.measures, pairing(run, over_orders)) for run in group]
-        pairs = [(measured, known[key]) for measured, key in own if key in known]
+        baseline = baseline_of(group, groups, over_orders)
+        known = {pairing(run, over_orders): run for run in baseline}
+        own = [(run, pairing(run, over_orders)) for run in group]
+        pairs = [(run, known[key]) for run, key in own if key in known]
         if not pairs or group is baseline:
             continue
-        cells: list[Cell | None] = [Cell(len(pairs), str(len(pairs)))]
-        for key in MEASURES:
-            cells.append(_difference([_less(a[key], b[key]) for a, b in pairs]))
-        lines.append((name, cells))
+        cells = [_difference([_less(a, b, key) for a, b in pairs]) for key in MEASURES]
+        if any(cells):
+            lines.append((name, [Cell(len(pairs), str(len(pairs))), *cells]))
     if not lines:
         return None
     note = "Means over the seeds and orders that both have. Marked: the 95 % interval leaves 0 out."
-    columns, corner = ["pairs", *MEASURES.values()], f"less {names[0]}"
+    first = groups[0][0].arm or names[0]  # of a sweep, the arm at the row's own point
+    columns, corner = ["pairs", *MEASURES.values()], f"less {first}"
     return Grid(
         "paired differences", corner, columns, lines, note, provenance=_provenances(names, groups)
     ).filled()
 
 
-def _less(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a - b
+def _less(one: Run, other: Run, measure: str) -> float | None:
+    """The difference of two runs; None where one lacks the measure, or the two don't compare."""
+    a, b = one.measures[measure], other.measures[measure]
+    if a is None or b is None or differing([_basis(one, measure), _basis(other, measure)]):
+        return None
+    return a - b
 
 
 def _difference(values: list[float | None]) -> Cell | None:

@@ -88,6 +88,7 @@ def test_a_file_is_loaded_once_and_anew_when_it_has_changed(tmp_path):
         (METRIC.replace('"length_gap"', '"sari"'), "metric 'sari' is one of codyra_llm's own"),
         (METRIC.replace('"length_gap"', '"answer"'), "is not a valid name"),
         (METRIC.replace("low=0", "low=10"), "low 10 must be below high 10"),
+        (METRIC.replace("high=10", "high=float('inf')"), "low 0 must be below high inf, and both finite"),
     ],
 )
 def test_what_can_not_be_loaded_leaves_nothing(tmp_path, text, told):

@@ -15,6 +15,7 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import write_json
 from codyra_llm.report.grid import Cell, Grid
 from codyra_llm.report.groups import collected
+from codyra_llm.report.html.many_runs import content
 from codyra_llm.report.latex import escaped, latex
 
 OP = (55 + 50 + 61) / 3
@@ -102,6 +103,19 @@ def test_orders_apart(sweep, tmp_path):
     assert [float(row["value"]) for row in paired] == pytest.approx(
         [expected[[0, 2]].mean(), expected[[1, 3]].mean()]
     )
+
+
+def test_an_arm_whose_baseline_is_not_finished_at_its_point_has_no_difference(tmp_path):
+    """And a difference is named after the arm, which is not at the same point for every row."""
+    points = {"base": ["optim.lr=0.1"], "other": ["optim.lr=0.1", "optim.lr=0.2"]}
+    for arm, names in points.items():
+        for name in names:
+            make(tmp_path / "s" / arm / name, optim__lr=float(name.partition("=")[2]))
+            write_json(tmp_path / "s" / arm / name / "summary.json", {"tasks": TASKS})
+    write_json(tmp_path / "s" / "sweep.json", {"baseline": "base", "runs": []})
+    found = content(collected([tmp_path / "s"]), over_orders=True)["differences"]
+    assert [label for label, _ in found.rows] == ["2 other optim.lr=0.1"]
+    assert found.corner == "less base"
 
 
 def test_a_run_says_its_method_seed_and_order_in_every_line(sweep, tmp_path):

@@ -73,6 +73,7 @@ def test_what_the_caveats_of_a_comparison_name_is_said_of_the_run(tmp_path):
     folder = make(tmp_path / "run", data__epochs={TASKS[0]: 2, TASKS[1]: 3, TASKS[2]: 2}, **lengths)
     known = table([folder], tmp_path / "x.csv", "to compare them")["here: codyra"]["what to know"]
     assert "Trained on at most 40 examples of each task" in known and "prompts of at most 300 tokens" in known
+    assert known.endswith(" ΔR over probe.")
     assert "epochs 2,3,2" in known and "test split, greedy answers of at most 7 tokens" in known
 
 

@@ -16,10 +16,11 @@ from made_runs import EVIL, MATRIX, TASKS, Page, make, written
 from scipy.stats import t
 
 from codyra_llm.core.errors import Fault
-from codyra_llm.core.files import read_jsonl, write_jsonl
+from codyra_llm.core.files import read_jsonl, write_json, write_jsonl
 from codyra_llm.evaluate.matrix import FORMULAS
 from codyra_llm.report import grid
-from codyra_llm.report.html import charts, page
+from codyra_llm.report.groups import Member, grouped
+from codyra_llm.report.html import charts, many_runs, page
 from codyra_llm.report.html.forgotten import readable
 from codyra_llm.store.folder import RunFolder
 
@@ -82,6 +83,17 @@ def test_foreign_text_stays_text_and_nothing_is_loaded(one, many, several, tmp_p
     assert any(TASKS[0] in text for text in found.texts)
     if not several:
         assert EVIL in found.texts and EVIL + "wrong" in found.texts and "yes␛" in found.texts
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_page_can_be_read_without_a_mouse_or_colours(one, many, several, tmp_path):
+    """What scrolls takes the focus and has a name, no header is empty, and a mark is told as text too."""
+    source = written(many if several else [one], tmp_path / "x.html", paper=True)
+    begun = re.findall(r'<div class="scroll"[^>]*>', source)
+    assert begun and all(re.search('tabindex="0" role="group" aria-label="[^"]+"', tag) for tag in begun)
+    assert not re.search(r"<th[^>]*>\s*</th>", source) and "<th>" not in source
+    marked = re.findall(r'<td class="[^"]*marked[^"]*".*?</td>', source, re.S)
+    assert len(marked) >= 1 and all('<span class="unseen"> (marked)</span>' in cell for cell in marked)
 
 
 def test_examples_are_those_that_fell_and_can_be_left_out(one, tmp_path):
@@ -188,6 +200,57 @@ def test_runs_are_grouped_by_recipe_and_their_spread_is_numpys(many, tmp_path):
     } >= {("method.rank", "1"), ("method.rank", "3")}
 
 
+@pytest.mark.parametrize(
+    "otherwise, named",
+    [
+        ({"data__tasks": TASKS[:2] + ["E"]}, "tasks learnt"),
+        ({"eval__split": "eval"}, "split"),
+        ({"eval__max_examples": 50}, "examples scored"),
+    ],
+)
+def test_scores_that_were_measured_otherwise_are_not_compared(tmp_path, otherwise, named):
+    """No best one is marked and no difference given, and the page says why; general ability still compares,
+    as it does between runs of other bases and orders."""
+    first = make(tmp_path / "a")
+    other = make(tmp_path / "b", lift=5.0, **otherwise)
+    rows = parsed([first, other], tmp_path / "x.csv")
+    assert ("paired differences", "OP") not in rows and ("paired differences", "ΔR") in rows
+    text = written([first, other], tmp_path / "x.html")
+    assert f"Runs here differ in {named}" in text
+    board = many_runs.content([Member(first), Member(other)])["leaderboard"]
+    assert "OP" not in board.better and board.better["ΔR"] == 1
+    alike = make(tmp_path / "c", lift=5.0, model__path="another/base", seed=7)
+    write_json(alike.path / "manifest.json", alike.manifest | {"base": "1" * 64})
+    assert "Runs here differ" not in written([first, alike], tmp_path / "y.html")
+    board = many_runs.content([Member(first), Member(RunFolder(alike.path))])["leaderboard"]
+    assert board.better["OP"] == 1
+
+
+def test_runs_on_other_bases_or_data_are_no_seeds_of_each_other(tmp_path):
+    """A recipe names them by a path, which may hold something else; the manifest says what was there. The
+    same content elsewhere is the same."""
+    first = make(tmp_path / "a")
+    moved = make(tmp_path / "b", seed=2, model__path="moved/model")
+    base, data = (make(tmp_path / name, lift=9.0, seed=3) for name in "cd")
+    for folder, own in ((base, {"base": "1" * 64}), (data, {"data": {"A": "2" * 64}}), (first, {"data": {}})):
+        write_json(folder.path / "manifest.json", folder.manifest | own)
+    members = [Member(RunFolder(folder.path)) for folder in (first, moved, base, data)]
+    groups = grouped(many_runs.opened(members))
+    assert [[run.folder.path.name for run in group] for group in groups] == [["a", "b"], ["c"], ["d"]]
+
+
+def test_an_unfinished_run_is_no_best_one(tmp_path):
+    """Its OP is that of fewer tasks; also one that has learnt nothing yet is told."""
+    whole, half, new = (make(tmp_path / name, seed=seed) for seed, name in enumerate(("a", "b", "c")))
+    for folder, steps in ((half, 1), (new, 0)):
+        kept = [row for row in read_jsonl(folder.path / "scores.jsonl") if row["step"] <= steps]
+        write_jsonl(folder.path / "scores.jsonl", kept)
+    found = many_runs.content([Member(whole), Member(half), Member(new)])
+    assert f"Not finished: {half.path}, {new.path}." in found["facts"]
+    assert any("differ in tasks learnt" in fact for fact in found["facts"])
+    assert "OP" not in found["leaderboard"].better
+
+
 def parsed(folders: list[RunFolder], out) -> dict[tuple[str, str], list[dict]]:
     """The rows of the CSV by table and column."""
     page.write(folders, out)
@@ -217,6 +280,17 @@ def test_no_cell_of_a_csv_is_a_formula():
     assert list(csv.reader(out.getvalue().splitlines()))[1:] == [
         [quoted, quoted, quoted, quoted, *[""] * 5],
         [quoted, quoted, "'-", "-1.5", *[""] * 5],
+    ]
+
+
+def test_no_cell_of_a_csv_is_a_command_of_a_terminal():
+    out = io.StringIO()
+    grid.write_csv([grid.Grid("\x9b2J", "", ["a\u202eb"], [("\x1b[2J", [grid.word("\r=1+1")])])], out)
+    assert list(csv.reader(out.getvalue().splitlines()))[1][:4] == [
+        "\ufffd2J",
+        "\ufffd[2J",
+        "a\ufffdb",
+        "'\ufffd=1+1",
     ]
 
 
