@@ -142,8 +142,8 @@ class Osft(AwayFromKept):
 
 
 def preserved_rank(size: int, share: float) -> int:
-    """How many of `size` singular directions are kept; at least one trains."""
-    return min(int(share * size), size - 1)
+    """How many of `size` singular directions are kept; at least one trains, as `share` is below 1."""
+    return int(share * size)
 
 
 def split_weight(weight: Tensor, kept: int) -> Split:

@@ -206,6 +206,20 @@ def test_padded_and_packed_batches_hold_the_same_labels(sizes):
         before = batch.ids.flatten()[batch.predictors].tolist()
         assert list(zip(before, batch.targets.tolist(), strict=True)) == [pair for pair, _ in expected]
         assert batch.weights.tolist() == pytest.approx([weight for _, weight in expected])
+        # Where nothing is in front of an answer, its first token is given in place of a prompt.
+        assert batch.prompts == [e.prompt or e.answer[:1] for e in examples]
+        assert batch.labelled == [len(e.answer) - (not e.prompt) for e in examples]
+
+
+@given(st.integers(0, 4), st.integers(0, 4), st.sampled_from([(), ((1, 2),), ((1, 3), (3, 4))]))
+def test_what_is_learnt_is_counted_as_it_is_labelled(prompt, answer, turns):
+    """The count is what losses are averaged by; the first token of all is predicted by none."""
+    if turns and turns[-1][1] > prompt:
+        turns = ()
+    example = Encoded(list(range(prompt)), list(range(10, 10 + answer)), False, turns)
+    expected = [place for start, stop in turns for place in range(start, stop)]
+    expected += [place for place in range(prompt, prompt + answer) if place > 0]
+    assert example.labelled == expected and example.targets == len(expected)
 
 
 @given(

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from codyra_llm.config.methods.base import PROJECTIONS
-from codyra_llm.lora.layer import AdapterSpec, attach, sites
+from codyra_llm.lora.layer import AdapterSpec, attach, sites, snapshot, stand_in
 from codyra_llm.lora.shared import share_inputs, shared_inputs
 from codyra_llm.lora.together import deferred, finish_gradients, make_shadows
 
@@ -113,6 +113,19 @@ def test_frozen_factors_get_no_gradient_and_nothing_is_left_over():
         group.forget()  # a step that did not come to its end
     finish_gradients(shared)
     assert all(torch.equal(grad, first[name]) for name, grad in gradients(model).items())
+
+
+def test_what_stands_in_for_the_factors_gets_its_own_gradients():
+    """They are not the parameters, so that nothing of them may be left to these."""
+    model = adapted()
+    factors, shared = snapshot(model), shared_inputs(model)
+    columns = [b.requires_grad_() for _, _, b in factors.values()]
+    with deferred(shared), stand_in(model, factors):
+        model(IDS).logits.sum().backward()
+    assert all(group.left is None for group in shared)
+    assert all(b.grad is not None and b.grad.any() for b in columns)
+    finish_gradients(shared)
+    assert all(grad is None for grad in gradients(model).values())
 
 
 def test_the_number_of_operations_does_not_grow_with_the_layers():

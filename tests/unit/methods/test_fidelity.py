@@ -4,12 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from adapters import a_task, attached, drawn
 from hypothesis import given
 from hypothesis import strategies as st
 
 from codyra_llm.config.registry import METHODS
 from codyra_llm.data.batches import Batch
+from codyra_llm.lora.layer import sites
 from codyra_llm.lora.update import Adapter
+from codyra_llm.methods.experts import hidelora
 from codyra_llm.methods.experts.hidelora import mean_adapter
 from codyra_llm.methods.projection.gem import multipliers
 from codyra_llm.methods.regularised.treelora_repo import first_split
@@ -52,6 +55,31 @@ def test_hidelora_s_momentum():
     found = method.consolidate({"site": adapters[2]}, 2).adapters["site"]
     torch.testing.assert_close(found.a, torch.full((2, 3), 9.2))
     torch.testing.assert_close(found.b, torch.full((4, 2), -9.2))
+
+
+def test_hidelora_s_features_are_those_of_the_adapter_that_is_archived(monkeypatch):
+    """Momentum comes before the pass over the prompts, and once."""
+    method, model = attached("hidelora")
+    drawn(model, 1)
+    trained, past = {}, {}
+    for site, layer in sites(model).items():
+        trained[site] = Adapter(layer.lora_A.detach().clone(), layer.lora_B.detach().clone(), None)
+        past[site] = Adapter(torch.ones_like(layer.lora_A), torch.ones_like(layer.lora_B), None)
+    method._past, method._old, method._examples = past, torch.ones(1, 2), []
+    method._gaussians, read = SimpleNamespace(state=lambda: {}), {}
+
+    def reading(*_):
+        for site, layer in sites(model).items():
+            read[site] = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
+        return torch.tensor([[2.0, 4.0], [4.0, 8.0]])
+
+    monkeypatch.setattr(hidelora, "over_prompts", reading)
+    state = method.end_task(model, a_task(1), None)
+    assert state["adapted"].tolist() == [[1.0, 1.0], [3.0, 6.0]]
+    for site, archived in method.consolidate(trained, 1).adapters.items():
+        for factor, own, seen in zip(archived[:2], trained[site][:2], read[site], strict=True):
+            torch.testing.assert_close(factor, 0.9 * own + 0.1)
+            torch.testing.assert_close(seen, factor)
 
 
 def test_gem_without_margin_leaves_alone_what_is_not_in_conflict():

@@ -1,9 +1,11 @@
-"""Which inputs are summed over in one pass."""
+"""Which inputs are summed over in one pass, and how much of their energy is kept."""
 
 import pytest
+from adapters import TASKS, a_task
 
+from codyra_llm.config.methods.projection import InfLoraConfig
 from codyra_llm.methods.parts import inputs
-from codyra_llm.methods.parts.inputs import portions
+from codyra_llm.methods.parts.inputs import energy_at, portions
 
 NAMES = [["q", "k", "v"], ["o"], ["gate", "up"], ["down"]]
 
@@ -21,3 +23,10 @@ def test_inputs_go_by_count_or_by_what_memory_holds(at_once, expected, monkeypat
 
 def test_nothing_is_no_portion():
     assert list(portions([], [], None)) == []
+
+
+def test_the_share_of_energy_rises_by_the_same_amount_from_task_to_task():
+    """From the first task on, so that it would reach the last one's value after the last of three."""
+    config = InfLoraConfig(energy_first=0.9, energy_last=0.96)
+    found = [energy_at(config, a_task(index)) for index in range(len(TASKS))]
+    assert found == pytest.approx([0.9, 0.92, 0.94])

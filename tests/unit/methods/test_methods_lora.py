@@ -133,5 +133,15 @@ def test_hidelora_contrast():
     assert contrast(a, 0.8).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_hidelora_as_its_repository_runs_it_weights_the_sum_over_sites():
+    method, model = attached("hidelora_treelora_repo", weight=0.3, temperature=0.7)
+    drawn(model, 4)
+    expected = 0.0
+    for layer in sites(model).values():
+        products = layer.lora_A.detach().double() @ layer.lora_A.detach().double().T
+        expected += 0.3 * -torch.log_softmax(products / 0.7, 1).diagonal().mean().item()
+    assert method.penalty(model)["contrast"].item() == pytest.approx(expected, rel=1e-5)
+
+
 # --- InfLoRA
 # ----------------------------------------------------------------------------------------------------------

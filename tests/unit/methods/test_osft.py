@@ -1,5 +1,6 @@
 """OSFT against PEFT's implementation of it, and what stays of W in both variants."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -98,6 +99,21 @@ def test_the_split_is_the_whole():
     torch.testing.assert_close(leading + split.u * split.s @ split.vt, weight)
     torch.testing.assert_close(leading, weight @ split.kept.v @ split.kept.v.T)
     assert [preserved_rank(8, share) for share in (0.0, 0.5, 0.99)] == [0, 4, 7]
+    largest = math.nextafter(1, 0)
+    assert [preserved_rank(size, largest) for size in (1, 3, 576, 4096)] == [0, 2, 575, 4095]
+
+
+def test_an_adapter_starts_off_the_leading_directions_with_what_is_left_of_its_draw():
+    method, model = attached("osft_lora")
+    method.begin_task(model, FIRST)
+    started = {site: layer.lora_A.detach().double().clone() for site, layer in sites(model).items()}
+    for site, layer in sites(model).items():
+        layer.reset(method.seed, 0, site)
+        _, _, vt = torch.linalg.svd(layer.weight.double(), full_matrices=False)
+        leading = vt[: preserved_rank(min(layer.weight.shape), 0.5)]
+        drawn = layer.lora_A.detach().double()
+        torch.testing.assert_close(started[site], drawn - drawn @ leading.T @ leading, rtol=0, atol=1e-6)
+        assert (started[site] - drawn).norm() > 0.05
 
 
 @pytest.mark.parametrize("name", ["osft", "osft_lora"])

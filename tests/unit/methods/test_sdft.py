@@ -16,7 +16,7 @@ from codyra_llm.data.encoding import Encoded
 from codyra_llm.data.rendering import ByTemplate, plain
 from codyra_llm.lora.layer import sites, stand_in
 from codyra_llm.lora.shared import share_inputs
-from codyra_llm.methods.parts.samples import answered, end_tokens
+from codyra_llm.methods.parts.samples import _inverse_cdf, answered, end_tokens
 from codyra_llm.methods.regularised import sdft
 from codyra_llm.models.tokenizer import load_tokenizer
 
@@ -116,6 +116,15 @@ def test_answers_follow_the_distribution(tiny_llama):
     counts = torch.bincount(torch.tensor(drawn)[:, 0], minlength=len(expected))
     spread = (4000 * expected * (1 - expected)).sqrt()
     assert ((counts - 4000 * expected).abs() < 5 * spread + 1).all()
+
+
+def test_no_token_is_drawn_that_has_no_probability():
+    """Not by the least and the largest random numbers, nor by one at the border of two tokens: a token owns
+    [what is before it, what is up to it)."""
+    never = -torch.inf
+    logits = torch.tensor([[never, 0.0, never, 0.0, never]])
+    for chance, token in ((0.0, 1), (0.49, 1), (0.5, 3), (1 - 2**-24, 3)):
+        assert _inverse_cdf(logits, torch.tensor([[chance]])).tolist() == [[token]]
 
 
 @pytest.mark.parametrize("divergence", ["reverse", "forward"])

@@ -4,8 +4,12 @@ import math
 
 import pytest
 import torch
+from adapters import SIZES, TASKS, a_task, attached
 
+from codyra_llm.lora.layer import sites
+from codyra_llm.lora.update import Adapter, Update
 from codyra_llm.methods.sequential.slao import merged_columns, orthonormal_rows
+from codyra_llm.store.archive import Archive
 
 
 def test_the_start_is_gram_schmidt_of_the_rows():
@@ -30,3 +34,25 @@ def test_the_merge_in_closed_form():
     assert sum(weights) == pytest.approx(1)
     expected = weights[0] * one + weights[1] * two + weights[2] * three
     torch.testing.assert_close(merged, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_third_task_starts_from_what_was_trained_and_merges_into_what_was_merged(tmp_path):
+    """After two tasks the archived B^m is no longer the B that training left."""
+    draw = torch.Generator().manual_seed(3)
+    archive, merged, trained, rows = Archive(tmp_path, "base"), {}, {}, {}
+    for site, (wide, out) in SIZES.items():
+        rows[site] = torch.randn(3, wide, generator=draw)
+        merged[site], trained[site] = torch.randn(2, out, 3, generator=draw)
+    for task in TASKS[:2]:
+        adapters = {site: Adapter(rows[site], merged[site], None) for site in SIZES}
+        archive.append(task, Update(adapters, 1.0, "replace"))
+    method, model = attached("slao")
+    method.begin_task(model, a_task(2, archive, trained))
+    for site, layer in sites(model).items():
+        torch.testing.assert_close(layer.lora_A.detach(), orthonormal_rows(rows[site]))
+        assert torch.equal(layer.lora_B.detach(), trained[site])
+    left = {site: Adapter(rows[site], trained[site] + 1, None) for site in SIZES}
+    for site, found in method.consolidate(left, 2).adapters.items():
+        share = 1 / math.sqrt(3)
+        torch.testing.assert_close(found.b, (1 - share) * merged[site] + share * (trained[site] + 1))
+        assert torch.equal(found.a, rows[site])

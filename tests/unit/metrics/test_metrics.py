@@ -95,6 +95,32 @@ def test_rouge_l_by_hand():
 
 
 @pytest.mark.parametrize(
+    "prediction, answer, expected",
+    [
+        ("A\nXcat", "B\nYcat", 0),  # the third character counts
+        ("ABcat", "CDcat", 100),  # the second does not
+        ("A", "B\ncat", 0),
+    ],
+)
+def test_reasons_begin_with_the_third_character(prediction, answer, expected):
+    assert one("reason_rouge_l", prediction, answer) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "prediction, answer, expected",
+    [
+        ("", "A", 0),
+        (" \n", "N", 100),  # an odd rule, and the published one: 'N/A' begins with the letter
+        ("", " ", 100),
+        ("N", "", 0),  # of 'N/A' the prediction has the first letter alone
+        (" B: because", "\nB", 100),
+    ],
+)
+def test_an_empty_choice_is_read_as_not_available(prediction, answer, expected):
+    assert one("first_char_treelora", prediction, answer) == expected
+
+
+@pytest.mark.parametrize(
     "prediction, answer, score",
     [
         ("the cat sat.", "the cat sat.", 600 / 7),  # 3 words in the answer, an empty fourth in the prediction
