@@ -117,7 +117,8 @@ def _most(examples: int | None) -> str:
     return f"at most {examples} examples" if examples else "all examples"
 
 
-def _in_turn(value: int | dict[str, int], tasks: list[str]) -> str:
+def _in_turn(value: int | dict[str, int] | None, tasks: list[str]) -> str:
     """A setting's one value, or its values in the order of the tasks where they differ: `5,3,7`."""
+    assert value is not None, "a resolved recipe has it"
     values = [str(by_task(value, task)) for task in tasks]
     return values[0] if len(set(values)) == 1 else ",".join(values)
