@@ -243,7 +243,11 @@ def general_basis(recipe: Recipe, summary: dict) -> Basis:
 def differing(bases: Sequence[Basis]) -> list[str]:
     """The names of what some of them have otherwise."""
     known = [one for one in bases if one]
-    return [name for name in (known[0] if known else ()) if any(one[name] != known[0][name] for one in known)]
+    names = []
+    for name in known[0] if known else ():
+        if any(one[name] != known[0][name] for one in known):
+            names.append(name)
+    return names
 
 
 def said_of(names: list[str]) -> str:

@@ -28,6 +28,7 @@ def compare(sweep: Sweep) -> dict:
     "runs"}`. `unlike`: in what the runs were measured otherwise than others; `rows` is empty if there are
     none, `by_order` if all learn the tasks in one order."""
     runs = finished(sweep.runs())
+    described = [{"arm": run.arm, "settings": run.settings, **run.folder.summary} for run in runs]
     pooled, by_order = _grouped(runs, over_orders=True), _grouped(runs, over_orders=False)
     tries = []
     for run in finished(sweep.tries):
@@ -42,7 +43,7 @@ def compare(sweep: Sweep) -> dict:
         "rows": _rows(sweep, pooled),
         "by_order": _rows(sweep, by_order) if len(by_order) > len(pooled) else [],
         "tries": tries,
-        "runs": [{"arm": run.arm, "settings": run.settings, **run.folder.summary} for run in runs],
+        "runs": described,
     }
 
 

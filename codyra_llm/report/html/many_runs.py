@@ -228,11 +228,11 @@ def _differences(names: list[str], groups: list[list[Run]], over_orders: bool) -
     for name, group in zip(names, groups, strict=True):
         baseline = baseline_of(group, groups, over_orders)
         known = {pairing(run, over_orders): run for run in baseline}
-        own = [(run, pairing(run, over_orders)) for run in group]
-        pairs = [(run, known[key]) for run, key in own if key in known]
+        matches = [(run, known.get(pairing(run, over_orders))) for run in group]
+        pairs = [(run, match) for run, match in matches if match is not None]
         if not pairs or group is baseline:
             continue
-        cells = [_difference([_less(a, b, key) for a, b in pairs]) for key in MEASURES]
+        cells = [_difference(pairs, key) for key in MEASURES]
         if any(cells):
             lines.append((name, [Cell(len(pairs), str(len(pairs))), *cells]))
     if not lines:
@@ -253,8 +253,9 @@ def _less(one: Run, other: Run, measure: str) -> float | None:
     return a - b
 
 
-def _difference(values: list[float | None]) -> Cell | None:
-    cell = over(values, "+.1f")
+def _difference(pairs: list[tuple[Run, Run]], measure: str) -> Cell | None:
+    """The mean difference over the pairs, marked where its 95 % interval leaves 0 out."""
+    cell = over([_less(one, other, measure) for one, other in pairs], "+.1f")
     if cell is None or cell.low is None or cell.high is None:
         return cell
     return replace(cell, marked=cell.low > 0 or cell.high < 0)
