@@ -210,7 +210,7 @@ def _tables(folder: RunFolder, recipe: Recipe, rows: list[ScoreRow], after: int)
     if rows and after + 1 == len(recipe.tasks):
         found = summarised(folder)
         lines = [
-            (name, [number(found[name], ".2f"), word(FORMULAS[name])])
+            (name, [number(found[name], "z.2f"), word(FORMULAS[name])])
             for name in MEASURES
             if found[name] is not None
         ]

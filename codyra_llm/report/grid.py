@@ -62,7 +62,8 @@ class Grid:
         return replace(self, columns=[self.columns[i] for i in kept], rows=rows)
 
 
-def number(value: float | None, form: str = ".1f", **more) -> Cell | None:
+def number(value: float | None, form: str = "z.1f", **more) -> Cell | None:
+    """A cell of a number; by the z of its form, what rounds to zero has no minus."""
     return None if value is None else Cell(value, format(value, form), **more)
 
 

@@ -258,7 +258,7 @@ def said_of(names: list[str]) -> str:
     )
 
 
-def over(values: list[float | None], form: str = ".1f", heat: float | None = None) -> Cell | None:
+def over(values: list[float | None], form: str = "z.1f", heat: float | None = None) -> Cell | None:
     """Mean, interval and standard deviation over seeds; None where a run lacks the number."""
     found = interval(values, None)
     if found is None:

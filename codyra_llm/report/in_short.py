@@ -36,7 +36,7 @@ def in_short(recipe: Recipe, found: dict) -> Table | None:
     )
     rows = {recipe.method.name: own | {"general": change["value"]}, reference["name"]: reference}
     for name, row in rows.items():
-        out.add_row(name, *(f"{row[measure]:.1f}" for measure in MEASURED), f"{row['general']:+.1f}")
+        out.add_row(name, *(f"{row[measure]:z.1f}" for measure in MEASURED), f"{row['general']:+z.1f}")
     return out
 
 

@@ -40,7 +40,7 @@ def _treelora(data: dict, own: dict[str, list[Run]]) -> Grid:
         for name, group in own.items()
     ]
     for name, pairs in data["treelora"].items():
-        values = [number(value, ".2f") for pair in pairs for value in pair]
+        values = [number(value, "z.2f") for pair in pairs for value in pair]
         rows.append((name, [None, None, None, *values]))
     columns = [f"{model}: {measure}" for model in data["models"] for measure in ("OP", "forgetting")]
     return Grid(
@@ -56,7 +56,7 @@ def _treelora(data: dict, own: dict[str, list[Run]]) -> Grid:
 def _trace(data: dict, own: dict[str, list[Run]]) -> Grid:
     rows = [(name, [*_own(group, "op", "bwt"), None, _delta_r(group)]) for name, group in own.items()]
     for name, values in data["trace"].items():
-        forms = (".1f", "+.1f", "g", "+.2f")
+        forms = ("z.1f", "+z.1f", "g", "+z.2f")
         rows.append((name, [number(value, form) for value, form in zip(values, forms, strict=True)]))
     return Grid(
         "TRACE",
@@ -72,12 +72,12 @@ def _own(group: list[Run], *keys: str) -> list[Cell | None]:
     summaries = [run.summary for run in group]
     cells = []
     for key in keys:
-        cells.append(over([summary[key] for summary in summaries], ".2f"))
+        cells.append(over([summary[key] for summary in summaries], "z.2f"))
     return cells
 
 
 def _delta_r(group: list[Run]) -> Cell | None:
-    return over([(run.summary["delta_r"] or {}).get("value") for run in group], "+.2f")
+    return over([(run.summary["delta_r"] or {}).get("value") for run in group], "+z.2f")
 
 
 def _run(group: list[Run]) -> str:

@@ -68,7 +68,7 @@ def show(found: dict, console: Console) -> None:
             f"step {row.step}/{row.steps}, loss {row.loss:.3f}, {row.speed:,.0f} tokens/s"
         )
     for stage, by_task in found["scores"].items():
-        scores = ", ".join(f"{task} {score:.1f}" for task, score in by_task.items())
+        scores = ", ".join(f"{task} {score:z.1f}" for task, score in by_task.items())
         lines.append(f"after {stage}: {scores}")
     if found["next"]:
         lead = "next" if found["state"] == "running" else "to resume, run the same command; next"

@@ -136,8 +136,8 @@ def _per_example(folder: RunFolder, row: ScoreRow) -> list[float]:
 def change_in_words(change: dict) -> str:
     """ΔR with its interval, where there is one, and what it is the mean of."""
     low, high = change.get("low"), change.get("high")
-    known = "" if low is None else f" (95 % interval over test examples: {low:+.2f} to {high:+.2f})"
-    return f"ΔR {change['value']:+.2f}{known}, mean change over {', '.join(change['members'])}"
+    known = "" if low is None else f" (95 % interval over test examples: {low:+z.2f} to {high:+z.2f})"
+    return f"ΔR {change['value']:+z.2f}{known}, mean change over {', '.join(change['members'])}"
 
 
 def _costs(rows: list[CostRow]) -> dict | None:

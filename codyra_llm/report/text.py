@@ -61,7 +61,7 @@ def _change(found: dict) -> list[str]:
 
 def _cell(value: float | None) -> str:
     """A score as text; blank where not measured."""
-    return "" if value is None else f"{value:.1f}"
+    return "" if value is None else f"{value:z.1f}"
 
 
 def table(found: dict) -> Group:
@@ -77,7 +77,7 @@ def table(found: dict) -> Group:
 
 def _measures(found: dict) -> str:
     """What is said below the scores, a line for each kind."""
-    lines = ["   ".join(f"{name} {found[name]:.2f}" for name in MEASURES if found[name] is not None)]
+    lines = ["   ".join(f"{name} {found[name]:z.2f}" for name in MEASURES if found[name] is not None)]
     if found.get("floor"):
         lines.append(f"{answers.FLOOR}, without a model: op {_cell(found['floor']['op'])}")
     lines += answers.sentences(found.get("answers", []))

@@ -216,9 +216,9 @@ def _relative(own: dict | None, baseline: dict | None) -> dict | None:
 COLUMNS: dict[str, Callable[[dict], str]] = {
     "arm": lambda row: " ".join(filter(None, (row["arm"], row["settings"]))),
     **{title: lambda row, name=name: _shown(row[name]) for name, title in MEASURES.items()},
-    "OP, less the baseline's": lambda row: _shown(row["difference"] and row["difference"]["op"], "+.1f"),
+    "OP, less the baseline's": lambda row: _shown(row["difference"] and row["difference"]["op"], "+z.1f"),
     "forgetting, less the baseline's": lambda row: _shown(
-        row["difference"] and row["difference"]["forgetting"], "+.1f"
+        row["difference"] and row["difference"]["forgetting"], "+z.1f"
     ),
     "trained": lambda row: f"{row['costs']['trained']:,.0f}" if row["costs"] else "",
     "time": lambda row: _times(row, "seconds"),
@@ -226,7 +226,7 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
 }
 
 
-def _shown(value: dict | None, form: str = ".1f") -> str:
+def _shown(value: dict | None, form: str = "z.1f") -> str:
     """`mean ± half of the interval`; blank where not measured."""
     if value is None:
         return ""
@@ -307,7 +307,7 @@ def _floors(rows: list[dict]) -> list[str]:
     """The lines for the OP of the most frequent training answers."""
     lines = []
     for label, value in answers.floors({COLUMNS["arm"](row): row["floor"] for row in rows}).items():
-        lines.append(f"| {plain(label)} | {value:.1f} |{' |' * (len(COLUMNS) - 2)}")
+        lines.append(f"| {plain(label)} | {value:z.1f} |{' |' * (len(COLUMNS) - 2)}")
     return lines
 
 

@@ -48,7 +48,7 @@ def panel(scores: dict[int, tuple[float, float | None, float | None]], learnt: i
     lower = [(x(step), y(low)) for step, (_, low, high) in known if low is not None and high is not None]
     before = [pair for pair in values if pair[0] <= learnt]
     after = [pair for pair in values if pair[0] >= learnt]
-    dots = [{"x": x(step), "y": y(value), "title": f"after {step}: {value:.1f}"} for step, value in values]
+    dots = [{"x": x(step), "y": y(value), "title": f"after {step}: {value:z.1f}"} for step, value in values]
     every = math.ceil((steps + 1) / 10)
     xs = [(x(step), str(step)) for step in range(0, steps + 1, every)]
     return {

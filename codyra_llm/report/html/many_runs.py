@@ -140,7 +140,7 @@ def _said_of_answers(names: list[str], groups: list[list[Run]]) -> list[str]:
         summaries = [run.summary for run in group]
         floors[name] = answers.mean_floor(summaries)
         tallies[name] = answers.tallied([found["answers"] for found in summaries])
-    lines = [f"OP of the {label}: {value:.1f}." for label, value in answers.floors(floors).items()]
+    lines = [f"OP of the {label}: {value:z.1f}." for label, value in answers.floors(floors).items()]
     return lines + answers.compared(tallies)
 
 
@@ -255,7 +255,7 @@ def _less(one: Run, other: Run, measure: str) -> float | None:
 
 def _difference(pairs: list[tuple[Run, Run]], measure: str) -> Cell | None:
     """The mean difference over the pairs, marked where its 95 % interval leaves 0 out."""
-    cell = over([_less(one, other, measure) for one, other in pairs], "+.1f")
+    cell = over([_less(one, other, measure) for one, other in pairs], "+z.1f")
     if cell is None or cell.low is None or cell.high is None:
         return cell
     return replace(cell, marked=cell.low > 0 or cell.high < 0)
@@ -267,7 +267,7 @@ def _runs(names: list[str], groups: list[list[Run]]) -> Grid:
     for name, group in zip(names, groups, strict=True):
         for run in group:
             place = str(run.folder.path.relative_to(shared))
-            measured = [number(value, ".2f") for value in run.measures.values()]
+            measured = [number(value, "z.2f") for value in run.measures.values()]
             lines.append((place, [word(name), Cell(run.recipe.seed, str(run.recipe.seed)), *measured]))
             provenances[place] = provenance([run])
     return Grid("runs", "run", ["group", "seed", *MEASURES.values()], lines, provenance=provenances).filled()

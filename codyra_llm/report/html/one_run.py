@@ -71,9 +71,9 @@ def _facts(folder: RunFolder, found: dict, manifest: dict) -> list[str]:
 
 
 def _measures(found: dict) -> Grid:
-    lines = [(name, [number(found[name], ".2f"), word(FORMULAS[name])]) for name in MEASURES]
+    lines = [(name, [number(found[name], "z.2f"), word(FORMULAS[name])]) for name in MEASURES]
     if found["floor"]:
-        lines.append(("op of the floor", [number(found["floor"]["op"], ".2f"), word(answers.FLOOR_SAID)]))
+        lines.append(("op of the floor", [number(found["floor"]["op"], "z.2f"), word(answers.FLOOR_SAID)]))
     return Grid(
         "measures",
         "measure",
@@ -124,7 +124,7 @@ def _panels(found: dict, rows: Rows) -> list[dict]:
             if name == task and step <= steps and row.score is not None
         }
         ends = [known[step][0] for step in (learnt, steps) if step in known]
-        change = " → ".join(f"{value:.1f}" for value in dict.fromkeys(ends))
+        change = " → ".join(f"{value:z.1f}" for value in dict.fromkeys(ends))
         out.append(
             {
                 "task": task,
@@ -152,7 +152,7 @@ def _general(found: dict, rows: Rows) -> Grid | None:
         after = scored(rows.get((last, name))) if last else None
         ends = scores.get("before"), scores.get("after")
         change = None if None in ends else ends[1] - ends[0]
-        lines.append((name, [before, after, number(change, "+.1f")]))
+        lines.append((name, [before, after, number(change, "+z.1f")]))
     columns = ["before", "after", "change"]
     return Grid("general ability", "probe", columns, lines, _general_note(found, rows))
 
@@ -237,12 +237,12 @@ def _mapped(row: UpdateRow | None) -> Cell | None:
 
 
 CHANGES = {
-    "norm": ("norm of the update", "‖ΔW‖, mean over the layers", ".3f"),
-    "drift": ("cumulative drift", "‖W - W₀‖ after the task, mean over the layers", ".3f"),
+    "norm": ("norm of the update", "‖ΔW‖, mean over the layers", "z.3f"),
+    "drift": ("cumulative drift", "‖W - W₀‖ after the task, mean over the layers", "z.3f"),
     "surviving": (
         "surviving share",
         "How much of the update is left once the sum is rounded to the model's dtype",
-        ".4f",
+        "z.4f",
     ),
 }
 

@@ -5,8 +5,11 @@ import io
 import pytest
 
 from codyra_llm.core.terminal import Terminal
+from codyra_llm.report.grid import number
+from codyra_llm.report.groups import over
 from codyra_llm.report.summary import MEASURES
 from codyra_llm.report.text import table
+from codyra_llm.sweep.comparison import _shown
 
 
 def shown(tasks, matrix, zero_shot=None):
@@ -45,3 +48,9 @@ def test_a_narrow_matrix_does_not_break_what_is_said_of_it():
     lines = out.getvalue().splitlines()
     assert lines[0] == "seqlora: score on each task, after each task"
     assert any(line.startswith("op 50.00   bwt 50.00   ") for line in lines)
+
+
+def test_what_rounds_to_zero_has_no_minus():
+    assert [number(value).text for value in (-0.04, 0.04, -0.06)] == ["0.0", "0.0", "-0.1"]
+    assert over([-0.03, -0.01], "+z.1f").text.startswith("+0.0")
+    assert _shown({"mean": -0.01, "low": None, "high": None}) == "0.0"
