@@ -180,6 +180,17 @@ def test_answers_to_what_a_template_wrote_end_as_its_turns_do(tokenizer, chat_te
     assert encoder.answer("b")[0] == plain.answer
 
 
+def test_what_is_learnt_perfectly_ends_at_any_token_that_ends_an_answer(tokenizer):
+    """At the model's end of turn as at EOS, whichever is first."""
+    tokenizer = deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
+    ends = frozenset({tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")})
+    plain, chat = Encoder(tokenizer, section(40, 20)), Encoder(tokenizer, section(40, 20), ends)
+    assert plain.perfect("yes<end_of_turn>no") == "yesno"
+    assert chat.perfect("yes<end_of_turn>no") == "yes"
+    assert chat.perfect(f"yes{tokenizer.eos_token}no<end_of_turn>") == "yes"
+
+
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5)), min_size=1, max_size=6))
 def test_padded_and_packed_batches_hold_the_same_labels(sizes):
     examples = [

@@ -1,5 +1,7 @@
 """The layer against the dense formula in float64, its archive, its merge."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -10,7 +12,7 @@ from torch.nn import functional
 from codyra_llm.core.errors import Fault
 from codyra_llm.lora.function import Group, SharedLinears, shadow
 from codyra_llm.lora.layer import AdapterSpec, LoraLinear, attach, sites
-from codyra_llm.lora.merge import merged_weight
+from codyra_llm.lora.merge import merged_weight, report
 from codyra_llm.lora.update import Adapter, Update
 from codyra_llm.store.archive import Archive
 
@@ -218,3 +220,23 @@ def test_what_an_update_s_header_says_is_part_of_its_hash(key, value, tmp_path):
     save_file(load_file(path), path, {**header, key: value})
     with pytest.raises(Fault, match="does not match its hash"):
         Archive(tmp_path, "base").load(0)
+
+
+@pytest.mark.parametrize("step, share", [(1.0, 1), (0.125, 0), (1.5, 4 / 3)])
+def test_what_survives_a_cast_by_hand(step, share):
+    """W = 1, above which the grid of bfloat16 has steps of 2⁻⁷: a change of a step stays, of an eighth of one
+    is lost, and of one and a half becomes two. In front of it an update of two steps, which only drift
+    counts."""
+
+    def constant(value):
+        factors = torch.full((1, 3), value), torch.ones(4, 1), None
+        return Update({"s": Adapter(*factors)}, 2**-7)
+
+    reader = SimpleNamespace(get=lambda name: torch.ones(4, 3) if name == "s.weight" else None)
+    first, second = constant(2.0), constant(step)
+    (row,) = report(reader, [first], [first, second], 5, torch.bfloat16, torch.device("cpu"))
+    root = 12**0.5 * 2**-7
+    assert (row.site, row.rank, row.kept) == ("s", 5, 1)
+    assert row.update_norm == pytest.approx(step * root, rel=1e-5)
+    assert row.drift == pytest.approx((2 + step) * root, rel=1e-5)
+    assert row.surviving == pytest.approx(share, abs=1e-5)

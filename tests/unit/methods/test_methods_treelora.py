@@ -8,7 +8,7 @@ import torch
 from adapters import SIZES, a_task, attached, drawn
 
 from codyra_llm.lora.layer import sites
-from codyra_llm.methods.regularised.tree import Bandit
+from codyra_llm.methods.regularised.tree import Bandit, grow
 from codyra_llm.methods.regularised.treelora import blend, distance
 from codyra_llm.methods.regularised.treelora_repo import Draw
 
@@ -28,6 +28,25 @@ def test_the_bandit_finds_the_nearest_task():
     assert counts.argmax() == 4
     only = Bandit(unit[:1], 2.0)
     assert [only.select() for _ in range(3)] == [0, 0, 0]
+
+
+def test_the_distance_by_hand():
+    """½ ℓ1 between vectors of ℓ1 norm 1: 0 for one direction, 1 for opposite ones."""
+    a = torch.tensor([3.0, 1.0])
+    others = torch.tensor([[6.0, 2.0], [-3.0, -1.0], [1.0, 3.0], [0.0, 0.0]])
+    assert distance(a.expand(4, 2), others).tolist() == [0.0, 1.0, 0.5, 0.5]
+
+
+def test_a_node_s_spread_is_the_largest_cost_between_two_of_its_arms():
+    """By which the costs of its arms can differ: the bound is that of the bandit's costs, half of ℓ1."""
+    signatures = torch.randn(6, 40, generator=torch.Generator().manual_seed(1)).double()
+    signatures /= signatures.abs().sum(1, keepdim=True)
+    nodes = [grow(signatures, list(range(6)))]
+    for node in nodes:
+        nodes += node.children
+        apart = [distance(signatures[i], signatures[k]).item() for i in node.arms for k in node.arms]
+        assert node.spread == pytest.approx(max(apart))
+    assert len(nodes) == 11  # six leaves, of one arm each
 
 
 def test_blend():
