@@ -141,7 +141,9 @@ def evaluate_checkpoint(
 
 def _names(given: str | Sequence[str] | None) -> list[str] | None:
     """A list of names; a single one may be given by itself."""
-    return [given] if isinstance(given, str) else given and list(given)
+    if isinstance(given, str):
+        return [given]
+    return None if given is None else list(given)
 
 
 def run_sweep(

@@ -194,7 +194,8 @@ def prepare(
     tried.faults += wrong
     stream = Stream(recipe.data, root, render)
     encoder = Encoder(tokenizer, recipe.data, answer_ends(base, tokenizer)) if tokenizer else None
-    setup = Setup(recipe, method, base, tokenizer, encoder, stream, {}, {}, {})
+    # Where there is no tokenizer there is a fault, and nobody gets this.
+    setup = Setup(recipe, method, base, tokenizer, encoder, stream, {}, {}, {})  # pyright: ignore
     if runs:
         setup.probes, setup.suite = _general(tried, recipe, config)
         setup.prompts = tried(find_questions, recipe.open_ended) if open_ended else {}
