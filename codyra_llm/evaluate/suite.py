@@ -143,6 +143,7 @@ def find(section: "GeneralSection") -> dict[str, Ability]:
     if section.data == "hub":
         known, root = HUB, None
     else:
+        assert section.data is not None, "without data nothing is measured"
         root = Path(expanded(section.data))
         if not root.is_dir():
             raise Fault(
