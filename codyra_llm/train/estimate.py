@@ -20,6 +20,8 @@ from codyra_llm.runtime.memory import Meter
 # Even numbers, since in some families layers alternate between two kinds of attention.
 MEASURED_LAYERS = (2, 4)
 SECONDS = 0.3  # how long products are timed
+ENOUGH = 0.5  # seconds that the timed passes of a model take together, unless ROUNDS of them are shorter
+ROUNDS = 3
 
 
 class Depth(NamedTuple):
@@ -168,12 +170,13 @@ def step_seconds(make: Make, batch: Batch, layers: Depth) -> float:
     return total
 
 
-def _seconds(model: nn.Module, batch: Batch, rounds: int = 3) -> float:
-    """Seconds of one forward and backward: the median over some rounds, after one that allocates."""
+def _seconds(model: nn.Module, batch: Batch) -> float:
+    """Seconds of one forward and backward: the median of at most ROUNDS, after one that allocates. A single
+    long pass is enough; with a large model on a CPU each takes seconds."""
     shared, times = shared_inputs(model), []
     device = next(model.parameters()).device
     batch = batch.to(device)
-    for _ in range(rounds + 1):
+    while len(times) <= ROUNDS and sum(times[1:]) < ENOUGH:
         model.zero_grad()
         for group in shared:
             group.forget()

@@ -311,6 +311,25 @@ def test_two_timed_micro_batches_say_how_long_all_take():
     assert total_seconds(timed(8e8, -0.1), timed(1e8, -0.05), 10, 8e9) == pytest.approx(7)
 
 
+@pytest.mark.parametrize(("each", "passes"), [(0.01, 4), (0.3, 3), (2.0, 2)])
+def test_long_passes_are_timed_less_often(each, passes, monkeypatch):
+    """One pass allocates; the others take half a second together, or there are three."""
+    now, ran = [0.0], []
+
+    class Slow:
+        def to(self, device):
+            return self
+
+        def cross_entropy(self, model):
+            now[0] += each
+            ran.append(1)
+            return model.weight.sum()
+
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: now[0])
+    assert estimate._seconds(torch.nn.Linear(2, 2), Slow()) == pytest.approx(each)
+    assert len(ran) == passes
+
+
 def test_seconds_of_many_layers_follow_from_a_few(tiny_llama, monkeypatch):
     """0.3 s in front of them; 0.1 s in each with adapters, 0.06 in one that backward goes through, 0.02 in
     one before."""
