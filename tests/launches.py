@@ -3,6 +3,7 @@ both.
 """
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -140,3 +141,28 @@ def write_stand_in(folder: Path) -> dict[str, str]:
         "SEEN": str(folder / "seen"),
         "PYTHON": sys.executable,
     }
+
+
+DECIDING = (
+    "NNODES",
+    "NODE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "PROCESSES",
+    "ACCELERATE_CONFIG",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "PYTHON",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+)
+
+
+def undecided() -> dict[str, str]:
+    """This environment, without what decides how launch.sh starts a run."""
+    kept = {}
+    for name, value in os.environ.items():
+        if name not in DECIDING and not name.startswith(("SLURM", "ACCELERATE_")):
+            kept[name] = value
+    return kept

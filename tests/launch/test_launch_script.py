@@ -7,33 +7,17 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from helpers import ROOT
-from launches import write_stand_in
+from launches import undecided
 
 import codyra_llm.recipes
 
 QUICKSTART = Path(codyra_llm.recipes.__path__[0]) / "quickstart.yaml"
-DECIDING = (
-    "NNODES",
-    "NODE_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "PROCESSES",
-    "ACCELERATE_CONFIG",
-    "CUDA_VISIBLE_DEVICES",
-    "OMP_NUM_THREADS",
-    "PYTHON",
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-)
 STUBS = {
     "python3": '[ "$1" != -c ] || exit 0\nprintf "<%s>" "$@"; echo',
     "nproc": "echo 32",
@@ -90,11 +74,7 @@ def launch(tmp_path):
     """
     stubs = write_stubs(tmp_path / "bin", STUBS)
     (tmp_path / "z.yaml").touch()
-    clean = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in DECIDING and not k.startswith(("SLURM", "ACCELERATE_"))
-    }
+    clean = undecided()
 
     def start(
         *arguments, script=ROOT / "launch.sh", timeout=60, **environment
@@ -425,49 +405,6 @@ def test_a_slurm_allocation(tiny_llama, toy_stream, launch, tmp_path):
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["world_size"] == 2
     assert (tmp_path / "run" / "summary.json").is_file()
     assert (tmp_path / "run" / "checkpoint" / "model.safetensors").is_file()
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("environment", "name", "code"),
-    [
-        ({}, "SIGUSR1", 75),
-        ({"PROCESSES": "2"}, "SIGUSR1", 1),
-        ({"PROCESSES": "2"}, "SIGTERM", 1),
-        (
-            {"PROCESSES": "2", "ACCELERATE_CONFIG": str(QUICKSTART.parent / "accelerate" / "zero2.yaml")},
-            "SIGUSR1",
-            1,
-        ),
-    ],
-)
-def test_a_warning_reaches_every_process(environment, name, code, tmp_path):
-    """Each process gets the signal of launch.sh's, and time to save; the launchers' codes are those of the
-    documentation.
-    """
-    clean = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in DECIDING and not k.startswith(("SLURM", "ACCELERATE_"))
-    }
-    running = subprocess.Popen(
-        [ROOT / "launch.sh", "x.yaml"],
-        env={**clean, **write_stand_in(tmp_path), **environment},
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-    )
-    ranks, seen, until = (
-        range(int(environment.get("PROCESSES", 1))),
-        tmp_path / "seen",
-        time.monotonic() + 120,
-    )
-    while seen.read_text().count("ready") < len(ranks) and time.monotonic() < until:
-        time.sleep(0.1)
-    running.send_signal(getattr(signal, name))
-    told = running.communicate(timeout=60)[1]
-    assert running.returncode == code, told
-    lines = [line.split(maxsplit=1)[1] for line in seen.read_text().splitlines()]
-    assert sorted(lines) == sorted(f"{rank} {text}" for rank in ranks for text in ("ready", name, "saved"))
 
 
 def commands() -> list[str]:

@@ -1,4 +1,4 @@
-"""optim.warmup and method.layers in whole runs: what is logged, and which weights change."""
+"""optim.warmup, schedules and method.layers in whole runs: what is logged, and which weights change."""
 
 from io import StringIO
 
@@ -106,3 +106,17 @@ def test_a_plan_counts_what_is_adapted(tiny_llama, toy_stream, tmp_path, monkeyp
         console = Console(file=StringIO(), width=300)
         plan.plan(asked, console)
         assert "memory, estimated" in console.file.getvalue()
+
+
+def test_threshold_and_schedule_reach_the_optimizer(tiny_llama, toy_stream, tmp_path):
+    """An overwhelming threshold leaves no rank; a cosine schedule ends elsewhere than a constant rate."""
+    one = {"data__tasks": ["ONE"], "checkpoint": False}
+    gone = run(tiny_recipe(tiny_llama, toy_stream, tmp_path / "gone", method__threshold__budget=50.0, **one))
+    assert all(row.kept == 0 and row.update_norm == 0 for row in gone.updates)
+    ends = [
+        run(
+            tiny_recipe(tiny_llama, toy_stream, tmp_path / s, method="seqlora", optim__schedule=s, **one)
+        ).updates
+        for s in ("constant", "cosine")
+    ]
+    assert ends[0][0].update_norm > 1.2 * ends[1][0].update_norm

@@ -93,6 +93,23 @@ def test_treelora_leans_to_the_planted_task_and_keeps_the_mean_of_the_last_epoch
         torch.testing.assert_close(state[site][3], torch.stack(seen[site][30:]).mean(0))
 
 
+def _released_tree(t, dots):
+    """Its two parts of the tasks, each with the median that divides it; `dots(tasks, level)` by signature."""
+
+    def lower_median(values):
+        return sorted(values)[(len(values) - 1) // 2]
+
+    if t == 1:
+        return []
+    root = dots(range(t), 0)
+    cut = lower_median(root)
+    sides = [i for i in range(t) if root[i] >= cut], [i for i in range(t) if root[i] < cut]
+    children = []
+    for part in sides if all(sides) else (list(range(t // 2)), list(range(t // 2, t))):
+        children.append((part, lower_median(dots(part, 1)) if len(part) > 1 else None))
+    return children
+
+
 def released(saved, vs, steps, draws):
     """The released loop in plain scalars: the tasks drawn in every step, and the last accumulated
     signature.
@@ -106,9 +123,6 @@ def released(saved, vs, steps, draws):
         mean = sum(diffs[i][level] for i in tasks) / len(tasks)
         return [float(diffs[i][level] @ mean) for i in tasks]
 
-    def lower_median(values):
-        return sorted(values)[(len(values) - 1) // 2]
-
     def exponentials(values):
         return [math.exp(x - max(values)) for x in values]
 
@@ -120,13 +134,7 @@ def released(saved, vs, steps, draws):
                 return at
         return at
 
-    children = []
-    if t > 1:
-        root = dots(range(t), 0)
-        cut = lower_median(root)
-        sides = [i for i in range(t) if root[i] >= cut], [i for i in range(t) if root[i] < cut]
-        for part in sides if all(sides) else (list(range(t // 2)), list(range(t // 2, t))):
-            children.append((part, lower_median(dots(part, 1)) if len(part) > 1 else None))
+    children = _released_tree(t, dots)
     for tau, (v, u) in enumerate(zip(vs, draws, strict=True)):
         for _ in range(depth):
             cur = cur + v / steps

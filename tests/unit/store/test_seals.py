@@ -2,6 +2,7 @@
 these.
 """
 
+import json
 import os
 
 import pytest
@@ -179,4 +180,5 @@ def test_a_file_that_grows_has_no_hash(tmp_path):
     sealed.forget(tmp_path / "log.jsonl")
     (tmp_path / "log.jsonl").write_text("one\ntwo\n")
     sealed.check(tmp_path / "log.jsonl")
+    assert "log.jsonl" not in json.loads((tmp_path / "seals.json").read_text())
     sealed.forget(tmp_path / "log.jsonl")
