@@ -77,9 +77,10 @@ class Stream:
     def hashes(self) -> dict[str, str]:
         """sha256 by split of the tasks' data: of TRACE's files; of declared sources, which may be no files,
         of the examples that were read from them."""
-        return dict(self._hash(task, split) for task in self.tasks for split in SPLITS)
+        return dict(self.hash_of(task, split) for task in self.tasks for split in SPLITS)
 
-    def _hash(self, task: str, split: str) -> tuple[str, str]:
+    def hash_of(self, task: str, split: str) -> tuple[str, str]:
+        """A name for a split of a task, or of another set, and its hash."""
         if not self.benchmark.task(task).declared:
             file = self.root / task / f"{split}.json"
             return f"{task}/{split}.json", file_sha256(file) if file.is_file() else ABSENT

@@ -115,7 +115,8 @@ def values(setup: Setup, base: str | None, host: str) -> dict[str, str]:
     found = {f"recipe {key}": value for key, value in _settings(setup.recipe) if key not in PATHS}
     found |= {"version codyra_llm": __version__, "version python": platform.python_version()}
     found |= {f"version {name}": version(name) for name in ("torch", "transformers", "accelerate")}
-    found |= {f"data {name}": digest[:SHOWN] for name, digest in setup.stream.hashes().items()}
+    hashes = setup.stream.hashes() | setup.method.own_data(setup.stream)
+    found |= {f"data {name}": digest[:SHOWN] for name, digest in hashes.items()}
     found |= {f"plug-in {name}": _version(origin) for name, origin in setup.origins.items()}
     read = [_hash(file) for ability in setup.suite.values() for file in ability.files]
     untrained = json.dumps([setup.probes, list(setup.suite), read, setup.prompts])

@@ -207,6 +207,9 @@ def _manifest(setup: Setup, acc: Accelerator, base: str) -> dict:
         "data": setup.stream.hashes(),
         "metrics": setup.metrics,
     }
+    own = setup.method.own_data(setup.stream)
+    if own:
+        manifest["method_data"] = own
     if setup.origins:
         manifest["plugins"] = setup.origins
     return manifest

@@ -44,8 +44,14 @@ class Task:
     def sample(self, count: int, seed: int, past: int | None = None) -> list["Encoded"]:
         """`count` of these records, or all if there are fewer; the draw depends only on (seed, task), so it
         is the same at each call."""
-        records = self.records(past)
-        draw = generator("sample", seed, self.index if past is None else past)
+        return self._drawn(self.records(past), count, seed, self.index if past is None else past)
+
+    def general(self, name: str, count: int, seed: int) -> list["Encoded"]:
+        """`count` training records of a set that is no task of the stream, or all if there are fewer."""
+        return self._drawn(self.stream.extra(name), count, seed, name)
+
+    def _drawn(self, records: list[dict], count: int, *key: int | str) -> list["Encoded"]:
+        draw = generator("sample", *key)
         chosen = torch.randperm(len(records), generator=draw)[:count].tolist()
         return self.encode([records[i] for i in chosen])
 
@@ -160,6 +166,11 @@ class Method:
     def epochs_apart(self, stream: "Stream", index: int) -> int:
         """How many of the last epochs of `train_data` have a learning-rate schedule of their own."""
         return 0
+
+    def own_data(self, stream: "Stream") -> dict[str, str]:
+        """By name, the hashes of what the method reads in addition to the tasks' own data; a resumed run must
+        find the same."""
+        return {}
 
     def loss(self, model: nn.Module, batch: "Batch") -> dict[str, Tensor]:
         """Named loss terms; the loop sums them and logs each, and validation measures `loss`. `batch.weights`

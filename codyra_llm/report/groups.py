@@ -17,7 +17,8 @@ from codyra_llm.report.grid import Cell, Provenance
 from codyra_llm.store.folder import RunFolder
 
 Basis = dict[str, object]  # by name, what runs must share
-CONTENT = ("base", "tokenizer", "data", "metrics")  # keys of a manifest that hold hashes and versions
+# Keys of a manifest that hold hashes and versions.
+CONTENT = ("base", "tokenizer", "data", "method_data", "metrics")
 OF_GENERAL = ("general", "delta_r")  # the measures that have a basis of their own
 LOAD = "where other jobs shared the machine it says little of the method"  # of seconds by the clock
 POOLED = ("seed", "data.tasks")  # the keys of a sweep's grid that a mean may be taken over

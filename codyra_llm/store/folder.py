@@ -139,12 +139,14 @@ class RunFolder:
             for key in ("base", "tokenizer")
             if key in was and was[key] != manifest[key]
         ]
-        return lines + [
-            f"{name} was {value}, and is {manifest[kind].get(name, 'not there')} now"
-            for kind in ("data", "metrics")
-            for name, value in was.get(kind, {}).items()
-            if manifest[kind].get(name) != value
-        ]
+        for kind in ("data", "method_data", "metrics"):
+            now = manifest.get(kind, {})
+            lines += [
+                f"{name} was {value}, and is {now.get(name, 'not there')} now"
+                for name, value in was.get(kind, {}).items()
+                if now.get(name) != value
+            ]
+        return lines
 
     def archive(self) -> "Archive":
         from codyra_llm.store.archive import Archive

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from codyra_llm.commands.checkpoints import export
 from codyra_llm.config.methods.sequential import REASONING_VARIANT
 from codyra_llm.config.registry import METHODS
 from codyra_llm.core.errors import Fault
-from codyra_llm.core.files import read_jsonl
+from codyra_llm.core.files import file_sha256, read_jsonl
 from codyra_llm.experiment import run as runs
 from codyra_llm.experiment.export import write_peft
 from codyra_llm.experiment.learning import task_data
@@ -108,6 +109,8 @@ def test_rcl_trains_on_reasoning_and_names_what_lacks(tiny_llama, reasoned, toy_
         tiny_recipe(tiny_llama, toy_stream, tmp_path / "run", method="rcl", method__folder=elsewhere)
     )
     assert again.method.train_data(again.stream, 0)[0] == records
+    first = f"{REASONING_VARIANT}/ONE/train.json"
+    assert setup.method.own_data(setup.stream)[first] == file_sha256(Path(elsewhere) / "ONE" / "train.json")
 
 
 def test_rcl_prefers_the_variant_in_the_root_to_the_one_beside_it(tiny_llama, reasoned, tmp_path):

@@ -183,6 +183,13 @@ class CodyraDriftConfig(OldInputsConfig, RankWeightsConfig, frozen=True):
         description="share of the `samples` that are chats (a user's text and an answer, with twice as many "
         "tokens); for models with a chat template",
     )
+    general: str | None = Field(
+        default=None,
+        min_length=1,
+        description="a set of general data that the model is to go on answering as it does: before the first "
+        "task, up to `max_examples` of its training examples count as those of one more old task; a folder "
+        "in data.root, or a task of the benchmark that is not learnt; null: none",
+    )
     answer_share: Fraction | None = Field(
         default=0.5,
         description="total weight, in a task's second moments, of the positions that predict the answer's "

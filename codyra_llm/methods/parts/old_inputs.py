@@ -50,9 +50,9 @@ class OldInputs(Mapping[str, SecondMoment]):
     def __len__(self) -> int:
         return len(self._sums)
 
-    def begin(self, moments: Moments) -> None:
-        """The first source, before any task."""
-        self._sums, self.sources = moments, 1
+    def add(self, moments: Moments) -> None:
+        """One more source, in float64 where none has been stored yet."""
+        self._sums, self.sources = self._with(moments), self.sources + 1
 
     def recovered(self, product: Tensor, trace: Tensor) -> SecondMoment:
         """The second moment that a sketch's product and trace stand for."""
@@ -61,11 +61,17 @@ class OldInputs(Mapping[str, SecondMoment]):
     def state_with(self, moments: Moments) -> dict[str, Tensor]:
         """What `__init__` reads, with these as one more source."""
         state = {"sources": torch.tensor(self.sources + 1)}
+        for name, (product, trace) in self._with(moments).items():
+            state[f"{name}.product"] = product.float()  # the sum in float64
+            state[f"{name}.trace"] = trace
+        return state
+
+    def _with(self, moments: Moments) -> Moments:
+        sums = {}
         for name, (product, trace) in moments.items():
             old_product, old_trace = self._sums.get(name, (0.0, 0.0))
-            state[f"{name}.product"] = (product + old_product).float()  # the sum in float64
-            state[f"{name}.trace"] = trace + old_trace
-        return state
+            sums[name] = product + old_product, trace + old_trace
+        return sums
 
 
 def own_share(examples: list[Encoded]) -> list[Encoded]:

@@ -51,7 +51,7 @@ class PerturbMerge(SeqLora):
         if self.config.curvature == "inputs":
             self._kept = OldInputs(self.config, task.state)
             if not task.index and self.config.samples:
-                self._kept.begin(sampled_moments(self.config, model, task, self.seed))
+                self._kept.add(sampled_moments(self.config, model, task, self.seed))
 
     def before_step(self, groups, step: int, steps: int, schedule: str) -> None:
         """Scale the adapters by 1 + ε or 1 - ε, drawn by (seed, task, step)."""

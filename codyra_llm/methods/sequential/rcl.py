@@ -4,6 +4,7 @@ from pathlib import Path
 
 from codyra_llm.config.methods.sequential import REASONING_VARIANT, RclConfig
 from codyra_llm.core.errors import Fault
+from codyra_llm.core.files import file_sha256
 from codyra_llm.core.parsing import expanded
 from codyra_llm.data.reasoning import read_answer, reasoned_prompt
 from codyra_llm.data.records import read_split
@@ -27,8 +28,7 @@ class Rcl(SeqLora):
 
     def train_data(self, stream, index: int):
         """The task's records from TRACE's variant with reasoning. Raises Fault where it has none."""
-        own, task = self.config.folder, stream.tasks[index]
-        folder = Path(expanded(own)) if own else _variant(stream.root.absolute())
+        folder, task = self._folder(stream), stream.tasks[index]
         if not (folder / task / "train.json").is_file():
             raise Fault(
                 f"method.folder: {folder} has no {task}/train.json; give the folder of TRACE's variant with "
@@ -37,6 +37,11 @@ class Rcl(SeqLora):
         records = read_split(folder, task, "train")[: stream.data.max_train_examples]
         return records, [range(len(records))] * stream.epochs[index]
 
+    def own_data(self, stream) -> dict[str, str]:
+        """The hashes of the records with reasoning."""
+        files = [f"{task}/train.json" for task in stream.tasks]
+        return {f"{REASONING_VARIANT}/{file}": file_sha256(self._folder(stream) / file) for file in files}
+
     def present(self, stream, encoder, task: int, prompts: list[str]) -> list[str]:
         """Prompts that ask for the reasoning too."""
         return [reasoned_prompt(stream.tasks[task], prompt) for prompt in prompts]
@@ -44,6 +49,10 @@ class Rcl(SeqLora):
     def read(self, task: str, prediction: str) -> str:
         """The answer without its reasoning."""
         return read_answer(task, prediction)
+
+    def _folder(self, stream) -> Path:
+        own = self.config.folder
+        return Path(expanded(own)) if own else _variant(stream.root.absolute())
 
 
 def _variant(root: Path) -> Path:

@@ -1,7 +1,7 @@
 """Replay: sequential LoRA that also visits stored examples of the tasks before."""
 
 from codyra_llm.config.methods.sequential import ReplayConfig
-from codyra_llm.core.errors import Fault
+from codyra_llm.methods.parts.general import general_hash, general_set
 from codyra_llm.methods.sequential.seqlora import SeqLora
 
 
@@ -37,27 +37,15 @@ class Replay(SeqLora):
         apart = self.config.when == "after" and self._memory(stream, index)
         return 1 if apart else 0
 
+    def own_data(self, stream) -> dict[str, str]:
+        """The general set's hash."""
+        return general_hash(stream, self.config.general)
+
     def _memory(self, stream, index: int) -> list[dict]:
         memory = []
         for past in range(index):
             memory += head(stream.records(past, "train"), self.config.ratio)
-        return memory + self._general(stream)
-
-    def _general(self, stream) -> list[dict]:
-        name = self.config.general
-        if name is None:
-            return []
-        if name in stream.tasks:
-            raise Fault(
-                f"method.general: '{name}' is one of data.tasks; give a set that is not learnt, or null"
-            )
-        try:
-            return stream.extra(name)
-        except Fault as fault:
-            advice = "; give a set that is there, or null to replay none"
-            raise Fault(
-                *(f"method.general: {message.rstrip('.')}{advice}" for message in fault.messages)
-            ) from None
+        return memory + general_set(stream, self.config.general)
 
 
 def head(records: list[dict], ratio: float) -> list[dict]:

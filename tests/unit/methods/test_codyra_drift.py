@@ -2,6 +2,7 @@
 what it keeps on a stream."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,8 @@ from pydantic import ValidationError
 from codyra_llm.config.methods.sequential import CodyraDriftConfig
 from codyra_llm.config.recipe import parse_recipe
 from codyra_llm.config.registry import METHODS
+from codyra_llm.core.errors import Fault
+from codyra_llm.core.files import file_sha256
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.experiment import run as runs
 from codyra_llm.experiment.setup import prepare
@@ -150,6 +153,46 @@ def test_moments_are_means_over_sources(setup, tmp_path):
     torch.testing.assert_close(kept[site].factor, expected, rtol=1e-4, atol=1e-6)
     sketched = kept["model.layers.1.mlp.down_proj"]
     assert sketched.factor.shape == (64, 8) and kept.sources == 2
+
+
+def test_a_general_set_counts_as_one_more_old_task(setup, tmp_path):
+    """Before the first task, in addition to the samples or alone; at the second one only the state counts."""
+    archive = Archive(tmp_path / "updates", "base")
+    model = _adapted(setup, archive)
+    config = setup.method.config.model_copy(update={"general": "THREE", "chats": 0.0, "max_examples": 12})
+    setup.method.config, task = config, setup.task(model, archive, 0, {})
+    examples = task.general("THREE", 12, setup.method.seed)
+    of_set = moments(config, model, task, examples, config.answer_share)
+    of_samples = moments(config, model, task, self_sampled(model, 40, 6, setup.method.seed))
+    everything = {tuple(e.prompt + e.answer) for e in task.encode(setup.stream.extra("THREE"))}
+    assert len(examples) == 12 and {tuple(e.prompt + e.answer) for e in examples} <= everything
+    for samples, sources in ((40, [of_samples, of_set]), (0, [of_set])):
+        setup.method.config = config.model_copy(update={"samples": samples})
+        setup.method.begin_task(model, task)
+        old = setup.method._old
+        assert old.sources == len(sources)
+        for name, (product, trace) in old._sums.items():
+            torch.testing.assert_close(product, sum(source[name][0] for source in sources))
+            torch.testing.assert_close(trace, sum(source[name][1] for source in sources))
+    state = old.state_with(of_samples)
+    setup.method.begin_task(model, setup.task(model, archive, 1, state))
+    assert setup.method._old.sources == 2
+
+
+def test_a_general_set_is_found_and_stays_the_same(tiny_llama, toy_stream, tmp_path):
+    """Before weights load, and when the run is resumed."""
+    with pytest.raises(Fault, match="method.general: .*GONE.*give a set that is there, or null for none"):
+        prepare(recipe(tiny_llama, toy_stream, tmp_path / "run", general="GONE"))
+    with pytest.raises(Fault, match="method.general: 'TWO' is one of data.tasks"):
+        prepare(recipe(tiny_llama, toy_stream, tmp_path / "run", general="TWO"))
+    data = shutil.copytree(toy_stream, tmp_path / "data")
+    wanted = recipe(tiny_llama, data, tmp_path / "run", general="THREE")
+    done = runs.run(wanted)
+    assert done.manifest["method_data"] == {"THREE/train.json": file_sha256(data / "THREE" / "train.json")}
+    rows = json.loads((data / "THREE" / "train.json").read_text(encoding="utf-8"))
+    (data / "THREE" / "train.json").write_text(json.dumps(rows[1:]), encoding="utf-8")
+    with pytest.raises(Fault, match="THREE/train.json was .*, and is .* now"):
+        runs.run(wanted)
 
 
 def test_answers_have_their_share_of_the_moments(setup, tmp_path):

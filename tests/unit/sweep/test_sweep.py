@@ -108,7 +108,7 @@ def test_what_any_run_would_refuse_is_told_before_the_first(sweep_file, launches
         "x/seed=1",
         "y/seed=1",
     ]  # not for every seed again
-    with pytest.raises(Fault, match="replay: method.general: .*Lima.* or null to replay none"):
+    with pytest.raises(Fault, match="replay: method.general: .*Lima.* or null for none"):
         go(sweep_file(arms={"seqlora": {}, "replay": {"method": "replay"}}))
     assert not launches
     with pytest.raises(Fault, match="tune.tries: ewc would be compared without tries"):
