@@ -310,12 +310,13 @@ class Trainer:
                 generator("dropout", seed, task.index, step, self.acc.process_index).initial_seed()
             )
             batches, losses = self._attempt(task.examples, chosen)
+            if following and losses is not None:
+                # Collated while the device still runs this step: among several ranks `anywhere` waits for it.
+                self._ahead = following, self.tokens, list(self._collated(task.examples, following))
             if not self.engine.anywhere(losses is None):
                 break
             self.engine.discard()
             self._shrink([len(task.examples[i]) for i in chosen], f"task {task.name}, step {step + 1}")
-        if following:  # collated while the device still runs this step
-            self._ahead = following, self.tokens, list(self._collated(task.examples, following))
         sums = []
         for name in losses[0]:
             sums.append(sum(terms.get(name, 0.0) for terms in losses))

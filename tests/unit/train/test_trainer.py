@@ -98,3 +98,20 @@ def test_an_adapter_without_a_gradient_is_refused_after_the_first_step(names, re
         return
     with pytest.raises(Fault, match="^1 adapters got no gradient in the first step, v_proj among them"):
         next(steps)
+
+
+def test_the_next_step_is_collated_before_ranks_wait_for_each_other(monkeypatch):
+    """Whether memory ran out on any rank is known once the device is done, which must have the next step
+    then."""
+    trainer, collated = begun(), []
+
+    def anywhere(mine: bool) -> bool:
+        ahead, _, batches = trainer._ahead
+        collated.append((ahead, sum(len(batch.examples) for batch in batches)))
+        return mine
+
+    monkeypatch.setattr(trainer.engine, "anywhere", anywhere)
+    task = TaskData("T", 0, EXAMPLES, [range(3)] * 3, [])
+    assert len(list(trainer.fit(task, 1))) == 3
+    _, second, third = task.batches(1, 4)
+    assert collated == [(second, 3), (third, 3), (None, 0)]
