@@ -5,7 +5,8 @@ import logging
 import pytest
 import torch
 
-from codyra_llm.bench import measured, options
+from codyra_llm.bench import LEVELS, measured, options
+from codyra_llm.bench.measure import Options
 from codyra_llm.core import gpus
 from codyra_llm.runtime import launch
 
@@ -27,6 +28,15 @@ def test_a_launch_leaves_cudnn_attention_out(cudnn_attention):
 def test_a_benchmark_leaves_cudnn_attention_out(cudnn_attention):
     measured("linear", options("cpu", None, "8,4,6,2", "ours", None, rounds=1))
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_a_benchmark_is_timed_on_the_device_that_is_asked_for(monkeypatch):
+    """CUDA events are of the current device: those of another GPU would time nothing."""
+    chosen, asked = [], Options(torch.device("cuda", 1), torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setitem(LEVELS, "linear", lambda options: {"level": "linear"})
+    measured("linear", asked)
+    assert chosen == [asked.device]
 
 
 @pytest.fixture
