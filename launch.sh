@@ -123,7 +123,9 @@ if [ -n "$slurm" ]; then
 fi
 
 # One launcher.
-gpus=$( (nvidia-smi -L 2>/dev/null || true) | wc -l)
+# Lines of GPUs alone: without a driver nvidia-smi complains on standard output, and a GPU that is cut up (MIG) has a line
+# for each part, of which CUDA gives a process one.
+gpus=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU ' || true)
 if [ -n "${CUDA_VISIBLE_DEVICES+set}" ] && [ "$gpus" -gt 0 ]; then
   gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
 fi

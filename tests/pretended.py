@@ -19,6 +19,7 @@ DEVICE = torch.device("cuda", 0)
 PACKAGE = str(Path(__file__).parents[1] / "codyra_llm") + "/"
 
 waits: Counter[tuple[str, str]] = Counter()  # (what was asked for, the project's line) -> how often
+recording = None  # the graph that takes down what runs on the device, where one is recorded
 
 # What CUDA allows between devices, besides scalars: copies, and what looks at no number.
 ACROSS = {"copy_", "_to_copy", "set_", "lift_fresh", "lift", "detach", "clone", "alias"}
@@ -124,13 +125,19 @@ def dispatch(func, args: tuple, kwargs: dict):
     if target and generator is not None and generator.device.type == "cpu":
         raise DevicesMixed(f"{func}: expected a 'cuda' device type for generator but found 'cpu'")
     pinned = kwargs.get("pin_memory")
-    out = _computed(func, name, args, kwargs)
     written = _written(func, args, kwargs)
+    if recording and isinstance(written, OnDevice):
+        recording.keep(written)
+    out = computed(func, args, kwargs)
     if written is not None and func._schema.returns:
-        return written
+        result = written
+    else:
+        result = _mapped(_on_device, out) if target else out
+    if recording and (here or target):
+        recording.take(func, args, kwargs, result)
     if pinned:
-        out.pinned = True
-    return _mapped(_on_device, out) if target else out
+        result.pinned = True
+    return result
 
 
 @cache
@@ -171,7 +178,7 @@ def _target(name: str, args: tuple, kwargs: dict, here: bool) -> bool:
     return isinstance(args[0], OnDevice) if name == "_to_copy" else here
 
 
-def _computed(func, name: str, args: tuple, kwargs: dict):
+def computed(func, args: tuple, kwargs: dict):
     """The result on the CPU."""
     args = _mapped(_held, args)
     kwargs = {key: _mapped(_held, value) for key, value in kwargs.items()}
@@ -263,6 +270,8 @@ def install() -> None:
     torch.nn.functional.scaled_dot_product_attention = attention
     stated = {
         "_lazy_init": None,
+        "mem_get_info": (1 << 30, 1 << 34),
+        "memory_reserved": 0,
         "reset_peak_memory_stats": None,
         "synchronize": None,
         "max_memory_allocated": 0,

@@ -66,7 +66,8 @@ def by_line() -> dict[str, int]:
 
 
 def learn_both(experiment: Experiment) -> None:
-    """A run without its evaluations, once the launch has found no device to start."""
+    """A run without its evaluations, once the launch has found no device to start. Where a method does not
+    merge, so that it computes something for every prompt, the last model is evaluated."""
     torch.cuda.is_available = lambda: True
     peak = ProcessPeak(experiment.acc.device)
     for index in range(len(TASKS)):
@@ -75,6 +76,8 @@ def learn_both(experiment: Experiment) -> None:
             runs.pass_over(experiment, stage)
         else:
             runs.learn(experiment, stage, peak)
+    if not experiment.method.merges:
+        runs.evaluate(experiment, stage)
 
 
 def section(base: str, stream: str, out: Path, name: str) -> dict:

@@ -27,6 +27,8 @@ def measured(level: str, options: Options) -> dict:
     if level not in LEVELS:
         raise Fault(f"'{level}' is not a level; choose from {', '.join(LEVELS)}.{nearest(level, LEVELS)}")
     leave_out_cudnn_attention()  # for all arms, so that none pays for plans that a second round does not need
+    if options.device.type == "cuda" and options.device.index is not None:
+        torch.cuda.set_device(options.device)  # events are recorded there, whatever the tensors' device
     return LEVELS[level](options)
 
 

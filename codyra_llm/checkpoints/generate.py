@@ -18,7 +18,7 @@ from codyra_llm.formats.adapter_files import vocabulary
 from codyra_llm.models import loading
 from codyra_llm.models.ends import answer_ends
 from codyra_llm.models.tokenizer import load_tokenizer, tokenizer_folder
-from codyra_llm.runtime import launch
+from codyra_llm.runtime import launch, precision
 from codyra_llm.store.folder import RunFolder
 from codyra_llm.store.rows import Stage
 
@@ -68,6 +68,13 @@ def _stage(folder: RunFolder, task: str | None, device: torch.device) -> Answeri
     return Answering(model, setup.encoder, conditions, number)
 
 
+def dtype_on(device: torch.device) -> torch.dtype:
+    """The dtype of a model that belongs to no run: float32 on a CPU; on a GPU, as in a run, bfloat16 where it
+    has units for that, since in float32 a model of 8 billion weights takes 32 GB."""
+    low = device.type == "cuda" and precision.multiplies_bfloat16()
+    return torch.bfloat16 if low else torch.float32
+
+
 def _plain(source: Source, new: int, device: torch.device) -> Answering:
     base = loading.resolve(source.model, source.revision)
     reads = tokenizer_folder(source.adapter, base)
@@ -76,11 +83,8 @@ def _plain(source: Source, new: int, device: torch.device) -> Answering:
     faults = loading.check(base, chat, reads, rows)
     if faults:
         raise Fault(*faults)
-    model = (
-        build(base, source.adapter, torch.float32, None)
-        if source.adapter
-        else loading.load(base, torch.float32)
-    )
+    dtype = dtype_on(device)
+    model = build(base, source.adapter, dtype, None) if source.adapter else loading.load(base, dtype)
     positions = getattr(model.config, "max_position_embeddings", None) or 4096
     limit = min(positions, MOST_TOKENS) - new
     if limit < 8:

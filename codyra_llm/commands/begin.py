@@ -10,6 +10,7 @@ import typer
 from codyra_llm.commands.common import Plugins, console, path
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.files import write_text
+from codyra_llm.core.gpus import has_nvidia_gpu
 
 
 def recipe_init(
@@ -49,7 +50,8 @@ def recipe_init(
     path_of_model = ask("model", model, "Base model: hub id, folder, .gguf file, or mini", "mini")
     folder = ask("data", data, "Data: folder of tasks, or mini", "mini", _data)
     name = ask("method", method, "Method (`codyra-llm methods` lists them)", "codyra", _method)
-    kind, batch = ask("device", device, "Device, and examples per optimizer step", _here(), _device)
+    here = "gpu" if has_nvidia_gpu() else "cpu"
+    kind, batch = ask("device", device, "Device, and examples per optimizer step", here, _device)
     out = ask("output", output, "Folder of the run", f"runs/{file.stem}")
     write_text(file, draft(Answers(path_of_model, folder, name, kind, batch, out), file))
     command = shlex.join(["codyra-llm", "plan", str(file)])
@@ -97,8 +99,3 @@ def _device(answer: str) -> tuple[str, int]:
             f"'{answer}' is neither cpu nor gpu; write e.g. 'gpu 32', 32 examples a step"
         )
     return kind, int(number) if number else EXAMPLES[kind]
-
-
-def _here() -> str:
-    """The device of this machine, found without importing torch: NVIDIA's driver makes this device file."""
-    return "gpu" if Path("/dev/nvidia0").exists() else "cpu"

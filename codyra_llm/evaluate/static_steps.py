@@ -15,9 +15,11 @@ LEAST = 12  # steps left for recording to pay: it costs about as much as four st
 
 def pays(model: PreTrainedModel, left: int) -> bool:
     """Whether to go on with recorded steps: on a GPU, for families that attend to everything before a token,
-    with PyTorch's own attention, and where enough steps are `left`."""
+    with PyTorch's own attention, and where enough steps are `left`. Not with a RoPE of the kind "dynamic":
+    its code reads at every step, on the host, how long the longest row is."""
     config = model.config
     recorded = families.of(config).recorded_steps and not families.windows(config)
+    recorded = recorded and "dynamic" not in families.rope_type(config)
     supported = recorded and config._attn_implementation == "sdpa"
     return supported and model.device.type == "cuda" and left >= LEAST
 

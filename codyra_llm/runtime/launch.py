@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers.integrations import unset_hf_deepspeed_config
 
 from codyra_llm.core.errors import Fault
+from codyra_llm.core.gpus import has_nvidia_gpu
 from codyra_llm.core.parsing import read_mapping
 from codyra_llm.runtime import heartbeat
 
@@ -44,6 +45,8 @@ def accelerator() -> Accelerator:
     group = InitProcessGroupKwargs(timeout=timedelta(hours=2), **backend)
     # Not cpu=True with ZeRO, which would drop DeepSpeed.
     made = Accelerator(mixed_precision="no", cpu=cpu and not zero, kwargs_handlers=[group])
+    if cpu and _hides_a_gpu():
+        say(unused_gpu())
     if zero:
         config = made.state.deepspeed_plugin.deepspeed_config
         if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
@@ -67,6 +70,28 @@ def accelerator() -> Accelerator:
 def device() -> torch.device:
     """The device of this process: its GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _hides_a_gpu() -> bool:
+    """Whether PyTorch finds none of this machine's GPUs, though CUDA_VISIBLE_DEVICES does not hide them all:
+    empty or -1 asks for the CPU."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip()
+    return has_nvidia_gpu() and visible not in ("", "-1")
+
+
+def unused_gpu() -> str:
+    """That everything runs on the CPU although there is a GPU, and what to do."""
+    if torch.version.cuda is None:
+        reason = "is built without CUDA; install a build with CUDA"
+    else:
+        reason = (
+            f"can't use it, often since the driver is too old for CUDA {torch.version.cuda}; run nvidia-smi, "
+            "then update the driver, or install a build of PyTorch for the driver's CUDA"
+        )
+    return (
+        f"this machine has an NVIDIA GPU, but PyTorch {torch.__version__} {reason}. Everything runs on the "
+        "CPU now, many times slower; to ask for that set CUDA_VISIBLE_DEVICES to nothing"
+    )
 
 
 def is_first() -> bool:

@@ -20,6 +20,9 @@ from codyra_llm.runtime import heartbeat
 from codyra_llm.runtime.launch import zero_stage
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# Numbers of a gradient from which on it is summed over ranks by itself: together with the others it would be
+# copied twice, and such tensors are few.
+LARGE = 1 << 22
 
 
 class Engine:
@@ -134,8 +137,12 @@ class Engine:
         return values[: -len(flags)], values[-len(flags) :], norm
 
     def _summed(self, terms: Tensor, flags: list[float]) -> Tensor:
-        """`terms` followed by `flags`, summed over ranks; sums the gradients in the same reduction."""
+        """`terms` followed by `flags`, summed over ranks; sums the gradients in the same reduction, but large
+        ones one by one."""
         trained = [] if self.deepspeed else [p for group in self.groups for p in group["params"]]
+        for p in [p for p in trained if p.numel() >= LARGE]:
+            p.grad = self._summed_alone(p)
+        trained = [p for p in trained if p.numel() < LARGE]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
         # From pinned memory, so that the copy does not make the host wait.
         own = torch.tensor(flags, dtype=terms.dtype, pin_memory=terms.is_cuda)
@@ -146,6 +153,12 @@ class Engine:
         for p, summed in zip(trained, sums, strict=True):
             p.grad = summed.view_as(p).to(p.dtype)
         return read
+
+    def _summed_alone(self, p: nn.Parameter) -> Tensor:
+        """A parameter's gradient summed over ranks, in its dtype."""
+        own = torch.zeros_like(p) if p.grad is None else p.grad
+        with heartbeat.waiting():
+            return self.acc.reduce(own, "sum").to(p.dtype)
 
     def _norm(self) -> Tensor:
         """The L2 norm of all gradients, a scalar on the device."""

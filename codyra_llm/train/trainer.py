@@ -157,7 +157,12 @@ class Trainer:
             packed_attention.use(model)
         groups = method.param_groups(model, optim.lr)
         self.trained = sum(p.numel() for group in groups for p in group["params"])
-        self.optimizer = ProximalAdamW(groups, betas=optim.betas, weight_decay=optim.weight_decay)
+        # On a GPU AdamW makes its temporary tensors for all parameters at once unless it is told not to; for
+        # all weights they would take as much memory as these.
+        at_once = False if method.archives_weights else None
+        self.optimizer = ProximalAdamW(
+            groups, betas=optim.betas, weight_decay=optim.weight_decay, foreach=at_once
+        )
         self._ahead = None, None, []  # the next step's examples, token limit and collated micro-batches
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.engine = Engine(acc, Objective(model, method), self.optimizer, optim.max_grad_norm)
@@ -310,12 +315,13 @@ class Trainer:
                 generator("dropout", seed, task.index, step, self.acc.process_index).initial_seed()
             )
             batches, losses = self._attempt(task.examples, chosen)
+            if following and losses is not None:
+                # Collated while the device still runs this step: among several ranks `anywhere` waits for it.
+                self._ahead = following, self.tokens, list(self._collated(task.examples, following))
             if not self.engine.anywhere(losses is None):
                 break
             self.engine.discard()
             self._shrink([len(task.examples[i]) for i in chosen], f"task {task.name}, step {step + 1}")
-        if following:  # collated while the device still runs this step
-            self._ahead = following, self.tokens, list(self._collated(task.examples, following))
         sums = []
         for name in losses[0]:
             sums.append(sum(terms.get(name, 0.0) for terms in losses))

@@ -244,6 +244,26 @@ def test_threads_are_shared_out(launch):
         assert f"OMP_NUM_THREADS={threads} " in launch("--dry-run", "x.yaml", **environment).stdout
 
 
+BROKEN_DRIVER = """
+NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. Make sure that the latest NVIDIA
+driver is installed and running.
+
+"""
+CUT_UP = """GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)
+  MIG 3g.40gb     Device  0: (UUID: MIG-1)
+  MIG 3g.40gb     Device  1: (UUID: MIG-2)
+"""
+
+
+@pytest.mark.parametrize("said", [BROKEN_DRIVER, CUT_UP], ids=["no driver", "parts of a GPU"])
+def test_lines_that_are_no_gpus_start_no_processes(launch, tmp_path, said):
+    """nvidia-smi says that it has failed on standard output, and lists the parts of a GPU below it."""
+    (tmp_path / "said").write_text(said)
+    write_stubs(tmp_path / "other", {"nvidia-smi": f"cat {shlex.quote(str(tmp_path / 'said'))}"})
+    path = f"{tmp_path / 'other'}:{tmp_path / 'bin'}:{undecided()['PATH']}"
+    assert shown(launch("--dry-run", "x.yaml", PATH=path)) == ["python3", *RUN]
+
+
 @pytest.mark.parametrize("environment", [{}, {"GPUS": "2"}], ids=["one process", "torchrun"])
 def test_what_is_printed_can_be_pasted(environment, launch, tmp_path):
     awkward = ["my recipe.yaml", "data.tasks=[ONE, TWO]", "output=it's $HOME/`x`;*", "general.data="]

@@ -3,20 +3,16 @@ may, and nothing of a model outlives its task.
 """
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
-import torch
+from pretended_hooks import environment
 
 from codyra_llm.config.registry import METHODS
 
-HOOKS = Path(__file__).with_name("hooks.cpp")
 SCRIPT = Path(__file__).parents[1] / "run_pretended.py"
 TRAINED = [name for name, method in METHODS.items() if method.trains]
 
@@ -46,31 +42,10 @@ BUDGETS: dict[str, Budget] = {
 }
 
 
-def compiled(folder: Path) -> Path:
-    """The library that lets autograd believe in the device; skips where it can't be made."""
-    if torch.version.cuda is not None:
-        pytest.skip("this PyTorch is built for CUDA and has a device's hooks already; tests/gpu is for it")
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("there is no C++ compiler (c++, g++, clang++ or $CXX)")
-    root = Path(torch.__file__).parent
-    if not (root / "include/ATen/detail/CUDAHooksInterface.h").is_file():
-        pytest.skip(f"PyTorch's C++ headers are not in {root / 'include'}")
-    library = folder / "hooks.so"
-    command = [compiler, "-shared", "-fPIC", "-std=c++20", f"-I{root / 'include'}", HOOKS, "-o", library]
-    linked = [f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-Wl,--no-as-needed", "-lc10", "-ltorch_cpu"]
-    done = subprocess.run([*command, *linked], capture_output=True, text=True)
-    if "fatal error" in done.stderr and "No such file" in done.stderr:
-        pytest.skip(f"a header is missing: {done.stderr.splitlines()[0]}")
-    assert done.returncode == 0, done.stderr
-    return library
-
-
 def test_every_method(tiny_llama, toy_stream, tmp_path):
     """All of them in one call, since its imports take longer than a method's steps."""
-    environment = os.environ | {"LD_PRELOAD": str(compiled(tmp_path)), "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, SCRIPT, tiny_llama, toy_stream, tmp_path, *TRAINED]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(tmp_path))
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"method"')]
     assert [row["method"] for row in rows] == TRAINED

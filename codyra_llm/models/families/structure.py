@@ -157,6 +157,12 @@ def windows(config: PreTrainedConfig) -> list[int]:
     return [shape.window for shape in attention_shapes(config) if shape.window]
 
 
+def rope_type(config: PreTrainedConfig) -> str:
+    """The kind of RoPE, by transformers' names; "default" where layers have kinds of their own."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return parameters.get("rope_type") or "default"
+
+
 def takes_embeddings(config: PreTrainedConfig) -> bool:
     """Whether a text may be preceded by embeddings that belong to no token. Not where every layer adds
     embeddings of the tokens themselves (Gemma 4's per-layer embeddings)."""

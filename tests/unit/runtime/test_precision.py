@@ -7,6 +7,7 @@ import torch
 from helpers import tiny_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from codyra_llm.checkpoints.generate import dtype_on
 from codyra_llm.experiment import run as runs
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.runtime import precision
@@ -95,3 +96,12 @@ def test_a_run_keeps_what_it_began_in_on_another_machine(machine, low_llama, toy
 
 def replace_output(recipe, folder):
     return recipe.model_copy(update={"output": str(folder)})
+
+
+@pytest.mark.parametrize("supported, expected", [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_model_without_a_run_is_asked_in_the_dtype_of_its_device(monkeypatch, supported, expected):
+    """In float32 an export of 8B would not fit into a card of 24 GB, on which its run was made."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: supported)
+    assert dtype_on(torch.device("cuda")) == expected
+    assert dtype_on(torch.device("cpu")) == torch.float32

@@ -7,12 +7,14 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional
+from torch.optim import adam
 
 from codyra_llm.config.sections import OptimSection, SaveSection
 from codyra_llm.core.errors import Fault
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.lora.layer import AdapterSpec, attach, sites
 from codyra_llm.methods.base import Method
+from codyra_llm.runtime.memory import Meter
 from codyra_llm.store.checkpoint import Progress, small
 from codyra_llm.train.trainer import TaskData, Trainer
 
@@ -98,3 +100,36 @@ def test_an_adapter_without_a_gradient_is_refused_after_the_first_step(names, re
         return
     with pytest.raises(Fault, match="^1 adapters got no gradient in the first step, v_proj among them"):
         next(steps)
+
+
+def test_the_next_step_is_collated_before_ranks_wait_for_each_other(monkeypatch):
+    """Whether memory ran out on any rank is known once the device is done, which must have the next step
+    then."""
+    trainer, collated = begun(), []
+
+    def anywhere(mine: bool) -> bool:
+        ahead, _, batches = trainer._ahead
+        collated.append((ahead, sum(len(batch.examples) for batch in batches)))
+        return mine
+
+    monkeypatch.setattr(trainer.engine, "anywhere", anywhere)
+    task = TaskData("T", 0, EXAMPLES, [range(3)] * 3, [])
+    assert len(list(trainer.fit(task, 1))) == 3
+    _, second, third = task.batches(1, 4)
+    assert collated == [(second, 3), (third, 3), (None, 0)]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_step_of_all_weights_takes_little_memory_beyond_them(monkeypatch, whole):
+    """As a GPU's default, under which AdamW makes its temporary tensors for all parameters at once."""
+    monkeypatch.setattr(adam, "_default_to_fused_or_foreach", lambda *_, **__: (False, True))
+    monkeypatch.setattr(SumOfFirstTokens, "archives_weights", whole)
+    trainer = begun([f"{kind}_proj" for kind in "qkvo"])
+    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    trainer.optimizer.step()  # which makes the moments
+    with Meter() as meter:
+        trainer.optimizer.step()
+    held = sum(p.nbytes for p in parameters)
+    assert (meter.peak < held / 2) == whole

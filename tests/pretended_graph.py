@@ -1,0 +1,77 @@
+"""A CUDA graph on the device that is not there: what its operators did is done again at every replay.
+
+As on a device, recording does nothing yet, and replaying runs no Python: a number that changes from step to
+step must be in a tensor. The host may not wait while it records.
+"""
+
+from types import TracebackType
+
+import pretended
+import torch
+from pretended import OnDevice
+from torch import Tensor
+
+replays = 0  # of all graphs
+
+
+class NotRecorded(RuntimeError):
+    """What CUDA says of a call that can't be recorded."""
+
+
+class Graph:
+    """Stands in for `torch.cuda.CUDAGraph`."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple] = []  # operator, its arguments, and its result
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}  # what was written into, and what it held
+
+    def take(self, func, args: tuple, kwargs: dict, result) -> None:
+        """Record one operator that ran on the device."""
+        self.calls.append((func, args, kwargs, result))
+
+    def keep(self, written: Tensor) -> None:
+        """Remember what a tensor's memory holds before it is first written into."""
+        memory = written.held.untyped_storage()
+        if memory.data_ptr() not in self.before:
+            whole = torch.empty(0, dtype=torch.uint8).set_(memory)
+            self.before[memory.data_ptr()] = whole, whole.clone()
+
+    def replay(self) -> None:
+        """Run what was recorded, into the same memory."""
+        global replays
+        replays += 1
+        for func, args, kwargs, result in self.calls:
+            again = pretended.computed(func, args, kwargs)
+            _copy(result, again)
+
+
+def _copy(result, again) -> None:
+    """Put what a replayed operator gave where its result was; of views and operators in place it is there."""
+    if isinstance(result, (list, tuple)):
+        for part, new in zip(result, again, strict=True):
+            _copy(part, new)
+    elif isinstance(result, OnDevice) and result.held.data_ptr() != again.data_ptr():
+        result.held.copy_(again)
+
+
+class Recording:
+    """Stands in for `torch.cuda.graph`."""
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+
+    def __enter__(self) -> None:
+        pretended.recording = self.graph
+        self.waits = pretended.waits.total()
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        pretended.recording = None
+        for memory, held in self.graph.before.values():
+            memory.copy_(held)
+        if kind is None and pretended.waits.total() > self.waits:
+            raise NotRecorded(f"the host waited while it recorded: {dict(pretended.waits)}")
+
+
+def install() -> None:
+    """Let torch's own names mean these, for good."""
+    torch.cuda.CUDAGraph, torch.cuda.graph = Graph, Recording
