@@ -18,7 +18,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.parsing import read_mapping
-from codyra_llm.runtime import heartbeat
+from codyra_llm.runtime import heartbeat, launchers
 
 log = logging.getLogger(__name__)
 
@@ -31,11 +31,13 @@ def accelerator() -> Accelerator:
     DeepSpeed gets no low precision in its config: it would cast the adapters and their gradients.
     """
     leave_out_cudnn_attention()
+    launchers.check_environment()
     cpu = not torch.cuda.is_available()
     zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
     many = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if zero:
         _prepare_deepspeed(cpu)
+        launchers.check_deepspeed()
     if many:
         heartbeat.launcher()
     # Only the first process converts models and writes checkpoints, which can take longer than the default
@@ -45,21 +47,7 @@ def accelerator() -> Accelerator:
     # Not cpu=True with ZeRO, which would drop DeepSpeed.
     made = Accelerator(mixed_precision="no", cpu=cpu and not zero, kwargs_handlers=[group])
     if zero:
-        config = made.state.deepspeed_plugin.deepspeed_config
-        if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
-            raise Fault(
-                "zero_optimization.offload_optimizer replaces the optimizer by DeepSpeed's own, which knows "
-                "no soft threshold; set its device to none (offload_param may stay)"
-            )
-        # Batches are cut by tokens here, so to DeepSpeed's engine every micro-batch is a step of its own.
-        config.update(
-            train_micro_batch_size_per_gpu=1,
-            gradient_accumulation_steps=1,
-            zero_allow_untested_optimizer=True,
-            bf16={"enabled": False},
-            fp16={"enabled": False},
-        )
-        config.pop("train_batch_size", None)
+        launchers.settle_deepspeed(made.state.deepspeed_plugin.deepspeed_config)
         unset_hf_deepspeed_config()
     return made
 
