@@ -81,6 +81,8 @@ def evaluate(checkpoint: str, wanted: Wanted, observers: Sequence[Observer] = ()
     with everything that is wrong, before any weights load.
     """
     acc = launch.accelerator()
+    if acc.num_processes > 1:
+        heartbeat.start(acc.process_index, acc.num_processes)
     first = acc.is_local_main_process  # what is converted on first use is made once on each node
     fast = precision.agreed(acc)
     prepared = collectively(first, _prepare, checkpoint, wanted, fast)
@@ -88,8 +90,9 @@ def evaluate(checkpoint: str, wanted: Wanted, observers: Sequence[Observer] = ()
     setup = prepared.setup
     collectively(True, refuse_lacking, setup, bool(prepared.base and setup.prompts) and is_first())
     if acc.num_processes > 1:
-        heartbeat.start(acc.process_index, acc.num_processes, setup.recipe.hang_minutes)
-        preflight(acc, setup, fingerprint(setup.base) if first else None)
+        hashed = collectively(first, fingerprint, setup.base)
+        heartbeat.limit(setup.recipe.hang_minutes)
+        preflight(acc, setup, hashed)
     lease = Lease(Path(setup.recipe.output))
     out = RunFolder(lease.folder, lease, is_first())
     on_first(lease.take)

@@ -93,14 +93,16 @@ def finish(experiment: Experiment) -> None:
 def _prepared(recipe: Recipe, acc: Accelerator) -> tuple[Setup, str | None]:
     """What the recipe names, checked on all processes, and the hash of the base (None on processes that leave
     it to the first of their node)."""
+    if acc.num_processes > 1:
+        heartbeat.start(acc.process_index, acc.num_processes)
     first = acc.is_local_main_process  # what is made or converted on first use is made once on each node
     prepared = partial(prepare, recipe, bfloat16=precision.agreed(acc))
     setup = collectively(first, prepared)
     setup = collectively(not first, prepared) or setup
     collectively(True, refuse_launch, setup, acc)
-    base = fingerprint(setup.base) if first else None
+    base = collectively(first, fingerprint, setup.base)
     if acc.num_processes > 1:
-        heartbeat.start(acc.process_index, acc.num_processes, setup.recipe.hang_minutes)
+        heartbeat.limit(setup.recipe.hang_minutes)
         say(preflight(acc, setup, base))
     return setup, base
 

@@ -40,8 +40,8 @@ def _other_ways() -> list[str]:
         )
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1") and torch.cuda.is_available():
         found.append(
-            "ACCELERATE_USE_CPU: the accelerate config has use_cpu: true on a machine with a GPU, and it would "
-            "be used; set CUDA_VISIBLE_DEVICES to nothing as well, or use_cpu to false"
+            "ACCELERATE_USE_CPU: the accelerate config has use_cpu: true on a machine with a GPU, and "
+            "it would be used; set CUDA_VISIBLE_DEVICES to nothing as well, or use_cpu to false"
         )
     return found
 

@@ -4,9 +4,12 @@ hangs.
 
 import hashlib
 import json
+import os
 import shutil
+import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ import pytest
 from codyra_llm.cli import main
 from codyra_llm.config.recipe import load_recipe
 from codyra_llm.core.errors import Fault
+from codyra_llm.experiment import run as runs
 from codyra_llm.experiment.run import run
 from codyra_llm.models import loading
 
@@ -69,3 +73,49 @@ def test_a_second_process_that_differs_ends_both(sections, other_data, tmp_path,
         in lines[1]
     )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("place", ["prepare", "fingerprint"])
+def test_a_process_that_fails_before_it_is_compared_is_named(place, sections, tmp_path, monkeypatch, forked):
+    """On another machine, by a mistake that is no Fault: nothing that waits for it may wait on."""
+    monkeypatch.setattr(loading, "load", lambda *arguments: sys.exit("weights were loaded"))
+    (tmp_path / "recipe.yaml").write_text(json.dumps(sections), encoding="utf-8")
+
+    def fail(*arguments, **settings):
+        time.sleep(3)  # the other waits already
+        raise RuntimeError("of the second process")
+
+    def work(rank: int) -> None:
+        os.environ["LOCAL_RANK"] = "0"
+        if rank:
+            setattr(runs, place, fail)
+        else:
+            signal.signal(signal.SIGALRM, lambda number, frame: os._exit(99))
+            signal.alarm(60)
+        main(["run", str(tmp_path / "recipe.yaml")])
+
+    done = forked.ranks(work)
+    assert done.codes == [76, 1], done.stderr
+    assert "error (rank 0): rank 1 on " in done.stderr
+    assert done.stderr.count("RuntimeError: of the second process") == done.stderr.count("Traceback") == 1, (
+        done.stderr
+    )
+
+
+@pytest.mark.distributed
+def test_weights_that_one_machine_can_not_read_end_all(sections, tmp_path, forked):
+    (tmp_path / "recipe.yaml").write_text(json.dumps(sections), encoding="utf-8")
+
+    def unreadable(base: Path) -> str:
+        raise Fault("model.path: no weights on this machine")
+
+    def work(rank: int) -> None:
+        os.environ["LOCAL_RANK"] = "0"
+        if rank:
+            runs.fingerprint = unreadable
+        main(["run", str(tmp_path / "recipe.yaml")])
+
+    done = forked.ranks(work)
+    assert done.codes == [2, 2], done.stderr
+    assert done.stderr == "error: model.path: no weights on this machine\n"
