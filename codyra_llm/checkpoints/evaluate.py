@@ -39,7 +39,7 @@ from codyra_llm.models.weights import fingerprint
 from codyra_llm.report import judged
 from codyra_llm.report.summary import before_and_after
 from codyra_llm.runtime import heartbeat, launch, precision
-from codyra_llm.runtime.launch import collectively, is_first, of_first, on_first, say
+from codyra_llm.runtime.launch import collectively, is_first, of_first, on_first, on_others, say
 from codyra_llm.store.folder import RunFolder
 from codyra_llm.store.lock import Lease
 from codyra_llm.store.observer import Observer, observing
@@ -97,6 +97,7 @@ def evaluate(checkpoint: str, wanted: Wanted, observers: Sequence[Observer] = ()
     out = RunFolder(lease.folder, lease, is_first())
     on_first(lease.take)
     try:
+        on_others(lease.await_token, of_first(lambda: lease.token))
         listening = [Beats(), *(observers if is_first() else ())]
         with observing(setup.recipe.tasks, *listening), heartbeat.until_stopped():
             _measure(checkpoint, wanted, prepared, acc, out)

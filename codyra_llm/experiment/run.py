@@ -13,7 +13,6 @@ from accelerate import Accelerator
 
 from codyra_llm.config.benchmark import digest
 from codyra_llm.config.recipe import Recipe
-from codyra_llm.core.files import await_file
 from codyra_llm.core.version import __version__
 from codyra_llm.experiment import agenda, observers, open_ended, scoring
 from codyra_llm.experiment.experiment import Experiment
@@ -29,7 +28,7 @@ from codyra_llm.report.summary import summarised
 from codyra_llm.report.text import render
 from codyra_llm.runtime import heartbeat, launch, precision
 from codyra_llm.runtime.forecast import Piece
-from codyra_llm.runtime.launch import collectively, is_first, of_first, on_first, say
+from codyra_llm.runtime.launch import collectively, is_first, of_first, on_first, on_others, say
 from codyra_llm.runtime.memory import ProcessPeak
 from codyra_llm.store import observer
 from codyra_llm.store.folder import RunFolder
@@ -113,10 +112,11 @@ def _opened(setup: Setup, acc: Accelerator, base: str | None) -> Iterator[Experi
     lease = Lease(Path(setup.recipe.output))
     on_first(lease.take)
     try:
+        on_others(lease.await_token, of_first(lambda: lease.token))
         store = RunFolder(lease.folder, lease, acc.is_main_process)
         experiment = Experiment(setup, store, acc, models=store)
         on_first(_claim, experiment, base)
-        collectively(True, await_file, store.path / "manifest.json")
+        on_others(store.await_files, of_first(store.read_by_all))
         yield experiment
     finally:
         lease.release()

@@ -140,6 +140,11 @@ def on_first(action: Callable, *args) -> Any:
     return collectively(is_first(), action, *args)
 
 
+def on_others(action: Callable, *args) -> None:
+    """`collectively` in all processes but the first."""
+    collectively(not is_first(), action, *args)
+
+
 def of_first(make: Callable[[], Any]) -> Any:
     """What `make()` returns in the first process, on all processes. For what could differ between them, such
     as reading the run folder, which the first process may have changed meanwhile."""

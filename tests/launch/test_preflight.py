@@ -20,6 +20,7 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.experiment import run as runs
 from codyra_llm.experiment.run import run
 from codyra_llm.models import loading
+from codyra_llm.store import lock
 
 
 @pytest.fixture
@@ -119,3 +120,56 @@ def test_weights_that_one_machine_can_not_read_end_all(sections, tmp_path, forke
     done = forked.ranks(work)
     assert done.codes == [2, 2], done.stderr
     assert done.stderr == "error: model.path: no weights on this machine\n"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("command", ["run", "evaluate"])
+def test_a_folder_that_each_machine_has_for_itself_ends_both(
+    command, sections, tmp_path, monkeypatch, forked
+):
+    """Also where both have one of an earlier run: the second would go on from what is in its own."""
+    if command == "run":
+        words = ["run", str(tmp_path / "recipe.yaml"), "output=out"]
+    else:
+        words = ["evaluate", sections["model"]["path"], "--data", sections["data"]["root"]]
+        words += ["--tasks", "ONE", "--out", "out"]
+    (tmp_path / "recipe.yaml").write_text(json.dumps(sections | {"optim": {"lr": 1e-3}}), encoding="utf-8")
+    for rank in range(2):
+        (tmp_path / f"machine {rank}").mkdir()
+
+    def work(rank: int) -> None:
+        os.chdir(tmp_path / f"machine {rank}")
+        lock.SEEN = 2.0
+        main(words)
+
+    assert forked.alone(lambda rank: work(1)).wait().returncode == 0
+    done = forked.ranks(work)
+    assert done.codes == [2, 2], done.stderr
+    assert done.stderr.count("on a file system that all nodes share") == 1, done.stderr
+    assert not (tmp_path / "machine 0" / "out" / "updates").exists()
+
+
+@pytest.mark.distributed
+def test_updates_that_one_machine_sees_late(sections, tmp_path, forked):
+    """Network file systems cache what is in a folder; a run that resumes on them waits."""
+    short = {**sections, "data": {**sections["data"], "tasks": ["ONE"]}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(short), encoding="utf-8")
+    one = forked.alone(lambda rank: main(["run", str(tmp_path / "recipe.yaml")]))
+    assert one.wait().returncode == 0
+    (tmp_path / "recipe.yaml").write_text(json.dumps(sections), encoding="utf-8")
+
+    def work(rank: int) -> None:
+        looks, plain = [], Path.glob
+
+        def glob(folder: Path, pattern: str):
+            if folder.name != "updates" or not rank:
+                return plain(folder, pattern)
+            looks.append(pattern)
+            return plain(folder, pattern) if len(looks) > 2 else []
+
+        Path.glob = glob
+        main(["run", str(tmp_path / "recipe.yaml")])
+        assert rank == 0 or len(looks) > 2
+
+    done = forked.ranks(work)
+    assert done.codes == [0, 0], done.stderr
