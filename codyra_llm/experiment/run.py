@@ -13,7 +13,6 @@ from accelerate import Accelerator
 
 from codyra_llm.config.benchmark import digest
 from codyra_llm.config.recipe import Recipe
-from codyra_llm.core.files import await_file
 from codyra_llm.core.version import __version__
 from codyra_llm.experiment import agenda, observers, open_ended, scoring
 from codyra_llm.experiment.experiment import Experiment
@@ -29,7 +28,7 @@ from codyra_llm.report.summary import summarised
 from codyra_llm.report.text import render
 from codyra_llm.runtime import heartbeat, launch, precision
 from codyra_llm.runtime.forecast import Piece
-from codyra_llm.runtime.launch import collectively, is_first, of_first, on_first, say
+from codyra_llm.runtime.launch import collectively, is_first, of_first, on_first, on_others, say
 from codyra_llm.runtime.memory import ProcessPeak
 from codyra_llm.store import observer
 from codyra_llm.store.folder import RunFolder
@@ -93,14 +92,16 @@ def finish(experiment: Experiment) -> None:
 def _prepared(recipe: Recipe, acc: Accelerator) -> tuple[Setup, str | None]:
     """What the recipe names, checked on all processes, and the hash of the base (None on processes that leave
     it to the first of their node)."""
+    if acc.num_processes > 1:
+        heartbeat.start(acc.process_index, acc.num_processes)
     first = acc.is_local_main_process  # what is made or converted on first use is made once on each node
     prepared = partial(prepare, recipe, bfloat16=precision.agreed(acc))
     setup = collectively(first, prepared)
     setup = collectively(not first, prepared) or setup
     collectively(True, refuse_launch, setup, acc)
-    base = fingerprint(setup.base) if first else None
+    base = collectively(first, fingerprint, setup.base)
     if acc.num_processes > 1:
-        heartbeat.start(acc.process_index, acc.num_processes, setup.recipe.hang_minutes)
+        heartbeat.limit(setup.recipe.hang_minutes)
         say(preflight(acc, setup, base))
     return setup, base
 
@@ -111,10 +112,11 @@ def _opened(setup: Setup, acc: Accelerator, base: str | None) -> Iterator[Experi
     lease = Lease(Path(setup.recipe.output))
     on_first(lease.take)
     try:
+        on_others(lease.await_token, of_first(lambda: lease.token))
         store = RunFolder(lease.folder, lease, acc.is_main_process)
         experiment = Experiment(setup, store, acc, models=store)
         on_first(_claim, experiment, base)
-        collectively(True, await_file, store.path / "manifest.json")
+        on_others(store.await_files, of_first(store.read_by_all))
         yield experiment
     finally:
         lease.release()

@@ -2,6 +2,7 @@
 process that is gone or hangs."""
 
 import json
+import math
 import os
 import socket
 import sys
@@ -49,8 +50,8 @@ class Watch:
     reached a new place for `hung` seconds; the message then names those that are not waiting for others.
     """
 
-    def __init__(self, store: Store, rank: int, world: int, hung: float):
-        self.store, self.rank, self.hung = store, rank, hung
+    def __init__(self, store: Store, rank: int, world: int, hung: float = math.inf):
+        self.store, self.rank, self.world, self.hung = store, rank, world, hung
         self.own = Sign(socket.gethostname())
         self.others = range(world) if rank == 0 else range(1)
         self.seen: dict[int, tuple[Sign, float]] = {}  # each one's last heartbeat, and when it came
@@ -123,7 +124,8 @@ class Watch:
         """That no process makes progress, and where they are; empty while one does."""
         if time.monotonic() - self.moved < self.hung:
             return ""
-        signs = {self.rank: self.own, **{rank: sign for rank, (sign, _) in self.seen.items()}}
+        signs = {rank: Sign("a machine that has not told its name") for rank in range(self.world)}
+        signs |= {self.rank: self.own, **{rank: sign for rank, (sign, _) in self.seen.items()}}
         busy = {rank: sign for rank, sign in signs.items() if not sign.waits} or signs
         return f"no process has made progress for {self.hung / 60:g} minutes (hang_minutes): " + ", ".join(
             f"rank {rank} on {sign.host} is at {sign.place}" for rank, sign in sorted(busy.items())
@@ -135,15 +137,24 @@ _started = 0  # how many times this process, like every other of its launch, has
 _needs_launcher = False
 
 
-def start(rank: int, world: int, hang_minutes: float) -> None:
-    """Start the watchdog, over the store of the process group, whether a launcher's server or a file. If this
-    process started one before, it must have called `leave` since."""
+def start(rank: int, world: int) -> None:
+    """Start the watchdog, over the store of the process group, whether a launcher's server or a file; a lost
+    process ends the others from here on, and see `limit`. One that this process started before ends."""
     global _watch, _started
+    if _watch and _watch.own.code is None:
+        leave(0)
     _started += 1
     # A separate connection: waiting for a key blocks a connection, for as long as a collective may last.
     store = _get_default_store().clone()
     store.set_timeout(timedelta(seconds=BROKEN))
-    _watch = Watch(PrefixStore(f"codyra_llm/{_started}", store), rank, world, 60 * hang_minutes)
+    _watch = Watch(PrefixStore(f"codyra_llm/{_started}", store), rank, world)
+
+
+def limit(hang_minutes: float) -> None:
+    """From here on the launch ends where no process reaches a new place for so long. Not before: data sets
+    and models are downloaded and converted in one piece."""
+    if _watch:
+        _watch.moved, _watch.hung = time.monotonic(), 60 * hang_minutes
 
 
 def launcher() -> None:

@@ -19,7 +19,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.gpus import has_nvidia_gpu
 from codyra_llm.core.parsing import read_mapping
-from codyra_llm.runtime import heartbeat
+from codyra_llm.runtime import heartbeat, launchers
 
 log = logging.getLogger(__name__)
 
@@ -32,11 +32,13 @@ def accelerator() -> Accelerator:
     DeepSpeed gets no low precision in its config: it would cast the adapters and their gradients.
     """
     leave_out_cudnn_attention()
+    launchers.check_environment()
     cpu = not torch.cuda.is_available()
     zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
     many = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if zero:
         _prepare_deepspeed(cpu)
+        launchers.check_deepspeed()
     if many:
         heartbeat.launcher()
     # Only the first process converts models and writes checkpoints, which can take longer than the default
@@ -48,21 +50,7 @@ def accelerator() -> Accelerator:
     if cpu and _hides_a_gpu():
         say(unused_gpu())
     if zero:
-        config = made.state.deepspeed_plugin.deepspeed_config
-        if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
-            raise Fault(
-                "zero_optimization.offload_optimizer replaces the optimizer by DeepSpeed's own, which knows "
-                "no soft threshold; set its device to none (offload_param may stay)"
-            )
-        # Batches are cut by tokens here, so to DeepSpeed's engine every micro-batch is a step of its own.
-        config.update(
-            train_micro_batch_size_per_gpu=1,
-            gradient_accumulation_steps=1,
-            zero_allow_untested_optimizer=True,
-            bf16={"enabled": False},
-            fp16={"enabled": False},
-        )
-        config.pop("train_batch_size", None)
+        launchers.settle_deepspeed(made.state.deepspeed_plugin.deepspeed_config)
         unset_hf_deepspeed_config()
     return made
 
@@ -175,6 +163,11 @@ def collectively(mine: bool, action: Callable, *args) -> Any:
 def on_first(action: Callable, *args) -> Any:
     """`collectively` in the first process alone: its result there, None in the others."""
     return collectively(is_first(), action, *args)
+
+
+def on_others(action: Callable, *args) -> None:
+    """`collectively` in all processes but the first."""
+    collectively(not is_first(), action, *args)
 
 
 def of_first(make: Callable[[], Any]) -> Any:

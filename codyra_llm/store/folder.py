@@ -12,6 +12,7 @@ from codyra_llm.config.recipe import Recipe, parse_recipe
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import (
     append_jsonl,
+    await_file,
     is_leftover,
     read_jsonl,
     remove_leftovers,
@@ -97,6 +98,22 @@ class RunFolder:
         if SEALS not in names and any(name not in OWN and not is_leftover(name) for name in names):
             raise Fault(f"output: {self.path} holds files of something else; give a new or empty folder")
         remove_leftovers(self.path)
+
+    def read_by_all(self) -> list[str]:
+        """The files that every process of a launch reads, not only the first: what a run resumes from."""
+        patterns = (
+            "manifest.json",
+            "updates/*.safetensors",
+            "state/*.safetensors",
+            "progress/*/complete.json",
+        )
+        found = [file for pattern in patterns for file in sorted(self.path.glob(pattern))]
+        return [file.relative_to(self.path).as_posix() for file in found]
+
+    def await_files(self, names: list[str]) -> None:
+        """Wait until this process sees all of these, which the first process does."""
+        for name in names:
+            await_file(self.path / name)
 
     def may_write(self) -> None:
         """Raises Fault where another process has taken the folder over."""

@@ -18,6 +18,7 @@ from codyra_llm.core.terminal import one_line
 log = logging.getLogger(__name__)
 BEAT = 5.0  # seconds between renewals
 DEAD = 60.0  # seconds without a renewal after which an owner on another machine counts as dead
+SEEN = 90.0  # seconds until other machines must see a new lease: network file systems cache what is where
 
 
 class Lease:
@@ -39,6 +40,18 @@ class Lease:
         self._create(self._content(0))
         self.thread = threading.Thread(target=self._renew, daemon=True)
         self.thread.start()
+
+    def await_token(self, token: str) -> None:
+        """Wait until the lease of this folder, as this process sees it, is that of `token`, which the first
+        process of the launch holds. Raises Fault where it works in another folder of the same name."""
+        end = time.monotonic() + SEEN
+        while self.owner().get("token") != token:
+            if time.monotonic() > end:
+                raise Fault(
+                    f"output: {self.folder} on {socket.gethostname()} is another folder than the first "
+                    "process's; give an output on a file system that all nodes share"
+                )
+            time.sleep(0.5)
 
     def release(self) -> None:
         """Stop renewing, and remove the file, unless another process has taken the folder over."""

@@ -4,9 +4,12 @@ hangs.
 
 import hashlib
 import json
+import os
 import shutil
+import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,10 @@ import pytest
 from codyra_llm.cli import main
 from codyra_llm.config.recipe import load_recipe
 from codyra_llm.core.errors import Fault
+from codyra_llm.experiment import run as runs
 from codyra_llm.experiment.run import run
 from codyra_llm.models import loading
+from codyra_llm.store import lock
 
 
 @pytest.fixture
@@ -69,3 +74,102 @@ def test_a_second_process_that_differs_ends_both(sections, other_data, tmp_path,
         in lines[1]
     )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("place", ["prepare", "fingerprint"])
+def test_a_process_that_fails_before_it_is_compared_is_named(place, sections, tmp_path, monkeypatch, forked):
+    """On another machine, by a mistake that is no Fault: nothing that waits for it may wait on."""
+    monkeypatch.setattr(loading, "load", lambda *arguments: sys.exit("weights were loaded"))
+    (tmp_path / "recipe.yaml").write_text(json.dumps(sections), encoding="utf-8")
+
+    def fail(*arguments, **settings):
+        time.sleep(3)  # the other waits already
+        raise RuntimeError("of the second process")
+
+    def work(rank: int) -> None:
+        os.environ["LOCAL_RANK"] = "0"
+        if rank:
+            setattr(runs, place, fail)
+        else:
+            signal.signal(signal.SIGALRM, lambda number, frame: os._exit(99))
+            signal.alarm(60)
+        main(["run", str(tmp_path / "recipe.yaml")])
+
+    done = forked.ranks(work)
+    assert done.codes == [76, 1], done.stderr
+    assert "error (rank 0): rank 1 on " in done.stderr
+    assert done.stderr.count("RuntimeError: of the second process") == done.stderr.count("Traceback") == 1, (
+        done.stderr
+    )
+
+
+@pytest.mark.distributed
+def test_weights_that_one_machine_can_not_read_end_all(sections, tmp_path, forked):
+    (tmp_path / "recipe.yaml").write_text(json.dumps(sections), encoding="utf-8")
+
+    def unreadable(base: Path) -> str:
+        raise Fault("model.path: no weights on this machine")
+
+    def work(rank: int) -> None:
+        os.environ["LOCAL_RANK"] = "0"
+        if rank:
+            runs.fingerprint = unreadable
+        main(["run", str(tmp_path / "recipe.yaml")])
+
+    done = forked.ranks(work)
+    assert done.codes == [2, 2], done.stderr
+    assert done.stderr == "error: model.path: no weights on this machine\n"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("command", ["run", "evaluate"])
+def test_a_folder_that_each_machine_has_for_itself_ends_both(
+    command, sections, tmp_path, monkeypatch, forked
+):
+    """Also where both have one of an earlier run: the second would go on from what is in its own."""
+    if command == "run":
+        words = ["run", str(tmp_path / "recipe.yaml"), "output=out"]
+    else:
+        words = ["evaluate", sections["model"]["path"], "--data", sections["data"]["root"]]
+        words += ["--tasks", "ONE", "--out", "out"]
+    (tmp_path / "recipe.yaml").write_text(json.dumps(sections | {"optim": {"lr": 1e-3}}), encoding="utf-8")
+    for rank in range(2):
+        (tmp_path / f"machine {rank}").mkdir()
+
+    def work(rank: int) -> None:
+        os.chdir(tmp_path / f"machine {rank}")
+        lock.SEEN = 2.0
+        main(words)
+
+    assert forked.alone(lambda rank: work(1)).wait().returncode == 0
+    done = forked.ranks(work)
+    assert done.codes == [2, 2], done.stderr
+    assert done.stderr.count("on a file system that all nodes share") == 1, done.stderr
+    assert not (tmp_path / "machine 0" / "out" / "updates").exists()
+
+
+@pytest.mark.distributed
+def test_updates_that_one_machine_sees_late(sections, tmp_path, forked):
+    """Network file systems cache what is in a folder; a run that resumes on them waits."""
+    short = {**sections, "data": {**sections["data"], "tasks": ["ONE"]}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(short), encoding="utf-8")
+    one = forked.alone(lambda rank: main(["run", str(tmp_path / "recipe.yaml")]))
+    assert one.wait().returncode == 0
+    (tmp_path / "recipe.yaml").write_text(json.dumps(sections), encoding="utf-8")
+
+    def work(rank: int) -> None:
+        looks, plain = [], Path.glob
+
+        def glob(folder: Path, pattern: str):
+            if folder.name != "updates" or not rank:
+                return plain(folder, pattern)
+            looks.append(pattern)
+            return plain(folder, pattern) if len(looks) > 2 else []
+
+        Path.glob = glob
+        main(["run", str(tmp_path / "recipe.yaml")])
+        assert rank == 0 or len(looks) > 2
+
+    done = forked.ranks(work)
+    assert done.codes == [0, 0], done.stderr

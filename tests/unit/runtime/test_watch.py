@@ -2,6 +2,7 @@
 far it was.
 """
 
+import math
 import time
 from itertools import count
 from types import SimpleNamespace
@@ -87,6 +88,28 @@ def test_what_stands_still_is_named_and_what_waits_for_it_is_not(two, ended):
     verdict = ended[0]
     assert "no process has made progress" in verdict and "rank 1 on " in verdict and "rank 0" not in verdict
     assert "is at task ONE, step 3" in verdict
+
+
+def test_what_has_never_said_anything_is_named(ended):
+    """As a process does that ends between joining the group and its first heartbeat."""
+    lone = Watch(dist.HashStore(), 0, 3, hung=0.2)
+    lone.own.waits = True
+    until(lambda: ended)
+    lone.own.code = 0
+    assert "rank 1 on a machine that has not told its name is at its start, rank 2 on" in ended[0]
+    assert "rank 0" not in ended[0]
+
+
+def test_without_a_limit_nothing_hangs(two, ended, monkeypatch):
+    """Before it is set a model may be downloaded for hours; what was before does not count."""
+    two[0].hung, two[0].moved = math.inf, 0.0
+    time.sleep(0.3)
+    assert not ended
+    monkeypatch.setattr(heartbeat, "_watch", two[0])
+    heartbeat.limit(0.4 / 60)
+    time.sleep(0.2)
+    assert not ended
+    until(lambda: ended)
 
 
 def test_a_broken_connection_asks_who_is_gone(two, monkeypatch):
