@@ -71,9 +71,9 @@ def _stage(folder: RunFolder, task: str | None, device: torch.device) -> Answeri
 def _plain(source: Source, new: int, device: torch.device) -> Answering:
     base = loading.resolve(source.model, source.revision)
     reads = tokenizer_folder(source.adapter, base)
-    rows = vocabulary(source.adapter) if source.adapter else None
+    added = vocabulary(source.adapter) if source.adapter else None
     chat = bool(source.raw.get("data", {}).get("chat_template"))
-    faults = loading.check(base, chat, reads, rows)
+    faults = loading.check(base, chat, reads, added)
     if faults:
         raise Fault(*faults)
     model = (
@@ -90,5 +90,6 @@ def _plain(source: Source, new: int, device: torch.device) -> Answering:
         )
     tokenizer = load_tokenizer(reads)
     section = DataSection(root="-", max_prompt_tokens=limit, max_answer_tokens=new + 2, chat_template=chat)
-    encoder = Encoder(tokenizer, section, answer_ends(base, tokenizer))
+    rows = model.get_input_embeddings().weight.shape[0]
+    encoder = Encoder(tokenizer, section, answer_ends(base, tokenizer), rows)
     return Answering(model.to(device).eval(), encoder)

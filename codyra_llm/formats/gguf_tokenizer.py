@@ -55,6 +55,8 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary:
 
 def _mark_added(core: dict, texts: list[str], kinds: list[TokenType], space: bool) -> None:
     for token in core["added_tokens"]:
+        if token["id"] >= len(texts):  # Gemma 3's token for images, of which a text model has no embedding
+            continue
         kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
         text = token["content"]
         if space and kind == TokenType.USER_DEFINED:
