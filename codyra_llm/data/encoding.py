@@ -71,7 +71,7 @@ class Encoder:
     ):
         """`ends`: the tokens that end an answer of the model (models/ends.py); by default EOS alone. `rows`:
         the number of its embeddings; by default every token has one."""
-        self.tokenizer, self.data = tokenizer, data
+        self.tokenizer, self.data, self.rows = tokenizer, data, rows
         self.strangers = without_embedding(tokenizer, rows)  # tokens of which the model has no embedding
         eos = tokenizer.eos_token_id
         assert isinstance(eos, int), "load_tokenizer refuses a tokenizer without EOS"
@@ -79,6 +79,11 @@ class Encoder:
         self.ends = frozenset([eos]) if ends is None else ends
         self.bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         self.newline = self._ids("\n")
+
+    def of_chats(self) -> "Encoder":
+        """The same encoder, by which every prompt is a user's message in the chat template."""
+        data = self.data.model_copy(update={"chat_template": True})
+        return Encoder(self.tokenizer, data, self.ends, self.rows)
 
     def _ids(self, text: str) -> list[int]:
         return self._all_ids([text])[0]

@@ -47,7 +47,8 @@ def prompt_faults(
     recipe: Recipe, read: Sequence[Split], encoder: Encoder, config: PreTrainedConfig, front: int = 0
 ) -> list[str]:
     """Faults for prompts that the model can't answer: those without a token, those with a token of which the
-    model has no embedding, and those that leave no free position. `front`: how many positions the method's own prompts take."""
+    model has no embedding, and those that leave no free position. `front`: how many positions the method's
+    own prompts take."""
     strange = _without_embedding(recipe, read, encoder)
     if strange:  # the other checks read all texts, and can't read these
         return strange
@@ -76,8 +77,8 @@ def _without_embedding(recipe: Recipe, read: Sequence[Split], encoder: Encoder) 
             found = [token for token in encoder.strangers.values() if any(token in text for text in texts)]
             if found:
                 faults.append(
-                    f"{recipe.tasks[index]}/{split}: record {number} holds the token {found[0]}, of which the "
-                    "model has no embedding; take it out of the text"
+                    f"{recipe.tasks[index]}/{split}: record {number} holds the token {found[0]}, of which "
+                    "the model has no embedding; take it out of the text"
                 )
                 break
     return faults

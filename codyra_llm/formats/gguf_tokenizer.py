@@ -134,10 +134,10 @@ def write_vocabulary(
         writer.add_eot_token_id(end_of_turn)
     writer.add_add_bos_token(adds_bos(tokenizer))
     writer.add_add_eos_token(False)
-    _write_template(writer, tokenizer.chat_template)
 
 
-def _write_template(writer: GGUFWriter, template: Any) -> None:
+def write_template(writer: GGUFWriter, template: Any) -> None:
+    """Add a tokenizer's chat template: a text, or several by name; nothing where there is none."""
     if isinstance(template, dict):
         template = template.get("default")
     if template:
