@@ -58,19 +58,20 @@ class ByTemplate(Render):
         return self._beginnings(chat, [len(chat.messages)])[0]
 
     def turns(self, chat: Chat) -> list[Span]:
-        """The spans of the assistant's turns, each from where it would be generated up to and including the
-        token that ends it. Raises Wrong where the template writes a turn, or the text before it, differently
-        when the chat continues: then no single sequence contains what the model reads and writes at each
-        turn."""
-        places = [
+        """The spans of the assistant's turns that are to be learnt, each from where it would be generated up
+        to and including the token that ends it. Raises Wrong where the template writes a turn, or the text
+        before it, differently when the chat continues: then no single sequence contains what the model reads
+        and writes at each turn."""
+        spoken = [
             place for place, message in enumerate(chat.messages) if place and message["role"] == "assistant"
         ]
+        places = {place: number for number, place in enumerate(spoken, 1) if place not in chat.unlearnt}
         if not places:
             return []
         *before, whole = self._beginnings(chat, [*places, len(chat.messages)])
         spans = [
             self._turn(chat.messages[place], number, written, whole)
-            for number, (place, written) in enumerate(zip(places, before, strict=True), 1)
+            for (place, number), written in zip(places.items(), before, strict=True)
         ]
         return [span for span in spans if span]
 
