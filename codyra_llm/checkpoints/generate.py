@@ -37,8 +37,9 @@ def answer(checkpoint: str, prompt: str, new: int, base: str | None = None) -> s
     """The greedy answer to `prompt` of a model (folder, hub id, .gguf), of a PEFT adapter on its base (`base`
     or the one that it names), or of RUN@TASK, at most `new` tokens.
 
-    A stage of a run encodes the prompt as the run does (its lengths, its chat template); an export of a run
-    uses the chat template if the run did. A method that needs the prompt's task gets TASK. Raises Fault for a
+    A stage of a run encodes the prompt as the run does (its lengths, its chat template): of a task whose
+    examples are chats it is a user's message. An export does so where the last task that it learnt did. A
+    method that needs the prompt's task gets TASK. Raises Fault for a
     checkpoint that can't be used, and for a prompt without a token.
     """
     run, _ = run_at(checkpoint)
@@ -65,7 +66,10 @@ def _stage(folder: RunFolder, task: str | None, device: torch.device) -> Answeri
     setup.verify(folder, stage.index)
     number = stage.index if stage.step else None
     model, conditions = setup.load_stage(folder, stage, device)
-    return Answering(model, setup.encoder, conditions, number)
+    # What a user types is text, while a run's chats are written by the template before they are encoded.
+    by_template = setup.recipe.by_template(stage.after if stage.step else setup.recipe.tasks[0])
+    encoder = setup.encoder.of_chats() if by_template else setup.encoder
+    return Answering(model, encoder, conditions, number)
 
 
 def dtype_on(device: torch.device) -> torch.dtype:
@@ -78,9 +82,8 @@ def dtype_on(device: torch.device) -> torch.dtype:
 def _plain(source: Source, new: int, device: torch.device) -> Answering:
     base = loading.resolve(source.model, source.revision)
     reads = tokenizer_folder(source.adapter, base)
-    rows = vocabulary(source.adapter) if source.adapter else None
-    chat = bool(source.raw.get("data", {}).get("chat_template"))
-    faults = loading.check(base, chat, reads, rows)
+    added = vocabulary(source.adapter) if source.adapter else None
+    faults = loading.check(base, source.chat, reads, added)
     if faults:
         raise Fault(*faults)
     dtype = dtype_on(device)
@@ -93,6 +96,9 @@ def _plain(source: Source, new: int, device: torch.device) -> Answering:
             "lower it"
         )
     tokenizer = load_tokenizer(reads)
-    section = DataSection(root="-", max_prompt_tokens=limit, max_answer_tokens=new + 2, chat_template=chat)
-    encoder = Encoder(tokenizer, section, answer_ends(base, tokenizer))
+    section = DataSection(
+        root="-", max_prompt_tokens=limit, max_answer_tokens=new + 2, chat_template=source.chat
+    )
+    rows = model.get_input_embeddings().weight.shape[0]
+    encoder = Encoder(tokenizer, section, answer_ends(base, tokenizer), rows)
     return Answering(model.to(device).eval(), encoder)

@@ -45,6 +45,7 @@ class Source:
     model: str | None = None
     revision: str | None = None
     adapter: Path | None = None
+    chat: bool = False  # whether the chat template wrote the prompts of the last task that an export learnt
     remark: str = ""  # what the user should know about it
 
 
@@ -118,12 +119,20 @@ def _carried(file: Path, checkpoint: str) -> Source:
             "and with --plugin FILE by the method's own prompts"
         )
     recipe = parse_recipe(raw, str(file))
+    chat = carried.get("chat", recipe.data.chat_template)
+    if not isinstance(chat, bool):
+        raise Fault(f"{file}: 'chat' is {shown(chat)}, expected true or false; restore the file")
     if after is not None and after not in recipe.tasks:
         raise Fault(
             f"{file}: 'after' is {shown(after)}, expected one of {', '.join(recipe.tasks)}; restore the file"
         )
     return Source(
-        recipe.model_dump(mode="json"), after, carried.get("benchmark"), model=checkpoint, remark=remark
+        recipe.model_dump(mode="json"),
+        after,
+        carried.get("benchmark"),
+        model=checkpoint,
+        chat=chat,
+        remark=remark,
     )
 
 

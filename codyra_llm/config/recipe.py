@@ -71,6 +71,11 @@ class Recipe(Strict, frozen=True):
         given = self.data.tasks
         return list(self.benchmark.orders[given]) if isinstance(given, int) else given
 
+    def by_template(self, task: str) -> bool:
+        """Whether the model's chat template writes the prompts of `task`: with data.chat_template of every
+        task, else of those whose examples are chats."""
+        return self.data.chat_template or self.benchmark.task(task).chat is not None
+
     @property
     def epochs(self) -> list[int]:
         """Epochs of each task, in order; the recipe must be resolved."""

@@ -35,10 +35,11 @@ class Chat(NamedTuple):
 
     messages: list[dict[str, Any]]
     tools: list[dict] | None = None
+    unlearnt: frozenset[int] = frozenset()  # the places of assistant's messages that are not to be learnt
 
     def before(self, place: int) -> "Chat":
         """The chat up to the message at `place`, which is left out."""
-        return Chat(self.messages[:place], self.tools)
+        return self._replace(messages=self.messages[:place])
 
 
 class Wrong(Exception):
@@ -68,10 +69,28 @@ def read_chat(row: object, task: Task) -> Chat:
             f"'{field}' must be a list of messages of which the last is the assistant's text, to be learnt, "
             f"and its last {found}; cut it after one."
         )
+    unlearnt = frozenset(i for i, one in enumerate(raw) if not sharegpt and _without_weight(one, field, i))
+    if len(raw) - 1 in unlearnt:
+        raise Wrong(
+            f"the last message of '{field}' has the weight 0, so that nothing of the chat would be learnt; "
+            "cut it after a message that is to be learnt."
+        )
     system = row.get("system") if sharegpt else None
     if isinstance(system, str) and system:
         messages.insert(0, {"role": "system", "content": system})
-    return Chat(messages, _tools(row.get("tools")))
+    return Chat(messages, _tools(row.get("tools")), unlearnt)
+
+
+def _without_weight(raw: dict, field: str, place: int) -> bool:
+    """Whether an assistant's message in OpenAI's format has the weight 0: it is not to be learnt."""
+    weight = raw.get("weight")
+    if raw["role"] not in ("assistant", "model") or weight is None:
+        return False
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise Wrong(
+            f"'{field}', message {place} has the weight {shown(weight)}, expected 0 or 1; correct it."
+        )
+    return weight == 0
 
 
 def _turn(raw: object, where: str) -> dict[str, Any]:

@@ -10,8 +10,15 @@ from transformers import PreTrainedTokenizerBase
 
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.foreign import Failed
+from codyra_llm.core.parsing import shown
 from codyra_llm.models.ends import end_of_turn, without_end
-from codyra_llm.models.tokenizer import adds_bos, around_text, render_chats, template_fault
+from codyra_llm.models.tokenizer import (
+    adds_bos,
+    around_text,
+    render_chats,
+    template_fault,
+    without_embedding,
+)
 
 if TYPE_CHECKING:
     from codyra_llm.config.sections import DataSection
@@ -60,15 +67,23 @@ class Encoder:
         tokenizer: PreTrainedTokenizerBase,
         data: "DataSection",
         ends: frozenset[int] | None = None,
+        rows: int | None = None,
     ):
-        """`ends`: the tokens that end an answer of the model (models/ends.py); by default EOS alone."""
-        self.tokenizer, self.data = tokenizer, data
+        """`ends`: the tokens that end an answer of the model (models/ends.py); by default EOS alone. `rows`:
+        the number of its embeddings; by default every token has one."""
+        self.tokenizer, self.data, self.rows = tokenizer, data, rows
+        self.strangers = without_embedding(tokenizer, rows)  # tokens of which the model has no embedding
         eos = tokenizer.eos_token_id
         assert isinstance(eos, int), "load_tokenizer refuses a tokenizer without EOS"
         self.eos = eos
         self.ends = frozenset([eos]) if ends is None else ends
         self.bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         self.newline = self._ids("\n")
+
+    def of_chats(self) -> "Encoder":
+        """The same encoder, by which every prompt is a user's message in the chat template."""
+        data = self.data.model_copy(update={"chat_template": True})
+        return Encoder(self.tokenizer, data, self.ends, self.rows)
 
     def _ids(self, text: str) -> list[int]:
         return self._all_ids([text])[0]
@@ -77,7 +92,20 @@ class Encoder:
         """The ids of each text. All in one call, since a call costs more than a short text."""
         if not texts:
             return []
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        found = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        if self.strangers:
+            self._refuse_strangers(texts, found)
+        return found
+
+    def _refuse_strangers(self, texts: list[str], found: list[list[int]]) -> None:
+        """Raises Fault for a text with a token that the model has no embedding of."""
+        for text, ids in zip(texts, found, strict=True):
+            token = self.strangers.get(max(ids, default=0))
+            if token:
+                raise Fault(
+                    f"the text {shown(text)} holds the token {token}, of which the model has no embedding; "
+                    "take it out of the text"
+                )
 
     def _written(self, prompts: Sequence[str]) -> list[str]:
         """The prompts as the model gets them. Raises Fault where the chat template doesn't write one."""

@@ -64,7 +64,9 @@ class Columns:
         self.task, self.labels, self.templates = task, labels, task.templates
         offered = {"labels": ", ".join(labels)} if labels else {}
         self.given = {**offered, **task.constants}
-        self.numbered = {str(number): label for number, label in enumerate(labels)}
+        # Where labels are numbers, such as ratings from 1 to 5, an answer's number can't be told from theirs.
+        counted = not any(label.isdecimal() for label in labels)
+        self.numbered = {str(number): label for number, label in enumerate(labels) if counted}
 
     def lacking(self, rows: list, where: str) -> Iterator[str]:
         """Faults for columns of the template that no row has: these are mistakes, not optional texts."""

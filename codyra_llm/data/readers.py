@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from codyra_llm.data.records import HIDDEN, LINES, LONGEST, has_lines, json_line
 from codyra_llm.runtime.quiet import without_data_bars
 
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}  # tried where none is given
+NAMED_DELIMITER = re.compile(r"sep=(.)\r?\n", re.IGNORECASE)  # Excel's first line, which names the delimiter
 MOST_BYTES = 1 << 32  # of text that a .gz unpacks to
 
 
@@ -119,11 +121,33 @@ def _records(value: object, path: Path, expected: str, reading: Reading) -> list
 
 
 def _csv(path: Path, text: str, expected: str, reading: Reading) -> Found:
-    delimiter = reading.delimiter or _delimiter(text, reading.used)
+    named = NAMED_DELIMITER.match(text)
+    if named:
+        text = text[named.end() :]
+    delimiter = reading.delimiter or (named[1] if named else _delimiter(text, reading.used))
+    if f'{delimiter} "' in text and _quotes_after_spaces(text, delimiter):
+        rows = _table(path, text, expected, delimiter, reading.used, spaces=True)
+        return Found(rows, f"{path} has spaces in front of its quotes, and is read without them")
     rows = _table(path, text, expected, delimiter, reading.used)
     if reading.delimiter or delimiter == ",":
         return Found(rows)
-    return Found(rows, f"{path} has {DELIMITERS[delimiter]} between its columns, and is read so")
+    name = DELIMITERS.get(delimiter, f"'{delimiter}'")
+    return Found(rows, f"{path} has {name} between its columns, and is read so")
+
+
+def _quotes_after_spaces(text: str, delimiter: str) -> bool:
+    """Whether a value's quotes follow a space, as in `a, "b, c"`: `csv` takes these for part of the text,
+    unless it is to skip spaces there."""
+    read = []
+    try:
+        with _long_fields():
+            for skips in (False, True):
+                source = io.StringIO(text, newline="")
+                rows = csv.reader(source, delimiter=delimiter, strict=skips, skipinitialspace=skips)
+                read.append([[value.lstrip(" ") for value in row] for row in rows])
+    except csv.Error:  # reported where it is read
+        return False
+    return read[0] != read[1]
 
 
 def _tsv(path: Path, text: str, expected: str, reading: Reading) -> Found:
@@ -161,14 +185,18 @@ def _table(
     delimiter: str,
     used: frozenset[str] | None,
     quoting: int = csv.QUOTE_MINIMAL,
+    spaces: bool = False,
 ) -> list[dict]:
-    """Rows by the names in the first line; every value is text."""
+    """Rows by the names in the first line; every value is text. `spaces`: those in front of a value are none
+    of it."""
     source = io.StringIO(text, newline="")
     name = DELIMITERS.get(delimiter, f"'{delimiter}'")
     try:
         with _long_fields():
             strict = quoting != csv.QUOTE_NONE
-            header, *rows = csv.reader(source, delimiter=delimiter, strict=strict, quoting=quoting)
+            header, *rows = csv.reader(
+                source, delimiter=delimiter, strict=strict, quoting=quoting, skipinitialspace=spaces
+            )
     except csv.Error as error:
         raise Fault(
             f"{path} is no CSV ({error}); put texts with {name}, quotes or line breaks into quotes"
@@ -177,7 +205,7 @@ def _table(
         raise Fault(
             f"{path} is empty, expected {expected} below a line with the columns' names; write it"
         ) from None
-    rows = [row for row in rows if row]  # blank lines
+    rows = [row for row in rows if any(row)]  # blank lines, which spreadsheets write as ",,"
     wrong = [
         f"{path}: record {i} has {len(row)} values, the first line names {len(header)}; put texts with "
         f"{name} into quotes"

@@ -111,12 +111,17 @@ def has_lines(text: str) -> bool:
 
 
 def json_lines(path: Path, text: str) -> list:
-    """The values of JSON Lines; Fault with the line where reading one fails."""
-    return [
-        parse_json(line, f"{path}, line {number}", "one record", long_numbers=True)
-        for number, line in enumerate(text.split("\n"), 1)  # splitlines() would split at U+2028 too
-        if line.strip()
-    ]
+    """The values of JSON Lines; Fault with every line that can't be read."""
+    values, faults = [], []
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would split at U+2028 too
+        if not line.strip():
+            continue
+        try:
+            values.append(parse_json(line, f"{path}, line {number}", "one record", long_numbers=True))
+        except Fault as fault:
+            faults += fault.messages
+    refuse(faults, path, len(values) + len(faults))
+    return values
 
 
 def listed(value: object, path: Path, expected: str) -> list:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from codyra_llm.core.foreign import Failed
+from codyra_llm.core.parsing import shown
 from codyra_llm.data.chats import Chat, Wrong
 from codyra_llm.models.ends import end_of_turn
 from codyra_llm.models.tokenizer import around_text, render_chats
@@ -39,6 +40,14 @@ def _compact(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
+def _holds(written: str, content: str) -> bool:
+    """Whether a chat as it is written has a message's text in it, as it is or, as some templates write what
+    tools reply, as JSON."""
+    text = content.strip()
+    forms = (text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1])
+    return any(form in written for form in forms)
+
+
 def _token(tokenizer: PreTrainedTokenizerBase, number: int) -> str:
     token = tokenizer.convert_ids_to_tokens(number)
     assert isinstance(token, str), "one id is one token"
@@ -55,22 +64,32 @@ class ByTemplate(Render):
         self.closing = around_text(tokenizer)[1]
 
     def __call__(self, chat: Chat) -> str:
-        return self._beginnings(chat, [len(chat.messages)])[0]
+        """The text before the assistant's next turn. Raises Wrong where the template leaves out what is not
+        the assistant's, as some do with a system's text without a word."""
+        written = self._beginnings(chat, [len(chat.messages)])[0]
+        for place, message in enumerate(chat.messages):
+            if message["role"] != "assistant" and not _holds(written, message["content"]):
+                raise Wrong(
+                    f"the model's chat template leaves out the text of message {place}, whose role is "
+                    f"{shown(message['role'])}; take it out of the chat, or choose another model"
+                )
+        return written
 
     def turns(self, chat: Chat) -> list[Span]:
-        """The spans of the assistant's turns, each from where it would be generated up to and including the
-        token that ends it. Raises Wrong where the template writes a turn, or the text before it, differently
-        when the chat continues: then no single sequence contains what the model reads and writes at each
-        turn."""
-        places = [
+        """The spans of the assistant's turns that are to be learnt, each from where it would be generated up
+        to and including the token that ends it. Raises Wrong where the template writes a turn, or the text
+        before it, differently when the chat continues: then no single sequence contains what the model reads
+        and writes at each turn."""
+        spoken = [
             place for place, message in enumerate(chat.messages) if place and message["role"] == "assistant"
         ]
+        places = {place: number for number, place in enumerate(spoken, 1) if place not in chat.unlearnt}
         if not places:
             return []
         *before, whole = self._beginnings(chat, [*places, len(chat.messages)])
         spans = [
             self._turn(chat.messages[place], number, written, whole)
-            for number, (place, written) in enumerate(zip(places, before, strict=True), 1)
+            for (place, number), written in zip(places.items(), before, strict=True)
         ]
         return [span for span in spans if span]
 

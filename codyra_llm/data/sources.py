@@ -2,6 +2,7 @@
 `datasets`), and assigns them to splits. docs/own_data.md describes it for users."""
 
 import hashlib
+import unicodedata
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -105,13 +106,12 @@ def place(root: Path, name: str, task: Task, split: str) -> str:
 def divided(prompts: list[str], missing: list[str]) -> list[str]:
     """For each row of train, the split to which it goes: train, or one of the `missing` ones.
 
-    The distinct prompts, ignoring white space and case, are sorted by their sha256, and each missing split
-    takes its share of them, at least one. So the split is the same on every machine, for every model and seed
-    and any order of the rows, and a prompt that occurs twice is in only one split."""
-    keys = [
-        hashlib.sha256(" ".join(prompt.split()).casefold().encode("utf-8", "replace")).hexdigest()
-        for prompt in prompts
-    ]
+    The distinct prompts, ignoring white space, case and the form in which Unicode writes accents, are sorted
+    by their sha256, and each missing split takes its share of them, at least one. So the split is the same on
+    every machine, for every model and seed and any order of the rows, and a prompt that occurs twice is in
+    only one split."""
+    plain_prompts = [unicodedata.normalize("NFC", " ".join(prompt.split()).casefold()) for prompt in prompts]
+    keys = [hashlib.sha256(prompt.encode("utf-8", "replace")).hexdigest() for prompt in plain_prompts]
     distinct, split_of, first = sorted(set(keys)), {}, 0
     for split in missing:
         last = first + max(1, round(SHARES[split] * len(distinct)))

@@ -4,7 +4,7 @@ original base.
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,8 +25,8 @@ from codyra_llm.runtime import launch
 from codyra_llm.store.archive import Archive
 from codyra_llm.store.folder import RunFolder
 
-OLLAMA_WINDOW = 4096  # Ollama's default limit on the tokens of prompt and answer
-# In every export: the recipe and the last task learnt, from which `evaluate` knows how to score it.
+# In every export: the recipe, the last task learnt and whether the chat template writes its prompts, by which
+# `evaluate` and `generate` ask the model.
 LINEAGE = "codyra_llm.json"
 
 
@@ -64,42 +64,30 @@ def write_gguf_folder(
     kind: str = "f16",
 ) -> Path:
     """A folder with the merged model as a GGUF file, a Modelfile for Ollama, lineage and card. The updates
-    are summed in float32 and cast once to `kind` (of gguf_file.TYPES). Returns the file's path in `out`.
+    are summed in float32 and cast once to `kind` (of gguf_file.TYPES). A model that has learnt no chats gets
+    no chat template, since the tools that find one apply it to every prompt. Returns the file's path in
+    `out`.
 
     Raises Fault for a method whose model is not a plain one, and for a model that llama.cpp would compute
     differently.
     """
-    from codyra_llm.formats import gguf_file  # useful only for this format
+    from codyra_llm.formats import gguf_file, ollama  # useful only for this format
 
     refuse_unmerged(setup, without)
     name = f"{out.name}-{kind}.gguf"
     with replacing(out) as temporary:
         temporary.mkdir()
         changes = _changes(setup, archive.terms(after, without))
-        gguf_file.write_gguf(setup.base, temporary / name, changes, kind, out.name)
+        learnt = setup.recipe.tasks[: after + 1] or setup.recipe.tasks
+        chats = any(setup.recipe.by_template(task) for task in learnt)
+        gguf_file.write_gguf(setup.base, temporary / name, changes, kind, out.name, chats=chats)
         saved.copy_files(setup.base, temporary, saved.TERMS)
         stops = setup.tokenizer.convert_ids_to_tokens(sorted(setup.encoder.ends - {setup.encoder.eos}))
-        chat = setup.recipe.data.chat_template
-        write_text(temporary / "Modelfile", modelfile(name, chat, setup.longest, stops))
+        template = ollama.chat_template(setup.tokenizer) if chats else ollama.PLAIN
+        write_text(temporary / "Modelfile", ollama.modelfile(name, template, setup.longest, stops))
         _write_lineage(setup, archive, after, without, temporary)
         _write_card(card, temporary)
     return out / name
-
-
-def modelfile(name: str, chat: bool, longest: int, stops: Sequence[str]) -> str:
-    """Ollama's Modelfile, which passes prompts to the model in the format it was trained on and makes answers
-    greedy, as in evaluation. Without a template Ollama would apply the base's chat template to every prompt.
-    By default it penalises repetition of the last 64 tokens, even at temperature 0, and cuts what is longer
-    than its window, so the window is enlarged if it is too short for `longest` tokens. `stops` end an answer
-    in addition to EOS, the only end token that Ollama reads from a GGUF file."""
-    lines = [f"FROM ./{name}"]
-    if not chat:
-        lines.append('TEMPLATE """{{ .Prompt }}"""')
-    lines += ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]
-    if longest > OLLAMA_WINDOW:
-        lines.append(f"PARAMETER num_ctx {longest}")
-    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
-    return "\n".join(lines) + "\n"
 
 
 def _changes(setup: Setup, terms: list[Update]) -> Callable[[str, torch.Tensor], torch.Tensor]:
@@ -252,6 +240,7 @@ def _write_lineage(
     folder: Path,
     more: dict | None = None,
 ) -> None:
+    last = setup.recipe.tasks[max(after, 0)]
     write_json(
         folder / LINEAGE,
         {
@@ -259,6 +248,7 @@ def _write_lineage(
             "lineage": archive.lineage[after + 1],
             "benchmark": digest(setup.recipe.data.benchmark),
             "after": archive.tasks[after] if after >= 0 else None,
+            "chat": setup.recipe.by_template(last),
             "without": None if without is None else archive.tasks[without],
             **(more or {}),
         },

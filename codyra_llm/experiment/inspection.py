@@ -46,8 +46,12 @@ def as_presented(method: Method, stream: Stream, encoder: Encoder, read: Sequenc
 def prompt_faults(
     recipe: Recipe, read: Sequence[Split], encoder: Encoder, config: PreTrainedConfig, front: int = 0
 ) -> list[str]:
-    """Faults for prompts that the model can't answer: those without a token, and those that leave no free
-    position. `front`: how many positions the method's own prompts take."""
+    """Faults for prompts that the model can't answer: those without a token, those with a token of which the
+    model has no embedding, and those that leave no free position. `front`: how many positions the method's
+    own prompts take."""
+    strange = _without_embedding(recipe, read, encoder)
+    if strange:  # the other checks read all texts, and can't read these
+        return strange
     return _empty(recipe, read, encoder) + _too_long(recipe, read, encoder, config, front)
 
 
@@ -62,6 +66,22 @@ def try_metrics(recipe: Recipe, read: Sequence[Split]) -> None:
         answers = [record["answer"] for record in records[:TRIED]]
         for predictions in (answers, [""] * len(answers)):
             recipe.benchmark.score(name, prompts, predictions, answers)
+
+
+def _without_embedding(recipe: Recipe, read: Sequence[Split], encoder: Encoder) -> list[str]:
+    """The first text of every split that holds a token of which the model has no embedding."""
+    faults = []
+    for index, split, records in read:
+        for number, record in enumerate(records):
+            texts = (record["prompt"], record["answer"])
+            found = [token for token in encoder.strangers.values() if any(token in text for text in texts)]
+            if found:
+                faults.append(
+                    f"{recipe.tasks[index]}/{split}: record {number} holds the token {found[0]}, of which "
+                    "the model has no embedding; take it out of the text"
+                )
+                break
+    return faults
 
 
 def _empty(recipe: Recipe, read: Sequence[Split], encoder: Encoder) -> list[str]:

@@ -176,7 +176,7 @@ def prepare(
     recipe, tried = recipe.resolved(), Attempts()
     method = METHODS[recipe.method.name](recipe.method, recipe.seed)
     base = tried(base_folder, recipe.model.path, recipe.model.revision)
-    config = tokenizer = None
+    config = tokenizer = added = None
     if base:
         reads = tokenizer_folder(adapter, base)
         added = vocabulary(adapter) if adapter else None
@@ -193,7 +193,9 @@ def prepare(
     render, wrong = _render(recipe, tokenizer)
     tried.faults += wrong
     stream = Stream(recipe.data, root, render)
-    encoder = Encoder(tokenizer, recipe.data, answer_ends(base, tokenizer)) if tokenizer else None
+    encoder = None
+    if base and tokenizer and config:
+        encoder = Encoder(tokenizer, recipe.data, answer_ends(base, tokenizer), added or config.vocab_size)
     # Where there is no tokenizer there is a fault, and nobody gets this.
     setup = Setup(recipe, method, base, tokenizer, encoder, stream, {}, {}, {})  # pyright: ignore
     if runs:

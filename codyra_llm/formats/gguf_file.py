@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from codyra_llm.core.errors import Fault
-from codyra_llm.formats.gguf_tokenizer import INSTEAD, write_vocabulary
+from codyra_llm.formats.gguf_tokenizer import INSTEAD, write_template, write_vocabulary
 from codyra_llm.models import families
 from codyra_llm.models.ends import end_of_turn
 from codyra_llm.models.tokenizer import load_tokenizer
@@ -91,10 +91,12 @@ def write_gguf(
     kind: str,
     name: str,
     reads: Path | None = None,
+    chats: bool = True,
 ) -> None:
     """Write the model in `base`, each weight as `changed(name, stored)` gives it, to `file`. Matrices are
     stored as `kind` (of TYPES), cast once from float32; norms and biases in float32. One weight is held at a
-    time. `reads`: the tokenizer's folder, if not the base's. Raises Fault for what `faults` lists."""
+    time. `reads`: the tokenizer's folder, if not the base's. `chats`: whether the file gets the tokenizer's
+    chat template. Raises Fault for what `faults` lists."""
     wrong = faults(base)
     if wrong:
         raise Fault(*wrong)
@@ -105,6 +107,8 @@ def write_gguf(
     writer.add_file_type(TYPES[kind][1])
     _write_config(writer, config, architecture)
     write_vocabulary(writer, tokenizer, config.vocab_size, end_of_turn(tokenizer))
+    if chats:
+        write_template(writer, tokenizer.chat_template)
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     reader = WeightReader(base)

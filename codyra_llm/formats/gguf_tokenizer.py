@@ -55,6 +55,8 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary:
 
 def _mark_added(core: dict, texts: list[str], kinds: list[TokenType], space: bool) -> None:
     for token in core["added_tokens"]:
+        if token["id"] >= len(texts):  # Gemma 3's token for images, of which a text model has no embedding
+            continue
         kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
         text = token["content"]
         if space and kind == TokenType.USER_DEFINED:
@@ -132,10 +134,10 @@ def write_vocabulary(
         writer.add_eot_token_id(end_of_turn)
     writer.add_add_bos_token(adds_bos(tokenizer))
     writer.add_add_eos_token(False)
-    _write_template(writer, tokenizer.chat_template)
 
 
-def _write_template(writer: GGUFWriter, template: Any) -> None:
+def write_template(writer: GGUFWriter, template: Any) -> None:
+    """Add a tokenizer's chat template: a text, or several by name; nothing where there is none."""
     if isinstance(template, dict):
         template = template.get("default")
     if template:

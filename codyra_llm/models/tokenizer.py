@@ -84,12 +84,28 @@ def tokenizer_faults(folder: Path, rows: int | None, chat_template: bool) -> lis
             f"{folder} has a tokenizer without pad, EOS or unknown token: set pad_token in "
             "tokenizer_config.json."
         )
-    if isinstance(rows, int) and len(tokenizer) > rows:
+    if isinstance(rows, int) and _lacks_embeddings(tokenizer, rows):
         faults.append(
             f"{folder} has a tokenizer of {len(tokenizer)} tokens and a vocab_size of {rows}: expected at "
             "least as many embeddings; use the model's own tokenizer."
         )
     return faults + (chat_faults(folder, tokenizer) if chat_template else [])
+
+
+def without_embedding(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> dict[int, str]:
+    """The tokens, by number, that are past the last of a model's `rows` embeddings (None: not known)."""
+    if rows is None or len(tokenizer) <= rows:
+        return {}
+    return {number: token for token, number in tokenizer.get_vocab().items() if number >= rows}
+
+
+def _lacks_embeddings(tokenizer: PreTrainedTokenizerBase, rows: int) -> bool:
+    """Whether the model lacks embeddings that any text may need. It may lack those of added tokens, as the
+    text models of Gemma 3 do for the token that stands for images: only texts that contain one of them need
+    it, and the encoder refuses these."""
+    past = without_embedding(tokenizer, rows)
+    named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    return not past.keys() <= tokenizer.added_tokens_decoder.keys() - named
 
 
 def chat_faults(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -18,6 +18,7 @@ from codyra_llm.config.sections import TRACE
 from codyra_llm.core.parsing import read_json, shown
 from codyra_llm.evaluate.matrix import FORMULAS
 from codyra_llm.metrics.text import versioned
+from codyra_llm.models.tokenizer import DATE
 from codyra_llm.report.grid import Cell, Grid, markdown, number, plain, word
 from codyra_llm.report.summary import MEASURES, scored, summarised
 from codyra_llm.store.folder import RunFolder
@@ -80,6 +81,11 @@ ollama create NAME -f Modelfile
 ```""",
 }
 
+GGUF_CHATS = """```text
+llama-server -m FILE.gguf      # POST /v1/chat/completions {"messages": [...], "temperature": 0}
+ollama create NAME -f Modelfile
+```"""
+
 
 def render(
     base: Path, folder: RunFolder, after: int, without: int | None, kind: str, notes: Sequence[str] = ()
@@ -105,13 +111,14 @@ def render(
     )
     if data.base_model:
         data["base_model_relation"] = KINDS[kind][1]
-    remarks = [*_decoding(base, kind), *notes]
-    caveats = [*_caveats(recipe, rows, without, licence), *map(plain, remarks)]
+    asked = _asked(recipe, after)
+    remarks = [*_decoding(base, kind), *(_date(base) if asked[0] else []), *notes]
+    caveats = [*_caveats(recipe, asked, rows, without, licence), *map(plain, remarks)]
     parts = [
         f"# {plain(title)}",
         KINDS[kind][2],
         _origin(recipe, after, without),
-        *_loading(kind, recipe),
+        *_loading(kind, asked),
         *_tables(folder, recipe, rows, after),
         "## What to know",
         "\n".join(f"- {line}" for line in caveats),
@@ -187,15 +194,39 @@ def _origin(recipe: Recipe, after: int, without: int | None) -> str:
     )
 
 
-def _loading(kind: str, recipe: Recipe) -> list[str]:
-    """How to load an export; DIR is its folder."""
-    advice = (
-        "Write prompts with the tokenizer's chat template, as in training."
-        if recipe.data.chat_template
-        else "Give prompts as plain text, as in training: no chat template, and completion endpoints of "
-        "servers."
-    )
-    return ["## How to load", LOADING[kind], advice] if kind in LOADING else []
+def _asked(recipe: Recipe, after: int) -> tuple[list[str], list[str]]:
+    """The tasks learnt whose prompts the model's chat template writes, and those whose prompts are plain
+    text; of the base, those to be learnt."""
+    learnt = recipe.tasks[: after + 1] or recipe.tasks
+    chats = [task for task in learnt if recipe.by_template(task)]
+    return chats, [task for task in learnt if task not in chats]
+
+
+def _loading(kind: str, asked: tuple[list[str], list[str]]) -> list[str]:
+    """How to load an export; DIR is its folder. `asked`: as `_asked` gives it."""
+    if kind not in LOADING:
+        return []
+    chats, texts = asked
+    if not chats:
+        advice = (
+            "Give prompts as plain text, as in training: no chat template, and completion endpoints of "
+            "servers."
+        )
+    elif not texts:
+        advice = (
+            "Write prompts with the tokenizer's chat template, as in training: chat endpoints of servers."
+        )
+    else:
+        advice = (
+            f"As in training, write prompts of {_named(chats)} with the tokenizer's chat template (chat "
+            f"endpoints of servers), and give those of {_named(texts)} as plain text (completion endpoints)."
+        )
+    example = GGUF_CHATS if kind == "gguf" and chats else LOADING[kind]
+    return ["## How to load", example, advice]
+
+
+def _named(tasks: list[str]) -> str:
+    return ", ".join(map(plain, tasks))
 
 
 def _tables(folder: RunFolder, recipe: Recipe, rows: list[ScoreRow], after: int) -> list[str]:
@@ -222,8 +253,15 @@ def _line(row: ScoreRow) -> tuple[str, list[Cell | None]]:
     return row.task, [word(_metric(row)), scored(row), number(row.interval.get("n"), "d")]
 
 
-def _caveats(recipe: Recipe, rows: list[ScoreRow], without: int | None, licence: dict) -> list[str]:
-    """What a reader should know before trusting or using the model, a sentence or two each."""
+def _caveats(
+    recipe: Recipe,
+    asked: tuple[list[str], list[str]],
+    rows: list[ScoreRow],
+    without: int | None,
+    licence: dict,
+) -> list[str]:
+    """What a reader should know before trusting or using the model, a sentence or two each. `asked`: as
+    `_asked` gives it."""
     lines = _of_scores(recipe, rows)
     if without is not None:
         lines = ["This model was not scored as it is: one update is left out."]
@@ -234,10 +272,16 @@ def _caveats(recipe: Recipe, rows: list[ScoreRow], without: int | None, licence:
             f"Trained on a base packed by {recipe.model.quantization}; what was scored and exported is the "
             "unpacked sum."
         )
-    if recipe.data.chat_template:
+    chats, texts = asked
+    if not chats:
+        lines.append("Prompts are plain text, without a chat template.")
+    elif not texts:
         lines.append("Prompts are read with the tokenizer's chat template.")
     else:
-        lines.append("Prompts are plain text, without a chat template.")
+        lines.append(
+            f"Prompts of {_named(chats)} are read with the tokenizer's chat template, those of "
+            f"{_named(texts)} as plain text."
+        )
     if licence:
         lines.append("The licence is the base model's own; data may bring further terms.")
     else:
@@ -282,6 +326,18 @@ def _decoding(base: Path, kind: str) -> list[str]:
         f"The base's generation config sets {named}, which transformers and vLLM follow unless you "
         "override it. Scores are those of greedy answers: give do_sample=False (vLLM: temperature 0) and "
         "repetition_penalty=1."
+    ]
+
+
+def _date(base: Path) -> list[str]:
+    """What to give to servers where the base's chat template asks for the day, if it is not told a date."""
+    files = [base / name for name in ("chat_template.jinja", "tokenizer_config.json")]
+    texts = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
+    if not any("strftime_now" in text and "date_string" in text for text in texts):
+        return []
+    return [
+        f"The chat template writes a date, which was {DATE} in training; servers write today's unless they "
+        f'are given date_string="{DATE}" (vLLM and llama.cpp: in a request\'s chat_template_kwargs).'
     ]
 
 

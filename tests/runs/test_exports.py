@@ -25,7 +25,6 @@ from codyra_llm.experiment import export as export_module
 from codyra_llm.experiment.export import (
     LINEAGE,
     adapter_notes,
-    modelfile,
     write_gguf_folder,
     write_merged,
     write_peft,
@@ -345,17 +344,6 @@ def test_a_gguf_export_is_a_folder_for_ollama(trained, tmp_path):
     plain = 'FROM ./mine-q8_0.gguf\nTEMPLATE """{{ .Prompt }}"""\n'
     greedy = "PARAMETER temperature 0\nPARAMETER repeat_penalty 1\n"
     assert (tmp_path / "mine" / "Modelfile").read_text() == plain + greedy
-
-
-def test_ollama_answers_as_evaluation_does():
-    """Greedily, and with room for the longest prompt and answer: by default it takes 4096 tokens, and divides
-    the logits of repeated tokens by 1.1."""
-    greedy = "FROM ./x.gguf\nPARAMETER temperature 0\nPARAMETER repeat_penalty 1\n"
-    assert modelfile("x.gguf", True, 4096, []) == greedy
-    ends = 'PARAMETER stop "<|im_end|>"\nPARAMETER stop "<|x|>"\n'
-    assert (
-        modelfile("x.gguf", True, 4097, ["<|im_end|>", "<|x|>"]) == f"{greedy}PARAMETER num_ctx 4097\n{ends}"
-    )
 
 
 def test_the_readers_figures_are_those_of_the_page():

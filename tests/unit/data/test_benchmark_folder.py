@@ -78,6 +78,10 @@ def test_splits_do_not_leak_and_do_not_depend_on_the_order():
         3,
         21,
     ]
+    composed, apart = "Größe é", "Gro\u0308ße e\u0301"  # as most systems write it, and as macOS names files
+    prompts += [f"{composed} {i}" for i in range(30)] + [f"{apart} {i}" for i in range(30)]
+    of = dict(zip(prompts, divided(prompts, ["test", "eval"]), strict=True))
+    assert all(of[f"{composed} {i}"] == of[f"{apart} {i}"] for i in range(30))
     mixed = random.Random(0).sample(prompts, len(prompts))
     assert dict(zip(mixed, divided(mixed, ["test", "eval"]), strict=True)) == of
     assert set(divided(prompts, [])) == {"train"} and divided(prompts, ["eval"]).count("test") == 0

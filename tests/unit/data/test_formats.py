@@ -197,6 +197,24 @@ def test_a_template_that_writes_no_tool_calls_is_refused(tmp_path, tiny_llama):
     assert "the model's chat template refuses 'messages' (it writes no tool_calls); correct it, or" in message
 
 
+def test_a_template_that_leaves_a_text_out_is_refused(tmp_path, tiny_llama):
+    """As Phi 3's first one did with a system's text. A tool's reply may be written as JSON."""
+    tokenizer = load_tokenizer(tiny_llama)
+    writes = "{% if m.role == 'ROLE' %}[{{ m.content }}]{% endif %}"
+    roles = "".join(writes.replace("ROLE", role) for role in ("user", "assistant"))
+    json_reply = "{% if m.role == 'tool' %}{{ m.content | tojson }}{% endif %}"
+    tokenizer.chat_template = "{% for m in messages %}" + roles + json_reply + "{% endfor %}"
+    files, reply = dict.fromkeys(("train", "test"), "a.jsonl"), {"role": "tool", "content": '"Größe"\n'}
+    written(tmp_path / "a.jsonl", [openai([SYSTEM, USER, REPLY]), openai([USER, REPLY, reply, REPLY])])
+    (message,) = faults(
+        read, tmp_path, "T", task(files=files, format="openai"), "train", ByTemplate(tokenizer)
+    )
+    assert (
+        "record 0: the model's chat template leaves out the text of message 0, whose role is 'system'"
+        in message
+    )
+
+
 def test_every_turn_of_the_assistants_is_learnt_and_the_last_is_scored(tmp_path, tiny_llama):
     """In one sequence, each turn with its end, that of a tool call too."""
     tokenizer = load_tokenizer(tiny_llama)

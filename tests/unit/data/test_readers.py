@@ -36,6 +36,12 @@ def table(delimiter, quote=""):
         ("a.csv", table(";"), "has semicolons between its columns"),
         ("a.csv", table("\t"), "has tabs between its columns"),
         ("a.csv", "\ufeff" + table("|"), "has bars between its columns"),
+        ("a.csv", "\ufeff" + table(";") + ";\n\n;\r\n", "has semicolons between its columns"),
+        ("a.csv", "\ufeffsep=;\r\n" + table(";", '"'), "has semicolons between its columns"),
+        ("a.csv", "SEP=*\n" + table("*"), "has '*' between its columns"),
+        ("a.csv", "sep=,\n" + table(","), ""),
+        ("a.csv", table(", ", '"'), "has spaces in front of its quotes"),
+        ("a.csv", table("; ", '"'), "has spaces in front of its quotes"),
         ("a.tsv", table("\t"), ""),
         ("a.tsv", table("\t", '"'), ""),
         ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0), ""),
@@ -58,6 +64,27 @@ def test_the_columns_that_are_used_say_which_delimiter_it_is(tmp_path):
     assert rows(tmp_path / "a.csv", "records", used) == [{"text, or none": "a, b", "label": "c"}]
     (tmp_path / "b.csv").write_text("text*label\na;b*c\n")
     assert rows(tmp_path / "b.csv", "records", Reading("*")) == [{"text": "a;b", "label": "c"}]
+
+
+def test_spaces_are_part_of_a_text_where_no_quotes_follow(tmp_path):
+    (tmp_path / "a.csv").write_text('prompt,answer\n"a, ""b""", x\n" ""c""",y\n"d\n, ""e""",z\n')
+    got = found(tmp_path / "a.csv", "records")
+    assert got.remark == "" and [tuple(row.values()) for row in got.rows] == [
+        ('a, "b"', " x"),
+        (' "c"', "y"),
+        ('d\n, "e"', "z"),
+    ]
+
+
+def test_every_bad_line_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text(LINES + '{"prompt": \n\n{}\nx\n')
+    messages = faults(rows, tmp_path / "a.jsonl", "records")
+    assert [message.partition(": ")[0] for message in messages] == [
+        f"{tmp_path / 'a.jsonl'}, line {line}" for line in (5, 8)
+    ]
+    (tmp_path / "b.jsonl").write_text("{\n" * 9)
+    messages = faults(rows, tmp_path / "b.jsonl", "records")
+    assert len(messages) == 6 and "4 more faults in 9 records" in messages[-1]
 
 
 def test_tsv_with_quotes_that_are_text(tmp_path):

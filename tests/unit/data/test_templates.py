@@ -187,6 +187,18 @@ def test_each_fault_of_a_record_is_one_sentence(tmp_path, given, record, expecte
     assert expected in message and str(tmp_path) in message
 
 
+def test_labels_that_are_numbers_are_not_counted(tmp_path):
+    """Of ratings from 1 to 5, 0 is a mistake, not the number of the first: 1 would be the second."""
+    (tmp_path / "a.csv").write_text("text,label\na,1\nb,3\nc,5\n")
+    found = task(files="a.csv", prompt="{text}", labels=[1, 2, 3, 4, 5], columns={"answer": "label"})
+    answers = [read(tmp_path, "T", found, split)[0]["answer"] for split in ("train", "eval", "test")]
+    assert sorted(answers) == ["1", "3", "5"]
+    (tmp_path / "a.csv").write_text("text,label\na,0\nb,3\nc,5\n")
+    assert (
+        "'label' is '0', which is none of the labels, 1, 2" in faults(read, tmp_path, "T", found, "train")[0]
+    )
+
+
 def test_labels_outside_of_train_are_counted(tmp_path):
     """As MNLI's test data has some without a label, "-"."""
     rows(tmp_path / "b", [{"text": f"{i}", "answer": "ny"[i % 2]} for i in range(9)])

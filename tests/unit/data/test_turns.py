@@ -106,6 +106,22 @@ def test_the_mask_is_transformers_own(template, chats, tokenizer, tmp_path):
         assert bool(example.turns) == (chat is not SHORT)
 
 
+def test_a_turn_of_weight_0_is_not_learnt(tokenizer, tmp_path):
+    """As OpenAI's format says of answers that are there for the context alone."""
+    tokenizer.chat_template = TURNS
+    weighted = [
+        {**one, "weight": int(place != 2)} if place % 2 == 0 and place else one
+        for place, one in enumerate(LONG)
+    ]
+    assert [one.get("weight") for one in weighted] == [None, None, 0, None, 1, None, 1]
+    (whole,), (some,) = (encoded(tokenizer, tmp_path, [chat]) for chat in (LONG, weighted))
+    assert (some.prompt, some.answer) == (whole.prompt, whole.answer)
+    assert len(whole.turns) == 2 and some.turns == whole.turns[1:]
+    for weight, words in ((0, "has the weight 0, so that nothing"), (0.5, "weight 0.5, expected 0 or 1")):
+        wrong = [*SHORT[:-1], {**SHORT[-1], "weight": weight}]
+        assert words in faults(records, tokenizer, tmp_path, [wrong, LONG])[0]
+
+
 def test_a_chat_of_one_turn_is_the_same_either_way(tokenizer, tmp_path):
     tokenizer.chat_template = TURNS
     (every,), (last,) = (encoded(tokenizer, tmp_path, [SHORT], which) for which in ("assistant", "last"))
