@@ -4,6 +4,7 @@ reported together."""
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from codyra_llm.benchmarks.trace.mini.make import BASES, mini_data, mini_model
-from codyra_llm.config import plugins
+from codyra_llm.config import idle, plugins
 from codyra_llm.config.recipe import Recipe, by_task
 from codyra_llm.config.registry import METHODS
 from codyra_llm.core.errors import Attempts, Fault
@@ -24,7 +25,6 @@ from codyra_llm.data.rendering import ByTemplate, Render, plain
 from codyra_llm.data.stream import Stream
 from codyra_llm.evaluate import suite
 from codyra_llm.evaluate.questions import find_questions
-from codyra_llm.experiment.conflicts import excluded, without_effect
 from codyra_llm.experiment.inspection import as_presented, prompt_faults, splits, try_metrics
 from codyra_llm.formats.adapter_files import vocabulary
 from codyra_llm.lora.merge import merge
@@ -208,7 +208,7 @@ def prepare(
 def _try_run(tried: Attempts, setup: Setup, config: PreTrainedConfig | None) -> None:
     """Check what only training and scoring need: settings that fit together, disk, data, prompts, metrics."""
     recipe, method, stream = setup.recipe, setup.method, setup.stream
-    tried.faults += [*excluded(recipe, method), *without_effect(recipe)]
+    tried.faults += [*_settings_that_exclude(recipe, method), *idle.settings(recipe, BASES)]
     if setup.base:
         # Where the config or dtype is missing, for which there is a fault already, the size is not known.
         sized = config and recipe.model.dtype != "auto"
@@ -254,6 +254,47 @@ def _general(
         tried(ability.try_out, getattr(config, "max_position_embeddings", None))
     tried.faults += _shared_names(recipe, {*harness, *probes})
     return probes, harness
+
+
+def _settings_that_exclude(recipe: Recipe, method: Method) -> list[str]:
+    """Settings of other sections that the method, or what is installed, does not support."""
+    faults = []
+    if recipe.model.quantization and not find_spec("bitsandbytes"):
+        faults.append(
+            f"model.quantization: '{recipe.model.quantization}' needs bitsandbytes, which is not installed; "
+            f"install codyra-llm[bitsandbytes], or set it to null"
+        )
+    whole = method.archives_weights
+    if whole and recipe.model.quantization:
+        faults.append(
+            f"model.quantization: '{recipe.model.quantization}' packs weights that stay frozen, and "
+            f"{method.name} trains {method.trains}; set it to null"
+        )
+    if whole and recipe.optim.keep_best:
+        faults.append(
+            f"optim.keep_best: it keeps a second copy of all that trains, and {method.name} trains "
+            f"{method.trains}; set it to false"
+        )
+    if method.shrinks and recipe.optim.keep_best:
+        faults.append(
+            f"optim.keep_best: {method.name} drives ranks to zero until its last step, and an earlier one "
+            "would have them all; set it to false"
+        )
+    if method.averages and recipe.optim.keep_best:
+        faults.append(
+            f"optim.keep_best: {method.name} leaves an average over a task's steps, and none of them is "
+            "kept; set it to false"
+        )
+    if recipe.data.batching == "packed" and not method.packs:
+        faults.append(
+            f"data.batching: method {method.name} needs every example in a row of its own, so they can't be "
+            f"packed; use buckets"
+        )
+    if recipe.eval.backend == "vllm" and not method.merges:
+        faults.append(
+            f"eval.backend: vllm runs plain models, and a {method.name} model is none; set it to torch"
+        )
+    return faults
 
 
 def _shared_names(recipe: Recipe, general: set[str]) -> list[str]:

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from codyra_llm.config.methods.sequential import CodyraDriftConfig
 from codyra_llm.config.recipe import parse_recipe
 from codyra_llm.config.registry import METHODS
+from codyra_llm.core.errors import Fault
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.experiment import run as runs
 from codyra_llm.experiment.setup import prepare
@@ -44,9 +44,9 @@ def setup(tiny_llama, toy_stream, tmp_path):
 
 
 def test_ratio_s_budget_is_asked_for():
-    with pytest.raises(ValidationError, match="give the share of drift that may stay"):
+    with pytest.raises(Fault, match="give the share of drift that may stay"):
         CodyraDriftConfig(selection="ratio")
-    with pytest.raises(ValidationError, match="'keep_drift' goes with selection 'ratio'"):
+    with pytest.raises(Fault, match="'keep_drift' goes with selection 'ratio'"):
         CodyraDriftConfig(keep_drift=0.5)
 
 

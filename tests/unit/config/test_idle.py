@@ -2,11 +2,12 @@
 
 import pytest
 
+from codyra_llm.benchmarks.trace.mini.make import BASES
 from codyra_llm.checkpoints.source import Source, Wanted, recipe_of
+from codyra_llm.config import idle
 from codyra_llm.config.overrides import override
 from codyra_llm.config.recipe import parse_recipe
 from codyra_llm.core.errors import Fault
-from codyra_llm.experiment.conflicts import without_effect
 from codyra_llm.experiment.setup import prepare
 
 RAW = {"data": {"root": "mini", "tasks": ["FOMC"]}, "method": "none", "output": "out"}
@@ -14,7 +15,7 @@ RAW = {"data": {"root": "mini", "tasks": ["FOMC"]}, "method": "none", "output": 
 
 def found(*overrides, path="owner/name", **sections):
     raw = {**RAW, "model": {"path": path}, **sections}
-    return without_effect(parse_recipe(override(raw, overrides)))
+    return idle.settings(parse_recipe(override(raw, overrides)), BASES)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,9 @@ def test_a_revision_of_what_has_none(tmp_path):
     kinds = {"mini": "a shipped model", str(tmp_path): "a folder", str(tmp_path / "model.gguf"): "a file"}
     for path, kind in kinds.items():
         (fault,) = found("model.revision=main", path=path)
-        assert fault.startswith(f"model.revision: 'main' has no effect, since model.path, '{path}', is {kind}")
+        assert fault.startswith(
+            f"model.revision: 'main' has no effect, since model.path, '{path}', is {kind}"
+        )
     assert found("model.revision=main") == [] and found(path=str(tmp_path)) == []
 
 

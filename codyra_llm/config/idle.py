@@ -1,76 +1,33 @@
-"""Settings of a recipe that exclude each other, and settings that have no effect next to the others."""
+"""Settings that nothing reads next to the others: mistakes that would otherwise pass in silence."""
 
-from collections.abc import Iterator
-from importlib.util import find_spec
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from codyra_llm.benchmarks.trace.mini.make import BASES
 from codyra_llm.config.recipe import Recipe
 from codyra_llm.config.sections import GeneralSection, JudgeSection, OpenEndedSection
 from codyra_llm.core.parsing import expanded, shown
 from codyra_llm.core.schema import Strict
-from codyra_llm.methods.base import Method
 
 
-def excluded(recipe: Recipe, method: Method) -> list[str]:
-    """Settings of other sections that the method, or what is installed, does not support."""
-    faults = []
-    if recipe.model.quantization and not find_spec("bitsandbytes"):
-        faults.append(
-            f"model.quantization: '{recipe.model.quantization}' needs bitsandbytes, which is not installed; "
-            f"install codyra-llm[bitsandbytes], or set it to null"
-        )
-    whole = method.archives_weights
-    if whole and recipe.model.quantization:
-        faults.append(
-            f"model.quantization: '{recipe.model.quantization}' packs weights that stay frozen, and "
-            f"{method.name} trains {method.trains}; set it to null"
-        )
-    if whole and recipe.optim.keep_best:
-        faults.append(
-            f"optim.keep_best: it keeps a second copy of all that trains, and {method.name} trains "
-            f"{method.trains}; set it to false"
-        )
-    if method.shrinks and recipe.optim.keep_best:
-        faults.append(
-            f"optim.keep_best: {method.name} drives ranks to zero until its last step, and an earlier one "
-            "would have them all; set it to false"
-        )
-    if method.averages and recipe.optim.keep_best:
-        faults.append(
-            f"optim.keep_best: {method.name} leaves an average over a task's steps, and none of them is "
-            "kept; set it to false"
-        )
-    if recipe.data.batching == "packed" and not method.packs:
-        faults.append(
-            f"data.batching: method {method.name} needs every example in a row of its own, so they can't be "
-            f"packed; use buckets"
-        )
-    if recipe.eval.backend == "vllm" and not method.merges:
-        faults.append(
-            f"eval.backend: vllm runs plain models, and a {method.name} model is none; set it to torch"
-        )
-    return faults
-
-
-def without_effect(recipe: Recipe) -> list[str]:
+def settings(recipe: Recipe, shipped: Collection[str]) -> list[str]:
     """Settings that nothing reads next to the others, one sentence each. A run that is only read may have
-    them: this is for recipes that are about to run.
+    them: this is for recipes that are about to run. `shipped`: the names of models that come
+    with the package.
 
     A section whose switch (`general.data`, `open_ended.prompts`, `open_ended.judge.base_url`) is written as
     null has been switched off by name, as a sweep's tries switch off what they don't need, and may keep its
     other settings.
     """
-    return [*_of_model(recipe), *_of_general(recipe.general), *_of_open_ended(recipe.open_ended)]
+    return [*_of_model(recipe, shipped), *_of_general(recipe.general), *_of_open_ended(recipe.open_ended)]
 
 
-def _of_model(recipe: Recipe) -> Iterator[str]:
+def _of_model(recipe: Recipe, shipped: Collection[str]) -> Iterator[str]:
     path, revision = recipe.model.path, recipe.model.revision
-    kind = "a shipped model" if path in BASES else _local(Path(expanded(path)))
+    kind = "a shipped model" if path in shipped else _local(Path(expanded(path)))
     if revision is not None and kind:
         yield (
-            f"model.revision: {shown(revision)} has no effect, since model.path, {shown(path)}, is {kind}, and "
-            "only models on the hub have revisions; leave it out, or give a hub id as model.path"
+            f"model.revision: {shown(revision)} has no effect, since model.path, {shown(path)}, is {kind}, "
+            "and only models on the hub have revisions; leave it out, or give a hub id as model.path"
         )
 
 
