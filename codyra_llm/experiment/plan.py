@@ -257,8 +257,8 @@ def _shown(setup: Setup, example: Encoded) -> Text:
 
 
 def _estimates(setup: Setup, model: nn.Module, work: Work, trained: int, total: int) -> list[str]:
-    """Memory: weights, what trains with two moments in float32, and the peak of the largest micro-batch. Time:
-    of a few layers that run here. Disk: updates and, if asked, the final model."""
+    """Memory: weights, what trains with two moments in float32, and the peak of the largest micro-batch.
+    Time: of a few layers that run here. Disk: updates and, if asked, the final model."""
     device = launch.device()
     held = {"weights": _weight_bytes(setup, model, total)}
     lines = []
