@@ -103,9 +103,10 @@ class Run:
 
 
 def run(recipe: Recipe, observers: Sequence[Observer] = ()) -> Run:
-    """Run a recipe, or resume it where it stopped. A finished one is neither trained nor scored again, but
-    its final model and its reports are written anew. `observers` are notified of its progress. Raises Fault
-    with everything that is wrong with the recipe, before any weights load."""
+    """Run a recipe, or resume it where it stopped. A finished one is neither trained nor scored again; its
+    reports are written anew, and its final model where that would change or where something of it is missing.
+    `observers` are notified of its progress. Raises Fault with everything that is wrong with the recipe,
+    before any weights load."""
     return Run(run_recipe(recipe, observers).path)
 
 

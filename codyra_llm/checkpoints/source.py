@@ -170,7 +170,12 @@ def recipe_of(checkpoint: str, source: Source, wanted: Wanted) -> Recipe:
     """The recipe that the checkpoint is scored by: its own, or the benchmark's protocol, with the command
     line's settings over it."""
     anywhere = "." if wanted.benchmark in (None, *SHIPPED) else None
-    plain = {"model": {}, "data": {"root": wanted.data or anywhere}, "method": "none"}
+    plain = {
+        "model": {},
+        "data": {"root": wanted.data or anywhere},
+        "method": "none",
+        "general": {"data": None},
+    }
     raw = deepcopy(source.raw) or plain
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in checkpoint.strip("/."))
     given = {
@@ -197,7 +202,7 @@ def recipe_of(checkpoint: str, source: Source, wanted: Wanted) -> Recipe:
         given["data.tasks"] = wanted.tasks
     for key, value in given.items():
         # None: leave the recipe's value, except for these keys, which None resets.
-        resets = key.startswith(("optim", "model.q")) or (key == "model.revision" and source.adapter)
+        resets = key.startswith(("optim", "model.q")) or (key == "model.revision" and source.model)
         if value is not None or (source.raw and resets):
             assign(raw, key, value)
     recipe = parse_recipe(override(raw, wanted.overrides), checkpoint)

@@ -8,7 +8,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from codyra_llm import benchmarks  # pyright: ignore  # installed from the top level
 from codyra_llm.config import plugins
@@ -17,7 +17,7 @@ from codyra_llm.config.task import ANY, Task
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.files import file_sha256
 from codyra_llm.core.parsing import PathText, expanded, read_yaml, shown
-from codyra_llm.core.schema import Fraction, Positive, Strict, Tokens, sentences
+from codyra_llm.core.schema import Fraction, Positive, Strict, Tokens
 from codyra_llm.metrics.many import over_cores
 from codyra_llm.metrics.own import SHIPPED as SHIPPED_METRICS
 from codyra_llm.metrics.text import METRICS
@@ -207,8 +207,8 @@ def _read(file: Path, changed: int) -> Benchmark:
     _refuse_unnamed_code(file, raw.get("metrics"))
     try:
         return Benchmark.model_validate(raw)
-    except ValidationError as error:
-        raise Fault(*(f"{file}: {line}" for line in sentences(error, Benchmark))) from None
+    except Fault as fault:
+        raise Fault(*(f"{file}: {line}" for line in fault.messages)) from None
 
 
 def _refuse_unnamed_code(file: Path, metrics: Any) -> None:

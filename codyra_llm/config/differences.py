@@ -22,7 +22,7 @@ NO_RESULT = (
 )
 
 BY_TASK = ("data.epochs.", "eval.max_new_tokens.")  # what is given for each task
-PLACES = ("data.root", "data.benchmark", "model.path")  # known by the content of what lies there
+PLACES = ("data.root", "data.benchmark", "model.path", "model.revision")  # known by their content
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:

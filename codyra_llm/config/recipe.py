@@ -3,11 +3,12 @@ once.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BaseModel, Field, SerializeAsAny, model_validator
 
 from codyra_llm.config.benchmark import Benchmark, benchmark_folder, load_benchmark
 from codyra_llm.config.methods.base import MethodConfig
@@ -24,16 +25,18 @@ from codyra_llm.config.sections import (
     OptimSection,
     SaveSection,
 )
-from codyra_llm.core.errors import Fault, nearest
+from codyra_llm.core.errors import Attempts, Fault, nearest
 from codyra_llm.core.parsing import WrittenPath, shown
-from codyra_llm.core.schema import Positive, Strict, sentences
+from codyra_llm.core.schema import Positive, Strict
 
 FILE_NAME = re.compile(r"[^/\\.\x00-\x1f][^/\\\x00-\x1f]*")  # what a task's name becomes
+T = TypeVar("T")
 NAME_BYTES = 200  # of 255 that file systems take: numbers, suffixes and a process's id come on top
 
 
 class Recipe(Strict, frozen=True):
-    """One run. Fields left at null are filled from the protocol by `resolved`."""
+    """One run. Fields left at null are filled from the protocol by `resolved`. Sections may be given as
+    mappings, and the method as its name alone."""
 
     model: ModelSection
     data: DataSection
@@ -59,6 +62,20 @@ class Recipe(Strict, frozen=True):
         "tensorboard, wandb, trackio, mlflow, aim, ...; Accelerate's docs list all",
     )
     checkpoint: bool = Field(default=True, description="write the final merged model to <output>/checkpoint")
+
+    def __init__(self, /, **given: Any):
+        _with_settings(given, lambda settings: super(Recipe, self).__init__(**settings))
+
+    __init__.__pydantic_base_init__ = True  # pyright: ignore  # as in Strict
+
+    @classmethod
+    def model_validate(cls, obj: Any, *, prefix: tuple[str, ...] = (), **options: Any) -> Self:
+        """The recipe that a mapping holds."""
+
+        def validate(settings: Any) -> Self:
+            return super(Recipe, cls).model_validate(settings, prefix=prefix, **options)
+
+        return _with_settings(obj, validate) if isinstance(obj, dict) else validate(obj)
 
     @property
     def benchmark(self) -> Benchmark:
@@ -179,31 +196,45 @@ def _filled(section: BaseModel, protocol: Any, /, **known: Any) -> BaseModel:
     return section.model_copy(update={**missing, **known})
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, apply `a.b=value` overrides, validate. Raises one Fault with every mistake."""
-    return parse_recipe(override(read_recipe(path), overrides), str(path))
+def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe (a file, the name of a shipped one, a mapping, or another recipe) with `a.b=value` overrides.
+    Raises one Fault with every mistake."""
+    if isinstance(recipe, Recipe):
+        return parse_recipe(override(recipe.model_dump(mode="json"), overrides))
+    if isinstance(recipe, Mapping):
+        return parse_recipe(override(deepcopy(dict(recipe)), overrides))
+    return parse_recipe(override(read_recipe(recipe), overrides), str(recipe))
 
 
 def parse_recipe(raw: dict, source: str = "recipe") -> Recipe:
     """A validated recipe from a mapping; every mistake of every section in one Fault."""
-    faults, method = [], method_section(raw.get("method"))
-    config = METHODS.settings("seqlora")()  # stands in while the rest is validated
-    if not isinstance(method, dict) or not has_method(method.get("name")):  # any YAML
-        name = method.get("name") if isinstance(method, dict) else method
-        faults.append(
+    try:
+        return Recipe.model_validate(raw)
+    except Fault as fault:
+        raise Fault(*(f"{source}: {line}" for line in fault.messages)) from None
+
+
+def _with_settings(raw: dict, build: Callable[[dict], T]) -> T:
+    """What `build` makes of a recipe's mapping, once its method's section is replaced by that method's own
+    class of settings. Raises one Fault with what is wrong with the method and with all the rest."""
+    tried = Attempts()
+    # Where the method is at fault, another one stands in while the rest is validated.
+    config = tried(_method_settings, raw.get("method")) or METHODS.settings("seqlora")()
+    built = tried(build, {**raw, "method": config})
+    if tried.faults:
+        raise Fault(*tried.faults)
+    return built
+
+
+def _method_settings(given: Any) -> MethodConfig:
+    """The settings of a recipe's `method`: a name, a section, or settings as they are."""
+    if isinstance(given, MethodConfig):
+        return given
+    section = method_section(given)
+    name = section.get("name") if isinstance(section, dict) else section  # any YAML
+    if not (isinstance(section, dict) and has_method(name)):
+        raise Fault(
             f"method.name: {shown(name)} is not a method.{nearest(str(name)[:100], METHODS)} "
             f"Known: {', '.join(METHODS)}; one of your own is given by --plugin FILE"
         )
-    else:
-        try:
-            config = METHODS.settings(method["name"]).model_validate(method)
-        except ValidationError as error:
-            faults += sentences(error, METHODS.settings(method["name"]), ("method",))
-    recipe = None
-    try:
-        recipe = Recipe.model_validate({**raw, "method": config})
-    except ValidationError as error:
-        faults += sentences(error, Recipe)
-    if recipe is None or faults:
-        raise Fault(*(f"{source}: {fault}" for fault in faults))
-    return recipe
+    return METHODS.settings(name).model_validate(section, prefix=("method",))

@@ -43,7 +43,8 @@ class Registry(MutableMapping[str, Any]):
         return entry.Config
 
     def __setitem__(self, name: str, method: Any) -> None:
-        """Raises Fault for the name of a shipped method, and for a class that is named otherwise."""
+        """Raises Fault for the name of a shipped method, for what is no class of this name, and for settings
+        that can't be made by naming the method alone."""
         if name in self._shipped:
             raise Fault(f"method '{name}' is one of codyra_llm's own; give yours another name")
         if getattr(method, "name", None) != name:
@@ -51,6 +52,9 @@ class Registry(MutableMapping[str, Any]):
                 f"method '{name}' is registered with {method!r}, whose `name` is "
                 f"{getattr(method, 'name', None)!r}; give both the same name"
             )
+        if not isinstance(method, type):
+            raise Fault(f"method '{name}' is registered with {method!r}, which is no class; give the class")
+        _check_settings(name, method)
         self._entries[name] = method
 
     def __delitem__(self, name: str) -> None:
@@ -64,6 +68,26 @@ class Registry(MutableMapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def _check_settings(name: str, method: type) -> None:
+    """Raises Fault where the class of the method's settings is that of another method, as where it was
+    inherited, or where a setting has no default."""
+    settings = getattr(method, "Config", None)
+    fields = getattr(settings, "model_fields", {})
+    given = fields["name"].default if "name" in fields else None
+    if given != name:
+        found = "it has none" if settings is None else f"that of {settings.__name__} is {given!r}"
+        raise Fault(
+            f"method '{name}' needs settings of its own, a class `Config` with the field `name: "
+            f'Literal["{name}"] = "{name}"`; {found}'
+        )
+    required = [key for key, field in fields.items() if field.is_required()]
+    if required:
+        raise Fault(
+            f"method '{name}': {', '.join(required)} of {settings.__name__} must have a default, so that a "
+            "recipe can give the method's name alone; add one"
+        )
 
 
 def _imported(place: str) -> Any:

@@ -2,13 +2,14 @@
 sentences."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from codyra_llm.core.errors import nearest
-from codyra_llm.core.parsing import shown
+from codyra_llm.core.errors import Fault, nearest
+from codyra_llm.core.parsing import decoded, parse_json, shown
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -18,9 +19,39 @@ Tokens = Annotated[int, Field(le=MOST_TOKENS)]
 
 
 class Strict(BaseModel, frozen=True):
-    """A section of a file of settings: unknown keys are errors, values are frozen."""
+    """A section of a file of settings: unknown keys are errors, values are frozen. However it is made, from a
+    file or in Python, it raises one Fault with everything that is wrong."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    def __init__(self, /, **given: Any):
+        with in_sentences(type(self)):
+            super().__init__(**given)
+
+    # Without this mark pydantic would call __init__ for sections inside a section too, one at a time, and the
+    # first Fault would hide the others.
+    __init__.__pydantic_base_init__ = True  # pyright: ignore
+
+    @classmethod
+    def model_validate(cls, obj: Any, *, prefix: tuple[str, ...] = (), **options: Any) -> Self:
+        """The section that a mapping holds. `prefix`: where the mapping is in its file, for messages."""
+        with in_sentences(cls, prefix):
+            return super().model_validate(obj, **options)
+
+    @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
+        """The section that a JSON text holds."""
+        text = json_data if isinstance(json_data, str) else decoded(bytes(json_data), "the text")
+        return cls.model_validate(parse_json(text, "the text", "a mapping"), **options)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        except ValidationError:
+            raise Fault(
+                f"{name}: {shown(value)} can't be assigned, since settings are checked together and then "
+                f"fixed; make a changed copy, e.g. load_recipe(recipe, ['seed=2'])"
+            ) from None
 
     @field_validator("*", mode="before")
     @classmethod
@@ -50,6 +81,15 @@ def _elements(value: Any) -> Iterable[Any]:
     return value if isinstance(value, list) else [value]
 
 
+@contextmanager
+def in_sentences(schema: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[None]:
+    """Within this block what pydantic finds wrong with `schema` is raised as one Fault."""
+    try:
+        yield
+    except ValidationError as error:
+        raise Fault(*sentences(error, schema, prefix)) from None
+
+
 def sentences(error: ValidationError, schema: type[BaseModel], prefix: tuple = ()) -> list[str]:
     """What pydantic found wrong with `schema`, one sentence each."""
     out = []
@@ -63,6 +103,8 @@ def sentences(error: ValidationError, schema: type[BaseModel], prefix: tuple = (
             )
         elif e["type"] == "missing":
             out.append(f"'{key}' is missing; add it")
+        elif e["type"] in ("model_type", "dict_type") and not key:
+            out.append(f"{given} is not a mapping; give one, with the keys {', '.join(schema.model_fields)}")
         elif e["type"] in ("model_type", "dict_type"):
             out.append(f"{key}: {given} is not a section; write its keys below '{key}', each with its value")
         elif e["type"] == "value_error":

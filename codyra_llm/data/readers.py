@@ -144,10 +144,14 @@ def _quotes_after_spaces(text: str, delimiter: str) -> bool:
             for skips in (False, True):
                 source = io.StringIO(text, newline="")
                 rows = csv.reader(source, delimiter=delimiter, strict=skips, skipinitialspace=skips)
-                read.append([[value.lstrip(" ") for value in row] for row in rows])
+                read.append([_without_leading_spaces(row) for row in rows])
     except csv.Error:  # reported where it is read
         return False
     return read[0] != read[1]
+
+
+def _without_leading_spaces(row: list[str]) -> list[str]:
+    return [value.lstrip(" ") for value in row]
 
 
 def _tsv(path: Path, text: str, expected: str, reading: Reading) -> Found:

@@ -2,6 +2,7 @@
 original base.
 """
 
+import filecmp
 import os
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 from codyra_llm.benchmarks.trace.mini.make import BASES
 from codyra_llm.config.benchmark import digest
 from codyra_llm.core.errors import Fault
-from codyra_llm.core.files import replacing, write_json, write_text
+from codyra_llm.core.files import replacing, to_json, write_json, write_text
 from codyra_llm.core.tensors import save_tensors
 from codyra_llm.experiment.setup import Setup
 from codyra_llm.lora.merge import stored_weight
@@ -52,6 +53,18 @@ def write_merged(
         name_ends(temporary, setup.encoder.ends)
         _write_lineage(setup, archive, after, without, temporary)
         _write_card(card, temporary)
+
+
+def has_merged(setup: Setup, archive: Archive, after: int, out: Path, card: str) -> bool:
+    """Whether `write_merged` wrote `out` of the same base and updates, with the same recipe and card, which
+    names the versions; and whether all of it is still there."""
+    lineage = to_json(_lineage(setup, archive, after, None))
+    told = _holds(out / LINEAGE, lineage) and _holds(out / "README.md", card)
+    return told and saved.is_whole(setup.base, out) and setup.encoder.ends <= set(named_ends(out))
+
+
+def _holds(file: Path, text: str) -> bool:
+    return file.is_file() and file.read_bytes() == text.encode()
 
 
 def write_gguf_folder(
@@ -240,19 +253,19 @@ def _write_lineage(
     folder: Path,
     more: dict | None = None,
 ) -> None:
-    last = setup.recipe.tasks[max(after, 0)]
-    write_json(
-        folder / LINEAGE,
-        {
-            "recipe": setup.recipe.model_dump(mode="json"),
-            "lineage": archive.lineage[after + 1],
-            "benchmark": digest(setup.recipe.data.benchmark),
-            "after": archive.tasks[after] if after >= 0 else None,
-            "chat": setup.recipe.by_template(last),
-            "without": None if without is None else archive.tasks[without],
-            **(more or {}),
-        },
-    )
+    write_json(folder / LINEAGE, _lineage(setup, archive, after, without) | (more or {}))
+
+
+def _lineage(setup: Setup, archive: Archive, after: int, without: int | None) -> dict:
+    """Where an export comes from: the recipe, and the hash of the base and of all updates in it."""
+    return {
+        "recipe": setup.recipe.model_dump(mode="json"),
+        "lineage": archive.lineage[after + 1],
+        "benchmark": digest(setup.recipe.data.benchmark),
+        "after": archive.tasks[after] if after >= 0 else None,
+        "chat": setup.recipe.by_template(setup.recipe.tasks[max(after, 0)]),
+        "without": None if without is None else archive.tasks[without],
+    }
 
 
 def _write_card(card: str, folder: Path) -> None:
@@ -278,14 +291,25 @@ def refuse_unmerged(setup: Setup, without: int | None) -> None:
 def write_stage(folder: RunFolder, after: int, out: Path, card: str = "") -> None:
     """The part of a run folder that answers as the model did after task `after`: recipe, manifest, updates
     and states up to it. The base model stays where the recipe names it."""
-    archive = folder.archive()
     with replacing(out) as temporary:
         for part in ("updates", "state"):
             (temporary / part).mkdir(parents=True)
-        for name in ("recipe.json", "manifest.json"):
-            shutil.copy(folder.path / name, temporary / name)
-        for index, file in enumerate(archive.files[: after + 1]):
-            shutil.copy(file, temporary / "updates" / file.name)
-            if folder.state(index).is_file():
-                shutil.copy(folder.state(index), temporary / "state")
+        for file in _of_stage(folder, after):
+            shutil.copy(file, temporary / file.relative_to(folder.path))
         _write_card(card, temporary)
+
+
+def has_stage(folder: RunFolder, after: int, out: Path, card: str) -> bool:
+    """Whether `write_stage` would write what is in `out`."""
+    pairs = [(file, out / file.relative_to(folder.path)) for file in _of_stage(folder, after)]
+    return _holds(out / "README.md", card) and all(
+        copy.is_file() and filecmp.cmp(file, copy, shallow=False) for file, copy in pairs
+    )
+
+
+def _of_stage(folder: RunFolder, after: int) -> list[Path]:
+    """The files of a run that a stage after task `after` consists of."""
+    updates = folder.archive().files[: after + 1]
+    states = [folder.state(index) for index in range(len(updates))]
+    own = [folder.path / name for name in ("recipe.json", "manifest.json")]
+    return [*own, *updates, *(state for state in states if state.is_file())]

@@ -31,6 +31,17 @@ def splits(recipe: Recipe, stream: Stream, trains: bool) -> Iterator[Split]:
                 continue
 
 
+def unanswered(recipe: Recipe, index: int, rows: list[dict]) -> list[str]:
+    """Fault: a task that can't be scored since it has no answers, such as TRACE's Lima."""
+    if not rows or any(row["answer"].strip() for row in rows):
+        return []
+    name = recipe.tasks[index]
+    return [
+        f"data.tasks: none of the {len(rows)} {recipe.eval.split} records of {name} has an answer, so it "
+        f"can't be scored; leave it out (method replay takes such a set by method.general={name})"
+    ]
+
+
 def as_presented(method: Method, stream: Stream, encoder: Encoder, read: Sequence[Split]) -> list[Split]:
     """The same splits, test prompts as the method presents them: in-context learning makes them longer."""
     found = []
@@ -73,8 +84,8 @@ def _without_embedding(recipe: Recipe, read: Sequence[Split], encoder: Encoder) 
     faults = []
     for index, split, records in read:
         for number, record in enumerate(records):
-            texts = (record["prompt"], record["answer"])
-            found = [token for token in encoder.strangers.values() if any(token in text for text in texts)]
+            text = f"{record['prompt']}\n{record['answer']}"
+            found = [token for token in encoder.strangers.values() if token in text]
             if found:
                 faults.append(
                     f"{recipe.tasks[index]}/{split}: record {number} holds the token {found[0]}, of which "

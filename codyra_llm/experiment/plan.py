@@ -52,14 +52,16 @@ class Work:
 
 
 class Piece(NamedTuple):
-    """A micro-batch: its tokens, padding included, its labelled tokens, the sum of its segments' squared
-    lengths, and which examples of which task it holds."""
+    """A micro-batch: its tokens, with padding and with the prompts that the method puts before each example,
+    its labelled tokens, the sum of its segments' squared lengths, which examples of which task it holds, and
+    how many positions those prompts take before each."""
 
     tokens: int
     labelled: int
     squares: int
     task: int
     examples: list[int]
+    front: int
 
 
 def plan(recipe: Recipe, console: Console) -> None:
@@ -148,14 +150,15 @@ def _work(setup: Setup, model: nn.Module) -> Work:
         records, epochs = setup.method.train_data(setup.stream, index)
         data = TaskData(task, index, setup.encoder.encode(records), epochs, [])
         work.tasks.append(data)
+        front = setup.method.front(index + 1)
         for chosen in data.batches(recipe.seed, recipe.optim.batch_size):
             for positions in micro_batches([len(data.examples[i]) for i in chosen], 1, limit, packed)[0]:
                 own = [chosen[i] for i in positions]
-                lengths = [len(data.examples[i]) for i in own]
+                lengths = [front + len(data.examples[i]) for i in own]
                 tokens = batch_tokens(lengths, packed)
                 labelled = sum(data.examples[i].targets for i in own)
                 squares = sum(n * n for n in lengths) if packed else max(lengths) * tokens
-                work.pieces.append(Piece(tokens, labelled, squares, index, own))
+                work.pieces.append(Piece(tokens, labelled, squares, index, own, front))
     if work.pieces:
         work.pieces.sort()
         middle = work.pieces[len(work.pieces) // 2]
@@ -254,17 +257,19 @@ def _shown(setup: Setup, example: Encoded) -> Text:
 
 
 def _estimates(setup: Setup, model: nn.Module, work: Work, trained: int, total: int) -> list[str]:
-    """Memory: weights, adapters with two moments in float32, and the peak of the largest micro-batch. Time:
-    of a few layers that run here. Disk: updates and, if asked, the final model."""
+    """Memory: weights, what trains with two moments in float32, and the peak of the largest micro-batch.
+    Time: of a few layers that run here. Disk: updates and, if asked, the final model."""
     device = launch.device()
     held = {"weights": _weight_bytes(setup, model, total)}
     lines = []
     if work.biggest:
         # Time first: estimating memory fills the skeleton with fake tensors.
         lines.append(_training(setup, model, work, device).line)
-        tokens = work.biggest.ids.numel()
-        held["adapters and Adam's moments"] = trained * 12
-        held[f"forward and backward of {tokens} tokens"] = activation_bytes(model, work.biggest, device)
+        biggest = work.pieces[-1]
+        held[f"{setup.method.trains} and Adam's moments"] = trained * 12
+        held[f"forward and backward of {biggest.tokens} tokens"] = activation_bytes(
+            model, work.biggest, device, biggest.front
+        )
     parts = ", ".join(f"{name} {part / 1e9:.2f}" for name, part in held.items())
     return [
         f"memory, estimated: {sum(held.values()) / 1e9:.2f} GB ({parts})",
@@ -336,8 +341,8 @@ def _training(setup: Setup, model: nn.Module, work: Work, device: torch.device) 
             packed_attention.use(made)
         return made
 
-    batches = (work.biggest, work.typical)
-    seconds = [step_seconds(make, batch, layers) for batch in batches]
+    batches = (work.biggest, work.pieces[-1].front), (work.typical, middle.front)
+    seconds = [step_seconds(make, batch, layers, front) for batch, front in batches]
     timed = [Timed(n, each) for n, each in zip(of_two, seconds, strict=True)]
     total = total_seconds(*timed, len(work.pieces), operations)
     line = (

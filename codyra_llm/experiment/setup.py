@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from codyra_llm.benchmarks.trace.mini.make import BASES, mini_data, mini_model
-from codyra_llm.config import plugins
+from codyra_llm.config import idle, plugins
 from codyra_llm.config.recipe import Recipe, by_task
 from codyra_llm.config.registry import METHODS
 from codyra_llm.core.errors import Attempts, Fault
@@ -25,7 +25,7 @@ from codyra_llm.data.rendering import ByTemplate, Render, plain
 from codyra_llm.data.stream import Stream
 from codyra_llm.evaluate import suite
 from codyra_llm.evaluate.questions import find_questions
-from codyra_llm.experiment.inspection import as_presented, prompt_faults, splits, try_metrics
+from codyra_llm.experiment.inspection import as_presented, prompt_faults, splits, try_metrics, unanswered
 from codyra_llm.formats.adapter_files import vocabulary
 from codyra_llm.lora.merge import merge
 from codyra_llm.lora.proximal import warmup_steps
@@ -210,7 +210,7 @@ def prepare(
 def _try_run(tried: Attempts, setup: Setup, config: PreTrainedConfig | None) -> None:
     """Check what only training and scoring need: settings that fit together, disk, data, prompts, metrics."""
     recipe, method, stream = setup.recipe, setup.method, setup.stream
-    tried.faults += _settings_that_exclude(recipe, method)
+    tried.faults += [*_settings_that_exclude(recipe, method), *idle.settings(recipe, BASES)]
     if setup.base:
         # Where the config or dtype is missing, for which there is a fault already, the size is not known.
         sized = config and recipe.model.dtype != "auto"
@@ -240,7 +240,7 @@ def _try_data(tried: Attempts, recipe: Recipe, method: Method, stream: Stream) -
         if method.trains and recipe.optim.validate_every:
             tried(stream.records, index, "eval")
         scored = tried(stream.records, index, recipe.eval.split) or []
-        tried.faults += _unanswered(recipe, index, scored)
+        tried.faults += unanswered(recipe, index, scored)
 
 
 def _general(
@@ -334,17 +334,6 @@ def _render(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> tuple[
             "prompts would be once more; set it to false"
         ]
     return ByTemplate(tokenizer), faults
-
-
-def _unanswered(recipe: Recipe, index: int, rows: list[dict]) -> list[str]:
-    """Fault: a task that can't be scored since it has no answers, such as TRACE's Lima."""
-    if not rows or any(row["answer"].strip() for row in rows):
-        return []
-    name = recipe.tasks[index]
-    return [
-        f"data.tasks: none of the {len(rows)} {recipe.eval.split} records of {name} has an answer, so it "
-        f"can't be scored; leave it out (method replay takes such a set by method.general={name})"
-    ]
 
 
 def _warm_up(recipe: Recipe, index: int, epochs: list[range], apart: int) -> list[str]:

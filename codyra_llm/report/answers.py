@@ -1,6 +1,6 @@
 """What a score hides about a run's answers: one answer to nearly all prompts, empty answers, cut ones."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from codyra_llm.evaluate.matrix import mean
 from codyra_llm.store.rows import FloorRow, ScoreRow
@@ -35,18 +35,19 @@ def _alike(row: ScoreRow, count: int) -> float | None:
     return row.commonest
 
 
-def sentences(found: list[dict], many: float = MANY) -> list[str]:
+def sentences(found: list[dict], floors: Collection[str] = (), many: float = MANY) -> list[str]:
     """From what `noted` found, a sentence on each kind of answers: on empty ones where their share is at
-    least SOME, on cut ones where it is at least `many`."""
+    least SOME, on cut ones where it is at least `many`. `floors`: the tasks that have a floor to compare
+    with; general ability, which nothing is trained on, has none."""
     alike = [(row, f"{row['alike']:.0%} of {row['of']}") for row in found if row["alike"]]
     empty = [(row, f"{row['empty']} of {row['of']}") for row in found if _some_empty(row)]
     cut = [(row, f"{row['cut']} of {row['of']}") for row in found if _many_cut(row, many)]
     lines = []
     if alike:
-        lines.append(
-            f"One and the same answer to at least {ALIKE:.0%} of the prompts: {_by_task(alike)}. Such a "
-            f"score shows nothing learnt from the prompts; for a trained task, compare it with the {FLOOR}'s."
-        )
+        line = f"One and the same answer to at least {ALIKE:.0%} of the prompts: {_by_task(alike)}. "
+        floored = dict.fromkeys(row["task"] for row, _ in alike if row["task"] in floors)
+        compare = f"; compare {', '.join(floored)} with the {FLOOR}" if floored else ""
+        lines.append(f"{line}Such a score shows nothing learnt from the prompts{compare}.")
     if empty:
         lines.append(f"Empty answers: {_by_task(empty)}.")
     if cut:
@@ -147,6 +148,15 @@ def floors(arms: dict[str, float | None]) -> dict[str, float]:
     for value, named in by_value.items():
         found[FLOOR if len(by_value) == 1 else f"{FLOOR}, of {', '.join(named)}"] = value
     return found
+
+
+def floored(found: dict) -> list[str]:
+    """The tasks of a summary that have a floor."""
+    floor = found.get("floor")
+    if not floor:
+        return []
+    pairs = zip(found["tasks"], floor["scores"], strict=False)  # a task may have been added without one
+    return [task for task, score in pairs if score is not None]
 
 
 def floor(tasks: list[str], rows: list[FloorRow], seen: int) -> dict | None:

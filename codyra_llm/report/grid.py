@@ -1,6 +1,7 @@
 """A table with its numbers: the page shows it as a heat map, CSV and Markdown write it as it is."""
 
 import csv
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TextIO
@@ -28,7 +29,7 @@ class Cell:
     low: float | None = None
     high: float | None = None
     small: str = ""  # a second line
-    hint: str = ""
+    hint: str = ""  # shown under the pointer, and with all others below the table
     heat: float | None = None  # 0..100: how strong the cell's colour is
     marked: bool = False  # outlined, or bold
 
@@ -49,6 +50,21 @@ class Grid:
         """Whether the column's cells are texts."""
         found = (cells[column] for _, cells in self.rows)
         return any(cell is not None and isinstance(cell.value, str) for cell in found)
+
+    def hints(self) -> list[tuple[str, str]]:
+        """Where there are hints, and what they say: of each column first the one that most of its cells have,
+        then the others by row and column."""
+        common: list[tuple[str, str]] = []
+        others: list[tuple[str, str]] = []
+        for i, column in enumerate(self.columns):
+            cells_of = [(label, cells[i]) for label, cells in self.rows]
+            hinted = [(label, cell.hint) for label, cell in cells_of if cell and cell.hint]
+            if not hinted:
+                continue
+            ((most, _),) = Counter(hint for _, hint in hinted).most_common(1)
+            common.append((column, most))
+            others += [(f"{label}, {column}", hint) for label, hint in hinted if hint != most]
+        return common + others
 
     def filled(self) -> "Grid":
         """The grid without its empty columns."""

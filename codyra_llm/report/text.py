@@ -80,7 +80,7 @@ def _measures(found: dict) -> str:
     lines = ["   ".join(f"{name} {found[name]:z.2f}" for name in MEASURES if found[name] is not None)]
     if found.get("floor"):
         lines.append(f"{answers.FLOOR}, without a model: op {_cell(found['floor']['op'])}")
-    lines += answers.sentences(found.get("answers", []))
+    lines += answers.sentences(found.get("answers", []), answers.floored(found))
     if found["general"]:
         changes = [
             f"{name} {_cell(scores.get('before'))} → {_cell(scores.get('after'))}"
@@ -158,7 +158,7 @@ def render(recipe: Recipe, found: dict, updates: list[UpdateRow]) -> str:
         "are 0 to 100.",
         "",
     ]
-    for line in answers.sentences(found["answers"]):
+    for line in answers.sentences(found["answers"], answers.floored(found)):
         lines += [plain(line), ""]
     lines += [
         "| measure | value | definition |",

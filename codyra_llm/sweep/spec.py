@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from codyra_llm.config.differences import differences, flat
 from codyra_llm.config.overrides import assign, read_recipe, split_overrides
@@ -19,7 +19,7 @@ from codyra_llm.config.recipe import Recipe, parse_recipe
 from codyra_llm.config.registry import METHODS
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.parsing import WrittenPath, read_yaml, shown
-from codyra_llm.core.schema import Strict, sentences
+from codyra_llm.core.schema import Strict
 from codyra_llm.experiment.preflight import lacking
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.store.folder import RunFolder
@@ -327,8 +327,8 @@ def load_sweep(path: str | Path, overrides: list[str] = ()) -> Sweep:
     raw |= {"output": given.pop("output")} if "output" in given else {}
     try:
         file = SweepFile.model_validate(raw)
-    except ValidationError as error:
-        raise Fault(*(f"{path}: {line}" for line in sentences(error, SweepFile))) from None
+    except Fault as fault:
+        raise Fault(*(f"{path}: {line}" for line in fault.messages)) from None
     return Sweep(file.model_copy(update={"set": file.set | given}), given)
 
 

@@ -43,9 +43,9 @@ def depth(model: nn.Module) -> Depth:
     return Depth(sum(trains), len(trains) - sum(trains) - ended, ended)
 
 
-def activation_bytes(model: nn.Module, batch: Batch, device: torch.device) -> int:
+def activation_bytes(model: nn.Module, batch: Batch, device: torch.device, front: int = 0) -> int:
     """Peak bytes of forward and backward of one micro-batch, without the weights: activations, gradients,
-    shadows of adapters.
+    shadows of adapters. `front`: how many positions of prompts that train are before each row.
 
     `model` is a skeleton on the meta device as it trains (adapters, checkpointing, train mode) and is turned
     into fake tensors of `device`: every operation gives tensors of the right shape, dtype and lifetime, and
@@ -59,11 +59,11 @@ def activation_bytes(model: nn.Module, batch: Batch, device: torch.device) -> in
         batch = batch.to(device)
         try:
             if len(layers) <= MEASURED_LAYERS[1] or len(layers) not in depth(model):
-                return _peak(model, batch)
+                return _peak(model, batch, front)
             peaks = []
             for count in MEASURED_LAYERS:
                 families.set_blocks(model, layers[:count])
-                peaks.append(_peak(model, batch))
+                peaks.append(_peak(model, batch, front))
         finally:
             families.set_blocks(model, layers)
     few, more = MEASURED_LAYERS
@@ -82,14 +82,22 @@ def _fix_frequencies(model: nn.Module) -> None:
             module.rope_type = dict.fromkeys(kind, "default")
 
 
-def _peak(model: nn.Module, batch: Batch) -> int:
+def _peak(model: nn.Module, batch: Batch, front: int) -> int:
     """Peak bytes of one forward and backward, as `Meter` counts them."""
     model.zero_grad()
     for shared in shared_inputs(model):
         shared.forget()
     with Meter() as meter:
-        batch.cross_entropy(model).backward()
+        _loss(model, batch, front).backward()
     return meter.peak
+
+
+def _loss(model: nn.Module, batch: Batch, front: int) -> torch.Tensor:
+    """The loss of a micro-batch after `front` positions of prompts in float32, which require gradients."""
+    if not front:
+        return batch.cross_entropy(model)
+    shape = len(batch.ids), front, model.config.hidden_size
+    return batch.cross_entropy(model, torch.zeros(shape, device=batch.ids.device, requires_grad=True))
 
 
 def step_flops(model: nn.Module, tokens: int, squares: int, labelled: int) -> int:
@@ -146,14 +154,15 @@ def total_seconds(big: Timed, typical: Timed, count: int, operations: float) -> 
 Make = Callable[[int, range | None], nn.Module]
 
 
-def step_seconds(make: Make, batch: Batch, layers: Depth) -> float:
+def step_seconds(make: Make, batch: Batch, layers: Depth, front: int = 0) -> float:
     """Seconds of forward and backward of one micro-batch in a model of these `layers`, measured on models of
     fewer. `make(count, adapted)` gives one with `count` layers and random weights, on its device, with
-    adapters in the `adapted` layers (None: those that the recipe asks for)."""
+    adapters in the `adapted` layers (None: those that the recipe asks for). `front` as in
+    `activation_bytes`."""
     if sum(layers) <= MEASURED_LAYERS[1]:
-        return _seconds(make(sum(layers), None), batch)
+        return _seconds(make(sum(layers), None), batch, front)
     few, more = MEASURED_LAYERS
-    start, whole = (_seconds(make(count, range(count)), batch) for count in MEASURED_LAYERS)
+    start, whole = (_seconds(make(count, range(count)), batch, front) for count in MEASURED_LAYERS)
 
     def each(seconds: float) -> float:
         """Seconds of one layer, from those of a model with `more` layers: the first `few` of them have
@@ -164,13 +173,13 @@ def step_seconds(make: Make, batch: Batch, layers: Depth) -> float:
         return start + (sum(layers) - few) * each(whole)
     total = start + (layers.adapted - few) * each(whole)
     if layers.passed:
-        total += layers.passed * each(_seconds(make(more, range(few)), batch))
+        total += layers.passed * each(_seconds(make(more, range(few)), batch, front))
     if layers.ended:
-        total += layers.ended * each(_seconds(make(more, range(more - few, more)), batch))
+        total += layers.ended * each(_seconds(make(more, range(more - few, more)), batch, front))
     return total
 
 
-def _seconds(model: nn.Module, batch: Batch) -> float:
+def _seconds(model: nn.Module, batch: Batch, front: int = 0) -> float:
     """Seconds of one forward and backward: the median of at most ROUNDS, after one that allocates. A single
     long pass is enough; with a large model on a CPU each takes seconds."""
     shared, times = shared_inputs(model), []
@@ -183,7 +192,7 @@ def _seconds(model: nn.Module, batch: Batch) -> float:
         began = time.perf_counter()
         make_shadows(shared)
         with deferred(shared, device.type == "cuda"):
-            loss = batch.cross_entropy(model)
+            loss = _loss(model, batch, front)
             loss.backward()
         finish_gradients(shared)
         loss.item()

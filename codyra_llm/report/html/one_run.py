@@ -67,7 +67,7 @@ def _facts(folder: RunFolder, found: dict, manifest: dict) -> list[str]:
         lines.append(f"At most {recipe.eval.max_examples} examples per task were scored.")
     if METHODS[recipe.method.name].trains and steps < len(recipe.tasks):
         lines.append(f"Not finished: {steps} of {len(recipe.tasks)} tasks are learnt and scored.")
-    return lines + answers.sentences(found["answers"], many=0)
+    return lines + answers.sentences(found["answers"], answers.floored(found), many=0)
 
 
 def _measures(found: dict) -> Grid:
@@ -202,9 +202,7 @@ def _names(rows: list[Change]) -> tuple[list[str], list[str]]:
 
 
 def _kept(kept: int, rank: int) -> Cell:
-    return Cell(
-        kept, str(kept), small=f"of {rank}", heat=100 * kept / rank if rank else 0, hint=f"{kept} of {rank}"
-    )
+    return Cell(kept, str(kept), small=f"of {rank}", heat=100 * kept / rank if rank else 0)
 
 
 def _rank_maps(updates: list[UpdateRow]) -> list[Grid]:
@@ -223,17 +221,17 @@ def _rank_map(task: str, members: list[UpdateRow]) -> Grid:
     columns = [name.removesuffix("_proj") for name in names]
     lines = []
     for layer in layers:
-        lines.append((layer, [_mapped(cells.get((layer, name))) for name in names]))
+        lines.append((layer, [_mapped(cells.get((layer, name)), len(ranks) > 1) for name in names]))
     return Grid(f"ranks kept: {task}", "layer", columns, lines, f"of {' or '.join(map(str, ranks))}")
 
 
-def _mapped(row: UpdateRow | None) -> Cell | None:
-    """The cell of one site in a rank map."""
+def _mapped(row: UpdateRow | None, several: bool) -> Cell | None:
+    """The cell of one site in a rank map; with the site's rank where there are `several`."""
     if row is None:
         return None
     kept = row.kept or 0
     heat = 100 * kept / row.rank if row.rank else 0
-    return Cell(kept, str(kept), heat=heat, hint=f"{row.site}: {kept} of {row.rank}")
+    return Cell(kept, f"{kept}/{row.rank}" if several else str(kept), heat=heat)
 
 
 CHANGES = {

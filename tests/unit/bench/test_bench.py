@@ -259,6 +259,20 @@ def test_estimated_memory_is_what_a_step_takes(family, settings, request):
     )
 
 
+@pytest.mark.parametrize("layers", [2, 9])
+def test_estimated_memory_counts_the_prompts_in_front(layers, tiny_llama):
+    """More positions than tokens, so that leaving them out would halve the estimate."""
+    one, model = batch(), training_model(tiny_llama, "cpu", layers=layers)
+    shape = 3, 70, model.config.hidden_size
+
+    def step():
+        one.cross_entropy(model, torch.zeros(shape, requires_grad=True)).backward()
+
+    skeleton = training_model(tiny_llama, "meta", layers=layers)
+    estimate = activation_bytes(skeleton, one, CPU, front=70)
+    assert estimate == pytest.approx(peak_bytes(step, CPU), rel=0.02)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", ["tiny_llama", "tiny_gemma3"])
 def test_counted_operations_are_those_that_run(family, checkpointing, request):
@@ -340,7 +354,7 @@ def test_seconds_of_many_layers_follow_from_a_few(tiny_llama, monkeypatch):
         own = range(count) if adapted is None else adapted
         return 0.3 + 0.1 * len(own) + 0.02 * own.start + 0.06 * (count - own.stop)
 
-    monkeypatch.setattr(estimate, "_seconds", lambda seconds, batch: seconds)
+    monkeypatch.setattr(estimate, "_seconds", lambda seconds, batch, front: seconds)
     assert step_seconds(make, None, Depth(32, 0, 0)) == pytest.approx(3.5) and asked == [2, 4]
     assert step_seconds(make, None, Depth(3, 0, 0)) == pytest.approx(0.6) and asked == [2, 4, 3]
     assert step_seconds(make, None, Depth(0, 32, 0)) == pytest.approx(3.5)  # made alike by prompt methods

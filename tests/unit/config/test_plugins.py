@@ -85,6 +85,15 @@ def test_a_file_is_loaded_once_and_anew_when_it_has_changed(tmp_path):
         ("x = 1\n", "registers no method and no metric"),
         (METHOD + "METHODS['seqlora'] = Mine\n", "method 'seqlora' is one of codyra_llm's own"),
         (METHOD + "METHODS['yours'] = Mine\n", "whose `name` is 'mine'"),
+        (METHOD + "METHODS['mine'] = Mine(MineConfig(), 0)\n", "which is no class; give the class"),
+        (
+            METHOD + "Mine.Config = SeqLoraConfig\nMETHODS['mine'] = Mine\n",
+            'with the field `name: Literal["mine"] = "mine"`; that of SeqLoraConfig is \'seqlora\'',
+        ),
+        (
+            METHOD.replace('= "mine"\n', '= "mine"\n    weight: float\n', 1) + "METHODS['mine'] = Mine\n",
+            "weight of MineConfig must have a default",
+        ),
         (METRIC.replace('"length_gap"', '"sari"'), "metric 'sari' is one of codyra_llm's own"),
         (METRIC.replace('"length_gap"', '"answer"'), "is not a valid name"),
         (METRIC.replace("low=0", "low=10"), "low 10 must be below high 10"),

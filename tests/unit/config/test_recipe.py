@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pydantic import ValidationError
 
 from codyra_llm.config.differences import differences
 from codyra_llm.config.overrides import PROGRAM_KEYS, find_recipe, override
@@ -181,7 +180,7 @@ def test_broken_files(tmp_path):
 
 
 def test_recipes_are_frozen():
-    with pytest.raises(ValidationError):
+    with pytest.raises(Fault, match="seed: 2 can't be assigned, since settings are checked together"):
         parse_recipe(MINIMAL).seed = 2
 
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from codyra_llm.config.methods.sequential import CodyraDriftConfig
 from codyra_llm.config.recipe import parse_recipe
@@ -47,9 +46,9 @@ def setup(tiny_llama, toy_stream, tmp_path):
 
 
 def test_ratio_s_budget_is_asked_for():
-    with pytest.raises(ValidationError, match="give the share of drift that may stay"):
+    with pytest.raises(Fault, match="give the share of drift that may stay"):
         CodyraDriftConfig(selection="ratio")
-    with pytest.raises(ValidationError, match="'keep_drift' goes with selection 'ratio'"):
+    with pytest.raises(Fault, match="'keep_drift' goes with selection 'ratio'"):
         CodyraDriftConfig(keep_drift=0.5)
 
 

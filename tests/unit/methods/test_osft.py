@@ -14,11 +14,12 @@ from codyra_llm.config.registry import METHODS
 from codyra_llm.lora.layer import sites
 from codyra_llm.lora.shared import share_inputs
 from codyra_llm.lora.update import Adapter
-from codyra_llm.methods.projection.osft import preserved_rank, split_weight
+from codyra_llm.methods.projection.osft import Kept, preserved_rank, split_weight
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IDS = torch.tensor([[1, 5, 9, 4, 7, 2], [1, 8, 3, 6, 11, 2]])
 FIRST = SimpleNamespace(index=0)
+START = SimpleNamespace(index=0, archive=None, state={})
 
 
 def loss(model) -> torch.Tensor:
@@ -171,6 +172,54 @@ def test_a_resumed_task_goes_on_from_the_same_split_where_singular_values_are_eq
         torch.testing.assert_close(kept.u @ kept.u.T, before.u @ before.u.T, rtol=0, atol=1e-5)
         torch.testing.assert_close(kept.v @ kept.v.T, before.v @ before.v.T, rtol=0, atol=1e-5)
         assert (expected[f"{site}.weight"] - base[site]).norm() > 0.1
+
+
+def test_a_resumed_adapter_is_off_the_same_directions_where_singular_values_are_equal():
+    """Directions that another SVD would take have nothing to do with those that the factors left alone."""
+    method, model = orthogonal_lora()
+    method.begin_task(model, START)
+    train_a_step(method, model)
+    saved = {name: tensor.clone() for name, tensor in method.progress().items()}
+    factors = {site: (layer.lora_A.clone(), layer.lora_B.clone()) for site, layer in sites(model).items()}
+    again, resumed = orthogonal_lora()
+    again.begin_task(resumed, START)
+    layers = sites(resumed)
+    with torch.no_grad():
+        for site, (a, b) in factors.items():
+            layers[site].lora_A.copy_(a)
+            layers[site].lora_B.copy_(b)
+            _, k = again._kept[layers[site]].u.shape
+            u, _, vt = torch.linalg.svd(torch.randn(layers[site].weight.shape), full_matrices=False)
+            again._kept[layers[site]] = Kept(u[:, :k], vt[:k].T)
+    again.resume(saved)
+    again.after_step(None)
+    for site, (a, b) in factors.items():
+        assert a.norm() > 0.1 and b.norm() > 0.1
+        torch.testing.assert_close(layers[site].lora_A, a, rtol=0, atol=1e-5)
+        torch.testing.assert_close(layers[site].lora_B, b, rtol=0, atol=1e-5)
+        kept, before = again._kept[layers[site]], method._kept[sites(model)[site]]
+        assert torch.equal(kept.u, before.u) and torch.equal(kept.v, before.v)
+
+
+@torch.no_grad()
+def train_a_step(method, model) -> None:
+    """What training might do to the factors."""
+    for layer in sites(model).values():
+        layer.lora_A += torch.randn(layer.lora_A.shape)
+        layer.lora_B += torch.randn(layer.lora_B.shape)
+    method.after_step(None)
+
+
+def orthogonal_lora():
+    """`osft_lora` on the three layers of `attached`, with weights whose singular values are all 1."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({site: nn.Linear(*size, bias=False) for site, size in SIZES.items()})
+    for layer in model.values():
+        nn.init.orthogonal_(layer.weight)
+    kind = METHODS["osft_lora"]
+    method = kind(kind.Config(targets=list(SIZES), rank=2), 7)
+    method.attach(model)
+    return method, model
 
 
 def orthogonal():

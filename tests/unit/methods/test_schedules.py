@@ -1,7 +1,6 @@
 """What of a task's steps has a schedule of its own, and what the schedules of the threshold come to."""
 
 import pytest
-from pydantic import ValidationError
 
 from codyra_llm.config.methods.sequential import CodyraConfig, SeqLoraConfig
 from codyra_llm.config.registry import METHODS
@@ -100,7 +99,7 @@ def test_the_largest_weight_is_1_after_alignment_whatever_it_starts_at(align, to
 
 
 def test_merge_scale_goes_with_merging():
-    with pytest.raises(ValidationError, match="'merge_scale' is 0.8, but with 'fresh' false"):
+    with pytest.raises(Fault, match="'merge_scale' is 0.8, but with 'fresh' false"):
         SeqLoraConfig(merge_scale=0.8)
     assert SeqLoraConfig(merge_scale=0.8, fresh=True).merge_scale == 0.8
 

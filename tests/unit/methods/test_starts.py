@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from codyra_llm.config.methods.sequential import SeqLoraConfig
 from codyra_llm.config.registry import METHODS
+from codyra_llm.core.errors import Fault
 from codyra_llm.methods.parts.starts import least_rows, rows_off
 from codyra_llm.methods.parts.subspace import Subspace
 
@@ -37,7 +37,7 @@ def test_least_rows_are_those_that_w_says_least_to():
 
 
 def test_a_setting_without_effect_is_refused():
-    with pytest.raises(ValidationError, match="'start_energy' has no effect with start 'weights'"):
+    with pytest.raises(Fault, match="'start_energy' has no effect with start 'weights'"):
         SeqLoraConfig(start="weights", start_energy=0.5)
     seqlora = METHODS["seqlora"]
     stages = [

@@ -70,13 +70,26 @@ def test_rows_just_learnt_and_at_the_end_are_told_and_no_others(tmp_path):
     one = f"{FIRST} (100% of 2 after {FIRST}, 95% of 2 after {THIRD}), probe (100% of 2 after {THIRD})"
     found = (
         f"One and the same answer to at least 90% of the prompts: {one}. Such a score shows nothing learnt "
-        f"from the prompts; for a trained task, compare it with the {NAME}'s."
+        "from the prompts."
     )
     empty = f"Empty answers: {FIRST} (1 of 2 after {THIRD})."
     lines = report(folder).splitlines()
     assert plain(found) in lines and plain(empty) in lines
     texts = Page(written([folder], tmp_path / "x.html")).texts
     assert found in texts and empty in texts
+    write_jsonl(folder.path / "floor.jsonl", floors([40.0, 10.0, 31.0]))
+    found = f"{found[:-1]}; compare {FIRST} with the {NAME}."  # the probe has no floor
+    assert plain(found) in report(folder).splitlines()
+    assert found in Page(written([folder], tmp_path / "x.html")).texts
+
+
+def test_general_ability_is_not_compared_with_a_floor(tmp_path):
+    folder = make(tmp_path / "run")
+    write_jsonl(folder.path / "floor.jsonl", floors([40.0, 10.0, 31.0]))
+    changed(folder, 3, "probe", commonest=1.0)
+    line = f"probe (100% of 2 after {THIRD}). Such a score shows nothing learnt from the prompts."
+    assert report(folder).count(plain(line)) == 1
+    assert line in " ".join(Page(written([folder], tmp_path / "x.html")).texts)
 
 
 def test_foreign_names_are_text_in_markdown(tmp_path):

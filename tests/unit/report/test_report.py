@@ -20,9 +20,10 @@ from codyra_llm.core.files import read_jsonl, write_json, write_jsonl
 from codyra_llm.evaluate.matrix import FORMULAS
 from codyra_llm.report import grid
 from codyra_llm.report.groups import Member, grouped
-from codyra_llm.report.html import charts, many_runs, page
+from codyra_llm.report.html import charts, many_runs, one_run, page
 from codyra_llm.report.html.forgotten import readable
 from codyra_llm.store.folder import RunFolder
+from codyra_llm.store.rows import UpdateRow
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,25 @@ def many(tmp_path_factory):
     return [*grid, make(root / "rank-8", method={"name": "codyra", "rank": 8}, seed=0)]
 
 
+def test_what_the_pointer_shows_is_in_words_too(one, tmp_path):
+    """A title is out of reach for the keyboard and for most screen readers."""
+    source = written([one], tmp_path / "x.html")
+    hints = {html.unescape(hint) for hint in re.findall(r' title="([^"]*)"', source)}
+    details = re.findall(r"<details><summary>About the .*?</details>", source, re.DOTALL)
+    said = html.unescape(" ".join(details))
+    assert hints and all(f": {hint}</li>" in said for hint in hints)
+
+
+def test_hints_are_told_once_for_each_column():
+    def cell(hint):
+        return grid.Cell(1, "1", hint=hint)
+
+    rows = [("floor", [cell("two: yes"), None]), ("1", [cell("two"), None]), ("2", [cell("two"), cell("x")])]
+    told = [("A", "two"), ("B", "x"), ("floor, A", "two: yes")]
+    assert grid.Grid("g", "", ["A", "B"], rows).hints() == told
+    assert grid.Grid("g", "", ["A"], [("1", [grid.word("a")]), ("2", [None])]).hints() == []
+
+
 def test_the_page_of_a_run_holds_every_number(one, tmp_path):
     source = written([one], tmp_path / "x.html")
     texts = Page(source).texts
@@ -63,7 +83,9 @@ def test_the_page_of_a_run_holds_every_number(one, tmp_path):
         texts.count("1,234") == 3 and texts.count("128") == 3 and texts.count("320") == 3
     )  # parameters, tokens/s, tokens
     assert {"0.500", "1.500", "0.7500", "codyra-llm run recipe.json"} <= set(texts)
-    assert sum("<td" in line and "of 4" in line for line in source.splitlines()) == 6  # the rank maps' cells
+    maps = re.findall(r'<figure class="table map">.*?</figure>', source, re.DOTALL)
+    assert sum(text.count('<td class="heat ') for text in maps) == 6
+    assert all('<span class="note">of 4</span>' in text for text in maps)
     assert '"rank": 4' in "".join(texts) and "80.0 → 55.0" in texts
 
 
@@ -367,3 +389,10 @@ def test_text_is_readable_on_every_cell_in_both_schemes(one, tmp_path):
         ):
             dark, light = sorted((colour[text], colour[ground]))
             assert (light + 0.05) / (dark + 0.05) >= least, (text, ground)
+
+
+def test_a_rank_map_of_several_ranks_has_them_in_its_cells():
+    ranks = enumerate((4, 8))
+    rows = [UpdateRow("A", f"layers.{i}.mlp.up_proj", rank, 3, 1.0, 1.0, None) for i, rank in ranks]
+    (found,) = one_run._rank_maps(rows)
+    assert found.note == "of 4 or 8" and [cells[0].text for _, cells in found.rows] == ["3/4", "3/8"]
