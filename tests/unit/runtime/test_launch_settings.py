@@ -1,6 +1,7 @@
 """What a process sets once for all that it runs, and what it says of its device."""
 
 import logging
+import os
 
 import pytest
 import torch
@@ -38,6 +39,11 @@ def test_a_benchmark_is_timed_on_the_device_that_is_asked_for(monkeypatch):
     monkeypatch.setitem(LEVELS, "linear", lambda options: {"level": "linear"})
     measured("linear", asked)
     assert chosen == [asked.device]
+
+
+def test_only_tests_for_a_gpu_see_one():
+    """On a machine with GPUs all others would else train there, and compare with the bits of a CPU."""
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
 @pytest.fixture
