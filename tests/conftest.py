@@ -17,6 +17,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # Before torch is imported. All other tests compare with the bits, the dtypes and the devices of a CPU.
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     is_worker = hasattr(config, "workerinput")
     distributes = getattr(config.option, "dist", "no") != "no" and not is_worker
     if not distributes:

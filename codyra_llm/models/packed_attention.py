@@ -10,14 +10,39 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv
 
 from codyra_llm.models import families, prefix_attention, short_attention
 
 NAME = "packed"
-# Attention functions, by name, that are causal when they get no mask.
-WITHOUT_MASK = {"sdpa": short_attention.causal, prefix_attention.NAME: prefix_attention.prefixed}
 FLASH = "flash_attention_2"
 WIDE = ((8, 0), (9, 0), (10, 0))  # compute capabilities whose flash backward takes heads of more than 192
+
+
+def causal(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given
+) -> tuple[Tensor, None]:
+    """`short_attention.causal`, of which in float32 on a GPU every query head gets a copy of its key head: of
+    PyTorch's kernels only flash reads shared heads, which takes 16 bits alone; without the copies it would
+    keep all scores, [R, H, T, T]."""
+    if attention_mask is None and _lacks_shared_heads(query) and query.shape[1] != key.shape[1]:
+        groups = query.shape[1] // key.shape[1]
+        heads = repeat_kv(key, groups), repeat_kv(value, groups)
+        dropout, scale = given.get("dropout", 0.0), given.get("scaling")
+        out = functional.scaled_dot_product_attention(
+            query, *heads, dropout_p=dropout, is_causal=query.shape[2] > 1, scale=scale
+        )
+        return out.transpose(1, 2), None
+    return short_attention.causal(module, query, key, value, attention_mask, **given)
+
+
+def _lacks_shared_heads(query: Tensor) -> bool:
+    """Whether no kernel that keeps no scores reads key heads that several query heads share."""
+    return query.is_cuda and query.dtype == torch.float32
+
+
+# Attention functions, by name, that are causal when they get no mask.
+WITHOUT_MASK = {"sdpa": causal, prefix_attention.NAME: prefix_attention.prefixed}
 
 
 def states(model: nn.Module, **given) -> Tensor:

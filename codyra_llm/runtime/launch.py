@@ -36,6 +36,8 @@ def accelerator() -> Accelerator:
     cpu = not torch.cuda.is_available()
     zero = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
     many = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if many and not cpu:
+        _refuse_sharing()
     if zero:
         _prepare_deepspeed(cpu)
         launchers.check_deepspeed()
@@ -58,6 +60,17 @@ def accelerator() -> Accelerator:
 def device() -> torch.device:
     """The device of this process: its GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _refuse_sharing() -> None:
+    """Raises Fault where processes would have to share a GPU, at which NCCL fails."""
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if processes > gpus:
+        raise Fault(
+            f"{processes} processes were started on this machine, and PyTorch finds {gpus} of its GPUs, of "
+            f"which each process needs one; start {gpus} (PROCESSES of launch.sh, --nproc-per-node of "
+            "torchrun, --num_processes of accelerate launch)"
+        )
 
 
 def _hides_a_gpu() -> bool:

@@ -1,5 +1,5 @@
-"""Stage `facts`: versions, what the device can do at most, and whether the kernels that training relies on
-compute what they should.
+"""Stage `facts`: versions, what the device can do at most, whether the kernels that training relies on
+compute what they should, and what some of them take.
 """
 
 import os
@@ -14,6 +14,7 @@ from torch import Tensor
 from codyra_llm.bench.gpu.context import Context
 from codyra_llm.core.version import __version__
 from codyra_llm.models import packed_attention
+from codyra_llm.runtime.memory import peak_bytes
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed", "triton")
 LENGTHS = [100, 37, 3, 160]  # of segments in a packed row
@@ -30,6 +31,8 @@ def facts(context: Context) -> None:
     context.on_gpu("gpu", _gpu)
     context.attempt("limits", lambda: limits(context))
     context.attempt("skinny products", lambda: skinny(context))
+    context.attempt("a step of AdamW, ms", lambda: optimizer_steps(context))
+    context.on_gpu("attention in float32", lambda: float32_attention(context))
     for heads, shared, size, window in ATTENTION:
         name = f"packed attention, {heads} heads, {shared} key heads of {size}, window {window}"
         context.attempt(name, partial(attention_errors, context, heads, shared, size, window))
@@ -87,6 +90,37 @@ def skinny(context: Context) -> dict[str, float]:
         product = torch.mm(dy.T, x, out_dtype=torch.float32)
         found["dYᵀ x in float32"] = distance(product, dy.double().T @ x.double())
     return found
+
+
+def optimizer_steps(context: Context) -> dict[str, float]:
+    """Milliseconds of a step for the factors of 112 sites, as PyTorch chooses and in its fused kernel."""
+    sites, width = (2, 32) if context.tiny else (112, 2048)
+    found = {}
+    for name, settings in (("default", {}), ("fused", {"fused": True})):
+        factors = []
+        for shape in ((16, width), (16,), (width, 16)) * sites:
+            factors.append(torch.nn.Parameter(torch.zeros(shape, device=context.device)))
+            factors[-1].grad = torch.ones_like(factors[-1])
+        found[name] = round(1000 * context.seconds(torch.optim.AdamW(factors, **settings).step), 3)
+    return found
+
+
+def float32_attention(context: Context) -> dict[str, float]:
+    """Megabytes at the peak of forward and backward over padded rows, and of all scores, which are not to be
+    kept."""
+    rows, heads, shared, tokens, size = 2, 8, 2, 256 if context.tiny else 2048, 64
+    query, key, value = (
+        torch.randn(rows, count, tokens, size, device=context.device, requires_grad=True)
+        for count in (heads, shared, shared)
+    )
+
+    def work() -> None:
+        y, _ = packed_attention.causal(torch.nn.Module(), query, key, value, None, scaling=size**-0.5)
+        torch.autograd.grad(y.sum(), (query, key, value))
+
+    work()
+    scores = 4 * rows * heads * tokens**2
+    return {"peak MB": round(peak_bytes(work, context.device) / 1e6, 1), "scores, MB": scores / 1e6}
 
 
 def attention_errors(context: Context, heads: int, shared: int, size: int, window: int | None) -> dict:

@@ -2,10 +2,13 @@
 built.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from losses import Largest
 from packed import LENGTHS, batch, examples, loaded, loss_and_gradients
+from torch.nn import functional
 from transformers import AttentionInterface, masking_utils
 
 from codyra_llm.data.batches import collate
@@ -55,6 +58,37 @@ def test_padded_rows_need_no_mask(folder, prefixed, checkpointing, monkeypatch):
     assert all(torch.equal(found[1][key], value) for key, value in expected[1].items())
     masked = name not in packed_attention.WITHOUT_MASK or families.windows(model.config)
     assert bool(asked) == bool(masked) and model.config._attn_implementation == name
+
+
+def test_no_kernel_without_shared_heads_is_given_any(tiny_llama, monkeypatch):
+    """As in float32 on a GPU, where PyTorch would keep all scores. The loss and its gradients stay."""
+    model, padded, heads = loaded(tiny_llama), batch(examples(), packed=False), []
+    assert model.config.num_attention_heads > model.config.num_key_value_heads
+    expected = loss_and_gradients(model, padded)
+    attention = functional.scaled_dot_product_attention
+
+    def seen(query, key, value, *given, **settings):
+        heads.append((query.shape[1], key.shape[1], value.shape[1], settings.get("enable_gqa", False)))
+        return attention(query, key, value, *given, **settings)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", seen)
+    monkeypatch.setattr(packed_attention, "_lacks_shared_heads", lambda query: True)
+    assert_same(loss_and_gradients(model, padded), expected)
+    count = model.config.num_attention_heads
+    assert heads == [(count, count, count, False)] * model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize(
+    "device, dtype, lacks",
+    [
+        ("cuda", torch.float32, True),
+        ("cuda", torch.bfloat16, False),
+        ("cpu", torch.float32, False),
+    ],
+)
+def test_which_kernels_read_shared_heads(device, dtype, lacks):
+    query = SimpleNamespace(is_cuda=device == "cuda", dtype=dtype)
+    assert packed_attention._lacks_shared_heads(query) == lacks
 
 
 def test_the_window_matters(tiny_gemma3):

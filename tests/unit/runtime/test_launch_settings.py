@@ -1,6 +1,7 @@
 """What a process sets once for all that it runs, and what it says of its device."""
 
 import logging
+import os
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from codyra_llm.bench import LEVELS, measured, options
 from codyra_llm.bench.measure import Options
 from codyra_llm.core import gpus
+from codyra_llm.core.errors import Fault
 from codyra_llm.runtime import launch
 
 
@@ -37,6 +39,11 @@ def test_a_benchmark_is_timed_on_the_device_that_is_asked_for(monkeypatch):
     monkeypatch.setitem(LEVELS, "linear", lambda options: {"level": "linear"})
     measured("linear", asked)
     assert chosen == [asked.device]
+
+
+def test_only_tests_for_a_gpu_see_one():
+    """On a machine with GPUs all others would else train there, and compare with the bits of a CPU."""
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
 @pytest.fixture
@@ -70,3 +77,18 @@ def test_a_cpu_that_is_asked_for_or_alone_needs_no_word(devices, monkeypatch, ca
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert "NVIDIA" not in said_at_launch(caplog)
+
+
+@pytest.mark.parametrize("processes, refused", [("4", True), ("2", False)])
+def test_processes_do_not_share_a_gpu(monkeypatch, processes, refused):
+    """NCCL would end in a traceback, after the time that it takes to start."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(launch, "Accelerator", lambda **_: "made")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, processes)
+    if not refused:
+        assert launch.accelerator() == "made"
+        return
+    with pytest.raises(Fault, match="4 processes .* finds 2 of its GPUs.* start 2 "):
+        launch.accelerator()
