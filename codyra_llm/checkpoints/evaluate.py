@@ -39,7 +39,7 @@ from codyra_llm.models.weights import fingerprint
 from codyra_llm.report import judged
 from codyra_llm.report.summary import before_and_after
 from codyra_llm.runtime import heartbeat, launch, precision
-from codyra_llm.runtime.launch import collectively, is_first, of_first, on_first, on_others, say
+from codyra_llm.runtime.launch import by_machine, collectively, is_first, of_first, on_first, on_others, say
 from codyra_llm.store.folder import RunFolder
 from codyra_llm.store.lock import Lease
 from codyra_llm.store.observer import Observer, observing
@@ -83,14 +83,11 @@ def evaluate(checkpoint: str, wanted: Wanted, observers: Sequence[Observer] = ()
     acc = launch.accelerator()
     if acc.num_processes > 1:
         heartbeat.start(acc.process_index, acc.num_processes)
-    first = acc.is_local_main_process  # what is converted on first use is made once on each node
-    fast = precision.agreed(acc)
-    prepared = collectively(first, _prepare, checkpoint, wanted, fast)
-    prepared = collectively(not first, _prepare, checkpoint, wanted, fast) or prepared
+    prepared = by_machine(_prepare, checkpoint, wanted, precision.agreed(acc))
     setup = prepared.setup
     collectively(True, refuse_lacking, setup, bool(prepared.base and setup.prompts) and is_first())
     if acc.num_processes > 1:
-        hashed = collectively(first, fingerprint, setup.base)
+        hashed = collectively(acc.is_local_main_process, fingerprint, setup.base)
         heartbeat.limit(setup.recipe.hang_minutes)
         preflight(acc, setup, hashed)
     lease = Lease(Path(setup.recipe.output))

@@ -10,6 +10,7 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.data.encoding import Encoder
 from codyra_llm.evaluate.generate import Answer
 from codyra_llm.models.ends import ended
+from codyra_llm.runtime import heartbeat
 
 
 def require() -> None:
@@ -45,4 +46,5 @@ def vllm_answers(
         # An end as the very last token that is allowed has the reason "length" too: vLLM looks at that first.
         cut = [one.finish_reason == "length" and not ended(one.token_ids, encoder.ends) for one in made]
         found = [list(map(Answer, encoder.texts(ids), cut))]
-    return broadcast_object_list(found)[0]
+    with heartbeat.waiting():
+        return broadcast_object_list(found)[0]

@@ -22,7 +22,8 @@ from codyra_llm.lora.update import Update
 from codyra_llm.models import families, saved
 from codyra_llm.models.ends import name_ends, named_ends
 from codyra_llm.models.weights import WeightReader
-from codyra_llm.runtime import launch
+from codyra_llm.runtime import launch, signals
+from codyra_llm.store import observer
 from codyra_llm.store.archive import Archive
 from codyra_llm.store.folder import RunFolder
 
@@ -123,6 +124,8 @@ def _changes(setup: Setup, terms: list[Update]) -> Callable[[str, torch.Tensor],
     device = launch.device()
 
     def changed_weight(name: str, base: torch.Tensor) -> torch.Tensor:
+        signals.check()
+        observer.at(f"the final model, {name}")
         own = family.own_name(name)
         own = parameters.get(own, own) if own else ""
         if own not in changed:

@@ -15,7 +15,7 @@ from codyra_llm.lora.shared import share_inputs
 from codyra_llm.lora.update import Update
 from codyra_llm.models import fused_norm, loading
 from codyra_llm.models.weights import WeightReader
-from codyra_llm.runtime import launch, signals
+from codyra_llm.runtime import heartbeat, launch, signals
 from codyra_llm.runtime.forecast import Piece
 from codyra_llm.runtime.launch import collectively, is_first, of_first, say, wait
 from codyra_llm.runtime.memory import ProcessPeak
@@ -46,7 +46,8 @@ def learn(experiment: Experiment, stage: Stage, peak: ProcessPeak) -> None:
     observer.stage_begins(stage, Piece("learn", stage.after, stage.step))
     peak.restart()
     learnt = _train(experiment, stage, archive)  # its model is freed when this returns
-    peaks = gather_object([peak.read()])
+    with heartbeat.waiting():
+        peaks = gather_object([peak.read()])
     if is_first():
         most = None if None in peaks else max(peaks)
         store.add_costs(CostRow(stage.after, learnt.trained, round(learnt.seconds, 3), most))

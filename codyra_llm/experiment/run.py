@@ -28,7 +28,7 @@ from codyra_llm.report.summary import summarised
 from codyra_llm.report.text import render
 from codyra_llm.runtime import heartbeat, launch, precision
 from codyra_llm.runtime.forecast import Piece
-from codyra_llm.runtime.launch import collectively, is_first, of_first, on_first, on_others, say
+from codyra_llm.runtime.launch import by_machine, collectively, is_first, of_first, on_first, on_others, say
 from codyra_llm.runtime.memory import ProcessPeak
 from codyra_llm.store import observer
 from codyra_llm.store.folder import RunFolder
@@ -94,12 +94,9 @@ def _prepared(recipe: Recipe, acc: Accelerator) -> tuple[Setup, str | None]:
     it to the first of their node)."""
     if acc.num_processes > 1:
         heartbeat.start(acc.process_index, acc.num_processes)
-    first = acc.is_local_main_process  # what is made or converted on first use is made once on each node
-    prepared = partial(prepare, recipe, bfloat16=precision.agreed(acc))
-    setup = collectively(first, prepared)
-    setup = collectively(not first, prepared) or setup
+    setup = by_machine(partial(prepare, recipe, bfloat16=precision.agreed(acc)))
     collectively(True, refuse_launch, setup, acc)
-    base = collectively(first, fingerprint, setup.base)
+    base = collectively(acc.is_local_main_process, fingerprint, setup.base)
     if acc.num_processes > 1:
         heartbeat.limit(setup.recipe.hang_minutes)
         say(preflight(acc, setup, base))

@@ -183,6 +183,16 @@ def on_others(action: Callable, *args) -> None:
     collectively(not is_first(), action, *args)
 
 
+def by_machine(action: Callable, *args) -> Any:
+    """`action(*args)` on all processes: in the first one, then in the first of each other machine, then in
+    the rest. So what is made or converted on first use is made once in each folder for that, whether machines
+    share it or not."""
+    opens = PartialState().is_local_main_process
+    result = collectively(is_first(), action, *args)
+    result = collectively(opens and not is_first(), action, *args) or result
+    return collectively(not opens, action, *args) or result
+
+
 def of_first(make: Callable[[], Any]) -> Any:
     """What `make()` returns in the first process, on all processes. For what could differ between them, such
     as reading the run folder, which the first process may have changed meanwhile."""

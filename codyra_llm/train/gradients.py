@@ -9,7 +9,7 @@ from codyra_llm.core.tensors import flat, unflatten
 from codyra_llm.data.batches import Batch
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.lora.layer import without_dropout
-from codyra_llm.runtime import signals
+from codyra_llm.runtime import heartbeat, signals
 from codyra_llm.store import observer
 from codyra_llm.train.engine import Engine
 
@@ -67,7 +67,8 @@ class Gradients:
         """The tensors summed over ranks."""
         if self.engine.acc.num_processes == 1:
             return tensors
-        return unflatten(self.engine.acc.reduce(flat(tensors), "sum"), tensors)
+        with heartbeat.waiting():
+            return unflatten(self.engine.acc.reduce(flat(tensors), "sum"), tensors)
 
     def _sum(self, batches: Iterable[Batch], loss: Loss) -> list[Tensor]:
         """The gradients of the summed loss of `batches`, by autograd.grad: backward would change the step's

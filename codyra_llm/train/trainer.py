@@ -31,7 +31,7 @@ from codyra_llm.lora.proximal import ProximalAdamW, rate_factor
 from codyra_llm.lora.update import Adapter
 from codyra_llm.methods.base import Method
 from codyra_llm.models import packed_attention
-from codyra_llm.runtime import signals
+from codyra_llm.runtime import heartbeat, signals
 from codyra_llm.runtime.launch import wait
 from codyra_llm.store import checkpoint, observer
 from codyra_llm.store.checkpoint import Progress
@@ -419,7 +419,8 @@ class Trainer:
             terms = self.engine.module(batch)
             total = total + (terms["loss"] if "loss" in terms else sum(terms.values()))
         self.engine.module.train()
-        return self.acc.reduce(total, "sum").item()
+        with heartbeat.waiting():
+            return self.acc.reduce(total, "sum").item()
 
     def _check_that_all_move(self) -> None:
         """Raises Fault where an adapter got no gradient in the first step. B starts at zero and Adam moves

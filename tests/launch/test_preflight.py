@@ -20,6 +20,7 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.experiment import run as runs
 from codyra_llm.experiment.run import run
 from codyra_llm.models import loading
+from codyra_llm.runtime import launch
 from codyra_llm.store import lock
 
 
@@ -173,3 +174,28 @@ def test_updates_that_one_machine_sees_late(sections, tmp_path, forked):
 
     done = forked.ranks(work)
     assert done.codes == [0, 0], done.stderr
+
+
+@pytest.mark.distributed
+def test_two_machines_do_not_convert_into_one_folder_at_once(tmp_path, forked):
+    """Home folders are often shared, and with them the cache of converted models."""
+
+    def work(rank: int) -> None:
+        os.environ["LOCAL_RANK"] = str(rank % 2)  # two processes on each of two machines
+        launch.accelerator()
+
+        def convert() -> int:
+            with open(tmp_path / "times", "a", encoding="utf-8") as file:
+                file.write(f"{rank} begins\n")
+                file.flush()
+                time.sleep(0.5)
+                file.write(f"{rank} ends\n")
+            return rank
+
+        assert launch.by_machine(convert) == rank
+
+    done = forked.ranks(work, processes=4)
+    assert done.codes == [0] * 4, done.stderr
+    lines = (tmp_path / "times").read_text(encoding="utf-8").splitlines()
+    assert lines[:4] == ["0 begins", "0 ends", "2 begins", "2 ends"]
+    assert sorted(lines[4:6]) == ["1 begins", "3 begins"]  # the others at the same time

@@ -7,12 +7,14 @@ from io import StringIO
 
 import pytest
 from helpers import tiny_recipe
+from safetensors.torch import load_file
 
 from codyra_llm.core.terminal import console, log_printed
 from codyra_llm.experiment import run
 from codyra_llm.experiment.agenda import remaining, steps, tokens
 from codyra_llm.experiment.observers import Display
 from codyra_llm.experiment.setup import prepare
+from codyra_llm.runtime import signals
 from codyra_llm.store import folder as runs
 from codyra_llm.store.observer import Observer
 
@@ -86,3 +88,25 @@ def test_a_run_on_a_terminal_ends_as_any_other(tiny_llama, toy_stream, tmp_path,
     assert other.archive().lineage == folder.archive().lineage  # hashes of the weights
     told = [line for line in screened.getvalue().splitlines() if "after " in line and "(exact_match" in line]
     assert len(told) == len(folder.scores) and all(re.search(r"(2K|25h|^)after ", line) for line in told)
+
+
+def test_the_final_model_is_written_weight_by_weight(tiny_llama, toy_stream, tmp_path, monkeypatch):
+    """A large one takes longer than a launch may stand still; and who asks to stop does not wait for it."""
+
+    class Places(Observer):
+        found: list[str] = []
+
+        def at(self, place):
+            self.found.append(place)
+            if place == "the final model, model.embed_tokens.weight" and self.found.count(place) == 1:
+                signals.ask("a test")
+
+    asked = tiny_recipe(tiny_llama, toy_stream, tmp_path / "run")
+    monkeypatch.setattr(signals, "_asked", [])
+    with pytest.raises(signals.Stopped, match="a test"):
+        run.run(asked, [Places()])
+    assert not (tmp_path / "run" / "checkpoint").exists()
+    signals._asked.clear()
+    run.run(asked, [Places()])
+    weights = load_file(tmp_path / "run" / "checkpoint" / "model.safetensors")
+    assert {f"the final model, {name}" for name in weights} <= set(Places.found)
