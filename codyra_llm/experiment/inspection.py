@@ -181,7 +181,7 @@ def _own_ends(recipe: Recipe, name: str) -> bool:
     """Whether a user chose how a task's prompts end: no chat template does, nor a shipped benchmark."""
     task = recipe.benchmark.task(name)
     published = recipe.data.benchmark in SHIPPED_BENCHMARKS and task.templates
-    return not (recipe.data.chat_template or task.chat or published)
+    return not (recipe.by_template(name) or published)
 
 
 def _ending_in_a_space(where: str, records: Sequence[dict]) -> list[str]:

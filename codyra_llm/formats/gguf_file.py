@@ -105,6 +105,7 @@ def write_gguf(
     writer = GGUFWriter(file, architecture)
     writer.add_name(name)
     writer.add_file_type(TYPES[kind][1])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)  # of q8_0's blocks
     _write_config(writer, config, architecture)
     write_vocabulary(writer, tokenizer, config.vocab_size, end_of_turn(tokenizer))
     if chats:

@@ -116,7 +116,10 @@ def test_matrices_are_rounded_once_and_norms_not_at_all(tmp_path, kind):
     write_gguf(base, tmp_path / "m.gguf", lambda name, weight: weight * 1.001, kind, "tiny")
     weights = AutoModelForCausalLM.from_pretrained(base).state_dict()
     stands = gguf_file.TYPES[kind][0]
-    for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors:
+    written = gguf.GGUFReader(tmp_path / "m.gguf")
+    # GGUF's specification requires it where a tensor is quantised.
+    assert written.fields["general.quantization_version"].contents() == 2
+    for tensor in written.tensors:
         found = gguf.dequantize(tensor.data, tensor.tensor_type)
         if tensor.name in ("blk.1.ffn_up.weight", "output_norm.weight"):
             name = {"b": "model.layers.1.mlp.up_proj.weight", "o": "model.norm.weight"}[tensor.name[0]]
