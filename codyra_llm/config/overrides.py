@@ -31,8 +31,8 @@ def find_recipe(path: str | Path) -> Path:
 
 
 def override(raw: dict, overrides: Sequence[str]) -> dict:
-    """Apply `a.b=value` (value in YAML), in order. `method=NAME` resets the method's section. Raises one Fault
-    with every key that is none."""
+    """Apply `a.b=value` (value in YAML), in order. `method=NAME` resets the method's section. Raises one
+    Fault with every key that is none."""
     tried = Attempts()
     for key, value in split_overrides(overrides):
         tried(assign, raw, key, value)
