@@ -12,8 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from codyra_llm.checkpoints.evaluate import evaluate
 from codyra_llm.checkpoints.export import Export, export
 from codyra_llm.checkpoints.source import Wanted
-from codyra_llm.config.recipe import Recipe
+from codyra_llm.config.recipe import AnyRecipe, Recipe, load_recipe
 from codyra_llm.config.registry import METHODS
+from codyra_llm.core.errors import Fault
 from codyra_llm.core.parsing import as_path
 from codyra_llm.core.terminal import Terminal
 from codyra_llm.experiment.export import refuse_unmerged
@@ -102,19 +103,20 @@ class Run:
         return export(self.folder, Export(after, without, format, dtype, type, rank), as_path(out))
 
 
-def run(recipe: Recipe, observers: Sequence[Observer] = ()) -> Run:
-    """Run a recipe, or resume it where it stopped. A finished one is neither trained nor scored again; its
-    reports are written anew, and its final model where that would change or where something of it is missing.
-    `observers` are notified of its progress. Raises Fault with everything that is wrong with the recipe,
-    before any weights load."""
-    return Run(run_recipe(recipe, observers).path)
+def run(recipe: AnyRecipe, observers: Sequence[Observer] = ()) -> Run:
+    """Run a recipe (whatever `load_recipe` takes), or resume it where it stopped. A finished one is neither
+    trained nor scored again; its reports are written anew, and its final model where that would change or
+    where something of it is missing. `observers` are notified of its progress. Raises Fault with everything
+    that is wrong with the recipe, before any weights load."""
+    # Checked again: copies made by pydantic's `model_copy` may hold anything.
+    return Run(run_recipe(load_recipe(recipe), observers).path)
 
 
-def plan(recipe: Recipe) -> str:
+def plan(recipe: AnyRecipe) -> str:
     """What a recipe will do, without training: tasks, steps, tokens, memory, time and disk, as text. Raises
     Fault with everything that is wrong with it."""
     text = StringIO()
-    show_plan(recipe, Terminal(file=text, width=110))
+    show_plan(load_recipe(recipe), Terminal(file=text, width=110))
     return text.getvalue()
 
 
@@ -158,10 +160,16 @@ def run_sweep(
     return write()
 
 
-def write_report(runs: Sequence[Run | Place], out: Place, examples: bool = True, paper: bool = False) -> None:
-    """Write a report on runs, and on the runs of sweep folders: a page (.html), or its tables (.csv, .md,
-    .tex). `examples`: show test examples that were forgotten; `paper`: add the published TRACE tables. Raises
-    Fault for another suffix, and for a folder that holds no run."""
+def write_report(
+    runs: Run | Place | Sequence[Run | Place], out: Place, examples: bool = True, paper: bool = False
+) -> None:
+    """Write a report on one or several runs, and on the runs of sweep folders: a page (.html), or its tables
+    (.csv, .md, .tex). `examples`: show test examples that were forgotten; `paper`: add the published TRACE
+    tables. Raises Fault for another suffix, for a folder that holds no run, and for no run at all."""
+    if isinstance(runs, Run | str | Path):
+        runs = [runs]
+    if not runs:
+        raise Fault("no run was given to report on; give at least one, or a sweep's folder")
     folders = [one.path if isinstance(one, Run) else as_path(one) for one in runs]
     members = collected(folders)
     pooled = any(member.arm for member in members)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from codyra_llm import recipes  # pyright: ignore  # installed from the top level
-from codyra_llm.core.errors import Fault, nearest
+from codyra_llm.core.errors import Attempts, Fault, nearest
 from codyra_llm.core.parsing import expanded, parse_yaml, read_yaml, shown
 
 PROGRAM_KEYS = ("_", "launch")  # the two lines that make a recipe a Python program as well
@@ -31,14 +31,19 @@ def find_recipe(path: str | Path) -> Path:
 
 
 def override(raw: dict, overrides: Sequence[str]) -> dict:
-    """Apply `a.b=value` (value in YAML), in order. `method=NAME` resets the method's section."""
+    """Apply `a.b=value` (value in YAML), in order. `method=NAME` resets the method's section. Raises one
+    Fault with every key that is none."""
+    tried = Attempts()
     for key, value in split_overrides(overrides):
-        assign(raw, key, value)
+        tried(assign, raw, key, value)
+    if tried.faults:
+        raise Fault(*tried.faults)
     return raw
 
 
 def split_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
-    """Keys and values of `a.b=value` texts. Raises one Fault that lists all texts of another form."""
+    """Keys and values of `a.b=value` texts. Raises one Fault that lists all texts of another form, and those
+    without a value, as an unset variable of the shell leaves them."""
     faults = [
         f"'{item}' is not an override; write key=value, e.g. optim.lr=1e-4"
         for item in overrides
@@ -46,6 +51,9 @@ def split_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
     ]
     pairs = []
     for key, _, text in (item.partition("=") for item in overrides if "=" in item):
+        if not text.strip():
+            faults.append(f"{shown(key)}: there is nothing after '='; give a value, or null for none")
+            continue
         try:
             pairs.append((key.removeprefix("--"), parse_yaml(text, f"override {shown(key)}")))
         except Fault as fault:

@@ -119,6 +119,13 @@ class Recipe(Strict, frozen=True):
             raise ValueError("\n".join(faults))
         return self
 
+    def given(self) -> dict[str, Any]:
+        """The recipe as a mapping, without what was left at its default."""
+        mapping = self.model_dump(mode="json", exclude_unset=True, warnings=False)
+        if isinstance(self.method, MethodConfig):  # whose name is a default
+            mapping["method"] = self.method.model_dump(mode="json")
+        return mapping
+
     def resolved(self) -> "Recipe":
         """The same recipe with every null that the benchmark knows filled in; valid, and equal to itself
         resolved. Raises Fault for names that the benchmark lacks."""
@@ -196,11 +203,14 @@ def _filled(section: BaseModel, protocol: Any, /, **known: Any) -> BaseModel:
     return section.model_copy(update={**missing, **known})
 
 
-def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
+AnyRecipe = str | Path | Mapping[str, Any] | Recipe  # a file or the name of a shipped one, or its content
+
+
+def load_recipe(recipe: AnyRecipe, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe (a file, the name of a shipped one, a mapping, or another recipe) with `a.b=value` overrides.
     Raises one Fault with every mistake."""
     if isinstance(recipe, Recipe):
-        return parse_recipe(override(recipe.model_dump(mode="json"), overrides))
+        return parse_recipe(override(recipe.given(), overrides))
     if isinstance(recipe, Mapping):
         return parse_recipe(override(deepcopy(dict(recipe)), overrides))
     return parse_recipe(override(read_recipe(recipe), overrides), str(recipe))

@@ -101,6 +101,9 @@ def sentences(error: ValidationError, schema: type[BaseModel], prefix: tuple = (
                 f"unknown key '{key}' (value {given}).{nearest(str(e['loc'][-1]), known)} "
                 f"Known here: {', '.join(known)}"
             )
+        elif e["type"] == "missing" and isinstance(e["loc"][-1], int):
+            whole = ".".join(str(part) for part in (*prefix, *e["loc"][:-1]))
+            out.append(f"{whole}: {given} has too few items; write all of them")
         elif e["type"] == "missing":
             out.append(f"'{key}' is missing; add it")
         elif e["type"] in ("model_type", "dict_type") and not key:
@@ -111,11 +114,19 @@ def sentences(error: ValidationError, schema: type[BaseModel], prefix: tuple = (
             message = str(e.get("ctx", {})["error"])
             out += [f"{key}: {line}" if key else line for line in message.splitlines()]
         else:
+            expected = e["msg"][0].lower() + e["msg"][1:].replace("a valid tuple", "a valid list")
             out.append(
-                f"{key}: {given} is not valid; {e['msg'][0].lower() + e['msg'][1:]}"
+                f"{key}: {given} is not valid; {expected}"
                 + nearest(given.strip("'"), str(e.get("ctx", {}).get("expected", "")).split("'"))
+                + _in_brackets(e["input"], expected)
             )
     return out
+
+
+def _in_brackets(given: Any, expected: str) -> str:
+    """How a list is written, where one could have been given and a single text or number was."""
+    is_one = isinstance(given, str | int | float) and not isinstance(given, bool)
+    return "; a list is written in brackets, [A, B]" if is_one and "valid list" in expected else ""
 
 
 def _by_key(error: ValidationError, schema: type[BaseModel]) -> list[dict[str, Any]]:

@@ -129,6 +129,7 @@ class RunFolder:
         if "recipe" in (self.manifest if (self.path / "manifest.json").is_file() else {}):
             raise Fault(f"output: {self.path} is the folder of an evaluation; give another one")
         if (self.path / "manifest.json").is_file():
+            self._refuse_another_plugin(recipe)
             faults = plugins.changed(self.origins, manifest.get("plugins", {}), str(self.path))
             if faults:
                 raise Fault(*faults)
@@ -143,6 +144,17 @@ class RunFolder:
         self.write_manifest(manifest)
         self.__dict__.pop("recipe", None)
         return remark
+
+    def _refuse_another_plugin(self, recipe: Recipe) -> None:
+        """Raises Fault where the folder's run is by another method, from a plug-in. That one may not be known
+        here, and then its recipe can't be read."""
+        section = self._mapping("recipe.json").get("method")
+        was = section.get("name") if isinstance(section, dict) else section
+        if was != recipe.method.name and f"method {was}" in self.origins:
+            raise Fault(
+                f"{self.path} belongs to another recipe: method.name was {was!r}, now "
+                f"{recipe.method.name!r}; give another `output`, or remove the folder"
+            )
 
     def write_manifest(self, manifest: dict) -> None:
         self._write("manifest.json", to_json(manifest))

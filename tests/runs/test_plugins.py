@@ -105,6 +105,14 @@ def test_another_version_of_the_file_is_not_gone_on_with(place, made, capsys, tm
     assert code == 2 and "another version of method mine" in err
 
 
+def test_another_method_is_not_run_in_its_folder(place, made, capsys, toy_stream):
+    """Without the plug-in the run's own recipe can't be read; the user wants another folder, not the file."""
+    shipped = ["method=seqlora", "data.benchmark=trace", f"data.root={toy_stream}", "data.tasks=[ONE,TWO]"]
+    code, _, err = call(capsys, "run", place / "recipe.yaml", *shipped)
+    assert code == 2 and "another version" not in err
+    assert "belongs to another recipe: method.name was 'mine', now 'seqlora'; give another `output`" in err
+
+
 def test_a_merged_checkpoint_needs_no_method(place, made, capsys, tmp_path, tiny_llama, toy_stream):
     """Of a run on shipped metrics: its export is a plain model. Oracle: the run's own last row."""
     from codyra_llm.config.recipe import load_recipe

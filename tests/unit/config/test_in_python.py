@@ -69,5 +69,32 @@ def test_changed_copies():
         assert same == recipe and type(same.method) is type(recipe.method)
 
 
+def test_what_was_left_at_its_default_stays_so_in_a_copy():
+    """A key without effect is one in the copy too: null as a default is not null as it was written."""
+    recipe = cl.Recipe(**GIVEN, general={"limit": 3})
+    assert cl.load_recipe(recipe).general.model_fields_set == {"limit"}
+    assert cl.load_recipe(recipe, ["general.data=null"]).general.model_fields_set == {"limit", "data"}
+    settings = cl.Recipe(**{**GIVEN, "method": cl.SeqLoraConfig(rank=3)})
+    assert cl.load_recipe(settings).method == settings.method
+
+
+def test_a_copy_by_pydantic_is_checked_before_it_is_used():
+    recipe = cl.Recipe(**GIVEN)
+    good = recipe.model_copy(update={"optim": {"lr": 1}, "method": "seqlora"})
+    assert cl.load_recipe(good).optim == OptimSection(lr=1)
+    assert cl.load_recipe(good).method == cl.SeqLoraConfig()
+    (found,) = said(cl.run, recipe.model_copy(update={"optim": {"lrr": 1}}))
+    assert found.startswith("recipe: unknown key 'optim.lrr' (value 1). Did you mean 'lr'?")
+    (found,) = said(cl.plan, "quickstrat")
+    assert found.startswith("there is no recipe 'quickstrat'. Did you mean 'quickstart.yaml'?")
+
+
+def test_a_report_on_nothing():
+    (found,) = said(cl.write_report, [], "x.html")
+    assert found.startswith("no run was given to report on")
+    (found,) = said(cl.write_report, "nowhere", "x.html")
+    assert found.startswith("nowhere is not a run folder")
+
+
 def test_what_help_shows():
     assert {"model", "method", "seed"} <= inspect.signature(cl.Recipe).parameters.keys()

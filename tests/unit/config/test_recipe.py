@@ -94,6 +94,21 @@ def test_overrides():
         load_recipe("quickstart", ["oops"])
     with pytest.raises(Fault, match="'lr' is a value, not a section"):
         load_recipe("quickstart", ["optim.lr.x=1"])
+    with pytest.raises(Fault) as caught:
+        load_recipe("quickstart", ["optim.lr.x=1", ".lr=3", "seed=2", "seed.y=1"])
+    assert [line.partition(":")[0] for line in caught.value.messages] == [
+        "optim.lr.x",
+        "'.lr' is not the key of a setting; write its sections joined by dots, e.g. optim.lr",
+        "seed.y",
+    ]
+
+
+@pytest.mark.parametrize("nothing", ["", "  "])
+def test_an_unset_variable_of_the_shell_is_no_value(nothing):
+    """`optim.lr=$LR` would fall back to the protocol's learning rate in silence."""
+    with pytest.raises(Fault, match="'optim.lr': there is nothing after '='; give a value, or null for none"):
+        load_recipe("quickstart", [f"optim.lr={nothing}"])
+    assert load_recipe("quickstart", ["optim.lr=null"]).optim.lr is None
 
 
 def test_a_method_that_is_its_name_alone_can_be_overridden():
@@ -122,9 +137,17 @@ def test_a_required_section_of_nothing_lacks_its_keys():
             "data.tasks=FOMC",
             [
                 "recipe: data.tasks: 'FOMC' is not valid; input should be a valid list, or a valid integer, "
-                "unable to parse string as an integer"
+                "unable to parse string as an integer; a list is written in brackets, [A, B]"
             ],
         ),
+        (
+            "optim.betas=0.9",
+            [
+                "recipe: optim.betas: 0.9 is not valid; input should be a valid list; a list is written in "
+                "brackets, [A, B]"
+            ],
+        ),
+        ("optim.betas=[0.9]", ["recipe: optim.betas: [0.9] has too few items; write all of them"]),
         (
             "data.epochs={FOMC: 2.5, Py150: x}",
             [
