@@ -60,8 +60,8 @@ def has_merged(setup: Setup, archive: Archive, after: int, out: Path, card: str)
     """Whether `write_merged` wrote `out` of the same base and updates, with the same recipe and card, which
     names the versions; and whether all of it is still there."""
     lineage = to_json(_lineage(setup, archive, after, None))
-    told = _holds(out / LINEAGE, lineage) and _holds(out / "README.md", card)
-    return told and saved.is_whole(setup.base, out) and setup.encoder.ends <= set(named_ends(out))
+    marked = _holds(out / LINEAGE, lineage) and _holds(out / "README.md", card)
+    return marked and saved.is_whole(setup.base, out) and setup.encoder.ends <= set(named_ends(out))
 
 
 def _holds(file: Path, text: str) -> bool:
