@@ -11,6 +11,7 @@ from torch.nn import functional
 
 CHUNK = 2**25  # logits at once: 128 MiB in float32
 MIN_ROWS = 16  # below this the product with the head reads its weight too often
+TILE = 128  # rows that a GPU's product computes together: 261 rows would take as long as 384
 
 
 class WeightedCrossEntropy(torch.autograd.Function):
@@ -24,8 +25,8 @@ class WeightedCrossEntropy(torch.autograd.Function):
         dL/dz = weights·(p - y)     dL/d(x Wᵀ + b) = dL/dz·(1 - (z/cap)²)
 
     can be computed while a chunk's logits exist, so forward computes dL/dx (and dL/dW, dL/db where they
-    train) and backward only scales them. Peak memory, without the result: two float32 chunks and one in x's
-    dtype.
+    train) and backward only scales them. Peak memory, without the result: one float32 chunk (two with a cap)
+    and one in x's dtype.
     """
 
     @staticmethod
@@ -40,22 +41,11 @@ class WeightedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         """Σ_i weight_i · CE_i, a scalar; the gradients are computed here, while a chunk's logits exist."""
         precise = torch.promote_types(hidden.dtype, torch.float32)
-        loss, rows = hidden.new_zeros((), dtype=precise), max(MIN_ROWS, CHUNK // len(weight))
+        loss, rows = hidden.new_zeros((), dtype=precise), _rows(len(weight), CHUNK)
         dx, dw, db = _empty_gradients(ctx.needs_input_grad, hidden, weight, bias, precise)
         for part in (slice(i, i + rows) for i in range(0, len(targets), rows)):
             x, y, share = hidden[part], targets[part], weights[part].to(precise)  # [n, h], [n], [n]
-            z = _logits(x, weight, bias, cap, precise)  # [n, V]
-            norm = z.logsumexp(1, keepdim=True)  # [n, 1]
-            loss += share @ (norm - z.gather(1, y[:, None])).squeeze(1)
-            if any(ctx.needs_input_grad):
-                d = _logit_gradient(z, norm, y, share, cap)
-                low = d.to(x.dtype)
-            if dx is not None:
-                torch.mm(low, weight, out=dx[part])
-            if dw is not None:
-                dw += low.T @ x
-            if db is not None:
-                db += d.sum(0)
+            loss += _chunk(x, weight, bias, y, share, cap, (None if dx is None else dx[part], dw, db))
         ctx.save_for_backward(dx, dw, db)
         ctx.head = weight.dtype
         return loss
@@ -85,12 +75,46 @@ def _empty_gradients(
     )
 
 
-def _logit_gradient(z: Tensor, norm: Tensor, targets: Tensor, share: Tensor, cap: float | None) -> Tensor:
-    """share·(softmax(z) - onehot), through the softcap where there is one; overwrites z [n, V]."""
-    p = torch.sub(z, norm).exp_() if cap else z.sub_(norm).exp_()
-    p.mul_(share[:, None])
+def _chunk(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    share: Tensor,
+    cap: float | None,
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> Tensor:
+    """A chunk's part of the loss; writes its dL/dx, and adds to dL/dW and dL/db, where these are wanted. Its
+    logits are freed when this returns, before the next chunk's are made."""
+    dx, dw, db = gradients
+    z = _logits(x, weight, bias, cap, share.dtype)  # [n, V]
+    # In place where no cap asks for z again: a second chunk's memory costs more than the operation.
+    log_p = torch.log_softmax(z, 1, out=None if cap else z)  # [n, V]
+    loss = -(share @ log_p.gather(1, targets[:, None]).squeeze(1))
+    if all(wanted is None for wanted in gradients):
+        return loss
+    d = _logit_gradient(log_p, targets, share, z, cap)
+    low = d.to(x.dtype)
+    if dx is not None:
+        torch.mm(low, weight, out=dx)
+    if dw is not None:
+        dw += low.T @ x
+    if db is not None:
+        db += d.sum(0)
+    return loss
+
+
+def _logit_gradient(log_p: Tensor, targets: Tensor, share: Tensor, z: Tensor, cap: float | None) -> Tensor:
+    """share·(softmax(z) - onehot) [n, V], through the softcap where there is one; overwrites log_p and z."""
+    p = log_p.exp_().mul_(share[:, None])
     p.scatter_add_(1, targets[:, None], -share[:, None])
     return p.mul_(z.div_(cap).square_().neg_().add_(1)) if cap else p
+
+
+def _rows(vocabulary: int, numbers: int) -> int:
+    """How many rows of logits a chunk of so many `numbers` has; whole tiles where it has several."""
+    rows = max(MIN_ROWS, numbers // vocabulary)
+    return rows - rows % TILE if rows > TILE else rows
 
 
 class Distillation(torch.autograd.Function):
@@ -118,7 +142,7 @@ class Distillation(torch.autograd.Function):
         """T² Σ_i weight_i · KL_i, a scalar; the gradient is computed here, while a chunk's logits exist."""
         precise = torch.promote_types(hidden.dtype, torch.float32)
         kl = _reverse_kl if reverse else _forward_kl
-        loss, rows = hidden.new_zeros((), dtype=precise), max(MIN_ROWS, CHUNK // (2 * len(weight)))
+        loss, rows = hidden.new_zeros((), dtype=precise), _rows(len(weight), CHUNK // 2)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = torch.empty_like(hidden, memory_format=torch.contiguous_format)

@@ -14,6 +14,7 @@ from codyra_llm.data.batches import collate, example_weights
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.models import head_loss as loss
 from codyra_llm.models.head_loss import WeightedCrossEntropy, head_loss
+from codyra_llm.runtime.memory import Meter
 
 
 def plain(hidden, head, targets, weights, cap):
@@ -111,6 +112,23 @@ def test_no_tensor_of_all_logits_is_made(cap):
     with chunks_of(rows, v), Largest() as largest:
         head_loss(head, hidden, targets, weights, cap).backward()
     assert largest.elements == rows * v
+
+
+@pytest.mark.parametrize(("cap", "chunks"), [(None, 1), (30.0, 2)])
+def test_memory_of_a_chunk(cap, chunks):
+    """Logits in float32 are overwritten by their log softmax and by the gradient. With a cap they are kept.
+    Nothing of a chunk is left when the next one is made."""
+    m, h, v = 64, 4, 4000
+    hidden, head, targets, weights = problem(m, h, v, dtype=torch.float32)
+    head.requires_grad_(False)
+    with chunks_of(16, v), Meter() as meter:
+        head_loss(head, hidden, targets, weights, cap)
+    assert chunks <= meter.peak / (16 * v * 4) < chunks + 0.2
+
+
+def test_chunks_are_whole_tiles():
+    assert [loss._rows(v, loss.CHUNK) for v in (32_000, 49_152, 128_256, 262_144)] == [1024, 640, 256, 128]
+    assert loss._rows(300_000, loss.CHUNK) == 111 and loss._rows(10**7, loss.CHUNK) == loss.MIN_ROWS
 
 
 EXAMPLES = [
