@@ -122,6 +122,8 @@ def _train(experiment: Experiment, stage: Stage, archive: Archive) -> Learnt:
     adapters = trainer.adapters()
     observer.at(f"task {stage.after}, its end")
     observer.noted("consolidating")
+    # What fitted into memory while training fits now.
+    task = setup.task(model, archive, stage.index, state, trainer.tokens)
     left = method.end_task(model, task, trainer.gradients)
     if method.carries_optimizer:
         left |= {OPTIMIZER + key: value for key, value in trainer.state().items()}

@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from codyra_llm.benchmarks.trace.mini.make import BASES, mini_data, mini_model
@@ -112,11 +111,11 @@ class Setup:
             model, prompts, task if self.method.task_id else None
         )
 
-    def task(self, model: PreTrainedModel, archive: Archive, index: int, state: dict[str, Tensor]) -> Task:
-        """What the method may use at task `index`."""
+    def task(self, model: PreTrainedModel, archive: Archive, index: int, state: dict, most: int = 0) -> Task:
+        """What the method may use at task `index`; `most`: tokens of a micro-batch, if not the recipe's."""
 
         def batches(examples: list[Encoded]) -> Iterator[Batch]:
-            tokens = self.recipe.optim.micro_batch_tokens or default_tokens(model.device)
+            tokens = most or self.recipe.optim.micro_batch_tokens or default_tokens(model.device)
             packed, pad = packed_attention.used(model), self.tokenizer.pad_token_id
             for chosen in micro_batches([len(e) for e in examples], 1, tokens, packed)[0]:
                 signals.check()

@@ -68,6 +68,22 @@ def test_the_run_is_that_of_a_small_micro_batch(
         assert_same_weights(fitted, large, rtol=2e-3, atol=2e-4)
 
 
+def test_what_a_method_does_at_the_end_fits_as_training_did(tiny_llama, toy_stream, tmp_path, monkeypatch):
+    """ewclora goes back through the task's examples then; a micro-batch of the recipe's size would run out
+    of memory again, with the whole task learnt and no way on but another recipe."""
+    largest = []
+
+    def full(batch):
+        largest.append(batch.ids.numel())
+        return batch.ids.numel() > 150
+
+    monkeypatch.setattr(Batch, "cross_entropy", out_of_memory(full))
+    changes = {**ONE_TASK, "method": {"name": "ewclora", "rank": 2, "examples": 20}}
+    done = run.run(tiny_recipe(tiny_llama, toy_stream, tmp_path / "run", **changes))
+    (tokens,) = {row["micro_batch_tokens"] for row in read_jsonl(done.path / "log.jsonl")}
+    assert max(largest) > 150 and 75 < largest[-1] <= tokens <= 150
+
+
 def test_gradients_of_the_failed_attempt_are_dropped(tiny_llama, toy_stream, tmp_path, monkeypatch):
     """Memory runs out once, in step 2 and after a micro-batch that fitted."""
     seen = []

@@ -33,6 +33,7 @@ def facts(context: Context) -> None:
     context.attempt("skinny products", lambda: skinny(context))
     context.attempt("a step of AdamW, ms", lambda: optimizer_steps(context))
     context.on_gpu("attention in float32", lambda: float32_attention(context))
+    context.attempt("an eigenproblem in float64, s", lambda: eigenproblems(context))
     for heads, shared, size, window in ATTENTION:
         name = f"packed attention, {heads} heads, {shared} key heads of {size}, window {window}"
         context.attempt(name, partial(attention_errors, context, heads, shared, size, window))
@@ -102,6 +103,18 @@ def optimizer_steps(context: Context) -> dict[str, float]:
             factors.append(torch.nn.Parameter(torch.zeros(shape, device=context.device)))
             factors[-1].grad = torch.ones_like(factors[-1])
         found[name] = round(1000 * context.seconds(torch.optim.AdamW(factors, **settings).step), 3)
+    return found
+
+
+def eigenproblems(context: Context) -> dict[str, float]:
+    """Seconds of a symmetric eigenproblem on the CPU and on the device, which methods ask for per input."""
+    size = 64 if context.tiny else 2048
+    draw = torch.Generator().manual_seed(0)
+    factor = torch.randn(size, size, dtype=torch.float64, generator=draw)
+    found = {}
+    for device in dict.fromkeys(("cpu", context.device.type)):
+        matrix = (factor @ factor.T).to(device)
+        found[device] = round(context.seconds(partial(torch.linalg.eigh, matrix), 1), 3)
     return found
 
 

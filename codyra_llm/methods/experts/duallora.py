@@ -66,9 +66,9 @@ class DualLora(Single):
     prompt. Gates of old prompts do shrink when a task is added.
     Cost per step: (tasks + 1)× the adapter's products in plain autograd, 4·r·in·k per site for the
     projections, k columns of M. Per task: for every portion of the inputs (`inputs_at_once`) a pass over
-    `max_examples` before and one after; an eigenproblem of size `in` in float64 on the CPU per distinct
-    input, before and after. At test: a second pass over the prompts, for the gates. State and memory: at
-    most in²/2 float32 per distinct input.
+    `max_examples` before and one after; an eigenproblem of size `in` in float64, on the GPU if there is one,
+    per distinct input, before and after. At test: a second pass over the prompts, for the gates. State and
+    memory: at most in²/2 float32 per distinct input.
     """
 
     name, summary, Config = "duallora", "an orthogonal LoRA and gated residual LoRAs per task", DualLoraConfig

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from codyra_llm.runtime import launch
+
 
 class Subspace(NamedTuple):
     """Orthonormal columns `basis` [in, k], float64 on the CPU. They span what is used, or with `complement`
@@ -60,7 +62,7 @@ class Subspace(NamedTuple):
         """Left singular vectors of P C and squares of its singular values, falling. P C is not symmetric: its
         left singular vectors are the eigenvectors of (P C)(P C)ᵀ, not those of P C P."""
         projected = self.free(covariance)
-        squares, vectors = torch.linalg.eigh(projected @ projected.T)
+        squares, vectors = eigen(projected @ projected.T)
         return vectors.flip(1), squares.flip(0).clamp_min(0)
 
     def _using(self, more: Tensor) -> "Subspace":
@@ -81,5 +83,18 @@ class Subspace(NamedTuple):
 
 def symmetric_root(covariance: Tensor) -> Tensor:
     """C^½ [in, in]: its singular values are those of the inputs themselves, as a matrix of one per column."""
-    values, vectors = torch.linalg.eigh(covariance)
+    values, vectors = eigen(covariance)
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+
+
+def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, rising, and eigenvectors of a symmetric matrix on the CPU. They are computed on the GPU if
+    there is one that has room: processes share the cores, and each has a GPU."""
+    device = launch.device()
+    if device.type != "cpu":
+        try:
+            values, vectors = torch.linalg.eigh(matrix.to(device))
+            return values.cpu(), vectors.cpu()
+        except torch.OutOfMemoryError:  # the model, and sums over inputs, are there too
+            pass
+    return torch.linalg.eigh(matrix)

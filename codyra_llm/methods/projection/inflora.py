@@ -29,9 +29,9 @@ class InfLora(FixedRows):
     release takes one fewer, and the wrong ones where it keeps the complement); rows of A for which no free
     direction is left are zero. Cost per step: none. Per task: for every portion of the inputs
     (`inputs_at_once`) a pass over `max_examples` before and one after; one eigenproblem in float64 of size
-    `in` on the CPU for each distinct input before and one after, and all ranks do the same. Memory: in²
-    float64 for each distinct input of a portion. State: at most in²/2 float32 for each, so think of leaving
-    down_proj out of `targets` on large models."""
+    `in`, on the GPU if there is one, for each distinct input before and one after; all ranks do the same.
+    Memory: in² float64 for each distinct input of a portion. State: at most in²/2 float32 for each, so think
+    of leaving down_proj out of `targets` on large models."""
 
     name, Config = "inflora", InfLoraConfig
     summary = "fresh LoRA per task with A in the inputs that old tasks leave free"

@@ -38,10 +38,10 @@ class KeepLora(FixedRows):
     gradient and subtracts the product from W. Ours: exact eigenvectors for randomised ones; the first token
     of an example is left out of the inputs; rows of A for which no free direction is left are zero. Cost per
     step: none. Per task: for every portion of the inputs (`inputs_at_once`) a backward pass over
-    `max_examples` before, and a forward (or backward) one after; an eigenproblem in float64 of size `in` on
-    the CPU per site before and after. All ranks do the same. Memory: G in float32 for the sites of a portion.
-    State: at most in²/2 float32 per site. In training time 1.4 (`old` gradients 1.8) times seqlora's on the
-    quickstart."""
+    `max_examples` before, and a forward (or backward) one after; an eigenproblem in float64 of size `in`, on
+    the GPU if there is one, per site before and after. All ranks do the same. Memory: G in float32 for the
+    sites of a portion. State: at most in²/2 float32 per site. In training time 1.4 (`old` gradients 1.8)
+    times seqlora's on the quickstart."""
 
     name, Config = "keeplora", KeepLoraConfig
     summary = "fresh LoRA per task, A from its gradient outside of W's and old inputs' directions"

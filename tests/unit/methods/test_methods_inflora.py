@@ -11,8 +11,9 @@ from codyra_llm.experiment.setup import prepare
 from codyra_llm.lora.layer import sites
 from codyra_llm.lora.shared import share_inputs
 from codyra_llm.methods.parts.inputs import covariances
-from codyra_llm.methods.parts.subspace import Subspace
+from codyra_llm.methods.parts.subspace import Subspace, eigen
 from codyra_llm.models import packed_attention
+from codyra_llm.runtime import launch
 from codyra_llm.store.archive import Archive
 
 
@@ -127,3 +128,20 @@ def test_a_task_that_finds_no_free_direction_is_refused(on_llama):
 
 # --- TreeLoRA
 # ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_eigenproblem_that_does_not_fit_on_the_gpu_is_solved_on_the_cpu(monkeypatch):
+    matrix, _ = planted((0, 3.0), (1, 2.0), (2, 1.0))
+    eigh, asked = torch.linalg.eigh, []
+
+    def full(given):
+        asked.append(given.device.type)
+        if given.device.type != "cpu":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return eigh(given)
+
+    monkeypatch.setattr(torch.linalg, "eigh", full)
+    monkeypatch.setattr(launch, "device", lambda: torch.device("meta"))
+    values, vectors = eigen(matrix)
+    assert asked == ["meta", "cpu"]
+    torch.testing.assert_close(vectors * values @ vectors.T, matrix)
