@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from codyra_llm.config.differences import flat
 from codyra_llm.config.recipe import Recipe
 from codyra_llm.core.errors import Attempts, Fault
 from codyra_llm.core.files import file_sha256
@@ -22,7 +23,7 @@ from codyra_llm.data.batches import default_tokens
 from codyra_llm.evaluate import judge, vllm
 from codyra_llm.experiment import observers
 from codyra_llm.experiment.setup import Setup
-from codyra_llm.runtime import launch
+from codyra_llm.runtime import heartbeat, launch
 
 # Settings that may differ between machines: the files that they name are compared instead.
 PATHS = {"model.path", "data.benchmark", "data.root", "general.data", "open_ended.prompts"}
@@ -33,6 +34,7 @@ REMEDIES = {
     "data": "copy the same file to every machine",
     "base": "give every machine the same weights",
     "plug-in": "give every machine the same file or package",
+    "launch": "start every machine with the same accelerate config or --deepspeed_config",
 }
 
 SHOWN = 16  # characters of a hash
@@ -51,9 +53,11 @@ def preflight(acc: Accelerator, setup: Setup, base: str | None) -> str:
     the weights, None where another process of the machine computes it. Raises, on all processes, one Fault
     with everything that differs."""
     host = socket.gethostname()
-    rows = gather_object([Row(host, acc.process_index, values(setup, base, host))])
+    own = values(setup, base, host) | engine(acc)
+    with heartbeat.waiting():
+        rows = gather_object([Row(host, acc.process_index, own)])
     counted = acc.reduce(torch.ones(1, device=acc.device), "sum").item()
-    faults = disagreements(rows)
+    faults = disagreements(with_all_settings(rows))
     if counted != acc.num_processes:
         faults.append(
             f"an all-reduce over {acc.num_processes} processes counts {counted:g} of them; check the network "
@@ -126,6 +130,26 @@ def values(setup: Setup, base: str | None, host: str) -> dict[str, str]:
     if base:
         found["base weights"] = base[:SHOWN]
     return found
+
+
+def engine(acc: Accelerator) -> dict[str, str]:
+    """The same of the engine: what it is, and DeepSpeed's version and settings."""
+    stage = launch.zero_stage(acc)
+    if not stage:
+        return {"launch engine": "DDP"}
+    settings = flat(acc.state.deepspeed_plugin.deepspeed_config)
+    found = {f"launch {key}": str(value) for key, value in settings.items()}
+    return {"launch engine": f"ZeRO stage {stage}", "version deepspeed": version("deepspeed"), **found}
+
+
+def with_all_settings(rows: list[Row]) -> list[Row]:
+    """The rows in which settings of DeepSpeed that only others have are named too."""
+    names = [key for row in rows for key in row.values if key.startswith("launch ")]
+    completed = []
+    for row in rows:
+        missing = dict.fromkeys(names, "not set") if "version deepspeed" in row.values else {}
+        completed.append(row._replace(values=missing | row.values))
+    return completed
 
 
 def disagreements(rows: Iterable[Row]) -> list[str]:

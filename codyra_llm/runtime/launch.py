@@ -201,6 +201,12 @@ def of_first(make: Callable[[], Any]) -> Any:
         return broadcast_object_list([value])[0]
 
 
+def everywhere(mine: bool) -> bool:
+    """Whether `mine` is true on all processes (collective)."""
+    with heartbeat.waiting():
+        return all(gather_object([mine]))
+
+
 def wait() -> None:
     """Wait until all processes are here."""
     with heartbeat.waiting():

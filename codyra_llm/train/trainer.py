@@ -32,7 +32,7 @@ from codyra_llm.lora.update import Adapter
 from codyra_llm.methods.base import Method
 from codyra_llm.models import packed_attention
 from codyra_llm.runtime import heartbeat, signals
-from codyra_llm.runtime.launch import wait
+from codyra_llm.runtime.launch import everywhere, wait
 from codyra_llm.store import checkpoint, observer
 from codyra_llm.store.checkpoint import Progress
 from codyra_llm.store.rows import LogRow
@@ -150,9 +150,9 @@ class Trainer:
         self.earlier = 0.0  # seconds that this task took in processes before this one
         self.best = math.inf  # the lowest validation loss so far
         self.kept: dict[str, Tensor] | None = None  # the trained parameters that had it
-        self.packed = batching == "packed" or (
-            batching == "auto" and method.packs and packed_attention.pays(model, acc.device)
-        )
+        pays = batching == "auto" and method.packs and packed_attention.pays(model, acc.device)
+        # The same on all GPUs, of whatever kinds: it decides on the number of micro-batches.
+        self.packed = batching == "packed" or everywhere(pays)
         if self.packed:
             packed_attention.use(model)
         groups = method.param_groups(model, optim.lr)

@@ -16,6 +16,11 @@ from codyra_llm.config.recipe import load_recipe
 from codyra_llm.core.files import read_jsonl
 from codyra_llm.data.batches import Batch
 from codyra_llm.experiment import run
+from codyra_llm.experiment.setup import prepare
+from codyra_llm.models import packed_attention
+from codyra_llm.runtime.launch import accelerator
+from codyra_llm.store.archive import Archive
+from codyra_llm.train.trainer import Trainer
 
 
 @pytest.fixture
@@ -67,3 +72,20 @@ def test_one_of_two_ranks_can_not_go_on(file, tmp_path, forked):
     refused(done, "tokens alone does not fit")
     assert all(done.codes)
     assert not (tmp_path / "two" / "updates").exists()
+
+
+@pytest.mark.distributed
+def test_ranks_that_differ_in_kernels_cut_alike(file, tmp_path, forked):
+    """GPUs of two kinds, of which one would pack and the other pad: ZeRO needs equally many micro-batches."""
+
+    def work(rank: int) -> None:
+        packed_attention.pays = lambda model, device: rank == 0
+        acc, setup = accelerator(), prepare(load_recipe(file, []))
+        model = setup.model(Archive(tmp_path / "none", "base"), -1)
+        setup.method.attach(model)
+        assert not Trainer(acc, setup.method, model, setup.recipe.optim, pad=0).packed
+        packed_attention.pays = lambda model, device: True
+        assert Trainer(acc, setup.method, model, setup.recipe.optim, pad=0).packed
+
+    done = forked.ranks(work)
+    assert done.codes == [0, 0], done.stderr

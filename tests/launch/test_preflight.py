@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forked import zero
 
 from codyra_llm.cli import main
 from codyra_llm.config.recipe import load_recipe
@@ -199,3 +200,28 @@ def test_two_machines_do_not_convert_into_one_folder_at_once(tmp_path, forked):
     lines = (tmp_path / "times").read_text(encoding="utf-8").splitlines()
     assert lines[:4] == ["0 begins", "0 ends", "2 begins", "2 ends"]
     assert sorted(lines[4:6]) == ["1 begins", "3 begins"]  # the others at the same time
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("first", [None, {"reduce_bucket_size": 1000}])
+def test_machines_with_different_engines_end_both(first, sections, tmp_path, monkeypatch, forked):
+    """As where ACCELERATE_CONFIG is forgotten on one of them, or names another file."""
+    monkeypatch.setattr(loading, "load", lambda *arguments: sys.exit("weights were loaded"))
+    (tmp_path / "recipe.yaml").write_text(json.dumps(sections), encoding="utf-8")
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 2, **(first or {})}}))
+    (tmp_path / "zero_2.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    zero("zero2")  # imports DeepSpeed here
+
+    def work(rank: int) -> None:
+        file = tmp_path / ("zero_2.json" if rank else "zero.json")
+        words = ["--deepspeed_config", str(file)] if rank or first else []
+        main(["run", str(tmp_path / "recipe.yaml"), *words])
+
+    done = forked.ranks(work)
+    assert done.codes == [2, 2], done.stderr
+    setting, was, now = "engine", "DDP", "ZeRO stage 2"
+    if first:
+        setting, was, now = "zero_optimization.reduce_bucket_size", 1000, "not set"
+    host = socket.gethostname()
+    told = f"launch {setting} differs between processes: {was} on {host} (rank 0), {now} on {host} (rank 1);"
+    assert done.stderr.count("error: ") == done.stderr.count(told) == 1, done.stderr
