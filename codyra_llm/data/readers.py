@@ -138,16 +138,18 @@ def _csv(path: Path, text: str, expected: str, reading: Reading) -> Found:
 def _quotes_after_spaces(text: str, delimiter: str) -> bool:
     """Whether a value's quotes follow a space, as in `a, "b, c"`: `csv` takes these for part of the text,
     unless it is to skip spaces there."""
-    read = []
     try:
         with _long_fields():
-            for skips in (False, True):
-                source = io.StringIO(text, newline="")
-                rows = csv.reader(source, delimiter=delimiter, strict=skips, skipinitialspace=skips)
-                read.append([[value.lstrip(" ") for value in row] for row in rows])
+            return list(_unspaced(text, delimiter, False)) != list(_unspaced(text, delimiter, True))
     except csv.Error:  # reported where it is read
         return False
-    return read[0] != read[1]
+
+
+def _unspaced(text: str, delimiter: str, skips: bool) -> Iterator[list[str]]:
+    """The rows, without spaces in front of the values, which `csv` itself `skips` or not."""
+    source = io.StringIO(text, newline="")
+    for row in csv.reader(source, delimiter=delimiter, strict=skips, skipinitialspace=skips):
+        yield [value.lstrip(" ") for value in row]
 
 
 def _tsv(path: Path, text: str, expected: str, reading: Reading) -> Found:
