@@ -67,13 +67,18 @@ def checkpoint_source(checkpoint: str, base: str | None) -> Source:
         return _stage(RunFolder(place), task)
     if (folder / "recipe.json").is_file():
         return _stage(RunFolder(folder))
-    found = _carried(folder / LINEAGE, checkpoint)
+    found = _carried(_own_folder(folder) / LINEAGE, checkpoint)
     if is_adapter(folder):
         given = Base(base, revision_of(base, found.raw)) if base else None
         path, revision = base_of(folder, given)
         revision = revision or revision_of(path, found.raw)  # adapters of old exports name none
         return replace(found, model=path, revision=revision, adapter=folder)
     return found
+
+
+def _own_folder(checkpoint: Path) -> Path:
+    """The folder of a checkpoint's files: that of a GGUF file is the one that it lies in."""
+    return checkpoint.parent if checkpoint.is_file() else checkpoint
 
 
 def run_at(checkpoint: str) -> tuple[Path | None, str]:
@@ -246,7 +251,7 @@ def _refuse_own_code(checkpoint: str, source: Source, wanted: Wanted) -> None:
     given = wanted.general or any(key == "general.data" for key, _ in split_overrides(wanted.overrides))
     if given or data in (None, "mini", "hub"):
         return
-    folder = source.run.path if source.run else source.adapter or Path(source.model).expanduser()
+    folder = source.run.path if source.run else source.adapter or _own_folder(Path(source.model).expanduser())
     if Path(expanded(data)).resolve().is_relative_to(folder.resolve()):
         raise Fault(
             f"general.data: the recipe that {checkpoint} carries names '{data}', a folder of the checkpoint "

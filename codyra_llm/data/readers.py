@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from codyra_llm.core.errors import Fault, nearest
 from codyra_llm.core.parsing import decoded, parse_json, read_text
@@ -138,20 +138,18 @@ def _csv(path: Path, text: str, expected: str, reading: Reading) -> Found:
 def _quotes_after_spaces(text: str, delimiter: str) -> bool:
     """Whether a value's quotes follow a space, as in `a, "b, c"`: `csv` takes these for part of the text,
     unless it is to skip spaces there."""
-    read = []
     try:
         with _long_fields():
-            for skips in (False, True):
-                source = io.StringIO(text, newline="")
-                rows = csv.reader(source, delimiter=delimiter, strict=skips, skipinitialspace=skips)
-                read.append([_without_leading_spaces(row) for row in rows])
+            return list(_unspaced(text, delimiter, False)) != list(_unspaced(text, delimiter, True))
     except csv.Error:  # reported where it is read
         return False
-    return read[0] != read[1]
 
 
-def _without_leading_spaces(row: list[str]) -> list[str]:
-    return [value.lstrip(" ") for value in row]
+def _unspaced(text: str, delimiter: str, skips: bool) -> Iterator[list[str]]:
+    """The rows, without spaces in front of the values, which `csv` itself `skips` or not."""
+    source = io.StringIO(text, newline="")
+    for row in csv.reader(source, delimiter=delimiter, strict=skips, skipinitialspace=skips):
+        yield [value.lstrip(" ") for value in row]
 
 
 def _tsv(path: Path, text: str, expected: str, reading: Reading) -> Found:
@@ -251,15 +249,40 @@ def _parquet(path: Path, expected: str) -> list[dict]:
 
 
 def class_names(table) -> list[dict]:
-    """The rows of a data set, with class numbers replaced by the classes' names."""
+    """The rows of a data set, with class numbers replaced by the classes' names, and objects within them
+    without fields that are null: a column's objects all have the same fields, such as every argument of every
+    tool that the calls in it name, and null is what fills them."""
     from datasets import ClassLabel
 
     classes = {key: kind.names for key, kind in table.features.items() if isinstance(kind, ClassLabel)}
+    nested = {key: kind for key, kind in table.features.items() if _inner(kind) is not None}
     rows = []
     for row in table:
         named = {key: _name(row[key], names) for key, names in classes.items()}
-        rows.append({**row, **named})
+        own = {key: _without_fillings(row[key], kind) for key, kind in nested.items()}
+        rows.append({**row, **named, **own})
     return rows
+
+
+def _inner(kind: object) -> object:
+    """What a column of this kind is made of: the kinds of an object's fields, or that of a list's items; None
+    where it is made of nothing else."""
+    from datasets import LargeList, List
+
+    if isinstance(kind, List | LargeList):
+        return kind.feature
+    return kind if isinstance(kind, dict) else None
+
+
+def _without_fillings(value: Any, kind: object) -> Any:
+    """A value of this kind; its objects, at any depth, without fields that are null."""
+    inner = _inner(kind)
+    if isinstance(inner, dict) and isinstance(value, dict):
+        own = {key: item for key, item in value.items() if item is not None}
+        return {key: _without_fillings(item, inner[key]) for key, item in own.items()}
+    if inner is not None and isinstance(value, list):
+        return [_without_fillings(item, inner) for item in value]
+    return value
 
 
 def _name(number: int | None, names: list[str]) -> object:

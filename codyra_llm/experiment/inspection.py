@@ -80,18 +80,16 @@ def try_metrics(recipe: Recipe, read: Sequence[Split]) -> None:
 
 
 def _without_embedding(recipe: Recipe, read: Sequence[Split], encoder: Encoder) -> list[str]:
-    """The first text of every split that holds a token of which the model has no embedding."""
+    """The first record of every split that holds one of the tokens that the model has no embedding of."""
     faults = []
     for index, split, records in read:
-        for number, record in enumerate(records):
-            text = f"{record['prompt']}\n{record['answer']}"
-            found = [token for token in encoder.strangers.values() if token in text]
-            if found:
+        for token in encoder.strangers.values():
+            holding = [i for i, one in enumerate(records) if token in one["prompt"] or token in one["answer"]]
+            if holding:
                 faults.append(
-                    f"{recipe.tasks[index]}/{split}: record {number} holds the token {found[0]}, of which "
+                    f"{recipe.tasks[index]}/{split}: record {holding[0]} holds the token {token}, of which "
                     "the model has no embedding; take it out of the text"
                 )
-                break
     return faults
 
 

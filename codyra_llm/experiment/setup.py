@@ -192,9 +192,8 @@ def prepare(
     render, wrong = _render(recipe, tokenizer)
     tried.faults += wrong
     stream = Stream(recipe.data, root, render)
-    encoder = None
-    if base and tokenizer and config:
-        encoder = Encoder(tokenizer, recipe.data, answer_ends(base, tokenizer), added or config.vocab_size)
+    rows = added or (config and config.vocab_size)
+    encoder = Encoder(tokenizer, recipe.data, answer_ends(base, tokenizer), rows) if tokenizer else None
     # Where there is no tokenizer there is a fault, and nobody gets this.
     setup = Setup(recipe, method, base, tokenizer, encoder, stream, {}, {}, {})  # pyright: ignore
     if runs:

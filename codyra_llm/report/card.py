@@ -1,5 +1,5 @@
-"""The model card of an export: a README.md with the hub's metadata. It is written from the run folder alone,
-and is the same every time.
+"""The model card of an export: a README.md with the hub's metadata. It is written from the run folder, its
+benchmark and the base's files, and is the same every time.
 """
 
 import json

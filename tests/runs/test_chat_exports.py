@@ -9,8 +9,10 @@ import yaml
 from adapters import recipe
 from gguf import GGUFReader
 
+from codyra_llm.checkpoints.evaluate import evaluate
 from codyra_llm.checkpoints.export import Export, export
 from codyra_llm.checkpoints.generate import answer
+from codyra_llm.checkpoints.source import Wanted
 from codyra_llm.config.overrides import override
 from codyra_llm.config.recipe import parse_recipe
 from codyra_llm.core.errors import Fault
@@ -72,11 +74,22 @@ def test_a_prompt_is_a_users_message_where_the_task_has_chats(chats, tmp_path):
             out = tmp_path / f"{format}-{name}"
             export(chats, Export(after=name, format=format, dtype=None), out)
             assert answer(str(out), ASKED, 4) == asked[index]
+        export(chats, Export(after=name, format="gguf", type="f32"), tmp_path / name)
+        assert answer(str(tmp_path / name / f"{name}-f32.gguf"), ASKED, 4) == asked[index]
     assert answer(f"{chats.path}@base", ASKED, 4) == sent(chats, -1, True)
     file = tmp_path / "merged-SAY" / LINEAGE
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat": 1}))
     with pytest.raises(Fault, match="'chat' is 1, expected true or false"):
         answer(str(tmp_path / "merged-SAY"), ASKED, 4)
+
+
+def test_a_gguf_file_is_scored_by_the_recipe_next_to_it(chats, tmp_path):
+    export(chats, Export(format="gguf", type="f32"), tmp_path / "out")
+    scored = evaluate(str(tmp_path / "out" / "out-f32.gguf"), Wanted(out=tmp_path / "scores"))
+    stage = Stage(2, "SAY")
+    for task in ("TALK", "SAY"):
+        assert scored.predictions(stage, task) == chats.predictions(stage, task)
+        assert scored.predictions(stage, task)[0]["prediction"]
 
 
 def test_exports_say_how_to_ask(chats, tmp_path):

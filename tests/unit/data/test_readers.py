@@ -111,6 +111,36 @@ def test_parquet_has_whole_numbers_and_names_of_classes(tmp_path):
     assert "b.parquet can't be read as Parquet (" in message
 
 
+@pytest.mark.parametrize("source", ["files", "dataset"])
+def test_objects_in_parquet_have_the_fields_that_were_written(tmp_path, source):
+    """Parquet gives all objects of a column the same fields, so that a call of one tool would have the
+    arguments of the others, as null."""
+    chats = []
+    for number in range(6):
+        arguments = {"city": "Bonn"} if number % 2 else {"unit": {"of": [number]}, "days": 3}
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        chats.append(
+            [
+                {"role": "user", "content": f"q{number}"},
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+                {"role": "tool", "content": "1"},
+                {"role": "assistant", "content": "a"},
+            ]
+        )
+    rows = [
+        {"messages": chat, "note": None, "tools": [{"name": "f", "parameters": {"type": "object"}}]}
+        for chat in chats
+    ]
+    (tmp_path / "data").mkdir()
+    Dataset.from_list(rows).to_parquet(tmp_path / "data" / "train.parquet")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"files": "data/train.parquet"} if source == "files" else {"dataset": "data"}
+    for split in ("train", "eval", "test"):
+        parquet = read(tmp_path, "T", task(**given, format="openai"), split)
+        assert parquet == read(tmp_path, "T", task(files="a.jsonl", format="openai"), split)
+        assert all("null" not in row["prompt"] and "arguments" in row["prompt"] for row in parquet)
+
+
 def test_labels_that_are_kept_secret_have_a_sentence_of_their_own(tmp_path):
     features = Features({"prompt": Value("string"), "answer": ClassLabel(names=["x", "y"])})
     Dataset.from_dict({"prompt": ["a"], "answer": [-1]}, features=features).to_parquet(tmp_path / "a.parquet")
