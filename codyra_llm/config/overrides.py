@@ -65,7 +65,13 @@ def split_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
 
 def assign(raw: dict, key: str, value: Any) -> None:
     """Set `a.b` of a recipe's mapping. A method that is written as its name alone is the same as a section of
-    it, and a section whose keys are all commented out, which YAML reads as null, is an empty one."""
+    it, and a section whose keys are all commented out, which YAML reads as null, is an empty one. Of a
+    section that is given as a mapping, `optim={lr: 1e-3}`, the keys that it names are set; the others stay as
+    they are, but for the method's."""
+    if isinstance(value, dict) and "." not in key and key != "method":
+        for name, inner in value.items():
+            assign(raw, f"{key}.{name}", inner)
+        return
     *path, last = key.split(".")
     if not all([*path, last]) or len(path) > 8:
         raise Fault(

@@ -253,7 +253,7 @@ class Sweep:
     def _check(self, tuned: set[str], runs: list[Run], given: Collection[str]) -> None:
         """Raises Fault where a setting of all runs reaches none, and where the tries are not fair: an arm has
         none or no forgetting to choose by, or they are scored on different splits."""
-        faults = self._unheeded(given)
+        faults = [*self._unheeded(given), *self._tried_in_vain()]
         trained = {run.arm for run in runs if METHODS[run.recipe.method.name].trains}
         untried = trained - tuned
         if tuned and untried:
@@ -274,6 +274,19 @@ class Sweep:
             )
         if faults:
             raise Fault(*faults)
+
+    def _tried_in_vain(self) -> list[str]:
+        """A sentence for each setting that the tries of an arm choose and the grid replaces in every run."""
+        tries = self.file.tune.tries if self.file.tune else {}
+        faults = []
+        for key, values in self.file.grid.items():
+            arms = [arm for arm, of_arm in tries.items() if any(key in settings for settings in of_arm)]
+            if arms:
+                faults.append(
+                    f"tune.tries: {', '.join(arms)} would choose {key}, which 'grid' sets in every run "
+                    f"({values}); take it out of one of the two"
+                )
+        return faults
 
     def _unheeded(self, given: Collection[str]) -> list[str]:
         """A sentence for each setting of all runs that was `given` with the command, or stands over a grid

@@ -103,6 +103,20 @@ def test_overrides():
     ]
 
 
+def test_a_section_that_is_given_as_a_whole_leaves_its_other_keys():
+    """Without this the quickstart's batch size and loss average would silently become the protocol's."""
+    own = load_recipe("quickstart")
+    one = load_recipe("quickstart", ["optim={lr: 1e-3}"])
+    assert (
+        one == load_recipe("quickstart", ["optim.lr=1e-3"]) and one.optim.batch_size == own.optim.batch_size
+    )
+    two = load_recipe("quickstart", ["data={epochs: {FOMC: 2}, tasks: [FOMC]}", "method={name: ewc}"])
+    assert two.data.epochs == {"FOMC": 2} and two.data.root == "mini"
+    assert two.method == load_recipe("quickstart", ["method=ewc"]).method
+    assert load_recipe("quickstart", ["optim=null"]).optim.batch_size is None
+    assert load_recipe("quickstart", ["optim={}"]) == own
+
+
 @pytest.mark.parametrize("nothing", ["", "  "])
 def test_an_unset_variable_of_the_shell_is_no_value(nothing):
     """`optim.lr=$LR` would fall back to the protocol's learning rate in silence."""

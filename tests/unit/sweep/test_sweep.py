@@ -117,6 +117,20 @@ def test_what_any_run_would_refuse_is_told_before_the_first(sweep_file, launches
         load_sweep("nowhere.yaml")
 
 
+def test_a_section_of_an_arm_leaves_the_recipe_s_other_keys(sweep_file):
+    whole, key = ({"method": "seqlora", **lr} for lr in ({"optim": {"lr": 1e-3}}, {"optim.lr": 1e-3}))
+    one, two = load_sweep(sweep_file(arms={"a": whole, "b": key}, grid={})).runs()
+    assert one.recipe.optim == two.recipe.optim and one.recipe.optim.batch_size == 8
+
+
+def test_what_tries_would_choose_is_not_set_by_the_grid(sweep_file):
+    """Every run would have the grid's value, so the tries would be for nothing."""
+    tries = {"seqlora": [{"optim.lr": 1e-3}, {"optim.lr": 3e-3}], "ewc": [{}, {"method.weight": 1.0}]}
+    asked = {"tune": {"tries": tries}, "grid": {"seed": [1], "optim.lr": [1e-2]}}
+    with pytest.raises(Fault, match=r"tune.tries: seqlora would choose optim.lr, which 'grid' sets .*0.01"):
+        load_sweep(sweep_file(**asked))
+
+
 TRIES = {"seqlora": [{"optim.lr": 1e-2}, {"optim.lr": 3e-2}], "ewc": [{}, {"method.weight": 1.0}]}
 
 
