@@ -278,9 +278,10 @@ class Sweep:
     def _tried_in_vain(self) -> list[str]:
         """A sentence for each setting that the tries of an arm choose and the grid replaces in every run."""
         tries = self.file.tune.tries if self.file.tune else {}
+        chosen = {arm: set().union(*of_arm) for arm, of_arm in tries.items()}
         faults = []
         for key, values in self.file.grid.items():
-            arms = [arm for arm, of_arm in tries.items() if any(key in settings for settings in of_arm)]
+            arms = [arm for arm, keys in chosen.items() if key in keys]
             if arms:
                 faults.append(
                     f"tune.tries: {', '.join(arms)} would choose {key}, which 'grid' sets in every run "
