@@ -308,9 +308,12 @@ def _shared_names(recipe: Recipe, general: set[str]) -> list[str]:
 
 
 def _render(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Render, list[str]]:
-    """The function that writes the chats of tasks with `messages`, and the faults found with it."""
-    chats = ", ".join(task for task in recipe.tasks if recipe.benchmark.task(task).chat)
-    every = [task for task in recipe.tasks if recipe.benchmark.task(task).train_on == "assistant"]
+    """The function that writes the chats of tasks and of a general set, which have `messages`, and the faults
+    found with it."""
+    general = getattr(recipe.method, "general", None)
+    specs = {name: recipe.benchmark.task(name) for name in (*recipe.tasks, general) if name}
+    chats = ", ".join(name for name, spec in specs.items() if spec.chat)
+    every = [name for name, spec in specs.items() if spec.train_on == "assistant"]
     if not (chats and tokenizer):
         return plain, []
     if not tokenizer.chat_template:

@@ -119,3 +119,13 @@ def test_a_model_of_plain_texts_gets_no_chat_template(chats, tmp_path):
     assert 'TEMPLATE """{{ .Prompt }}"""' in (tmp_path / "say" / "Modelfile").read_text()
     card = (tmp_path / "say" / "README.md").read_text()
     assert "Give prompts as plain text" in card and DATE not in card
+
+
+@pytest.mark.parametrize("method", ["replay", "codyra_drift"])
+def test_a_general_set_of_chats_is_written_by_the_template(chats, tmp_path, method):
+    """Though no task that is learnt has chats."""
+    raw = chats.recipe.model_dump(mode="json")
+    raw |= {"method": {"name": method, "general": "TALK"}, "output": str(tmp_path / "run")}
+    raw["data"] |= {"tasks": ["SAY"], "epochs": 1}
+    setup = prepare(parse_recipe(raw))
+    assert setup.stream.extra("TALK")[0]["prompt"].endswith("[user]Say 0:<unk>[assistant]")
