@@ -29,6 +29,13 @@ from codyra_llm.train.engine import Engine
 from codyra_llm.train.trainer import Trainer
 
 TASKS = ["ONE", "TWO"]
+# Settings with code of their own in a step: by what they are called here, the method and the settings.
+VARIANTS = {
+    "codyra_drift by ratio": (
+        "codyra_drift",
+        {"selection": "ratio", "keep_drift": 0.5, "threshold": {"dense": 0.0}},  # priced before step 1
+    ),
+}
 TRAIN = Trainer.fit
 ACCUMULATE = Engine.accumulate
 
@@ -80,8 +87,10 @@ def learn_both(experiment: Experiment) -> None:
         runs.evaluate(experiment, stage)
 
 
-def section(base: str, stream: str, out: Path, name: str) -> dict:
+def section(base: str, stream: str, out: Path, called: str) -> dict:
+    name, settings = VARIANTS.get(called, (called, {}))
     made = raw(base, stream, out, name)
+    made["method"] |= settings
     made["model"]["dtype"] = "bfloat16"
     made["data"] |= {"tasks": TASKS, "epochs": 1}
     made["optim"] |= {"batch_size": 10, "micro_batch_tokens": 65}  # two micro-batches

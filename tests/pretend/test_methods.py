@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pretended_hooks import environment
+from run_pretended import VARIANTS
 
 from codyra_llm.config.registry import METHODS
 
 SCRIPT = Path(__file__).parents[1] / "run_pretended.py"
-TRAINED = [name for name, method in METHODS.items() if method.trains]
+TRAINED = [*(name for name, method in METHODS.items() if method.trains), *VARIANTS]
 
 
 class Budget(NamedTuple):

@@ -41,13 +41,14 @@ class EwcLora(SeqLora):
         return {"ewc": self.config.weight / 2 * torch.stack(terms).sum()} if terms else {}
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
-        """γ F + F_new by site, [out, in]."""
+        """γ F + F_new by site, [out, in]. No two of F, F_new and the sum are on the device whole."""
+        self._held = []
         found = weight_fisher(model, task, task.sample(self.config.examples, self.seed))
-        nothing = torch.zeros(())
-        return {
-            site: self.config.decay * task.state.get(site, nothing).to(new) + new
-            for site, new in found.items()
-        }
+        left, nothing = {}, torch.zeros(())
+        for site in list(found):
+            new = found.pop(site)
+            left[site] = (self.config.decay * task.state.get(site, nothing).to(new) + new).cpu()
+        return left
 
 
 def held_back(layer: LoraLinear, fisher: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ class CodyraDrift(Codyra):
         elif self._masks:
             for group in groups:
                 if "kappa" in group:
-                    group["drop"] = [mask.to(group["params"][0]) for mask in self._masks.values()]
+                    group["drop"] = list(self._masks.values())
                     group["kappa"] = vanishing_rate(step, steps, self.config.threshold.dense)
 
     def rewrite(self, step: int, steps: int):
@@ -121,7 +121,7 @@ class CodyraDrift(Codyra):
 
     def resume(self, progress: dict[str, Tensor]) -> None:
         """Put them back."""
-        self._masks = {site: progress[site] for site in sites(self._model)} if progress else None
+        self._masks = self._on_device(progress) if progress else None
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
         """The old inputs' second moments, with this task's added."""
@@ -165,5 +165,12 @@ class CodyraDrift(Codyra):
             for site in names:
                 relative = share(layers[site], on_device).item()
                 priced[site] = joint(adapters[site], new, old, relative, self.config.ridge)
-        self._masks = dropped({site: priced[site] for site in adapters}, self.config.keep_drift)
+        self._masks = self._on_device(
+            dropped({site: priced[site] for site in adapters}, self.config.keep_drift)
+        )
         return {site: priced[site][0] for site in adapters}
+
+    def _on_device(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The masks of all sites, in the model's order, where the weights are that they are for: every step
+        reads them."""
+        return {site: masks[site].to(layer.lora_w) for site, layer in sites(self._model).items()}

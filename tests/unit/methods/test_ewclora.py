@@ -55,10 +55,17 @@ def test_fishers_are_summed_and_old_ones_fade(monkeypatch):
     """γ F + F_new, after a first task F_new itself."""
     method, model = attached("ewclora", decay=0.25)
     old, new = fishers(1), fishers(2)
-    monkeypatch.setattr(ewclora, "weight_fisher", lambda *_: new)
+    given = []
+
+    def found(*_):
+        given.append(dict(new))
+        return given[-1]
+
+    monkeypatch.setattr(ewclora, "weight_fisher", found)
     monkeypatch.setattr(Task, "sample", lambda *_: [])
     first = method.end_task(model, a_task(0), None)
     later = method.end_task(model, a_task(1, state=old), None)
+    assert given == [{}, {}], "what is on the device is let go of, site by site"
     for site in SIZES:
         assert torch.equal(first[site], new[site])
         torch.testing.assert_close(later[site], 0.25 * old[site] + new[site])

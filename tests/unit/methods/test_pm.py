@@ -2,15 +2,18 @@
 
 from types import SimpleNamespace
 
+import adapters
 import pytest
 import torch
-from adapters import attached
+from adapters import a_task, attached
 from torch import nn
 
 from codyra_llm.lora.layer import AdapterSpec, LoraLinear, sites
 from codyra_llm.lora.update import Adapter
+from codyra_llm.methods.base import Task
 from codyra_llm.methods.parts.moments import SecondMoment
 from codyra_llm.methods.parts.sparing import spared
+from codyra_llm.methods.sequential import pm
 from codyra_llm.methods.sequential.pm import coefficient, optimum_terms, relative_energies
 
 
@@ -115,3 +118,21 @@ def test_steps_are_taken_at_a_perturbed_update_and_nothing_else_is():
         method.after_step(None)
         assert adapted.spec.scale == plain
     assert {round(factor, 3) for factor in factors} == {0.75, 1.25} and factors[3] == factors[-1]
+
+
+def test_the_state_is_what_the_next_optimum_needs_and_takes_no_memory_of_the_device(monkeypatch):
+    """Of the first task F and F ∘ ΔW; the Fisher information is let go of, site by site."""
+    method, model = attached("pm", curvature="fisher")
+    method.begin_task(model, a_task(0))
+    adapters.drawn(model, 2)
+    draw = torch.Generator().manual_seed(1)
+    fisher = {site: torch.rand(out, wide, generator=draw) for site, (wide, out) in adapters.SIZES.items()}
+    given = dict(fisher)
+    monkeypatch.setattr(pm, "weight_fisher", lambda *_: given)
+    monkeypatch.setattr(Task, "sample", lambda *_: [])
+    state = method.end_task(model, a_task(0), None)
+    assert given == {}
+    for site, layer in sites(model).items():
+        delta = layer.spec.scale * layer.lora_B @ layer.lora_A
+        assert torch.equal(state[f"{site}.fisher"], fisher[site])
+        torch.testing.assert_close(state[f"{site}.aimed"], (fisher[site] * delta).detach())
