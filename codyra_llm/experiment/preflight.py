@@ -170,11 +170,13 @@ def summary(acc: Accelerator, setup: Setup, machines: int) -> str:
     """A line with processes, machines, engine and the effective batch."""
     stage, optim = launch.zero_stage(acc), setup.recipe.optim
     noun = "machines" if machines > 1 else "machine"
+    idle = acc.num_processes - optim.batch_size
+    share = f", so that {idle} processes have none in a step" if idle > 0 else ""
     return (
         f"{acc.num_processes} processes on {machines} {noun} "
         f"({f'ZeRO stage {stage}' if stage else 'DDP'}) agree; {optim.batch_size} examples per optimizer "
-        f"step over all, up to {optim.micro_batch_tokens or default_tokens(acc.device)} tokens per forward "
-        "in each"
+        f"step over all{share}, up to {optim.micro_batch_tokens or default_tokens(acc.device)} tokens per "
+        "forward in each"
     )
 
 

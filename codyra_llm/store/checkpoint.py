@@ -133,7 +133,11 @@ def tensors(path: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
     for name in small(path)["files"]:
         try:
             with safe_open(path / name, "pt") as file:
-                yield from ((key, file.get_tensor(key)) for key in file.keys() if key.startswith(prefix))
+                wanted = [key for key in file.keys() if key.startswith(prefix)]
+                # Copies: what the file gives is mapped into memory from it, and read when it is used. By then
+                # a later checkpoint may have replaced it: on a network file system that ends a process on
+                # another machine, and on this one the folder can't be removed.
+                yield from ((key, file.get_tensor(key).clone()) for key in wanted)
         except SafetensorError as error:
             raise Fault(
                 f"{path / name} can't be read ({error}); remove {path} to continue from what is before it"

@@ -7,6 +7,7 @@ import shutil
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import yaml
 from codyra_llm.config.overrides import override
 from codyra_llm.config.recipe import parse_recipe
 from codyra_llm.core.errors import Fault
-from codyra_llm.experiment.preflight import Row, disagreements, preflight, values
+from codyra_llm.experiment.preflight import Row, disagreements, preflight, summary, values
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.models.weights import fingerprint
 from codyra_llm.runtime.launch import accelerator
@@ -155,6 +156,10 @@ def test_an_all_reduce_that_misses_a_process_is_a_fault(sections, monkeypatch):
     assert preflight(acc, setup, None) == (
         "1 processes on 1 machine (DDP) agree; 7 examples per optimizer step over all, "
         "up to 60 tokens per forward in each"
+    )
+    many = SimpleNamespace(num_processes=16, state=acc.state, device=acc.device)
+    assert "7 examples per optimizer step over all, so that 9 processes have none in a step, up" in summary(
+        many, setup, 2
     )
     monkeypatch.setattr(acc, "reduce", lambda tensor, how: tensor * 3)
     with pytest.raises(Fault, match="over 1 processes counts 3 .* between " + socket.gethostname()):

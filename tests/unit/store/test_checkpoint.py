@@ -1,6 +1,7 @@
 """Checkpoints inside a task: the last ones stay, and a damaged one is reported once."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,3 +82,13 @@ def test_when_one_is_due(minutes, seconds, at_the_end, tmp_path, monkeypatch):
     assert first(False) == seconds
     save(progress, 1)
     assert first(True) == at_the_end
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="needs Linux")
+def test_what_was_read_does_not_depend_on_the_file(progress):
+    """It may be removed while a run goes on from it, also by a process of another machine."""
+    save(progress, 1)
+    path = progress.newest()
+    read = dict(tensors(path, ""))
+    assert read
+    assert str(path) not in Path("/proc/self/maps").read_text(encoding="utf-8")
