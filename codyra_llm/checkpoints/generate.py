@@ -39,8 +39,8 @@ def answer(checkpoint: str, prompt: str, new: int, base: str | None = None) -> s
 
     A stage of a run encodes the prompt as the run does (its lengths, its chat template): of a task whose
     examples are chats it is a user's message. An export does so where the last task that it learnt did. A
-    method that needs the prompt's task gets TASK. Raises Fault for a
-    checkpoint that can't be used, and for a prompt without a token.
+    method that needs the prompt's task gets TASK. Raises Fault for a checkpoint that can't be used, and for a
+    prompt without a token.
     """
     run, _ = run_at(checkpoint)
     if run and not (run / "recipe.json").is_file():
