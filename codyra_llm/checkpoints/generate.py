@@ -15,7 +15,7 @@ from codyra_llm.evaluate.generate import generate_ids
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.formats.adapter import build
 from codyra_llm.formats.adapter_files import vocabulary
-from codyra_llm.models import loading
+from codyra_llm.models import families, loading
 from codyra_llm.models.ends import answer_ends
 from codyra_llm.models.tokenizer import load_tokenizer, tokenizer_folder
 from codyra_llm.runtime import launch, precision
@@ -39,8 +39,8 @@ def answer(checkpoint: str, prompt: str, new: int, base: str | None = None) -> s
 
     A stage of a run encodes the prompt as the run does (its lengths, its chat template): of a task whose
     examples are chats it is a user's message. An export does so where the last task that it learnt did. A
-    method that needs the prompt's task gets TASK. Raises Fault for a
-    checkpoint that can't be used, and for a prompt without a token.
+    method that needs the prompt's task gets TASK. Raises Fault for a checkpoint that can't be used, and for a
+    prompt without a token.
     """
     run, _ = run_at(checkpoint)
     if run and not (run / "recipe.json").is_file():
@@ -99,6 +99,6 @@ def _plain(source: Source, new: int, device: torch.device) -> Answering:
     section = DataSection(
         root="-", max_prompt_tokens=limit, max_answer_tokens=new + 2, chat_template=source.chat
     )
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = added or families.text_config(base).vocab_size
     encoder = Encoder(tokenizer, section, answer_ends(base, tokenizer), rows)
     return Answering(model.to(device).eval(), encoder)

@@ -3,7 +3,7 @@
 
 import hashlib
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -78,21 +78,28 @@ def remarks(root: Path, name: str, task: Task) -> list[str]:
     """Remarks on files that are read otherwise than their names say, and on what is left out, a sentence
     each; only for readable files."""
     notes = [] if task.declared else records.remarks(root, name)
-    for split, file in task.files or ():
+    for _, file in task.files or ():
         if not file:
             continue
         try:
-            found = readers.found(root / file, "records", reading(task))
-            maker = _maker(root, name, task, plain)
+            notes.append(readers.found(root / file, "records", reading(task)).remark)
         except Fault:  # reported where the file is read
             continue
-        notes.append(found.remark)
-        skipped = [row for row in found.rows if split == "train" and maker.skips(row)]
-        if skipped:
-            notes.append(
-                f"{root / file}: {len(skipped)} of {len(found.rows)} records have no answer, and are left out"
-            )
+    if task.skip_empty:
+        notes += _left_out(root, name, task)
     return [f"tasks.{name}: {remark}" for remark in dict.fromkeys(notes) if remark]
+
+
+def _left_out(root: Path, name: str, task: Task) -> Iterator[str]:
+    """A remark on training records without an answer, if there are any and their table can be read."""
+    try:
+        table, maker = _tables(root, name, task).get("train"), _maker(root, name, task, plain)
+        rows = table.read() if table else []
+    except Fault:  # reported where the table is read
+        return
+    skipped = [row for row in rows if maker.skips(row)]
+    if skipped:
+        yield f"{table.where}: {len(skipped)} of {len(rows)} records have no answer, and are left out"
 
 
 def place(root: Path, name: str, task: Task, split: str) -> str:

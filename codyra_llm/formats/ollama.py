@@ -47,7 +47,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     template writes around the texts of short chats; None where longer ones aren't made of the same pieces.
 
     BOS is left out if the tokenizer puts it in front by itself, since llama.cpp then does so too."""
-    front = tokenizer.bos_token if adds_bos(tokenizer) else ""
+    front = str(tokenizer.bos_token) if adds_bos(tokenizer) else ""
     first = _around(tokenizer, [ASKS], front)
     longer = _around(tokenizer, GOES_ON, front)
     if not first or not longer:

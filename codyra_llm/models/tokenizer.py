@@ -103,9 +103,9 @@ def _lacks_embeddings(tokenizer: PreTrainedTokenizerBase, rows: int) -> bool:
     """Whether the model lacks embeddings that any text may need. It may lack those of added tokens, as the
     text models of Gemma 3 do for the token that stands for images: only texts that contain one of them need
     it, and the encoder refuses these."""
-    past = without_embedding(tokenizer, rows)
-    named = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
-    return not past.keys() <= tokenizer.added_tokens_decoder.keys() - named
+    named = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id]
+    added = tokenizer.added_tokens_decoder
+    return any(number in named or number not in added for number in without_embedding(tokenizer, rows))
 
 
 def chat_faults(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -1,6 +1,7 @@
 """Prompts that a template makes of columns. Oracle: prompts written out by hand."""
 
 import json
+import shutil
 
 import pytest
 from own_benchmark import faults, folder, task
@@ -267,4 +268,8 @@ def test_training_records_without_an_answer_are_left_out_where_that_is_asked(tmp
     assert [row["prompt"] for row in read(tmp_path, "T", asked, "train")] == ["0", "4", "5"]
     (note,) = remarks(tmp_path, "T", asked)
     assert note == f"tasks.T: {tmp_path / 'a.jsonl'}: 3 of 6 records have no answer, and are left out"
+    (tmp_path / "set").mkdir()
+    shutil.copy(tmp_path / "a.jsonl", tmp_path / "set" / "train.jsonl")
+    (note,) = remarks(tmp_path, "T", task(dataset="set", skip_empty=True))
+    assert note == "tasks.T: set (train): 3 of 6 records have no answer, and are left out"
     assert len(faults(read, tmp_path, "T", asked, "test")) == 1  # null is no answer that can be scored
