@@ -285,7 +285,7 @@ class Sweep:
         tries = self.file.tune.tries if self.file.tune else {}
         faults = []
         for key, values in self.file.grid.items():
-            arms = [arm for arm, of_arm in tries.items() if any(key in settings for settings in of_arm)]
+            arms = [arm for arm, of_arm in tries.items() if key in set().union(*of_arm)]
             if arms:
                 faults.append(
                     f"tune.tries: {', '.join(arms)} would choose {key}, which 'grid' sets in every run "
