@@ -137,7 +137,14 @@ def evaluate_checkpoint(
     far as it isn't yet; arguments as the options of `codyra-llm evaluate`. Returns all its scores."""
     root = None if data is None else str(data)
     wanted = Wanted(
-        root, _names(tasks), general, _names(general_tasks), base, as_path(out), list(overrides), benchmark
+        root,
+        _names(tasks),
+        general,
+        _names(general_tasks),
+        base,
+        as_path(out),
+        _names(overrides) or [],
+        benchmark,
     )
     return evaluate(str(checkpoint), wanted, observers).scores
 
@@ -154,7 +161,7 @@ def run_sweep(
 ) -> dict:
     """Run what a sweep file asks for and is not finished, each run in a process of its own, and write its
     comparison; returns what sweep.json holds. Raises one Fault with all runs that failed."""
-    asked = load_sweep(as_path(file), list(overrides))
+    asked = load_sweep(as_path(file), _names(overrides) or [])
     write = partial(comparison.write, asked, Path(file).stem)
     runner.execute(asked, jobs, launcher, write)
     return write()

@@ -73,6 +73,7 @@ class Prepared(NamedTuple):
     base: Setup | None
 
 
+@launch.in_one_thread()
 def evaluate(checkpoint: str, wanted: Wanted, observers: Sequence[Observer] = ()) -> RunFolder:
     """Score `checkpoint` (folder, hub id, .gguf, PEFT folder, RUN, RUN@TASK) into `wanted.out`, as far as it
     isn't yet. `observers` are called in the first process.

@@ -44,6 +44,8 @@ def override(raw: dict, overrides: Sequence[str]) -> dict:
 def split_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
     """Keys and values of `a.b=value` texts. Raises one Fault that lists all texts of another form, and those
     without a value, as an unset variable of the shell leaves them."""
+    if isinstance(overrides, str):  # a sequence too, of letters
+        overrides = [overrides]
     faults = [
         f"'{item}' is not an override; write key=value, e.g. optim.lr=1e-4"
         for item in overrides

@@ -183,6 +183,11 @@ def used(method: str, metrics: Iterable[str]) -> dict[str, Origin]:
     return {name: _origin(name) for name in dict.fromkeys(names) if _there(name)}
 
 
+def still(recorded: dict[str, Origin]) -> dict[str, Origin]:
+    """The origin here and now of the methods and metrics of this record, as far as they are known."""
+    return {name: _origin(name) for name in recorded if _there(name)}
+
+
 def _origin(name: str) -> Origin:
     """For what a script or notebook registered itself: the script's file, if there is one."""
     if name in _origins:

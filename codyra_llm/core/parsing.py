@@ -8,11 +8,11 @@ import os
 import re
 import reprlib
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, TextIO
 
 import yaml
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from codyra_llm.core.errors import Fault
 
@@ -49,7 +49,12 @@ def _path(value: str) -> str:
     return value
 
 
-PathText = Annotated[str, AfterValidator(_path)]
+def _text_of(value: Any) -> Any:
+    """A path that Python gives as an object as its text."""
+    return str(value) if isinstance(value, PurePath) else value
+
+
+PathText = Annotated[str, BeforeValidator(_text_of), AfterValidator(_path)]
 
 
 def expanded(path: str) -> str:

@@ -37,10 +37,12 @@ from codyra_llm.store.observer import Observer
 from codyra_llm.store.rows import Stage
 
 
+@launch.in_one_thread()
 def run(recipe: Recipe, observers: Sequence[Observer] = ()) -> RunFolder:
     """Run a recipe, or resume it where it stopped. Returns the finished run's folder. `observers` are called
-    in the first process. Raises one Fault with everything that is wrong with the recipe, and Stopped when the
-    process was asked to stop (`signals.listen`): the same call resumes."""
+    in the first process. Raises one Fault with everything that is wrong with the recipe, and where another
+    thread is at work; and Stopped when the process was asked to stop (`signals.listen`): the same call
+    resumes."""
     acc = launch.accelerator()
     setup, base = _prepared(recipe, acc)
     with (

@@ -138,9 +138,16 @@ def _same(one: Run, other: Run, over_orders: bool) -> bool:
 
 def _same_content(one: Run, other: Run) -> bool:
     """Whether what the recipes name by a path is the same: base, tokenizer, data and metrics, as far as both
-    runs recorded it."""
+    runs recorded it; and whether both were made with the same versions of plug-ins."""
     before, after = one.recorded, other.recorded
-    return all(before[key] == after[key] for key in CONTENT if key in before and key in after)
+    same = all(before[key] == after[key] for key in CONTENT if key in before and key in after)
+    return same and _versions(before) == _versions(after)
+
+
+def _versions(manifest: dict) -> dict[str, str | None]:
+    """The hash or version of each plug-in that a run was made with; where its file is does not matter."""
+    origins = manifest.get("plugins", {})
+    return {name: origin.get("sha256") or origin.get("version") for name, origin in origins.items()}
 
 
 def names(groups: list[list[Run]], over_orders: bool = False) -> list[str]:

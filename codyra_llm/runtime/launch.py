@@ -6,9 +6,11 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
@@ -22,6 +24,23 @@ from codyra_llm.core.parsing import read_mapping
 from codyra_llm.runtime import heartbeat, launchers
 
 log = logging.getLogger(__name__)
+_at_work = RLock()
+
+
+@contextmanager
+def in_one_thread() -> Iterator[None]:
+    """While a thread is within this block it raises Fault in every other thread of the process. transformers
+    changes functions of torch while it loads a model and puts them back, and two threads that do so at once
+    leave them changed, so that no model loads in this process again."""
+    if not _at_work.acquire(blocking=False):
+        raise Fault(
+            "another thread of this process is at work on a run or an evaluation; wait for its end, or start "
+            "each in a process of its own, as a sweep does"
+        )
+    try:
+        yield
+    finally:
+        _at_work.release()
 
 
 def accelerator() -> Accelerator:

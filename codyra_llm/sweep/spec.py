@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from codyra_llm.config import plugins
 from codyra_llm.config.differences import differences, flat
 from codyra_llm.config.overrides import assign, read_recipe, split_overrides
 from codyra_llm.config.recipe import Recipe, parse_recipe
@@ -150,7 +151,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether its whole stream is done. Raises Fault where the folder belongs to another recipe."""
+        """Whether its whole stream is done. Raises Fault where the folder belongs to another recipe, or was
+        made with another version of a plug-in, whose scores the sweep would mix with those of this one."""
         if not (self.folder.path / "recipe.json").is_file():
             return False
         was, recipe = self.folder.recipe, self.recipe.resolved()
@@ -159,6 +161,9 @@ class Run:
             "the folder"
             for line in differences(was, recipe)
         ]
+        origins = self.folder.origins if (self.folder.path / "manifest.json").is_file() else {}
+        changed = plugins.changed(origins, plugins.still(origins), str(self.folder.path))
+        faults += [f"{line}, give the arm another name, or remove the folder" for line in changed]
         if faults:
             raise Fault(*faults)
         return (

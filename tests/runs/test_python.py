@@ -4,6 +4,7 @@ import logging
 import re
 import subprocess
 import sys
+from threading import Thread
 
 import pytest
 import yaml
@@ -106,3 +107,29 @@ def test_home_is_written_out(finished, tmp_path, monkeypatch):
     assert rows == [row for row in run.scores if (row.after, row.task) == ("ONE", "ONE")]
     assert {file.name for file in home.iterdir()} == {"run", "merged", "page.html", "scores"}
     assert not list(here.iterdir())
+
+
+def test_two_threads_do_not_load_at_once(tiny_llama, toy_stream, tmp_path):
+    """The second is refused before it loads anything; a run in another thread, or within another, is not."""
+    recipes = [tiny_recipe(tiny_llama, toy_stream, tmp_path / name, data__epochs=1) for name in "abc"]
+    told, inner = [], []
+
+    def refused():
+        with pytest.raises(Fault) as caught:
+            codyra_llm.run(recipes[1])
+        told.append(str(caught.value))
+
+    class Second(codyra_llm.Observer):
+        def run_begins(self, tasks):
+            thread = Thread(target=refused)
+            thread.start()
+            thread.join()
+            inner.append(codyra_llm.run(recipes[2]).summary["op"])
+
+    done = []
+    thread = Thread(target=lambda: done.append(codyra_llm.run(recipes[0], observers=[Second()])))
+    thread.start()
+    thread.join()
+    assert "another thread of this process is at work" in told[0] and not (tmp_path / "b").exists()
+    assert inner == [done[0].summary["op"]]
+    assert codyra_llm.run(recipes[1]).summary["op"] == done[0].summary["op"]

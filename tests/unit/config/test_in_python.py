@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +55,15 @@ def test_all_mistakes_in_sentences():
     assert found.startswith("3 is not a mapping; give one, with the keys model, data, method")
     (found,) = said(cl.Recipe.model_validate_json, "{")
     assert found.startswith("the text: invalid JSON at line 1")
+
+
+def test_paths_and_a_single_override_as_python_writes_them():
+    """A text is a sequence too, of letters, so that no type checker tells."""
+    given = {**GIVEN, "model": {"path": Path("m")}, "data": {"root": Path("d")}, "output": Path("o")}
+    assert cl.Recipe(**given) == cl.Recipe(**GIVEN)
+    assert cl.load_recipe(GIVEN, "seed=2") == cl.load_recipe(GIVEN, ["seed=2"])
+    (found,) = said(cl.evaluate_checkpoint, "nowhere", "out", overrides="oops")
+    assert found.startswith("'oops' is not an override")
 
 
 def test_changed_copies():

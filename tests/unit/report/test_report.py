@@ -261,6 +261,17 @@ def test_runs_on_other_bases_or_data_are_no_seeds_of_each_other(tmp_path):
     assert [[run.folder.path.name for run in group] for group in groups] == [["a", "b"], ["c"], ["d"]]
 
 
+def test_runs_by_two_versions_of_a_plug_in_are_no_seeds_of_each_other(tmp_path):
+    """The recipes are equal; where the file is does not matter."""
+    made = [("a", "x.py", "1"), ("b", "elsewhere/x.py", "1"), ("c", "x.py", "2")]
+    for seed, (name, file, digit) in enumerate(made):
+        folder = make(tmp_path / name, seed=seed)
+        origins = {"plugins": {"method codyra": {"file": file, "sha256": digit * 64}}}
+        write_json(folder.path / "manifest.json", folder.manifest | origins)
+    groups = grouped([many_runs.Run(RunFolder(tmp_path / name), {}, {}) for name, _, _ in made])
+    assert [[run.folder.path.name for run in group] for group in groups] == [["a", "b"], ["c"]]
+
+
 def test_an_unfinished_run_is_no_best_one(tmp_path):
     """Its OP is that of fewer tasks; also one that has learnt nothing yet is told."""
     whole, half, new = (make(tmp_path / name, seed=seed) for seed, name in enumerate(("a", "b", "c")))

@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import plugin
+from made_plugins import FILE
 from sweeps import Ended, go
 
+from codyra_llm.config import plugins
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import write_json, write_jsonl
 from codyra_llm.evaluate.matrix import summary as summarise
 from codyra_llm.sweep import comparison, runner
-from codyra_llm.sweep.spec import load_sweep
+from codyra_llm.sweep.spec import finished, load_sweep
 
 
 def test_every_arm_at_every_point(sweep_file):
@@ -172,6 +175,25 @@ def test_all_folders_of_other_settings_are_told_at_once(sweep_file, launches):
     with pytest.raises(Fault) as fault:
         go(sweep_file(), "data.epochs=2")
     assert len([m for m in fault.value.messages if "was run with other settings" in m]) == 4 and not launches
+
+
+def test_runs_by_two_versions_of_a_plug_in_are_not_mixed(sweep_file, launches, tmp_path):
+    """Only a hash tells them apart: the file is edited between two calls, and the settings stay."""
+    file = tmp_path / "mine.py"
+    file.write_text(FILE)
+    path = sweep_file(arms={"seqlora": {"method": "seqlora"}, "mine": {"method": "mine"}}, grid={"seed": [1]})
+    with plugin(file):
+        for run in load_sweep(path).runs():
+            metrics = [name for task in run.recipe.tasks for name in run.recipe.benchmark.task(task).metrics]
+            run.folder.open(run.recipe.resolved(), {"plugins": plugins.used(run.recipe.method.name, metrics)})
+        assert finished(load_sweep(path).runs()) == []  # of the same version, and not refused
+        file.write_text(FILE + "# another\n")
+        plugins.load([file])
+        with pytest.raises(Fault) as fault:
+            go(path)
+    (told,) = fault.value.messages
+    assert "mine/seed=1 was made with another version of method mine" in told and not launches
+    assert told.endswith("give the file as it was, give the arm another name, or remove the folder")
 
 
 def test_a_setting_that_no_run_gets_is_refused(sweep_file):
