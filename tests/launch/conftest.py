@@ -25,3 +25,11 @@ def forked(tmp_path_factory):
     yield made
     for started in made.started:
         started.kill()
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Starts launch.sh where stubs stand for the commands that it looks for."""
+    from stubbed import starter
+
+    return starter(tmp_path)
