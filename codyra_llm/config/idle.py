@@ -8,6 +8,8 @@ from codyra_llm.config.sections import GeneralSection, JudgeSection, OpenEndedSe
 from codyra_llm.core.parsing import expanded, shown
 from codyra_llm.core.schema import Strict
 
+Section = GeneralSection | OpenEndedSection | JudgeSection
+
 
 def settings(recipe: Recipe, shipped: Collection[str]) -> list[str]:
     """Settings that nothing reads next to the others, one sentence each. A run that is only read may have
@@ -64,7 +66,7 @@ def _of_open_ended(section: OpenEndedSection) -> Iterator[str]:
         )
 
 
-def _idle(key: str, section: Strict, switch: str, expected: str, off: str) -> Iterator[str]:
+def _idle(key: str, section: Section, switch: str, expected: str, off: str) -> Iterator[str]:
     """The settings of a section that nothing reads, because its `switch` is missing."""
     if switch in section.model_fields_set:  # written as null
         return
@@ -84,7 +86,7 @@ def _undrawn(key: str, section: GeneralSection | OpenEndedSection) -> Iterator[s
         )
 
 
-def _changed(section: GeneralSection | OpenEndedSection | JudgeSection) -> Iterator[tuple[str, object]]:
+def _changed(section: Section) -> Iterator[tuple[str, object]]:
     """The settings that are not the default, by name; without sections, which are looked at by themselves."""
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)

@@ -247,4 +247,4 @@ def _method_settings(given: Any) -> MethodConfig:
             f"method.name: {shown(name)} is not a method.{nearest(str(name)[:100], METHODS)} "
             f"Known: {', '.join(METHODS)}; one of your own is given by --plugin FILE"
         )
-    return METHODS.settings(name).model_validate(section, prefix=("method",))
+    return METHODS.settings(str(name)).model_validate(section, prefix=("method",))

@@ -83,7 +83,7 @@ def _check_settings(name: str, method: type) -> None:
             f'Literal["{name}"] = "{name}"`; {found}'
         )
     required = [key for key, field in fields.items() if field.is_required()]
-    if required:
+    if settings and required:
         raise Fault(
             f"method '{name}': {', '.join(required)} of {settings.__name__} must have a default, so that a "
             "recipe can give the method's name alone; add one"

@@ -51,7 +51,8 @@ def read_chat(row: object, task: Task) -> Chat:
     field = task.chat
     assert field is not None
     sharegpt = task.format == "sharegpt"
-    raw = row.get(field) if isinstance(row, dict) else None
+    fields = row if isinstance(row, dict) else {}
+    raw = fields.get(field)
     keys = ("from", "value") if sharegpt else ("role", "content")
     if isinstance(row, dict) and field not in row:
         raise Wrong(f"there is no '{field}', expected a list of messages; add it.{nearest(field, row)}")
@@ -75,10 +76,10 @@ def read_chat(row: object, task: Task) -> Chat:
             f"the last message of '{field}' has the weight 0, so that nothing of the chat would be learnt; "
             "cut it after a message that is to be learnt."
         )
-    system = row.get("system") if sharegpt else None
+    system = fields.get("system") if sharegpt else None
     if isinstance(system, str) and system:
         messages.insert(0, {"role": "system", "content": system})
-    return Chat(messages, _tools(row.get("tools")), unlearnt)
+    return Chat(messages, _tools(fields.get("tools")), unlearnt)
 
 
 def _without_weight(raw: dict, field: str, place: int) -> bool:

@@ -137,7 +137,9 @@ def engine(acc: Accelerator) -> dict[str, str]:
     stage = launch.zero_stage(acc)
     if not stage:
         return {"launch engine": "DDP"}
-    settings = flat(acc.state.deepspeed_plugin.deepspeed_config)
+    plugin = acc.state.deepspeed_plugin
+    assert plugin is not None, "there is a stage"
+    settings = flat(plugin.deepspeed_config)
     found = {f"launch {key}": str(value) for key, value in settings.items()}
     return {"launch engine": f"ZeRO stage {stage}", "version deepspeed": version("deepspeed"), **found}
 

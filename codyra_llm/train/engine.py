@@ -158,7 +158,9 @@ class Engine:
         """A parameter's gradient summed over ranks, in its dtype."""
         own = torch.zeros_like(p) if p.grad is None else p.grad
         with heartbeat.waiting():
-            return self.acc.reduce(own, "sum").to(p.dtype)
+            total = self.acc.reduce(own, "sum")
+        assert isinstance(total, Tensor)
+        return total.to(p.dtype)
 
     def _norm(self) -> Tensor:
         """The L2 norm of all gradients, a scalar on the device."""

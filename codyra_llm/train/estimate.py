@@ -96,7 +96,7 @@ def _loss(model: nn.Module, batch: Batch, front: int) -> torch.Tensor:
     """The loss of a micro-batch after `front` positions of prompts in float32, which require gradients."""
     if not front:
         return batch.cross_entropy(model)
-    shape = len(batch.ids), front, model.config.hidden_size
+    shape = len(batch.ids), front, families.pretrained(model).config.hidden_size
     return batch.cross_entropy(model, torch.zeros(shape, device=batch.ids.device, requires_grad=True))
 
 

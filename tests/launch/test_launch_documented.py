@@ -9,6 +9,8 @@ import pytest
 from helpers import ROOT
 from stubbed import BATCH, shown, write_stubs
 
+import codyra_llm.recipes
+
 QUICKSTART = Path(codyra_llm.recipes.__path__[0]) / "quickstart.yaml"
 
 pytestmark = pytest.mark.skipif(not (ROOT / "launch.sh").is_file(), reason="not a checkout")

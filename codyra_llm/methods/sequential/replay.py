@@ -19,6 +19,7 @@ class Replay(SeqLora):
         "seqlora that also visits stored examples of earlier tasks",
         ReplayConfig,
     )
+    config: ReplayConfig
     old_data = grows = True
 
     def train_data(self, stream, index: int):
