@@ -10,6 +10,7 @@ from codyra_llm.checkpoints.source import Source, checkpoint_source, run_at
 from codyra_llm.config.sections import DataSection
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.schema import MOST_TOKENS
+from codyra_llm.core.tensors import own_device
 from codyra_llm.data.encoding import Encoder
 from codyra_llm.evaluate.generate import generate_ids
 from codyra_llm.experiment.setup import prepare
@@ -49,7 +50,7 @@ def answer(checkpoint: str, prompt: str, new: int, base: str | None = None) -> s
     if base and not source.adapter:
         raise Fault(f"--base: {checkpoint} is no PEFT adapter, and has its own weights; leave --base out")
     launch.leave_out_cudnn_attention()
-    device = launch.device()
+    device = own_device()
     asked = _stage(source.run, source.after, device) if source.run else _plain(source, new, device)
     ids = asked.encoder.prompt(prompt)[0]
     if not ids:

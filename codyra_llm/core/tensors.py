@@ -1,4 +1,5 @@
-"""Tensors: as one vector, as a file of the same bytes wherever it is written, and random numbers by key."""
+"""Tensors: the device they belong on, as one vector, as a file of the same bytes wherever it is written, and
+random numbers by key."""
 
 import hashlib
 import json
@@ -9,6 +10,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 LENGTH = 8  # bytes of a safetensors file that say how long its header is
+
+
+def own_device() -> torch.device:
+    """The device of this process: its GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def flat(tensors: list[Tensor]) -> Tensor:

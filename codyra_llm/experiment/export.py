@@ -14,7 +14,7 @@ from codyra_llm.benchmarks.trace.mini.make import BASES
 from codyra_llm.config.benchmark import digest
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import replacing, to_json, write_json, write_text
-from codyra_llm.core.tensors import save_tensors
+from codyra_llm.core.tensors import own_device, save_tensors
 from codyra_llm.experiment.setup import Setup
 from codyra_llm.lora.merge import stored_weight
 from codyra_llm.lora.one_adapter import OneAdapter, one_adapter
@@ -22,7 +22,7 @@ from codyra_llm.lora.update import Update
 from codyra_llm.models import families, saved
 from codyra_llm.models.ends import name_ends, named_ends
 from codyra_llm.models.weights import WeightReader
-from codyra_llm.runtime import launch, signals
+from codyra_llm.runtime import signals
 from codyra_llm.store import observer
 from codyra_llm.store.archive import Archive
 from codyra_llm.store.folder import RunFolder
@@ -121,7 +121,7 @@ def _changes(setup: Setup, terms: list[Update]) -> Callable[[str, torch.Tensor],
     tied = families.text_config(setup.base).tie_word_embeddings
     # A tied head has no weight of its own: its changes are those of the embeddings.
     parameters = {f"{family.head}.weight": f"{family.embeddings}.weight"} if tied else {}
-    device = launch.device()
+    device = own_device()
 
     def changed_weight(name: str, base: torch.Tensor) -> torch.Tensor:
         signals.check()

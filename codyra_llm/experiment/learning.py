@@ -8,6 +8,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from codyra_llm.core.files import await_file
+from codyra_llm.core.tensors import own_device
 from codyra_llm.experiment.experiment import Experiment
 from codyra_llm.experiment.setup import Setup
 from codyra_llm.lora.merge import report as update_report
@@ -164,7 +165,7 @@ def _changes(setup: Setup, archive: Archive, stage: Stage, update: Update) -> li
     before = archive.terms(stage.index - 1)
     after = {"add": [*before, update], "replace": [update], "apart": [update]}[update.mode]
     rank = getattr(setup.recipe.method, "rank", None)
-    reader, device = WeightReader(setup.base), launch.device()
+    reader, device = WeightReader(setup.base), own_device()
     rows = []
     for change in update_report(reader, before, after, rank, setup.dtype, device):
         signals.check()

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from codyra_llm.config.recipe import Recipe
 from codyra_llm.config.registry import METHODS
+from codyra_llm.core.tensors import own_device
 from codyra_llm.data.batches import Batch, batch_tokens, collate, default_tokens, micro_batches
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.evaluate.budget import MOST, affordable, free_bytes, token_bytes
@@ -25,7 +26,6 @@ from codyra_llm.lora.shared import share_inputs
 from codyra_llm.methods.base import Method
 from codyra_llm.models import families, fused_norm, loading, packed_attention, saved
 from codyra_llm.models.ends import ended
-from codyra_llm.runtime import launch
 from codyra_llm.runtime.forecast import duration
 from codyra_llm.train.estimate import (
     MEASURED_LAYERS,
@@ -114,7 +114,7 @@ def skeleton(
         model = AutoModelForCausalLM.from_config(
             config, dtype=setup.dtype, attn_implementation=setup.recipe.model.attention
         ).requires_grad_(False)
-    if launch.device().type == "cuda":
+    if own_device().type == "cuda":
         fused_norm.replace(model)
     if setup.method.trains:
         method = setup.method if adapted is None else _moved(setup, adapted)
@@ -139,7 +139,7 @@ def _work(setup: Setup, model: nn.Module) -> Work:
     """Encode what every task trains on, and cut it into micro-batches. Switches `model` to packed attention
     where the run would."""
     recipe, work = setup.recipe, Work()
-    device = launch.device()
+    device = own_device()
     limit = recipe.optim.micro_batch_tokens or default_tokens(device)
     packed = recipe.data.batching == "packed" or (
         recipe.data.batching == "auto" and setup.method.packs and packed_attention.pays(model, device)
@@ -259,7 +259,7 @@ def _shown(setup: Setup, example: Encoded) -> Text:
 def _estimates(setup: Setup, model: nn.Module, work: Work, trained: int, total: int) -> list[str]:
     """Memory: weights, what trains with two moments in float32, and the peak of the largest micro-batch.
     Time: of a few layers that run here. Disk: updates and, if asked, the final model."""
-    device = launch.device()
+    device = own_device()
     held = {"weights": _weight_bytes(setup, model, total)}
     lines = []
     if work.biggest:
@@ -311,7 +311,7 @@ def training(recipe: Recipe) -> Training:
     work = _work(setup, model)
     if not work.pieces:
         return Training(0, 0, 0.0, "nothing is trained")
-    return _training(setup, model, work, launch.device())
+    return _training(setup, model, work, own_device())
 
 
 def _training(setup: Setup, model: nn.Module, work: Work, device: torch.device) -> Training:
@@ -355,7 +355,7 @@ def _training(setup: Setup, model: nn.Module, work: Work, device: torch.device) 
 
 def _answering(setup: Setup, model: nn.Module, total: int) -> str:
     """How many tokens are decoded at once in the memory that the weights leave free."""
-    device, asked = launch.device(), setup.recipe.eval.batch_tokens
+    device, asked = own_device(), setup.recipe.eval.batch_tokens
     each = token_bytes(model.config, setup.dtype)
     if device.type == "cuda":
         most = affordable(model.config, setup.dtype, free_bytes(device) - total * setup.dtype.itemsize)

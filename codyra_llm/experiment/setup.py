@@ -17,6 +17,7 @@ from codyra_llm.config.registry import METHODS
 from codyra_llm.core.errors import Attempts, Fault
 from codyra_llm.core.files import room_faults
 from codyra_llm.core.parsing import expanded
+from codyra_llm.core.tensors import own_device
 from codyra_llm.data.batches import Batch, collate, default_tokens, micro_batches
 from codyra_llm.data.encoding import Encoded, Encoder
 from codyra_llm.data.records import read_split
@@ -33,7 +34,7 @@ from codyra_llm.models import families, fused_norm, loading, packed_attention, s
 from codyra_llm.models.ends import answer_ends
 from codyra_llm.models.tokenizer import chat_faults, load_tokenizer, tokenizer_folder, tokenizer_hash
 from codyra_llm.models.weights import WeightReader, fingerprint, formats
-from codyra_llm.runtime import launch, precision, signals
+from codyra_llm.runtime import precision, signals
 from codyra_llm.store import observer
 from codyra_llm.store.archive import Archive
 from codyra_llm.store.folder import RunFolder
@@ -67,7 +68,7 @@ class Setup:
         evaluated is made here. Updates are summed on the GPU if there is one, as in an export, so that on the
         same kind of device an export equals the evaluated model to the last bit."""
         model = loading.load(self.base, self.dtype, self.recipe.model.attention)
-        merge(model, WeightReader(self.base), archive.terms(after, without), launch.device())
+        merge(model, WeightReader(self.base), archive.terms(after, without), own_device())
         return model
 
     def verify(self, folder: RunFolder, after: int, base: str | None = None) -> None:
@@ -402,7 +403,7 @@ def _dtype_of_run(output: Path) -> str | None:
 
 
 def _fitting_dtype(base: Path, bfloat16: bool | None) -> str:
-    if launch.device().type == "cpu" and "F32" in formats(base):
+    if own_device().type == "cpu" and "F32" in formats(base):
         return "float32"
     fast = precision.multiplies_bfloat16() if bfloat16 is None else bfloat16
     return "bfloat16" if fast else "float32"

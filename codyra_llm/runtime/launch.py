@@ -76,11 +76,6 @@ def accelerator() -> Accelerator:
     return made
 
 
-def device() -> torch.device:
-    """The device of this process: its GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _refuse_sharing() -> None:
     """Raises Fault where processes would have to share a GPU, at which NCCL fails."""
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()

@@ -211,7 +211,7 @@ def test_an_export_is_summed_where_the_evaluated_model_is(setup, tmp_path, monke
         return torch.zeros(base.shape)
 
     monkeypatch.setattr(export_module, "stored_weight", noted)
-    monkeypatch.setattr(export_module.launch, "device", lambda: torch.device("meta"))
+    monkeypatch.setattr(export_module, "own_device", lambda: torch.device("meta"))
     write_merged(setup, unequal(setup, tmp_path / "updates"), 1, None, tmp_path / "merged")
     sites = {name for name in WeightReader(setup.base).handle_of if "_proj" in name}
     assert places == dict.fromkeys(sites, "meta")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from codyra_llm.runtime import launch
+from codyra_llm.core.tensors import own_device
 
 
 class Subspace(NamedTuple):
@@ -90,7 +90,7 @@ def symmetric_root(covariance: Tensor) -> Tensor:
 def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, rising, and eigenvectors of a symmetric matrix on the CPU. They are computed on the GPU if
     there is one that has room: processes share the cores, and each has a GPU."""
-    device = launch.device()
+    device = own_device()
     if device.type != "cpu":
         try:
             values, vectors = torch.linalg.eigh(matrix.to(device))

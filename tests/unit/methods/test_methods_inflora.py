@@ -10,10 +10,10 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.lora.layer import sites
 from codyra_llm.lora.shared import share_inputs
+from codyra_llm.methods.parts import subspace
 from codyra_llm.methods.parts.inputs import covariances
 from codyra_llm.methods.parts.subspace import Subspace, eigen
 from codyra_llm.models import packed_attention
-from codyra_llm.runtime import launch
 from codyra_llm.store.archive import Archive
 
 
@@ -141,7 +141,7 @@ def test_an_eigenproblem_that_does_not_fit_on_the_gpu_is_solved_on_the_cpu(monke
         return eigh(given)
 
     monkeypatch.setattr(torch.linalg, "eigh", full)
-    monkeypatch.setattr(launch, "device", lambda: torch.device("meta"))
+    monkeypatch.setattr(subspace, "own_device", lambda: torch.device("meta"))
     values, vectors = eigen(matrix)
     assert asked == ["meta", "cpu"]
     torch.testing.assert_close(vectors * values @ vectors.T, matrix)

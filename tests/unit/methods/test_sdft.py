@@ -234,7 +234,7 @@ def test_what_a_template_writes_after_a_user_s_text(tiny_llama):
 
 @pytest.mark.parametrize("text", ["no names", "{prompt}", "{answer}"])
 def test_a_demonstration_shows_prompt_and_answer(text):
-    with pytest.raises(ValueError, match="a demonstration shows"):
+    with pytest.raises(Fault, match="a demonstration shows"):
         METHODS["sdft"].Config(demonstration=text)
 
 

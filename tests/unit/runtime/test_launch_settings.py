@@ -87,6 +87,8 @@ def test_processes_do_not_share_a_gpu(monkeypatch, processes, refused):
     monkeypatch.setattr(launch, "Accelerator", lambda **_: "made")
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, processes)
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
     if not refused:
         assert launch.accelerator() == "made"
         return
