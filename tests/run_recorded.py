@@ -58,13 +58,17 @@ def decoded(config: PreTrainedConfig) -> dict:
     drawn = torch.Generator().manual_seed(2)
     prompts = [torch.randint(4, 60, (n,), generator=drawn).tolist() for n in LENGTHS]
     expected = generate_ids(model, prompts, NEW, -1)
-    often = max({t for row in expected for t in row}, key=lambda t: sum(t in row for row in expected))
-    ended = generate_ids(model, prompts, NEW, often)  # rows leave the batch, which is then recorded again
+    ends = [-1]
+    if config.max_position_embeddings > 16:  # rows that end leave the batch, which is then recorded again
+        ends.append(
+            max({t for row in expected for t in row}, key=lambda t: sum(t in row for row in expected))
+        )
+    on_cpu = [generate_ids(model, prompts, NEW, end) for end in ends]
     replayed = pretended_graph.replays
     with pretended.Pretending():
         model.to(pretended.DEVICE)
-        found = generate_ids(model, prompts, NEW, -1), generate_ids(model, prompts, NEW, often)
-    return {"same": found == (expected, ended), "replays": pretended_graph.replays - replayed}
+        found = [generate_ids(model, prompts, NEW, end) for end in ends]
+    return {"same": found == on_cpu, "replays": pretended_graph.replays - replayed}
 
 
 def main() -> None:

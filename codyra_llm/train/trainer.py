@@ -109,6 +109,20 @@ def _saved(path: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
         yield key.removeprefix(prefix), tensor
 
 
+class _OfMethod(dict[str, Tensor]):
+    """The method's tensors of a checkpoint. Asking for one that an earlier version did not save is a Fault."""
+
+    def __init__(self, path: Path):
+        super().__init__(_saved(path, "method."))
+        self.path = path
+
+    def __missing__(self, name: str) -> Tensor:
+        raise Fault(
+            f"{self.path} lacks '{name}', which the method saves inside a task since a later version; resume "
+            "with the version that wrote it, or begin again in another output"
+        )
+
+
 def _not_finite(where: str, totals: list[float], batches: list[Batch], losses: list[dict]) -> str:
     """What to say of a loss that is not finite (collective)."""
     own = []
@@ -271,7 +285,7 @@ class Trainer:
         self.tokens = min(self.tokens, small["tokens"])
         self.best = math.inf if small["best"] is None else small["best"]
         self.engine.load_state(_saved(path, "engine."))
-        self.method.resume(dict(_saved(path, "method.")))
+        self.method.resume(_OfMethod(path))
         self.kept = dict(_saved(path, "best.")) or None
         return small["step"]
 

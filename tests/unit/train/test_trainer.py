@@ -21,6 +21,17 @@ from codyra_llm.train.trainer import TaskData, Trainer
 EXAMPLES = [Encoded([1], [2], False), Encoded([3], [1, 2], False), Encoded([1, 2], [3], False)]
 
 
+class Remembers(Method):
+    """Saves one tensor inside a task, and asks for another since a later version."""
+
+    def progress(self):
+        return {"old": torch.ones(1)}
+
+    def resume(self, progress):
+        assert torch.equal(progress["old"], torch.ones(1))
+        progress["new"]
+
+
 class SumOfFirstTokens(Method):
     """Its loss reads one of the layers: the sum of what it makes of each example's first token."""
 
@@ -46,6 +57,14 @@ def begun(sites_=("q_proj",), dropout=0.0, **optim) -> Trainer:
 @pytest.fixture
 def saves(tmp_path):
     return Progress(tmp_path, 0, "ONE", "parent", SaveSection(), lambda: None)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(saves):
+    trainer = begun()
+    trainer.method = Remembers(None, 0)
+    trainer.save(saves, 1)
+    with pytest.raises(Fault, match="lacks 'new', .* resume with the version that wrote it"):
+        trainer.resume(saves.newest())
 
 
 def test_a_micro_batch_that_did_not_fit_is_not_tried_again(saves):
