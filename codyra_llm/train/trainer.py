@@ -110,7 +110,7 @@ def _saved(path: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 
 class _OfMethod(dict[str, Tensor]):
-    """The method's tensors of a checkpoint. Asking for one that an earlier version did not save is a Fault."""
+    """The tensors of a method in a checkpoint. One that an earlier version did not save is a Fault."""
 
     def __init__(self, path: Path):
         super().__init__(_saved(path, "method."))
