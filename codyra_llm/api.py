@@ -105,9 +105,8 @@ class Run:
 
 def run(recipe: AnyRecipe, observers: Sequence[Observer] = ()) -> Run:
     """Run a recipe (whatever `load_recipe` takes), or resume it where it stopped. A finished one is neither
-    trained nor scored again; its reports are written anew, and its final model where that would change or
-    where something of it is missing. `observers` are notified of its progress. Raises Fault with everything
-    that is wrong with the recipe, before any weights load."""
+    trained nor scored again, but its final model and its reports are written anew. `observers` are notified
+    of its progress. Raises Fault with everything that is wrong with the recipe, before any weights load."""
     # Checked again: copies made by pydantic's `model_copy` may hold anything.
     return Run(run_recipe(load_recipe(recipe), observers).path)
 

@@ -2,7 +2,6 @@
 original base.
 """
 
-import filecmp
 import os
 import shutil
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import torch
 from codyra_llm.benchmarks.trace.mini.make import BASES
 from codyra_llm.config.benchmark import digest
 from codyra_llm.core.errors import Fault
-from codyra_llm.core.files import replacing, to_json, write_json, write_text
+from codyra_llm.core.files import replacing, write_json, write_text
 from codyra_llm.core.tensors import own_device, save_tensors
 from codyra_llm.experiment.setup import Setup
 from codyra_llm.lora.merge import stored_weight
@@ -54,18 +53,6 @@ def write_merged(
         name_ends(temporary, setup.encoder.ends)
         _write_lineage(setup, archive, after, without, temporary)
         _write_card(card, temporary)
-
-
-def has_merged(setup: Setup, archive: Archive, after: int, out: Path, card: str) -> bool:
-    """Whether `write_merged` wrote `out` of the same base and updates, with the same recipe and card, which
-    names the versions; and whether all of it is still there."""
-    lineage = to_json(_lineage(setup, archive, after, None))
-    marked = _holds(out / LINEAGE, lineage) and _holds(out / "README.md", card)
-    return marked and saved.is_whole(setup.base, out) and setup.encoder.ends <= set(named_ends(out))
-
-
-def _holds(file: Path, text: str) -> bool:
-    return file.is_file() and file.read_bytes() == text.encode()
 
 
 def write_gguf_folder(
@@ -300,14 +287,6 @@ def write_stage(folder: RunFolder, after: int, out: Path, card: str = "") -> Non
         for file in _of_stage(folder, after):
             shutil.copy(file, temporary / file.relative_to(folder.path))
         _write_card(card, temporary)
-
-
-def has_stage(folder: RunFolder, after: int, out: Path, card: str) -> bool:
-    """Whether `write_stage` would write what is in `out`."""
-    pairs = [(file, out / file.relative_to(folder.path)) for file in _of_stage(folder, after)]
-    return _holds(out / "README.md", card) and all(
-        copy.is_file() and filecmp.cmp(file, copy, shallow=False) for file, copy in pairs
-    )
 
 
 def _of_stage(folder: RunFolder, after: int) -> list[Path]:

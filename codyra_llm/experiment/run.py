@@ -16,7 +16,7 @@ from codyra_llm.config.recipe import Recipe
 from codyra_llm.core.version import __version__
 from codyra_llm.experiment import agenda, observers, open_ended, scoring
 from codyra_llm.experiment.experiment import Experiment
-from codyra_llm.experiment.export import has_merged, has_stage, write_merged, write_stage
+from codyra_llm.experiment.export import write_merged, write_stage
 from codyra_llm.experiment.learning import learn, pass_over
 from codyra_llm.experiment.preflight import preflight, refuse_launch
 from codyra_llm.experiment.setup import Setup, prepare
@@ -159,7 +159,8 @@ def _foresee(experiment: Experiment, learnt: int) -> None:
 
 
 def _checkpoint(experiment: Experiment, last: Stage) -> None:
-    """Write the final merged model, if asked, unless it is there already."""
+    """Write the final merged model, if asked; anew where the run is finished, since nothing says that no byte
+    of it has changed."""
     setup, store, method = experiment.setup, experiment.store, experiment.method
     store.clear_progress()
     if not (setup.recipe.checkpoint and method.trains):
@@ -167,13 +168,10 @@ def _checkpoint(experiment: Experiment, last: Stage) -> None:
     target = store.path / "checkpoint"
     text = card.render(setup.base, store, last.index, None, "merged" if method.merges else "stage")
     if method.merges:
-        archive = store.archive()
-        if not has_merged(setup, archive, last.index, target, text):
-            write_merged(setup, archive, last.index, None, target, text)
+        write_merged(setup, store.archive(), last.index, None, target, text)
         say(f"merged model: {target}")
     else:
-        if not has_stage(store, last.index, target, text):
-            write_stage(store, last.index, target, text)
+        write_stage(store, last.index, target, text)
         say(f"stage of the run: {target}")
 
 

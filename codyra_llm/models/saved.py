@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.parsing import read_json
 from codyra_llm.core.tensors import save_tensors
-from codyra_llm.models.weights import FLOATING, INDEX, SINGLE, stored, weight_files
+from codyra_llm.models.weights import FLOATING, INDEX, SINGLE, weight_files
 from codyra_llm.runtime.quiet import without_weight_bars
 
 MODEL = ("config.json", "generation_config.json")
@@ -83,21 +83,6 @@ def copy_model(
         _write_index(base, folder, files)
     if dtype:
         _name_dtype(folder / "config.json", dtype)
-
-
-def is_whole(base: Path, folder: Path) -> bool:
-    """Whether `folder` has every file that `copy_model` writes of this base without a `dtype`, and no weight
-    has been lost; from headers alone, so that other values in a weight pass."""
-    weights = [file.name for file in weight_files(base)]
-    others = copied(base, (*MODEL, *TOKENIZER, *TERMS))
-    if weights != [SINGLE]:
-        others.append(Path(INDEX))
-    if not all((folder / name).is_file() for name in (*weights, *others)):
-        return False
-    try:
-        return all(stored(folder / name) == stored(base / name) for name in weights)
-    except Fault:
-        return False
 
 
 def _written(

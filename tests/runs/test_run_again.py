@@ -1,4 +1,4 @@
-"""A finished recipe that is run again: its final model is written anew only where it would change."""
+"""A finished recipe that is run again: its final model is written anew, whatever has happened to it."""
 
 import os
 
@@ -25,22 +25,15 @@ def finished(tiny_llama, toy_stream, tmp_path_factory):
     return run
 
 
-def written(folder):
-    """What identifies each file: a file that is written again is another one, whatever its content."""
-    return {file: (os.stat(file).st_ino, os.stat(file).st_mtime_ns) for file in folder.rglob("*.*")}
-
-
-@pytest.mark.parametrize("method", [MERGED, STAGE], ids=lambda method: method["name"])
-def test_what_is_there_stays(method, finished):
-    run = finished(method)
-    before = written(run.path / "checkpoint")
-    assert len(before) > 4
-    runs.run(run.recipe)
-    assert written(run.path / "checkpoint") == before
-
-
 def half(file):
     os.truncate(file, file.stat().st_size // 2)
+
+
+def flip(file):
+    """One bit of the last weight: the file is as long as before, and as easy to read."""
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
 
 
 def append(file):
@@ -50,12 +43,14 @@ def append(file):
 @pytest.mark.parametrize(
     "method, name, change",
     [
+        (MERGED, "model.safetensors", flip),
         (MERGED, "model.safetensors", half),
         (MERGED, "model.safetensors", os.remove),
         (MERGED, "tokenizer.json", os.remove),
         (MERGED, "generation_config.json", os.remove),
         (MERGED, "codyra_llm.json", append),
         (MERGED, "README.md", append),
+        (STAGE, "state/01.safetensors", flip),
         (STAGE, "state/01.safetensors", half),
         (STAGE, "recipe.json", os.remove),
         (STAGE, "README.md", append),
