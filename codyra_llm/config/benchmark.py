@@ -5,12 +5,12 @@ another."""
 from array import array
 from collections.abc import Iterable, Sequence
 from functools import lru_cache, partial
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from codyra_llm import benchmarks  # pyright: ignore  # installed from the top level
 from codyra_llm.config import plugins
 from codyra_llm.config.sections import FILE, SHIPPED
 from codyra_llm.config.task import ANY, Task
@@ -24,6 +24,9 @@ from codyra_llm.metrics.text import METRICS
 
 if TYPE_CHECKING:
     from codyra_llm.config.sections import DataSection
+
+
+_SHIPPED_AT = Path(str(files("codyra_llm.benchmarks")))  # at the top level of a checkout
 
 
 class Protocol(Strict, frozen=True):
@@ -175,7 +178,7 @@ def _scored(metric: str, task: str, number: int, row: tuple[str, str, str]) -> f
 
 def benchmark_folder(name: str) -> Path:
     """The folder of a benchmark: that of a shipped one, or the path that `name` is."""
-    return Path(benchmarks.__path__[0], name) if name in SHIPPED else Path(expanded(name))
+    return _SHIPPED_AT / name if name in SHIPPED else Path(expanded(name))
 
 
 def load_benchmark(name: str) -> Benchmark:

@@ -2,10 +2,10 @@
 
 import os
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from codyra_llm import recipes  # pyright: ignore  # installed from the top level
 from codyra_llm.core.errors import Attempts, Fault, nearest
 from codyra_llm.core.parsing import expanded, parse_yaml, read_yaml, shown
 
@@ -20,7 +20,7 @@ def read_recipe(path: str | Path) -> dict:
 
 def find_recipe(path: str | Path) -> Path:
     """The recipe file at `path`, or the shipped recipe of that name."""
-    shipped = Path(recipes.__path__[0])
+    shipped = Path(str(files("codyra_llm.recipes")))  # at the top level of a checkout
     for candidate in (Path(expanded(str(path))), shipped / Path(path).name, shipped / f"{path}.yaml"):
         if os.path.isfile(candidate):
             return candidate

@@ -12,6 +12,12 @@ from codyra_llm.evaluate.suite import drawn
 RECORD = 'records {"prompt": text}'
 
 
+def criterion(name: str) -> str:
+    """What answers to a file of prompts are judged by: safety for TRACE's harmless_*, helpfulness for all
+    others."""
+    return "safety" if name.startswith("harmless") else "helpfulness"
+
+
 def find_questions(section: OpenEndedSection) -> dict[str, list[str]]:
     """The prompts that a recipe asks for, by the name of their file without its suffix. Raises one Fault with
     everything that is wrong."""

@@ -1,24 +1,20 @@
 """The answers of the base and of the final model to open-ended prompts, side by side in the run folder, and
-the judge's verdicts on them.
+the way to the judge.
 """
 
 import time
-from functools import partial
+from importlib import import_module
+from types import ModuleType
 
 from codyra_llm.config.sections import JudgeSection
-from codyra_llm.evaluate import judge
 from codyra_llm.experiment.experiment import Experiment
 from codyra_llm.experiment.setup import Setup
 from codyra_llm.runtime import signals
 from codyra_llm.runtime.forecast import Piece
-from codyra_llm.runtime.launch import is_first, of_first, on_first, say, wait
+from codyra_llm.runtime.launch import is_first, of_first, say, wait
 from codyra_llm.store import observer
 from codyra_llm.store.folder import RunFolder
 from codyra_llm.store.rows import Stage
-from codyra_llm.store.verdicts import Verdicts
-
-# Questions per parallel request between two meetings of the processes, which wait two hours for one.
-SLICE = 8
 
 
 def answer(experiment: Experiment, stage: Stage) -> None:
@@ -76,64 +72,21 @@ def _keep(setup: Setup, folder: RunFolder, name: str, stage: Stage, texts: list[
 
 
 def settle(experiment: Experiment) -> None:
-    """Have the judge compare what it has not compared yet, if the recipe names a judge; every verdict is
-    saved as soon as it arrives.
-
-    The first process asks, the others wait. Raises Fault when the endpoint fails.
-    """
+    """Have the judge compare what it has not compared yet, if the recipe names a judge. Raises Fault when the
+    endpoint fails."""
     section, names = experiment.recipe.open_ended.judge, list(experiment.setup.prompts)
-    if not section.base_url:
-        if names:
-            say(f"{', '.join(names)}: not judged, as no open_ended.judge.base_url is given")
-        return
-    folder, size = experiment.store, SLICE * section.parallel
-    for name in names:
-        due = on_first(_due, section, folder, name) or []
-        for start in range(0, of_first(partial(len, due)), size):
-            on_first(_judge, section, folder, name, due[start : start + size])
-        if is_first():
-            say(f"{name}, judged by {section.model}: {_counted(section, folder, name)}")
+    if section.base_url:
+        judging().settle(section, experiment.store, names)
+    elif names:
+        say(f"{', '.join(names)}: not judged, as no open_ended.judge.base_url is given")
 
 
-def _counted(section: JudgeSection, folder: RunFolder, name: str) -> str:
-    """How many pairs had each outcome."""
-    verdicts = Verdicts(folder, name).of(section.model)
-    found = judge.tally(judge.outcomes(name, folder.pairs(name), verdicts))
-    counts = [f"{key} {found[key]['n']}" for key in judge.OUTCOMES if key in found]
-    return ", ".join(counts) or "nothing"
+def require_judge(section: JudgeSection) -> None:
+    """Raises Fault where a judge is named and can't be asked; called before anything is trained."""
+    if section.base_url:
+        judging().require(section)
 
 
-def _questions(folder: RunFolder, name: str) -> dict[str, tuple[str, tuple[str, str]]]:
-    """`judge.questions` of all pairs."""
-    return {
-        digest: question
-        for pair in folder.pairs(name)
-        for digest, question in judge.questions(name, pair).items()
-    }
-
-
-def _due(section: JudgeSection, folder: RunFolder, name: str) -> list[str]:
-    """Digests of the questions that have no verdict: not asked yet, or the reply contained none."""
-    verdicts = Verdicts(folder, name)
-    verdicts.begin()
-    had = verdicts.of(section.model)
-    return [digest for digest in _questions(folder, name) if had.get(digest) is None]
-
-
-def _judge(section: JudgeSection, folder: RunFolder, name: str, due: list[str]) -> None:
-    """Ask the judge the `due` questions, and save each verdict as soon as it arrives."""
-    questions, verdicts = _questions(folder, name), Verdicts(folder, name)
-    texts = {digest: questions[digest][0] for digest in due}
-    for digest, said in judge.replies(section, texts):
-        observer.at(f"verdicts on {name}")
-        _, order = questions[digest]
-        verdicts.add(
-            {
-                "judge": section.model,
-                "question": digest,
-                "A": order[0],
-                "B": order[1],
-                "verdict": judge.preferred(said, order),
-                "said": said,
-            }
-        )
+def judging() -> ModuleType:
+    """The judge's package: an extra, so it is named as text and imported by nothing."""
+    return import_module("codyra_llm.evaluate.judging")

@@ -20,8 +20,8 @@ from codyra_llm.core.errors import Attempts, Fault
 from codyra_llm.core.files import file_sha256
 from codyra_llm.core.version import __version__
 from codyra_llm.data.batches import default_tokens
-from codyra_llm.evaluate import judge, vllm
-from codyra_llm.experiment import observers
+from codyra_llm.evaluate import vllm
+from codyra_llm.experiment import observers, open_ended
 from codyra_llm.experiment.setup import Setup
 from codyra_llm.runtime import heartbeat, launch
 
@@ -106,7 +106,7 @@ def lacking(setup: Setup, judges: bool) -> list[str]:
     of the trackers and, where this process `judges`, what it takes to ask the judge."""
     tried = Attempts()
     if judges:
-        tried(judge.require, setup.recipe.open_ended.judge)
+        tried(open_ended.require_judge, setup.recipe.open_ended.judge)
     if setup.recipe.eval.backend == "vllm":
         tried(vllm.require)
     tried(observers.check, setup.recipe.trackers)

@@ -38,6 +38,7 @@ LAYERS = [
     "codyra_llm.methods.experts",
     "codyra_llm.train",
     "codyra_llm.evaluate",
+    "codyra_llm.evaluate.judging",
     "codyra_llm.report",
     "codyra_llm.report.html",
     "codyra_llm.benchmarks.trace.mini",
@@ -83,6 +84,14 @@ def test_imports_go_down():
         if rank[package(other, known[other])] > rank[package(module, known[module])]
     ]
     assert not upward, upward
+
+
+def test_nothing_imports_the_judge():
+    """An extra, loaded by its name where a recipe names an endpoint; a run without it works without it."""
+    importing = {
+        module for module, others in imports(modules()).items() for other in others if "judging" in other
+    }
+    assert importing and {module.split(".")[1] for module in importing} == {"judging"}
 
 
 def test_there_are_no_circles():

@@ -14,7 +14,8 @@ from codyra_llm.checkpoints.source import Wanted
 from codyra_llm.config.sections import OpenEndedSection
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import read_jsonl
-from codyra_llm.evaluate import judge
+from codyra_llm.evaluate.judging.client import require
+from codyra_llm.evaluate.judging.protocol import preferred
 from codyra_llm.evaluate.questions import find_questions
 from codyra_llm.experiment import open_ended
 from codyra_llm.experiment.experiment import Experiment
@@ -22,7 +23,7 @@ from codyra_llm.experiment.preflight import refuse_launch
 from codyra_llm.report import judged
 from codyra_llm.runtime import launch, signals
 from codyra_llm.store.folder import RunFolder
-from codyra_llm.store.verdicts import Verdicts
+from codyra_llm.store.verdicts import OUTCOMES, Verdicts
 
 PAIRS = (
     [("bad", "GOOD")] * 6 + [("GOOD", "bad")] + [("bad", "worse")] * 2 + [("same", "same")]
@@ -88,9 +89,7 @@ def test_a_judge_that_likes_a_place_gives_ties(answered):
             setup, out = answered(judge_recipe(server.url, model=f"likes-{letter}"))
             settle(setup, out)
             found = judged.summarise(setup.recipe, out)["files"]["helpful"]
-            assert [found[outcome]["n"] for outcome in judge.OUTCOMES] == [0, 10, 0] and len(
-                server.asked
-            ) == 18
+            assert [found[outcome]["n"] for outcome in OUTCOMES] == [0, 10, 0] and len(server.asked) == 18
 
 
 def test_a_tie_in_one_order_and_replies_without_verdict(answered):
@@ -106,7 +105,7 @@ def test_a_tie_in_one_order_and_replies_without_verdict(answered):
     found = summary["files"]["harmless_x"]
     assert (found["answered"], found["judged"], found["tie"]["n"], found["criterion"]) == (2, 1, 1, "safety")
     assert "no verdict in the reply: 1." in judged.grid(summary).note
-    assert judge.preferred("no [[D]]", ("base", "final")) is None
+    assert preferred("no [[D]]", ("base", "final")) is None
     with judging(lambda first, second: "[[A]]") as server:  # a tie, of a judge that has found its voice
         setup = SimpleNamespace(recipe=judge_recipe(server.url), prompts=setup.prompts)
         settle(setup, out)
@@ -122,7 +121,7 @@ def test_files_of_one_criterion_are_added_up(answered):
         settle(setup, out)
     files = judged.summarise(setup.recipe, out)["files"]
     assert list(files) == ["helpful", "more", "all: helpfulness"]
-    assert [files["all: helpfulness"][outcome]["n"] for outcome in judge.OUTCOMES] == [12, 3, 2]
+    assert [files["all: helpfulness"][outcome]["n"] for outcome in OUTCOMES] == [12, 3, 2]
     cells = dict(judged.grid(judged.summarise(setup.recipe, out)).rows)["more"]
     assert [cell.text for cell in cells] == ["helpfulness", "7", "7", "85.7", "0.0", "14.3"]
 
@@ -201,7 +200,7 @@ def test_a_proxy_that_is_none_is_said_before_training(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("HTTP_PROXY", "nonsense://host")
     with pytest.raises(Fault, match="can't be asked .*; correct the environment's proxy"):
-        judge.require(judge_recipe("http://judge.example/v1").open_ended.judge)
+        require(judge_recipe("http://judge.example/v1").open_ended.judge)
 
 
 def test_without_prompts_and_on_other_nodes_no_key_is_asked_for(
