@@ -84,8 +84,8 @@ def steps(
     notes = [f"{name}: {NOTES[name]}; {BATCHES.get(name, OURS)}" for name in rows]
     notes.append(
         f"tokens without padding, at most {limit} at once with it{', rows packed' if packed else ''}; peak: "
-        f"the batch of {max(sizes)} tokens, without weights and Adam's moments; AdamW for all; float64: "
-        f"{len(checked)} examples"
+        f"the batch of {max(sizes)} tokens, without weights and Adam's moments; fused AdamW for all; "
+        f"float64: {len(checked)} examples"
     )
     return {"level": "step", "shape": shape, "machine": machine(options), "arms": rows, "notes": notes}
 
@@ -186,7 +186,7 @@ def _outcome(arm: Arm, losses: Losses, batch: list[Encoded], device: torch.devic
 def _stepper(
     arm: Arm, losses: Losses, batches: list[list[Encoded]], device: torch.device
 ) -> Callable[[int], None]:
-    optimizer = torch.optim.AdamW(arm.parameters(), lr=LR) if arm.parameters() else None
+    optimizer = torch.optim.AdamW(arm.parameters(), lr=LR, fused=True) if arm.parameters() else None
 
     def step(number: int) -> None:
         _forward_backward(arm, losses, batches[number % len(batches)], device)

@@ -23,12 +23,16 @@ class SiteChange(NamedTuple):
 
 
 def merged_weight(base: Tensor, terms: list[Update], site: str) -> Tensor:
-    """W₀ + Σ ΔW_k of one site in float32, [out, in], computed where W₀ is."""
-    weight = base.float()
-    for update in terms:
-        if site in update.adapters:
-            weight = weight + update.adapters[site].to(base.device).delta(update.scale)
-    return weight
+    """W₀ + Σ s_k B_k diag(w_k) A_k of one site in float32, [out, in], computed where W₀ is. The factors of
+    all updates form one product, so W is written once."""
+    here = [
+        (update.adapters[site].to(base.device), update.scale) for update in terms if site in update.adapters
+    ]
+    if not here:
+        return base.float()
+    b = torch.cat([adapter.weighted_b(scale) for adapter, scale in here], 1)  # [out, Σ k]
+    a = torch.cat([adapter.a for adapter, _ in here])  # [Σ k, in]
+    return torch.addmm(base.float(), b, a)
 
 
 def stored_weight(name: str, base: Tensor, terms: list[Update]) -> Tensor:

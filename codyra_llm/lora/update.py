@@ -17,9 +17,13 @@ class Adapter(NamedTuple):
     b: Tensor
     w: Tensor | None
 
+    def weighted_b(self, scale: float) -> Tensor:
+        """s·B diag(w), [out, k]."""
+        return scale * (self.b if self.w is None else self.b * self.w)
+
     def delta(self, scale: float) -> Tensor:
         """ΔW = s·B diag(w) A, [out, in], float32."""
-        return scale * (self.b if self.w is None else self.b * self.w) @ self.a
+        return self.weighted_b(scale) @ self.a
 
     def to(self, device: torch.device) -> "Adapter":
         """The same factors on a device."""

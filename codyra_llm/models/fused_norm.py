@@ -18,6 +18,21 @@ class FusedRMSNorm(nn.Module):
         return functional.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
 
 
+class FusedShiftedRMSNorm(nn.Module):
+    """y = (1 + w) · x / √(mean(x²) + ε) over the last dimension, in float32 and rounded once, as Gemma's."""
+
+    weight: Tensor
+    eps: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(1 + weight) · x / √(mean x² + ε) over the last dimension: one kernel between two casts."""
+        factor = 1.0 + self.weight.float()
+        return functional.rms_norm(x.float(), factor.shape, factor, self.eps).type_as(x)
+
+
+FUSED = {"w": FusedRMSNorm, "1+w": FusedShiftedRMSNorm}
+
+
 def use(model: PreTrainedModel) -> None:
     """Let the model's norms be one kernel on a GPU. On a CPU nothing is gained, and their last bits stay."""
     if model.device.type == "cuda":
@@ -25,9 +40,9 @@ def use(model: PreTrainedModel) -> None:
 
 
 def replace(model: nn.Module) -> None:
-    """Every norm that the family says may be fused becomes so around the same weight; the state dict stays.
-    Gemma's, (1 + w) · x / rms(x), are not among them."""
-    kinds = families.of(model.config).fused_norms
+    """Every norm that the family says may be fused becomes so around the same weight; the state dict
+    stays."""
+    family = families.of(model.config)
     for module in model.modules():
-        if type(module).__name__ in kinds:
-            module.__class__ = FusedRMSNorm
+        if type(module).__name__ in family.fused_norms:
+            module.__class__ = FUSED[family.norm]

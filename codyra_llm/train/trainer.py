@@ -171,12 +171,9 @@ class Trainer:
             packed_attention.use(model)
         groups = method.param_groups(model, optim.lr)
         self.trained = sum(p.numel() for group in groups for p in group["params"])
-        # On a GPU AdamW makes its temporary tensors for all parameters at once unless it is told not to; for
-        # all weights they would take as much memory as these.
-        at_once = False if method.archives_weights else None
-        self.optimizer = ProximalAdamW(
-            groups, betas=optim.betas, weight_decay=optim.weight_decay, foreach=at_once
-        )
+        # Fused: one pass over each parameter and no temporary tensors, which for all weights would take as
+        # much memory as these.
+        self.optimizer = ProximalAdamW(groups, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
         self._ahead = None, None, []  # the next step's examples, token limit and collated micro-batches
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.engine = Engine(acc, Objective(model, method), self.optimizer, optim.max_grad_norm)

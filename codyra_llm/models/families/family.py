@@ -45,7 +45,8 @@ class Family:
     # (gate, up, down, activation) of an MLP that computes down(act(gate(x)) ⊙ up(x)); None: no other.
     gated_mlp: tuple[str, str, str, str] | None = ("gate_proj", "up_proj", "down_proj", "act_fn")
     norm: Literal["w", "1+w"] = "w"  # what a norm of weight w multiplies x / rms(x) by
-    # Classes of norms y = w · x / rms(x), with `weight` and `variance_epsilon`, that one kernel may replace.
+    # Classes of norms that one kernel may replace: w · x / rms(x), with `weight` and `variance_epsilon`, or
+    # (1 + w) · x / rms(x) in float32, with `weight` and `eps`.
     fused_norms: tuple[str, ...] = ()
     needs_bos: bool = False  # whether it was pretrained with BOS before every text, and needs it
     turn_ends: tuple[str, ...] = ()  # tokens that end a turn in the family's own chats

@@ -28,13 +28,23 @@ GEMMA = Family(
     "Gemma 1",
     ("gemma",),
     norm="1+w",
+    fused_norms=("GemmaRMSNorm",),
     needs_bos=True,
     turn_ends=("<end_of_turn>",),
     recorded_steps=True,
     gguf="gemma",
 )
-GEMMA2 = replace(GEMMA, title="Gemma 2", model_types=("gemma2",), recorded_steps=False, gguf="gemma2")
-GEMMA3 = replace(GEMMA2, title="Gemma 3", model_types=("gemma3_text",), gguf="gemma3")
+GEMMA2 = replace(
+    GEMMA,
+    title="Gemma 2",
+    model_types=("gemma2",),
+    fused_norms=("Gemma2RMSNorm",),
+    recorded_steps=False,
+    gguf="gemma2",
+)
+GEMMA3 = replace(
+    GEMMA2, title="Gemma 3", model_types=("gemma3_text",), fused_norms=("Gemma3RMSNorm",), gguf="gemma3"
+)
 LANGUAGE_MODEL = Tower(
     prefixes=("language_model.model.", "model.language_model."),  # of Gemma 3 as published; of Gemma 4
     heads=("language_model.lm_head", "lm_head"),

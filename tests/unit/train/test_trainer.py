@@ -7,7 +7,6 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional
-from torch.optim import adam
 
 from codyra_llm.config.sections import OptimSection, SaveSection
 from codyra_llm.core.errors import Fault
@@ -138,11 +137,7 @@ def test_the_next_step_is_collated_before_ranks_wait_for_each_other(monkeypatch)
     assert collated == [(second, 3), (third, 3), (None, 0)]
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_a_step_of_all_weights_takes_little_memory_beyond_them(monkeypatch, whole):
-    """As a GPU's default, under which AdamW makes its temporary tensors for all parameters at once."""
-    monkeypatch.setattr(adam, "_default_to_fused_or_foreach", lambda *_, **__: (False, True))
-    monkeypatch.setattr(SumOfFirstTokens, "archives_weights", whole)
+def test_an_optimizer_step_takes_no_memory_beyond_parameters_and_moments():
     trainer = begun([f"{kind}_proj" for kind in "qkvo"])
     parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     for p in parameters:
@@ -151,4 +146,4 @@ def test_a_step_of_all_weights_takes_little_memory_beyond_them(monkeypatch, whol
     with Meter() as meter:
         trainer.optimizer.step()
     held = sum(p.nbytes for p in parameters)
-    assert (meter.peak < held / 2) == whole
+    assert meter.peak < held / 20
