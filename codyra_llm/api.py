@@ -40,7 +40,7 @@ class Run:
 
     def __init__(self, folder: Place):
         """Raises Fault where there is no run."""
-        self.folder = RunFolder(as_path(folder))
+        self.folder = RunFolder(as_path(folder).absolute())  # the same where the working folder changes
         self.recipe: Recipe = self.folder.recipe
 
     def __repr__(self) -> str:

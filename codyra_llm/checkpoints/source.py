@@ -217,9 +217,12 @@ def recipe_of(checkpoint: str, source: Source, wanted: Wanted) -> Recipe:
     if source.raw or wanted.data or recipe.data.root != ".":
         return recipe
     if not (recipe.general.data or recipe.open_ended.prompts):
+        remedy = "give the tasks' folder with --data, or files for general ability with --general"
+        if Path(expanded(checkpoint)).exists():
+            raise Fault(f"{checkpoint} carries no recipe, so there is nothing to score it on; {remedy}")
         raise Fault(
-            f"{checkpoint} carries no recipe, so there is nothing to score it on; give the tasks' folder "
-            "with --data, or files for general ability with --general"
+            f"there is no folder or file '{checkpoint}', and a model of the hub carries no recipe to score it on; "
+            f"correct the path, or {remedy}"
         )
     return without_tasks(recipe)
 

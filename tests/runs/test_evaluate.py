@@ -163,6 +163,8 @@ def test_general_ability_alone_against_the_base(merging, tiny_llama, toy_stream,
     try:
         with pytest.raises(Fault, match="carries no recipe, so there is nothing to score it on"):
             evaluate(str(merging.path / "checkpoint"), Wanted(out=tmp_path / "out"))
+        with pytest.raises(Fault, match="no folder or file 'no/where', and a model of the hub carries no"):
+            evaluate("no/where", Wanted(out=tmp_path / "out"))
         out = evaluate(
             str(merging.path / "checkpoint"),
             Wanted(general=str(tmp_path), base=str(tiny_llama), out=tmp_path / "out"),

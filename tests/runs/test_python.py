@@ -78,6 +78,8 @@ def test_the_page(tiny_llama, toy_stream, tmp_path, monkeypatch, capsys, caplog)
     assert isinstance(names["model"], PreTrainedModel) and run.recipe.method.name == "ewc"
     assert {task: len(rows) for task, rows in losses.by_task.items()} == {"ONE": 6, "TWO": 6}
     assert names["rows"][0].score == run.scores[0].score  # out: the model after the first task
+    monkeypatch.chdir(tmp_path.parent)  # a run opened by a relative path stays where it is
+    assert run.stage().after == "TWO"
     assert (tmp_path / "compared.html").is_file() and set(names["wrong"]) <= {
         example["prompt"] for example in names["answers"]
     }
