@@ -221,8 +221,8 @@ def recipe_of(checkpoint: str, source: Source, wanted: Wanted) -> Recipe:
         if Path(expanded(checkpoint)).exists():
             raise Fault(f"{checkpoint} carries no recipe, so there is nothing to score it on; {remedy}")
         raise Fault(
-            f"there is no folder or file '{checkpoint}', and a model of the hub carries no recipe to score it on; "
-            f"correct the path, or {remedy}"
+            f"there is no folder or file '{checkpoint}', and a model of the hub carries no recipe to score "
+            f"it on; correct the path, or {remedy}"
         )
     return without_tasks(recipe)
 
