@@ -24,7 +24,18 @@ recording = None  # the graph that takes down what runs on the device, where one
 # What CUDA allows between devices, besides scalars: copies, and what looks at no number.
 ACROSS = {"copy_", "_to_copy", "set_", "lift_fresh", "lift", "detach", "clone", "alias"}
 # Where a scalar tensor of the CPU is refused too.
-NO_SCALARS = {"mm", "addmm", "bmm", "cat", "stack", "index_select", "gather", "scatter", "embedding"}
+NO_SCALARS = {
+    "mm",
+    "addmm",
+    "bmm",
+    "cat",
+    "stack",
+    "index_select",
+    "gather",
+    "scatter",
+    "embedding",
+    "_fused_adamw_",  # its step counts
+}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 # The host needs numbers from the device to go on: the value, or the shape of the result.
 READING = {

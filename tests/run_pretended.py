@@ -54,7 +54,9 @@ class Counted:
         self._restart()
         for row in TRAIN(*args, **kwargs):
             yield row
-            if row.step > 1:
+            if row.step == 1:
+                read_back(args[0])
+            else:
                 where = {"task": row.task, "step": row.step}
                 self.steps.append({**where, "micro_batches": self.micro_batches, "waits": by_line()})
             self._restart()
@@ -66,6 +68,12 @@ class Counted:
     def _restart(self) -> None:
         pretended.waits.clear()
         self.micro_batches = 0
+
+
+def read_back(trainer: Trainer) -> None:
+    """Parameters and Adam's state as a run has them that resumes from a checkpoint."""
+    kept = {key: tensor.detach().cpu().clone() for key, tensor in trainer.engine.state()}
+    trainer.engine.load_state(iter(kept.items()))
 
 
 def by_line() -> dict[str, int]:

@@ -42,6 +42,14 @@ def _shrink_dropped(values: list[Tensor], drop: list[Tensor], kappa: float) -> l
     return torch._foreach_mul(values, factors)
 
 
+def _lay_out_as_parameters(parameters: list[Tensor]) -> None:
+    """Copy gradients that lie in memory in another order than their parameters, as a transposed one does: the
+    fused kernel reads both as they lie, on a CPU without an error."""
+    for p in parameters:
+        if p.grad is not None and p.grad.stride() != p.stride():
+            p.grad = torch.empty_like(p).copy_(p.grad)
+
+
 class ProximalAdamW(torch.optim.AdamW):
     """AdamW, then x ← prox_κ(x) on the parameter groups that carry a `kappa` above zero (key `operator` names
     the rule).
@@ -54,6 +62,8 @@ class ProximalAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         """AdamW's step, then the operator or the masks on the groups that carry them."""
+        for group in self.param_groups:
+            _lay_out_as_parameters(group["params"])
         loss = super().step(closure)
         for group in self.param_groups:
             kappa, drop, values = group.get("kappa", 0.0), group.get("drop"), group["params"]

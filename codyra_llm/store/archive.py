@@ -18,6 +18,17 @@ from codyra_llm.lora.update import MODES, Adapter, Update, negative
 DENSE = "dense."  # in a file: a whole parameter of that name
 
 
+def _refuse_other_dtypes(task: str, update: Update) -> None:
+    """Raises Fault where a method gives factors in another dtype than merges compute in."""
+    for site, adapter in update.adapters.items():
+        for name, factor in adapter._asdict().items():
+            if factor is not None and factor.dtype != torch.float32:
+                raise Fault(
+                    f"the update of task {task}: factor {name} of {site} is {factor.dtype}, expected "
+                    "torch.float32; let the method's `consolidate` give it as `.float()`"
+                )
+
+
 class Archive:
     """The updates of one run, in order: `<folder>/<index>-<task>.safetensors`.
 
@@ -60,7 +71,8 @@ class Archive:
         return self.folder / f"{index:02d}-{task}.safetensors"
 
     def append(self, task: str, update: Update) -> Path:
-        """Write the next update, atomically."""
+        """Write the next update, atomically. Raises Fault for factors that are not float32."""
+        _refuse_other_dtypes(task, update)
         tensors = {
             f"{site}.{key}": value.contiguous()
             for site, adapter in update.adapters.items()

@@ -10,6 +10,7 @@ from codyra_llm.core.files import append_jsonl, read_jsonl, write_jsonl
 from codyra_llm.store.folder import RunFolder
 
 OUTCOMES = ("win", "tie", "lose")
+Key = tuple[str, str]  # the digests of a pair and of a question about it
 ORDERS = (("base", "final"), ("final", "base"))  # whose answers A and B are
 
 
@@ -22,14 +23,15 @@ def pair_digest(pair: dict) -> str:
 class Verdicts:
     """Rows {"judge", "question" and "pair" (digests), "A", "B", "verdict", "said"}, by several judges if the
     recipe's has changed. Judges are distinguished by name only, since an endpoint may move while its verdicts
-    stay valid. If a question was asked again, its last row counts."""
+    stay valid. If a pair was judged again in the same order, its last row counts."""
 
     def __init__(self, folder: RunFolder, name: str):
         self.folder, self.file = folder, folder.path / "judged" / f"{name}.jsonl"
 
-    def of(self, judge: str | None) -> dict[str, str | None]:
-        """The verdicts of one judge by the digest of the question; None where its reply contained none."""
-        return {row["question"]: row["verdict"] for row in self._rows(judge)}
+    def judged(self, judge: str | None) -> set[Key]:
+        """Which questions about which pairs one judge has given a verdict on."""
+        rows = self._rows(judge)
+        return {(row["pair"], row["question"]) for row in rows if row["verdict"] is not None}
 
     def outcomes(self, judge: str | None, pairs: Iterable[dict]) -> list[str | None]:
         """Per pair "win", "tie" or "lose" of the final model by one judge, or None where an order was not
@@ -38,13 +40,18 @@ class Verdicts:
         return [_outcome(pair, verdicts) for pair in pairs]
 
     def _rows(self, judge: str | None) -> list[dict]:
-        """One judge's rows. Those of earlier versions name no pair: their questions are asked again."""
+        """One judge's rows that name the pair they are on."""
         return [row for row in read_jsonl(self.file) if row["judge"] == judge and "pair" in row]
 
-    def begin(self) -> None:
-        """Drop a last line that a crash cut short, so that more can be appended."""
+    def begin(self, pairs: dict[str, str]) -> None:
+        """Drop a last line that a crash cut short, so that more can be appended. Rows of earlier versions
+        name no pair: they get it from `pairs`, by the digest of their question."""
+        rows = []
+        for row in read_jsonl(self.file):
+            known = {"pair": pairs[row["question"]]} if row["question"] in pairs else {}
+            rows.append(known | row)
         self.folder.may_write()
-        write_jsonl(self.file, read_jsonl(self.file))
+        write_jsonl(self.file, rows)
 
     def add(self, row: dict) -> None:
         self.folder.may_write()

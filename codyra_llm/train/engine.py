@@ -263,10 +263,10 @@ class Engine:
             if kind == "value":
                 self._write(p, tensor.to(self.acc.device))
             elif not self.deepspeed:
-                self.inner.state[p][kind] = tensor.to(self.acc.device if kind in MOMENTS else "cpu").clone()
+                self.inner.state[p][kind] = tensor.to(self.acc.device).clone()
             elif kind == "step":
                 for flat in self._flat():
-                    self.inner.state[flat]["step"] = tensor.clone()
+                    self.inner.state[flat]["step"] = tensor.to(flat.device).clone()
             else:
                 self._write_moment(p, kind, tensor.to(self.acc.device))
         self._forget()

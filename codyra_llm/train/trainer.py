@@ -146,6 +146,17 @@ def _refuse_infinite(where: str, totals: list[float], norm: float | None) -> Non
         )
 
 
+def _refuse_views(groups: list[dict]) -> None:
+    """Raises Fault for a parameter with gaps in memory, which the fused optimizer would read as if it had
+    none."""
+    for p in (p for group in groups for p in group["params"]):
+        if not p.is_contiguous():
+            raise Fault(
+                f"a trained parameter of shape {tuple(p.shape)} of the method is a view with gaps in "
+                "memory, expected a contiguous one; train a contiguous copy: nn.Parameter(x.contiguous())"
+            )
+
+
 class Trainer:
     """Trains the adapters of `model` on one task, its micro-batches padded or packed as `batching` says."""
 
@@ -170,6 +181,7 @@ class Trainer:
         if self.packed:
             packed_attention.use(model)
         groups = method.param_groups(model, optim.lr)
+        _refuse_views(groups)
         self.trained = sum(p.numel() for group in groups for p in group["params"])
         # Fused: one pass over each parameter and no temporary tensors, which for all weights would take as
         # much memory as these.

@@ -1,6 +1,6 @@
 """Has the judge compare the answers that lie in a run folder."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import partial
 
 from codyra_llm.config.sections import JudgeSection
@@ -32,32 +32,35 @@ def settle(section: JudgeSection, folder: RunFolder, names: list[str]) -> None:
 
 def _due(section: JudgeSection, folder: RunFolder, name: str) -> list[Question]:
     """Questions without a verdict: not asked yet, or the reply contained none."""
+    found = [question for pair in folder.pairs(name) for question in questions(name, pair)]
     verdicts = Verdicts(folder, name)
-    verdicts.begin()
-    had = verdicts.of(section.model)
-    asked = {question.digest: question for pair in folder.pairs(name) for question in questions(name, pair)}
-    return [question for digest, question in asked.items() if had.get(digest) is None]
+    verdicts.begin({question.digest: question.pair for question in found})
+    had = verdicts.judged(section.model)
+    due = {(question.pair, question.digest): question for question in found}
+    return [question for key, question in due.items() if key not in had]
 
 
 def _judge(section: JudgeSection, folder: RunFolder, name: str, due: list[Question]) -> None:
-    """Ask the judge the `due` questions, and save each verdict as soon as it arrives."""
-    verdicts = Verdicts(folder, name)
-    asked = {question.digest: question for question in due}
-    texts = {digest: question.text for digest, question in asked.items()}
+    """Ask the judge the `due` questions, and save each verdict as soon as it arrives. Two pairs whose answers
+    are swapped have the same questions, each with the models the other way round: these are asked once."""
+    verdicts, asking = Verdicts(folder, name), defaultdict(list)
+    for question in due:
+        asking[question.digest].append(question)
+    texts = {digest: same[0].text for digest, same in asking.items()}
     for digest, said in client.replies(section, texts):
         observer.at(f"verdicts on {name}")
-        pair, _, order = asked[digest]
-        verdicts.add(
-            {
-                "judge": section.model,
-                "question": digest,
-                "pair": pair,
-                "A": order[0],
-                "B": order[1],
-                "verdict": preferred(said, order),
-                "said": said,
-            }
-        )
+        for pair, _, order in asking[digest]:
+            verdicts.add(
+                {
+                    "judge": section.model,
+                    "question": digest,
+                    "pair": pair,
+                    "A": order[0],
+                    "B": order[1],
+                    "verdict": preferred(said, order),
+                    "said": said,
+                }
+            )
 
 
 def _counted(section: JudgeSection, folder: RunFolder, name: str) -> str:

@@ -13,7 +13,7 @@ from codyra_llm.checkpoints.evaluate import evaluate
 from codyra_llm.checkpoints.source import Wanted
 from codyra_llm.config.sections import OpenEndedSection
 from codyra_llm.core.errors import Fault
-from codyra_llm.core.files import read_jsonl
+from codyra_llm.core.files import read_jsonl, write_jsonl
 from codyra_llm.evaluate.judging.client import require
 from codyra_llm.evaluate.judging.protocol import preferred
 from codyra_llm.evaluate.questions import find_questions
@@ -111,6 +111,31 @@ def test_a_tie_in_one_order_and_replies_without_verdict(answered):
         settle(setup, out)
         assert len(server.asked) == 2
     assert judged.summarise(setup.recipe, out)["files"]["harmless_x"]["tie"]["n"] == 2
+
+
+def test_verdicts_of_an_earlier_version_count_and_are_not_asked_for_again(answered):
+    """Their rows name no pair."""
+    with judging(likes_good) as server:
+        setup, out = answered(judge_recipe(server.url))
+        settle(setup, out)
+        before, file = judged.summarise(setup.recipe, out), out.path / "judged" / "helpful.jsonl"
+        rows = [{key: row[key] for key in row if key != "pair"} for row in read_jsonl(file)]
+        write_jsonl(file, rows)
+        settle(setup, out)
+        assert len(server.asked) == 18 and judged.summarise(setup.recipe, out) == before
+        assert len(read_jsonl(file)) == 18
+
+
+def test_pairs_with_swapped_answers_are_both_judged(answered):
+    """Each order of the one is the other order of the other: two questions for four verdicts."""
+    with judging(likes_good) as server:
+        setup, out = answered(judge_recipe(server.url))
+        rows = [{"base": "bad", "final": "GOOD"}, {"base": "GOOD", "final": "bad"}]
+        out.write_answers("helpful", [{"prompt": "p", "after": "T", **row} for row in rows])
+        settle(setup, out)
+        assert len(server.asked) == 2
+    found = judged.summarise(setup.recipe, out)["files"]["helpful"]
+    assert [found[outcome]["n"] for outcome in OUTCOMES] == [1, 0, 1]
 
 
 def test_files_of_one_criterion_are_added_up(answered):

@@ -179,6 +179,14 @@ def test_archive_round_trip_lineage_and_merge(tmp_path):
     assert torch.equal(merged_weight(base, again.terms(-1), "s"), base)
 
 
+def test_factors_of_another_dtype_are_refused(tmp_path):
+    """Before they are written: a merge would fail only when the next task loads the model."""
+    wrong = Update({"s": Adapter(torch.ones(2, 7), torch.ones(6, 2).bfloat16(), None)}, 1.0)
+    with pytest.raises(Fault, match="factor b of s is torch.bfloat16, expected torch.float32"):
+        Archive(tmp_path, "base").append("T", wrong)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("without", [0, 1, 2])
 def test_without_a_task_of_one_growing_adapter(tmp_path, without):
     archive = Archive(tmp_path, "base")

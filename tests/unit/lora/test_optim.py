@@ -19,6 +19,21 @@ from codyra_llm.lora.proximal import (
 )
 
 
+def test_a_gradient_may_lie_in_memory_in_another_order():
+    """As a method's own that it has transposed; the fused kernel reads memory as it lies."""
+    torch.manual_seed(0)
+    start, grad = torch.randn(5, 7), torch.randn(7, 5).T
+    steps = []
+    for gradient, kernel in ((grad, {"fused": True}), (grad.contiguous(), {"foreach": False})):
+        parameter = start.clone().requires_grad_()
+        optimizer = ProximalAdamW([parameter], lr=0.1, **kernel)
+        for _ in range(3):
+            parameter.grad = gradient
+            optimizer.step()
+        steps.append(parameter.detach())
+    torch.testing.assert_close(*steps)
+
+
 @given(st.floats(-3, 3), st.floats(0, 2))
 def test_soft_threshold_is_the_proximal_operator(x, kappa):
     """prox_κ(x) = argmin_p ½(p - x)² + κ|p|, found by a search on both sides of 0."""

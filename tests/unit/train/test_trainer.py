@@ -66,6 +66,16 @@ def test_a_checkpoint_of_an_earlier_version_is_refused(saves):
         trainer.resume(saves.newest())
 
 
+def test_a_parameter_within_a_larger_tensor_is_refused(monkeypatch):
+    whole = torch.zeros(3, 4)
+    groups = [{"params": [nn.Parameter(whole[:, :2])], "lr": 0.1}]
+    monkeypatch.setattr(SumOfFirstTokens, "param_groups", lambda *_: groups)
+    with pytest.raises(
+        Fault, match=r"\(3, 2\) of the method is a view .* train a contiguous copy"
+    ):
+        begun()
+
+
 def test_a_micro_batch_that_did_not_fit_is_not_tried_again(saves):
     """Nor is a smaller one that the recipe asks for now made larger."""
     stopped = begun(micro_batch_tokens=256)
