@@ -80,7 +80,7 @@ class L2p(PromptMethod):
         return Condition(model.prompts["prompts"][near.indices].flatten(1, 2))
 
     def _near(self, model, queries):
-        """The N nearest keys of each query: their similarities `values` [B, N], their numbers `indices` [B,
-        N].
+        """The N keys that are nearest to each query: their cosines `values` and their numbers `indices`, both
+        [B, N].
         """
         return cosine(queries, model.prompts["match"]).topk(self.config.chosen, 1)
