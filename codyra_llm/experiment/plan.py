@@ -109,7 +109,7 @@ def skeleton(
     if own_device().type == "cuda":
         fused_norm.replace(model)
     if setup.method.trains:
-        method = setup.method if adapted is None else _moved(setup, adapted)
+        method = setup.method if adapted is None else _with_layers(setup, adapted)
         method.attach(model)
         share_inputs(model, setup.recipe.model.fused)
     if setup.recipe.model.gradient_checkpointing:
@@ -134,7 +134,7 @@ def bare_model(
     return model.requires_grad_(False)
 
 
-def _moved(setup: Setup, layers: range) -> Method:
+def _with_layers(setup: Setup, layers: range) -> Method:
     """The recipe's method with its adapters on these layers, where it has such a choice."""
     config = setup.recipe.method
     update = {"layers": [*layers]} if hasattr(config, "layers") else {}
