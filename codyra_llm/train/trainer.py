@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from codyra_llm.config.sections import OptimSection
@@ -38,6 +37,7 @@ from codyra_llm.store import checkpoint, observer
 from codyra_llm.store.checkpoint import Progress
 from codyra_llm.store.rows import LogRow
 from codyra_llm.train.engine import Engine
+from codyra_llm.train.finite import require_finite_gradients, require_finite_losses
 from codyra_llm.train.gradients import Gradients
 
 log = logging.getLogger(__name__)
@@ -132,29 +132,6 @@ class _Ahead(NamedTuple):
     chosen: list[int] | None
     tokens: int
     batches: list[Batch]
-
-
-def _not_finite(where: str, totals: list[float], batches: list[Batch], losses: list[dict]) -> str:
-    """What to say of a loss that is not finite (collective)."""
-    own = []
-    for batch, terms in zip(batches, losses, strict=True):
-        if not torch.stack(list(terms.values())).isfinite().all():
-            own.append(batch.examples)
-    return (
-        f"{where}: the loss is {sum(totals)}; the micro-batches of training examples {gather_object(own)} "
-        "caused it (counted from 0 in train.json); look at them, or lower optim.lr"
-    )
-
-
-def _refuse_infinite(where: str, totals: list[float], norm: float | None) -> None:
-    """Raises Fault where the gradients are not finite though their loss is. A step with them would make all
-    weights NaN: only the next loss would show it, and after a task's last step nothing would. ZeRO would skip
-    the step."""
-    if norm is not None and not math.isfinite(norm):
-        raise Fault(
-            f"{where}: the loss is {sum(totals):.6g} and the norm of its gradients {norm}, expected a finite "
-            "one; lower optim.lr, or look at the derivatives of a loss term of your own"
-        )
 
 
 class Trainer:
@@ -348,11 +325,10 @@ class Trainer:
         self.method.edit_gradients(self.gradients)
         totals, (asked, due), norm = self.engine.read(reduced, flags)
         where = f"task {task.name}, step {step + 1}"
-        if not all(map(math.isfinite, totals)):
-            raise Fault(_not_finite(where, totals, batches, losses))
-        _refuse_infinite(where, totals, norm)
+        require_finite_losses(where, totals, batches, losses)
+        require_finite_gradients(where, totals, norm)
         norm_of_step = self.engine.step()
-        _refuse_infinite(where, totals, norm_of_step)  # ZeRO knows the norm only now
+        require_finite_gradients(where, totals, norm_of_step)  # ZeRO knows the norm only now
         norm = norm_of_step if norm is None else norm
         self.method.after_step(self.gradients)
         return dict(zip(losses[0], totals, strict=True)), norm, bool(asked), bool(due)

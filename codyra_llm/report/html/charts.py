@@ -55,7 +55,7 @@ def panel(scores: dict[int, tuple[float, float | None, float | None]], learnt: i
     return {
         "before": _line(before, x, y) if len(before) > 1 else "",
         "after": _line(after, x, y),
-        "band": points([a for a, _ in outline], [b for _, b in outline]) if len(upper) > 1 else "",
+        "band": points(*zip(*outline, strict=True)) if len(upper) > 1 else "",
         "learnt": x(learnt),
         "dots": dots,
         "xs": xs,
