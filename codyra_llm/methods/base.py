@@ -70,6 +70,7 @@ class Gradients(Protocol):
     """The step's gradients, and others that a method may ask for; each list of tensors has the order of
     `parameters`. `train.gradients` implements these methods and documents them."""
 
+    model: nn.Module
     parameters: list[nn.Parameter]
     step: list[Tensor]
 

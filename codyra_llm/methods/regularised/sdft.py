@@ -149,11 +149,11 @@ class Sdft(SeqLora):
         most = (1 - self.config.gain) * alone
         if shown > most:
             raise Fault(
-                f"method: sdft needs a base that makes use of a demonstration in its prompt. This one is at "
-                f"{shown:.2f} nats per token of {count} answers of {task.stream.tasks[0]} when it is shown "
-                f"them and at {alone:.2f} when it is not, where {most:.2f} or less was expected; take a "
-                "larger or an instruction-tuned base, word method.demonstration as that base was tuned, or "
-                "lower method.gain"
+                f"method: sdft needs a base that makes use of a demonstration in its prompt. Over {count} "
+                f"answers of {task.stream.tasks[0]} this one's cross entropy is {shown:.2f} nats per token "
+                f"when it is shown them and {alone:.2f} when it is not, where {most:.2f} or less was "
+                "expected; take a larger or an instruction-tuned base, write method.demonstration in the "
+                "words that the base was tuned on, or lower method.gain"
             )
 
 
