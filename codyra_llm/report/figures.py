@@ -81,7 +81,8 @@ def write(runs: list[Run], out: Path, kind: str | None, over_orders: bool) -> No
     groups = grouped(runs, pooled)
     series = [Series(_plain(name), group) for name, group in zip(names(groups, pooled), groups, strict=True)]
     with matplotlib.rc_context(STYLE):
-        figure = {"matrix": matrix, "tradeoff": tradeoff, "stream": stream, "ranks": ranks}[kind](series)
+        draw = {"matrix": matrix, "tradeoff": tradeoff, "stream": stream, "ranks": ranks}[kind]
+        figure = draw(series)
         metadata = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}, ".png": {}}[out.suffix]
         with replacing(out) as temporary:
             figure.savefig(

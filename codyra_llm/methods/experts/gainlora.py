@@ -121,7 +121,8 @@ class GainLora(Single):
         updates = [task.archive.load(k).adapters for k in range(task.index)]
         for name, layer in mixtures(model).items():
             layer.hold([adapters[name] for adapters in updates])
-        self._gates = gates = gates_of(model)
+        gates = gates_of(model)
+        self._gates = gates
         gates.reset(of_gates(task.state), self.seed, task.index)
         self._examples = task.encode(task.records())
         read, spaces = self._gate_covariances(model, task), loaded(of_spaces(task.state))

@@ -108,7 +108,8 @@ class Osft(AwayFromKept):
             weight = layer.weight.to(layer.lora_B)
             split = split_weight(weight, preserved_rank(min(weight.shape), self.config.preserved))
             high = weight - split.u * split.s @ split.vt
-            self._kept[layer], self._high[site] = split.kept, (high.float().cpu(), layer.weight.dtype)
+            self._kept[layer] = split.kept
+            self._high[site] = high.float().cpu(), layer.weight.dtype
             layer.weight.copy_(high)
             layer.lora_A.copy_(split.vt)
             layer.lora_w.copy_(split.s)

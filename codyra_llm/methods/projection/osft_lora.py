@@ -34,7 +34,8 @@ class OsftLora(AwayFromKept, SeqLora):
         for layer in sites(model).values():
             weight = layer.frozen(layer.lora_B.dtype)
             count = preserved_rank(min(weight.shape), self.config.preserved)
-            self._kept[layer] = kept = split_weight(weight, count).kept
+            kept = split_weight(weight, count).kept
+            self._kept[layer] = kept
             layer.lora_A.copy_(kept.rows(layer.lora_A))
 
     def progress(self) -> dict[str, Tensor]:

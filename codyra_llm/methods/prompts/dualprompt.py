@@ -87,7 +87,8 @@ class DualPrompt(PromptMethod):
     @torch.no_grad()
     def begin_task(self, model, task: Task) -> None:
         """Start the prefixes from the previous task's, or from the keys and values of random tokens."""
-        c, held, self.queries = self.config, model.prompts, Queries()
+        c, held = self.config, model.prompts
+        self.queries = Queries()
         if task.state:
             held["general"].copy_(task.state["general"])
             held["expert"].copy_(task.state["experts"][-1])
@@ -114,7 +115,8 @@ class DualPrompt(PromptMethod):
 
     def end_task(self, model, task: Task, gradients) -> dict:
         """The general prefix, and all tasks' expert prefixes and keys."""
-        held, before, self.queries = model.prompts, task.state, Queries()
+        held, before = model.prompts, task.state
+        self.queries = Queries()  # the task's own are of no more use
         experts, keys = held["expert"][None].cpu(), held["key"][None].cpu()
         return {
             "general": held["general"],

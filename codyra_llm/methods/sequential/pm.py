@@ -47,7 +47,9 @@ class PerturbMerge(SeqLora):
     def begin_task(self, model, task: Task) -> None:
         """Read the old inputs' second moments where they measure the curvature."""
         super().begin_task(model, task)
-        self._index, self._layers, self._plain = task.index, list(sites(model).values()), self.spec()
+        self._index = task.index
+        self._layers = list(sites(model).values())
+        self._plain = self.spec()  # whose scale is not perturbed
         if self.config.curvature == "inputs":
             self._kept = OldInputs(self.config, task.state)
             if not task.index and self.config.samples:

@@ -152,7 +152,7 @@ def _leaderboard(names: list[str], groups: list[list[Run]]) -> Grid:
     for name, title in MEASURES.items():
         if title in BETTER and not _unlike(runs, name):
             better[title] = BETTER[title]
-    op = 1 + list(MEASURES).index("op")
+    op = 1 + list(MEASURES).index("op")  # its column, after that of the runs
     lines.sort(key=lambda line: _rank_key(line[1][op]))
     return Grid(
         "leaderboard",
