@@ -134,16 +134,15 @@ def evaluate_checkpoint(
 ) -> list[ScoreRow]:
     """Score any checkpoint (a folder, hub id, .gguf, PEFT folder, RUN, RUN@TASK) into the folder `out`, as
     far as it isn't yet; arguments as the options of `codyra-llm evaluate`. Returns all its scores."""
-    root = None if data is None else str(data)
     wanted = Wanted(
-        root,
-        _names(tasks),
-        general,
-        _names(general_tasks),
-        base,
-        as_path(out),
-        _names(overrides) or [],
-        benchmark,
+        data=None if data is None else str(data),
+        tasks=_names(tasks),
+        general=general,
+        general_tasks=_names(general_tasks),
+        base=base,
+        out=as_path(out),
+        overrides=_names(overrides) or [],
+        benchmark=benchmark,
     )
     return evaluate(str(checkpoint), wanted, observers).scores
 

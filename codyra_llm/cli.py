@@ -153,7 +153,7 @@ def main(args: list[str] | None = None) -> None:
     except Fault as fault:
         _announce_end(2)
         rank = int(os.environ.get("RANK", "0"))
-        if rank and _spoken_for():
+        if rank and _first_reports_it():
             _end(2)
         if "--traceback" in (sys.argv[1:] if args is None else args):
             fault.__suppress_context__ = False  # show the error that became a sentence too
@@ -163,7 +163,7 @@ def main(args: list[str] | None = None) -> None:
             print(f"{who}: {one_line(message)}", file=sys.stderr, flush=True)
         _end(2)
     except signals.Stopped as stopped:
-        _look_for_lost(keeper=False)
+        _end_if_others_are_gone(keeper=False)
         if os.environ.get("LOCAL_RANK", "0") == "0":  # all of them stop at the same place
             print(
                 f"stopped ({one_line(str(stopped))}), all is saved; run the same command to resume",
@@ -172,7 +172,7 @@ def main(args: list[str] | None = None) -> None:
             )
         _end(signals.EXIT)
     except Exception as error:
-        _look_for_lost()
+        _end_if_others_are_gone()
         _announce_end(1)
         error.add_note(
             "This is a mistake of codyra_llm, of a plug-in or of a library, not of what you gave: please "
@@ -192,7 +192,7 @@ def _need_utf8_names() -> None:
         )
 
 
-def _spoken_for() -> bool:
+def _first_reports_it() -> bool:
     """Wait up to 15 s for rank 0 to report this error. True if it did: the others have its exit code, or,
     where the ranks have not met yet, the launcher sent SIGTERM."""
     before, last = signals.asked(), time.monotonic() + 15
@@ -211,10 +211,9 @@ def _announce_end(code: int) -> None:
         heartbeat.leave(code)
 
 
-def _look_for_lost(keeper: bool = True) -> None:
+def _end_if_others_are_gone(keeper: bool = True) -> None:
     """If another process is gone, end this one and name that one: it broke a connection, or made the launcher
-    end all.
-    """
+    end all. `keeper`: whether the process that keeps the store counts, if it is gone."""
     world, heartbeat = int(os.environ.get("WORLD_SIZE", "1")), _module("heartbeat")
     if world > 1 and heartbeat:
         verdict = heartbeat.lost(world, keeper)

@@ -23,7 +23,8 @@ __all__ = ["LEVELS", "measured", "options", "show"]
 
 
 def measured(level: str, options: Options) -> dict:
-    """What a level found, as plain JSON values; Fault where an arm is off."""
+    """What a level found, as plain JSON values. Raises Fault for an unknown level, and where the outcome of
+    an arm is too far from float64."""
     if level not in LEVELS:
         raise Fault(f"'{level}' is not a level; choose from {', '.join(LEVELS)}.{nearest(level, LEVELS)}")
     leave_out_cudnn_attention()  # for all arms, so that none pays for plans that a second round does not need

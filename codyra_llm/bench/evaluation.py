@@ -103,6 +103,7 @@ def measure(options: Options) -> dict:
 
 
 def _task(model: PreTrainedModel, prompts: list[list[int]], new: int, eos: int) -> dict:
+    """The row of one task: seconds of each arm, and how many answers differ between the arms."""
     row = {"prompts": len(prompts), "prompt_tokens": sum(map(len, prompts))}
     found = {}
     for name, arm in ARMS.items():

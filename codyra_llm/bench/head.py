@@ -82,11 +82,8 @@ def measure(options: Options) -> dict:
     batch = collate(encoded, range(ROWS), weights, 0).to(options.device)
     labels = ids.clone()
     labels[:, :-answer] = -100
-    states = (
-        torch.randn(ROWS, length, width, generator=generator)
-        .to(options.device, options.dtype)
-        .requires_grad_()
-    )
+    states = torch.randn(ROWS, length, width, generator=generator)
+    states = states.to(options.device, options.dtype).requires_grad_()
     head = Head(states, vocabulary).to(options.device, options.dtype)
     contestants = {
         name: _contestant(ARMS[name], head, batch, labels.to(options.device))
@@ -102,10 +99,9 @@ def measure(options: Options) -> dict:
 
 
 def _contestant(loss, head: Head, batch: Batch, labels: Tensor) -> Contestant:
+    """An arm's loss and the gradient of the hidden states; expected are those of a copy in float64."""
     twin = Head(head.states.detach().double().requires_grad_(), head.lm_head.out_features).double()
     twin.lm_head.weight.data = head.lm_head.weight.double()
-    with torch.no_grad():
-        twin.lm_head.weight.requires_grad_(False)
 
     def run(model: Head, arm=loss) -> Tensor:
         model.states.grad = None

@@ -34,7 +34,7 @@ class Linear(nn.Module):
 
     def __init__(self, width: int, out: int):
         super().__init__()
-        self.config = LlamaConfig()  # whose names it has
+        self.config = LlamaConfig()  # its family tells which layers take adapters, by their names
         self.q_proj = nn.Linear(width, out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

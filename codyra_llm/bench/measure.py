@@ -72,8 +72,9 @@ class Contestant:
 def compare(
     contestants: dict[str, Contestant], options: Options, rounds: int, largest: int = 0, different: int = 1
 ) -> dict[str, dict]:
-    """One row per arm; raises Fault where an arm is off, before anything is timed. `largest`: the round whose
-    memory is measured. `different`: how many rounds differ in their work; all of them are warmed up."""
+    """One row per arm. Raises Fault, before anything is timed, where the outcome of an arm is too far from
+    float64. `largest`: the round whose memory is measured. `different`: how many rounds differ in their work;
+    all of them are warmed up."""
     errors = gate(contestants, options.dtype)
     runs = {name: contestant.run for name, contestant in contestants.items()}
     times = interleaved(runs, rounds, options.device, different, options.asleep)
@@ -93,13 +94,14 @@ def compare(
     return rows
 
 
-def _ratios(above: list[float], below: list[float]) -> list[float]:
-    """Round by round, so that a drift of the machine cancels."""
-    return [a / b for a, b in zip(above, below, strict=True)]
+def _ratios(numerators: list[float], denominators: list[float]) -> list[float]:
+    """Round by round, so that a drift of the machine's speed cancels."""
+    return [a / b for a, b in zip(numerators, denominators, strict=True)]
 
 
 def gate(contestants: dict[str, Contestant], dtype: torch.dtype) -> dict[str, float]:
-    """Each arm's largest relative distance ‖x - x₆₄‖ / ‖x₆₄‖ over its output and its gradients by kind."""
+    """Each arm's largest relative distance ‖x - x₆₄‖ / ‖x₆₄‖ over its output and its gradients by kind.
+    Raises one Fault with all arms that are off by more than TOLERANCE."""
     errors, faults = {}, []
     for name, contestant in contestants.items():
         found = contestant.outcome()
@@ -159,8 +161,9 @@ def _seconds(action: Callable[[], object], device: torch.device, asleep: int = 0
 
 
 def _spread(values: list[float]) -> dict[str, float]:
-    cuts = quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
-    return {"median": median(values), "p20": cuts[0], "p80": cuts[-1]}
+    """The median, and the 20th and 80th percentiles."""
+    fifths = quantiles(values, n=5, method="inclusive") if len(values) > 1 else values * 4
+    return {"median": median(values), "p20": fifths[0], "p80": fifths[-1]}
 
 
 def machine(options: Options) -> dict:

@@ -109,6 +109,7 @@ def _section(options: Options) -> DataSection:
 
 
 def _global_batches(options: Options, encoder: Encoder) -> list[list[Encoded]]:
+    """Batches of each task's first examples. Raises Fault where the folder has none of the tasks."""
     root = data_root(options.data)
     present = {folder.name for folder in task_folders(root)}
     batches = []
@@ -126,6 +127,7 @@ def _global_batches(options: Options, encoder: Encoder) -> list[list[Encoded]]:
 def _our_losses(
     model: nn.Module, batch: list[Encoded], limit: int, pad: int, device: torch.device, packed: bool
 ) -> Iterator[Tensor]:
+    """Micro-batches and loss as the training loop has them."""
     weights = example_weights(batch, range(len(batch)), "token")
     for chosen in micro_batches([len(e) for e in batch], 1, limit, packed)[0]:
         piece = collate(batch, chosen, [weights[i] for i in chosen], pad, packed)
@@ -135,9 +137,12 @@ def _our_losses(
 def _peft_losses(
     model: nn.Module, batch: list[Encoded], limit: int, pad: int, device: torch.device
 ) -> Iterator[Tensor]:
+    """Examples in their order, as many to a micro-batch as fit under the limit with padding, and the loss of
+    transformers, which divides by the labelled tokens of the whole batch."""
     count, piece = sum(len(e.answer) for e in batch), []
     for example in batch:
-        if piece and max(map(len, [*piece, example])) * (len(piece) + 1) > limit:
+        longest = max(map(len, [*piece, example]))
+        if piece and longest * (len(piece) + 1) > limit:
             yield model(**_padded(piece, pad, device), num_items_in_batch=count).loss
             piece = []
         piece.append(example)
@@ -164,7 +169,9 @@ def _padded(examples: list[Encoded], pad: int, device: torch.device) -> dict[str
 
 def _forward_backward(arm: Arm, losses: Losses, batch: list[Encoded], device: torch.device) -> Tensor:
     """The loss; gradients are left on the arm's parameters."""
-    total, pieces, shared = torch.zeros((), device=device), losses(arm.model, batch), arm.shared
+    total = torch.zeros((), device=device)
+    pieces = losses(arm.model, batch)
+    shared = arm.shared
     make_shadows(shared)  # as the training loop does
     with deferred(shared, device.type == "cuda"):
         while True:
@@ -179,6 +186,7 @@ def _forward_backward(arm: Arm, losses: Losses, batch: list[Encoded], device: to
 
 
 def _outcome(arm: Arm, losses: Losses, batch: list[Encoded], device: torch.device) -> dict[str, Tensor]:
+    """The loss and the gradients of a batch."""
     arm.forget_gradients()
     return {"loss": _forward_backward(arm, losses, batch, device), **arm.gradients()}
 
@@ -186,6 +194,7 @@ def _outcome(arm: Arm, losses: Losses, batch: list[Encoded], device: torch.devic
 def _stepper(
     arm: Arm, losses: Losses, batches: list[list[Encoded]], device: torch.device
 ) -> Callable[[int], None]:
+    """A function of the round that does one training step; `frozen` has nothing to optimize."""
     optimizer = torch.optim.AdamW(arm.parameters(), lr=LR, fused=True) if arm.parameters() else None
 
     def step(number: int) -> None:

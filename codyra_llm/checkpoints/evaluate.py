@@ -106,13 +106,14 @@ def evaluate(checkpoint: str, wanted: Wanted, observers: Sequence[Observer] = ()
 
 
 def _measure(checkpoint: str, wanted: Wanted, prepared: Prepared, acc: Accelerator, out: RunFolder) -> None:
+    """Score what is not scored yet, and write the summary; called with the lock of `out` held."""
     setup, source, stage, base = prepared
     experiment = Experiment(setup, out, acc, models=source.run or out)
     if source.remark:
         say(source.remark)
     on_first(_begin, checkpoint, prepared, out)
     collectively(True, await_file, out.path / "manifest.json")
-    had = of_first(lambda: len(out.scores))
+    scored_before = of_first(lambda: len(out.scores))
     if base:
         plain, before = Experiment(base, out, acc, models=out), Stage(0, BASE)
         measure(plain, before, (), True)
@@ -121,7 +122,7 @@ def _measure(checkpoint: str, wanted: Wanted, prepared: Prepared, acc: Accelerat
     if base:
         open_ended.answer(experiment, stage)
         open_ended.settle(experiment)
-    on_first(_finish, checkpoint, experiment, stage, had)
+    on_first(_finish, checkpoint, experiment, stage, scored_before)
     say(f"evaluation: {out.path}")
 
 
@@ -187,6 +188,7 @@ def _positions(prepared: Prepared, names: list[str] | None) -> list[int]:
 
 
 def _manifest(checkpoint: str, setup: Setup, source: Source, base: Setup | None) -> dict:
+    """What the scores are made with: hashes of weights, data and plug-ins, the recipe, versions, device."""
     recipe = setup.recipe.model_dump(mode="json")
     if setup.suite:
         recipe["general"]["tasks"] = list(setup.suite)
@@ -270,10 +272,9 @@ def _compared(manifest: dict) -> dict[str, Any]:
     return own | base | settings | scored
 
 
-def _finish(checkpoint: str, experiment: Experiment, stage: Stage, had: int) -> None:
-    """summary.json, and where something was scored the tasks' scores in the layout of lm-eval's result
-    files.
-    """
+def _finish(checkpoint: str, experiment: Experiment, stage: Stage, scored_before: int) -> None:
+    """Write summary.json and, if there are more scores than `scored_before`, the tasks' scores in the layout
+    of lm-eval's result files."""
     setup, out = experiment.setup, experiment.store
     rows = out.scores
     own = [row for row in rows if row.stage == stage]
@@ -291,7 +292,7 @@ def _finish(checkpoint: str, experiment: Experiment, stage: Stage, had: int) -> 
         "mean": mean(row.score for row in tasks),
     }
     write_json(out.path / "summary.json", summary)
-    if tasks and len(rows) > had:
+    if tasks and len(rows) > scored_before:
         stamp = datetime.now().isoformat().replace(":", "-")
         file = out.path / "lm_eval" / stage.folder / f"results_{stamp}.json"
         write_json(file, lm_eval_layout(checkpoint, setup, tasks))

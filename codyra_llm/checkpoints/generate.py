@@ -61,6 +61,7 @@ def answer(checkpoint: str, prompt: str, new: int, base: str | None = None) -> s
 
 
 def _stage(folder: RunFolder, task: str | None, device: torch.device) -> Answering:
+    """The model of the run after that task."""
     assert task is not None, "a run answers at one of its stages"
     setup = prepare(folder.recipe, runs=False)
     stage = Stage.of(setup.recipe.tasks, folder.archive().index(task))
@@ -81,6 +82,8 @@ def dtype_on(device: torch.device) -> torch.dtype:
 
 
 def _plain(source: Source, new: int, device: torch.device) -> Answering:
+    """A model that belongs to no run, or an adapter on its base; prompts may have all positions that `new`
+    tokens leave."""
     base = loading.resolve(source.model, source.revision)
     reads = tokenizer_folder(source.adapter, base)
     added = vocabulary(source.adapter) if source.adapter else None
@@ -100,6 +103,6 @@ def _plain(source: Source, new: int, device: torch.device) -> Answering:
     section = DataSection(
         root="-", max_prompt_tokens=limit, max_answer_tokens=new + 2, chat_template=source.chat
     )
-    rows = added or families.text_config(base).vocab_size
-    encoder = Encoder(tokenizer, section, answer_ends(base, tokenizer), rows)
+    embedded = added or families.text_config(base).vocab_size  # how many tokens have an embedding
+    encoder = Encoder(tokenizer, section, answer_ends(base, tokenizer), embedded)
     return Answering(model.to(device).eval(), encoder)

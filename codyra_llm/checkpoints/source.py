@@ -1,4 +1,5 @@
-"""What `codyra-llm evaluate` is given: what the checkpoint is, and the recipe that it is scored by."""
+"""From the arguments of `codyra-llm evaluate`: what the checkpoint is, and the recipe that it is scored
+by."""
 
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -205,10 +206,12 @@ def recipe_of(checkpoint: str, source: Source, wanted: Wanted) -> Recipe:
         _refuse_own_code(checkpoint, source, wanted)
     elif wanted.tasks:
         given["data.tasks"] = wanted.tasks
+    # None leaves the recipe's value, except for these keys, which it resets.
+    reset = {"optim.validate_every", "model.quantization"}
+    if source.model:
+        reset.add("model.revision")
     for key, value in given.items():
-        # None: leave the recipe's value, except for these keys, which None resets.
-        resets = key.startswith(("optim", "model.q")) or (key == "model.revision" and source.model)
-        if value is not None or (source.raw and resets):
+        if value is not None or (source.raw and key in reset):
             assign(raw, key, value)
     recipe = parse_recipe(override(raw, wanted.overrides), checkpoint)
     _refuse_another_run(checkpoint, source, recipe)
@@ -217,14 +220,19 @@ def recipe_of(checkpoint: str, source: Source, wanted: Wanted) -> Recipe:
     if source.raw or wanted.data or recipe.data.root != ".":
         return recipe
     if not (recipe.general.data or recipe.open_ended.prompts):
-        remedy = "give the tasks' folder with --data, or files for general ability with --general"
-        if Path(expanded(checkpoint)).exists():
-            raise Fault(f"{checkpoint} carries no recipe, so there is nothing to score it on; {remedy}")
-        raise Fault(
-            f"there is no folder or file '{checkpoint}', and a model of the hub carries no recipe to score "
-            f"it on; correct the path, or {remedy}"
-        )
+        raise _nothing_to_score(checkpoint)
     return without_tasks(recipe)
+
+
+def _nothing_to_score(checkpoint: str) -> Fault:
+    """For a checkpoint without a recipe where the command line names no data either."""
+    remedy = "give the tasks' folder with --data, or files for general ability with --general"
+    if Path(expanded(checkpoint)).exists():
+        return Fault(f"{checkpoint} carries no recipe, so there is nothing to score it on; {remedy}")
+    return Fault(
+        f"there is no folder or file '{checkpoint}', and a model of the hub carries no recipe to score "
+        f"it on; correct the path, or {remedy}"
+    )
 
 
 def _refuse_another_run(checkpoint: str, source: Source, recipe: Recipe) -> None:

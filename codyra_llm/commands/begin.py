@@ -40,6 +40,7 @@ def recipe_init(
         raise Fault(f"FILE: '{file}' is not a recipe's name; give one that ends in .yaml")
 
     def ask(option: str, given: str | None, question: str, default: str, check: Callable = str) -> Any:
+        """What `check` makes of the answer: the option's value, the user's, or the default."""
         if given is None and not yes:
             given = _asked(question, default, check)
         try:
@@ -90,7 +91,8 @@ def _method(name: str) -> str:
 
 
 def _device(answer: str) -> tuple[str, int]:
-    """`cpu`, `gpu`, or one of them with a number of examples."""
+    """From `cpu` or `gpu`, perhaps with a number after it, the kind and the examples per step. Raises
+    BadParameter for anything else."""
     from codyra_llm.config.draft import EXAMPLES
 
     kind, _, number = answer.strip().partition(" ")

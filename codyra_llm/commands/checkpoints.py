@@ -55,7 +55,7 @@ Level = Annotated[
 Tokens = Annotated[
     int | None, typer.Option(min=16, help="step: padded tokens at once; eval: longest prompt, default 256")
 ]
-Found = Annotated[
+Findings = Annotated[
     Path | None, typer.Option(parser=path, metavar="FOLDER", help="gpu: a new folder for the findings")
 ]
 
@@ -118,8 +118,16 @@ def evaluate(
     given = overrides or []
     refuse_stray(given)
     signals.listen()
-    own, abilities = listed(tasks), listed(general_tasks)
-    wanted = Wanted(data, own, general, abilities, base, out, given, benchmark)
+    wanted = Wanted(
+        data=data,
+        tasks=listed(tasks),
+        general=general,
+        general_tasks=listed(general_tasks),
+        base=base,
+        out=out,
+        overrides=given,
+        benchmark=benchmark,
+    )
     score_checkpoint(checkpoint, wanted, [Display()])
     leave()
 
@@ -214,7 +222,7 @@ def bench(
     batch: Annotated[int, typer.Option(min=1, help="step: examples of a global batch")] = 8,
     examples: Annotated[int, typer.Option(min=1, help="step, eval: first examples of each task")] = 8,
     tokens: Tokens = None,
-    out: Found = None,
+    out: Findings = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="gpu: small shapes, to try the stages")] = False,
     seconds: Annotated[float | None, typer.Option(min=1, help="gpu: for all stages, default 600")] = None,
     stages: Annotated[str | None, typer.Option(help="gpu: names, e.g. facts,linear; default: all")] = None,
@@ -229,10 +237,10 @@ def bench(
     if level == "gpu":
         _bench_gpu(out, tiny, seconds, stages)
         return
-    given = {"--out": out, "--tiny": tiny, "--seconds": seconds, "--stages": stages}
-    astray = [name for name, value in given.items() if value]
-    if astray:
-        raise Fault(f"{astray[0]}: it belongs to `bench gpu`; leave it out for `bench {one_line(level)}`")
+    of_gpu = {"--out": out, "--tiny": tiny, "--seconds": seconds, "--stages": stages}
+    misplaced = [name for name, value in of_gpu.items() if value]
+    if misplaced:
+        raise Fault(f"{misplaced[0]}: it belongs to `bench gpu`; leave it out for `bench {one_line(level)}`")
     from codyra_llm.bench import measured, options, show
 
     result = measured(

@@ -107,14 +107,16 @@ def _changes(setup: Setup, terms: list[Update]) -> Callable[[str, torch.Tensor],
         )
     tied = families.text_config(setup.base).tie_word_embeddings
     # A tied head has no weight of its own: its changes are those of the embeddings.
-    parameters = {f"{family.head}.weight": f"{family.embeddings}.weight"} if tied else {}
+    tied_to = {f"{family.head}.weight": f"{family.embeddings}.weight"} if tied else {}
     device = own_device()
 
     def changed_weight(name: str, base: torch.Tensor) -> torch.Tensor:
         signals.check()
         observer.at(f"the final model, {name}")
         own = family.own_name(name)
-        own = parameters.get(own, own) if own else ""
+        if own is None:  # of another tower
+            return base
+        own = tied_to.get(own, own)
         if own not in changed:
             return base
         return stored_weight(own, base.to(device), terms).to(base.device)

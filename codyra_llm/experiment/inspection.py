@@ -1,4 +1,5 @@
-"""Faults that only base and data together show, found by reading the prompts and answers as the run will."""
+"""Faults that show only when base and data are seen together, found by reading prompts and answers as the run
+will."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -94,6 +95,7 @@ def _without_embedding(recipe: Recipe, read: Sequence[Split], encoder: Encoder) 
 
 
 def _empty(recipe: Recipe, read: Sequence[Split], encoder: Encoder) -> list[str]:
+    """Faults: prompts without a token, where the tokenizer adds no BOS either."""
     if encoder.bos:
         return []
     faults = []
@@ -112,6 +114,7 @@ def _empty(recipe: Recipe, read: Sequence[Split], encoder: Encoder) -> list[str]
 def _too_long(
     recipe: Recipe, read: Sequence[Split], encoder: Encoder, config: PreTrainedConfig, front: int
 ) -> list[str]:
+    """Faults: examples that do not fit into the model's positions."""
     positions, data = getattr(config, "max_position_embeddings", None), recipe.data
     if not positions or front + data.max_prompt_tokens + data.max_answer_tokens <= positions:
         return []
@@ -215,6 +218,7 @@ def _unreachable(where: str, records: Sequence[dict], encoder: Encoder) -> list[
 
 
 def _changed(answers: Sequence[str], perfect: Callable[[str], str]) -> list[tuple[int, str, str]]:
+    """(number, answer, what `perfect` makes of it) of the answers that it changes."""
     found = [(number, answer, perfect(answer)) for number, answer in enumerate(answers)]
     return [row for row in found if row[1] != row[2]]
 

@@ -102,7 +102,7 @@ def _train(experiment: Experiment, stage: Stage, archive: Archive) -> Learnt:
     setup, recipe, method, store = experiment.setup, experiment.recipe, experiment.method, experiment.store
     model = _start(setup, archive, stage, experiment.acc)
     began = time.perf_counter()
-    # The state after the task before: the optimizer's moments, if they are carried over, and the method's
+    # The state after the previous task: the optimizer's moments, if they are carried over, and the method's
     # own.
     before = store.load_state(stage.index - 1)
     carried = {key: value for key, value in before.items() if key.startswith(OPTIMIZER)}

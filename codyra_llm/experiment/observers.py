@@ -188,12 +188,11 @@ def _reason(error: Exception) -> str:
 def _identity(folder: RunFolder, place: Path) -> tuple[str, bool]:
     """The name of this run for trackers that identify runs by name, and whether it had one before."""
     file = place / "id.txt"
-    before = file.is_file()
-    if before:
-        return file.read_text(encoding="utf-8").strip(), before
-    folder.may_write()
-    write_text(file, uuid.uuid4().hex[:12] + "\n")
-    return _identity(folder, place)[0], before
+    had = file.is_file()
+    if not had:
+        folder.may_write()
+        write_text(file, uuid.uuid4().hex[:12] + "\n")
+    return file.read_text(encoding="utf-8").strip(), had
 
 
 def _options(title: str, name: str, place: Path) -> dict[str, dict]:

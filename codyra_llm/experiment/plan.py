@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from codyra_llm.config.recipe import Recipe
 from codyra_llm.config.registry import METHODS
@@ -71,11 +71,11 @@ def plan(recipe: Recipe, console: Console) -> None:
     model = skeleton(setup)
     work = _work(setup, model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    size = sum(p.numel() for p in bare_model(setup).parameters())
     console.print(
         Text.assemble(
             (setup.recipe.model.path, "bold"),
-            f" ({model.config.model_type}, {total / 1e6:.1f} M parameters, "
+            f" ({model.config.model_type}, {size / 1e6:.1f} M parameters, "
             f"{str(setup.dtype).removeprefix('torch.')}); method ",
             (setup.method.name, "bold"),
             f" trains {trained / 1e6:.2f} M parameters",
@@ -90,11 +90,9 @@ def plan(recipe: Recipe, console: Console) -> None:
     hinted = hints(setup.recipe, read, setup.encoder, model.config, setup.base, front)
     for hint in [*setup.stream.remarks(), *_cut(setup, work), *_endless(setup, work), *hinted]:
         console.print(f"note: {hint}", style="yellow", soft_wrap=True)
-    size, schedule = setup.recipe.optim.batch_size, setup.recipe.optim.schedule
-    steps = [task.steps(size) for task in work.tasks]
-    for line in setup.method.foresee(model, steps, schedule) if steps else ():
-        console.print(line)
-    for line in _estimates(setup, model, work, trained, total):
+    steps = [task.steps(setup.recipe.optim.batch_size) for task in work.tasks]
+    foreseen = setup.method.foresee(model, steps, setup.recipe.optim.schedule) if steps else []
+    for line in [*foreseen, *_estimates(setup, model, work, trained, size)]:
         console.print(line)
 
 
@@ -107,17 +105,11 @@ def skeleton(
     """The model as it trains, without weights (meta device); on another device with random ones, and with
     only its first `layers` layers. `adapted`: the layers with adapters, where the method has such a choice;
     None: those of the recipe."""
-    config = families.text_config(setup.base)
-    if layers is not None:
-        config = families.shortened(config, layers)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=setup.dtype, attn_implementation=setup.recipe.model.attention
-        ).requires_grad_(False)
+    model = bare_model(setup, layers, device)
     if own_device().type == "cuda":
         fused_norm.replace(model)
     if setup.method.trains:
-        method = setup.method if adapted is None else _moved(setup, adapted)
+        method = setup.method if adapted is None else _with_layers(setup, adapted)
         method.attach(model)
         share_inputs(model, setup.recipe.model.fused)
     if setup.recipe.model.gradient_checkpointing:
@@ -128,7 +120,21 @@ def skeleton(
     return model.train()
 
 
-def _moved(setup: Setup, layers: range) -> Method:
+def bare_model(
+    setup: Setup, layers: int | None = None, device: torch.device | str = "meta"
+) -> PreTrainedModel:
+    """The base of `skeleton`, frozen and without what the method adds."""
+    config = families.text_config(setup.base)
+    if layers is not None:
+        config = families.shortened(config, layers)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=setup.dtype, attn_implementation=setup.recipe.model.attention
+        )
+    return model.requires_grad_(False)
+
+
+def _with_layers(setup: Setup, layers: range) -> Method:
     """The recipe's method with its adapters on these layers, where it has such a choice."""
     config = setup.recipe.method
     update = {"layers": [*layers]} if hasattr(config, "layers") else {}
@@ -256,11 +262,13 @@ def _shown(setup: Setup, example: Encoded) -> Text:
     )
 
 
-def _estimates(setup: Setup, model: nn.Module, work: Work, trained: int, total: int) -> list[str]:
+def _estimates(setup: Setup, model: nn.Module, work: Work, trained: int, size: int) -> list[str]:
     """Memory: weights, what trains with two moments in float32, and the peak of the largest micro-batch.
-    Time: of a few layers that run here. Disk: updates and, if asked, the final model."""
+    Time: of a few layers that run here. Disk: updates and, if asked, the final model. `trained`, `size`: how
+    many parameters train, and how many the base has."""
     device = own_device()
-    held = {"weights": _weight_bytes(setup, model, total)}
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    held = {"weights": _weight_bytes(setup, model, frozen)}
     lines = []
     if work.biggest:
         # Time first: estimating memory fills the skeleton with fake tensors.
@@ -274,7 +282,7 @@ def _estimates(setup: Setup, model: nn.Module, work: Work, trained: int, total: 
     return [
         f"memory, estimated: {sum(held.values()) / 1e9:.2f} GB ({parts})",
         *lines,
-        _answering(setup, model, total),
+        _answering(setup, model, size),
         f"disk, at most: {disk_bytes(setup, trained) / 1e9:.2f} GB in {setup.recipe.output}",
     ]
 
@@ -325,10 +333,11 @@ def _training(setup: Setup, model: nn.Module, work: Work, device: torch.device) 
     squares = sum(piece.squares for piece in work.pieces)
     operations = step_flops(model, tokens, squares, labelled)
     middle = work.pieces[len(work.pieces) // 2]
-    of_two = [step_flops(model, p.tokens, p.squares, p.labelled) for p in (work.pieces[-1], middle)]
+    timed_pieces = (work.pieces[-1], middle)
+    flops = [step_flops(model, piece.tokens, piece.squares, piece.labelled) for piece in timed_pieces]
     layers = depth(model)
     speed = matmul_speed(model, work.pieces[-1].tokens, setup.dtype, device)
-    if of_two[0] / speed * MEASURED_LAYERS[1] / sum(layers) > LONGEST:
+    if flops[0] / speed * MEASURED_LAYERS[1] / sum(layers) > LONGEST:
         basis = f"{operations:.2g} operations of matrix products, {speed:.2g} a second measured here"
         line = f"time to train, at least: {duration(operations / speed)} ({basis}, one process)"
         return Training(steps, tokens, operations / speed, line)
@@ -343,7 +352,7 @@ def _training(setup: Setup, model: nn.Module, work: Work, device: torch.device) 
 
     batches = (work.biggest, work.pieces[-1].front), (work.typical, middle.front)
     seconds = [step_seconds(make, batch, layers, front) for batch, front in batches]
-    timed = [Timed(n, each) for n, each in zip(of_two, seconds, strict=True)]
+    timed = [Timed(n, each) for n, each in zip(flops, seconds, strict=True)]
     total = total_seconds(*timed, len(work.pieces), operations)
     line = (
         f"time to train, estimated: {duration(total)} ({len(work.pieces):,} micro-batches; the largest "
@@ -353,23 +362,23 @@ def _training(setup: Setup, model: nn.Module, work: Work, device: torch.device) 
     return Training(steps, tokens, total, line)
 
 
-def _answering(setup: Setup, model: nn.Module, total: int) -> str:
-    """How many tokens are decoded at once in the memory that the weights leave free."""
+def _answering(setup: Setup, model: nn.Module, size: int) -> str:
+    """How many tokens are decoded at once in the memory that the base's `size` weights leave free."""
     device, asked = own_device(), setup.recipe.eval.batch_tokens
     each = token_bytes(model.config, setup.dtype)
     if device.type == "cuda":
-        most = affordable(model.config, setup.dtype, free_bytes(device) - total * setup.dtype.itemsize)
+        most = affordable(model.config, setup.dtype, free_bytes(device) - size * setup.dtype.itemsize)
     else:
         most = MOST["cpu"]
     return f"answers: {asked or most:,} tokens at once, {each / 1e3:.0f} kB each, halved if memory runs out"
 
 
-def _weight_bytes(setup: Setup, model: nn.Module, total: int) -> float:
-    """Bytes of the frozen weights in training; those of quantised weights are computed, none is loaded."""
+def _weight_bytes(setup: Setup, model: nn.Module, frozen: int) -> float:
+    """Bytes of the `frozen` weights in training; those of quantised weights are computed, none is loaded."""
     kind, width = setup.recipe.model.quantization, setup.dtype.itemsize
     if not (kind and setup.method.trains):
-        return total * width
+        return frozen * width
     from codyra_llm.models.quantize import KINDS  # bitsandbytes is an extra
 
     packed = sum(module.weight.numel() for module in families.projections(model).values())
-    return (total - packed) * width + packed * KINDS[kind].bits / 8
+    return (frozen - packed) * width + packed * KINDS[kind].bits / 8

@@ -65,7 +65,8 @@ def _run(experiment: Experiment) -> None:
     on_first(scoring.note_floor, experiment.setup, store)
     last = len(experiment.recipe.tasks) - 1
     evaluate(experiment, experiment.stage(-1))
-    for index in range(last + 1) if method.trains else ():
+    to_learn = range(last + 1) if method.trains else range(0)
+    for index in to_learn:
         stage = experiment.stage(index)
         early = method.joint and index < last  # a joint method learns all tasks at the last stage
         if index >= learnt:
@@ -159,8 +160,8 @@ def _foresee(experiment: Experiment, learnt: int) -> None:
 
 
 def _checkpoint(experiment: Experiment, last: Stage) -> None:
-    """Write the final merged model, if asked; anew where the run is finished, since nothing says that no byte
-    of it has changed."""
+    """Write the final merged model, if asked. That of a finished run is written anew, since nothing
+    guarantees that no byte of it has changed."""
     setup, store, method = experiment.setup, experiment.store, experiment.method
     store.clear_progress()
     if not (setup.recipe.checkpoint and method.trains):

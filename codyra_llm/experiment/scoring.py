@@ -18,13 +18,12 @@ from codyra_llm.store.rows import GENERAL, TASK, FloorRow, ScoreRow, Stage
 
 
 class Questions(NamedTuple):
-    """A set of prompts that is answered here, without the harness: of the task of this number, or (None) of
-    general ability; `new` tokens at most for an answer."""
+    """A set of prompts that is answered here, without the harness."""
 
     name: str
     records: list[dict]
-    new: int
-    number: int | None
+    new: int  # the most tokens of an answer
+    number: int | None  # of the task in the stream; None: of general ability
 
     @property
     def prompts(self) -> list[str]:

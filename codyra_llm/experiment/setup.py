@@ -193,8 +193,8 @@ def prepare(
     render, wrong = _render(recipe, tokenizer)
     tried.faults += wrong
     stream = Stream(recipe.data, root, render)
-    rows = added or (config and config.vocab_size)
-    encoder = Encoder(tokenizer, recipe.data, answer_ends(base, tokenizer), rows) if tokenizer else None
+    embedded = added or (config and config.vocab_size)  # how many tokens have an embedding
+    encoder = Encoder(tokenizer, recipe.data, answer_ends(base, tokenizer), embedded) if tokenizer else None
     # Where there is no tokenizer there is a fault, and nobody gets this.
     setup = Setup(recipe, method, base, tokenizer, encoder, stream, {}, {}, {})  # pyright: ignore
     if runs:
@@ -309,8 +309,8 @@ def _shared_names(recipe: Recipe, general: set[str]) -> list[str]:
 
 
 def _render(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Render, list[str]]:
-    """The function that writes the chats of tasks and of a general set, which have `messages`, and the faults
-    found with it."""
+    """The function that writes chats, i.e. records with `messages`, of the tasks and of a general set, and
+    the faults found with it."""
     general = getattr(recipe.method, "general", None)
     specs = {name: recipe.benchmark.task(name) for name in (*recipe.tasks, general) if name}
     chats = ", ".join(name for name, spec in specs.items() if spec.chat)
@@ -403,6 +403,7 @@ def _dtype_of_run(output: Path) -> str | None:
 
 
 def _fitting_dtype(base: Path, bfloat16: bool | None) -> str:
+    """The dtype for a run that begins on this machine."""
     if own_device().type == "cpu" and "F32" in formats(base):
         return "float32"
     fast = precision.multiplies_bfloat16() if bfloat16 is None else bfloat16

@@ -32,7 +32,7 @@ class Task:
     encode: Callable[[list[dict]], list["Encoded"]]
     # Puts examples into micro-batches, the same ones on every rank.
     batches: Callable[[list["Encoded"]], Iterator["Batch"]]
-    state: dict[str, Tensor]  # what `end_task` of the task before returned
+    state: dict[str, Tensor]  # what `end_task` returned after the previous task
     ends: frozenset[int] = frozenset()  # the tokens that end an answer, in addition to the model's own EOS
     # The tokens that the model's chat template writes before and after a user's text; None: no template.
     chat_frame: Callable[[], tuple[list[int], list[int]] | None] = lambda: None
@@ -67,8 +67,10 @@ class Condition:
 
 
 class Gradients(Protocol):
-    """The step's gradients and others that a method may ask for; `train.gradients` implements it."""
+    """The step's gradients, and others that a method may ask for; each list of tensors has the order of
+    `parameters`. `train.gradients` implements these methods and documents them."""
 
+    model: nn.Module
     parameters: list[nn.Parameter]
     step: list[Tensor]
 
@@ -95,10 +97,10 @@ class Method:
     separable: ClassVar[bool] = True  # one task's part can be left out of the merged model
     averages: ClassVar[bool] = False  # the update is an average over the task's steps
     max_zero_stage: int = 3  # settings may lower it
-    mode: ClassVar[Literal["add", "replace", "apart"]] = "add"
+    mode: ClassVar[Literal["add", "replace", "apart"]] = "add"  # how updates combine: see `Update`
     packs: ClassVar[bool] = True  # its loss accepts packed batches
-    carries_optimizer: ClassVar[bool] = False
-    merge_factor: ClassVar[float] = 1.0  # on an update when it is merged
+    carries_optimizer: ClassVar[bool] = False  # Adam's moments go on into the next task
+    merge_factor: ClassVar[float] = 1.0  # by which an update is multiplied when it is merged
 
     def __init__(self, config: MethodConfig, seed: int):
         self.config, self.seed = config, seed

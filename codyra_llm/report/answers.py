@@ -5,8 +5,10 @@ from collections.abc import Collection, Iterable
 from codyra_llm.evaluate.matrix import mean
 from codyra_llm.store.rows import FloorRow, ScoreRow
 
-# Reports mention a task where at least this share of the answers is the same, is empty, or was cut.
-ALIKE, SOME, MANY = 0.9, 0.05, 0.5
+# Reports mention a task where at least this share of its answers …
+ALIKE = 0.9  # … is one and the same,
+SOME = 0.05  # … is empty,
+MANY = 0.5  # … or was cut.
 FLOOR = "most frequent training answer"
 FLOOR_SAID = f"op where each prompt of a task gets the task's {FLOOR}, without a model"
 

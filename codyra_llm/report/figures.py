@@ -25,8 +25,10 @@ COLUMN = 3.3  # inches, of a two-column paper
 COLOURS = ("#000000", "#0072b2", "#d55e00", "#56b4e9", "#009e73", "#e69f00", "#cc79a7")  # Okabe and Ito's
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-APART, WIDEST = 0.04, 0.5  # tasks between the marks of two groups, so that no interval hides another, and
-# between the first and the last group's, so that none is read as the next task's
+# Between the marks of two groups at one task, in tasks, so that no interval hides another.
+APART = 0.04
+# Between the marks of the first and the last group, in tasks, so that none is read as the next task's.
+WIDEST = 0.5
 STYLE: Any = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -79,7 +81,8 @@ def write(runs: list[Run], out: Path, kind: str | None, over_orders: bool) -> No
     groups = grouped(runs, pooled)
     series = [Series(_plain(name), group) for name, group in zip(names(groups, pooled), groups, strict=True)]
     with matplotlib.rc_context(STYLE):
-        figure = {"matrix": matrix, "tradeoff": tradeoff, "stream": stream, "ranks": ranks}[kind](series)
+        draw = {"matrix": matrix, "tradeoff": tradeoff, "stream": stream, "ranks": ranks}[kind]
+        figure = draw(series)
         metadata = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}, ".png": {}}[out.suffix]
         with replacing(out) as temporary:
             figure.savefig(
@@ -118,7 +121,8 @@ def matrix(series: Sequence[Series]) -> "Figure":
     if not shown:
         raise Fault("--figure matrix: no run has learnt and scored a task; give one that has")
     most = max(len(rows) for _, rows in shown)
-    same = len({tuple(one.runs[0].recipe.tasks) for one, _ in shown}) == 1  # and named once
+    # Panels of the same tasks name them once, below the last.
+    same = len({tuple(one.runs[0].recipe.tasks) for one, _ in shown}) == 1
     figure, panels = _drawn(COLUMN, (0.35 if same and len(shown) > 1 else 0.9) + 0.26 * most, len(shown))
     for axes, (one, rows) in zip(panels, shown, strict=True):
         tasks = [_plain(task) for task in one.runs[0].recipe.tasks]
@@ -197,8 +201,8 @@ def _interval(one: Series, measure: str) -> dict | None:
     return interval([run.measures[measure] for run in one.runs], None)
 
 
-def _halves(found) -> list[float]:
-    """Half the width of each interval; 0 where there is none."""
+def _halves(found: Sequence[dict]) -> list[float]:
+    """Half the width of each interval (`statistics.interval`); 0 where there is none."""
     return [0.0 if one["low"] is None else one["high"] - one["mean"] for one in found]
 
 
@@ -271,8 +275,9 @@ def kept(runs: list[Run]) -> dict[str, dict[int, float]]:
             counts.setdefault((row.projection, layers[0]), []).append((row.kept or 0, row.rank))
     out: dict[str, dict[int, float]] = {}
     for (projection, layer), pairs in sorted(counts.items()):
-        kept, rank = map(sum, zip(*pairs, strict=True))
-        out.setdefault(projection, {})[layer] = kept / rank
+        survived = sum(left for left, _ in pairs)
+        total = sum(rank for _, rank in pairs)
+        out.setdefault(projection, {})[layer] = survived / total
     return out
 
 

@@ -1,4 +1,4 @@
-"""A table with its numbers: the page shows it as a heat map, CSV and Markdown write it as it is."""
+"""Tables that keep their numbers: the page shows one as a heat map, CSV and Markdown write it as it is."""
 
 import csv
 from collections import Counter

@@ -200,17 +200,17 @@ def labels(recipes: list[Recipe], over_orders: bool = False) -> list[str]:
     first_of: dict[str, dict] = {}  # by method
     for recipe, own in zip(recipes, known, strict=True):
         first = first_of.setdefault(recipe.method.name, own)
-        changed = [
-            _setting(key, value, recipe)
-            for key, value in own.items()
-            if value != (first if key.startswith("method.") else known[0]).get(key)
-        ]
-        out.append(" ".join([recipe.method.name, *changed]))
+        words = [recipe.method.name]
+        for key, value in own.items():
+            reference = first if key.startswith("method.") else known[0]
+            if value != reference.get(key):
+                words.append(_setting(key, value, recipe))
+        out.append(" ".join(words))
     return out
 
 
 def distinguishing(recipe: Recipe, over_orders: bool = False) -> dict:
-    """The settings that may distinguish groups, as a flat mapping."""
+    """The settings that may distinguish groups, by flat key."""
     by_task = ("data.epochs.", "eval.max_new_tokens.")  # they differ with the order
     known = {
         key: value
@@ -221,6 +221,7 @@ def distinguishing(recipe: Recipe, over_orders: bool = False) -> dict:
 
 
 def _setting(key: str, value: object, recipe: Recipe) -> str:
+    """A setting in a name: `rank=8`, or of the tasks `order 2`."""
     if key != "data.tasks":
         return f"{key.rpartition('.')[2]}={value}"
     order = order_of(recipe)
@@ -249,7 +250,7 @@ def general_basis(recipe: Recipe, summary: dict) -> Basis:
 
 
 def differing(bases: Sequence[Basis]) -> list[str]:
-    """The names of what some of them have otherwise."""
+    """The names of the entries that are not the same in all bases, apart from empty bases."""
     known = [one for one in bases if one]
     names = []
     for name in known[0] if known else ():
@@ -259,10 +260,10 @@ def differing(bases: Sequence[Basis]) -> list[str]:
 
 
 def said_of(names: list[str]) -> str:
-    """A sentence on what runs don't share."""
+    """A sentence on these entries, for runs whose bases differ in them."""
     return (
-        f"Runs here differ in {', '.join(names)}. Scores that were measured otherwise don't compare: no "
-        "difference between such is given, and no best one marked."
+        f"Runs here differ in {', '.join(names)}. Scores that were measured in different ways can't be "
+        "compared: no difference between such runs is given, and no best score is marked."
     )
 
 

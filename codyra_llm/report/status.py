@@ -81,9 +81,7 @@ def _recipe(folder: Path, owner: dict | None) -> dict:
     """The run's recipe as it is on disk. Raises Fault where there is none (yet), or it is no recipe."""
     found = _mapping(folder / "recipe.json", "what the run wrote")
     match found:
-        case {"data": {"tasks": [*tasks]}, "method": {"name": str()}} if all(
-            isinstance(task, str) for task in tasks
-        ):
+        case {"data": {"tasks": [*tasks]}, "method": {"name": str()}} if _all_text(tasks):
             return found
     if found:
         raise Fault(
@@ -96,6 +94,10 @@ def _recipe(folder: Path, owner: dict | None) -> dict:
             "in a moment"
         )
     raise Fault(f"{folder} is not a run folder (it has no recipe.json); give the `output` of a run")
+
+
+def _all_text(values: list) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def _mapping(file: Path, what: str) -> dict:

@@ -59,7 +59,7 @@ def _basis(run: Run) -> Basis:
     return basis(run.recipe, run.folder.summary)
 
 
-Groups = dict[tuple, list[Run]]  # by arm, point but for seed and order, and tasks
+Groups = dict[tuple, list[Run]]  # by arm, by point except seed and order, and by tasks
 
 
 def _grouped(runs: list[Run], over_orders: bool) -> Groups:
@@ -263,21 +263,14 @@ def table(found: dict) -> Table:
 
 def render(found: dict, name: str) -> str:
     """The comparison in Markdown: the arms, and, where settings were chosen, every try."""
-    lines = [
-        f"# {name}",
-        "",
-        plain(_caption(found)),
-        "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|---" * len(COLUMNS) + "|",
-    ]
-    lines += _lines(found["rows"])
+    head = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    lines = [f"# {name}", "", plain(_caption(found)), "", *head, *_lines(found["rows"])]
     if found["unlike"]:
         lines += ["", said_of(found["unlike"])]
     for line in answers.compared({COLUMNS["arm"](row): row["answers"] for row in found["rows"]}):
         lines += ["", plain(line)]
     if found["by_order"]:
-        lines += ["", "By order of the tasks, over seeds:", "", *lines[4:6], *_lines(found["by_order"])]
+        lines += ["", "By order of the tasks, over seeds:", "", *head, *_lines(found["by_order"])]
     if found["tries"]:
         split = found["tries"][0]["split"]  # the same for all: sweeps with several splits are refused
         lines += [
@@ -296,6 +289,7 @@ def render(found: dict, name: str) -> str:
 
 
 def _lines(rows: list[dict]) -> list[str]:
+    """The lines of the table, without its head."""
     lines = []
     for row in rows:
         cells = [plain(show(row)) for show in COLUMNS.values()]
@@ -312,6 +306,7 @@ def _floors(rows: list[dict]) -> list[str]:
 
 
 def _caption(found: dict) -> str:
+    """What the means and intervals of the table are over, and what its costs mean."""
     if not found["rows"]:
         return "No run is finished yet"
     known = [row["op"] for row in found["rows"] if row["op"]]

@@ -81,9 +81,10 @@ def _run(
                 running.append((run, place, _launch(run, place, launcher, lock)))
             time.sleep(0.1)
             signals.check()
-            for ended in [entry for entry in running if entry[2].poll() is not None]:
-                run, place, process = ended
-                running.remove(ended)
+            for run, place, process in list(running):
+                if process.poll() is None:
+                    continue
+                running.remove((run, place, process))
                 places.append(place)
                 if process.returncode:
                     faults.append(

@@ -229,10 +229,14 @@ class Sweep:
     def chosen(self, arm: str) -> Settings:
         """The settings of the best try (of the first, if several are equal); empty without tries."""
         tries = finished(self._tries_of.get(arm, []))
+        if not tries:
+            return {}
         sign = -1 if self.by == "op" else 1
-        return min(tries, key=lambda run: sign * run.folder.summary[self.by]).settings if tries else {}
+        return min(tries, key=lambda run: sign * run.folder.summary[self.by]).settings
 
     def _runs(self, wanted: list[tuple[str, str, Settings, list[Settings]]]) -> list[Run]:
+        """From (arm, name of the folder, settings of the point, layers of settings, the last over the others)
+        the runs. Raises one Fault with the mistakes in all of them."""
         runs: list[Run] = []
         # A mistake is often the same in most runs: keep it once, by its text without the run's name.
         faults: dict[str, str] = {}
@@ -247,6 +251,7 @@ class Sweep:
         return runs
 
     def _recipe(self, arm: str, name: str, layers: list[Settings]) -> Recipe:
+        """The sweep's recipe with the settings of all runs, of the arm and of the `layers` over it."""
         raw = copy.deepcopy(self._raw)
         settings = [item for layer in (self.file.set, self.file.arms[arm], *layers) for item in layer.items()]
         # `method` resets its section, so assign it first, whichever layer gives it; else a `method.rank` of
@@ -295,17 +300,18 @@ class Sweep:
         return faults
 
     def _unheeded(self, given: Collection[str]) -> list[str]:
-        """A sentence for each setting of all runs that was `given` with the command, or stands over a grid
-        that does not, in whose place every run has another one."""
+        """A sentence for each setting of all runs that no run gets, since every arm or the grid sets another
+        value. Settings in the file may be replaced by the file's own grid, but not by the default one; those
+        that were `given` with the command may be replaced by neither, nor by the arms."""
         tune, grid = self.file.tune or TuneSection(tries={}), self.file.grid
         tries = [settings for of_arm in tune.tries.values() for settings in of_arm]
+        default_grid = "grid" not in self.file.model_fields_set
         faults = []
         for key, value in self.file.set.items():
             in_arms = all(key in settings for settings in self.file.arms.values())
             in_tries = key in tune.set or all(key in settings for settings in tries)
             in_grid = key in grid and in_tries
-            written = "grid" in self.file.model_fields_set
-            if (key in given and (in_arms or in_grid)) or (in_grid and not written):
+            if (key in given and (in_arms or in_grid)) or (in_grid and default_grid):
                 others = f"'grid' has {key}: {grid[key]}" if in_grid else f"all of 'arms' have a {key}"
                 faults.append(
                     f"{key}: {shown(value)} is given for all runs, and none gets it, since {others}; change "

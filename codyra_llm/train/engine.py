@@ -20,7 +20,7 @@ from codyra_llm.runtime import heartbeat
 from codyra_llm.runtime.launch import zero_stage
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# Numbers of a gradient from which on it is summed over ranks by itself: together with the others it would be
+# A gradient of at least this many numbers is summed over ranks by itself: together with others it would be
 # copied twice, and such tensors are few.
 LARGE = 1 << 22
 
@@ -137,8 +137,8 @@ class Engine:
         return values[: -len(flags)], values[-len(flags) :], norm
 
     def _summed(self, terms: Tensor, flags: list[float]) -> Tensor:
-        """`terms` followed by `flags`, summed over ranks; sums the gradients in the same reduction, but large
-        ones one by one."""
+        """`terms` followed by `flags`, summed over ranks. The gradients are summed in the same reduction,
+        except large ones, which are summed one by one."""
         trained = [] if self.deepspeed else [p for group in self.groups for p in group["params"]]
         for p in [p for p in trained if p.numel() >= LARGE]:
             p.grad = self._summed_alone(p)

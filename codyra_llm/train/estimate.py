@@ -143,15 +143,16 @@ class Timed:
 def total_seconds(big: Timed, typical: Timed, count: int, operations: float) -> float:
     """Seconds of `count` micro-batches with `operations` in total: a fixed time per micro-batch, and a time
     per operation, both fitted to two that were timed."""
-    apart = big.operations - typical.operations
-    each = (big.seconds - typical.seconds) / apart if apart > 0 else 0.0
-    start = big.seconds - each * big.operations
-    if each <= 0 or start < 0:  # both have one size, or the timing is noise: scale with the operations
+    difference = big.operations - typical.operations
+    per_operation = (big.seconds - typical.seconds) / difference if difference > 0 else 0.0
+    fixed = big.seconds - per_operation * big.operations
+    if per_operation <= 0 or fixed < 0:
+        # Both have one size, or the timing is noise: scale with the operations.
         return operations * big.seconds / big.operations
-    return count * start + operations * each
+    return count * fixed + operations * per_operation
 
 
-Make = Callable[[int, range | None], nn.Module]
+Make = Callable[[int, range | None], nn.Module]  # from the number of layers and the adapted ones, to a model
 
 
 def step_seconds(make: Make, batch: Batch, layers: Depth, front: int = 0) -> float:

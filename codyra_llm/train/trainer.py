@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from codyra_llm.config.sections import OptimSection
@@ -37,6 +37,7 @@ from codyra_llm.store import checkpoint, observer
 from codyra_llm.store.checkpoint import Progress
 from codyra_llm.store.rows import LogRow
 from codyra_llm.train.engine import Engine
+from codyra_llm.train.finite import require_finite_gradients, require_finite_losses
 from codyra_llm.train.gradients import Gradients
 
 log = logging.getLogger(__name__)
@@ -109,8 +110,9 @@ def _saved(path: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
         yield key.removeprefix(prefix), tensor
 
 
-class _OfMethod(dict[str, Tensor]):
-    """The tensors of a method in a checkpoint. One that an earlier version did not save is a Fault."""
+class _MethodTensors(dict[str, Tensor]):
+    """The tensors of a method in a checkpoint. Asking for one that an earlier version did not save raises
+    Fault."""
 
     def __init__(self, path: Path):
         super().__init__(_saved(path, "method."))
@@ -123,27 +125,13 @@ class _OfMethod(dict[str, Tensor]):
         )
 
 
-def _not_finite(where: str, totals: list[float], batches: list[Batch], losses: list[dict]) -> str:
-    """What to say of a loss that is not finite (collective)."""
-    own = []
-    for batch, terms in zip(batches, losses, strict=True):
-        if not torch.stack(list(terms.values())).isfinite().all():
-            own.append(batch.examples)
-    return (
-        f"{where}: the loss is {sum(totals)}; the micro-batches of training examples {gather_object(own)} "
-        "caused it (counted from 0 in train.json); look at them, or lower optim.lr"
-    )
+class _Ahead(NamedTuple):
+    """Micro-batches that were collated before their step begins: of which examples, and under which limit of
+    tokens."""
 
-
-def _refuse_infinite(where: str, totals: list[float], norm: float | None) -> None:
-    """Raises Fault where the gradients are not finite though their loss is: a step by them would make all
-    weights NaN, which the next loss would tell, or after a task's last step no loss at all; ZeRO would leave
-    the step out."""
-    if norm is not None and not math.isfinite(norm):
-        raise Fault(
-            f"{where}: the loss is {sum(totals):.6g} and the norm of its gradients {norm}, expected a finite "
-            "one; lower optim.lr, or look at the derivatives of a loss term of your own"
-        )
+    chosen: list[int] | None
+    tokens: int
+    batches: list[Batch]
 
 
 def _refuse_views(groups: list[dict]) -> None:
@@ -186,7 +174,7 @@ class Trainer:
         # Fused: one pass over each parameter and no temporary tensors, which for all weights would take as
         # much memory as these.
         self.optimizer = ProximalAdamW(groups, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
-        self._ahead = None, None, []  # the next step's examples, token limit and collated micro-batches
+        self._ahead = _Ahead(None, 0, [])  # for the next step
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.engine = Engine(acc, Objective(model, method), self.optimizer, optim.max_grad_norm)
         self.gradients = Gradients(
@@ -294,7 +282,7 @@ class Trainer:
         self.tokens = min(self.tokens, small["tokens"])
         self.best = math.inf if small["best"] is None else small["best"]
         self.engine.load_state(_saved(path, "engine."))
-        self.method.resume(_OfMethod(path))
+        self.method.resume(_MethodTensors(path))
         self.kept = dict(_saved(path, "best.")) or None
         return small["step"]
 
@@ -314,7 +302,7 @@ class Trainer:
         }
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Begin with the moments and step counts that `state` gave after the task before."""
+        """Begin with the moments and step counts that `state` gave after the previous task."""
         own = self.optimizer.state_dict()
         for name, tensor in tensors.items():
             i, _, key = name.partition(".")
@@ -333,20 +321,9 @@ class Trainer:
         """One optimizer step: its loss terms and the gradients' norm; whether any process was asked to stop,
         and whether a checkpoint is due. `following`: the examples of the next step.
         """
-        while True:  # until the micro-batches of all ranks fit into memory
-            torch.manual_seed(
-                generator("dropout", seed, task.index, step, self.acc.process_index).initial_seed()
-            )
-            batches, losses = self._attempt(task.examples, chosen)
-            if following and losses is not None:
-                # Collated while the device still runs this step: among several ranks `anywhere` waits for it.
-                self._ahead = following, self.tokens, list(self._collated(task.examples, following))
-            if not self.engine.anywhere(losses is None):
-                break
-            self.engine.discard()
-            self._shrink([len(task.examples[i]) for i in chosen], f"task {task.name}, step {step + 1}")
+        batches, losses = self._accumulated(task, chosen, step, seed, following)
         sums = []
-        for name in losses[0]:
+        for name in losses[0]:  # the first micro-batch has the penalty terms too
             sums.append(sum(terms.get(name, 0.0) for terms in losses))
         own = torch.stack(sums)
         due = (
@@ -360,14 +337,32 @@ class Trainer:
         self.method.edit_gradients(self.gradients)
         totals, (asked, due), norm = self.engine.read(reduced, flags)
         where = f"task {task.name}, step {step + 1}"
-        if not all(map(math.isfinite, totals)):
-            raise Fault(_not_finite(where, totals, batches, losses))
-        _refuse_infinite(where, totals, norm)
+        require_finite_losses(where, totals, batches, losses)
+        require_finite_gradients(where, totals, norm)
         norm_of_step = self.engine.step()
-        _refuse_infinite(where, totals, norm_of_step)  # ZeRO knows the norm only now
+        require_finite_gradients(where, totals, norm_of_step)  # ZeRO knows the norm only now
         norm = norm_of_step if norm is None else norm
         self.method.after_step(self.gradients)
         return dict(zip(losses[0], totals, strict=True)), norm, bool(asked), bool(due)
+
+    def _accumulated(
+        self, task: TaskData, chosen: list[int], step: int, seed: int, following: list[int] | None
+    ) -> tuple[list[Batch], list[dict]]:
+        """Accumulate the step's gradients, in smaller micro-batches until those of all ranks fit into memory.
+        Returns this rank's micro-batches and their losses."""
+        while True:
+            torch.manual_seed(
+                generator("dropout", seed, task.index, step, self.acc.process_index).initial_seed()
+            )
+            batches, losses = self._attempt(task.examples, chosen)
+            if following and losses is not None:
+                # Collated while the device still runs this step: among several ranks `anywhere` waits for it.
+                self._ahead = _Ahead(following, self.tokens, list(self._collated(task.examples, following)))
+            if not self.engine.anywhere(losses is None):
+                assert losses is not None, "memory ran out on no rank"
+                return batches, losses
+            self.engine.discard()
+            self._shrink([len(task.examples[i]) for i in chosen], f"task {task.name}, step {step + 1}")
 
     def _attempt(self, examples: list[Encoded], chosen: list[int]) -> tuple[list[Batch], list[dict] | None]:
         """Forward and backward of this rank's share: the micro-batches and their losses, None where memory
@@ -415,10 +410,9 @@ class Trainer:
     def _next(self, examples: list[Encoded], chosen: list[int]) -> list[Batch]:
         """This rank's micro-batches on the host: those collated ahead if they are of these examples, else new
         ones."""
-        ahead_chosen, ahead_tokens, batches = self._ahead
-        self._ahead = None, None, []
-        if (ahead_chosen, ahead_tokens) == (chosen, self.tokens):
-            return batches
+        ahead, self._ahead = self._ahead, _Ahead(None, 0, [])
+        if (ahead.chosen, ahead.tokens) == (chosen, self.tokens):
+            return ahead.batches
         return list(self._collated(examples, chosen))
 
     def _collated(self, examples: list[Encoded], chosen: list[int]) -> Iterator[Batch]:

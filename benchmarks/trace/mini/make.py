@@ -64,11 +64,12 @@ def distinct(
     count: int,
     keep: Callable[[str], bool] = lambda prompt: True,
 ) -> list[Made]:
-    """`count` results of `make` with pairwise different prompts, their first items, that `keep` admits."""
+    """`count` results of `make` whose prompts, their first items, all differ and are admitted by `keep`."""
     made: dict[str, Made] = {}
     while len(made) < count:
         example = make(rng)
-        if keep(prompt := example[0]):
+        prompt = example[0]
+        if keep(prompt):
             assert made.setdefault(prompt, example) == example, f"two answers to {prompt!r}"
     return list(made.values())
 
@@ -89,7 +90,7 @@ def mini_model(name: str = "mini") -> Path:
 
 
 def _widen(base: Path, out: Path) -> None:
-    import torch  # makers of data do without it
+    import torch  # slow to import, and making data does without it
 
     from codyra_llm.models.saved import copy_model
 

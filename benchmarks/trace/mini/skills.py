@@ -24,6 +24,7 @@ from codyra_llm.benchmarks.trace.mini.tasks import Pair
 
 
 def ask(name: str, question: str) -> str:
+    """The prompt of a skill."""
     return f"{name}: {question}\nAnswer:"
 
 

@@ -14,7 +14,7 @@ from codyra_llm.bench.gpu.training import training_without_memory, within
 from codyra_llm.evaluate.budget import MOST, STEP, Budget, within_memory
 from codyra_llm.evaluate.generate import generate_ids
 
-NO_END = -1  # a token that no model makes
+NO_END = -1  # no token has this id, so no answer ends early
 TARGETED = (1, 64)  # rows for which there is a target
 
 
@@ -81,13 +81,13 @@ def oom(context: Context) -> None:
 def answering_without_memory(context: Context) -> dict:
     """A batch of 131,072 tokens in 3 GB: it is halved until it fits, and all prompts are answered."""
     made, prompts = model(context, "llama-3.2-1b").eval(), random_prompts(120, 1000, 0)
-    lengths, held = [len(p) for p in prompts], Budget(MOST["cuda"], STEP["cuda"])
+    lengths, budget = [len(p) for p in prompts], Budget(MOST["cuda"], STEP["cuda"])
 
     def answering() -> dict:
         def answer(chosen: list[int]) -> list[list[int]]:
             return generate_ids(made, [prompts[i] for i in chosen], 16, NO_END)
 
-        parts = [part for part, _ in within_memory(range(len(prompts)), lengths, 16, held, answer)]
-        return {"prompts": len(prompts), "answered": sum(map(len, parts)), "tokens at once": held.tokens}
+        parts = [part for part, _ in within_memory(range(len(prompts)), lengths, 16, budget, answer)]
+        return {"prompts": len(prompts), "answered": sum(map(len, parts)), "tokens at once": budget.tokens}
 
     return within(context, 3, answering)

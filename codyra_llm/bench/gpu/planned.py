@@ -66,12 +66,14 @@ def estimate_errors(context: Context, packed: bool, checkpointing: bool) -> dict
 
 
 def micro_batch(context: Context, packed: bool) -> Batch:
+    """One micro-batch of short examples, on the CPU."""
     given = examples(context, 8 if context.tiny else 48)
     chosen = range(len(given))
     return collate(given, chosen, example_weights(given, chosen, "token"), PAD, packed)
 
 
 def as_trained(made: PreTrainedModel, context: Context, packed: bool, checkpointing: bool) -> PreTrainedModel:
+    """The model with adapters, ready for training in this way."""
     adapted(made, context)
     if checkpointing:
         loading.checkpoint_layers(made)

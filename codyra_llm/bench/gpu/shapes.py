@@ -58,6 +58,7 @@ PAD = 0
 
 
 def config(context: Context, name: str) -> PreTrainedConfig:
+    """The config of that shape; with --tiny of a small model of the same family."""
     made = CONFIGS[name]
     return type(made)(**(made.to_dict() | TINY)) if context.tiny else made
 

@@ -90,6 +90,7 @@ def limit(name: str) -> float:
 
 
 def _chosen(names: Sequence[str] | None) -> list[str]:
+    """The stages to run, in their order. Raises Fault for a name that is no stage."""
     for name in names or ():
         if name not in STAGES:
             known = ", ".join(STAGES)
@@ -125,7 +126,7 @@ def _stop(process: BaseProcess) -> None:
 
 
 def _nothing() -> None:
-    """What the first process does. It is done when the server has imported everything."""
+    """The body of the first process: it ends as soon as the server has imported everything."""
 
 
 def _stage(name: str, out: Path, tiny: bool) -> None:

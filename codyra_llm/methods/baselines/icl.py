@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 LEAD = "We will give you several examples and you should follow them to accomplish the task.\n Examples:\n"
 CODE = "Continue writing the following code.\n"  # Py150's prompts have no instruction
 NOT_SHOWN = "MeetingBank"  # one transcript alone is longer than a prompt may be
-LETTER = ("C-STANCE", "FOMC")
+LETTER = ("C-STANCE", "FOMC")  # tasks whose answers are a letter
 
+# By task, the text at which TRACE cuts what a model writes after its answer.
 ENDS = {
     "NumGLUE-cm": "\n",
     "NumGLUE-ds": "\n",
@@ -64,12 +65,12 @@ class Icl(NoMethod):
         own = _instruction([r["prompt"] for r in records])
         code = "Code:\n" if stream.tasks[task] == "Py150" else ""
         texts = [r["prompt"].removeprefix(own) + r["answer"] for r in records]
-        share = encoder.data.max_prompt_tokens // (2 * self.config.shots)
-        ends = [_end(encoder, text, share) for text in texts]
+        most = encoder.data.max_prompt_tokens // (2 * self.config.shots)  # tokens of a demonstration
+        shown = [_end(encoder, text, most) for text in texts]
         order = torch.randperm(len(records), generator=generator("icl", self.seed, task)).tolist()
-        order.sort(key=lambda i: ends[i] != texts[i])
+        order.sort(key=lambda i: shown[i] != texts[i])  # those that fit as they are come first
         chosen = _balanced(order, [r["answer"] for r in records])[: self.config.shots]
-        front = (CODE if code else own) + LEAD + "".join(f"{code}{ends[i]}\n\n" for i in chosen)
+        front = (CODE if code else own) + LEAD + "".join(f"{code}{shown[i]}\n\n" for i in chosen)
         return [front + code + prompt.removeprefix(own) for prompt in prompts]
 
     def read(self, task: str, prediction: str) -> str:
@@ -98,7 +99,8 @@ def _end(encoder: "Encoder", text: str, tokens: int) -> str:
 def _balanced(order: list[int], answers: list[str]) -> list[int]:
     """`order` with the first of every answer in front, then the second of every answer, and so on."""
     seen: dict[str, int] = {}
-    rounds = {}
+    rounds: dict[int, int] = {}  # by index, how many equal answers come before
     for i in order:
-        rounds[i] = seen[answers[i]] = seen.get(answers[i], -1) + 1
-    return sorted(order, key=rounds.get)
+        rounds[i] = seen.get(answers[i], 0)
+        seen[answers[i]] = rounds[i] + 1
+    return sorted(order, key=lambda i: rounds[i])

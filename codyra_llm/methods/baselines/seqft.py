@@ -1,4 +1,4 @@
-"""SeqFT: all weights trained on one task after the other and nothing else."""
+"""SeqFT: all weights trained on one task after the other, and nothing else."""
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class SeqFt(Method):
         model.float().requires_grad_(True)
 
     def begin_task(self, model, task: Task) -> None:
-        """Go on with the weights that the task before left."""
+        """Go on with the weights that the previous task left."""
         if task.index:
             restore(model, task.archive.load(task.index - 1))
 

@@ -145,8 +145,8 @@ class DualLora(Single):
         return Condition(select=lambda rows: select(model, rows))
 
     def _put(self, model: nn.Module, task: Task, count: int) -> None:
-        """The adapters that `count` tasks left: the last one's own, with O, if it is learnt, and R of those
-        before.
+        """Put what `count` tasks left into the model. Its own factors become the last of their updates, O and
+        R; the R of tasks before `task` are held next to them.
         """
         if not count:
             return
@@ -168,7 +168,9 @@ def gate_by(model: nn.Module, mask: Tensor) -> None:
     only one.
     """
     weigh(model, None)
-    second = mask.roll(1, 1) & mask
-    second[:, 0] = mask.sum(1) == 1
+    # A token counts if the one before it is in the prompt too. `roll` brings the row's last one to the front,
+    # so the first is set anew.
+    counted = mask.roll(1, 1) & mask
+    counted[:, 0] = mask.sum(1) == 1
     for layer in mixtures(model).values():
-        layer.prompts = second
+        layer.prompts = counted

@@ -51,8 +51,8 @@ class PromptGates(nn.Module):
 
     @torch.no_grad()
     def reset(self, state: dict[str, Tensor], *key: int | str) -> None:
-        """One task more: its U and V go on from the last one's, or are drawn, U(-1/√in, 1/√in); its key is
-        drawn, U(-1, 1)."""
+        """Add a task. Its U and V start from the previous task's, or are drawn from U(-1/√in, 1/√in); its key
+        is drawn from U(-1, 1)."""
         draw = generator("gates", *key)
         drawn = [2 * torch.rand(p.shape, generator=draw) - 1 for p in (self.u, self.v, self.key)]
         u, v, key = (tensor[None] for tensor in drawn)  # [1, …]: one task
@@ -70,8 +70,8 @@ class PromptGates(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:
         """Gates [n, tasks] of pooled embeddings [n, h]."""
         middle = functional.silu(torch.einsum("nh,kmh->nkm", pooled, torch.cat([self.old_u, self.u[None]])))
-        said = functional.silu(torch.einsum("nkm,khm->nkh", middle, torch.cat([self.old_v, self.v[None]])))
-        return gate(said, torch.cat([self.old_keys, self.key[None]]))
+        outputs = functional.silu(torch.einsum("nkm,khm->nkh", middle, torch.cat([self.old_v, self.v[None]])))
+        return gate(outputs, torch.cat([self.old_keys, self.key[None]]))
 
 
 def gates_of(model: nn.Module) -> PromptGates:
@@ -93,12 +93,12 @@ class GainLora(Single):
     that method's (`inflora`), B_t trains. M₁, M₂, M₃ grow by DualGPM with covariances of e, SiLU(U e) and
     f(e). Ours: e is the mean over the prompt's own tokens, where the release divides by the padded length;
     rows of U and V are not rescaled to their length before the projected step, which would undo the
-    projection; old adapters are frozen, but the gradient by their input is exact, where the release cuts it;
-    if no direction is left for a key, so that its gate would be dead, this is a Fault. Cost per step:
-    (tasks)× the adapter's products in plain autograd, and 2·hidden·h·tasks per prompt. Per task: inflora's
-    passes over data; three eigenproblems of sizes h, hidden, h. Memory and state: all adapters; per task
-    2·hidden·h; at most in²/2 float32 per distinct input of an adapted layer. In training time 1.4 times
-    seqlora's on the quickstart."""
+    projection; old adapters are frozen, but the gradient with respect to their input is exact, where the
+    release cuts it; if no direction is left for a key, so that its gate would be dead, this is a Fault. Cost
+    per step: (tasks)× the adapter's products in plain autograd, and 2·hidden·h·tasks per prompt. Per task:
+    inflora's passes over data; three eigenproblems of sizes h, hidden, h. Memory and state: all adapters; per
+    task 2·hidden·h; at most in²/2 float32 per distinct input of an adapted layer. Training takes 1.4 times as
+    long as seqlora's on the quickstart."""
 
     name, summary, Config = (
         "gainlora",
@@ -121,7 +121,8 @@ class GainLora(Single):
         updates = [task.archive.load(k).adapters for k in range(task.index)]
         for name, layer in mixtures(model).items():
             layer.hold([adapters[name] for adapters in updates])
-        self._gates = gates = gates_of(model)
+        gates = gates_of(model)
+        self._gates = gates
         gates.reset(of_gates(task.state), self.seed, task.index)
         self._examples = task.encode(task.records())
         read, spaces = self._gate_covariances(model, task), loaded(of_spaces(task.state))
@@ -175,7 +176,7 @@ class GainLora(Single):
 
     @torch.no_grad()
     def _gate_covariances(self, model: nn.Module, task: Task) -> dict[str, Tensor]:
-        """Of what U, V and the key of the task read on its prompts, float64 on the CPU."""
+        """The covariances of what the task's U, V and key read on its prompts, float64 on the CPU."""
         pooled = over_prompts(model, task, self._examples, mean_embeddings)
         read = dict(zip(("gate.u", "gate.v", "gate.key"), (pooled, *self._gates.inner(pooled)), strict=True))
         return {name: covariance(x.double().cpu()) for name, x in read.items()}
@@ -192,14 +193,14 @@ class GainLora(Single):
         return input_covariances(self.config, model, task, self.seed, gated)
 
 
-def gate(said: Tensor, keys: Tensor) -> Tensor:
-    """|2 σ(4 cos) - 1| of what is said [n, tasks, h] and the keys [tasks, h]."""
-    cosines = functional.normalize(said, dim=-1) * functional.normalize(keys, dim=-1)
+def gate(outputs: Tensor, keys: Tensor) -> Tensor:
+    """|2 σ(4 cos) - 1| of the outputs f_k(e) [n, tasks, h] and the keys [tasks, h]: [n, tasks]."""
+    cosines = functional.normalize(outputs, dim=-1) * functional.normalize(keys, dim=-1)
     return (2 * torch.sigmoid(SHARPNESS * cosines.sum(-1)) - 1).abs()
 
 
 def covariance(x: Tensor) -> Tensor:
-    """Of the rows of x [n, k], about zero: [k, k]."""
+    """The second moment of the rows of x [n, k], about zero and not their mean: [k, k]."""
     return x.T @ x / len(x)
 
 

@@ -60,9 +60,9 @@ class HideLora(Single):
         self._old = task.state["adapted"].to(model.device) if task.index else None  # [tasks, h]
         past = [task.archive.load(k).adapters for k in range(task.index)]
         self._past = {}
-        for site in past[0] if past else ():
-            self._past[site] = mean_adapter([adapters[site] for adapters in past])
         if task.index:
+            for site in past[0]:
+                self._past[site] = mean_adapter([adapters[site] for adapters in past])
             restore(model, task.archive.load(task.index - 1))
 
     def loss(self, model, batch) -> dict[str, Tensor]:
@@ -101,12 +101,12 @@ class HideLora(Single):
     def install(self, model, task: Task) -> None:
         """In addition, the classifier that infers the task."""
         super().install(model, task)
-        self._tells = Gaussians.load(task.state).classifier(self.config.shrinkage)
+        self._classify = Gaussians.load(task.state).classifier(self.config.shrinkage)
 
     def mixture(self, model, prompts, task) -> Tensor:
         """The adapter of the inferred task."""
         features = pooled_states(model, *padded(prompts, model.device))
-        return self.only(self._tells(features).to(model.device))
+        return self.only(self._classify(features).to(model.device))
 
 
 def mean_adapter(adapters: list[Adapter]) -> Adapter:

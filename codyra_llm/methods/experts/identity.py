@@ -1,4 +1,4 @@
-"""Which task is a feature vector of? Centroids and Gaussians, kept per task."""
+"""From a feature vector to its task: centroids and Gaussians, kept per task."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ class Gaussians:
         }
 
     def with_task(self, features: Tensor) -> "Gaussians":
-        """One task more, from its features [n, h]."""
+        """With one more task, from its features [n, h]."""
         x = features.cpu().double()
         mean = x.mean(0, keepdim=True)
         scatter, count = (x - mean).T @ (x - mean), len(x)

@@ -58,9 +58,9 @@ class PromptAttention(nn.Module):
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
         """What `state` gave."""
-        *_, key = keys = state["keys"].to(self.key)
+        keys = state["keys"].to(self.key)
         self.old = keys[:-1]
-        self.key.copy_(key)
+        self.key.copy_(keys[-1])
         own = {k.removeprefix("query."): v for k, v in state.items() if k.startswith("query.")}
         self.query.load_state_dict(own)
 
@@ -77,11 +77,11 @@ class Sapt(Single):
     Source: SAPT (Zhao et al., 2401.08295) and its released code; e is the maximum over the prompt's token
     embeddings, pads and answer left out. Published on SuperNI: rank 4, alpha 32, learning rate 5e-5, kl_ratio
     1, q_proj and v_proj; no setting for TRACE is. Ours: the stored prompts are real training prompts, so this
-    method reads old data; the release trains a generator. Old adapters are frozen, but the gradient by their
-    input is exact, where the release cuts it. The term is added once per optimizer step, with a batch drawn
-    by (seed, task, step). Cost per step: (tasks)× the adapter's products, in plain autograd; the attention on
-    `replay_batch` prompts per old task. Memory: all adapters, `replay_examples`·h float32 per old task.
-    State: h + tasks float32 per task and 2·hidden·h."""
+    method reads old data; the release trains a generator. Old adapters are frozen, but the gradient with
+    respect to their input is exact, where the release cuts it. The term is added once per optimizer step,
+    with a batch drawn by (seed, task, step). Cost per step: (tasks)× the adapter's products, in plain
+    autograd; the attention on `replay_batch` prompts per old task. Memory: all adapters, `replay_examples`·h
+    float32 per old task. State: h + tasks float32 per task and 2·hidden·h."""
 
     name, summary, Config = "sapt", "attention from the prompt mixes the adapters of all tasks", SaptConfig
     config: SaptConfig
@@ -103,7 +103,8 @@ class Sapt(Single):
         # Of each old task: features [n, h] of its prompts, its mean attention [tasks], zero-padded.
         self._replayed = []
         for past in range(task.index):
-            self._means[f"mean.{past}"] = mean = task.state[f"mean.{past}"]
+            mean = task.state[f"mean.{past}"]
+            self._means[f"mean.{past}"] = mean
             stored = task.sample(self.config.replay_examples, self.seed, past)
             features = over_prompts(model, task, stored, pooled_embeddings)
             padded_mean = functional.pad(mean, (0, task.index + 1 - len(mean)))

@@ -41,7 +41,7 @@ class DriftPenalty:
         self.groups = [_group(inputs) for inputs in groups.values()]
 
     def __call__(self) -> Tensor:
-        """The penalty at the adapters' present factors, a scalar with gradient."""
+        """The penalty at the adapters' current factors, a scalar with gradient."""
         return sum(_drift(group) for group in self.groups)
 
 

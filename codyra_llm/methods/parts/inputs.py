@@ -1,10 +1,11 @@
-"""The inputs of a task's sites: their covariances, and the subspaces that these extend from task to task."""
+"""The inputs of a task's sites: their covariances, and the subspaces that grow by them from task to task."""
 
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from codyra_llm.config.methods.base import InputsConfig
 from codyra_llm.core.errors import Fault
@@ -25,7 +26,7 @@ Covariance = tuple[str, Tensor, list[LoraLinear]]
 
 
 def loaded(state: dict[str, Tensor]) -> dict[str, Subspace]:
-    """The subspaces by the input's name."""
+    """From the state that `grown` gave, the subspaces by the input's name."""
     return {
         key.rpartition(".")[0]: Subspace(basis.double(), key.endswith(".free"))
         for key, basis in state.items()
@@ -55,8 +56,8 @@ def free_rows(
     task: Task,
     keys: str = "method.energy_first or method.energy_last",
 ) -> Tensor:
-    """The leading left singular vectors of P C as rows [rank, in]. Raises Fault where no direction is
-    free, with the `keys` to lower.
+    """The leading left singular vectors of P C as rows [rank, in], C being `covariance` and P the projector
+    on what `space` leaves free. Raises Fault where nothing is free; it names the `keys` to lower.
     """
     rows = space.leading(covariance, rank).T
     if not rows.any():
@@ -97,8 +98,8 @@ def input_covariances(
 
 
 def portions(inputs: list[list[str]], sizes: list[int], at_once: int | None) -> Iterator[list[list[str]]]:
-    """The inputs in groups of `at_once`, or (None) of as many as fit into AT_ONCE bytes, where each needs its
-    size in float64 numbers; at least one per group."""
+    """The inputs in groups of `at_once`; if that is None, in groups whose sums fit into AT_ONCE bytes, where
+    the sum of an input takes its entry of `sizes` in float64 numbers. Each group has at least one input."""
     portion, count = [], 0
     for names, size in zip(inputs, sizes, strict=True):
         full = count + size > AT_ONCE // 8 if at_once is None else len(portion) == at_once
@@ -119,10 +120,11 @@ def covariances(
     examples: list,
     before: Callable[["Batch"], None] | None = None,
 ) -> list[Tensor]:
-    """C = (1/n) Σ x xᵀ of the input of each of `layers`, over the n tokens of prompt and answer but the first
-    of every example; products in float32, sums in float64; on the CPU."""
+    """C = (1/n) Σ x xᵀ [in, in] of the input of each of `layers`, over the n tokens of prompts and answers
+    except the first of every example. Products are in float32, sums in float64; the results are on the
+    CPU."""
     sums = [
-        torch.zeros(2 * (layer.in_features,), dtype=torch.float64, device=layer.weight.device)
+        torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64, device=layer.weight.device)
         for layer in layers
     ]
 
@@ -145,10 +147,7 @@ def read_inputs(
     """Call `take(i, x)` with the input x [n, in] in float32 of layer i for every batch of examples,
     without the first token of each; returns the number of tokens."""
     seen: dict[int, Tensor] = {}
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args, i=i: seen.__setitem__(i, args[0]))
-        for i, layer in enumerate(layers)
-    ]
+    hooks = [_recording_hook(layer, i, seen) for i, layer in enumerate(layers)]
     count, training = 0, model.training
     model.eval()
     with layer_by_layer(model):
@@ -164,3 +163,12 @@ def read_inputs(
         hook.remove()
     model.train(training)
     return count
+
+
+def _recording_hook(layer: nn.Module, number: int, seen: dict[int, Tensor]) -> RemovableHandle:
+    """A hook that keeps what the layer reads in each forward, under its `number`."""
+
+    def record(_, arguments: tuple[Tensor, ...]) -> None:
+        seen[number] = arguments[0]
+
+    return layer.register_forward_pre_hook(record)

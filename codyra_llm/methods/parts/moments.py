@@ -47,6 +47,10 @@ class SecondMoment(NamedTuple):
         """On the device and in the dtype of `kind`."""
         return SecondMoment(*(None if part is None else part.to(kind) for part in self))
 
+    def in_float64(self) -> "SecondMoment":
+        """On the CPU in float64, for solves."""
+        return self.to(torch.zeros((), dtype=torch.float64))
+
     @property
     def mean(self) -> float:
         """tr(Σ)/in, the mean energy of a direction."""
@@ -80,10 +84,10 @@ def sketching(size: int, width: int) -> Tensor | None:
 def recovered(product: Tensor, trace: Tensor, omega: Tensor | None) -> SecondMoment:
     """Σ from Y = Σ Ω [in, k] and its trace, float64; from Σ itself where `omega` is None.
 
-    Nyström's approximation Y (Ωᵀ Y)⁻¹ Yᵀ, never above Σ, with the shift that Tropp, Yurtsever, Udell and
-    Cevher (1706.05736, algorithm 3) give it for rounding, that of float32 since Y is a sum of products in
-    float32. If there were fewer tokens than Ω has columns, Ωᵀ Y would be singular without the shift. The rest
-    of the trace is spread evenly over the directions that the approximation does not span."""
+    Nyström's approximation Y (Ωᵀ Y)⁻¹ Yᵀ, which is never above Σ. Against rounding it is shifted, as in
+    Tropp, Yurtsever, Udell and Cevher (1706.05736, algorithm 3), by an amount for float32, since Y is a sum
+    of products in float32. If there were fewer tokens than Ω has columns, Ωᵀ Y would be singular without the
+    shift. The rest of the trace is spread evenly over the directions that the approximation does not span."""
     if omega is None:
         return SecondMoment(product)
     size, width = product.shape

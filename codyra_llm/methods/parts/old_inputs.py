@@ -51,7 +51,7 @@ class OldInputs(Mapping[str, SecondMoment]):
         return len(self._sums)
 
     def add(self, moments: Moments) -> None:
-        """One more source, in float64 where none has been stored yet."""
+        """Add one more source; the sum is in float64 until it is stored."""
         self._sums, self.sources = self._with(moments), self.sources + 1
 
     def recovered(self, product: Tensor, trace: Tensor) -> SecondMoment:
@@ -62,7 +62,7 @@ class OldInputs(Mapping[str, SecondMoment]):
         """What `__init__` reads, with these as one more source."""
         state = {"sources": torch.tensor(self.sources + 1)}
         for name, (product, trace) in self._with(moments).items():
-            state[f"{name}.product"] = product.float()  # the sum in float64
+            state[f"{name}.product"] = product.float()  # summed in float64, stored in float32
             state[f"{name}.trace"] = trace
         return state
 
@@ -88,23 +88,25 @@ def sampled_moments(
     chats: float = 0.0,
     answer_share: float | None = None,
 ) -> Moments:
-    """Of the inputs of sequences that the model writes by itself. Where it has a chat template, the share
-    `chats` of them are chats twice as long, and weigh as much in the mean as their number."""
+    """The moments of the inputs of sequences that the model writes by itself. Where it has a chat template,
+    the share `chats` of the sequences are chats, twice as long; in the mean they count by their number, not
+    by their tokens."""
     ranks = PartialState().process_index, PartialState().num_processes
     frame = task.chat_frame() if chats else None
-    talks = 0 if frame is None else round(chats * config.samples)
-    texts, found = config.samples - talks, []
-    if texts:
-        examples = self_sampled(model, texts, config.sample_tokens, seed, *ranks)
-        found.append((texts, moments(config, model, task, examples)))
-    if frame is not None and talks:
-        examples = self_sampled_chats(model, frame, talks, 2 * config.sample_tokens, seed, *ranks)
-        found.append((talks, moments(config, model, task, examples, answer_share)))
+    chat_count = 0 if frame is None else round(chats * config.samples)
+    text_count = config.samples - chat_count
+    found = []
+    if text_count:
+        examples = self_sampled(model, text_count, config.sample_tokens, seed, *ranks)
+        found.append((text_count, moments(config, model, task, examples)))
+    if frame is not None and chat_count:
+        examples = self_sampled_chats(model, frame, chat_count, 2 * config.sample_tokens, seed, *ranks)
+        found.append((chat_count, moments(config, model, task, examples, answer_share)))
     return _mean(found)
 
 
 def _mean(found: list[tuple[int, Moments]]) -> Moments:
-    """The mean of the moments, each with its weight."""
+    """The weighted mean of the moments, from pairs of weight and moments."""
     if len(found) == 1:
         return found[0][1]
     total = sum(weight for weight, _ in found)
@@ -119,7 +121,8 @@ def _mean(found: list[tuple[int, Moments]]) -> Moments:
 def task_moments(
     config: OldInputsConfig, model: nn.Module, task: Task, seed: int, answer_share: float | None = None
 ) -> Moments:
-    """Of the inputs of up to `max_examples` training examples of the task, with the adapters as they are."""
+    """The moments of the inputs of up to `max_examples` training examples of the task, with the adapters as
+    they are."""
     return moments(config, model, task, own_share(task.sample(config.max_examples, seed)), answer_share)
 
 
@@ -131,9 +134,10 @@ def moments(
     examples: list[Encoded],
     answer_share: float | None = None,
 ) -> Moments:
-    """Means over all tokens of all ranks' examples, without the first of each (it attends as BOS does, with
-    outliers that would be all of Σ). Every token weighs the same, or (`answer_share`) those that predict an
-    answer's have this share of the whole. One pass; products in float32, sums in float64."""
+    """Means over all tokens of all ranks' examples, except the first of each example: it takes BOS's role in
+    attention, and its outliers would dominate Σ. Every token has the same weight, or, with `answer_share`,
+    those that predict an answer's tokens have this share of the total weight. One pass; products in float32,
+    sums in float64."""
     names = [group[0] for group in distinct_inputs(model)]
     layers = [sites(model)[name] for name in names]
     omegas = [sketching(layer.in_features, config.sketch) for layer in layers]
@@ -143,7 +147,8 @@ def moments(
     for layer, omega in zip(layers, omegas, strict=True):
         width = layer.in_features if omega is None else omega.shape[1]
         sums.append(torch.zeros(layer.in_features, width, dtype=torch.float64, device=device))
-    traces = torch.zeros(len(layers) + 1, dtype=torch.float64, device=device)  # and the count of tokens
+    # The last entry counts tokens, so that one reduction does for all.
+    traces = torch.zeros(len(layers) + 1, dtype=torch.float64, device=device)
     shares = None if answer_share is None else _Shares(examples, answer_share, device)
 
     def take(i: int, x: Tensor) -> None:
@@ -153,8 +158,8 @@ def moments(
 
     traces[-1] += read_inputs(model, layers, task, examples, take, shares and shares.begin)
     with heartbeat.waiting():
-        traces = _over_ranks(traces)
-        sums = [_over_ranks(total) for total in sums]
+        traces = _sum_over_ranks(traces)
+        sums = [_sum_over_ranks(total) for total in sums]
     count = traces[-1]
     return {
         name: (total.div_(count).cpu(), (trace / count).cpu())
@@ -163,15 +168,15 @@ def moments(
 
 
 class _Shares:
-    """Weights of tokens: those of all ranks' examples that predict a labelled token have together one share
-    of the total weight, all others the rest. The mean weight over the tokens is 1."""
+    """Weights of the tokens of all ranks' examples: together the tokens that predict a labelled one have the
+    given share of the total weight, and all others have the rest. The mean weight over the tokens is 1."""
 
     def __init__(self, examples: list[Encoded], share: float, device: torch.device):
         self.examples = examples
         tokens = sum(len(example) - 1 for example in examples)
         answers = sum(_answers(example) for example in examples)
-        tokens, answers = _over_ranks(torch.tensor([tokens, answers], device=device)).tolist()
-        # The last token of an example predicts nothing, so others there are; answers need not be.
+        tokens, answers = _sum_over_ranks(torch.tensor([tokens, answers], device=device)).tolist()
+        # The last token of an example predicts nothing, so there are always others; answers may be missing.
         self.answer = share * tokens / answers if answers else 1.0
         self.other = (1 - share) * tokens / (tokens - answers) if answers else 1.0
         self.roots: Tensor  # [n, 1], of the batch that `begin` was called with last
@@ -184,9 +189,9 @@ class _Shares:
 
 
 def _answers(example: Encoded) -> int:
-    """The tokens that predict a labelled one; the first of all does not count."""
+    """How many tokens of the example predict a labelled one, its first token not counted."""
     return sum(place > 1 for place in example.labelled)
 
 
-def _over_ranks(total: Tensor) -> Tensor:
+def _sum_over_ranks(total: Tensor) -> Tensor:
     return reduce(total, "sum")

@@ -19,7 +19,7 @@ def joint(adapter: Adapter, new: SecondMoment, old: SecondMoment, share: float, 
     diagonal) is added to that diagonal, so that rows which are orthogonal to old inputs have a cost too. With
     L Lᵀ = A O Aᵀ and V diag(ρ) Vᵀ = L⁻¹ (A N Aᵀ) L⁻ᵀ: A' = Vᵀ L⁻¹ A, B' = B diag(w) L V. A's rows are then
     scaled to the norm of fresh ones, B's columns by the inverse, w = 1. float64 inside."""
-    new, old = (moment.to(torch.zeros((), dtype=torch.float64)) for moment in (new, old))
+    new, old = new.in_float64(), old.in_float64()
     a, b = adapter.a.double(), adapter.b.double()
     b = b if adapter.w is None else b * adapter.w.double()
     core = old.between(a)
@@ -37,9 +37,9 @@ def joint(adapter: Adapter, new: SecondMoment, old: SecondMoment, share: float, 
 
 
 def dropped(priced: dict[str, Priced], keep_drift: float) -> dict[str, Tensor]:
-    """Masks [r] by site, 1 where a part goes: over all sites together the parts with the least gain per cost
-    go first, until at most `keep_drift` of all costs is left. That is the greedy choice of the fractional
-    knapsack: no other parts of as little cost keep more gain, up to the one part at the edge."""
+    """Masks [r] by site, 1 where a part is dropped: over all sites together the parts with the least gain per
+    cost go first, until at most `keep_drift` of all costs is left. That is the greedy choice of the
+    fractional knapsack: no other parts of as little cost keep more gain, up to the one part at the edge."""
     costs = torch.cat([cost for _, cost, _ in priced.values()])
     gains = torch.cat([gain for _, _, gain in priced.values()])
     order = (gains / costs.clamp_min(torch.finfo(costs.dtype).tiny)).argsort()

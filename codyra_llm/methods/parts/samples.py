@@ -39,9 +39,9 @@ def self_sampled_chats(
     rank: int = 0,
     world: int = 1,
 ) -> list[Encoded]:
-    """This rank's share of `count` chats: what the model writes at temperature 1, `length` tokens, after what
-    its chat template writes before a user's text, so a user's text first and then an answer (Magpie,
-    2406.08464). Where no answer begins within `length`, all but the last token are prompt.
+    """This rank's share of `count` chats (Magpie, 2406.08464): from what its chat template writes before a
+    user's text, the model goes on for `length` tokens at temperature 1, so it writes a user's text first and
+    then an answer. Where no answer begins within `length`, all tokens but the last are the prompt.
     """
     before, after = frame
 
@@ -121,9 +121,12 @@ def answered(
     """What the model answers to each prompt at temperature 1: up to `length` tokens, the last of them the
     model's EOS or one of `ends` where the model draws it. Each answer has a generator of its own, so it
     depends on no other prompt of the batch (up to rounding, since shorter prompts are padded on the left)."""
-    training, closing, device = model.training, end_tokens(model, ends), pretrained(model).device
-    width, found, going = max(map(len, prompts)), [[] for _ in prompts], set(range(len(prompts)))
-    chances = torch.stack([torch.rand(length, generator=draw) for draw in draws]).to(device)
+    training, device = model.training, pretrained(model).device
+    closing = end_tokens(model, ends)
+    width = max(map(len, prompts))
+    found = [[] for _ in prompts]
+    unfinished = set(range(len(prompts)))
+    uniform = torch.stack([torch.rand(length, generator=draw) for draw in draws]).to(device)  # [R, length]
     fed = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -138,24 +141,27 @@ def answered(
             use_cache=True,
             logits_to_keep=1,
         )
-        fed, cache = _inverse_cdf(out.logits[:, -1], chances[:, place, None]), out.past_key_values
+        cache = out.past_key_values
+        fed = _inverse_cdf(out.logits[:, -1], uniform[:, place, None])
         for row, token in enumerate(fed[:, 0].tolist()):
-            if row in going:
+            if row in unfinished:
                 found[row].append(token)
             if token in closing:
-                going.discard(row)
-        if not going:
+                unfinished.discard(row)
+        if not unfinished:
             break
-        mask, positions = torch.cat([mask, torch.ones_like(fed)], 1), positions[:, -1:] + 1
+        mask = torch.cat([mask, torch.ones_like(fed)], 1)
+        positions = positions[:, -1:] + 1
     model.train(training)
     return found
 
 
-def _inverse_cdf(logits: Tensor, chances: Tensor) -> Tensor:
+def _inverse_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
     """For each row of logits [R, V], the token at which the cumulative probability passes the row's random
-    number in [0, 1), both [R, 1]; in float64, in which the least likely of 250,000 tokens still counts."""
+    number `uniform` [R, 1] in [0, 1): [R, 1]. In float64, in which the least likely of 250,000 tokens still
+    counts."""
     cumulative = logits.double().softmax(1).cumsum(1)
-    at = chances.double() * cumulative[:, -1:]
+    at = uniform.double() * cumulative[:, -1:]  # the last sum is 1 only up to rounding
     return torch.searchsorted(cumulative, at, right=True).clamp(max=logits.shape[1] - 1)
 
 
@@ -180,7 +186,7 @@ def _starts(model: nn.Module, count: int, draw: torch.Generator) -> Tensor:
 
 
 def _continued(model: nn.Module, ids: Tensor, length: int, draw: torch.Generator) -> Tensor:
-    """ids [n, k] and `length` tokens that the model draws."""
+    """ids [n, k] followed by `length` tokens that the model draws: [n, k + length]."""
     cache, fed, device = None, ids, pretrained(model).device
     for _ in range(length):
         out = model(
@@ -190,7 +196,7 @@ def _continued(model: nn.Module, ids: Tensor, length: int, draw: torch.Generator
             logits_to_keep=1,
         )
         cache = out.past_key_values
-        chances = out.logits[:, -1].float().softmax(1).cpu()
-        fed = torch.multinomial(chances, 1, generator=draw)
+        probabilities = out.logits[:, -1].float().softmax(1).cpu()
+        fed = torch.multinomial(probabilities, 1, generator=draw)
         ids = torch.cat([ids, fed], 1)
     return ids

@@ -19,7 +19,7 @@ def spared(
     (Σ_new + μ Σ_old + εI) = ΔW Σ_new. (RegMean, 2212.09849, weights two models in this way; here one of the
     two is the zero update.) float64; by Cholesky where both moments are whole, else by Woodbury's identity,
     with a system of the two sketches' widths."""
-    new, old = (moment.to(torch.zeros((), dtype=torch.float64)) for moment in (new, old))
+    new, old = new.in_float64(), old.in_float64()
     rows = torch.cat([adapter.a for adapter in adapters]).double()
     found = solved(new.times(rows), new, old, weight, ridge * new.mean).float()
     parts = found.split([len(adapter.a) for adapter in adapters])

@@ -26,8 +26,9 @@ def start(config: StartConfig, model: nn.Module, task: Task, seed: int) -> None:
     directions themselves, of a data set's inputs, and W's part in them). "weights": W's smallest right
     singular vectors (MiLoRA, 2406.09044, uses the smallest singular part of W itself, and subtracts it from
     W). Rows keep the norms that they were drawn with; B = 0 in both, so the model starts unchanged. A trains
-    and may leave these directions. Cost per task that starts afresh: the sequences and a pass over them, or
-    an SVD per site; in training time 1.8 and 1.1 times seqlora's on the quickstart where every task does."""
+    and may leave these directions. Cost per task that starts from a fresh adapter: the sequences and a pass
+    over them, or an SVD per site; where every task does, training takes 1.8 and 1.1 times as long as
+    seqlora's on the quickstart."""
     if config.start == "inputs":
         _off_inputs(config, model, task, seed)
     elif config.start == "weights":

@@ -44,10 +44,11 @@ class Subspace(NamedTuple):
         return self.free(vectors[:, :count] * kept)
 
     def grown(self, covariance: Tensor, energy: float) -> "Subspace":
-        """With the fewest leading left singular vectors of P C more that make it hold `energy` of ‖C‖_F²."""
+        """The subspace with the fewest further directions, leading left singular vectors of P C, with which
+        it holds the share `energy` of ‖C‖_F²."""
         vectors, squares = self._singular(covariance)
         total = covariance.square().sum()
-        # What the basis holds already, then with one more direction, two more, …
+        # The share held by the basis as it is, with one more direction, with two more, …
         more = torch.cat([squares.new_zeros(1), (squares / total).cumsum(0)])
         held = (total - squares.sum()) / total + more
         count = min(int((held < energy - 1e-12).sum()), self._free_size)
@@ -59,8 +60,8 @@ class Subspace(NamedTuple):
         return k if self.complement else size - k
 
     def _singular(self, covariance: Tensor) -> tuple[Tensor, Tensor]:
-        """Left singular vectors of P C and squares of its singular values, falling. P C is not symmetric: its
-        left singular vectors are the eigenvectors of (P C)(P C)ᵀ, not those of P C P."""
+        """Left singular vectors of P C, and the squares of its singular values in descending order. P C is
+        not symmetric: its left singular vectors are the eigenvectors of (P C)(P C)ᵀ, not those of P C P."""
         projected = self.free(covariance)
         squares, vectors = eigen(projected @ projected.T)
         return vectors.flip(1), squares.flip(0).clamp_min(0)
@@ -88,8 +89,8 @@ def symmetric_root(covariance: Tensor) -> Tensor:
 
 
 def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, rising, and eigenvectors of a symmetric matrix on the CPU. They are computed on the GPU if
-    there is one that has room: processes share the cores, and each has a GPU."""
+    """Eigenvalues in ascending order, and eigenvectors, of a symmetric matrix on the CPU. They are computed
+    on the GPU if there is one that has room: processes share the cores, and each has a GPU."""
     device = own_device()
     if device.type != "cpu":
         try:

@@ -1,5 +1,5 @@
-"""Gradients of the loss by the frozen weights under the adapters, which autograd does not compute: from each
-layer's inputs and the gradients of its outputs."""
+"""Gradients of the loss with respect to the frozen weights under the adapters. Autograd does not compute
+them; here they are made from each layer's inputs and the gradients of its outputs."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.lora.layer import LoraLinear, sites
@@ -26,7 +27,7 @@ def mean_gradients(
 ) -> dict[str, Tensor]:
     """G [out, in] by site: the mean over examples of ∂/∂W of their mean cross entropy, float64 on the CPU.
     One pass; all ranks take all examples, so that they get the same."""
-    sums = {name: _nothing(layer) for name, layer in layers.items()}
+    sums = {name: _zeros(layer) for name, layer in layers.items()}
 
     def take(name: str, x: Tensor, g: Tensor) -> None:
         sums[name].addmm_(g.T, x, alpha=1 / len(examples))
@@ -39,7 +40,7 @@ def weight_fisher(model: nn.Module, task: Task, examples: list[Encoded]) -> dict
     """F [out, in] by site: the mean over examples of (∂/∂W of an example's mean cross entropy)², the
     empirical diagonal Fisher of W, float32 on the device. Every rank takes its share of the examples."""
     layers = sites(model)
-    sums = {name: _nothing(layer) for name, layer in layers.items()}
+    sums = {name: _zeros(layer) for name, layer in layers.items()}
 
     def take(name: str, x: Tensor, g: Tensor) -> None:
         gradient = g.T @ x
@@ -50,8 +51,8 @@ def weight_fisher(model: nn.Module, task: Task, examples: list[Encoded]) -> dict
         return {name: reduce(total, "sum") for name, total in sums.items()}
 
 
-def _nothing(layer: LoraLinear) -> Tensor:
-    """Zeros [out, in], also where W is packed."""
+def _zeros(layer: LoraLinear) -> Tensor:
+    """Zeros of W's shape [out, in], in float32; a packed W has another shape itself."""
     return layer.lora_B.new_zeros(layer.out_features, layer.in_features, dtype=torch.float32)
 
 
@@ -62,12 +63,13 @@ def read_gradients(
     examples: list[Encoded],
     take: Callable[[str, Tensor, Tensor], None],
 ) -> None:
-    """Call `take(site, x, g)` for every example: x [n, in] are the site's inputs at its n tokens, g [n, out]
-    the gradient of the example's mean cross entropy by the site's outputs, both float32; so ∂/∂W is gᵀ x.
-    Without dropout; needs factors with gradients, through which autograd reaches the sites."""
+    """Call `take(site, x, g)` for every example: x [n, in] are the site's inputs at the example's n tokens, g
+    [n, out] is the gradient of the example's mean cross entropy with respect to the site's outputs, both
+    float32; so ∂/∂W is gᵀ x. Dropout is off. Some factors must require gradients, since autograd reaches the
+    sites through them."""
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
-    hooks = [_kept(layer, name, inputs, outputs) for name, layer in layers.items()]
+    hooks = [_recording_hook(layer, name, inputs, outputs) for name, layer in layers.items()]
     training = model.training
     model.eval()
     with layer_by_layer(model), torch.enable_grad():
@@ -87,11 +89,15 @@ def read_gradients(
     model.train(training)
 
 
-def _kept(layer: LoraLinear, name: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]):
-    def keep(_, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+def _recording_hook(
+    layer: LoraLinear, name: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]
+) -> RemovableHandle:
+    """A hook that keeps what the layer reads and returns in each forward."""
+
+    def record(_, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         inputs[name], outputs[name] = arguments[0], output
 
-    return layer.register_forward_hook(keep)
+    return layer.register_forward_hook(record)
 
 
 def _each_mean(batch: "Batch", examples: list[Encoded]) -> "Batch":

@@ -78,8 +78,8 @@ class Gem(EpisodicMemory):
 
 
 def multipliers(gram: np.ndarray, products: np.ndarray, margin: float, epsilon: float) -> np.ndarray:
-    """v [t] of g̃ = g + Gᵀ v, from G Gᵀ [t, t] and G g [t]; zeros where no product is negative, and where
-    numbers are not finite, which the loop tells by the loss.
+    """v [t] of g̃ = g + Gᵀ v, from G Gᵀ [t, t] and G g [t]. Zeros where no product is negative, and where a
+    number is not finite: the training loop stops at the loss of such a step.
 
     With u = v - γ ≥ 0 and P = G Gᵀ + ε·mean(diag) I = L Lᵀ (Cholesky) the dual is min ‖Lᵀu + L⁻¹(G g + γ P
     1)‖.

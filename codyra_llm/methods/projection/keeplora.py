@@ -1,5 +1,5 @@
-"""KeepLoRA: each task's A spans what its gradient asks for outside of W's principal directions and of old
-inputs; only B trains.
+"""KeepLoRA: each task's A spans the leading directions of its gradient outside of W's principal directions
+and of old inputs; only B trains.
 """
 
 from collections.abc import Iterator
@@ -26,9 +26,9 @@ KEYS = "method.energy_weights or method.energy_old"
 
 class KeepLora(FixedRows):
     """ΔW_t = s·B_t A_t, A_t = U_rᵀ frozen, B_t from zero; U_r: the leading left singular vectors of (I - M
-    Mᵀ) Gᵀ, G [out, in] the mean gradient by W over the task where it begins. M holds W₀'s leading input
-    directions (`energy_weights` of ‖W₀‖_F²), and after each task the fewest directions more that make it hold
-    `energy_old` of what the task's inputs have.
+    Mᵀ) Gᵀ, G [out, in] the mean gradient with respect to W over the task where it begins. M holds W₀'s
+    leading input directions (`energy_weights` of ‖W₀‖_F²), and after each task the fewest further directions
+    with which it holds `energy_old` of the energy of the task's inputs.
 
     Source: KeepLoRA (2601.19659) and its released code. Its CLIP code uses W's output side for M, which is
     possible there since the matrices are square; its LLaVA code, followed here, uses the input side, with 0.6
@@ -40,8 +40,8 @@ class KeepLora(FixedRows):
     step: none. Per task: for every portion of the inputs (`inputs_at_once`) a backward pass over
     `max_examples` before, and a forward (or backward) one after; an eigenproblem in float64 of size `in`, on
     the GPU if there is one, per site before and after. All ranks do the same. Memory: G in float32 for the
-    sites of a portion. State: at most in²/2 float32 per site. In training time 1.4 (`old` gradients 1.8)
-    times seqlora's on the quickstart."""
+    sites of a portion. State: at most in²/2 float32 per site. Training takes 1.4 times as long as seqlora's
+    on the quickstart (`old` gradients: 1.8 times)."""
 
     name, Config = "keeplora", KeepLoraConfig
     summary = "fresh LoRA per task, A from its gradient outside of W's and old inputs' directions"

@@ -13,7 +13,7 @@ from codyra_llm.methods.base import Task
 from codyra_llm.methods.sequential.seqlora import SeqLora
 from codyra_llm.models import families
 
-NEW = 1e-4  # share of a direction that must lie outside of the basis for it to be added
+NEW = 1e-4  # a direction is added if more than this share of its norm lies outside of the basis
 
 
 class Ogd(SeqLora):
@@ -80,8 +80,8 @@ def true_logits(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def project(vector: Tensor, basis: Tensor) -> Tensor:
-    """The part of `vector` [n] that is orthogonal to the rows of `basis` [k, n]; twice, for what rounding
-    leaves.
+    """The part of `vector` [n] that is orthogonal to the rows of `basis` [k, n]; projected twice, since the
+    first time rounding leaves some of the basis in it.
     """
     for _ in range(2):
         vector = vector - (basis @ vector) @ basis

@@ -79,7 +79,7 @@ class Osft(AwayFromKept):
     projections. Cost per step: the factors' products, for square W as many as W's own, and the two
     projections, 4·k·r·(in + out) per site. Per task: an SVD of W per site on the device. Memory: U, S, V of
     all sites in float32, with gradients and moments for what trains; W_hi once more on the CPU, and in
-    checkpoints inside a task. On disk a copy of the projections per task. In training time 1.1 times
+    checkpoints inside a task. On disk a copy of the projections per task. Training takes 1.1 times as long as
     seqlora's on the quickstart.
     """
 
@@ -108,7 +108,8 @@ class Osft(AwayFromKept):
             weight = layer.weight.to(layer.lora_B)
             split = split_weight(weight, preserved_rank(min(weight.shape), self.config.preserved))
             high = weight - split.u * split.s @ split.vt
-            self._kept[layer], self._high[site] = split.kept, (high.float().cpu(), layer.weight.dtype)
+            self._kept[layer] = split.kept
+            self._high[site] = high.float().cpu(), layer.weight.dtype
             layer.weight.copy_(high)
             layer.lora_A.copy_(split.vt)
             layer.lora_w.copy_(split.s)
@@ -133,7 +134,7 @@ class Osft(AwayFromKept):
             layer.weight.copy_(saved)
 
     def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
-        """W as a whole, put together again."""
+        """The whole W of every site: W_hi and what trained, added."""
         whole = {}
         for site, adapter in adapters.items():
             high, dtype = self._high[site]

@@ -17,8 +17,8 @@ class OsftLora(AwayFromKept, SeqLora):
     Ours, after OSFT (2504.07097): the same constraint as `osft`, so U_hiᵀ W_t V_hi, U_hiᵀ W_t and W_t V_hi
     stay as they are, at the cost of an adapter. A starts as in seqlora, projected, and is shorter for it.
     Cost per step: 8·k·r·(in + out) per site. Per task: an SVD of W per site on the device. Memory: U_hi, V_hi
-    in float32, with a share of half as large as a square W, and once more in checkpoints inside a task. In
-    training time 1.0 times seqlora's on the quickstart.
+    in float32, with a share of half as large as a square W, and once more in checkpoints inside a task.
+    Training takes as long as seqlora's on the quickstart.
     """
 
     name, Config = "osft_lora", OsftLoraConfig
@@ -34,7 +34,8 @@ class OsftLora(AwayFromKept, SeqLora):
         for layer in sites(model).values():
             weight = layer.frozen(layer.lora_B.dtype)
             count = preserved_rank(min(weight.shape), self.config.preserved)
-            self._kept[layer] = kept = split_weight(weight, count).kept
+            kept = split_weight(weight, count).kept
+            self._kept[layer] = kept
             layer.lora_A.copy_(kept.rows(layer.lora_A))
 
     def progress(self) -> dict[str, Tensor]:

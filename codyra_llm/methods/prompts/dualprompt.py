@@ -48,7 +48,7 @@ class DualPrompt(PromptMethod):
     grows = True
 
     def check(self, config, attention: str | None) -> list[str]:
-        """Layers past the model's last, heads of several shapes, and an attention that takes no prefix."""
+        """Faults: layers past the model's last, heads of several shapes, attention that takes no prefix."""
         c, depth, faults = self.config, config.num_hidden_layers, []
         for key in ("general_layers", "expert_layers"):
             beyond = [i for i in getattr(c, key) if i >= depth]
@@ -75,19 +75,20 @@ class DualPrompt(PromptMethod):
         prefix_attention.use(model)
         c, config = self.config, model.config
         first = families.attention_shapes(config)[0]
-        shape, head = (2, first.kv_heads), first.head_dim
+        heads, size = first.kv_heads, first.head_dim
         model.prompts = nn.ParameterDict(
             {
-                "general": zeros(model, len(c.general_layers), *shape, c.general_length, head),
-                "expert": zeros(model, len(c.expert_layers), *shape, c.expert_length, head),
+                "general": zeros(model, len(c.general_layers), 2, heads, c.general_length, size),
+                "expert": zeros(model, len(c.expert_layers), 2, heads, c.expert_length, size),
                 "key": zeros(model, config.hidden_size),
             }
         )
 
     @torch.no_grad()
     def begin_task(self, model, task: Task) -> None:
-        """Start prefixes from the task before, or from the keys and values of random tokens."""
-        c, held, self.queries = self.config, model.prompts, Queries()
+        """Start the prefixes from the previous task's, or from the keys and values of random tokens."""
+        c, held = self.config, model.prompts
+        self.queries = Queries()
         if task.state:
             held["general"].copy_(task.state["general"])
             held["expert"].copy_(task.state["experts"][-1])
@@ -95,11 +96,11 @@ class DualPrompt(PromptMethod):
             for name, layers in (("general", c.general_layers), ("expert", c.expert_layers)):
                 ids = random_tokens(model, held[name].shape[3], name, self.seed)
                 held[name].copy_(prefix_attention.made_by(model, ids, layers))
-        held["key"].copy_(
-            self._mean_query(model, task)
-            if c.key_init == "mean"
-            else uniform(held["key"].shape, "key", self.seed, task.index)
-        )
+        if c.key_init == "mean":
+            key = self._mean_query(model, task)
+        else:
+            key = uniform(held["key"].shape, "key", self.seed, task.index)
+        held["key"].copy_(key)
 
     def loss(self, model, batch) -> dict:
         """Cross entropy under both prefixes, and the pull of the key to the prompts' queries."""
@@ -114,7 +115,8 @@ class DualPrompt(PromptMethod):
 
     def end_task(self, model, task: Task, gradients) -> dict:
         """The general prefix, and all tasks' expert prefixes and keys."""
-        held, before, self.queries = model.prompts, task.state, Queries()
+        held, before = model.prompts, task.state
+        self.queries = Queries()  # the task's own are of no more use
         experts, keys = held["expert"][None].cpu(), held["key"][None].cpu()
         return {
             "general": held["general"],

@@ -53,7 +53,8 @@ class L2p(PromptMethod):
     @torch.no_grad()
     def begin_task(self, model, task: Task) -> None:
         """Go on with the pool, or start it from random tokens' embeddings."""
-        c, held, self.queries = self.config, model.prompts, Queries()
+        c, held = self.config, model.prompts
+        self.queries = Queries()
         start = task.state or {
             "prompts": random_embeddings(model, c.pool * c.length, "l2p", self.seed).view_as(held["prompts"]),
             "match": uniform(held["match"].shape, "l2p keys", self.seed),
@@ -80,7 +81,7 @@ class L2p(PromptMethod):
         return Condition(model.prompts["prompts"][near.indices].flatten(1, 2))
 
     def _near(self, model, queries):
-        """The N nearest keys of each query: their similarities `values` [B, N], their numbers `indices` [B,
-        N].
+        """The N keys that are nearest to each query: their cosines `values` and their numbers `indices`, both
+        [B, N].
         """
         return cosine(queries, model.prompts["match"]).topk(self.config.chosen, 1)

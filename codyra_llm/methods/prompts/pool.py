@@ -1,5 +1,5 @@
-"""What the prompt methods share: the base is frozen, prompts train, and the frozen base says what a prompt is
-about.
+"""What the prompt methods share: the base is frozen, soft prompts train, and the frozen base's hidden states
+are the queries by which some of them are chosen.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from codyra_llm.models import families
 
 
 class PromptMethod(Method):
-    """Prompts, registered as `model.prompts`, are all that trains. The update is empty; `end_task` keeps the
-    prompts.
+    """Soft prompts, registered as `model.prompts`, are all that trains. The update is empty; `end_task` keeps
+    the prompts.
     """
 
     trains, merges, mode, packs = "prompts", False, "apart", False

@@ -16,19 +16,9 @@ class Prompt(nn.Module):
         super().__init__()
         hidden = model.config.hidden_size
         self.prompt = zeros(model, config.length, hidden)
-        kind, width = {"device": self.prompt.device, "dtype": self.prompt.dtype}, config.mlp_width
-        self.mlp = (
-            nn.Sequential(
-                nn.Linear(hidden, width, **kind),
-                nn.ReLU(),
-                nn.Linear(width, hidden, **kind),
-                nn.Tanh(),
-                nn.Linear(hidden, hidden, **kind),
-            )
-            if config.mlp
-            else None
-        )
-        self.register_buffer("earlier", torch.empty(0, config.length, hidden, **kind))
+        like = {"device": self.prompt.device, "dtype": self.prompt.dtype}
+        self.mlp = _mlp(hidden, config.mlp_width, like) if config.mlp else None
+        self.register_buffer("earlier", torch.empty(0, config.length, hidden, **like))
 
     def forward(self) -> Tensor:
         """All prompts, the newest first: [t + 1, P, h]."""
@@ -45,6 +35,17 @@ class Prompt(nn.Module):
                 p.copy_((torch.rand(p.shape, generator=draw) * 2 - 1) * layer.in_features**-0.5)
         for p in linear[-1].parameters() if linear else ():
             p.zero_()
+
+
+def _mlp(hidden: int, width: int, like: dict) -> nn.Sequential:
+    """The network of the reparametrisation; `like`: its device and dtype."""
+    return nn.Sequential(
+        nn.Linear(hidden, width, **like),
+        nn.ReLU(),
+        nn.Linear(width, hidden, **like),
+        nn.Tanh(),
+        nn.Linear(hidden, hidden, **like),
+    )
 
 
 class ProgressivePrompts(PromptMethod):

@@ -14,9 +14,8 @@ from codyra_llm.methods.sequential.seqlora import SeqLora
 
 
 class RoutedLinear(LoraLinear):
-    """y = x Wᵀ + b + s·x (B R A)ᵀ with R [r, r], which stands where other adapters keep their weights
-    (`lora_w`).
-    """
+    """y = x Wᵀ + b + s·x (B R A)ᵀ. R [r, r] is kept in `lora_w`, where other adapters have a weight per
+    rank."""
 
     def __init__(self, base: nn.Linear, spec):
         super().__init__(base, spec)
@@ -62,7 +61,7 @@ class CLora(SeqLora):
         attach(model, self.config.targets, self.spec(), RoutedLinear, self.config.layers)
 
     def begin_task(self, model, task: Task) -> None:
-        """Go on with A, R and B of the task before; remember its R."""
+        """Go on with A, R and B of the previous task, and remember its R."""
         if task.index:
             load_factors(model, task.state)
         else:

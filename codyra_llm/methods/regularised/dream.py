@@ -31,7 +31,7 @@ class Dream(SeqLora):
     its prompts. No example is kept: the state is the tokens with which all uncut prompts of a task begin, and
     the tokens that end its texts. Cost: `batch` sequences forward and backward per step, and a forward of the
     model before the task; per task `samples` sequences decoded with cached keys and values, the same on every
-    rank; one more copy of the adapter. In training time 2.4 times seqlora's on the quickstart."""
+    rank; one more copy of the adapter. Training takes 2.4 times as long as seqlora's on the quickstart."""
 
     name, Config = "dream", DreamConfig
     summary = "seqlora that distils the model before the task on sequences it writes itself"
@@ -57,9 +57,10 @@ class Dream(SeqLora):
         return {"dream": self.config.weight * self._term(model, self._drawn(model))}
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
-        """How the task's prompts begin, those that are whole if any is, the start of later dreams of it; and
-        which tokens end one: those that end an answer, but for those in its prompts, as the end of a user's
-        turn is, after which an answer is still to come."""
+        """What later dreams of this task need. `prefix`: the common beginning of its uncut prompts, or of all
+        if every prompt is cut; dreams start from it. `ends`: the tokens that end a dream, which are those
+        that end an answer and are in none of the prompts. The end of a user's turn, for instance, is in the
+        prompts, and an answer still follows it."""
         examples = task.encode(task.records())
         prompts = [example.prompt for example in examples]
         whole = [example.prompt for example in examples if not example.cut]
@@ -72,6 +73,7 @@ class Dream(SeqLora):
         return {**task.state, **own}
 
     def _dreamt(self, model, task: Task) -> list[Encoded]:
+        """The task's dreams: the same number for each earlier task, and the rest from BOS."""
         c = self.config
         each = int(c.samples * c.prompted / task.index) if task.index else 0
         found = []
@@ -95,6 +97,7 @@ class Dream(SeqLora):
         return collate(self._dreams, chosen, [weight] * len(chosen), 0, packed).to(model.device)
 
     def _term(self, model, batch: Batch) -> Tensor:
+        """The KL divergence from the model before the task, or with `target` tokens the cross entropy."""
         head, hidden, cap = families.head(model), batch.hidden(model), families.softcap(model)
         if self.config.target == "tokens":
             return head_loss(head, hidden, batch.targets, batch.weights, cap)

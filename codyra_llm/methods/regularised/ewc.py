@@ -1,5 +1,5 @@
-"""EWC: sequential LoRA, pulled back to where each task began, the harder the more the earlier tasks need
-it.
+"""EWC: sequential LoRA, where each parameter is pulled back to its value at the beginning of the task, the
+more strongly the more earlier tasks depend on it.
 """
 
 import torch
@@ -29,7 +29,7 @@ class Ewc(SeqLora):
     max_zero_stage = 2  # the penalty reads whole parameters
 
     def begin_task(self, model, task: Task) -> None:
-        """Keep F and θ*, the parameters as the task before left them."""
+        """Keep F and θ*, the parameters as the previous task left them."""
         super().begin_task(model, task)
         self._anchors: dict[str, tuple[Tensor, Tensor]] = {}  # (F, θ*) by parameter, none in the first task
         for name, p in model.named_parameters():

@@ -21,8 +21,8 @@ class EwcLora(SeqLora):
     here (of 1e3 to 1e6 the default was best on mini-TRACE, one seed). ΔW_t is added to W; the release adds A
     to A and B to B, whose product is not the sum of the products. Cost: out·in·r per site and step for ΔW and
     its gradient, which is more than the adapter's own products for few tokens; `examples` backward passes per
-    task. Memory and state: one number per weight of the sites in float32, whatever the number of tasks. In
-    training time 1.5 times seqlora's on the quickstart."""
+    task. Memory and state: one number per weight of the sites in float32, whatever the number of tasks.
+    Training takes 1.5 times as long as seqlora's on the quickstart."""
 
     name, Config = "ewclora", EwcLoraConfig
     summary = "fresh LoRA per task held back by the Fisher information of W itself"
@@ -41,7 +41,8 @@ class EwcLora(SeqLora):
         return {"ewc": self.config.weight / 2 * torch.stack(terms).sum()} if terms else {}
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
-        """γ F + F_new by site, [out, in]. No two of F, F_new and the sum are on the device whole."""
+        """γ F + F_new by site, [out, in]. The sites' sums are moved to the CPU one by one, so that the device
+        never holds two of F, F_new and their sum for all sites."""
         self._held = []
         found = weight_fisher(model, task, task.sample(self.config.examples, self.seed))
         left, nothing = {}, torch.zeros(())

@@ -59,7 +59,7 @@ class OLora(SeqLora):
 
 
 def _earlier_rows(before: list[dict[str, Adapter]], names: list[str]) -> Tensor:
-    """All earlier tasks' A at these sites, one below the other: [sites, tasks·r, in]."""
+    """All earlier tasks' A at these sites, stacked: [sites, tasks·r, in]."""
     rows = []
     for name in names:
         rows.append(torch.cat([adapters[name].a for adapters in before]))

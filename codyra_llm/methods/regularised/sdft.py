@@ -43,6 +43,8 @@ class Sdft(SeqLora):
     packs = False  # it decodes in training, with padding
 
     def begin_task(self, model, task: Task) -> None:
+        """Encode the teacher's prompts and copy its factors. Raises Fault, before the first task, where the
+        base makes no use of a demonstration."""
         super().begin_task(model, task)
         records = task.records()
         self._examples = task.encode(records)
@@ -55,6 +57,7 @@ class Sdft(SeqLora):
             self._require_in_context_learning(model, task)
 
     def before_step(self, groups, step: int, steps: int, schedule: str) -> None:
+        """Remember the step, by which answers are drawn."""
         self._step = step
         # The adapter has changed since the last average, which is due with this step's first forward.
         self._due = step > 0
@@ -85,6 +88,7 @@ class Sdft(SeqLora):
         return {"loss": loss}
 
     def progress(self) -> dict[str, Tensor]:
+        """The teacher's factors."""
         return {
             f"{site}.{part}": factor
             for site, factors in self._teacher.items()
@@ -93,6 +97,7 @@ class Sdft(SeqLora):
         }
 
     def resume(self, progress: dict[str, Tensor]) -> None:
+        """Put them back."""
         for site, factors in self._teacher.items():
             for part, factor in zip(PARTS, factors, strict=True):
                 if factor is not None:
@@ -100,7 +105,8 @@ class Sdft(SeqLora):
 
     def _with_demonstration(self, record: dict, closing: str) -> dict:
         """The record with the teacher's prompt. Braces in a prompt or an answer are plain text. `closing`:
-        what a chat's template writes after the user's text, whose turn the demonstration is in."""
+        what a chat's template writes after the user's text; the demonstration comes before it, in the user's
+        turn."""
         asked, end = record["prompt"], ""
         if "learnt" in record and asked.endswith(closing):
             asked, end = asked.removesuffix(closing), closing
@@ -121,8 +127,8 @@ class Sdft(SeqLora):
                     old.lerp_(new, self.config.teacher_rate)
 
     def _token_weights(self, batch: Batch, answers: list[list[int]]) -> Tensor:
-        """The weight of every drawn token: the example's share of the global batch over the tokens of its
-        answer that count."""
+        """The weight of every drawn token: the example's share of the global batch, divided by the number of
+        tokens of its answer that count."""
         counts = [len(self._examples[i].labelled) for i in batch.examples]
         shares = [part.sum() for part in batch.weights.split(counts)]
         found = []
@@ -143,11 +149,11 @@ class Sdft(SeqLora):
         most = (1 - self.config.gain) * alone
         if shown > most:
             raise Fault(
-                f"method: sdft needs a base that makes use of a demonstration in its prompt. This one is at "
-                f"{shown:.2f} nats per token of {count} answers of {task.stream.tasks[0]} when it is shown "
-                f"them and at {alone:.2f} when it is not, where {most:.2f} or less was expected; take a "
-                "larger or an instruction-tuned base, word method.demonstration as that base was tuned, or "
-                "lower method.gain"
+                f"method: sdft needs a base that makes use of a demonstration in its prompt. Over {count} "
+                f"answers of {task.stream.tasks[0]} this one's cross entropy is {shown:.2f} nats per token "
+                f"when it is shown them and {alone:.2f} when it is not, where {most:.2f} or less was "
+                "expected; take a larger or an instruction-tuned base, write method.demonstration in the "
+                "words that the base was tuned on, or lower method.gain"
             )
 
 
@@ -161,7 +167,7 @@ def _states(model: nn.Module, prompts: list[list[int]], answers: list[list[int]]
 
 @torch.no_grad()
 def _cross_entropy(model: nn.Module, prompts: list[list[int]], answers: list[list[int]]) -> float:
-    """The mean over all tokens of the answers, in nats."""
+    """The mean cross entropy over all tokens of the answers, in nats."""
     total = tokens = 0.0
     for prompt, answer in zip(prompts, answers, strict=True):
         example = Encoded(prompt or [first_token(model)], answer, cut=False)

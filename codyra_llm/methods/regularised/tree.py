@@ -19,8 +19,8 @@ class Node:
 
 
 def grow(signatures: Tensor, arms: list[int]) -> Node:
-    """K-D style: the arms of a node are split at the median of their ℓ1 distance to the node's mean; [tasks,
-    n].
+    """The tree of these `arms`, which are rows of `signatures` [tasks, n]. In K-D style, the arms of a node
+    are split at the median of their ℓ1 distance to the node's mean.
     """
     own = signatures[arms]
     spread = torch.cdist(own, own, p=1).max().item() / 2

@@ -1,5 +1,5 @@
-"""TreeLoRA as its paper has it: each site finds the earlier task with gradients like its own, and leans to
-it.
+"""TreeLoRA after its paper: each site finds the earlier task whose gradients are most like its own, and moves
+its gradient towards that task's.
 """
 
 import torch
@@ -92,6 +92,7 @@ class TreeLora(SeqLora):
         }
 
     def _write(self, site: str, gradient: Tensor) -> None:
+        """Write a flat gradient into those of the site's A and B."""
         a, b = self._layers[site].lora_A.grad, self._layers[site].lora_B.grad
         a.copy_(gradient[: a.numel()].view_as(a))
         b.copy_(gradient[a.numel() :].view_as(b))
@@ -108,6 +109,6 @@ def distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def blend(g: Tensor, other: Tensor, share: float) -> Tensor:
-    """(1 - β) g + β g_k ‖g‖/‖g_k‖; g where g_k is zero."""
+    """(1 - β) g + β g_k ‖g‖/‖g_k‖ of g and g_k = `other`, both [n], with β = `share`; g where g_k is zero."""
     norm = other.norm()
     return torch.where(norm > 0, torch.lerp(g, other * (g.norm() / norm), share), g)

@@ -1,5 +1,5 @@
-"""TreeLoRA as its repository runs it: A is held along an earlier task's A, drawn by a bandit that likes it
-distant.
+"""TreeLoRA as its repository runs it: A is held along an earlier task's A, drawn by a bandit that prefers
+dissimilar ones.
 """
 
 import math
@@ -104,12 +104,14 @@ def _first(group: dict[str, LoraLinear]) -> LoraLinear:
 
 
 class Draw:
-    """One epoch of the released bandit over `saved` [t, D, F] (None: no earlier task), S steps long."""
+    """One epoch of `steps` steps of the released bandit. `saved` [t, D, F]: the signatures of t earlier tasks
+    at D sites, None where there is no earlier task."""
 
     def __init__(self, saved: Tensor | None, steps: int):
-        self.saved, self.steps, self.tau = saved, steps, -1
+        self.saved, self.steps = saved, steps
+        self.tau = -1  # the step of the epoch that was added last
         self.current: Tensor | float = 0.0
-        self.counted = ["steps", "tau", "current"]
+        self.counted = ["steps", "tau", "current"]  # the attributes that a checkpoint holds
         if saved is not None:
             self.counted += ["pulls", "similarity"]
             self.pulls, self.similarity = torch.zeros(2, *saved.shape[:2], device=saved.device)
@@ -148,7 +150,8 @@ def stacked(group: dict[str, LoraLinear]) -> Tensor:
 
 
 def pick(p: Tensor, uniform: Tensor) -> Tensor:
-    """For each column of probabilities p [t, D] the row that its number in [0, 1) falls to, [D]."""
+    """For each column of probabilities p [t, D], the row to which the column's number in [0, 1) falls:
+    [D]."""
     return (p.cumsum(0) <= uniform).sum(0).clamp_max(len(p) - 1)
 
 

@@ -12,7 +12,7 @@ from codyra_llm.lora.proximal import budget_kappa, published_kappa, vanishing_ra
 from codyra_llm.lora.update import Adapter, Update
 from codyra_llm.methods.base import Method, survivors
 
-NORMAL_MAX = 4.0  # standard deviations that no w of thousands starts beyond
+NORMAL_MAX = 4.0  # standard deviations within which all of thousands of normal draws lie
 DEFAULT_TOTAL = 0.6
 PUBLISHED_TOTAL = 0.65  # Σκ of the released setting: 500 steps, half of them sparse, κ up to 0.005
 
@@ -76,10 +76,11 @@ class Codyra(Method):
         return [sentence for sentence in found if sentence]
 
     def _pruned(self, steps: int, schedule: str) -> str | None:
-        """Where a task of `steps` is pruned of nothing, or of all that training does not raise again."""
+        """A warning where the threshold would prune nothing in a task of `steps` steps, or everything that
+        training does not raise again; else None."""
         c = self.config
         total = sum(shrink(c.threshold, step, steps, schedule) for step in range(steps))
-        largest = c.importance_value  # that an importance w starts at
+        largest = c.importance_value  # the largest value that an importance w starts at
         if c.align:
             largest = 1.0
         elif c.importance_init == "normal":
@@ -115,7 +116,7 @@ class Codyra(Method):
             "weight_decay": 0.0,
         }
         if self.config.selection == "random":
-            group["drop"] = self._lots(weights)
+            group["drop"] = self._random_masks(weights)
         return [{"params": [p for layer in layers for p in (layer.lora_A, layer.lora_B)], "lr": lr}, group]
 
     def before_step(self, groups: list[dict], step: int, steps: int, schedule: str) -> None:
@@ -136,10 +137,10 @@ class Codyra(Method):
         """The ranks whose w is not zero."""
         return super().consolidate({site: survivors(x) for site, x in adapters.items()}, index)
 
-    def _lots(self, weights: list) -> list:
-        """Masks over all sites together, 1 where a rank is to go; as many stay as `keep` says, to the nearest
-        rank. The same for every task: the ranks of a site are alike before each, so that the tasks share only
-        how many of a site's ranks stay."""
+    def _random_masks(self, weights: list) -> list:
+        """Masks [r] drawn over all sites together, 1 where a rank is to be dropped; the share `keep` of all
+        ranks stays, to the nearest rank. They are the same for every task: before a task the ranks of a site
+        are alike, so all that tasks share is how many of a site's ranks stay."""
         sizes = [w.numel() for w in weights]
         order = torch.randperm(sum(sizes), generator=generator("lots", self.seed))
         dropped = (order >= round(self.config.keep * sum(sizes))).to(weights[0])
@@ -153,15 +154,19 @@ def all_aligned(adapters: dict[str, Adapter]) -> dict[str, Adapter]:
 
 def aligned(adapter: Adapter) -> Adapter:
     """The same ΔW by its singular directions: with B diag(w) A = U diag(σ) Vᵀ, rows of A along V, columns of
-    B along U, w = σ/σ₁. A's rows get the norm 1/√3 of fresh ones, so that a step of the optimizer means to
-    them what it did. Ranks beyond those that a matrix of W's shape can have are zero in all three."""
+    B along U, w = σ/σ₁. A's rows get the norm 1/√3 of fresh ones, so that a step of the optimizer changes
+    them as much as it did before. Ranks beyond those that a matrix of W's shape can have are zero in all
+    three."""
     q_b, r_b = torch.linalg.qr(adapter.b * adapter.w)
     q_a, r_a = torch.linalg.qr(adapter.a.T)
     u, sigma, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     if not sigma[0] > 0:
         return adapter
-    norm, beyond = 3**-0.5, len(adapter.a) - len(sigma)
-    rows, columns, weights = norm * vt @ q_a.T, q_b @ u * (sigma[0] / norm), sigma / sigma[0]
+    norm = 3**-0.5
+    rows = norm * vt @ q_a.T
+    columns = q_b @ u * (sigma[0] / norm)
+    weights = sigma / sigma[0]
+    beyond = len(adapter.a) - len(sigma)
     return Adapter(
         functional.pad(rows, (0, 0, 0, beyond)),
         functional.pad(columns, (0, beyond)),

@@ -56,7 +56,8 @@ class Ilora(IloraMixed):
 
     @torch.no_grad()
     def edit_gradients(self, gradients) -> None:
-        """Add the replayed batch's gradient, half of either, with the distance to the slow adapter."""
+        """Half of the step's gradient and half of the replayed batch's, and the gradient of the distance to
+        the slow adapter."""
         if not self._buffer:
             return
         draw = generator("replayed", self.seed, self._index, self._step)
@@ -66,7 +67,7 @@ class Ilora(IloraMixed):
 
         def memory(model: nn.Module, batch: Batch) -> Tensor:
             lengths = [len(replayed[i]) for i in batch.examples]
-            share = batch.weights.any()  # a filler's is 0
+            share = batch.weights.any()  # a filler batch, whose weights are 0, adds no distance
             term = self.config.weight * share * self._distance(model, batch, lengths, positions)
             return batch.cross_entropy(model) / 2 + term
 
@@ -102,7 +103,8 @@ class Ilora(IloraMixed):
 
 
 def hidden_states(model: nn.Module, batch: Batch, lengths: list[int]) -> list[Tensor]:
-    """Of the embeddings and every layer, [n, h] at the n positions that are not padding."""
+    """The hidden states of the embeddings and of every layer, [n, h] each, at the n positions that are not
+    padding."""
     states = packed_attention.all_states(model, batch.ids)
     width = batch.ids.shape[1]
     rows = [torch.arange(i * width, i * width + n) for i, n in enumerate(lengths)]

@@ -40,11 +40,16 @@ class IloraMixed(SeqLora):
         else:
             Method.begin_task(self, model, task)
         self._slow = snapshot(model)
-        for site, layer in sites(model).items() if task.index else ():
-            layer.lora_A.copy_(task.state[f"{site}.a"])
-            layer.lora_B.copy_(task.state[f"{site}.b"])
+        if task.index:
+            self._load_fast(model, task.state)
         self._first = task.index == 0
         self._own = len(task.records())
+
+    def _load_fast(self, model, state: dict[str, Tensor]) -> None:
+        """Put the factors that `end_task` gave into the model."""
+        for site, layer in sites(model).items():
+            layer.lora_A.copy_(state[f"{site}.a"])
+            layer.lora_B.copy_(state[f"{site}.b"])
 
     def train_data(self, stream, index: int):
         """The task's records and the first part of every earlier task's."""
@@ -94,7 +99,7 @@ class IloraMixed(SeqLora):
             b.copy_(progress[f"{site}.b"])
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
-        """The fast adapter, where the next task goes on."""
+        """The fast adapter, from which the next task goes on."""
         return {
             f"{site}.{key}": factor
             for site, layer in sites(model).items()

@@ -34,10 +34,10 @@ class PerturbMerge(SeqLora):
     gradients: H is the second moment of a site's inputs, relative to the energy of the site's output, and
     W*_i is taken to be W_{t-1}, so α = q_t/(q_t + μ q_old) with q = Σ_sites c tr(ΔW Σ ΔWᵀ). This is the
     scalar case of codyra_drift's merge, which chooses a matrix. A task that is learnt so well that its
-    gradients vanish has almost no Fisher information, and so gets an α near 0; `inputs` does not have this
-    problem. Cost: none per step; per task `max_examples` backward passes (fisher), or a forward pass. State:
-    two numbers per weight of the sites in float32 (fisher), or codyra_drift's. In training time 1.3 (inputs
-    1.1) times seqlora's on the quickstart."""
+    gradients vanish has almost no Fisher information, and so gets an α near 0, which `inputs` avoids. Cost:
+    none per step; per task `max_examples` backward passes (fisher), or a forward pass. State: two numbers per
+    weight of the sites in float32 (fisher), or codyra_drift's. Training takes 1.3 times as long as seqlora's
+    on the quickstart (`inputs`: 1.1 times)."""
 
     name, Config = "pm", PmConfig
     summary = "fresh LoRA per task, merged by the coefficient that costs all tasks least"
@@ -47,7 +47,9 @@ class PerturbMerge(SeqLora):
     def begin_task(self, model, task: Task) -> None:
         """Read the old inputs' second moments where they measure the curvature."""
         super().begin_task(model, task)
-        self._index, self._layers, self._plain = task.index, list(sites(model).values()), self.spec()
+        self._index = task.index
+        self._layers = list(sites(model).values())
+        self._plain = self.spec()  # whose scale is not perturbed
         if self.config.curvature == "inputs":
             self._kept = OldInputs(self.config, task.state)
             if not task.index and self.config.samples:
@@ -65,8 +67,8 @@ class PerturbMerge(SeqLora):
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
         """Find α, and keep what later tasks need to find theirs."""
-        by_inputs = self.config.curvature == "inputs"
-        self._alpha, state = self._by_inputs(model, task) if by_inputs else self._by_fisher(model, task)
+        find = self._by_inputs if self.config.curvature == "inputs" else self._by_fisher
+        self._alpha, state = find(model, task)
         return {**state, "alpha": torch.tensor(self._alpha)}
 
     def consolidate(self, adapters: dict[str, Adapter], index: int) -> Update:
@@ -82,6 +84,7 @@ class PerturbMerge(SeqLora):
 
     @torch.no_grad()
     def _by_fisher(self, model, task: Task) -> tuple[float, dict[str, Tensor]]:
+        """α, and by site the sums that `optimum_terms` reads at later tasks."""
         found = weight_fisher(model, task, task.sample(self.config.max_examples, self.seed))
         past = [task.archive.load(k) for k in range(task.index)]
         terms, state = torch.zeros(2, dtype=torch.float64), {}
@@ -98,13 +101,17 @@ class PerturbMerge(SeqLora):
 
     @torch.no_grad()
     def _by_inputs(self, model, task: Task) -> tuple[float, dict[str, Tensor]]:
+        """α, and the second moments of old inputs for later tasks."""
         found, layers = task_moments(self.config, model, task, self.seed), sites(model)
+        groups = distinct_inputs(model) if self._kept.sources else []
         new = old = 0.0
-        for name, *others in distinct_inputs(model) if self._kept.sources else ():
-            ours, theirs = self._kept.recovered(*found[name]), self._kept[name]
-            for site in (name, *others):
+        for names in groups:
+            first = names[0]
+            ours, theirs = self._kept.recovered(*found[first]), self._kept[first]
+            for site in names:
                 q_new, q_old = relative_energies(layers[site], ours, theirs)
-                new, old = new + q_new, old + self._kept.sources * q_old
+                new += q_new
+                old += self._kept.sources * q_old
         return coefficient(new, new + self.config.weight * old), self._kept.state_with(found)
 
 

@@ -20,7 +20,7 @@ class Slao(SeqLora):
     is from memory. Ours: R's diagonal is positive, so that the starting rows are those of A_{t-1} after
     Gram-Schmidt, and none of them flips its sign; A and B both train. Since A is not averaged, old columns of
     B^m are combined with a newer A. Cost: none per step; one QR of rank r per site and task; state: B of the
-    last task. In training time 1.0 times seqlora's on the quickstart."""
+    last task. Training takes as long as seqlora's on the quickstart."""
 
     name, summary, Config = (
         "slao",

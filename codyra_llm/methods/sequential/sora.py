@@ -41,7 +41,7 @@ class Sora(SeqLora):
         return AdapterSpec(plain.rank, plain.scale, plain.dropout, self.config.gate_init)
 
     def begin_task(self, model, task: Task) -> None:
-        """Go on with factors and gates of the task before."""
+        """Go on with the previous task's factors and gates."""
         if task.index:
             load_factors(model, task.state)
         else:

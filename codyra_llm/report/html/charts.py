@@ -46,6 +46,7 @@ def panel(scores: dict[int, tuple[float, float | None, float | None]], learnt: i
     values = [(step, value) for step, (value, _, _) in known]
     upper = [(x(step), y(high)) for step, (_, low, high) in known if low is not None and high is not None]
     lower = [(x(step), y(low)) for step, (_, low, high) in known if low is not None and high is not None]
+    outline = [*upper, *reversed(lower)]  # along the upper bounds, and back along the lower ones
     before = [pair for pair in values if pair[0] <= learnt]
     after = [pair for pair in values if pair[0] >= learnt]
     dots = [{"x": x(step), "y": y(value), "title": f"after {step}: {value:z.1f}"} for step, value in values]
@@ -54,7 +55,7 @@ def panel(scores: dict[int, tuple[float, float | None, float | None]], learnt: i
     return {
         "before": _line(before, x, y) if len(before) > 1 else "",
         "after": _line(after, x, y),
-        "band": points(*zip(*upper, *reversed(lower), strict=True)) if len(upper) > 1 else "",
+        "band": points(*zip(*outline, strict=True)) if len(upper) > 1 else "",
         "learnt": x(learnt),
         "dots": dots,
         "xs": xs,

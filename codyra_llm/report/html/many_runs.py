@@ -100,9 +100,9 @@ def _text(value: object) -> str:
 
 def _facts(groups: list[list[Run]], over_orders: bool) -> list[str]:
     seeds = "the seed or the order of tasks" if over_orders else "the seed"
-    over = "runs, seeds and orders together" if over_orders else "seeds"
+    spread_over = "runs, seeds and orders together" if over_orders else "seeds"
     runs = [run for group in groups for run in group]
-    short = [
+    unfinished = [
         run.folder.path
         for run in runs
         if METHODS[run.recipe.method.name].trains and len(run.summary["matrix"]) < len(run.recipe.tasks)
@@ -110,13 +110,13 @@ def _facts(groups: list[list[Run]], over_orders: bool) -> list[str]:
     unlike = _unlike(runs, "op") + _unlike(runs, "general")
     splits = {run.recipe.eval.split for run in runs}
     lines = [
-        f"Runs with the same recipe but for {seeds} are a group. ± is half the 95 % interval over {over} "
-        "(Student's t), sd the standard deviation; a group of one run has neither."
+        f"Runs with the same recipe but for {seeds} are a group. ± is half the 95 % interval over "
+        f"{spread_over} (Student's t), sd the standard deviation; a group of one run has neither."
     ]
     if splits != {"test"}:
         lines.append(f"Scored on the {' and '.join(sorted(splits))} split.")
-    if short:
-        lines.append(f"Not finished: {', '.join(map(str, short))}.")
+    if unfinished:
+        lines.append(f"Not finished: {', '.join(map(str, unfinished))}.")
     if unlike:
         lines.append(said_of(unlike))
     return lines
@@ -152,7 +152,7 @@ def _leaderboard(names: list[str], groups: list[list[Run]]) -> Grid:
     for name, title in MEASURES.items():
         if title in BETTER and not _unlike(runs, name):
             better[title] = BETTER[title]
-    op = 1 + list(MEASURES).index("op")
+    op = 1 + list(MEASURES).index("op")  # its column, after that of the runs
     lines.sort(key=lambda line: _rank_key(line[1][op]))
     return Grid(
         "leaderboard",

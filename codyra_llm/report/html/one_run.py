@@ -119,7 +119,7 @@ def _panels(found: dict, rows: Rows) -> list[dict]:
     steps, out = len(found["matrix"]), []
     for learnt, task in enumerate(found["tasks"][:steps], 1):
         known = {
-            step: _framed(row)
+            step: _with_bounds(row)
             for (step, name), row in rows.items()
             if name == task and step <= steps and row.score is not None
         }
@@ -136,7 +136,7 @@ def _panels(found: dict, rows: Rows) -> list[dict]:
     return out if any(p["seen"] > 1 for p in out) else []
 
 
-def _framed(row: ScoreRow) -> tuple[float, float | None, float | None]:
+def _with_bounds(row: ScoreRow) -> tuple[float, float | None, float | None]:
     """A score and the bounds of its interval, where it has one."""
     assert row.score is not None, "rows without a score are left out"
     return row.score, row.interval.get("low"), row.interval.get("high")
@@ -332,13 +332,10 @@ def _cost(row: CostRow | None, steps: list[LogRow]) -> list[Cell | None]:
 def _command(manifest: dict) -> str:
     """The command that runs the recipe under a launch like the run's own."""
     ranks, stage = manifest.get("world_size", 1), manifest.get("zero_stage", 0)
-    launch = (
-        ["codyra-llm"]
-        if ranks == 1 and not stage
-        else ["accelerate", "launch", "--num_processes", str(ranks), "-m", "codyra_llm"]
-    )
-    if stage:
-        launch[2:2] = ["--use_deepspeed", "--zero_stage", str(stage)]
+    launch = ["codyra-llm"]
+    if ranks > 1 or stage:
+        deepspeed = ["--use_deepspeed", "--zero_stage", str(stage)] if stage else []
+        launch = ["accelerate", "launch", *deepspeed, "--num_processes", str(ranks), "-m", "codyra_llm"]
     origins = manifest.get("plugins", {}).values()
     named = {origin["file"]: None for origin in origins if "file" in origin}
     options = [word for file in named for word in ("--plugin", file)]

@@ -30,3 +30,12 @@ def test_prompts_before_a_text_count(method, front, tiny_llama, toy_stream, tmp_
     assert (
         f"prompts and Adam's moments 0.00, forward and backward of {largest.tokens} tokens" in text.getvalue()
     )
+
+
+@pytest.mark.parametrize("method", ["seqft", "seqlora"])
+def test_the_size_of_the_base_does_not_depend_on_what_trains(method, toy_stream, tmp_path):
+    """The small LLaMA that is shipped has 0.41 million weights, whether they train or not."""
+    text = StringIO()
+    recipe = tiny_recipe("mini", toy_stream, tmp_path, method={"name": method})
+    plan(recipe, Terminal(file=text, width=200))
+    assert "mini (llama, 0.4 M parameters, " in text.getvalue()

@@ -151,7 +151,7 @@ def test_a_fault_that_the_first_process_tells_is_not_told_again(two, ended, monk
     monkeypatch.setattr(
         cli, "time", SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None)
     )
-    assert not cli._spoken_for() and next(clock) > 15
+    assert not cli._first_reports_it() and next(clock) > 15
     two[0].own.code = 2
     two[0].tell()
-    assert cli._spoken_for()
+    assert cli._first_reports_it()
