@@ -130,16 +130,17 @@ def _in_brackets(given: Any, expected: str) -> str:
 
 
 def _by_key(error: ValidationError, schema: type[BaseModel]) -> list[dict[str, Any]]:
-    """The errors, each at its key. Of a value that may be of several kinds pydantic has an error for each
-    kind, with the kind among the parts of the place: here what is wrong within the value, where one of them
-    got that far, or else one error that names all kinds."""
+    """The errors, each at the key that it is about.
+
+    For a value that may be of several kinds (a union) pydantic has an error for each kind, with the kind's
+    name among the parts of the location. Here the name is left out. What is wrong within the value is kept,
+    where it fits one kind well enough to be looked into; otherwise one error names all kinds."""
     found: dict[tuple, list[dict[str, Any]]] = {}
     for e in error.errors():
-        cut = _place_of_kind(schema, e["loc"])
-        at = e["loc"] if cut is None else e["loc"][:cut]
-        found.setdefault(at, []).append(
-            {**e, "loc": at, "within": () if cut is None else e["loc"][cut + 1 :]}
-        )
+        loc, cut = e["loc"], _place_of_kind(schema, e["loc"])
+        at = loc if cut is None else loc[:cut]
+        within = () if cut is None else loc[cut + 1 :]
+        found.setdefault(at, []).append({**e, "loc": at, "within": within})
     out = []
     for at, errors in found.items():
         inner = [e for e in errors if e["within"]]
@@ -154,7 +155,7 @@ def _by_key(error: ValidationError, schema: type[BaseModel]) -> list[dict[str, A
 
 
 def _place_of_kind(schema: type[BaseModel], loc: tuple) -> int | None:
-    """Where in `loc` the kind of a value stands that may be of several; None where there is none."""
+    """The position in `loc` of a kind's name, for a value that may be of several; None without one."""
     inside: Any = schema
     for place, part in enumerate(loc):
         if not (isinstance(inside, type) and issubclass(inside, BaseModel) and part in inside.model_fields):
