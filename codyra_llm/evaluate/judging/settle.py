@@ -11,7 +11,8 @@ from codyra_llm.store import observer
 from codyra_llm.store.folder import RunFolder
 from codyra_llm.store.verdicts import OUTCOMES, Verdicts
 
-# Questions per parallel request between two meetings of the processes, which wait two hours for one.
+# Questions per parallel request, after which the other processes hear from the first one again: a collective
+# times out after two hours.
 SLICE = 8
 
 
@@ -46,15 +47,16 @@ def _judge(section: JudgeSection, folder: RunFolder, name: str, due: list[Questi
     texts = {digest: question.text for digest, question in asked.items()}
     for digest, said in client.replies(section, texts):
         observer.at(f"verdicts on {name}")
-        pair, _, order = asked[digest]
+        question = asked[digest]
+        model_a, model_b = question.order
         verdicts.add(
             {
                 "judge": section.model,
                 "question": digest,
-                "pair": pair,
-                "A": order[0],
-                "B": order[1],
-                "verdict": preferred(said, order),
+                "pair": question.pair,
+                "A": model_a,
+                "B": model_b,
+                "verdict": preferred(said, question.order),
                 "said": said,
             }
         )
