@@ -17,10 +17,24 @@ from codyra_llm.models import families
 GatedNames = tuple[str, str, str, str]  # of gate, up, down and the activation
 
 
+class SharedSpec(Protocol):
+    """What the layers of a group have in common; `AdapterSpec` is such a spec."""
+
+    @property
+    def scale(self) -> float:
+        """s of ΔW = s·B diag(w) A."""
+        ...
+
+    @property
+    def dropout(self) -> float:
+        """The share of the adapters' inputs that dropout sets to 0."""
+        ...
+
+
 class AdaptedLayer(Protocol):
     """What a group needs from a layer; `LoraLinear` is such a layer."""
 
-    spec: object
+    spec: SharedSpec
     bias: Tensor | None
     shared: "SharedInput"
     training: bool
