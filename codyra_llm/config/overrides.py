@@ -25,7 +25,7 @@ def find_recipe(path: str | Path) -> Path:
         if os.path.isfile(candidate):
             return candidate
     names = sorted(p.name for p in shipped.glob("*.yaml"))
-    if os.path.isdir(path):
+    if os.path.isdir(expanded(str(path))):
         raise Fault(f"'{path}' is a folder, not a recipe; give a YAML file. Shipped: {', '.join(names)}")
     raise Fault(f"there is no recipe '{path}'.{nearest(Path(path).name, names)} Shipped: {', '.join(names)}")
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import file_sha256
-from codyra_llm.core.parsing import read_json, shown
+from codyra_llm.core.parsing import expanded, read_json, shown
 from codyra_llm.models import families, packed_attention
 from codyra_llm.models.families.config_file import read_config, size_faults
 from codyra_llm.models.saved import TERMS
@@ -50,7 +50,7 @@ def resolve(path: str, revision: str | None = None) -> Path:
     A GGUF file is converted once, into $CODYRA_CACHE (default ~/.cache/codyra_llm). Raises Fault where the
     path doesn't exist, the hub refuses or can't be reached, or the folder lacks a file.
     """
-    local = Path(os.path.expanduser(path))
+    local = Path(expanded(path))
     if local.suffix == ".gguf":
         if not local.is_file():
             raise Fault(f"model '{path}' doesn't exist: expected a GGUF file, a folder or a hub id.")
