@@ -95,7 +95,9 @@ def _jsonl(path: Path, text: str, expected: str, reading: Reading) -> Found:
     if not text.lstrip().startswith("["):
         return Found(json_lines(path, text))
     value = parse_json(text, str(path), "one list of records", long_numbers=True)
-    return Found(_records(value, path, expected, reading), f"{path} holds one JSON list, and is read so")
+    return Found(
+        _records(value, path, expected, reading), f"{path} holds one JSON list, and is read that way"
+    )
 
 
 def _records(value: object, path: Path, expected: str, reading: Reading) -> list:
@@ -134,7 +136,7 @@ def _csv(path: Path, text: str, expected: str, reading: Reading) -> Found:
     if reading.delimiter or delimiter == ",":
         return Found(rows)
     name = DELIMITERS.get(delimiter, f"'{delimiter}'")
-    return Found(rows, f"{path} has {name} between its columns, and is read so")
+    return Found(rows, f"{path} has {name} between its columns, and is read that way")
 
 
 def _quotes_after_spaces(text: str, delimiter: str) -> bool:
@@ -164,7 +166,7 @@ def _tsv(path: Path, text: str, expected: str, reading: Reading) -> Found:
             rows = _table(path, text, expected, delimiter, reading.used, csv.QUOTE_NONE)
         except Fault:
             raise fault from None
-    return Found(rows, f"{path} has quotes that are part of the text, and is read so")
+    return Found(rows, f"{path} has quotes that are part of the text, and is read that way")
 
 
 def _delimiter(text: str, used: frozenset[str] | None) -> str:

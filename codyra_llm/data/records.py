@@ -25,7 +25,7 @@ LONGEST = {"prompt": 1_000_000, "answer": 50_000}
 # In place of a value: there is none; the label is -1, the mark of labels that are kept secret.
 ABSENT, HIDDEN = object(), object()
 
-LINES = "has one record in each line (JSON Lines), and is read so"
+LINES = "has one record in each line (JSON Lines), and is read that way"
 NAMED = 5  # faults of one file that are listed one by one; the rest are counted
 
 
