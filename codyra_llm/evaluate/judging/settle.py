@@ -47,16 +47,15 @@ def _judge(section: JudgeSection, folder: RunFolder, name: str, due: list[Questi
     texts = {digest: question.text for digest, question in asked.items()}
     for digest, said in client.replies(section, texts):
         observer.at(f"verdicts on {name}")
-        question = asked[digest]
-        model_a, model_b = question.order
+        pair, _, order = asked[digest]
         verdicts.add(
             {
                 "judge": section.model,
                 "question": digest,
-                "pair": question.pair,
-                "A": model_a,
-                "B": model_b,
-                "verdict": preferred(said, question.order),
+                "pair": pair,
+                "A": order[0],
+                "B": order[1],
+                "verdict": preferred(said, order),
                 "said": said,
             }
         )
