@@ -64,6 +64,7 @@ class Benchmark(Strict, frozen=True):
     @model_validator(mode="before")
     @classmethod
     def _one_order(cls, raw: Any) -> Any:
+        """A benchmark without `orders` has one, that of `tasks`."""
         tasks = raw.get("tasks")
         return {"orders": {1: list(tasks)}, **raw} if isinstance(tasks, dict) else raw
 
@@ -79,7 +80,7 @@ class Benchmark(Strict, frozen=True):
         faults += [
             f"orders.{number}: {', '.join(names)} must name at least one task, and each once"
             for number, names in self.orders.items()
-            if len(set(names)) < max(1, len(names))
+            if not names or len(set(names)) < len(names)
         ]
         faults += [
             f"tasks.{name}.headline: it is given by {', '.join(task.headline)}; give one metric, or one "

@@ -5,7 +5,7 @@ from typing import Any
 from codyra_llm.config.recipe import Recipe
 from codyra_llm.config.sections import JudgeSection
 
-# settings that change no result
+# Settings that change no result.
 NO_RESULT = (
     "output",
     "model.gradient_checkpointing",
@@ -34,10 +34,10 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
         lines.append(f"data.tasks was {old.tasks}, now {new.tasks}")
     for key in sorted(before.keys() | after.keys()):
         section = next((section for section in BY_TASK if key.startswith(section)), None)
-        free = key in (*NO_RESULT, *PLACES, "data.tasks")
-        added = section is not None and key.removeprefix(section) not in old.tasks
-        kept = key == "model.dtype" and after.get(key) == "auto"  # a run keeps the one it began in
-        if not (free or added or kept) and before.get(key) != after.get(key):
+        may_differ = key in (*NO_RESULT, *PLACES, "data.tasks")
+        of_added_task = section is not None and key.removeprefix(section) not in old.tasks
+        kept = key == "model.dtype" and after.get(key) == "auto"  # a run keeps the dtype it began with
+        if not (may_differ or of_added_task or kept) and before.get(key) != after.get(key):
             lines.append(f"{key} was {before.get(key)!r}, now {after.get(key)!r}")
     return lines
 

@@ -46,7 +46,7 @@ WIDTH = 34  # columns before a comment
 
 @dataclass(frozen=True)
 class Answers:
-    """The five choices. `device` is cpu or gpu; `batch` are examples per optimizer step."""
+    """The choices. `device` is cpu or gpu; `batch` is the number of examples per optimizer step."""
 
     model: str
     data: str
@@ -80,9 +80,12 @@ def draft(answers: Answers, file: Path) -> str:
 def _stream(data: str) -> dict[str, list[str]]:
     """The tasks of a folder that does not have those of TRACE, by name, since no order of these fits; empty
     where the benchmark's default does."""
-    tasks = sorted(file.parent.name for file in Path(expanded(data)).glob("*/train.json"))
-    own = tasks and not os.path.isfile(Path(expanded(data), FILE))
-    return {"tasks": tasks} if own and not {*load_benchmark(TRACE).orders[1]} <= {*tasks} else {}
+    folder = Path(expanded(data))
+    tasks = sorted(file.parent.name for file in folder.glob("*/train.json"))
+    if not tasks or os.path.isfile(folder / FILE):
+        return {}
+    has_those_of_trace = set(load_benchmark(TRACE).orders[1]) <= set(tasks)
+    return {} if has_those_of_trace else {"tasks": tasks}
 
 
 def _section(name: str, given: dict[str, Any]) -> list[str]:

@@ -25,7 +25,7 @@ def find_recipe(path: str | Path) -> Path:
         if os.path.isfile(candidate):
             return candidate
     names = sorted(p.name for p in shipped.glob("*.yaml"))
-    if os.path.isdir(path):
+    if os.path.isdir(expanded(str(path))):
         raise Fault(f"'{path}' is a folder, not a recipe; give a YAML file. Shipped: {', '.join(names)}")
     raise Fault(f"there is no recipe '{path}'.{nearest(Path(path).name, names)} Shipped: {', '.join(names)}")
 
@@ -66,10 +66,11 @@ def split_overrides(overrides: Sequence[str]) -> list[tuple[str, Any]]:
 
 
 def assign(raw: dict, key: str, value: Any) -> None:
-    """Set `a.b` of a recipe's mapping. A method that is written as its name alone is the same as a section of
-    it, and a section whose keys are all commented out, which YAML reads as null, is an empty one. Of a
-    section that is given as a mapping, `optim={lr: 1e-3}`, the keys that it names are set; the others stay as
-    they are, but for the method's."""
+    """Set `a.b` of a recipe's mapping.
+
+    If the value is a mapping, such as `optim={lr: 1e-3}`, only the keys in it are set, and the others of the
+    section stay; a mapping for `method` replaces the whole section. In the recipe the method may be its name
+    alone, and a section may be null, which is how YAML reads one whose keys are all commented out."""
     if isinstance(value, dict) and "." not in key and key != "method":
         for name, inner in value.items():
             assign(raw, f"{key}.{name}", inner)

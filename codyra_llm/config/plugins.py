@@ -44,10 +44,10 @@ def _load(path: Path) -> None:
         )
     source = path.read_bytes()
     origin = {"file": str(path), "sha256": hashlib.sha256(source).hexdigest()}
-    had = [name for name, known in _origins.items() if known.get("file") == origin["file"]]
-    if had and all(_origins[name] == origin and _there(name) for name in had):
+    earlier = [name for name, known in _origins.items() if known.get("file") == origin["file"]]
+    if earlier and all(_origins[name] == origin and _is_registered(name) for name in earlier):
         return
-    for name in had:  # an earlier version of the file
+    for name in earlier:  # registered by an earlier version of the file
         _drop(name)
     before = _registered()
     try:
@@ -88,11 +88,12 @@ def _place(error: BaseException, path: Path) -> str:
 
 
 def _registered() -> set[str]:
+    """The methods and metrics in the registries that are not shipped, as keys of `_origins`."""
     methods = {f"method {name}" for name in METHODS if not METHODS.ships(name)}
     return methods | {f"metric {name}" for name in METRICS if name not in SHIPPED_METRICS}
 
 
-def _there(name: str) -> bool:
+def _is_registered(name: str) -> bool:
     return name in _registered()
 
 
@@ -128,6 +129,8 @@ def load_installed() -> None:
 
 
 def _installed(kind: str, name: str) -> bool:
+    """Whether an installed package has an entry point of this name, which is loaded and registered. Raises
+    Fault for one that can't be."""
     found = list(entry_points(group=GROUPS[kind], name=name))
     if not found:
         return False
@@ -180,12 +183,13 @@ def files() -> list[str]:
 def used(method: str, metrics: Iterable[str]) -> dict[str, Origin]:
     """The origin of those methods and metrics that are not shipped, by "method NAME" and "metric NAME"."""
     names = [f"method {method}", *(f"metric {name}" for name in metrics)]
-    return {name: _origin(name) for name in dict.fromkeys(names) if _there(name)}
+    return {name: _origin(name) for name in dict.fromkeys(names) if _is_registered(name)}
 
 
 def still(recorded: dict[str, Origin]) -> dict[str, Origin]:
-    """The origin here and now of the methods and metrics of this record, as far as they are known."""
-    return {name: _origin(name) for name in recorded if _there(name)}
+    """Where the methods and metrics of this record come from in this process; without those that are not
+    registered here."""
+    return {name: _origin(name) for name in recorded if _is_registered(name)}
 
 
 def _origin(name: str) -> Origin:
@@ -210,6 +214,7 @@ def missing(recorded: dict[str, Origin], where: str) -> list[str]:
 
 
 def _known(name: str) -> bool:
+    """Whether it is registered, or an installed package has it, which is imported then."""
     kind, _, plain = name.partition(" ")
     return has_method(plain) if kind == "method" else has_metric(plain)
 

@@ -29,9 +29,9 @@ from codyra_llm.core.errors import Attempts, Fault, nearest
 from codyra_llm.core.parsing import WrittenPath, shown
 from codyra_llm.core.schema import Positive, Strict
 
-FILE_NAME = re.compile(r"[^/\\.\x00-\x1f][^/\\\x00-\x1f]*")  # what a task's name becomes
 T = TypeVar("T")
-NAME_BYTES = 200  # of 255 that file systems take: numbers, suffixes and a process's id come on top
+FILE_NAME = re.compile(r"[^/\\.\x00-\x1f][^/\\\x00-\x1f]*")  # what a task's name becomes
+NAME_BYTES = 200  # file systems take 255; numbers, suffixes and a process's id are added to the name
 
 
 class Recipe(Strict, frozen=True):
@@ -89,8 +89,8 @@ class Recipe(Strict, frozen=True):
         return list(self.benchmark.orders[given]) if isinstance(given, int) else given
 
     def by_template(self, task: str) -> bool:
-        """Whether the model's chat template writes the prompts of `task`: with data.chat_template of every
-        task, else of those whose examples are chats."""
+        """Whether the model's chat template writes the prompts of `task`: those of every task with
+        data.chat_template, else only those of tasks whose examples are chats."""
         return self.data.chat_template or self.benchmark.task(task).chat is not None
 
     @property
@@ -122,7 +122,7 @@ class Recipe(Strict, frozen=True):
     def given(self) -> dict[str, Any]:
         """The recipe as a mapping, without what was left at its default."""
         mapping = self.model_dump(mode="json", exclude_unset=True, warnings=False)
-        if isinstance(self.method, MethodConfig):  # whose name is a default
+        if isinstance(self.method, MethodConfig):  # its name is a default, which exclude_unset leaves out
             mapping["method"] = self.method.model_dump(mode="json")
         return mapping
 
@@ -174,11 +174,11 @@ def _number_faults(
     key: str, value: int | dict[str, int] | None, most: int, tasks: list[str]
 ) -> Iterator[str]:
     """What is wrong with a setting that is one number, or a number by task."""
-    by_name = value if isinstance(value, dict) else {}
-    for name in by_name:
+    for name in value if isinstance(value, dict) else ():
         if name not in tasks:
             yield f"{key}: '{name}' is not a task of this recipe.{nearest(name, tasks)}"
-    for number in by_name.values() if isinstance(value, dict) else [value]:
+    numbers = list(value.values()) if isinstance(value, dict) else [value]
+    for number in numbers:
         if number is not None and not 1 <= number <= most:
             yield f"{key}: {number} must be at least 1, and at most {most:,d}"
 
@@ -197,6 +197,7 @@ def _for_each(given: int | dict[str, int] | None, defaults: dict[str, int]) -> i
 
 
 def _filled(section: BaseModel, protocol: Any, /, **known: Any) -> BaseModel:
+    """The section with `known` set, and every other null replaced by the protocol's field of that name."""
     missing = {
         key: getattr(protocol, key) for key, value in section if value is None and hasattr(protocol, key)
     }

@@ -74,16 +74,16 @@ class JudgeSection(Strict, frozen=True):
         try:
             parts = urlsplit(url or "http://none")
             scheme, host = parts.scheme, parts.hostname or ""
-            number = ":" in host or re.fullmatch(r"[\d.]+", host)
-            if number:
+            is_ip = ":" in host or re.fullmatch(r"[\d.]+", host)
+            if is_ip:
                 ip_address(host)
             wrong = (
                 parts.port == 0
-                or not (number or re.fullmatch(r"[a-z\d._-]+", host))
+                or not (is_ip or re.fullmatch(r"[a-z\d._-]+", host))
                 or "@" in parts.netloc
                 or parts.query
             )
-        except ValueError:  # no number as port, no IP address, a bracket without its other
+        except ValueError:  # a port that is no number, a wrong IP address, a bracket that is not closed
             wrong = True
         if wrong or scheme not in ("http", "https"):
             raise ValueError(

@@ -137,16 +137,17 @@ class Task(Strict, frozen=True):
     @model_validator(mode="before")
     @classmethod
     def _short_forms(cls, raw: Any) -> Any:
+        """Some sections may be given as a text alone, which stands for the section with this one key."""
         if not isinstance(raw, dict):
             return raw
-        inner = {"headline": ANY, "files": "train", "dataset": "path", "labels": "file"}
-        found = {
-            key: {inner[key]: value} if key in inner and isinstance(value, str) else value
-            for key, value in raw.items()
-        }
+        only_key = {"headline": ANY, "files": "train", "dataset": "path", "labels": "file"}
+        whole = dict(raw)
+        for section, key in only_key.items():
+            if isinstance(raw.get(section), str):
+                whole[section] = {key: raw[section]}
         if isinstance(raw.get("labels"), list):
-            found["labels"] = {"names": raw["labels"]}
-        return found
+            whole["labels"] = {"names": raw["labels"]}
+        return whole
 
     @field_validator("metrics")
     @classmethod

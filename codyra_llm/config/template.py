@@ -22,7 +22,7 @@ class Column(str):
 
 @dataclass(frozen=True)
 class Part:
-    """Pieces of a line, which as an optional part are kept or dropped together."""
+    """Pieces of a line. The pieces of an optional part are kept or dropped together."""
 
     pieces: tuple[str, ...]
     optional: bool = False

@@ -98,7 +98,7 @@ def sync(path: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what processes that were killed within `replacing` left in `folder` and below."""
-    renewed = f".lease.{os.getpid()}"
+    renewed = f".lease.{os.getpid()}"  # the thread that renews this process's lease may be writing it now
     for path in [p for p in folder.rglob(".*") if is_leftover(p.name) and p.name != renewed]:
         _remove(path)
 
@@ -109,7 +109,10 @@ def is_leftover(name: str) -> bool:
 
 
 def _remove(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def file_sha256(path: Path) -> str:

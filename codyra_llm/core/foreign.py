@@ -48,13 +48,14 @@ def write_document(template: str, fields: dict[str, Any]) -> str:
 
 
 def filtered(name: str, settings: dict[str, Any], items: Sequence[tuple[Sequence[str], dict]]) -> list[str]:
-    """By example (responses, fields) what a filter of lm-evaluation-harness makes of its responses, in JSON.
-    Raises Failed."""
+    """What a filter of lm-evaluation-harness makes of each item, (responses to one example, the example's
+    fields): a JSON text per item. Raises Failed."""
     return _worker.ask("filter", (name, settings), items)
 
 
 def without(patterns: Sequence[str], texts: Sequence[str]) -> list[str]:
-    """Texts without what the patterns match, one pattern after the other, each in JSON. Raises Failed."""
+    """The texts without what the patterns match, applied one after the other: a JSON text per text. Raises
+    Failed."""
     return _worker.ask("without", list(patterns), texts)
 
 
@@ -71,10 +72,12 @@ class _Worker:
     """The worker process. After a fork each process has its own."""
 
     def __init__(self) -> None:
-        self.lock, self.owner, self.waits = threading.Lock(), 0, START
+        self.lock = threading.Lock()
+        self.owner = 0  # the id of the process that started `process`
+        self.waits = START  # seconds to wait for the next answer
         self.process: subprocess.Popen[bytes] | None = None
         self.unread = bytearray()
-        self.stopped: dict[bytes, str] = {}  # why code was stopped, which is not tried again
+        self.stopped: dict[bytes, str] = {}  # by code, why it was stopped; it is not run again
 
     def ask(self, kind: str, shared: Any, items: Sequence[Any]) -> list[str]:
         """The answers to all items, in order. Raises Failed at the first item that fails."""

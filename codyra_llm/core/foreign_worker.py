@@ -1,8 +1,8 @@
-"""The process in which templates and patterns of others run. It is started as a file of its own, and reads
-nothing of the package: standard library, jinja2, and what a request asks for.
+"""The process that runs templates and patterns which others wrote. It is started as a file of its own, and
+imports nothing of the package: only the standard library, jinja2, and what a request asks for.
 
 It reads requests from standard input: 8 bytes of length, then a pickle of (code, items), where `code` is a
-pickle of (kind, shared); after the last one standard input ends, and so does it. Of each item, up to the
+pickle of (kind, shared); after the last one standard input ends, and so does it. For each item, up to the
 first that goes wrong, it writes an answer to standard output: a byte that says how it went, 8 bytes of
 length, UTF-8. `core/foreign.py` is the other side.
 """
@@ -33,27 +33,27 @@ def main() -> None:
     # A launcher or Ctrl-C tells the whole group to stop; the process that asks decides when this one ends.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    # The kernel ends the process when the timer runs out, inside of any function, whoever else is there.
+    # The kernel ends the process when the timer runs out, whatever function it is in.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     budgets: dict[bytes, CpuBudget] = {}
     while size := requests.read(8):
         code, items = pickle.loads(requests.read(int.from_bytes(size)))
         kind, shared = pickle.loads(code)
-        one = KINDS[kind]()
+        answer_one = KINDS[kind]()
         _limit_memory()
         budget = budgets.setdefault(code, CpuBudget())
         for item in items:
             with budget:
-                answer = _answered(one, shared, item)
+                answer = _answered(answer_one, shared, item)
             _write(answers, *answer)
             if answer[0] != FINE:
                 break
 
 
 class CpuBudget:
-    """The CPU time that one template or pattern may take: `SECONDS` at once, and `EACH` for every item on the
-    whole, so that many items that are each just fast enough end as well."""
+    """The CPU time that one template or pattern may take: `SECONDS` for one item, and `EACH` per item on
+    average, so that many items that are each just fast enough are ended as well."""
 
     def __init__(self) -> None:
         self.left = float(SECONDS)
@@ -81,9 +81,9 @@ def _limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
 
 
-def _answered(one: Any, shared: Any, item: Any) -> Answer:
+def _answered(answer_one: Any, shared: Any, item: Any) -> Answer:
     try:
-        return one(shared, item)
+        return answer_one(shared, item)
     except MemoryError:
         return STOPPED, f"it asks for more than {MEMORY >> 20} MB of memory"
     except RecursionError:
@@ -180,7 +180,8 @@ def _matching() -> Any:
     their number."""
 
     def one(shared: str, item: list[str]) -> Answer:
-        return FINE, str(sum(re.fullmatch(shared, name) is not None for name in item))
+        matched = [name for name in item if re.fullmatch(shared, name)]
+        return FINE, str(len(matched))
 
     return one
 

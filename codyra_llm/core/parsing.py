@@ -50,7 +50,7 @@ def _path(value: str) -> str:
 
 
 def _text_of(value: Any) -> Any:
-    """A path that Python gives as an object as its text."""
+    """A path object as its text; anything else unchanged."""
     return str(value) if isinstance(value, PurePath) else value
 
 
@@ -63,7 +63,8 @@ def expanded(path: str) -> str:
 
 
 def writable(path: str) -> str:
-    """`expanded`, for what is made: never a folder named ~. Raises ValueError for the home of nobody."""
+    """`expanded`, for a path to write to, so that no folder is ever called ~. Raises ValueError for the home
+    of a user who is not known here."""
     found = expanded(path)
     if found.startswith("~"):
         raise ValueError(f"{shown(path)} names the home of a user that is not known here; write the path out")
@@ -72,7 +73,8 @@ def writable(path: str) -> str:
 
 def as_path(text: str | Path) -> Path:
     """A path that was given with a command or in Python, ~ expanded: shells do that only at the beginning of
-    a word, not in quotes or after --out=, and Python doesn't. Raises Fault for the home of nobody."""
+    a word, not in quotes or after --out=, and Python doesn't. Raises Fault for the home of a user who is not
+    known here."""
     try:
         return Path(writable(str(text)))
     except ValueError as error:
@@ -108,12 +110,16 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def get_single_node(self) -> yaml.Node | None:
-        node, seen = super().get_single_node(), 0
+        """The document, whose values are counted at every alias again: a few aliases of aliases can expand to
+        billions of values."""
+        node = super().get_single_node()
         if node is None:
             return None
         pending: list[yaml.Node] = [node]
+        seen = 0
         while pending:
-            one, seen = pending.pop(), seen + 1
+            one = pending.pop()
+            seen += 1
             if seen > NODES:
                 raise _error(
                     f"it holds more than {NODES} values, with its aliases written out", node.start_mark
@@ -236,7 +242,7 @@ def read_json(file: Path, expected: str) -> Any:
 def read_items(file: Path, expected: str) -> Iterator[Any]:
     """The values of a JSON list, one after the other, of a file that need not fit into memory. Raises Fault
     with what `read_json` says of the file, and where it holds something other than a list; by then the values
-    before the fault have been given."""
+    before the fault have been yielded."""
     count = 0
     try:
         with open(file, encoding="utf-8-sig", newline="") as stream:
@@ -244,7 +250,7 @@ def read_items(file: Path, expected: str) -> Iterator[Any]:
                 yield item
                 count += 1
         return
-    except (OSError, ValueError, RecursionError):  # of the whole file it can be said better what is wrong
+    except (OSError, ValueError, RecursionError):  # reading the whole file gives the better message
         pass
     whole = read_json(file, expected)
     if not isinstance(whole, list):
@@ -254,11 +260,14 @@ def read_items(file: Path, expected: str) -> Iterator[Any]:
 
 def _items(stream: TextIO) -> Iterator[Any]:
     """The values of a JSON list in a stream. Raises ValueError or RecursionError where it holds another text,
-    or a value of more than `ITEM` characters."""
+    or a value of more than `ITEM` characters.
+
+    `expects` is what may come next: "[" at the start, "value]" (a value or the end) after it, ",]" after a
+    value, "value" after a comma."""
     decoder = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
     text, at, expects = "", 0, "["
     while True:
-        blank = _BLANK.match(text, at)  # matches nothing, too
+        blank = _BLANK.match(text, at)  # always matches, if only the empty text
         at = blank.end() if blank else at
         if at == len(text):
             text, at = stream.read(READ), 0
@@ -272,8 +281,9 @@ def _items(stream: TextIO) -> Iterator[Any]:
             break
         elif expects == "value]":
             expects = "value"
-        elif text[at] in expects:
-            expects, at = ("value]" if expects == "[" else "value"), at + 1
+        elif text[at] in expects:  # the "[" of the list, or a comma
+            expects = "value]" if expects == "[" else "value"
+            at += 1
         else:
             raise ValueError("it is no list")
     if text[at + 1 :].strip() or stream.read().strip():
@@ -308,11 +318,11 @@ def read_mapping(file: Path, expected: str) -> dict:
 
 def parse_json(text: str, source: str, expected: str, long_numbers: bool = False) -> Any:
     """The value of a JSON text; faults are reported as by `read_json`. With `long_numbers` whole numbers of
-    more than 20 digits are accepted, and stay texts.
+    more than 20 digits are accepted, and stay text.
     """
     try:
-        whole = _whole if long_numbers else _integer
-        return json.loads(text, object_pairs_hook=_object, parse_int=whole)
+        parse_int = _integer_or_text if long_numbers else _integer
+        return json.loads(text, object_pairs_hook=_object, parse_int=parse_int)
     except json.JSONDecodeError as error:
         raise Fault(
             f"{source}: invalid JSON at line {error.lineno}, column {error.colno} ({error.msg}); expected "
@@ -333,7 +343,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict:
     return value
 
 
-def _whole(digits: str) -> int | str:
+def _integer_or_text(digits: str) -> int | str:
     return digits if len(digits) > 20 else int(digits)
 
 

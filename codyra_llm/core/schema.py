@@ -91,36 +91,34 @@ def in_sentences(schema: type[BaseModel], prefix: tuple[str, ...] = ()) -> Itera
 
 
 def sentences(error: ValidationError, schema: type[BaseModel], prefix: tuple = ()) -> list[str]:
-    """What pydantic found wrong with `schema`, one sentence each."""
-    out = []
-    for e in _by_key(error, schema):
-        key, given = ".".join(str(part) for part in (*prefix, *e["loc"])), shown(e["input"])
-        if e["type"] == "extra_forbidden":
-            known = _fields(schema, e["loc"][:-1])
-            out.append(
-                f"unknown key '{key}' (value {given}).{nearest(str(e['loc'][-1]), known)} "
-                f"Known here: {', '.join(known)}"
-            )
-        elif e["type"] == "missing" and isinstance(e["loc"][-1], int):
-            whole = ".".join(str(part) for part in (*prefix, *e["loc"][:-1]))
-            out.append(f"{whole}: {given} has too few items; write all of them")
-        elif e["type"] == "missing":
-            out.append(f"'{key}' is missing; add it")
-        elif e["type"] in ("model_type", "dict_type") and not key:
-            out.append(f"{given} is not a mapping; give one, with the keys {', '.join(schema.model_fields)}")
-        elif e["type"] in ("model_type", "dict_type"):
-            out.append(f"{key}: {given} is not a section; write its keys below '{key}', each with its value")
-        elif e["type"] == "value_error":
-            message = str(e.get("ctx", {})["error"])
-            out += [f"{key}: {line}" if key else line for line in message.splitlines()]
-        else:
-            expected = e["msg"][0].lower() + e["msg"][1:].replace("a valid tuple", "a valid list")
-            out.append(
-                f"{key}: {given} is not valid; {expected}"
-                + nearest(given.strip("'"), str(e.get("ctx", {}).get("expected", "")).split("'"))
-                + _in_brackets(e["input"], expected)
-            )
-    return out
+    """What pydantic found wrong with `schema`, in sentences. `prefix`: where the mapping is in its file."""
+    return [sentence for e in _by_key(error, schema) for sentence in _sentences(e, schema, prefix)]
+
+
+def _sentences(e: dict[str, Any], schema: type[BaseModel], prefix: tuple) -> list[str]:
+    """One of pydantic's errors as sentences: more than one where a validator has found several faults."""
+    loc, kind, given = e["loc"], e["type"], shown(e["input"])
+    key = ".".join(str(part) for part in (*prefix, *loc))
+    if kind == "extra_forbidden":
+        known = _fields(schema, loc[:-1])
+        close = nearest(str(loc[-1]), known)
+        return [f"unknown key '{key}' (value {given}).{close} Known here: {', '.join(known)}"]
+    if kind == "missing" and isinstance(loc[-1], int):
+        whole = ".".join(str(part) for part in (*prefix, *loc[:-1]))
+        return [f"{whole}: {given} has too few items; write all of them"]
+    if kind == "missing":
+        return [f"'{key}' is missing; add it"]
+    if kind in ("model_type", "dict_type") and not key:
+        return [f"{given} is not a mapping; give one, with the keys {', '.join(schema.model_fields)}"]
+    if kind in ("model_type", "dict_type"):
+        return [f"{key}: {given} is not a section; write its keys below '{key}', each with its value"]
+    if kind == "value_error":
+        message = str(e.get("ctx", {})["error"])
+        return [f"{key}: {line}" if key else line for line in message.splitlines()]
+    expected = e["msg"][0].lower() + e["msg"][1:].replace("a valid tuple", "a valid list")
+    allowed = str(e.get("ctx", {}).get("expected", "")).split("'")  # 'a', 'b' or 'c'
+    close = nearest(given.strip("'"), allowed)
+    return [f"{key}: {given} is not valid; {expected}{close}{_in_brackets(e['input'], expected)}"]
 
 
 def _in_brackets(given: Any, expected: str) -> str:
@@ -130,16 +128,17 @@ def _in_brackets(given: Any, expected: str) -> str:
 
 
 def _by_key(error: ValidationError, schema: type[BaseModel]) -> list[dict[str, Any]]:
-    """The errors, each at its key. Of a value that may be of several kinds pydantic has an error for each
-    kind, with the kind among the parts of the place: here what is wrong within the value, where one of them
-    got that far, or else one error that names all kinds."""
+    """The errors, each at the key that it is about.
+
+    For a value that may be of several kinds (a union) pydantic has an error for each kind, with the kind's
+    name among the parts of the location. Here the name is left out. What is wrong within the value is kept,
+    where it fits one kind well enough to be looked into; otherwise one error names all kinds."""
     found: dict[tuple, list[dict[str, Any]]] = {}
     for e in error.errors():
-        cut = _place_of_kind(schema, e["loc"])
-        at = e["loc"] if cut is None else e["loc"][:cut]
-        found.setdefault(at, []).append(
-            {**e, "loc": at, "within": () if cut is None else e["loc"][cut + 1 :]}
-        )
+        loc, cut = e["loc"], _place_of_kind(schema, e["loc"])
+        at = loc if cut is None else loc[:cut]
+        within = () if cut is None else loc[cut + 1 :]
+        found.setdefault(at, []).append({**e, "loc": at, "within": within})
     out = []
     for at, errors in found.items():
         inner = [e for e in errors if e["within"]]
@@ -154,7 +153,7 @@ def _by_key(error: ValidationError, schema: type[BaseModel]) -> list[dict[str, A
 
 
 def _place_of_kind(schema: type[BaseModel], loc: tuple) -> int | None:
-    """Where in `loc` the kind of a value stands that may be of several; None where there is none."""
+    """The position in `loc` of a kind's name, for a value that may be of several; None without one."""
     inside: Any = schema
     for place, part in enumerate(loc):
         if not (isinstance(inside, type) and issubclass(inside, BaseModel) and part in inside.model_fields):

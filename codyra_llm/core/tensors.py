@@ -1,5 +1,5 @@
-"""Tensors: the device they belong on, as one vector, as a file of the same bytes wherever it is written, and
-random numbers by key."""
+"""Helpers for tensors: this process's device, many tensors as one vector, safetensors files that are equal
+byte for byte wherever they are written, and random generators seeded by a key."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ def own_device() -> torch.device:
 
 
 def flat(tensors: list[Tensor]) -> Tensor:
-    """One vector [n]."""
+    """All elements of all tensors, in order, as one vector [n]."""
     return torch.cat([t.flatten() for t in tensors])
 
 

@@ -85,7 +85,7 @@ def unbroken_output() -> Iterator[None]:
     except SystemExit as exit_:
         if exit_.code:
             raise
-        ended = exit_  # how a command line ends that went well
+        ended = exit_  # a command that succeeded ends this way
     finally:
         stream.flush()
         sys.stdout = stream._stream

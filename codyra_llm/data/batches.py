@@ -90,7 +90,8 @@ def in_one_copy(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]
 
 def through_pinned(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """The tensors on a device, from one buffer in pinned memory, where CUDA is there to pin it."""
-    starts = list(accumulate((-(-t.nbytes // 8) * 8 for t in tensors), initial=0))  # aligned for any dtype
+    sizes = ((t.nbytes + 7) // 8 * 8 for t in tensors)  # whole 8 bytes, so that any dtype is aligned
+    starts = list(accumulate(sizes, initial=0))
     buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=torch.cuda.is_available())
     for tensor, start in zip(tensors, starts[:-1], strict=True):
         buffer[start : start + tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
@@ -114,7 +115,8 @@ def collate(
     shape = (1, sum(lengths)) if packed else (len(own), max(lengths))  # [R, T]
     # Where each example begins in the flattened rows.
     starts = accumulate([0, *lengths[:-1]]) if packed else range(0, math.prod(shape), shape[1])
-    ids, predictors, targets, shares, prompts = torch.full(shape, pad), [], [], [], []
+    ids = torch.full(shape, pad)
+    predictors, targets, shares, prompts = [], [], [], []
     for start, example, weight in zip(starts, own, weights, strict=True):
         tokens, labelled = example.prompt + example.answer, example.labelled
         ids.view(-1)[start : start + len(example)] = torch.tensor(tokens)
@@ -123,16 +125,16 @@ def collate(
         prompts.append(tokens[: max(len(example.prompt), 1)])
         shares += [weight] * len(labelled)
     return Batch(
-        ids,
-        torch.cat([torch.arange(n) for n in lengths])[None] if packed else None,
-        torch.tensor(predictors, dtype=torch.long),
-        torch.tensor(targets, dtype=torch.long),
-        torch.tensor(shares, dtype=torch.float32),
-        list(chosen),
-        prompts,
-        [len(example.labelled) for example in own],
-        lengths if packed else None,
-        packed_attention.segment_ends(lengths) if packed else None,
+        ids=ids,
+        positions=torch.cat([torch.arange(n) for n in lengths])[None] if packed else None,
+        predictors=torch.tensor(predictors, dtype=torch.long),
+        targets=torch.tensor(targets, dtype=torch.long),
+        weights=torch.tensor(shares, dtype=torch.float32),
+        examples=list(chosen),
+        prompts=prompts,
+        labelled=[len(example.labelled) for example in own],
+        segments=lengths if packed else None,
+        ends=packed_attention.segment_ends(lengths) if packed else None,
     )
 
 
@@ -176,6 +178,7 @@ def batch_tokens(lengths: Sequence[int], packed: bool) -> int:
 
 
 def _cut(order: list[int], lengths: Sequence[int], tokens: int, packed: bool) -> Iterator[list[int]]:
+    """One rank's examples, in order, cut into micro-batches of at most `tokens` tokens, or of one example."""
     current: list[int] = []
     for i in order:
         if current and batch_tokens([lengths[j] for j in (*current, i)], packed) > tokens:

@@ -61,8 +61,8 @@ def read_chat(row: object, task: Task) -> Chat:
             f"'{field}' must be a list of messages with the texts '{keys[0]}' and '{keys[1]}', of which the "
             "last is the assistant's; correct it."
         )
-    one = _turn if sharegpt else _message
-    messages = [one(message, f"'{field}', message {i}") for i, message in enumerate(raw)]
+    read_one = _turn if sharegpt else _message
+    messages = [read_one(message, f"'{field}', message {i}") for i, message in enumerate(raw)]
     last = messages[-1]
     if last["role"] != "assistant" or "tool_calls" in last or not isinstance(last["content"], str):
         found = "calls a tool" if "tool_calls" in last else f"is of role {shown(last['role'])}"
@@ -70,7 +70,9 @@ def read_chat(row: object, task: Task) -> Chat:
             f"'{field}' must be a list of messages of which the last is the assistant's text, to be learnt, "
             f"and its last {found}; cut it after one."
         )
-    unlearnt = frozenset(i for i, one in enumerate(raw) if not sharegpt and _without_weight(one, field, i))
+    unlearnt = frozenset()
+    if not sharegpt:  # which has no weights
+        unlearnt = frozenset(i for i, message in enumerate(raw) if _without_weight(message, field, i))
     if len(raw) - 1 in unlearnt:
         raise Wrong(
             f"the last message of '{field}' has the weight 0, so that nothing of the chat would be learnt; "
@@ -145,6 +147,7 @@ def _message(raw: object, where: str) -> dict[str, Any]:
 
 
 def _a(value: object) -> str:
+    """A value's type with an article, for sentences."""
     return "null" if value is None else f"a {type(value).__name__}"
 
 

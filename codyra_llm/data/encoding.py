@@ -100,6 +100,7 @@ class Encoder:
     def _refuse_strangers(self, texts: list[str], found: list[list[int]]) -> None:
         """Raises Fault for a text with a token that the model has no embedding of."""
         for text, ids in zip(texts, found, strict=True):
+            # Tokens without an embedding have the highest ids, so a text's highest id decides.
             token = self.strangers.get(max(ids, default=0))
             if token:
                 raise Fault(
@@ -145,6 +146,7 @@ class Encoder:
         return found
 
     def _prompt(self, written: str, ids: list[int]) -> tuple[list[int], bool]:
+        """The ids of a prompt that are kept, with BOS, and whether any were left out."""
         kept = self._kept(written, ids)
         return self.bos + [token for part in kept for token in ids[part]], len(kept) > 1
 
@@ -159,8 +161,11 @@ class Encoder:
         before = max(before - first, 0)
         if before + after >= room:  # no room for the text would be left
             before = after = 0
-        head = before + ((room - before - after) // 2 if self.data.truncation == "middle" else 0)
-        return [slice(first, first + head), slice(len(ids) - (room - head), len(ids))]
+        head = before
+        if self.data.truncation == "middle":
+            head += (room - before - after) // 2
+        tail = room - head
+        return [slice(first, first + head), slice(len(ids) - tail, len(ids))]
 
     @cached_property
     def _chat_end(self) -> int:
@@ -185,9 +190,9 @@ class Encoder:
 
     def _around(self, written: str) -> tuple[int, int]:
         """How many ids belong to what the chat template writes before a user's text, and how many to what it
-        writes after it; 0 where the template did not write the prompt, or the chat began with its own system
-        text. A token with some of the user's text in it is counted too, so that the template's part stays
-        complete."""
+        writes after it. Both are 0 where the template did not write the prompt, or the chat began with a
+        system text of its own. A token with some of the user's text in it is counted too, so that the
+        template's part stays complete."""
         before, after = self._frame
         if not (before or after) or not written.startswith(before) or not written.endswith(after):
             return 0, 0
@@ -208,15 +213,17 @@ class Encoder:
         if not spans:
             return ()
         begins, ends = self._places(prompt)
-        found, place = [], len(self.bos)
         kept = self._kept(prompt, ids)
         bare = len(kept) > 1 or not self.bos  # whether nothing of the prompt precedes a part's first token
+        found = []
+        place = len(self.bos)  # where the part begins among the kept ids
         for part in kept:
-            first = part.start + 1 if bare else part.start
+            earliest = part.start + 1 if bare else part.start
+            shift = place - part.start
             for start, stop in spans:
-                own = bisect_right(ends, start), bisect_left(begins, stop)
-                if first <= own[0] and own[1] <= part.stop:
-                    found.append((place + own[0] - part.start, place + own[1] - part.start))
+                first, end = bisect_right(ends, start), bisect_left(begins, stop)  # the turn's ids
+                if earliest <= first and end <= part.stop:
+                    found.append((first + shift, end + shift))
             place += part.stop - part.start
         return tuple(found)
 
@@ -232,12 +239,13 @@ class Encoder:
         return ids[:room], len(ids) > room
 
     def _continuation(self, text: str, continued: list[int]) -> list[int]:
-        """Ids of a text that continues another one, without the mark of a word's start."""
+        """Ids of a text that continues another one, without the mark of a word's start. `continued`: the ids
+        of the text after a newline, which serve where the newline can be taken off them."""
         n = len(self.newline)
         return continued[n:] if continued[:n] == self.newline else self._ids(text)
 
     def perfect(self, text: str) -> str:
-        """What a model would answer that has learnt `text` perfectly: its tokens up to the first that ends an
+        """The answer of a model that has learnt `text` perfectly: its tokens up to the first that ends an
         answer, decoded like answers. This differs from `text` if it contains special tokens, or if decoding
         drops a leading space (SentencePiece)."""
         ids = self._continuation(text, self._ids("\n" + text))

@@ -73,8 +73,10 @@ class Columns:
         if not self.templates:
             return
         rows = [row for row in rows if isinstance(row, dict)]
+        if not rows:
+            return
         known = dict.fromkeys(key for row in rows[:100] for key in row)
-        for name in self.templates[-1].columns if rows else ():
+        for name in self.templates[-1].columns:
             if name not in self.given and all(field(row, name) is ABSENT for row in rows):
                 yield (
                     f"{where}: no record has '{name}', which the prompt names in {FILE}."
@@ -111,6 +113,7 @@ class Columns:
         return chosen.fill(lambda name: self._text(row, name))
 
     def _fills(self, template: Template, row: dict) -> bool:
+        """Whether the row has text for every column of the template."""
         return all(self._text(row, name).strip() for name in template.columns)
 
     def _value(self, row: dict, name: str) -> object:
@@ -125,16 +128,16 @@ class Columns:
         return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
     def _unwritable(self, row: dict, where: str) -> Iterator[str]:
-        """Columns of the template whose text is not known."""
+        """Faults for columns of the templates that hold something other than text."""
         for name in self._columns():
             value = self._value(row, name)
             items = value if isinstance(value, list) else [value]
             wrong = [item for item in items if not isinstance(as_text(item), str)]
-            for item in wrong[:1]:
-                yield from text_faults(item, name, "prompt", False, where)
+            if wrong:
+                yield from text_faults(wrong[0], name, "prompt", False, where)
 
     def _unsaid(self, row: dict, where: str) -> Iterator[str]:
-        """What is wrong with the prompt that a row makes."""
+        """Faults of the prompt that the templates make of a row."""
         yield from text_faults(self._prompt(row), "prompt", "prompt", False, where)
         own = [name for name in self._columns() if name not in self.given]
         if own and not any(self._text(row, name).strip() for name in own):
@@ -158,6 +161,7 @@ class Columns:
         return self.numbered.get(value, value)
 
     def _column(self, row: dict, name: str, part: str, split: str, where: str) -> Iterator[str]:
+        """Faults of the column that holds this `part`, prompt or answer."""
         value = self._answer(row) if part == "answer" else _single(field(row, name))
         learnt = split == "train"
         if value is ABSENT:

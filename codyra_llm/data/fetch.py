@@ -88,7 +88,7 @@ def get(
     """Write the variants of TRACE that `source` holds, or the one that is named, to folders in `out`; returns
     these. By default the public copy of the variant 500 is fetched. `seen` is called as a download proceeds.
     Raises Fault with what to do by hand; nothing is left in `out` then."""
-    _known(name, variant, out, source)
+    _refuse_unavailable(name, variant, out, source)
     wanted = variant if source else "500"
     _refuse_taken(out, [STEM + wanted] if wanted else [])  # before anything is fetched
     out.mkdir(parents=True, exist_ok=True)
@@ -123,8 +123,8 @@ def by_hand(out: Path) -> str:
     )
 
 
-def _known(name: str, variant: str | None, out: Path, source: str | None) -> None:
-    """Raise Fault for what can't be asked for."""
+def _refuse_unavailable(name: str, variant: str | None, out: Path, source: str | None) -> None:
+    """Raise Fault for a benchmark or a variant that can't be fetched."""
     if name in ELSEWHERE:
         address, root = ELSEWHERE[name]
         raise Fault(f"the data of {name} is a repository: git clone {address}, and give data.root: {root}")
@@ -201,11 +201,13 @@ def _save(answer: http.client.HTTPResponse, target: Path, address: str, out: Pat
 def _received(
     answer: http.client.HTTPResponse, address: str, done: int, whole: int | None, out: Path
 ) -> bytes:
-    """The next bytes, empty at the end; `done` of `whole` bytes came before."""
+    """The next bytes, empty at the end; `done` of `whole` bytes came before. Raises Fault where the server
+    stops before the end."""
     try:
-        chunk, reason = answer.read1(1 << 16), "it ended early"
+        chunk = answer.read1(1 << 16)
         if chunk or whole in (None, done):
             return chunk
+        reason = "it ended early"
     except (OSError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split())
     share = f"{done / 1e6:.1f} of {whole / 1e6:.1f} MB" if whole else f"{done / 1e6:.1f} MB"
@@ -294,7 +296,8 @@ def _variants(place: Path, temporary: Path, source: str) -> dict[str | None, Pat
 
 
 def _layouts(root: Path, called: str) -> dict[str | None, Path]:
-    """`called`: the name of the archive or folder of `root`, for tasks in a folder that names no variant."""
+    """The folders below `root` with TRACE's tasks, by the variant's name. `called`: the name of the archive
+    or folder of `root`, for tasks in a folder that names no variant."""
     names, found = set(load_benchmark(TRACE).tasks), {}
     for folder in [root, *sorted(path for path in root.rglob("*") if path.is_dir())]:
         if names & {task.name for task in task_folders(folder)}:
@@ -303,7 +306,7 @@ def _layouts(root: Path, called: str) -> dict[str | None, Path]:
 
 
 def _variant(name: str) -> str | None:
-    """The folder name of the variant that a name begins with."""
+    """The name of the variant's folder if `name` begins with it, e.g. LLM-CL-Benchmark_500; else None."""
     return next((STEM + v for v in VARIANTS if re.match(rf"{STEM}{v}(?![0-9A-Za-z])", name)), None)
 
 
@@ -396,12 +399,9 @@ def _link(name: str, called: str) -> Fault:
 def _safe(name: str, called: str) -> tuple[str, ...]:
     """The parts of a name that stays within the folder that it is unpacked to."""
     parts = PurePosixPath(name).parts
-    odd = not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name
-    if (
-        odd
-        or re.match(r"[A-Za-z]:", name)
-        or max(len(part.encode("utf-8", "replace")) for part in parts) > 255
-    ):
+    leads_out = name.startswith("/") or ".." in parts or "\\" in name or re.match(r"[A-Za-z]:", name)
+    too_long = any(len(part.encode("utf-8", "replace")) > 255 for part in parts)
+    if not parts or leads_out or too_long or "\0" in name:
         raise Fault(f"{called}: the name {shown(name)} leads out of the archive; nothing was unpacked")
     return parts
 

@@ -83,6 +83,7 @@ def _text(path: Path, expected: str) -> str:
 
 
 def _json(path: Path, text: str, expected: str, reading: Reading) -> Found:
+    """Reads one JSON value, or JSON Lines under the wrong name."""
     if has_lines(text):
         return Found(json_lines(path, text), f"{path} {LINES}")
     value = parse_json(text, str(path), "one list of records", long_numbers=True)
@@ -90,10 +91,13 @@ def _json(path: Path, text: str, expected: str, reading: Reading) -> Found:
 
 
 def _jsonl(path: Path, text: str, expected: str, reading: Reading) -> Found:
+    """Reads JSON Lines, or one JSON list under the wrong name."""
     if not text.lstrip().startswith("["):
         return Found(json_lines(path, text))
     value = parse_json(text, str(path), "one list of records", long_numbers=True)
-    return Found(_records(value, path, expected, reading), f"{path} holds one JSON list, and is read so")
+    return Found(
+        _records(value, path, expected, reading), f"{path} holds one JSON list, and is read that way"
+    )
 
 
 def _records(value: object, path: Path, expected: str, reading: Reading) -> list:
@@ -132,7 +136,7 @@ def _csv(path: Path, text: str, expected: str, reading: Reading) -> Found:
     if reading.delimiter or delimiter == ",":
         return Found(rows)
     name = DELIMITERS.get(delimiter, f"'{delimiter}'")
-    return Found(rows, f"{path} has {name} between its columns, and is read so")
+    return Found(rows, f"{path} has {name} between its columns, and is read that way")
 
 
 def _quotes_after_spaces(text: str, delimiter: str) -> bool:
@@ -162,7 +166,7 @@ def _tsv(path: Path, text: str, expected: str, reading: Reading) -> Found:
             rows = _table(path, text, expected, delimiter, reading.used, csv.QUOTE_NONE)
         except Fault:
             raise fault from None
-    return Found(rows, f"{path} has quotes that are part of the text, and is read so")
+    return Found(rows, f"{path} has quotes that are part of the text, and is read that way")
 
 
 def _delimiter(text: str, used: frozenset[str] | None) -> str:
@@ -189,8 +193,8 @@ def _table(
     quoting: int = csv.QUOTE_MINIMAL,
     spaces: bool = False,
 ) -> list[dict]:
-    """Rows by the names in the first line; every value is text. `spaces`: those in front of a value are none
-    of it."""
+    """The rows as mappings, by the names in the first line; every value is text. `spaces`: drop the spaces in
+    front of a value."""
     source = io.StringIO(text, newline="")
     name = DELIMITERS.get(delimiter, f"'{delimiter}'")
     try:
@@ -249,9 +253,9 @@ def _parquet(path: Path, expected: str) -> list[dict]:
 
 
 def class_names(table) -> list[dict]:
-    """The rows of a data set, with class numbers replaced by the classes' names, and objects within them
-    without fields that are null: a column's objects all have the same fields, such as every argument of every
-    tool that the calls in it name, and null is what fills them."""
+    """The rows of a data set, with class numbers replaced by the classes' names, and objects in them without
+    fields that are null. `datasets` gives all objects of a column the same fields, such as every argument of
+    every tool that any call names, and fills those that an object did not have with null."""
     from datasets import ClassLabel
 
     classes = {key: kind.names for key, kind in table.features.items() if isinstance(kind, ClassLabel)}
@@ -265,8 +269,8 @@ def class_names(table) -> list[dict]:
 
 
 def _inner(kind: object) -> object:
-    """What a column of this kind is made of: the kinds of an object's fields, or that of a list's items; None
-    where it is made of nothing else."""
+    """What a column of this kind consists of: the kinds of an object's fields, or the kind of a list's items;
+    None for other columns."""
     from datasets import LargeList, List
 
     if isinstance(kind, List | LargeList):
@@ -286,6 +290,7 @@ def _without_fillings(value: Any, kind: object) -> Any:
 
 
 def _name(number: int | None, names: list[str]) -> object:
+    """The name of a class by its number; HIDDEN for -1, None for null."""
     if number is None:
         return None
     return names[number] if number >= 0 else HIDDEN

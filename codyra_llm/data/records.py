@@ -22,9 +22,10 @@ SURROGATE = re.compile("[\ud800-\udfff]")  # valid in JSON escapes, but no token
 # Characters; TRACE has up to 164,000 and 18,000, and ROUGE is quadratic.
 LONGEST = {"prompt": 1_000_000, "answer": 50_000}
 
-ABSENT, HIDDEN = object(), object()  # instead of a value: there is none; the label is -1, so kept secret
+# In place of a value: there is none; the label is -1, the mark of labels that are kept secret.
+ABSENT, HIDDEN = object(), object()
 
-LINES = "has one record in each line (JSON Lines), and is read so"
+LINES = "has one record in each line (JSON Lines), and is read that way"
 NAMED = 5  # faults of one file that are listed one by one; the rest are counted
 
 

@@ -83,13 +83,13 @@ class ByTemplate(Render):
         spoken = [
             place for place, message in enumerate(chat.messages) if place and message["role"] == "assistant"
         ]
-        places = {place: number for number, place in enumerate(spoken, 1) if place not in chat.unlearnt}
-        if not places:
+        turn_at = {place: turn for turn, place in enumerate(spoken, 1) if place not in chat.unlearnt}
+        if not turn_at:
             return []
-        *before, whole = self._beginnings(chat, [*places, len(chat.messages)])
+        *before, whole = self._beginnings(chat, [*turn_at, len(chat.messages)])
         spans = [
-            self._turn(chat.messages[place], number, written, whole)
-            for (place, number), written in zip(places.items(), before, strict=True)
+            self._turn(chat.messages[place], turn, written, whole)
+            for (place, turn), written in zip(turn_at.items(), before, strict=True)
         ]
         return [span for span in spans if span]
 

@@ -66,6 +66,7 @@ def read(root: Path, name: str, task: Task, split: str, render: Render = plain) 
 
 
 def _maker(root: Path, name: str, task: Task, render: Render, every: bool = False) -> Chats | Columns:
+    """What makes examples of the task's rows. `every`: a chat's earlier turns are learnt too."""
     return Chats(task, render, every) if task.chat else Columns(task, label_names(root, name, task))
 
 
@@ -128,7 +129,7 @@ def divided(prompts: list[str], missing: list[str]) -> list[str]:
 
 
 def _tables(root: Path, name: str, task: Task) -> dict[str, Table]:
-    """The given table of each split."""
+    """The tables of the splits that the benchmark gives, by split."""
     if task.files:
         files = {split: root / file for split, file in task.files if file}
         return {
@@ -169,7 +170,7 @@ def _dataset(path: str, source: DatasetSource, name: str):
     try:
         with without_data_bars():
             return load_dataset(path, source.name, revision=source.revision)
-    # RuntimeError: a data set in a script.
+    # RuntimeError: a data set that is a script, which `datasets` no longer runs.
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise Fault(

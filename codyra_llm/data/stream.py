@@ -45,22 +45,28 @@ class Stream:
         return self._records[task, split]
 
     def records(self, index: int, split: str) -> list[dict]:
-        """Records of task `index`; the training split is limited to `max_train_examples`, the eval split is
-        without the prompts that it shares with test, since settings are chosen on it."""
-        rows = self._read(self.tasks[index], split)
+        """Records of task `index`. The training split is limited to `max_train_examples`. The eval split is
+        without the prompts that it shares with test, since settings are chosen on it; raises Fault where none
+        is left."""
+        name = self.tasks[index]
+        rows = self._read(name, split)
+        if split == "train":
+            return rows[: self.data.max_train_examples]
         if split == "eval":
-            known = {row["prompt"] for row in self._read(self.tasks[index], "test")}
-            rows = [row for row in rows if row["prompt"] not in known]
+            of_test = {row["prompt"] for row in self._read(name, "test")}
+            rows = [row for row in rows if row["prompt"] not in of_test]
             if not rows:
-                name = self.tasks[index]
-                own, test = (
-                    sources.place(self.root, name, self.benchmark.task(name), key) for key in ("eval", "test")
-                )
-                raise Fault(
-                    f"{own} has no prompt that {Path(test).name} lacks, and settings are not chosen on test; "
-                    f"give an eval split of its own, or a {FILE} that names files for train and test alone"
-                )
-        return rows[: self.data.max_train_examples] if split == "train" else rows
+                raise self._nothing_but_test(name)
+        return rows
+
+    def _nothing_but_test(self, name: str) -> Fault:
+        """The fault of a task whose eval split has only prompts of test."""
+        spec = self.benchmark.task(name)
+        own, test = (sources.place(self.root, name, spec, split) for split in ("eval", "test"))
+        return Fault(
+            f"{own} has no prompt that {Path(test).name} lacks, and settings are not chosen on test; "
+            f"give an eval split of its own, or a {FILE} that names files for train and test alone"
+        )
 
     def remarks(self) -> list[str]:
         """Remarks on files that are read otherwise than their names say."""
@@ -75,8 +81,8 @@ class Stream:
         return self._read(name, "train")
 
     def hashes(self) -> dict[str, str]:
-        """sha256 by split of the tasks' data: of TRACE's files; of declared sources, which may be no files,
-        of the examples that were read from them."""
+        """sha256 of the tasks' data by split: of the file in TRACE's layout; of declared sources, which need
+        not be files, of the examples that were read from them."""
         return dict(self.hash_of(task, split) for task in self.tasks for split in SPLITS)
 
     def hash_of(self, task: str, split: str) -> tuple[str, str]:
@@ -86,6 +92,6 @@ class Stream:
             return f"{task}/{split}.json", file_sha256(file) if file.is_file() else ABSENT
         try:
             rows = self._read(task, split)
-        except Fault:  # of a split that is not used, or it would have been said before
+        except Fault:  # of a split that is not used: a fault in another one was raised before
             return f"{task}/{split}", ABSENT
         return f"{task}/{split}", hashlib.sha256(json.dumps(rows).encode()).hexdigest()

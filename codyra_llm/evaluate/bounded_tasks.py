@@ -30,9 +30,9 @@ def bounded_templates(name: str) -> Iterator[None]:
         try:
             return foreign.write_document(template, dict(doc))
         except foreign.Failed as error:
-            shown = " ".join(template.split())[:80]
+            start = " ".join(template.split())[:80]
             raise Fault(
-                f"general.tasks: '{name}' has the template '{shown}', which fails ({error.reason}); {CORRECT}"
+                f"general.tasks: '{name}' has the template '{start}', which fails ({error.reason}); {CORRECT}"
             ) from None
 
     before, utils.apply_template = utils.apply_template, write
@@ -59,7 +59,8 @@ def telling(name: str, *others: type[Exception]) -> Iterator[None]:
 
 
 def bind(task: "ConfigurableTask", name: str) -> "ConfigurableTask":
-    """The task with its patterns, and the steps that depend on its examples alone, within bounds."""
+    """The same task, changed: its patterns run within limits, and errors at its examples become Faults."""
+    # The harness calls each of a pipeline's `filters` to make the filter, as it would a class.
     for pipeline, given in zip(task._filters, task.config.filter_list or (), strict=False):
         cast(Any, pipeline).filters = [
             partial(_Filter, name, function) if function.keys() & set(PATTERNS) else made
@@ -69,12 +70,12 @@ def bind(task: "ConfigurableTask", name: str) -> "ConfigurableTask":
         patterns = settings.pop("regexes_to_ignore", None)
         if patterns:
             task._metric_fn_list[metric] = partial(_ignoring, name, patterns, task._metric_fn_list[metric])
-    task.build_all_requests = _telling(name, task.build_all_requests)
-    task.process_results = _telling(name, task.process_results)
+    task.build_all_requests = _within_telling(name, task.build_all_requests)
+    task.process_results = _within_telling(name, task.process_results)
     return task
 
 
-def _telling(name: str, step: Callable) -> Callable:
+def _within_telling(name: str, step: Callable) -> Callable:
     """`step` within `telling`."""
 
     def taken(*args: Any, **settings: Any) -> Any:
@@ -110,7 +111,8 @@ def _ignoring(
     """The metric of texts without what the patterns match."""
     with _patterns(task, patterns):
         left = foreign.without(patterns, [*references, *predictions])
-    texts, split = [json.loads(one) for one in left], len(references)
+    texts = [json.loads(one) for one in left]
+    split = len(references)
     return metric(references=texts[:split], predictions=texts[split:], **settings)
 
 
@@ -183,8 +185,9 @@ def refuse_label(name: str, target: Any, choices: Sequence[str]) -> None:
 
 
 def is_score(value: Any, higher_is_better: bool | None) -> bool:
-    """Whether a metric's value for one example is a score of it: a share, 0 to 1, or a list of such, and more
-    is better. Perplexity is none, nor BLEU and F1 over all examples, which see texts or labels here."""
+    """Whether a metric's value for one example is a score of it: a number from 0 to 1, or a list of such, of
+    which more is better. Perplexity is not one. Nor are BLEU and F1 over all examples: their value for one
+    example is a pair of texts or labels."""
     if isinstance(value, list):
         return all(is_score(one, higher_is_better) for one in value)
     return isinstance(value, Real) and 0 <= float(value) <= 1 and higher_is_better is not False

@@ -41,16 +41,16 @@ class Budget:
         clear_device_cache(garbage_collection=True)
 
     def agree(self, acc: Accelerator) -> None:
-        """Take the least budget of all ranks (collective): one that has halved its own would cut other
-        batches than the rest, and a prompt that no rank takes for its own would get no answer."""
+        """Take the smallest budget of all ranks (collective). A rank that has halved its own would cut the
+        prompts into other batches than the rest, and some prompt would be in no rank's share."""
         if acc.num_processes > 1:
             with heartbeat.waiting():
                 self.tokens = min(gather_object([self.tokens]))
 
 
 def budget(acc: Accelerator, model: PreTrainedModel, asked: int | None) -> Budget:
-    """The budget that is `asked` for, or else what fits on the device; the same on every rank, so that all
-    ranks make the same batches."""
+    """The budget that is `asked` for, or else what fits on the device (collective). It is the same on every
+    rank, so that all ranks make the same batches."""
     kind = acc.device.type
     if asked or kind != "cuda":
         return Budget(asked or MOST["cpu"], STEP.get(kind, STEP["cpu"]))
@@ -60,8 +60,8 @@ def budget(acc: Accelerator, model: PreTrainedModel, asked: int | None) -> Budge
 
 
 def affordable(config: PreTrainedConfig, dtype: torch.dtype, free: int) -> int:
-    """Tokens of a batch on a GPU with so many bytes free: half of them, and at most `MOST`. The other half is
-    for the rows that are copied when others leave."""
+    """Tokens of a batch on a GPU with `free` bytes: those that fit into half of them, at most `MOST`. The
+    other half is for the rows that are copied when others leave."""
     return max(1, min(MOST["cuda"], free // 2 // token_bytes(config, dtype)))
 
 

@@ -41,7 +41,7 @@ def shared_prefix(prompts: Sequence[list[int]], new: int, windows: Sequence[int]
     with `windows` (of the sliding layers, in tokens) nothing is shared unless prompt and answer fit into
     each."""
     lengths = [len(p) for p in prompts]
-    shared = min(len(os.path.commonprefix(prompts)), min(lengths) - 1)
+    shared = min(len(os.path.commonprefix(prompts)), min(lengths) - 1)  # the last token must be read again
     pays = shared >= LEAST_SHARED and 8 * shared * (len(prompts) - 1) >= sum(lengths)
     return shared if pays and all(max(lengths) + new <= window for window in windows) else 0
 
@@ -89,7 +89,8 @@ def generate_ids(
         going = batch.add(ids[:, 0].tolist())
         if not going:
             break
-        mask, positions = torch.cat([mask, torch.ones_like(ids)], 1), positions[:, -1:] + 1
+        mask = torch.cat([mask, torch.ones_like(ids)], 1)
+        positions = positions[:, -1:] + 1
         if 4 * len(going) <= 3 * len(batch.rows):  # a quarter is done
             chosen = tensor(going)
             batch.keep(going)
@@ -129,7 +130,9 @@ class _Batch:
     """Which prompts the rows of a batch answer, and the answers so far."""
 
     def __init__(self, count: int, ends: Collection[int], stop: Callable[[list[int]], bool] | None):
-        self.rows, self.out, self.done = list(range(count)), [[] for _ in range(count)], set()
+        self.rows = list(range(count))  # of each row that is left, the number of its prompt
+        self.out: list[list[int]] = [[] for _ in range(count)]
+        self.done: set[int] = set()  # numbers of prompts
         self.ends, self.stop = ends, stop
 
     def add(self, tokens: list[int]) -> list[int]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from io import StringIO
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -123,16 +124,18 @@ class Live(HFLM):
         """Per (_, context, continuation): Σ log p of the continuation's tokens, and whether each is the
         likeliest.
 
-        Requests whose tokens but the last are the same (the letters A to D) share a forward pass.
+        Requests that are equal but for their last token, such as those of the letters A to D, share a forward
+        pass: the last token is only predicted, not read.
         """
-        sharing: dict[tuple[int, ...], list[int]] = {}
+        sharing: dict[tuple[int, ...], list[int]] = {}  # by what is read, the numbers of the requests
         for i, (_, context, continuation) in enumerate(requests):
-            sharing.setdefault(tuple((context + continuation)[-self.max_length - 1 : -1]), []).append(i)
+            read = (context + continuation)[:-1]
+            sharing.setdefault(tuple(read[-self.max_length :]), []).append(i)
         rows = list(sharing)
-        longest = max(len(requests[i][2]) for i in range(len(requests)))
-        most = max(1, MOST_LOGITS // (longest * self.model.config.vocab_size))
-        found = []
         lengths = list(map(len, rows))
+        longest = max(len(continuation) for _, _, continuation in requests)
+        most = max(1, MOST_LOGITS // (longest * self.model.config.vocab_size))  # rows of a forward pass
+        found = []
 
         def last_logits(chosen: list[int]) -> Tensor:
             context = requests[sharing[rows[chosen[0]]][0]][1]
@@ -150,8 +153,8 @@ class Live(HFLM):
         return self._gathered(found, len(requests))
 
     def _last_logits(self, rows: list[list[int]], context: list[int], keep: int) -> Tensor:
-        """Logits [B, keep, V] at the last positions of `rows`. `context`: what a condition sees of a single
-        row.
+        """Logits [B, keep, V] at the last `keep` positions of `rows`, which are padded on the left.
+        `context`: the prompt that conditions depend on; with conditions there is a single row.
         """
         width = max(map(len, rows))
 
@@ -171,6 +174,7 @@ class Live(HFLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Greedy answers, each cut at its first stop sequence. Raises Fault for a task that samples."""
         eos = self.tokenizer.eos_token_id
+        # By the most new tokens and the stop sequences, the numbers of the requests.
         kinds: dict[tuple[int, tuple[str, ...]], list[int]] = {}
         for i, request in enumerate(requests):
             wanted = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
@@ -205,12 +209,13 @@ class Live(HFLM):
         stop: Callable[[list[int]], bool],
         chosen: list[int],
     ) -> list[list[int]]:
+        """The answers, as token ids, to the `chosen` of the prompts."""
         batch = [prompts[n] for n in chosen]
         condition = self.conditions and self.conditions(batch)
         return generate_ids(self.model, batch, new, self.ends, condition, stop)
 
     def _stops(self, until: Sequence[str]) -> Callable[[list[int]], bool]:
-        """Whether an answer has come to a stop sequence."""
+        """A function that says whether an answer, as token ids, has come to a stop sequence."""
         return lambda ids: any(
             text in self.tok_decode(ids[-STOP_TOKENS:], skip_special_tokens=False) for text in until
         )
@@ -274,7 +279,7 @@ def measure(lm: Live, ability: Ability, section: "GeneralSection", chat: bool) -
     # `evaluate` and not `simple_evaluate`, which would seed every random generator of the process at each
     # call.
     chosen = {"tasks": {part: tasks[part] for part in samples}, "groups": {}, "group_map": {}}
-    with redirect_stderr(StringIO()), ability.bounded():  # a bar for every part of every group, on every rank
+    with redirect_stderr(StringIO()), ability.bounded():  # else a progress bar for every part, on every rank
         results = evaluate(lm, chosen, samples=samples, apply_chat_template=chat)
     scores = _of_group(results) if ability.is_group else _of_task(results, name)
     if not scores:
@@ -320,9 +325,10 @@ def _of_group(results: dict) -> dict[str, dict]:
     """
     scoring = _scoring(results)
     values: dict[str, list[float]] = {}
-    for sample in (sample for part in results["samples"].values() for sample in part):
-        for metric in (m for m in sample["metrics"] if m in scoring and not isinstance(sample[m], list)):
-            values.setdefault(f"{metric},{sample['filter']}", []).append(float(sample[metric]))
+    for sample in chain.from_iterable(results["samples"].values()):
+        for metric in sample["metrics"]:
+            if metric in scoring and not isinstance(sample[metric], list):
+                values.setdefault(f"{metric},{sample['filter']}", []).append(float(sample[metric]))
     return {
         key: _score(fmean(v), stdev(v) / math.sqrt(len(v)) if len(v) > 1 else None, len(v))
         for key, v in values.items()
@@ -364,8 +370,8 @@ def _harness_keys(scores: dict[str, dict]) -> dict[str, float | str]:
 
 
 def _predictions(results: dict, headline: str) -> list[dict]:
-    """Of each example prompt, answer, and prediction: the likeliest choice, or what the headline's filter
-    takes out of the model's `response`."""
+    """The rows of predictions, one per example. The prediction is the likeliest choice, or what the
+    headline's filter takes out of the model's `response`."""
     metric, _, filtered = headline.partition(",")
     out = []
     for part, samples in results["samples"].items():

@@ -18,10 +18,10 @@ def pays(model: PreTrainedModel, left: int) -> bool:
     with PyTorch's own attention, and where enough steps are `left`. Not with a RoPE of the kind "dynamic":
     its code reads at every step, on the host, how long the longest row is."""
     config = model.config
-    recorded = families.of(config).recorded_steps and not families.windows(config)
-    recorded = recorded and "dynamic" not in families.rope_type(config)
-    supported = recorded and config._attn_implementation == "sdpa"
-    return supported and model.device.type == "cuda" and left >= LEAST
+    if model.device.type != "cuda" or left < LEAST or config._attn_implementation != "sdpa":
+        return False
+    attends_to_all = families.of(config).recorded_steps and not families.windows(config)
+    return attends_to_all and "dynamic" not in families.rope_type(config)
 
 
 class StaticSteps:
@@ -64,7 +64,7 @@ class StaticSteps:
         return self.token
 
     def select(self, rows: Tensor) -> "StaticSteps":
-        """The same for these rows alone; the old object can't be used any more."""
+        """Steps for these rows alone, to be recorded again; this object can't be used any more."""
         layers = [
             (layer.keys[rows, :, : self.used], layer.values[rows, :, : self.used])
             for layer in self.cache.layers
@@ -112,7 +112,7 @@ def grouped(
     """
     batch, heads, _, size = query.shape
     shared = key.shape[1]
-    together = query.reshape(batch, shared, heads // shared, size)
+    together = query.reshape(batch, shared, heads // shared, size)  # [B, H_kv, H / H_kv, d]
     scores = (together @ key.mT).to(torch.promote_types(query.dtype, torch.float32)) * scaling
     weights = scores.masked_fill(~attention_mask, -torch.inf).softmax(-1).to(query.dtype)
     return (weights @ value).view(batch, 1, heads, size), None

@@ -100,10 +100,12 @@ def resampled(task: str, scores: Sequence[float]) -> np.ndarray:
     are paired, and independent between tasks.
     """
     values = np.asarray(scores, dtype=float)
-    n, means = len(values), np.full(RESAMPLES, np.nan)
+    n = len(values)
+    means = np.full(RESAMPLES, np.nan)
     if n < 2:
         return means
-    random, at_once = np.random.default_rng(list(task.encode())), max(DRAWN // n, 1)
+    random = np.random.default_rng(list(task.encode()))
+    at_once = max(DRAWN // n, 1)
     for first in range(0, RESAMPLES, at_once):
         sets = slice(first, min(first + at_once, RESAMPLES))
         means[sets] = values[random.integers(n, size=(sets.stop - first, n))].mean(axis=1)
@@ -123,12 +125,13 @@ def summarise(per_example: Sequence[float], seed: int = 0, resamples: int = RESA
 def summarise_all(
     per_example: Mapping[str, Sequence[float]], seed: int = 0, resamples: int = RESAMPLES
 ) -> dict[str, dict]:
-    """`summarise` of each of several scores of the same examples, which are drawn once for all of them."""
+    """`summarise` of several scores of the same examples, by name; examples are drawn once for all scores."""
     scores = {name: np.asarray(values, dtype=np.float64) for name, values in per_example.items()}
     n = len(next(iter(scores.values()), ()))
     if n == 0:
         return {name: {"mean": None, "low": None, "high": None, "n": 0} for name in scores}
-    random, means = np.random.default_rng(seed), {name: np.empty(resamples) for name in scores}
+    random = np.random.default_rng(seed)
+    means = {name: np.empty(resamples) for name in scores}
     at_once = max(DRAWN // n, 1)
     for first in range(0, resamples, at_once):
         sets = slice(first, min(first + at_once, resamples))

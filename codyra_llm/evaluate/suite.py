@@ -140,21 +140,7 @@ def find(section: "GeneralSection") -> dict[str, Ability]:
             "general.data: general ability is measured by lm-evaluation-harness, which is not installed; "
             "install codyra-llm[general], or set general.data to mini or null"
         )
-    if section.data == "hub":
-        known, root = HUB, None
-    else:
-        assert section.data is not None, "without data nothing is measured"
-        root = Path(expanded(section.data))
-        if not root.is_dir():
-            raise Fault(
-                f"general.data: there is no folder '{section.data}'; give a folder of general-ability files, "
-                "hub, mini or null"
-            )
-        known = {
-            file.stem: file
-            for folder in (Path(shipped.__path__[0]), root)
-            for file in sorted(folder.glob("*.yaml"))
-        }
+    known, root = _offered(section)
     # Of the two variants of IFEval the default is the one that this machine can run.
     unused = "ifeval_no_punkt" if section.data == "hub" or has_punkt() else "ifeval"
     asked = section.tasks
@@ -173,11 +159,12 @@ def find(section: "GeneralSection") -> dict[str, Ability]:
         except Fault as fault:
             faults += fault.messages
             continue
-        found[name] = Ability(name, configs, root is not None, section.trust_code)
-        missing = _missing(found[name])
-        if missing:
-            found.pop(name)
-            faults += missing if section.tasks is not None else []
+        ability = Ability(name, configs, root is not None, section.trust_code)
+        missing = _missing(ability)
+        if not missing:
+            found[name] = ability
+        elif section.tasks is not None:  # else the task is left out
+            faults += missing
     if not (found or faults):
         faults.append(
             f"general.data: '{section.data}' holds the files of no task; they are read by "
@@ -186,6 +173,22 @@ def find(section: "GeneralSection") -> dict[str, Ability]:
     if faults:
         raise Fault(*faults)
     return found
+
+
+def _offered(section: "GeneralSection") -> tuple[dict[str, Any], Path | None]:
+    """The tasks that there are, by name, as `parts` takes them, and the folder that they read (None: the
+    hub). Raises Fault where that is no folder."""
+    if section.data == "hub":
+        return HUB, None
+    assert section.data is not None, "without data nothing is measured"
+    root = Path(expanded(section.data))
+    if not root.is_dir():
+        raise Fault(
+            f"general.data: there is no folder '{section.data}'; give a folder of general-ability files, "
+            "hub, mini or null"
+        )
+    folders = (Path(shipped.__path__[0]), root)
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}, root
 
 
 def parts(spec: dict | Path, root: Path | None, trusted: bool = False) -> dict[str, dict[str, Any]]:
@@ -252,7 +255,7 @@ def _local(config: dict[str, Any], root: Path) -> dict[str, Any]:
 
 
 def _texts(file: str) -> "Features":
-    """All columns as texts: '0.50' is not the choice 0.5."""
+    """Every column of a CSV file as text, so that the choice '0.50' does not become 0.5."""
     from datasets import Features, Value
 
     with open(file, encoding="utf-8", newline="") as lines:
@@ -260,7 +263,7 @@ def _texts(file: str) -> "Features":
 
 
 def _missing(ability: Ability) -> list[str]:
-    """Faults: files that the task reads and that are not there."""
+    """Faults for what a task reads that is not there: its files, and nltk's data."""
     faults = []
     absent = [file for file in ability.files if not file.is_file()]
     if absent:
@@ -305,11 +308,15 @@ def quiet() -> Iterator[None]:
 def _no_download(offline: bool) -> Iterator[None]:
     """Within this block nothing is downloaded, if `offline`. The harness downloads punkt_tab when IFEval is
     imported in the process with LOCAL_RANK 0, so this process sets another rank."""
+    if not offline:
+        yield
+        return
     before = os.environ.get("LOCAL_RANK")
-    if offline:
-        os.environ["LOCAL_RANK"] = "1"
+    os.environ["LOCAL_RANK"] = "1"
     try:
         yield
     finally:
-        if offline:
-            os.environ.pop("LOCAL_RANK") if before is None else os.environ.update(LOCAL_RANK=before)
+        if before is None:
+            del os.environ["LOCAL_RANK"]
+        else:
+            os.environ["LOCAL_RANK"] = before

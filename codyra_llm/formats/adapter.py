@@ -1,7 +1,7 @@
 """PEFT LoRA adapters from any source: check one against its base by headers alone, and merge it."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -35,6 +35,30 @@ def base_of(folder: Path, given: Base | None) -> Base:
     """The base that the adapter in `folder` belongs to: the one `given`, or the one that its config names, at
     the revision that it names. Raises Fault, before anything is loaded, for a folder that is not a plain LoRA
     adapter of that base."""
+    config = _lora_config(folder)
+    named = _named_base(folder, config)
+    base = given or named
+    if base is None:
+        raise Fault(f"{folder}/{CONFIG} names no base_model_name_or_path; give the base with --base")
+    try:
+        weights = loading.resolve(*base)
+    except Fault as fault:
+        if given:
+            raise
+        raise Fault(
+            f"{folder}/{CONFIG} names a base that can't be used here ({fault}); give the base with --base"
+        ) from None
+    names = [name for file in weight_files(weights) for name in stored(file)]
+    faults = config_faults(folder, config, module_names(names))
+    if faults:
+        raise Fault(*faults)
+    _check_shapes(folder, weights)
+    return base
+
+
+def _lora_config(folder: Path) -> dict[str, Any]:
+    """The config of the adapter in `folder`. Raises Fault where its files are not those of a LoRA adapter, or
+    peft is not installed."""
     try:
         import peft  # noqa: F401
     except ImportError:
@@ -54,35 +78,24 @@ def base_of(folder: Path, given: Base | None) -> Base:
     faults = adapter_file_faults(folder)
     if faults:
         raise Fault(*faults)
-    named = config.get("base_model_name_or_path")
-    if named is not None and not isinstance(named, str):
+    return config
+
+
+def _named_base(folder: Path, config: dict[str, Any]) -> Base | None:
+    """The base that an adapter's config names; None where it names none. Raises Fault for a name or a
+    revision that is not text."""
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if name is not None and not isinstance(name, str):
         raise Fault(
-            f"{folder}/{CONFIG}: base_model_name_or_path is {shown(named)}, expected text; correct it, or "
+            f"{folder}/{CONFIG}: base_model_name_or_path is {shown(name)}, expected text; correct it, or "
             "give the base with --base"
         )
-    if not (given or named):
-        raise Fault(f"{folder}/{CONFIG} names no base_model_name_or_path; give the base with --base")
-    revision = config.get("revision")
     if revision is not None and not isinstance(revision, str):
         raise Fault(
             f"{folder}/{CONFIG}: revision is {shown(revision)}, expected text or null; correct it, or give "
             "the base with --base"
         )
-    base = given or Base(named, revision)
-    if given is None:
-        try:
-            loading.resolve(*base)
-        except Fault as fault:
-            raise Fault(
-                f"{folder}/{CONFIG} names a base that can't be used here ({fault}); give the base with --base"
-            ) from None
-    weights = loading.resolve(*base)
-    names = [name for file in weight_files(weights) for name in stored(file)]
-    faults = config_faults(folder, config, module_names(names))
-    if faults:
-        raise Fault(*faults)
-    _check_shapes(folder, weights)
-    return base
+    return Base(name, revision) if name else None
 
 
 def build(base: Path, adapter: Path, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
@@ -119,7 +132,7 @@ def _check_shapes(folder: Path, base: Path) -> None:
     family = families.family_in(base)
     found = {family.whole_name(name): shape for name, (shape, _) in stored_shapes(base).items()}
     names = [name for file in weight_files(base) for name in stored(file)]
-    others = {_part(name) for name in names if family.own_name(name) is None}
+    other_towers = {_part(name) for name in names if family.own_name(name) is None}
     faults = []
     for name, (shape, _) in stored(folder / WEIGHTS).items():
         module, factor, _ = name.removeprefix(PREFIX).partition(".lora_")
@@ -128,7 +141,7 @@ def _check_shapes(folder: Path, base: Path) -> None:
         if not factor or letter not in "AB" or of_vocabulary(module):
             continue
         if weight is None:
-            if _part(module) not in others:  # no text reaches the other towers
+            if _part(module) not in other_towers:  # which no text reaches
                 faults.append(f"{folder} adapts {shown(module)}, which the base {base} lacks")
             continue
         axis = 1 if letter == "A" else 0  # A [rank, in], B [out, rank]

@@ -57,7 +57,7 @@ def config_faults(folder: Path, config: dict[str, Any], modules: Sequence[str]) 
         if not (type(rank) is int and 1 <= rank <= MOST_RANK):
             faults.append(f"{where}: {key} is {shown(rank)}, expected 1 to {MOST_RANK:,d}; correct it")
     for key in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(key) or {}, dict):
+        if config.get(key) and not isinstance(config[key], dict):
             faults.append(f"{where}: {key} is {shown(config[key])}, expected a mapping; correct it")
     for key, alpha in _alphas(config):
         if not (isinstance(alpha, int | float) and not isinstance(alpha, bool) and abs(alpha) <= 1e9):
@@ -77,28 +77,33 @@ def config_faults(folder: Path, config: dict[str, Any], modules: Sequence[str]) 
 
 
 def _ranks(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every rank in a config, with its key; 8 is PEFT's default."""
     yield "r", config.get("r", 8)
-    patterns = config.get("rank_pattern")
-    for name, rank in patterns.items() if isinstance(patterns, dict) else ():
+    for name, rank in _mapping(config, "rank_pattern").items():
         yield f"rank_pattern.{name}", rank
 
 
 def _alphas(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every alpha in a config, with its key; 8 is PEFT's default."""
     yield "lora_alpha", config.get("lora_alpha", 8)
-    patterns = config.get("alpha_pattern")
-    for name, alpha in patterns.items() if isinstance(patterns, dict) else ():
+    for name, alpha in _mapping(config, "alpha_pattern").items():
         yield f"alpha_pattern.{name}", alpha
 
 
+def _mapping(config: dict[str, Any], key: str) -> dict:
+    """The mapping at a key; an empty one where there is none."""
+    found = config.get(key)
+    return found if isinstance(found, dict) else {}
+
+
 def _patterns(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The regular expressions of a config, as PEFT puts them together."""
+    """The regular expressions that PEFT makes of a config, each with its key."""
     for key in ("target_modules", "exclude_modules", "target_parameters"):
         pattern = config.get(key)
         if isinstance(pattern, str):
             yield key, pattern
     for key in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(key)
-        for name in patterns if isinstance(patterns, dict) else ():
+        for name in _mapping(config, key):
             yield key, rf"(.*\.)?({name})"
     layers = config.get("layers_pattern")
     if isinstance(layers, str):

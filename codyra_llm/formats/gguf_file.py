@@ -40,7 +40,7 @@ def faults(base: Path) -> list[str]:
     if not architecture:
         known = ", ".join(kind for kind, family in families.registered().items() if family.gguf)
         return [f"a GGUF export knows {known}, and the model is a {config.model_type}; {INSTEAD}"]
-    reasons = [*_activation(config, architecture), *_scaling(config), *_windows(config, architecture)]
+    reasons = [*_activation(config, architecture), *_rope_scaling(config), *_attention(config, architecture)]
     return [f"{reason}, which llama.cpp computes differently; {INSTEAD}" for reason in reasons]
 
 
@@ -60,13 +60,13 @@ def _rope(config: PreTrainedConfig) -> dict:
     return config.rope_parameters.get("full_attention", config.rope_parameters)
 
 
-def _scaling(config: PreTrainedConfig) -> list[str]:
+def _rope_scaling(config: PreTrainedConfig) -> list[str]:
     kind = _rope(config).get("rope_type", "default")
     return [] if kind in ("default", "linear", "llama3") else [f"the model's RoPE is scaled by {kind}"]
 
 
-def _windows(config: PreTrainedConfig, architecture: str) -> list[str]:
-    """Faults of sliding windows and the scale of queries, for which GGUF has no fields in these
+def _attention(config: PreTrainedConfig, architecture: str) -> list[str]:
+    """What is wrong with sliding windows and the scale of queries, for which GGUF has no fields in these
     architectures."""
     kinds, period = getattr(config, "layer_types", None), PERIODS.get(architecture)
     if period is None:
@@ -115,9 +115,9 @@ def write_gguf(
     reader = WeightReader(base)
     kept = {own: _tensor_name(own, names) for own in reader.handle_of if _kept(own, config)}
     # The file begins with the shape and place of every tensor; the tensors follow, one at a time.
-    for own, name_there in kept.items():
+    for own, gguf_name in kept.items():
         shape = reader.slice(own).get_shape()
-        writer.add_tensor_info(name_there, *_info(shape, _type_of(shape, kind)))
+        writer.add_tensor_info(gguf_name, *_info(shape, _type_of(shape, kind)))
     factors = _frequency_factors(config)
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", *_info(list(factors.shape), GGMLQuantizationType.F32))
@@ -166,12 +166,14 @@ def _head_dim(config: PreTrainedConfig) -> int:
 
 
 def _kept(own: str, config: PreTrainedConfig) -> bool:
-    """Whether a stored tensor is one of GGUF's: a tied head is the embeddings, frequencies are computed."""
+    """Whether GGUF has this tensor too: not a tied head, which is the embeddings, nor RoPE's frequencies,
+    which are computed."""
     tied = config.tie_word_embeddings and own == f"{families.of(config).head}.weight"
     return not tied and not own.endswith("inv_freq")
 
 
 def _tensor_name(own: str, names: gguf.TensorNameMap) -> str:
+    """GGUF's name of the weight `own`. Raises Fault where it has none."""
     called = names.get_name(own, try_suffixes=(".weight", ".bias"))
     if called is None:
         raise Fault(f"GGUF has no name for the weight {own}; {INSTEAD}")
@@ -193,6 +195,8 @@ def _arranged(own: str, weight: Tensor, config: PreTrainedConfig) -> Tensor:
 
 
 def _type_of(shape: list[int], kind: str) -> GGMLQuantizationType:
+    """The type in which a tensor of this shape is stored: float32 for vectors, `kind` for matrices, except
+    those whose rows can't be divided into q8_0's blocks."""
     if len(shape) < 2:
         return GGMLQuantizationType.F32
     if kind == "q8_0" and shape[-1] % BLOCK:

@@ -54,6 +54,8 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary:
 
 
 def _mark_added(core: dict, texts: list[str], kinds: list[TokenType], space: bool) -> None:
+    """Enter the added tokens into `texts` and `kinds`. `space`: SentencePiece's mark in them is written as a
+    space."""
     for token in core["added_tokens"]:
         if token["id"] >= len(texts):  # Gemma 3's token for images, of which a text model has no embedding
             continue
@@ -65,7 +67,7 @@ def _mark_added(core: dict, texts: list[str], kinds: list[TokenType], space: boo
 
 
 def _cut(core: dict) -> str:
-    """llama.cpp's name for how the text is cut before merging."""
+    """llama.cpp's name for how the text is cut before merging. Raises Fault where it has none."""
     whole = core["pre_tokenizer"] or {}
     steps = whole.get("pretokenizers", [whole])
     kinds = [step.get("type") for step in steps]

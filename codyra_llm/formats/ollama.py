@@ -55,7 +55,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     before, after = first
     if (longer[0], longer[-1]) != (before, after):
         return None
-    turn, following = longer[1:3]  # what an answer of the past stands between
+    turn, following = longer[1:3]  # what the template writes before and after an earlier answer
     system = _around(tokenizer, [BEGINS, ASKS], front)
     if system and _around(tokenizer, [BEGINS, *GOES_ON], front) != [*system[:2], turn, following, after]:
         return None
@@ -98,8 +98,9 @@ def _around(tokenizer: PreTrainedTokenizerBase, chat: list[dict], front: str) ->
 
 
 def _text(text: str) -> str:
-    """A text as an action of Go that writes it: only so a Modelfile keeps every character of it, and Go its
-    braces. Go's string literals are JSON's, with an escape of their own past U+FFFF."""
+    """A text as an action of a Go template that writes it. In any other form a Modelfile would change some
+    characters, and Go would read braces as actions. Go's string literals are JSON's, except that they have
+    an escape of their own for characters past U+FFFF."""
     if not text:
         return ""
     quoted = json.dumps(text, ensure_ascii=False)

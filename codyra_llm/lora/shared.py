@@ -17,10 +17,24 @@ from codyra_llm.models import families
 GatedNames = tuple[str, str, str, str]  # of gate, up, down and the activation
 
 
+class SharedSpec(Protocol):
+    """What the layers of a group have in common; `AdapterSpec` is such a spec."""
+
+    @property
+    def scale(self) -> float:
+        """s of ΔW = s·B diag(w) A."""
+        ...
+
+    @property
+    def dropout(self) -> float:
+        """The share of the adapters' inputs that dropout sets to 0."""
+        ...
+
+
 class AdaptedLayer(Protocol):
     """What a group needs from a layer; `LoraLinear` is such a layer."""
 
-    spec: object
+    spec: SharedSpec
     bias: Tensor | None
     shared: "SharedInput"
     training: bool
@@ -43,7 +57,8 @@ class SharedInput:
     """
 
     def __init__(self, layers: list[AdaptedLayer]):
-        self._layers, self.fused = [ref(layer) for layer in layers], True
+        self._layers = [ref(layer) for layer in layers]
+        self.fused = True
         self.defers = False  # whether a backward leaves its products here in place of gradients
         self.forget()
         for layer in layers:
@@ -67,7 +82,8 @@ class SharedInput:
         counters don't see (DeepSpeed writes to `.data`)."""
         self._input = None
         self._shadows: dict[int, tuple[tuple, Shadow]] = {}  # of the masters and of their replacements
-        self._outputs: dict[int, Tensor] = {}
+        self._outputs: dict[int, Tensor] = {}  # by id of the layer; those that were not asked for yet
+        # Q [R, in] and all P_k [out_k, r_k], summed over the backward passes since they were taken out.
         self.left: tuple[Tensor, list[Tensor]] | None = None
 
     def output(self, layer: AdaptedLayer, x: Tensor) -> Tensor:
@@ -126,7 +142,7 @@ class SharedInput:
         self._shadows[key] = made_from, made
 
     def leave(self, q: Tensor, ps: list[Tensor]) -> None:
-        """Add the products of one more backward pass to `left`."""
+        """Add the products of one more backward pass to `left`: Q [R, in], and P_k [out_k, r_k]."""
         if self.left is None:
             self.left = q, ps
         else:
@@ -141,13 +157,14 @@ class SharedInput:
         return id(sources[0]), (dtype, sources[0].device, layers[0].spec.scale, states)
 
     def _trains_itself(self) -> bool:
-        """Whether the factors are parameters, neither computed from others nor replacements."""
+        """Whether the factors are the parameters themselves, not computed from others and not replaced."""
         replaced = any(layer.stand_in for layer in self.layers)
         return not replaced and all(factor is None or factor.is_leaf for factor in self.masters())
 
 
 def _eager(layer: AdaptedLayer, x: Tensor, source: Tensor) -> Tensor:
-    """The layer's formula in plain autograd."""
+    """The layer's formula in plain autograd: y [N, out] of x [N, in], and of the adapter's input `source`
+    [N, in], which is x or x after dropout."""
     a, w, b = layer.factors
     hidden = source @ a.to(x.dtype).T
     scale = layer.spec.scale if w is None else (layer.spec.scale * w).to(x.dtype)
@@ -166,7 +183,7 @@ def share_inputs(model: nn.Module, fused: bool = True, across: bool = True) -> N
             children = [getattr(block, name, None) for name in names]
             adapted = [child for child in children if hasattr(child, "shared")]
             if adapted:
-                SharedInput(adapted)  # sets itself as `shared` of each
+                SharedInput(adapted)  # makes itself the `shared` of each layer
         if fused and across and _is_adapted_mlp(block, family.gated_mlp):
             block.forward = _MlpForward(block, family.gated_mlp)
     for shared in shared_inputs(model):

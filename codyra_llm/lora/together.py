@@ -2,7 +2,7 @@
 per site: on a GPU hundreds of small kernels take longer to launch than to run."""
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
@@ -18,6 +18,7 @@ T = TypeVar("T")
 def make_shadows(shared: Sequence[SharedInput]) -> None:
     """Make the shadows that the next forward uses, where parameters are whole; bit for bit equal to those
     that every group would make by itself."""
+    # One dtype and one scale per group: its layers have the same spec.
     same_kind = _grouped(shared, lambda group: (group.layers[0].dtype, group.layers[0].spec.scale))
     for (dtype, scale), groups in same_kind.items():
         factors = [_factors(group) for group in groups]
@@ -73,6 +74,7 @@ def _column_shadows(
 
 
 def _rank(group: Factors) -> int:
+    """R, the sum of the ranks of a group's layers."""
     return sum(len(a) for a, _, _ in group)
 
 
@@ -104,11 +106,13 @@ def finish_gradients(shared: Sequence[SharedInput]) -> None:
     """Compute the factors' gradients from what `deferred` backward passes left: dA = s·diag(w) Q,
     dw = s·colsum(B ∘ P), dB = s·P diag(w). All three are linear in P and Q, so these can be summed first."""
     sites = [site for group in shared for site in _left(group)]
+    # dA: the Q of all sites with the same input size are the rows of one matrix.
     for same in _grouped(sites, lambda site: (_kind(site.q, 1), site.scale)).values():
         weights = _weights([site.factors for site in same], same[0].scale)
         grads = torch.cat([site.q for site in same]).mul_(weights[:, None])
         parts = grads.split([len(site.q) for site in same])
         _add((site.factors[0], grad) for site, grad in zip(same, parts, strict=True))
+    # dw and dB: the P of all sites of one shape are stacked.
     for same in _grouped(sites, lambda site: (_kind(site.p, 0, 1), site.scale)).values():
         p = torch.stack([site.p for site in same])
         if same[0].factors[1] is not None:
@@ -133,6 +137,7 @@ def _left(group: SharedInput) -> list[_Site]:
 
 
 def _add(grads: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Add to the gradients of these parameters, given as (parameter, gradient); not to frozen ones."""
     for p, grad in grads:
         if p.requires_grad:
             p.grad = grad if p.grad is None else p.grad.add_(grad)
@@ -150,7 +155,8 @@ def _kind(x: Tensor, *dims: int) -> tuple:
     return x.dtype, x.device, *(x.shape[dim] for dim in dims)
 
 
-def _grouped(items: Iterable[T], key) -> dict[Hashable, list[T]]:
+def _grouped(items: Iterable[T], key: Callable[[T], Hashable]) -> dict[Hashable, list[T]]:
+    """The items by their key, in order."""
     found = defaultdict(list)
     for item in items:
         found[key(item)].append(item)

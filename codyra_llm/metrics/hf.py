@@ -23,7 +23,7 @@ class HfMetric(evaluate.Metric):
 
     @property
     def name(self) -> str:
-        """As results name it."""
+        """The metric's name in results."""
         return self.metric.metric
 
     def _build_data_dir(self) -> str:

@@ -17,9 +17,9 @@ AT_ONCE = 1000  # rows; reading and sending them takes a twentieth of what SARI 
 
 
 def over_cores(work: Callable[[int, list[Row]], Found], rows: Iterable[Row]) -> Iterator[Found]:
-    """`work(number of the first, rows)` of every portion of the rows, in order: in forked processes where
-    there are several cores and more than one portion, here otherwise. `work` must be known to pickle by its
-    name. Rows are read only as the processes need them, so memory use stays flat."""
+    """`work(number of the first row, rows)` of every portion of the rows, in order: in forked processes where
+    there are several cores and more than one portion, in this process otherwise. pickle must be able to find
+    `work` by its name. Rows are read only as the processes need them, so memory use stays flat."""
     portions = _numbered(rows)
     first_two = list(islice(portions, 2))
     processes = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1  # forking is safe there alone
@@ -27,7 +27,13 @@ def over_cores(work: Callable[[int, list[Row]], Found], rows: Iterable[Row]) -> 
         for portion in chain(first_two, portions):
             yield work(*portion)
         return
-    pool = ProcessPoolExecutor(processes, get_context("fork"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    # Ctrl-C reaches the workers as well; this process alone acts on it.
+    pool = ProcessPoolExecutor(
+        processes,
+        mp_context=get_context("fork"),
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_IGN),
+    )
     waiting: deque[Future[Found]] = deque()
     try:
         for portion in chain(first_two, portions):

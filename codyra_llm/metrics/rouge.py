@@ -19,12 +19,12 @@ def rouge_l(evaluated: str, reference: str) -> float:
     if evaluated == reference:
         return 2.0 * ((1.0 * 1.0) / (1.0 + 1.0 + SMOOTHING))
     ours, theirs = sentences(evaluated), sentences(reference)
-    holding = _index(ours)
+    sentences_with = _index(ours)
     common: set[str] = set()
     for sentence in theirs:
-        missing = holding.keys() & set(sentence) - common
+        missing = (sentences_with.keys() & set(sentence)) - common
         # In the order of the text, and only while a pair can still add a word.
-        for number in sorted({number for word in missing for number in holding[word]}):
+        for number in sorted({number for word in missing for number in sentences_with[word]}):
             if not missing.isdisjoint(ours[number]):
                 common.update(common_subsequence(sentence, ours[number]))
                 missing -= common
@@ -34,12 +34,12 @@ def rouge_l(evaluated: str, reference: str) -> float:
 
 
 def _index(found: Sequence[Sequence[str]]) -> dict[str, list[int]]:
-    """By word, the numbers of the sentences that hold it."""
-    holding: dict[str, list[int]] = {}
+    """By word, the numbers of the sentences that it is in."""
+    sentences_with: dict[str, list[int]] = {}
     for number, sentence in enumerate(found):
         for word in set(sentence):
-            holding.setdefault(word, []).append(number)
-    return holding
+            sentences_with.setdefault(word, []).append(number)
+    return sentences_with
 
 
 def sentences(text: str) -> list[list[str]]:
@@ -49,9 +49,8 @@ def sentences(text: str) -> list[list[str]]:
 
 
 def common_subsequence(x: Sequence[str], y: Sequence[str]) -> list[str]:
-    """The longest common subsequence that a walk back through the table ends with where ties go left, along
-    y.
-    """
+    """A longest common subsequence of x and y. Of several it is the package's, whose walk back through the
+    table goes left, along y, where both ways are equally long."""
     if x == y:  # the walk keeps to the diagonal
         return list(x)
     rows = _rows(x, y)
@@ -70,9 +69,8 @@ def common_subsequence(x: Sequence[str], y: Sequence[str]) -> list[str]:
 
 
 def _rows(x: Sequence[str], y: Sequence[str]) -> list[int]:
-    """Row i of the table: bit j - 1 is 0 where L(i, j) = L(i, j - 1) + 1, L the length for x[:i] and
-    y[:j].
-    """
+    """The rows i = 0 .. len(x) of the table, one integer each: bit j - 1 of row i is 0 where
+    L(i, j) = L(i, j - 1) + 1. L(i, j) is the length of the longest common subsequence of x[:i] and y[:j]."""
     places: dict[str, int] = {}
     for j, word in enumerate(y):
         places[word] = places.get(word, 0) | 1 << j

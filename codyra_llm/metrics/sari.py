@@ -5,32 +5,35 @@ Each different word becomes a number of two bytes, so that a text is a short arr
 number. A source has ten times as many n-grams as a prediction, and nearly all of them occur once there and in
 no other text. Those are all rightly deleted, so only their number is needed."""
 
+import operator
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence, Set
 from functools import cache, reduce
 from itertools import chain, count, repeat
-from operator import add
 from typing import NamedTuple
 
 Gram = Hashable  # a word, a pair, or two pairs that overlap or follow each other
 
-EXACT = {0.0, 0.25, 0.5, 0.75, 1.0}
+EXACT = {0.0, 0.25, 0.5, 0.75, 1.0}  # shares whose sums are exact in floating point
 
-MOST = 1 << 16  # different words that have a number
-LONG = 20_000  # letters of all texts of a call, above which they may have too many of them
-KEPT_PARTS = 1 << 16  # as many different texts without white space are tokenised once, ...
-KEPT_LETTERS = 64  # ... if they have at most so many letters; ...
-ALL_LETTERS = 1 << 22  # ... and of words that have a number
+MOST = 1 << 16  # different words that two bytes can number
+LONG = 20_000  # letters of all texts of a call, above which they may have too many different words
+
+# Limits of what is kept from call to call. A text without white space is kept with its numbers, so that it is
+# tokenised once, if it has at most KEPT_LETTERS letters.
+KEPT_PARTS = 1 << 16  # such texts
+KEPT_LETTERS = 64
+ALL_LETTERS = 1 << 22  # letters of all words that have a number
 
 
 def sari(source: str, prediction: str, references: Sequence[str]) -> float:
     """SARI of one prediction, 0..100, against one or more references."""
     given, found, *wanted = _texts([source, prediction, *references])
-    total, plain = 0.0, False
+    total, all_single = 0.0, False
     for n in range(1, 5):
-        of_length = _of_length(given, found, wanted, n, plain)
+        of_length = _of_length(given, found, wanted, n, all_single)
         total += of_length.score()
-        plain = plain or (n > 1 and not of_length.may_be_longer())
+        all_single = all_single or (n > 1 and not of_length.may_be_longer())
     return 100.0 * total / 4
 
 
@@ -143,9 +146,9 @@ class _OfLength(NamedTuple):
     grams: Sequence[Gram]  # the source's; empty where they can't matter
     distinct: int  # of the source's
     shared: Set[Gram]
-    given: Mapping[Gram, int]  # in the order of the text; for n = 1, not only the shared ones
-    found: Mapping[Gram, int]
-    wanted: Mapping[Gram, int]
+    given: Mapping[Gram, int]  # the source's counts, in the order of the text; all of them for n = 1
+    found: Mapping[Gram, int]  # the prediction's counts
+    wanted: Mapping[Gram, int]  # the references' counts
     added: Set[Gram]  # the prediction's that are not in the source
     to_add: Set[Gram]  # the references'
     times: int  # references, by which counts are multiplied
@@ -155,36 +158,43 @@ class _OfLength(NamedTuple):
         text. Both the n-grams that it begins and ends with would have to as well."""
         if self.distinct == len(self.grams) and not self.shared:
             return False
-        found, seen = set(self.shared), set()
+        common = set(self.shared)  # those that occur twice, or in another text
         if self.distinct < len(self.grams):
-            # Those met before: `add` returns None.
-            found.update([gram for gram in self.grams if gram in seen or seen.add(gram)])
-        # A byte per n-gram, 1 for the found ones: are two of them neighbours?
-        return b"\1\1" in bytes(map(found.__contains__, self.grams))
+            seen = set()
+            for gram in self.grams:
+                if gram in seen:
+                    common.add(gram)
+                else:
+                    seen.add(gram)
+        # A byte per n-gram, 1 for the common ones: are two of them neighbours?
+        return b"\1\1" in bytes(map(common.__contains__, self.grams))
 
     def score(self) -> float:
         """(F1 of kept + precision of deleted + F1 of added) / 3."""
         hits = len(self.added & self.to_add)
-        add = _f1(_ratio(hits, len(self.added)), _ratio(hits, len(self.to_add)))
+        added = _f1(_ratio(hits, len(self.added)), _ratio(hits, len(self.to_add)))
         if not self.shared:  # nothing was or should be kept, so all deletions are right
-            return (1.0 + 1.0 + add) / 3
-        return (self._kept() + self._deleted() + add) / 3
+            return (1.0 + 1.0 + added) / 3
+        return (self._kept() + self._deleted() + added) / 3
 
     def _kept(self) -> float:
+        """F1 of the kept n-grams."""
         rightly = to_keep = 0
         shares: dict[Gram, float] = {}
         for gram in self.shared:
-            count, wanted = self.given[gram] * self.times, self.wanted.get(gram, 0)
-            to_keep += min(count, wanted)
+            given, wanted = self.given[gram] * self.times, self.wanted.get(gram, 0)
+            to_keep += min(given, wanted)
             if gram in self.found:
-                kept = min(count, self.found[gram] * self.times)
+                kept = min(given, self.found[gram] * self.times)
                 right = min(kept, wanted)
                 rightly += right
                 shares[gram] = right / kept
         in_order = map(shares.__getitem__, filter(shares.__contains__, self.given))
-        return _f1(_ratio(reduce(add, in_order, 0.0), len(shares)), _ratio(rightly, to_keep))
+        precision = _ratio(reduce(operator.add, in_order, 0.0), len(shares))
+        return _f1(precision, _ratio(rightly, to_keep))
 
     def _deleted(self) -> float:
+        """Precision of the deleted n-grams."""
         shares: dict[Gram, float] = {}  # for all that are missing here it is 1
         whole = self.distinct
         for gram in self.shared:
@@ -202,14 +212,15 @@ class _OfLength(NamedTuple):
             return self.distinct - len(shares) + sum(shares.values())
         # In the order of the text, in which the published sum is rounded.
         order = self.given if len(self.given) == self.distinct else dict.fromkeys(self.grams)
-        return reduce(add, map(shares.get, order, repeat(1.0)), 0.0)
+        return reduce(operator.add, map(shares.get, order, repeat(1.0)), 0.0)
 
 
-def _of_length(given: _Text, found: _Text, wanted: list[_Text], n: int, plain: bool) -> _OfLength:
-    """`plain`: whether each n-gram of the source occurs once there and in no other text."""
+def _of_length(given: _Text, found: _Text, wanted: list[_Text], n: int, all_single: bool) -> _OfLength:
+    """The n-grams of source, prediction and references. `all_single`: each of the source's is known to occur
+    once there and in no other text."""
     of_prediction, of_references = found.grams(n), [text.grams(n) for text in wanted]
     predicted, required = set(of_prediction), set().union(*of_references)
-    if plain:
+    if all_single:
         distinct = max(len(given.words) - n + 1, 0)
         return _OfLength((), distinct, set(), {}, {}, {}, predicted, required, len(wanted))
     grams = given.grams(n)
@@ -217,15 +228,15 @@ def _of_length(given: _Text, found: _Text, wanted: list[_Text], n: int, plain: b
     source = counts.keys() if n == 1 else set(grams)
     shared = source & (predicted | required)
     return _OfLength(
-        grams,
-        len(source),
-        shared,
-        counts or _counts([grams], shared),
-        _counts([of_prediction], shared),
-        _counts(of_references, shared),
-        predicted - shared,
-        required - shared,
-        len(wanted),
+        grams=grams,
+        distinct=len(source),
+        shared=shared,
+        given=counts or _counts([grams], shared),
+        found=_counts([of_prediction], shared),
+        wanted=_counts(of_references, shared),
+        added=predicted - shared,
+        to_add=required - shared,
+        times=len(wanted),
     )
 
 

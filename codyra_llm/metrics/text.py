@@ -38,7 +38,7 @@ class ExampleMean:
     @classmethod
     def score(cls, prompt: str, prediction: str, answer: str) -> float:
         """`example` on the scale of all reports, 0 (worst) to 100 (best). Raises ValueError for a value
-        outside of the bounds."""
+        outside the bounds."""
         value = cls.example(prompt, prediction, answer)
         low, high = cls.bounds
         slack = 1e-9 * (high - low)  # a sum may be rounded past its bound
@@ -81,7 +81,7 @@ class ExactMatch(ExampleMean):
     @staticmethod
     def example(prompt: str, prediction: str, answer: str) -> float:
         """100 or 0."""
-        return 100.0 if prediction == answer != "" else 0.0
+        return 100.0 if answer and prediction == answer else 0.0
 
 
 class ExactMatchTreelora(ExampleMean):
@@ -100,7 +100,7 @@ class ExactMatchTreelora(ExampleMean):
     def example(prompt: str, prediction: str, answer: str) -> float:
         """100 or 0."""
         answer = answer.strip()
-        return 100.0 if prediction.strip()[: len(answer)] == answer != "" else 0.0
+        return 100.0 if answer and prediction.strip().startswith(answer) else 0.0
 
 
 class FirstChar(ExampleMean):
@@ -249,6 +249,7 @@ def literals(code: str) -> str:
 
 
 def _rouge_l(prediction: str, answer: str) -> float:
+    """ROUGE-L F1, 0 to 100; 0 where one of the texts has no sentence."""
     if not prediction.strip(".") or not answer.strip("."):
         return 0.0
     return 100.0 * rouge_l(answer, prediction)

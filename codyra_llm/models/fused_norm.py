@@ -34,14 +34,14 @@ FUSED = {"w": FusedRMSNorm, "1+w": FusedShiftedRMSNorm}
 
 
 def use(model: PreTrainedModel) -> None:
-    """Let the model's norms be one kernel on a GPU. On a CPU nothing is gained, and their last bits stay."""
+    """Let the model's norms be one kernel on a GPU. On a CPU it gains nothing and would change bits."""
     if model.device.type == "cuda":
         replace(model)
 
 
 def replace(model: nn.Module) -> None:
-    """Every norm that the family says may be fused becomes so around the same weight; the state dict
-    stays."""
+    """Turn every norm that the family allows to be fused into a fused one, which keeps its weight; the state
+    dict does not change."""
     family = families.of(model.config)
     for module in model.modules():
         if type(module).__name__ in family.fused_norms:

@@ -57,7 +57,7 @@ def convert(gguf: Path, out: Path) -> Path:
     sha256 = file_sha256(gguf)
     if is_converted(out, sha256):
         return out
-    earlier = out.is_dir() and _record(out).get("sha256") == sha256  # in a layout that was written before
+    earlier = out.is_dir() and _record(out).get("sha256") == sha256  # the same file, in an earlier layout
     if out.exists() and not earlier and (not out.is_dir() or any(out.iterdir())):
         raise Fault(f"{out} already exists and holds something else: remove it or choose another folder.")
     dtype, pre_tokenizer = inspect(gguf)
@@ -81,8 +81,8 @@ def convert(gguf: Path, out: Path) -> Path:
 
 
 def inspect(gguf: Path) -> tuple[torch.dtype, str]:
-    """The dtype to store and the pre-tokeniser's GGUF name ("" for SentencePiece); Fault where conversion
-    would err.
+    """The dtype to store, and the pre-tokeniser's name in GGUF ("" for SentencePiece). Raises Fault where the
+    conversion would go wrong.
     """
     with explain_errors(f"{gguf} can't be read as GGUF", "expected a whole GGUF file; download it again"):
         return _inspect(gguf, GGUFReader(gguf))
@@ -110,7 +110,9 @@ def _inspect(gguf: Path, reader: GGUFReader) -> tuple[torch.dtype, str]:
     # The 27B models of Gemma 2 and 3 scale queries by hidden/heads; GGUF does not say so.
     if (architecture, field(f"{architecture}.block_count")) in (("gemma2", 46), ("gemma3", 62)):
         faults.append(f"{gguf} is a 27B Gemma, whose query scale GGUF does not carry; {instead}.")
-    pre_tokenizer = (field("tokenizer.ggml.pre") or "") if field("tokenizer.ggml.model") == "gpt2" else ""
+    pre_tokenizer = ""
+    if field("tokenizer.ggml.model") == "gpt2":  # what GGUF calls byte-level BPE
+        pre_tokenizer = field("tokenizer.ggml.pre") or ""
     if pre_tokenizer not in ("", *PRE_TOKENIZERS):
         faults.append(
             f"{gguf} has pre-tokeniser '{pre_tokenizer}': expected one of {', '.join(PRE_TOKENIZERS)}; "
@@ -125,8 +127,8 @@ def _inspect(gguf: Path, reader: GGUFReader) -> tuple[torch.dtype, str]:
 
 
 def plain_model(gguf: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with dense weights; without `dequantize` transformers attaches a quantiser and can't save
-    it.
+    """The model with dense weights. `dequantize` is needed: without it transformers attaches a quantiser to
+    the model, which can't be saved then.
     """
     with without_weight_bars():
         model, info = AutoModelForCausalLM.from_pretrained(

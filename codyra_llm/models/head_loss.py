@@ -1,5 +1,5 @@
-"""The head with cross entropy or distillation on labelled positions, in chunks: no tensor of all logits is
-made.
+"""The head with cross entropy or distillation on labelled positions, in chunks, so that no tensor of all
+logits is ever made.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ class WeightedCrossEntropy(torch.autograd.Function):
         weights: Tensor,
         cap: float | None,
     ) -> Tensor:
-        """Σ_i weight_i · CE_i, a scalar; the gradients are computed here, while a chunk's logits exist."""
+        """Σ_m weights[m]·CE_m, a scalar; the gradients are computed here, while a chunk's logits exist."""
         precise = torch.promote_types(hidden.dtype, torch.float32)
         loss, rows = hidden.new_zeros((), dtype=precise), _rows(len(weight), CHUNK)
         dx, dw, db = _empty_gradients(ctx.needs_input_grad, hidden, weight, bias, precise)
@@ -67,7 +67,9 @@ class WeightedCrossEntropy(torch.autograd.Function):
 
 def _empty_gradients(
     needed: tuple, hidden: Tensor, weight: Tensor, bias: Tensor | None, precise: torch.dtype
-):
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dL/dx [M, h], of which every chunk writes its own rows, and dL/dW [V, h] and dL/db [V], to which every
+    chunk adds; None where `needed` (for x, W, b) says that one is not wanted."""
     return (
         torch.empty_like(hidden, memory_format=torch.contiguous_format) if needed[0] else None,
         torch.zeros_like(weight, dtype=precise) if needed[1] else None,
@@ -111,17 +113,18 @@ def _logit_gradient(log_p: Tensor, targets: Tensor, share: Tensor, z: Tensor, ca
     return p.mul_(z.div_(cap).square_().neg_().add_(1)) if cap else p
 
 
-def _rows(vocabulary: int, numbers: int) -> int:
-    """How many rows of logits a chunk of so many `numbers` has; whole tiles where it has several."""
-    rows = max(MIN_ROWS, numbers // vocabulary)
+def _rows(vocabulary: int, logits: int) -> int:
+    """How many rows a chunk of about `logits` logits has; whole tiles where it has more than one."""
+    rows = max(MIN_ROWS, logits // vocabulary)
     return rows - rows % TILE if rows > TILE else rows
 
 
 class Distillation(torch.autograd.Function):
     """T² Σ_m weights[m]·KL(q_m ‖ p_m), q = softmax(z'/T) of the teacher and p = softmax(z/T) of the student
-    (Hinton et al., 1503.02531), with z, z' the logits of `hidden` and `taught` [M, h] under one frozen head,
-    softcap included. `reverse`: KL(p_m ‖ q_m) instead, which has no cost for tokens that the teacher prefers
-    and the student never chooses.
+    (Hinton et al., 1503.02531). z are the logits of the student's hidden states `hidden` [M, h], z' those of
+    the teacher's, `taught` [M, h], both under one frozen head, softcap included; weights [M]. `reverse`:
+    KL(p_m ‖ q_m) instead, which has no cost for tokens that the teacher prefers and the student never
+    chooses.
 
     Like `WeightedCrossEntropy`, except that dL/dz = T·weights·(p - q), and in reverse T·weights·p·(g - Σ p g)
     with g = log p - log q. Chunks are half as long, since about five tensors of a chunk exist at once. The
@@ -139,7 +142,7 @@ class Distillation(torch.autograd.Function):
         cap: float | None,
         reverse: bool,
     ) -> Tensor:
-        """T² Σ_i weight_i · KL_i, a scalar; the gradient is computed here, while a chunk's logits exist."""
+        """T² Σ_m weights[m]·KL_m, a scalar; the gradient is computed here, while a chunk's logits exist."""
         precise = torch.promote_types(hidden.dtype, torch.float32)
         kl = _reverse_kl if reverse else _forward_kl
         loss, rows = hidden.new_zeros((), dtype=precise), _rows(len(weight), CHUNK // 2)
@@ -185,6 +188,7 @@ def _reverse_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
 def _logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, cap: float | None, precise: torch.dtype
 ) -> Tensor:
+    """cap·tanh((x Wᵀ + b) / cap), or x Wᵀ + b without a cap: [n, V] in `precise`."""
     z = functional.linear(hidden, weight, bias).to(precise)
     return z.div_(cap).tanh_().mul_(cap) if cap else z
 
@@ -192,7 +196,7 @@ def _logits(
 def head_loss(
     head: nn.Linear, hidden: Tensor, targets: Tensor, weights: Tensor, cap: float | None = None
 ) -> Tensor:
-    """`WeightedCrossEntropy` of rows `hidden` [M, h] under the language model's `head`."""
+    """`WeightedCrossEntropy` of hidden states `hidden` [M, h] under the language model's `head`: a scalar."""
     return _inside(head, lambda x, w, b: WeightedCrossEntropy.apply(x, w, b, targets, weights, cap), hidden)
 
 
@@ -205,8 +209,8 @@ def distillation(
     cap: float | None = None,
     reverse: bool = False,
 ) -> Tensor:
-    """`Distillation` of a teacher's rows `taught` into `hidden`, both [M, h], under the language model's
-    `head`.
+    """`Distillation` of a teacher's hidden states `taught` into the student's `hidden`, both [M, h], under
+    the language model's `head`: a scalar.
     """
 
     def loss(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:

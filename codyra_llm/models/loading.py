@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import file_sha256
-from codyra_llm.core.parsing import read_json, shown
+from codyra_llm.core.parsing import expanded, read_json, shown
 from codyra_llm.models import families, packed_attention
 from codyra_llm.models.families.config_file import read_config, size_faults
 from codyra_llm.models.saved import TERMS
@@ -50,7 +50,7 @@ def resolve(path: str, revision: str | None = None) -> Path:
     A GGUF file is converted once, into $CODYRA_CACHE (default ~/.cache/codyra_llm). Raises Fault where the
     path doesn't exist, the hub refuses or can't be reached, or the folder lacks a file.
     """
-    local = Path(os.path.expanduser(path))
+    local = Path(expanded(path))
     if local.suffix == ".gguf":
         if not local.is_file():
             raise Fault(f"model '{path}' doesn't exist: expected a GGUF file, a folder or a hub id.")
@@ -104,14 +104,7 @@ def missing_files(folder: Path) -> list[str]:
             f"{folder} OUT`, or ask and score it as {folder}@TASK."
         ]
     if (folder / "adapter_config.json").is_file():
-        return [
-            f"{folder} holds a whole model and an adapter, and transformers would load one into the other: "
-            "expected the one or the other; move adapter_config.json and adapter_model.safetensors into a "
-            "folder of their own."
-            if weight_files(folder)
-            else f"{folder} is a PEFT adapter, not a model: give its base, or a folder that the adapter is "
-            "merged into, by PEFT's merge_and_unload and save_pretrained."
-        ]
+        return [_adapter_fault(folder)]
     faults = []
     if not (folder / "config.json").is_file():
         faults.append(f"{folder} has no config.json: expected a Hugging Face model folder; give one.")
@@ -122,13 +115,7 @@ def missing_files(folder: Path) -> list[str]:
             "model's weights: rename the one file, or download the index too."
         )
     elif not there:
-        pickled = any(any(folder.glob(kind)) for kind in ("*.bin", "*.pth", "*.pt"))
-        faults.append(
-            f"{folder} has only pickled weights, which can run code: expected *.safetensors; load it where "
-            "you trust it and write it again with save_pretrained."
-            if pickled
-            else f"{folder} has no *.safetensors: expected the model's weights; download them too."
-        )
+        faults.append(_no_weights(folder))
     else:
         faults += [
             f"{folder} lacks {file.name}, which {INDEX} names: expected every shard; download it again."
@@ -138,11 +125,35 @@ def missing_files(folder: Path) -> list[str]:
     return faults
 
 
+def _adapter_fault(folder: Path) -> str:
+    """The fault of a model folder with an adapter in it, with or without a whole model."""
+    if weight_files(folder):
+        return (
+            f"{folder} holds a whole model and an adapter, and transformers would load one into the other: "
+            "expected the one or the other; move adapter_config.json and adapter_model.safetensors into a "
+            "folder of their own."
+        )
+    return (
+        f"{folder} is a PEFT adapter, not a model: give its base, or a folder that the adapter is "
+        "merged into, by PEFT's merge_and_unload and save_pretrained."
+    )
+
+
+def _no_weights(folder: Path) -> str:
+    """The fault of a folder without safetensors."""
+    if any(any(folder.glob(kind)) for kind in ("*.bin", "*.pth", "*.pt")):
+        return (
+            f"{folder} has only pickled weights, which can run code: expected *.safetensors; load it where "
+            "you trust it and write it again with save_pretrained."
+        )
+    return f"{folder} has no *.safetensors: expected the model's weights; download them too."
+
+
 def checkpoint_layers(model: PreTrainedModel) -> None:
-    """Keep of every layer only what it reads, and compute the rest again in backward. transformers asks for
-    the embeddings' gradient too, which only re-entrant checkpoints need; without it backward ends at the
-    first layer that trains, and the layers before it are computed once."""
-    config = model.config  # not the model, which would refer to itself by what its layers keep
+    """Gradient checkpointing: keep of every layer only its input, and compute the rest again in backward.
+    transformers asks for the embeddings' gradient too, which only re-entrant checkpoints need; without it
+    backward ends at the first layer that trains, and the layers before it are computed once."""
+    config = model.config  # not the model: its layers keep `contexts`, so it would refer to itself
 
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
         return nullcontext(), packed_attention.As(config)  # made in forward, entered in backward
@@ -213,8 +224,8 @@ def _one_tower(folder: Path) -> Iterator[dict]:
 
 
 def load(folder: Path, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
-    """The causal LM of `folder` with every parameter frozen; Fault where weights are missing or of the wrong
-    shape. Of a checkpoint with several towers it is the text model alone.
+    """The causal LM of `folder` with every parameter frozen; of a checkpoint with several towers the text
+    model alone. Raises Fault where weights are missing or have the wrong shape.
     """
     with _one_tower(folder) as given:
         return _loaded(folder, dtype, attention, given)
@@ -237,7 +248,7 @@ def try_attention(folder: Path, attention: str) -> None:
 
 
 def _unattended(folder: Path, attention: str | None, error: Exception) -> Fault:
-    """What to say where a package is missing, or Gemma 2 is asked for sdpa."""
+    """The fault where the attention's package is missing, or where Gemma 2 is asked for sdpa."""
     return Fault(
         f"{folder} can't be loaded with attention '{attention}' ({str(error).split('. ')[0]}): choose "
         "eager, which every model supports, or install what is missing."

@@ -22,9 +22,12 @@ WIDE = ((8, 0), (9, 0), (10, 0))  # compute capabilities whose flash backward ta
 def causal(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given
 ) -> tuple[Tensor, None]:
-    """`short_attention.causal`, of which in float32 on a GPU every query head gets a copy of its key head: of
-    PyTorch's kernels only flash reads shared heads, which takes 16 bits alone; without the copies it would
-    keep all scores, [R, H, T, T]."""
+    """Causal attention of query [R, H, T, d] to key and value [R, H_kv, T, d], to [R, T, H, d], by
+    `short_attention.causal`.
+
+    Except in float32 on a GPU, where every query head first gets a copy of its key head: of PyTorch's kernels
+    only flash reads key heads that are shared, and it takes 16-bit numbers alone. Without the copies PyTorch
+    would keep all scores, [R, H, T, T]."""
     if attention_mask is None and _lacks_shared_heads(query) and query.shape[1] != key.shape[1]:
         groups = query.shape[1] // key.shape[1]
         heads = repeat_kv(key, groups), repeat_kv(value, groups)
@@ -37,7 +40,7 @@ def causal(
 
 
 def _lacks_shared_heads(query: Tensor) -> bool:
-    """Whether no kernel that keeps no scores reads key heads that several query heads share."""
+    """Whether every kernel that reads key heads shared by several query heads keeps all scores."""
     return query.is_cuda and query.dtype == torch.float32
 
 
@@ -87,12 +90,13 @@ def unmasked(model: nn.Module, width: int) -> Iterator[None]:
 
 
 class As:
-    """Within this context a model of this config attends as it did when the object was made: checkpointed
-    layers are recomputed in backward, when `unmasked` has ended. It may be entered more than once, since
-    backward may run again."""
+    """Within this context a model of this config attends as it did when the object was made. Checkpointed
+    layers need it: they are recomputed in backward, when `unmasked` has ended. It may be entered more than
+    once, since backward may run again."""
 
     def __init__(self, config: PreTrainedConfig):
-        self.config, self.name = config, config._attn_implementation
+        self.config = config
+        self.name = config._attn_implementation
         self.outside: list[str | None] = []
 
     def __enter__(self) -> None:
@@ -104,9 +108,9 @@ class As:
 
 
 def use(model: PreTrainedModel) -> None:
-    """Let `model` attend within segments, which every call must give (`arguments`). A model with
-    flash_attention_2 keeps it, since it takes the same arguments. Not for generation: there is no mask for
-    padding."""
+    """Let `model` attend within segments, which every call must give (`arguments`). A model that uses
+    flash_attention_2 keeps it, since it takes the same arguments. Not for generation, where rows are padded:
+    no mask hides the padding."""
     AttentionInterface.register(NAME, packed)
     if model.config._attn_implementation != FLASH:
         model.set_attn_implementation(NAME)
@@ -194,7 +198,8 @@ def _segment(
     q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float, window: int | None, softcap: float | None
 ) -> Tensor:
     """Causal attention [1, H, n, d] of one segment."""
-    n, mask = q.shape[2], None
+    n = q.shape[2]
+    mask = None  # [n, n], true where a token may look; None: plain causality
     if softcap or (window and window < n):
         mask = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
         mask = mask.triu(1 - window) if window else mask
@@ -202,7 +207,7 @@ def _segment(
         return functional.scaled_dot_product_attention(
             q, k, v, mask, dropout, is_causal=mask is None, scale=scaling
         )
-    assert mask is not None, "it is made where there is a soft cap"
+    assert mask is not None, "with a soft cap one is made above"
     scores = softcap * torch.tanh(q @ k.transpose(2, 3) * (scaling / softcap))  # [1, H, n, n]
     scores = scores.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(~mask, -torch.inf)
     return functional.dropout(scores.softmax(-1).to(q.dtype), dropout) @ v
@@ -211,14 +216,11 @@ def _segment(
 def _has_kernel(
     device: torch.device, dtype: torch.dtype, head: int, softcap: float | None, dropout: float
 ) -> bool:
-    """Whether PyTorch's flash attention over segments of unequal length runs here, its backward included."""
-    if (
-        device.type != "cuda"
-        or dtype not in (torch.bfloat16, torch.float16)
-        or softcap
-        or dropout
-        or head % 8
-    ):
+    """Whether PyTorch's flash attention over segments of unequal length runs here, its backward included, for
+    heads of size `head`."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if softcap or dropout or head % 8:
         return False
     capability = torch.cuda.get_device_capability(device)
     return capability >= (8, 0) and (head <= 192 or head <= 256 and capability in WIDE)

@@ -39,7 +39,6 @@ TOKENIZER = (
 )
 TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # which the base's licence may ask to be passed on
 
-WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes per number of the dtypes that may be cast
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 UNLIMITED = 1 << 53  # transformers writes 10^30 where there is no limit
@@ -129,8 +128,11 @@ def stored_bytes(file: Path, dtype: torch.dtype | None = None) -> int:
     with safe_open(file, framework="pt") as opened:
         parts = [opened.get_slice(name) for name in opened.keys()]
         kinds = [(part.get_dtype(), torch.Size(part.get_shape()).numel()) for part in parts]
-    wanted = WIDTHS[NAMES[dtype]] if dtype else None
-    return sum(count * (wanted if wanted and kind in FLOATING else _width(kind)) for kind, count in kinds)
+    total = 0.0
+    for kind, count in kinds:
+        is_cast = dtype is not None and kind in FLOATING
+        total += count * _width(NAMES[dtype] if is_cast else kind)
+    return int(total)
 
 
 def _width(kind: str) -> float:

@@ -52,36 +52,37 @@ class ShortAttention(torch.autograd.Function):
         return out.view(*query.shape[:3], v.shape[2])
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore
+    def backward(ctx, do: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore
+        """dQ, dK and dV from dO [R, H, T, d], in the shapes of query, key and value."""
         q, k, v = ctx.saved_tensors
-        grad = grad.reshape(*q.shape[:2], v.shape[2])
-        for_q, for_k, for_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        do = do.reshape(*q.shape[:2], v.shape[2])  # [R·H_kv, g·T, d]
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         mask = _mask(q, k)
         for heads in _portions(q, k):
             p = _probabilities(q[heads], k[heads], ctx.scale, mask)
-            torch.bmm(p.mT, grad[heads], out=for_v[heads])
-            of_p = torch.bmm(grad[heads], v[heads].mT)
-            of_scores = torch.ops.aten._softmax_backward_data(of_p, p, -1, p.dtype)
-            torch.bmm(of_scores, k[heads], out=for_q[heads])
-            torch.bmm(of_scores.mT, q[heads], out=for_k[heads])
-        for_q.mul_(ctx.scale)
-        for_k.mul_(ctx.scale)
-        of_query, of_key, of_value = ctx.shapes
-        return for_q.view(of_query), for_k.view(of_key), for_v.view(of_value), None
+            torch.bmm(p.mT, do[heads], out=dv[heads])
+            dp = torch.bmm(do[heads], v[heads].mT)
+            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+            torch.bmm(ds, k[heads], out=dq[heads])
+            torch.bmm(ds.mT, q[heads], out=dk[heads])
+        dq.mul_(ctx.scale)
+        dk.mul_(ctx.scale)
+        query_shape, key_shape, value_shape = ctx.shapes
+        return dq.view(query_shape), dk.view(key_shape), dv.view(value_shape), None
 
 
 def _by_key_head(query: Tensor, key: Tensor) -> Tensor:
-    """[R·H_kv, g·T, d]: under each key head the rows of its g query heads."""
+    """The query [R, H, T, d] as [R·H_kv, g·T, d]: for each key head the rows of its g query heads."""
     return query.reshape(len(query) * key.shape[1], -1, query.shape[3])
 
 
 def _flat(heads: Tensor) -> Tensor:
-    """[R·H_kv, T, d]."""
+    """[R, H_kv, T, d] as [R·H_kv, T, d]."""
     return heads.reshape(-1, *heads.shape[2:])
 
 
 def _mask(q: Tensor, k: Tensor) -> Tensor:
-    """What is added to scores, [g·T, T]: -inf at later tokens."""
+    """What is added to scores, [g·T, T]: -inf where a token would look at a later one, else 0."""
     tokens = k.shape[1]
     later = q.new_full((tokens, tokens), -torch.inf).triu(1)
     return later.repeat(q.shape[1] // tokens, 1)
@@ -94,5 +95,5 @@ def _portions(q: Tensor, k: Tensor) -> list[slice]:
 
 
 def _probabilities(q: Tensor, k: Tensor, scale: float, mask: Tensor) -> Tensor:
-    """[heads, g·T, T]."""
+    """softmax(scale·Q Kᵀ + mask), [heads, g·T, T]."""
     return torch.baddbmm(mask.expand(len(q), -1, -1), q, k.mT, alpha=scale).softmax(-1)

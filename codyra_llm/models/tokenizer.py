@@ -15,7 +15,8 @@ from codyra_llm.models.families.config_file import explain_errors, read_config
 DATE = "26 Jul 2024"  # today's date for chat templates, fixed so that a run's prompts don't change
 ASKED = "A question"  # marks a user's text in what a chat template writes
 
-# Prefix of a template. jinja drops its last line break, so the template still begins on a new line.
+# Put in front of a template, so that one which asks for today's date fails. With the line break the template
+# still begins on a new line, as it was written; jinja drops it from what is written.
 UNDATED = (
     "{% macro strftime_now(form) %}"
     """{{ raise_exception("it writes today's date, so prompts would change daily") }}"""

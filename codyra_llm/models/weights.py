@@ -20,6 +20,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = (b"PK\x03\x04", b"\x80")  # how torch.save's files begin, zipped or not
 FLOATING = ("F64", "F32", "F16", "BF16")
+NAMED = 5  # faulty weights that are listed one by one; the rest are counted
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -101,8 +102,8 @@ def describe(folder: Path) -> tuple[PreTrainedConfig, dict[str, torch.Size]]:
 
 
 def header_faults(folder: Path) -> list[str]:
-    """What the headers show to be wrong with config and weights; empty where every weight is there in its
-    shape.
+    """What is wrong with config and weights, by the files' headers alone; empty if every weight is there and
+    has its shape.
     """
     try:
         config, wanted = describe(folder)
@@ -129,9 +130,10 @@ def header_faults(folder: Path) -> list[str]:
                 f"{folder}: the weight {name} is stored as {dtype}, expected one of {', '.join(FLOATING)}; "
                 "choose the unquantised model."
             )
-    return (
-        [*out[:5], f"{folder}: {len(out) - 5} more such weights; download it again."] if len(out) > 6 else out
-    )
+    rest = len(out) - NAMED
+    if rest <= 1:  # a line for a single one is no longer than a line that counts it
+        return out
+    return [*out[:NAMED], f"{folder}: {rest} more such weights; download it again."]
 
 
 def stored_shapes(folder: Path) -> dict[str, tuple[list[int], str]]:
@@ -142,15 +144,17 @@ def stored_shapes(folder: Path) -> dict[str, tuple[list[int], str]]:
 
 
 def _two_heads(folder: Path, rows: int = 1 << 12) -> list[str]:
-    """Whether a folder whose config ties the head to the embeddings stores another head."""
+    """A fault if a folder whose config ties the head to the embeddings stores a head that differs from them;
+    else nothing. `rows`: how many are compared at a time."""
     family, reader = families.family_in(folder), WeightReader(folder)
     names = [f"{family.embeddings}.weight", f"{family.head}.weight"]
     if not reader.handle_of.keys() >= set(names):
         return []
-    one, other = (reader.slice(name) for name in names)
-    same = one.get_shape() == other.get_shape() and all(
-        torch.equal(one[start : start + rows], other[start : start + rows])
-        for start in range(0, one.get_shape()[0], rows)
+    embeddings, head = (reader.slice(name) for name in names)
+    shape = embeddings.get_shape()
+    same = shape == head.get_shape() and all(
+        torch.equal(embeddings[start : start + rows], head[start : start + rows])
+        for start in range(0, shape[0], rows)
     )
     if same:
         return []
@@ -188,8 +192,8 @@ class WeightReader:
         self.alias = {} if head in self.handle_of else {head: embeddings}  # tied, stored once
 
     def get(self, name: str) -> torch.Tensor:
-        """The tensor called `name`, in its stored dtype and on the CPU; Fault with the nearest name
-        otherwise.
+        """The tensor called `name`, in its stored dtype and on the CPU. Raises Fault, with the nearest name,
+        where there is none.
         """
         own = self.alias.get(name, name)
         if own not in self.handle_of:

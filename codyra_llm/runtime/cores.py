@@ -54,10 +54,12 @@ def busy_cores(cores: list[int], seconds: float) -> int:
     say."""
     before = _times(cores)
     time.sleep(seconds)
-    after, busy = _times(cores), 0
+    after = _times(cores)
+    busy = 0
     for core in before.keys() & after.keys():
         idle, total = (now - then for now, then in zip(after[core], before[core], strict=True))
-        busy += 2 * idle < total
+        if 2 * idle < total:
+            busy += 1
     return busy
 
 
@@ -80,8 +82,9 @@ def _words(file: Path) -> list[str]:
 
 
 def _times(cores: list[int]) -> dict[str, tuple[int, int]]:
-    """By core: the ticks that it was idle, and all."""
-    wanted, found = {f"cpu{core}" for core in cores}, {}
+    """By core, since the machine started: the ticks in which it was idle, and all ticks."""
+    wanted = {f"cpu{core}" for core in cores}
+    found = {}
     try:
         lines = STAT.read_text().splitlines()
     except OSError:

@@ -23,7 +23,7 @@ WORDS = {
     "answer": ("answers to {}", "{}"),
     "general": ("general ability {}", "{}"),
     "close": ("final checkpoint and reports", "closing"),
-}  # long and short
+}  # by kind of piece: long words, short words
 
 UNITS = {"learn": "step", "answer": "example", "general": "request"}
 

@@ -20,16 +20,15 @@ class Forecast:
 
     def __init__(self) -> None:
         self.due: dict[Piece, float] = {}
-        self.spent: dict[
-            tuple[str, str | None], tuple[float, float]
-        ] = {}  # by kind, and by kind and name: amount, seconds
+        # (amount, seconds) of the pieces done, by (kind, name) and by (kind, None).
+        self.spent: dict[tuple[str, str | None], tuple[float, float]] = {}
 
     def done(self, piece: Piece, amount: float, seconds: float) -> None:
         """Take a piece off what is due, and learn from how long it took."""
         self.due.pop(piece, None)
         for key in ((piece.kind, piece.name), (piece.kind, None)):
-            before = self.spent.get(key, (0.0, 0.0))
-            self.spent[key] = before[0] + amount, before[1] + seconds
+            amounts, times = self.spent.get(key, (0.0, 0.0))
+            self.spent[key] = amounts + amount, times + seconds
 
     def seconds(self, piece: Piece, amount: float) -> float | None:
         """Seconds for `amount` of a piece: at the speed of earlier pieces of the same name (a task's prompts

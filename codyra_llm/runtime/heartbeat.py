@@ -19,7 +19,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from codyra_llm.core.terminal import one_line
 from codyra_llm.runtime import signals
 
-EXIT = 76  # another process of the launch is gone
+EXIT = 76  # another process of the launch is gone; signals.EXIT is a process that was asked to stop
 BEAT = 2.0  # seconds between heartbeats
 
 # Seconds without a heartbeat after which a process counts as dead: long, since a library call may block the
@@ -62,7 +62,9 @@ class Watch:
 
     def at(self, place: str) -> None:
         """This process has come to `place`."""
-        self.own.place, self.own.moves, self.moved = place, self.own.moves + 1, time.monotonic()
+        self.own.place = place
+        self.own.moves += 1
+        self.moved = time.monotonic()
 
     def tell(self) -> None:
         """Send this process's heartbeat."""
@@ -72,13 +74,15 @@ class Watch:
     def look(self, ranks: range) -> None:
         """Read the heartbeats of those `ranks` that have sent one."""
         for rank in ranks:
-            if rank != self.rank and self.store.check([str(rank)]):
-                sign = Sign(**json.loads(self.store.get(str(rank))))
-                before = self.seen.get(rank, (None, 0.0))[0]
-                if sign != before:
-                    self.seen[rank] = sign, time.monotonic()
-                    if before is None or sign.moves != before.moves:
-                        self.moved = time.monotonic()
+            if rank == self.rank or not self.store.check([str(rank)]):
+                continue
+            sign = Sign(**json.loads(self.store.get(str(rank))))
+            before = self.seen.get(rank, (None, 0.0))[0]
+            if sign == before:
+                continue
+            self.seen[rank] = sign, time.monotonic()
+            if before is None or sign.moves != before.moves:
+                self.moved = time.monotonic()
 
     def gone(self, seconds: float) -> list[str]:
         """The watched processes that have ended badly, or sent no heartbeat for `seconds`."""
@@ -115,17 +119,18 @@ class Watch:
             os._exit(signals.EXIT)
         verdict = "; ".join(self.gone(BROKEN if signals.asked() else SILENT))
         if not verdict and self.rank == 0:
-            verdict = self._standing()
+            verdict = self._hang()
         if verdict:
             self.store.set("verdict", verdict)
             end(verdict)
 
-    def _standing(self) -> str:
-        """That no process makes progress, and where they are; empty while one does."""
+    def _hang(self) -> str:
+        """A sentence that no process makes progress, and where they are; empty while one does."""
         if time.monotonic() - self.moved < self.hung:
             return ""
         signs = {rank: Sign("a machine that has not told its name") for rank in range(self.world)}
-        signs |= {self.rank: self.own, **{rank: sign for rank, (sign, _) in self.seen.items()}}
+        signs[self.rank] = self.own
+        signs |= {rank: sign for rank, (sign, _) in self.seen.items()}
         busy = {rank: sign for rank, sign in signs.items() if not sign.waits} or signs
         return f"no process has made progress for {self.hung / 60:g} minutes (hang_minutes): " + ", ".join(
             f"rank {rank} on {sign.host} is at {sign.place}" for rank, sign in sorted(busy.items())
@@ -138,8 +143,9 @@ _needs_launcher = False
 
 
 def start(rank: int, world: int) -> None:
-    """Start the watchdog, over the store of the process group, whether a launcher's server or a file; a lost
-    process ends the others from here on, and see `limit`. One that this process started before ends."""
+    """Start the watchdog, which uses the store of the process group, whether that is a launcher's server or a
+    file. From here on a lost process ends the others (for a hang see `limit`). A watchdog that this process
+    started before ends."""
     global _watch, _started
     if _watch and _watch.own.code is None:
         leave(0)
@@ -151,15 +157,15 @@ def start(rank: int, world: int) -> None:
 
 
 def limit(hang_minutes: float) -> None:
-    """From here on the launch ends where no process reaches a new place for so long. Not before: data sets
-    and models are downloaded and converted in one piece."""
+    """From here on the launch ends if no process reaches a new place for `hang_minutes`. Not before: data
+    sets and models are downloaded and converted in one piece, which may take longer."""
     if _watch:
         _watch.moved, _watch.hung = time.monotonic(), 60 * hang_minutes
 
 
 def launcher() -> None:
     """From here on this process ends when torchrun, which keeps the store, is gone. Until all processes have
-    joined the group nothing else would show it, and torch would wait as long as for a collective."""
+    joined the group nothing else would notice, and torch would wait as long as it does for a collective."""
     global _needs_launcher
 
     def look() -> None:

@@ -164,7 +164,8 @@ def leave(code: int = 0) -> None:
     if torch.distributed.is_initialized():
         heartbeat.leave(code)
         if not code:
-            torch.distributed.barrier()  # nobody watches any more when rank 0, which may keep the store, ends
+            # Rank 0, which may keep the store, ends only once no other process watches it through the store.
+            torch.distributed.barrier()
             torch.distributed.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -199,12 +200,12 @@ def on_others(action: Callable, *args) -> None:
 
 def by_machine(action: Callable, *args) -> Any:
     """`action(*args)` on all processes: in the first one, then in the first of each other machine, then in
-    the rest. So what is made or converted on first use is made once in each folder for that, whether machines
-    share it or not."""
-    opens = PartialState().is_local_main_process
+    the rest. So a cache that is filled on first use is filled once, whether machines share its folder or
+    not."""
+    first_here = PartialState().is_local_main_process
     result = collectively(is_first(), action, *args)
-    result = collectively(opens and not is_first(), action, *args) or result
-    return collectively(not opens, action, *args) or result
+    result = collectively(first_here and not is_first(), action, *args) or result
+    return collectively(not first_here, action, *args) or result
 
 
 def of_first(make: Callable[[], Any]) -> Any:
@@ -222,13 +223,13 @@ def everywhere(mine: bool) -> bool:
 
 
 def wait() -> None:
-    """Wait until all processes are here."""
+    """Wait until all processes have called this."""
     with heartbeat.waiting():
         PartialState().wait_for_everyone()
 
 
 def say(message: str) -> None:
-    """Log it, once for all processes."""
+    """Log the message, in the first process alone."""
     if is_first():
         log.info("%s", message)
 

@@ -19,12 +19,13 @@ COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_
 
 def check_environment() -> None:
     """Raises one Fault with all that the launcher asks for and that can't be followed."""
-    faults = [*_other_ways(), *_lone()]
+    faults = [*_other_ways(), *_unconnected()]
     if faults:
         raise Fault(*faults)
 
 
 def _other_ways() -> list[str]:
+    """Ways to train that the accelerate config asks for, and that are not followed here."""
     found = []
     for name, way in OTHERS.items():
         if os.environ.get(name, "").lower() in ("true", "1"):
@@ -46,7 +47,7 @@ def _other_ways() -> list[str]:
     return found
 
 
-def _lone() -> list[str]:
+def _unconnected() -> list[str]:
     """What keeps the processes of this launch from finding each other."""
     if torch.distributed.is_initialized():
         return []

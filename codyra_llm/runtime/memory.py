@@ -29,9 +29,9 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         fresh = {id(s): s for s in _storages(out) if id(s) not in self._held}
-        # A view of an argument is not new memory.
-        for storage in _storages((args, kwargs)) if fresh else ():
-            fresh.pop(id(storage), None)
+        if fresh:  # a view of an argument is not new memory
+            for storage in _storages((args, kwargs)):
+                fresh.pop(id(storage), None)
         for key, storage in fresh.items():
             size = storage.nbytes()
             self._held[key] = weakref.ref(storage, partial(self._freed, key, size))
@@ -85,19 +85,23 @@ class ProcessPeak:
                 self.before = None
 
     def read(self) -> int | None:
-        """Since `restart`; None where the system doesn't report it."""
+        """The peak since `restart`, in bytes; None where the system doesn't report it."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return None if self.before is None else self._resident("VmHWM") - self.before
 
     def _resident(self, name: str) -> int | None:
-        lines = self.STATUS.read_text(encoding="ascii").splitlines() if self.STATUS.is_file() else []
+        """A value of /proc/self/status, which has it in KiB, in bytes; None where it is not there."""
+        if not self.STATUS.is_file():
+            return None
+        lines = self.STATUS.read_text(encoding="ascii").splitlines()
         return next((int(line.split()[1]) << 10 for line in lines if line.startswith(name)), None)
 
 
 def saved_bytes(forward: Callable[[], object], held: Iterable[Tensor]) -> int:
     """What `forward` leaves for backward, each storage once, without the storages of the tensors `held`."""
-    known, saved = {id(s) for s in _storages(list(held))}, {}
+    known = {id(s) for s in _storages(list(held))}
+    saved: dict[int, torch.UntypedStorage] = {}  # the storages themselves, so that no id is used again
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

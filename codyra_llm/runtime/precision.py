@@ -10,7 +10,8 @@ INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")
 
 
 def agreed(acc: Accelerator) -> bool | None:
-    """What the first process finds, for all of a launch; None for one alone, which looks when it has to."""
+    """`multiplies_bfloat16` as the first process finds it, for all processes of a launch; None for a single
+    process, which calls it when it has to."""
     if acc.num_processes == 1:
         return None
     return of_first(multiplies_bfloat16)
@@ -19,7 +20,7 @@ def agreed(acc: Accelerator) -> bool | None:
 def multiplies_bfloat16() -> bool:
     """Whether bfloat16 is worth its rounding here: on a GPU if it has units for it, on a CPU if it has
     instructions for it and PyTorch the library that uses them. Nothing is timed: what a busy machine finds
-    fast changes from one moment to the next, and two runs of one recipe would have other bits."""
+    fast changes from one moment to the next, and two runs of one recipe would differ in their bits."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()

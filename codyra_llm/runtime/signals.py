@@ -1,5 +1,5 @@
-"""Asked to stop: SIGTERM, SIGUSR1 (SLURM's warning) and Ctrl-C set a flag, which is looked at between steps,
-batches and layers. A second Ctrl-C ends the process at once.
+"""Stopping on request: SIGTERM, SIGUSR1 (SLURM's warning) and Ctrl-C set a flag, which is checked between
+steps, batches and layers. A second Ctrl-C ends the process at once.
 """
 
 import os

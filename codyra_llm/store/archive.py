@@ -68,6 +68,7 @@ class Archive:
         return self.tasks.index(task)
 
     def path(self, index: int, task: str) -> Path:
+        """The file of the update of `task`, the one at position `index`."""
         return self.folder / f"{index:02d}-{task}.safetensors"
 
     def append(self, task: str, update: Update) -> Path:
@@ -97,7 +98,8 @@ class Archive:
         return path
 
     def is_empty(self, index: int) -> bool:
-        """Whether update `index` changes nothing, as one that a joint method leaves before it learns."""
+        """Whether update `index` changes nothing, as the one that a joint method leaves after each task but
+        the last."""
         with safe_open(self.files[index], "pt") as file:
             return not list(file.keys())
 
@@ -141,7 +143,9 @@ class Archive:
         if without is None or without > after:
             return [last]
         terms = [last, negative(self.load(without))]
-        return [*terms, self.load(without - 1)] if without else terms
+        if without > 0:  # before the first task there is nothing to add back
+            terms.append(self.load(without - 1))
+        return terms
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -72,13 +72,17 @@ class Progress:
             mark = {"step": step, "parent": self.parent, **small, "files": files}
             write_json(temporary / MARK, {**mark, "digest": _digest(mark)})
             self.may_write()
+        self._remove_others(step)
+        self.saved = time.monotonic()
+
+    def _remove_others(self, step: int) -> None:
+        """Remove all checkpoints but the last ones up to `step`, as many as are kept."""
         # Later ones are damaged, since the run continued from an earlier one; if they stayed, every restart
         # would report them again.
         for later in [path for path in self._paths() if path > self._path(step)]:
             shutil.rmtree(later)
         for old in self._paths()[: -self.section.keep]:
             shutil.rmtree(old)
-        self.saved = time.monotonic()
 
     def newest(self) -> Path | None:
         """The last undamaged checkpoint of this task and run; logs which are damaged."""
@@ -122,21 +126,21 @@ def _digest(mark: dict) -> str:
 
 
 def small(path: Path) -> dict:
-    """What a checkpoint holds except for its tensors."""
+    """What a checkpoint holds in addition to its tensors."""
     return json.loads((path / MARK).read_text(encoding="utf-8"))
 
 
 def tensors(path: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint whose names begin so, one by one. Raises Fault where a file can't be
-    read.
+    """The tensors of a checkpoint whose names begin with `prefix`, one by one. Raises Fault where a file
+    can't be read.
     """
     for name in small(path)["files"]:
         try:
             with safe_open(path / name, "pt") as file:
                 wanted = [key for key in file.keys() if key.startswith(prefix)]
-                # Copies: what the file gives is mapped into memory from it, and read when it is used. By then
-                # a later checkpoint may have replaced it: on a network file system that ends a process on
-                # another machine, and on this one the folder can't be removed.
+                # Copies, since safetensors maps the file into memory and reads it only when a tensor is used.
+                # By then a later checkpoint may have replaced the file. On a network file system that would
+                # end a process on another machine, and on this one the folder could not be removed.
                 yield from ((key, file.get_tensor(key).clone()) for key in wanted)
         except SafetensorError as error:
             raise Fault(

@@ -24,7 +24,7 @@ class Seals:
 
     @property
     def noted(self) -> dict[str, list[str]]:
-        """By file, its hashes."""
+        """The hashes that each file may have, by its path below the folder."""
         return read_mapping(self.file, "the hashes that the run noted") if self.file.is_file() else {}
 
     @contextmanager

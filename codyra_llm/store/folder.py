@@ -84,6 +84,7 @@ class RunFolder:
 
     @cached_property
     def manifest(self) -> dict:
+        """What manifest.json holds: what the run was made with. Raises Fault where it was damaged or lost."""
         return self._mapping("manifest.json")
 
     def clear_up(self) -> None:
@@ -111,7 +112,7 @@ class RunFolder:
         return [file.relative_to(self.path).as_posix() for file in found]
 
     def await_files(self, names: list[str]) -> None:
-        """Wait until this process sees all of these, which the first process does."""
+        """Wait until this process sees these files, all of which the first process sees."""
         for name in names:
             await_file(self.path / name)
 
@@ -123,27 +124,30 @@ class RunFolder:
     def open(self, recipe: Recipe, manifest: dict) -> str:
         """Claim the folder for a resolved recipe: a new folder, or that of the same recipe, to which tasks
         may have been added at the end. Returns a remark for the user, or an empty text."""
-        remark = ""
         for name in ("recipe.json", "manifest.json"):
             self.seals.check(self.path / name)
-        if "recipe" in (self.manifest if (self.path / "manifest.json").is_file() else {}):
-            raise Fault(f"output: {self.path} is the folder of an evaluation; give another one")
-        if (self.path / "manifest.json").is_file():
-            self._refuse_another_plugin(recipe)
-            faults = plugins.changed(self.origins, manifest.get("plugins", {}), str(self.path))
-            if faults:
-                raise Fault(*faults)
-            faults = [
-                f"{self.path} belongs to another recipe: {line}; give another `output`, or remove the folder"
-                for line in (*differences(self.recipe, recipe), *self._other_files(manifest))
-            ]
-            if faults:
-                raise Fault(*faults)
-            remark = _other_launch(self.manifest, manifest)
+        remark = self._resumes(recipe, manifest) if (self.path / "manifest.json").is_file() else ""
         self._write("recipe.json", to_json(recipe.model_dump(mode="json")))
         self.write_manifest(manifest)
-        self.__dict__.pop("recipe", None)
+        self.__dict__.pop("recipe", None)  # so that it is read again
         return remark
+
+    def _resumes(self, recipe: Recipe, manifest: dict) -> str:
+        """The remark of `open` for a folder that is in use. Raises Fault where it has something other than a
+        run of this recipe."""
+        if "recipe" in self.manifest:
+            raise Fault(f"output: {self.path} is the folder of an evaluation; give another one")
+        self._refuse_another_plugin(recipe)
+        faults = plugins.changed(self.origins, manifest.get("plugins", {}), str(self.path))
+        if faults:
+            raise Fault(*faults)
+        faults = [
+            f"{self.path} belongs to another recipe: {line}; give another `output`, or remove the folder"
+            for line in (*differences(self.recipe, recipe), *self._other_files(manifest))
+        ]
+        if faults:
+            raise Fault(*faults)
+        return _other_launch(self.manifest, manifest)
 
     def _refuse_another_plugin(self, recipe: Recipe) -> None:
         """Raises Fault where the folder's run is by another method, from a plug-in. That one may not be known
@@ -157,6 +161,7 @@ class RunFolder:
             )
 
     def write_manifest(self, manifest: dict) -> None:
+        """Write manifest.json, which is read again when it is next needed."""
         self._write("manifest.json", to_json(manifest))
         self.__dict__.pop("manifest", None)
 
@@ -178,6 +183,7 @@ class RunFolder:
         return lines
 
     def archive(self) -> "Archive":
+        """The run's updates. Raises Fault where they don't belong to the run's base, or to each other."""
         from codyra_llm.store.archive import Archive
 
         if "base" not in self.manifest:
@@ -199,6 +205,7 @@ class RunFolder:
         return load_file(self.state(index)) if self.state(index).is_file() else {}
 
     def save_state(self, index: int, state: dict[str, "Tensor"]) -> None:
+        """Write the method's state after task `index`."""
         from codyra_llm.core.tensors import save_tensors
 
         self.may_write()
@@ -212,8 +219,8 @@ class RunFolder:
         return Progress(self.path / "progress", index, task, parent, self.recipe.save, self.may_write)
 
     def check_scores(self, learnt: int) -> None:
-        """Raise Fault where an update was lost: its task was evaluated and is not among the first `learnt`,
-        or others follow it.
+        """Raise Fault where an update was lost: where later ones are there, or where there are scores after
+        more tasks than the `learnt` ones.
         """
         names = sorted(file.name for file in self.path.glob("updates/*.safetensors"))
         for number, name in enumerate(names):
@@ -290,7 +297,7 @@ class RunFolder:
     def restart_log(self, task: str, step: int) -> None:
         """Remove from the log what an earlier attempt at `task` wrote after `step`."""
         self.may_write()
-        self.seals.forget(self.path / LOG)  # it grows from here on
+        self.seals.forget(self.path / LOG)  # rows are appended from here on, so its hash would not hold
         kept = [row.as_json() for row in self.log_rows if row.task != task or row.step <= step]
         write_text(self.path / LOG, to_jsonl(kept))
 
@@ -374,7 +381,7 @@ class RunFolder:
 
 def _other_launch(was: dict, now: dict) -> str:
     """A sentence where a run resumes with other versions, devices or numbers of processes; else empty."""
-    # `open` refuses a change of these, or they do not belong to the launch.
+    # `open` refuses a change of most of these; the others do not depend on the launch.
     elsewhere = {"base", "tokenizer", "benchmark", "data", "metrics", "plugins", "stages"}
     changed = [
         f"{key} was {was[key]}, now {now[key]}"

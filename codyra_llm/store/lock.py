@@ -18,7 +18,7 @@ from codyra_llm.core.terminal import one_line
 log = logging.getLogger(__name__)
 BEAT = 5.0  # seconds between renewals
 DEAD = 60.0  # seconds without a renewal after which an owner on another machine counts as dead
-SEEN = 90.0  # seconds until other machines must see a new lease: network file systems cache what is where
+SEEN = 90.0  # seconds until other machines must see a new lease: network file systems cache directories
 
 
 class Lease:
@@ -28,7 +28,8 @@ class Lease:
     def __init__(self, folder: Path):
         self.folder, self.file = folder, folder / "lease.json"
         self.token = uuid.uuid4().hex  # by which this holder recognises its own file
-        self.ended, self.thread = threading.Event(), None
+        self.ended = threading.Event()
+        self.thread: threading.Thread | None = None
 
     def take(self) -> None:
         """Hold the folder from now on. Raises Fault where a running process holds it."""
@@ -42,8 +43,8 @@ class Lease:
         self.thread.start()
 
     def await_token(self, token: str) -> None:
-        """Wait until the lease of this folder, as this process sees it, is that of `token`, which the first
-        process of the launch holds. Raises Fault where it works in another folder of the same name."""
+        """Wait until this process sees the lease with this `token`, which the first process of the launch
+        holds. Raises Fault where it doesn't, since the first process's folder is another one of that name."""
         end = time.monotonic() + SEEN
         while self.owner().get("token") != token:
             if time.monotonic() > end:
@@ -72,6 +73,7 @@ class Lease:
             )
 
     def _renew(self) -> None:
+        """Write the file again at every beat, until `release`, or until another process has taken over."""
         beat = 0
         while not self.ended.wait(BEAT):
             beat += 1
@@ -86,7 +88,7 @@ class Lease:
                 continue
 
     def _remove_dead(self) -> None:
-        """Move the file of an owner that is dead out of the way."""
+        """Remove the file of an owner that is dead. Raises Fault where it lives."""
         seen = self._read()
         if seen is None:
             return
@@ -163,7 +165,8 @@ class Lease:
 
 
 def holder(folder: Path) -> dict | None:
-    """Who holds `folder`: pid, host, and whether it lives (`alive`); None where nobody does. Reads only."""
+    """The holder of `folder`: pid, host, and whether it lives (`alive`); None where there is none. Writes
+    nothing."""
     lease = Lease(folder)
     try:
         found, age = lease.owner(), time.time() - lease.file.stat().st_mtime

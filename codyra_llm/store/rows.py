@@ -13,8 +13,8 @@ TASK, GENERAL = "task", "general"  # kinds of scores
 
 @dataclass(frozen=True)
 class Stage:
-    """A point of a run at which its model can be asked: after `step` tasks, the last of which is `after`
-    ("base" where none was learnt; "checkpoint" where a model comes from elsewhere)."""
+    """A point of a run at which its model can be evaluated: after `step` tasks, the last of which is `after`
+    ("base" where none was learnt; "checkpoint" for a model that comes from elsewhere)."""
 
     step: int
     after: str

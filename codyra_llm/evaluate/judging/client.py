@@ -39,7 +39,7 @@ def _client(section: JudgeSection) -> Any:
             timeout=section.timeout,
             max_retries=section.retries,
         )
-    except ValueError as error:  # of a proxy
+    except ValueError as error:  # raised for the proxy that the environment names
         raise Fault(
             f"open_ended.judge.base_url: {section.base_url} can't be asked ({error}); correct the "
             "environment's proxy, such as HTTP_PROXY"
@@ -54,7 +54,7 @@ def replies(section: JudgeSection, asked: dict[str, str]) -> Iterator[tuple[str,
     """
     client, ended, faults = _client(section), Event(), []
 
-    def one(digest: str) -> tuple[str, str] | None:
+    def ask_one(digest: str) -> tuple[str, str] | None:
         if ended.is_set():
             return None
         try:
@@ -65,7 +65,7 @@ def replies(section: JudgeSection, asked: dict[str, str]) -> Iterator[tuple[str,
 
     with client, ThreadPoolExecutor(section.parallel) as pool:
         try:
-            for future in as_completed([pool.submit(one, digest) for digest in asked]):
+            for future in as_completed([pool.submit(ask_one, digest) for digest in asked]):
                 if signals.asked():
                     ended.set()
                 error = future.exception()
@@ -73,7 +73,7 @@ def replies(section: JudgeSection, asked: dict[str, str]) -> Iterator[tuple[str,
                     faults += error.messages
                     continue
                 reply = future.result()  # raises any other error
-                if reply:
+                if reply:  # None: the question was not asked, since an earlier one failed
                     yield reply
         finally:
             ended.set()

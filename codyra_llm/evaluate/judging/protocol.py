@@ -57,16 +57,19 @@ def questions(name: str, pair: dict) -> list[Question]:
     order; none if the two answers are equal."""
     if pair["base"] == pair["final"]:
         return []
-    by, digest = CRITERIA[criterion(name)], pair_digest(pair)
+    digest, judged_by = pair_digest(pair), CRITERIA[criterion(name)]
     found = []
     for order in ORDERS:
         first, second = pair[order[0]], pair[order[1]]
-        text = QUESTION.format(prompt=pair["prompt"], first=first, second=second, criterion=by)
+        text = QUESTION.format(prompt=pair["prompt"], first=first, second=second, criterion=judged_by)
         found.append(Question(digest, text, order))
     return found
 
 
 def preferred(said: str, order: tuple[str, str]) -> str | None:
-    """ "base", "final" or "tie", by the last [[A]], [[B]] or [[C]] of a reply; None where there is none."""
+    """What the judge prefers, "base", "final" or "tie", by the last [[A]], [[B]] or [[C]] of its reply; None
+    where there is none. `order`: which models A and B are."""
     found = re.findall(r"\[\[([ABC])\]\]", said)
-    return {"A": order[0], "B": order[1], "C": "tie"}[found[-1]] if found else None
+    if not found:
+        return None
+    return {"A": order[0], "B": order[1], "C": "tie"}[found[-1]]

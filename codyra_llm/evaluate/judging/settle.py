@@ -11,7 +11,8 @@ from codyra_llm.store import observer
 from codyra_llm.store.folder import RunFolder
 from codyra_llm.store.verdicts import OUTCOMES, Verdicts
 
-# Questions per parallel request between two meetings of the processes, which wait two hours for one.
+# Questions per parallel request, after which the other processes hear from the first one again: a collective
+# times out after two hours.
 SLICE = 8
 
 

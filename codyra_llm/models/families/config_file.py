@@ -1,4 +1,4 @@
-"""config.json, read within bounds; other packages' errors at a file of the user as one sentence."""
+"""Reads config.json within bounds, and turns other packages' errors about a user's file into one sentence."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.parsing import read_mapping
 
-# What a config may hold, least and most; far above what there is.
+# The least and the most that a config may hold; the most is far above that of any published model.
 BOUNDS = {
     "num_hidden_layers": (1, 1000),
     "hidden_size": (1, 1 << 20),
@@ -30,7 +30,7 @@ BOUNDS = {
     "attention_dropout": (0, 1),
     "initializer_range": (0, 100),
 }
-# Of small files; the longest that are published have a tenth.
+# The most bytes that each small file may have; the longest published ones have a tenth of it.
 SIZES = {
     "config.json": 1 << 20,
     "generation_config.json": 1 << 20,
@@ -45,8 +45,9 @@ SIZES = {
 }
 MOST_LISTED = 10_000  # entries of a list in a config, such as its layers' kinds
 OF_CLASSIFIERS = ("id2label", "label2id", "num_labels")  # what no language model has a use for
+INSTEAD = "expected the model's own config; download it again"
 
-# What other packages raise at a file that holds something unexpected, each where it happens to stumble.
+# What other packages raise where a file holds something unexpected: they don't check, but fail somewhere.
 FOREIGN = (
     ArithmeticError,
     AssertionError,
@@ -64,8 +65,8 @@ FOREIGN = (
 
 @contextmanager
 def explain_errors(what: str, instead: str) -> Iterator[None]:
-    """A Fault, `what` (the reason): `instead`, in place of what another package raises at a file of the
-    user.
+    """Within this block, what another package raises about a user's file becomes a Fault: "`what` (the
+    reason): `instead`."
     """
     try:
         yield
@@ -96,24 +97,32 @@ def read_config(folder: Path) -> PreTrainedConfig:
     if faults:
         raise Fault(*faults)
     where = f"{folder}/config.json describes no model"
-    instead = "expected the model's own config; download it again"
     raw = read_mapping(folder / "config.json", "the model's config")
-    for key, value in _numbers(raw):
-        least, most = BOUNDS[key.rpartition(".")[2]]
-        if not least <= value <= most:  # NaN too
-            raise Fault(f"{where} ({key} is {value}, expected {least:,} to {most:,}): {instead}.")
-    for key, value in raw.items():
-        if isinstance(value, list | dict) and key not in OF_CLASSIFIERS and len(value) > MOST_LISTED:
-            raise Fault(f"{where} ({key} has {len(value):,d} entries, at most {MOST_LISTED:,d}): {instead}.")
     kept = {key: value for key, value in raw.items() if key not in OF_CLASSIFIERS}
+    reason = _out_of_bounds(kept)
+    if reason:
+        raise Fault(f"{where} ({reason}): {INSTEAD}.")
     kind = kept.get("model_type")
     if kind == "mistral" and "layer_types" in kept:  # as AutoConfig reads it
         kept["model_type"] = kind = "ministral"
     known = isinstance(kind, str) and kind in CONFIG_MAPPING
-    with explain_errors(where, instead):
-        config = (CONFIG_MAPPING[kind] if known else PreTrainedConfig).from_dict(kept)
+    with explain_errors(where, INSTEAD):
+        config_class = CONFIG_MAPPING[kind] if known else PreTrainedConfig  # imported when it is looked up
+        config = config_class.from_dict(kept)
     config.name_or_path = str(folder)
     return config
+
+
+def _out_of_bounds(raw: dict) -> str:
+    """What in a config is too small, too large or too long; empty where nothing is."""
+    for key, value in _numbers(raw):
+        least, most = BOUNDS[key.rpartition(".")[2]]
+        if not least <= value <= most:  # NaN too
+            return f"{key} is {value}, expected {least:,} to {most:,}"
+    for key, value in raw.items():
+        if isinstance(value, list | dict) and len(value) > MOST_LISTED:
+            return f"{key} has {len(value):,d} entries, at most {MOST_LISTED:,d}"
+    return ""
 
 
 def _numbers(raw: dict) -> Iterator[tuple[str, float]]:
@@ -121,13 +130,13 @@ def _numbers(raw: dict) -> Iterator[tuple[str, float]]:
     and of towers."""
     parts = {f"{key}.": part for key, part in raw.items() if _is_section(key, part)}
     inner = {}  # RoPE by kind of layer, as in Gemma 3
-    for name, section in parts.items():
-        inner |= {f"{name}{key}.": value for key, value in section.items() if _is_section(key, value)}
-    for name, section in {"": raw, **parts, **inner}.items():
+    for prefix, section in parts.items():
+        inner |= {f"{prefix}{key}.": value for key, value in section.items() if _is_section(key, value)}
+    for prefix, section in {"": raw, **parts, **inner}.items():
         for key in BOUNDS:
             value = section.get(key)
             if isinstance(value, int | float):
-                yield name + key, value
+                yield prefix + key, value
 
 
 def _is_section(key: str, part: object) -> bool:

@@ -10,10 +10,10 @@ from codyra_llm.config.methods.base import PROJECTIONS
 
 @dataclass(frozen=True)
 class Tower:
-    """Where the text model lies in a checkpoint that has towers for images or sound as well.
+    """Where the text model is in a checkpoint that has towers for images or sound as well.
 
-    `prefixes`: what stands in front of the names of the text backbone's weights, one for each layout that
-    checkpoints of the family are stored in. `heads`: what the head is called there. `module`: the backbone
+    `prefixes`: what the names of the text backbone's weights begin with, one for each layout in which
+    checkpoints of the family are stored. `heads`: what the head is called there. `module`: the backbone
     in the whole model as transformers builds it; PEFT adapters name their sites by it.
     """
 
@@ -67,19 +67,19 @@ class Family:
         return None
 
     def own_names(self, stored: Iterable[str]) -> dict[str, str]:
-        """By name in the text model the name that the checkpoint stores it under."""
+        """The weights of the text model: by their name in it, the name in the checkpoint."""
         named = {name: self.own_name(name) for name in stored}
         return {own: name for name, own in named.items() if own is not None}
 
     def whole_name(self, own: str) -> str:
-        """The name in the whole model of transformers of what the text model calls `own`."""
+        """What transformers' model with all towers calls the weight that the text model calls `own`."""
         inside = own.startswith(f"{self.backbone}.")
         if self.tower is None or not inside:
             return own
         return self.tower.module + own.removeprefix(self.backbone)
 
     def renamed(self) -> dict[str, str] | None:
-        """For transformers' `key_mapping`: patterns of stored names, and what takes the place of each."""
+        """For transformers' `key_mapping`: patterns at the start of stored names, and what replaces each."""
         if self.tower is None:
             return None
         names = dict.fromkeys(self.tower.prefixes, f"{self.backbone}.")

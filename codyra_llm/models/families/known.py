@@ -13,7 +13,7 @@ from codyra_llm.models.families.family import Family, Tower
 
 GROUP = "codyra_llm.families"  # of the entry points by which packages add theirs
 
-# What configs call the number of their experts; llama4, Mixtral, Qwen's, Gemma 4's and DeepSeek's.
+# What configs call the number of their experts: Llama 4 and Mixtral, Qwen and Gemma 4, DeepSeek.
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 LLAMA = Family(
@@ -86,7 +86,7 @@ def register(family: Family) -> Family:
 
 @cache
 def _from_packages() -> None:
-    """Register what installed packages offer, once."""
+    """Register the families of installed packages; cached, so that this is done once."""
     for entry in entry_points(group=GROUP):
         try:
             offered = entry.load()
@@ -156,6 +156,7 @@ def titles() -> str:
 
 
 def _parts(config: dict) -> Iterable[dict]:
+    """The config, and that of its text model where it is nested."""
     nested = [value for key, value in config.items() if key.endswith("text_config")]
     return [config, *(part for part in nested if isinstance(part, dict))]
 

@@ -57,12 +57,14 @@ def text_config(folder: Path) -> PreTrainedConfig:
     """The config of the text model in `folder`. Raises Fault for one that describes no model."""
     whole = read_config(folder)
     tower = of(whole).tower
-    return _text_part(whole, tower) if tower else whole
+    return _config_in(whole, tower) if tower else whole
 
 
-def _text_part(whole: PreTrainedConfig, tower: Tower) -> PreTrainedConfig:
+def _config_in(whole: PreTrainedConfig, tower: Tower) -> PreTrainedConfig:
+    """The text model's config inside that of a model with several towers. The whole model's says whether the
+    head is tied, and this is set in the text model's too."""
     text = getattr(whole, tower.config)
-    text.tie_word_embeddings = whole.tie_word_embeddings  # the head is the whole model's
+    text.tie_word_embeddings = whole.tie_word_embeddings
     return text
 
 
@@ -70,10 +72,11 @@ def text_model(whole: "PreTrainedModel") -> "PreTrainedModel":
     """The text model of a whole one, around the same modules."""
     from transformers import AutoModelForCausalLM  # slow to import, and methods' files import this one
 
-    tower, config = of(whole.config).tower, whole.config
+    tower = of(whole.config).tower
     if tower is None:
         return whole
-    text, family = _text_part(config, tower), of(getattr(config, tower.config))
+    text = _config_in(whole.config, tower)
+    family = of(text)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(text, dtype=whole.dtype)
     model.set_submodule(family.backbone, whole.get_submodule(tower.module))
@@ -84,8 +87,8 @@ def text_model(whole: "PreTrainedModel") -> "PreTrainedModel":
 
 
 def pretrained(model: nn.Module) -> "PreTrainedModel":
-    """The model typed as transformers' class, for attributes that `nn.Module` does not declare: its config,
-    device, embeddings. Method hooks and accelerate type it as a module."""
+    """The same model, typed as transformers' class for attributes that `nn.Module` does not declare: config,
+    device, embeddings. In the hooks of methods and in accelerate its type is `nn.Module`."""
     return cast("PreTrainedModel", model)
 
 
@@ -138,17 +141,24 @@ def attention_softcap(config: PreTrainedConfig) -> float | None:
 
 def attention_shapes(config: PreTrainedConfig) -> list[AttentionShape]:
     """The attention of each layer, in order."""
-    count, kinds = config.num_hidden_layers, getattr(config, "layer_types", None)
-    own = count - (getattr(config, "num_kv_shared_layers", None) or 0)
-    differ = getattr(config, "is_heterogeneous", False)
+    count = config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
+    layers_differ = getattr(config, "is_heterogeneous", False)
+    with_own_keys = count - (getattr(config, "num_kv_shared_layers", None) or 0)  # the first so many layers
     shapes = []
     for number in range(count):
-        layer = config.per_layer_config[number] if differ else config
-        size = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+        layer = config.per_layer_config[number] if layers_differ else config
         slides = kinds is None or kinds[number] == "sliding_attention"
-        heads, shared = layer.num_attention_heads, layer.num_key_value_heads
-        shapes.append(AttentionShape(heads, shared, size, window if slides else None, number < own))
+        shapes.append(
+            AttentionShape(
+                heads=layer.num_attention_heads,
+                kv_heads=layer.num_key_value_heads,
+                head_dim=getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads,
+                window=window if slides else None,
+                own_keys=number < with_own_keys,
+            )
+        )
     return shapes
 
 

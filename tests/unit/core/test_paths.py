@@ -36,6 +36,12 @@ def test_a_recipe_in_the_home_is_found(home):
     assert load_recipe("~/own.yaml") == load_recipe("quickstart")
 
 
+def test_a_folder_in_the_home_is_no_recipe(home):
+    (home / "own").mkdir()
+    with pytest.raises(Fault, match="'~/own' is a folder, not a recipe"):
+        load_recipe("~/own")
+
+
 def test_only_a_run_has_tasks_after_an_at(home):
     (home / "run").mkdir()
     assert run_at("~/run@ONE") == (home / "run", "ONE") and run_at("~/run") == run_at("org/m@x") == (None, "")

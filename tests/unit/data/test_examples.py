@@ -121,7 +121,7 @@ def test_json_lines_are_read_and_said(root):
     path = write(root, "FOMC", "train", b"\n".join(json.dumps(record).encode() for record in GOOD))
     assert read_split(root, "FOMC", "train") == GOOD
     assert check_root(root)["notes"] == [
-        f"tasks.FOMC: {path} has one record in each line (JSON Lines), and is read so"
+        f"tasks.FOMC: {path} has one record in each line (JSON Lines), and is read that way"
     ]
 
 

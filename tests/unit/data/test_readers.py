@@ -204,7 +204,8 @@ def test_each_fault_of_a_file_is_told_once_and_what_is_read_otherwise_is_said(tm
     report = check(tmp_path)
     assert len(report["faults"]) == 6 and report["faults"][0].endswith("fill it in or remove the record.")
     (note,) = report["notes"]
-    assert note.startswith("tasks.ONE: ") and "has semicolons between its columns, and is read so" in note
+    assert note.startswith("tasks.ONE: ")
+    assert "has semicolons between its columns, and is read that way" in note
     assert remarks(tmp_path, "ONE", task(files="a.csv")) == [note]
     code, out, _ = call(capsys, "data", "check", name)
     assert code == 1 and "note: tasks.ONE: " in out and out.count("record 0: 'answer' is empty") == 1

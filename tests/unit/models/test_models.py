@@ -162,6 +162,12 @@ def test_a_chat_template_is_found(copy):
     assert loading.check(copy, chat_template=True) == []
 
 
+def test_resolve_writes_out_home_and_variables_as_recipes_do(copy, monkeypatch):
+    monkeypatch.setenv("HOME", str(copy.parent))
+    monkeypatch.setenv("WHERE", copy.name)
+    assert loading.resolve("~/$WHERE") == copy
+
+
 def test_resolve_refuses_folders_that_lack_files(copy):
     os.rename(copy / "model.safetensors", copy / "pytorch_model.bin")
     with pytest.raises(Fault, match="only pickled weights"):

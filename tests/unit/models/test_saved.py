@@ -96,6 +96,16 @@ def test_shards_stay_and_a_weight_that_changed_is_where_it_was(tiny_llama, tmp_p
     assert all(torch.equal(new.get(n), old.get(n) + (n == name)) for n in old.handle_of)
 
 
+def test_the_index_of_a_cast_model_has_its_size_as_a_whole_number(tiny_llama, tmp_path):
+    AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    saved.copy_model(tmp_path / "base", tmp_path / "copy", keep, torch.bfloat16)
+    before, after = (
+        json.loads((tmp_path / name / INDEX).read_text())["metadata"]["total_size"]
+        for name in ("base", "copy")
+    )
+    assert type(after) is int and 2 * after == before
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 def test_another_dtype_is_asked_for_and_said(tiny_llama, tmp_path, dtype):
     saved.copy_model(tiny_llama, tmp_path / "copy", keep, dtype)
