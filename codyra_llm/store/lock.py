@@ -121,10 +121,14 @@ class Lease:
     def _create(self, content: str) -> None:
         """Make the file, in exactly one of several processes, on network file systems too."""
         try:
-            with open(self.file, "x", encoding="utf-8") as file:
-                file.write(content)
+            file = open(self.file, "x", encoding="utf-8")  # noqa: SIM115  # closed below
         except FileExistsError:
             raise self._held() from None
+        except OSError as error:  # the file, if there is one, is another process's
+            raise unwritable(self.file, error) from None
+        try:
+            with file:
+                file.write(content)
         except OSError as error:
             self.file.unlink(missing_ok=True)
             raise unwritable(self.file, error) from None

@@ -128,3 +128,17 @@ def test_an_owner_that_nobody_has_waited_for_is_dead(tmp_path):
     assert not holder(tmp_path)["alive"]
     child.wait()
     assert not holder(tmp_path)["alive"]
+
+
+def test_a_lease_that_cannot_be_opened_is_left_to_its_owner(tmp_path, monkeypatch):
+    """Another process may have made the file just before a network file system refused this one."""
+    (tmp_path / "lease.json").write_text("theirs")
+
+    def refuses(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuses)
+    with pytest.raises(Fault):
+        Lease(tmp_path)._create("mine")
+    monkeypatch.undo()
+    assert (tmp_path / "lease.json").read_text() == "theirs"

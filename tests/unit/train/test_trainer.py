@@ -70,9 +70,7 @@ def test_a_parameter_within_a_larger_tensor_is_refused(monkeypatch):
     whole = torch.zeros(3, 4)
     groups = [{"params": [nn.Parameter(whole[:, :2])], "lr": 0.1}]
     monkeypatch.setattr(SumOfFirstTokens, "param_groups", lambda *_: groups)
-    with pytest.raises(
-        Fault, match=r"\(3, 2\) of the method is a view .* train a contiguous copy"
-    ):
+    with pytest.raises(Fault, match=r"\(3, 2\) of the method is a view .* train a contiguous copy"):
         begun()
 
 
