@@ -33,7 +33,7 @@ def trained(stops: bool) -> torch.Tensor:
     attach(model, ["q_proj"], AdapterSpec(2, 1.5, 0.0))
     for name, layer in sites(model).items():
         layer.reset(0, name)
-    section = OptimSection(lr=0.1, schedule="constant", batch_size=4, loss_average="token")
+    section = OptimSection(lr=0.1, schedule="constant", batch_size=4, betas=(0.9, 0.99), loss_average="token")
     trainer = Trainer(acc, SumOfFirstTokens(None, 0), model.to(acc.device), section, pad=0)
     for row in trainer.fit(TaskData("T", 0, EXAMPLES, [range(3)] * 6, []), 1):
         if stops and row.step == 3:
