@@ -1,33 +1,28 @@
 """From a feature vector to its task: centroids and Gaussians, kept per task."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from codyra_llm.core.tensors import generator
 
+ROUNDS = 100  # of k-means; a few dozen reach its fixed point on a task's prompts
 
-def kmeans(x: Tensor, k: int, *key: int | str, rounds: int = 100) -> Tensor:
-    """k centroids [k, h] of x [n, h] on the CPU: k-means++ seeds drawn by `key`, then Lloyd's rounds until
-    none moves. A centroid that no point is nearest to stays; with fewer than k distinct points some
-    coincide."""
-    draw = generator(*key)
-    chosen = [int(torch.randint(len(x), (1,), generator=draw))]
-    while len(chosen) < k:
-        far = torch.cdist(x, x[chosen]).min(1).values.square()
-        chosen.append(int(torch.multinomial(far + torch.finfo(far.dtype).tiny, 1, generator=draw)))
-    centroids = x[chosen].clone()
-    for _ in range(rounds):
-        nearest = torch.cdist(x, centroids).argmin(1)
-        moved = centroids.clone()
-        for c in nearest.unique().tolist():  # the others have no point, and stay
-            moved[c] = x[nearest == c].mean(0)
-        if torch.equal(moved, centroids):
-            break
-        centroids = moved
-    return centroids
+
+def kmeans(x: Tensor, k: int, *key: int | str) -> Tensor:
+    """k centroids [k, h] of x [n, h] on the CPU in float64: k-means++ seeds drawn by `key`, then ROUNDS of
+    Lloyd's. A centroid that no point is nearest to stays; with fewer than k distinct points some coincide."""
+    from scipy.cluster.vq import kmeans2  # slow to import
+
+    draw = np.random.default_rng(generator(*key).initial_seed())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "One of the clusters is empty")
+        centroids, _ = kmeans2(x.numpy(), k, iter=ROUNDS, minit="++", seed=draw)
+    return torch.from_numpy(centroids)
 
 
 @dataclass(frozen=True)
