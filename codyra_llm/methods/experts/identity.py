@@ -21,7 +21,8 @@ def kmeans(x: Tensor, k: int, *key: int | str) -> Tensor:
     draw = np.random.default_rng(generator(*key).initial_seed())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "One of the clusters is empty")
-        centroids, _ = kmeans2(x.numpy(), k, iter=ROUNDS, minit="++", seed=draw)
+        # scipy calls it rng from 1.15 on, and takes both names.
+        centroids, _ = kmeans2(x.numpy(), k, iter=ROUNDS, minit="++", seed=draw)  # pyright: ignore
     return torch.from_numpy(centroids)
 
 
