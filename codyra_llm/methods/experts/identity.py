@@ -19,7 +19,8 @@ def kmeans(x: Tensor, k: int, *key: int | str) -> Tensor:
     from scipy.cluster.vq import kmeans2  # slow to import
 
     draw = np.random.default_rng(generator(*key).initial_seed())
-    with warnings.catch_warnings():
+    # Neither is a fault here: an empty cluster, and no distance left to draw by, where points coincide.
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
         warnings.filterwarnings("ignore", "One of the clusters is empty")
         # scipy calls it rng from 1.15 on, and takes both names.
         centroids, _ = kmeans2(x.numpy(), k, iter=ROUNDS, minit="++", seed=draw)  # pyright: ignore

@@ -2,6 +2,7 @@
 duallora.
 """
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -125,7 +126,15 @@ def test_kmeans_finds_the_blobs_and_is_a_fixed_point():
         found, kmeans(x, 4, "test")
     )
     torch.testing.assert_close(found, torch.stack([x[nearest == c].mean(0) for c in range(4)]))
-    assert kmeans(x[:1].repeat(6, 1), 3, "test").shape == (3, 3)
+
+
+def test_kmeans_of_fewer_points_than_centroids_says_nothing():
+    """Some centroids coincide, each on a point."""
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).double().repeat(3, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = kmeans(x, 4, "test")
+    assert found.unique(dim=0).tolist() == [[1, 2], [3, 4]] and len(found) == 4
 
 
 def test_kmeans_ends_at_a_fixed_point():
