@@ -171,14 +171,14 @@ class Distillation(torch.autograd.Function):
 
 
 def _forward_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(q ‖ p) of each row [n] and its gradient by the logits of p [n, V]; overwrites both [n, V]."""
+    """KL(q ‖ p) of each row [n] and its gradient with respect to the logits of p; overwrites both [n, V]."""
     q = log_q.exp()
     values = log_q.sub_(log_p).mul_(q).sum(1)
     return values, log_p.exp_().sub_(q)
 
 
 def _reverse_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(p ‖ q) of each row [n] and its gradient by the logits of p [n, V]; overwrites both [n, V]."""
+    """KL(p ‖ q) of each row [n] and its gradient with respect to the logits of p; overwrites both [n, V]."""
     gap = torch.sub(log_p, log_q, out=log_q)
     p = log_p.exp_()
     values = (p * gap).sum(1)
