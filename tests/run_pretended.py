@@ -1,8 +1,8 @@
 """Two tasks of methods on a device that is not there: `run_pretended.py BASE STREAM OUT METHOD ...`, with the
 library of `pretend/hooks.cpp` preloaded, since `import torch` already looks for devices.
 
-Prints a line of JSON for each method: the fault that ended it or null, and by step after the first of each
-task its micro-batches and the waits of the host by line.
+Prints a line of JSON for each method: the fault that ended it or null, how many recorded micro-batches were
+replayed, and by step after the first of each task its micro-batches and the waits of the host by line.
 """
 
 import gc
@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pretended
+import pretended_graph
 import pytest
 import torch
 from accelerate import Accelerator
@@ -25,6 +26,7 @@ from codyra_llm.experiment import run as runs
 from codyra_llm.experiment.experiment import Experiment
 from codyra_llm.runtime.memory import ProcessPeak
 from codyra_llm.store.rows import LogRow
+from codyra_llm.train import recorded
 from codyra_llm.train.engine import Engine
 from codyra_llm.train.trainer import Trainer
 
@@ -109,7 +111,7 @@ def section(base: str, stream: str, out: Path, called: str) -> dict:
 
 def trained(base: str, stream: str, out: Path, name: str) -> dict:
     """One method's row."""
-    fault = None
+    fault, replayed = None, pretended_graph.replays
     with pytest.MonkeyPatch.context() as patch, collecting_no_cycles():
         patch.setattr(runs, "_run", learn_both)
         patch.setattr(torch.cuda, "is_available", torch.cuda.is_available)  # put back, as it is set inside
@@ -121,7 +123,8 @@ def trained(base: str, stream: str, out: Path, name: str) -> dict:
                 runs.run(parse_recipe(section(base, stream, out, name)))
         except Exception:  # told, with the others
             fault = traceback.format_exc()
-    return {"method": name, "fault": fault, "steps": counted.steps}
+    replayed = pretended_graph.replays - replayed
+    return {"method": name, "fault": fault, "steps": counted.steps, "replays": replayed}
 
 
 def check_the_device() -> None:
@@ -156,12 +159,17 @@ def check_the_device() -> None:
 def main() -> None:
     _, base, stream, out, *names = sys.argv
     pretended.install()
+    pretended_graph.install()
+    recorded.SEEN = 0  # every micro-batch that can be
     torch.set_num_threads(1)
     gc.freeze()  # the collection after each task need not walk what the packages hold
     with pretended.Pretending():
         check_the_device()
     # Both cores, after the imports, which take longer than a method's steps.
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
+    # Each sets its threads before it has several: PyTorch makes its pool anew after a fork, and two threads
+    # that ask for it at once can find none.
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(2, fork, torch.set_num_threads, (1,)) as pool:
         asked = [pool.submit(trained, base, stream, Path(out) / name, name) for name in names]
         for done in asked:
             print(json.dumps(done.result()), flush=True)

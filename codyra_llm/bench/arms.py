@@ -14,6 +14,7 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.lora.layer import AdapterSpec, LoraLinear, attach, sites
 from codyra_llm.lora.shared import SharedInput, share_inputs, shared_inputs
 from codyra_llm.models import families, fused_norm
+from codyra_llm.train.recorded import Recorder
 
 SCALE = 2.0  # s, as PEFT users have it with lora_alpha = 2r
 LOW = (torch.bfloat16, torch.float16)
@@ -23,7 +24,8 @@ NOTES = {
     "peft": "PEFT's LoRA by default: float32 adapters, autocast where the base has 16 bits; it has no w",
     "peft-strong": "PEFT's LoRA with adapters in the base's dtype, no autocast, no dropout; it has no w",
     "eager": "LoRA with w by plain autograd",
-    "ours": "LoRA with w by the hand-written functions; on a GPU with fused norms, as in training",
+    "ours": "LoRA with w by the hand-written functions; on a GPU with fused norms and recorded "
+    "micro-batches, as in training",
 }
 
 # By site: A [r, in], w [r] and B [out, r], all of them random; B is not zero.
@@ -40,6 +42,7 @@ class Arm:
     masters: dict[str, tuple[nn.Parameter, nn.Parameter | None, nn.Parameter]] = field(default_factory=dict)
     folded: dict[str, Tensor] = field(default_factory=dict)  # site -> s·w
     autocast: torch.dtype | None = None
+    recorder: Recorder | None = None  # replays micro-batches, as training does on a GPU
 
     @property
     def shared(self) -> list[SharedInput]:

@@ -12,7 +12,7 @@ from codyra_llm.bench.measure import Contestant, Options, compare, machine
 from codyra_llm.config.benchmark import load_benchmark
 from codyra_llm.config.sections import DataSection
 from codyra_llm.core.errors import Fault
-from codyra_llm.data.batches import collate, default_tokens, example_weights, micro_batches
+from codyra_llm.data.batches import Batch, collate, default_tokens, example_weights, micro_batches
 from codyra_llm.data.check import task_folders
 from codyra_llm.data.encoding import Encoded, Encoder
 from codyra_llm.data.records import read_split
@@ -20,6 +20,7 @@ from codyra_llm.experiment.setup import base_folder, data_root
 from codyra_llm.lora.together import deferred, finish_gradients, make_shadows
 from codyra_llm.models import loading, packed_attention
 from codyra_llm.models.tokenizer import load_tokenizer
+from codyra_llm.train.recorded import SEEN, Recorder
 
 RANK = 16
 LR = 1e-4
@@ -32,8 +33,8 @@ BATCHES = {
     "peft-strong": f"{OURS}, so what is left between it and ours is the LoRA layer",
 }
 
-# The losses of a global batch's pieces, which sum to its loss.
-Losses = Callable[[nn.Module, list[Encoded]], Iterator[Tensor]]
+# The losses of a global batch's pieces, which sum to its loss; of recorded ones backward has already run.
+Losses = Callable[[Arm, list[Encoded]], Iterator[Tensor]]
 
 
 def measure(options: Options) -> dict:
@@ -67,10 +68,17 @@ def steps(
             del reference
         losses = peft if name == "peft" else ours
         arm = _prepared(ARMS[name](base, numbers), packed and losses is ours)
+        if name == "ours" and packed and options.device.type == "cuda":
+            arm.recorder = Recorder(arm.shared, partial(_loss, arm.model), options.device)
+            for batch in (checked, *batches):  # in training a shape comes often enough to be recorded
+                for _ in range(SEEN):
+                    _outcome(arm, losses, batch, options.device)
+        step = _stepper(arm, losses, batches, options.device)
         contestants[name] = Contestant(
             partial(_outcome, arm, losses, checked, options.device),
             expected[kind],
-            _stepper(arm, losses, batches, options.device),
+            step,
+            weighed=partial(_unrecorded, arm, step),
         )
     rows = compare(contestants, options, (options.rounds or 1) * len(batches), largest, len(batches))
     for row in rows.values():
@@ -124,18 +132,30 @@ def _global_batches(options: Options, encoder: Encoder) -> list[list[Encoded]]:
     return batches
 
 
+def _loss(model: nn.Module, piece: Batch) -> Tensor:
+    return piece.cross_entropy(model)
+
+
+def _unrecorded(arm: Arm, step: Callable[[int], None], number: int) -> None:
+    """A step without recordings, whose memory the allocator does not count."""
+    if arm.recorder:
+        arm.recorder.stop()
+    step(number)
+
+
 def _our_losses(
-    model: nn.Module, batch: list[Encoded], limit: int, pad: int, device: torch.device, packed: bool
+    arm: Arm, batch: list[Encoded], limit: int, pad: int, device: torch.device, packed: bool
 ) -> Iterator[Tensor]:
     """Micro-batches and loss as the training loop has them."""
     weights = example_weights(batch, range(len(batch)), "token")
     for chosen in micro_batches([len(e) for e in batch], 1, limit, packed)[0]:
         piece = collate(batch, chosen, [weights[i] for i in chosen], pad, packed)
-        yield piece.to(device).cross_entropy(model)
+        loss = arm.recorder.run(piece) if arm.recorder else None
+        yield _loss(arm.model, piece.to(device)) if loss is None else loss
 
 
 def _peft_losses(
-    model: nn.Module, batch: list[Encoded], limit: int, pad: int, device: torch.device
+    arm: Arm, batch: list[Encoded], limit: int, pad: int, device: torch.device
 ) -> Iterator[Tensor]:
     """Examples in their order, as many to a micro-batch as fit under the limit with padding, and the loss of
     transformers, which divides by the labelled tokens of the whole batch."""
@@ -143,10 +163,10 @@ def _peft_losses(
     for example in batch:
         longest = max(map(len, [*piece, example]))
         if piece and longest * (len(piece) + 1) > limit:
-            yield model(**_padded(piece, pad, device), num_items_in_batch=count).loss
+            yield arm.model(**_padded(piece, pad, device), num_items_in_batch=count).loss
             piece = []
         piece.append(example)
-    yield model(**_padded(piece, pad, device), num_items_in_batch=count).loss
+    yield arm.model(**_padded(piece, pad, device), num_items_in_batch=count).loss
 
 
 def _padded(examples: list[Encoded], pad: int, device: torch.device) -> dict[str, Tensor]:
@@ -170,16 +190,19 @@ def _padded(examples: list[Encoded], pad: int, device: torch.device) -> dict[str
 def _forward_backward(arm: Arm, losses: Losses, batch: list[Encoded], device: torch.device) -> Tensor:
     """The loss; gradients are left on the arm's parameters."""
     total = torch.zeros((), device=device)
-    pieces = losses(arm.model, batch)
+    pieces = losses(arm, batch)
     shared = arm.shared
     make_shadows(shared)  # as the training loop does
+    if arm.recorder:
+        arm.recorder.begin_step()
     with deferred(shared, device.type == "cuda"):
         while True:
             with arm.context(device):
                 loss = next(pieces, None)
             if loss is None:
                 break
-            loss.backward()
+            if loss.requires_grad:
+                loss.backward()
             total = total + loss.detach()
     finish_gradients(shared)
     return total

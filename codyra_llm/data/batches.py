@@ -36,6 +36,7 @@ class Batch:
     labelled: list[int]
     segments: list[int] | None = None
     ends: Tensor | None = None
+    longest: int | None = None  # an upper bound of the segments' lengths, where it is not the longest of them
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on the device; it goes to a GPU in one copy, for which the host does not wait."""
@@ -65,7 +66,7 @@ class Batch:
             return states.flatten(0, 1).index_select(0, self.predictors)
         packing = {}
         if self.segments is not None:
-            packing = packed_attention.arguments(self.segments, self.ends)
+            packing = packed_attention.arguments(self.segments, self.ends, self.longest)
             packing["position_ids"] = self.positions
         states = packed_attention.states(model, input_ids=self.ids, **packing)  # [R, T, h]
         return states.flatten(0, 1).index_select(0, self.predictors)

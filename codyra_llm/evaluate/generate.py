@@ -161,21 +161,18 @@ def _finish(
     """The remaining steps of a batch, recorded. Finished rows are removed when they are half of it, since the
     smaller batch must be recorded again."""
     layers = [(layer.keys, layer.values) for layer in cache.layers]
-    kept = model.config._attn_implementation
-    static_steps.use(model)
-    try:
-        steps = static_steps.StaticSteps(model, layers, mask, ids, positions, left)
-        cache.layers.clear()  # the steps have copied it
-        del layers
-        for _ in range(left):
-            going = batch.add(steps.next()[:, 0].tolist())
-            if not going:
-                break
-            if 2 * len(going) <= len(batch.rows):  # half is done
-                steps = steps.select(torch.tensor(going, device=model.device))
-                batch.keep(going)
-    finally:
-        model.set_attn_implementation(kept)
+    steps = static_steps.StaticSteps(model, layers, mask, ids, positions, left)
+    cache.layers.clear()  # the steps have copied it
+    del layers
+    while steps.left:
+        tokens = steps.next(min(static_steps.AT_ONCE, steps.left))
+        for column in zip(*tokens.tolist(), strict=True):
+            going = batch.add(list(column))
+        if not going:
+            break
+        if 2 * len(going) <= len(batch.rows):  # half is done
+            steps = steps.select(torch.tensor(going, device=model.device))
+            batch.keep(going)
 
 
 def prefixed(model: PreTrainedModel, ids: Tensor, prompts: Sequence[list[int]], prefix: Tensor) -> Tensor:

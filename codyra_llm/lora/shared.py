@@ -35,6 +35,7 @@ class AdaptedLayer(Protocol):
     """What a group needs from a layer; `LoraLinear` is such a layer."""
 
     spec: SharedSpec
+    weight: Tensor | nn.Module  # the frozen one; a module where it is packed
     bias: Tensor | None
     shared: "SharedInput"
     training: bool
@@ -81,10 +82,14 @@ class SharedInput:
         """Drop the cached shadows. Needed after the masters were written in a way that autograd's version
         counters don't see (DeepSpeed writes to `.data`)."""
         self._input = None
-        self._shadows: dict[int, tuple[tuple, Shadow]] = {}  # of the masters and of their replacements
+        self.forget_shadows()
         self._outputs: dict[int, Tensor] = {}  # by id of the layer; those that were not asked for yet
         # Q [R, in] and all P_k [out_k, r_k], summed over the backward passes since they were taken out.
         self.left: tuple[Tensor, list[Tensor]] | None = None
+
+    def forget_shadows(self) -> None:
+        """Drop the cached shadows alone."""
+        self._shadows: dict[int, tuple[tuple, Shadow]] = {}  # of the masters and of their replacements
 
     def output(self, layer: AdaptedLayer, x: Tensor) -> Tensor:
         """This layer's output for x [..., in]."""
@@ -133,7 +138,7 @@ class SharedInput:
             self._shadows[key] = kept
         weights = tuple(partial(layer.frozen, dtype) for layer in layers)
         biases = tuple(None if layer.bias is None else layer.bias.to(dtype) for layer in layers)
-        leave = self.leave if self.defers and self._trains_itself() else None
+        leave = self.leave if self.defers and self.trains_itself() else None
         return Group(weights, biases, scale, kept[1], leave)
 
     def keep(self, dtype: torch.dtype, made: Shadow) -> None:
@@ -156,7 +161,7 @@ class SharedInput:
         states = [(id(s), s._version) for s in sources]
         return id(sources[0]), (dtype, sources[0].device, layers[0].spec.scale, states)
 
-    def _trains_itself(self) -> bool:
+    def trains_itself(self) -> bool:
         """Whether the factors are the parameters themselves, not computed from others and not replaced."""
         replaced = any(layer.stand_in for layer in self.layers)
         return not replaced and all(factor is None or factor.is_leaf for factor in self.masters())

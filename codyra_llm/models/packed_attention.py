@@ -131,15 +131,17 @@ def pays(model: PreTrainedModel, device: torch.device) -> bool:
     return all(_has_kernel(device, model.dtype, size, softcap, config.attention_dropout) for size in heads)
 
 
-def arguments(lengths: Sequence[int], ends: Tensor) -> dict:
+def arguments(lengths: Sequence[int], ends: Tensor, longest: int | None = None) -> dict:
     """The arguments that describe a packed row's segments to transformers' flash attention and to `packed`,
-    for a call of the model; `ends` is that of `segment_ends`, on its device."""
+    for a call of the model; `ends` is that of `segment_ends`, on its device. `longest`: an upper bound of the
+    lengths, in place of the longest of them."""
+    longest = longest or max(lengths)
     return {
         "segments": list(lengths),
         "cu_seq_lens_q": ends,
         "cu_seq_lens_k": ends,
-        "max_length_q": max(lengths),
-        "max_length_k": max(lengths),
+        "max_length_q": longest,
+        "max_length_k": longest,
     }
 
 

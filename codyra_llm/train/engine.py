@@ -18,6 +18,7 @@ from codyra_llm.lora.together import deferred, finish_gradients, make_shadows
 from codyra_llm.lora.update import Adapter
 from codyra_llm.runtime import heartbeat
 from codyra_llm.runtime.launch import zero_stage
+from codyra_llm.train.recorded import Recorder, can_record
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # A gradient of at least this many numbers is summed over ranks by itself: together with others it would be
@@ -41,17 +42,26 @@ class Engine:
         # change the order of sums and save nothing: only a GPU has kernel launches to save. ZeRO takes
         # gradients when autograd writes them.
         self.defers = acc.device.type == "cuda" and not self.deepspeed
+        self.recorder: Recorder | None = None
         self.norm: Tensor | None = None  # of the step's gradients, where it is known before `step`
         # Includes parameters without a gradient: a threshold may change them.
         self.stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.inner = optimizer  # ZeRO replaces the parameters in this same optimizer by its shards
         self.module, self.optimizer = objective, optimizer
+        # Looking for them among all parameters of a model takes the host milliseconds.
+        self.parameters = [p for p in objective.parameters() if id(p) in self.stepped]
         if self.deepspeed:
             self.module, self.optimizer = acc.prepare(objective, optimizer)
             # `prepare` set it, and transformers would then load the next task's model in shards.
             unset_hf_deepspeed_config()
         elif acc.num_processes > 1:
             self._agree()
+        if self.defers and can_record(self.model, objective.method, self.shared, self.stepped):
+            self.recorder = Recorder(self.shared, self._loss, acc.device)
+
+    def _loss(self, batch) -> Tensor:
+        """The loss of a batch on the device, without penalties."""
+        return self.module(batch)["loss"]
 
     @property
     def groups(self) -> list[dict]:
@@ -75,20 +85,34 @@ class Engine:
         closes the accumulation. Ranks synchronise here only under ZeRO, which sums over ranks in backward, so
         that there a rank out of memory is a Fault."""
         share = 1 / self.acc.num_processes if first else 0.0  # of the penalty terms
-        if first:
-            make_shadows(self.whole)
         if self.deepspeed:
-            terms = self._forward_backward(batch, share, last)
+            terms = self._by_deepspeed(batch, first, last, share)
         else:
-            with deferred(self.shared, self.defers):
-                terms = self.module(batch, share)
-                sum(terms.values()).backward()
+            terms = self._by_autograd(batch, first, share)
         return {name: term.detach() for name, term in terms.items()}
 
-    def _forward_backward(self, batch, penalty: float, last: bool) -> dict[str, Tensor]:
+    def _by_autograd(self, batch, first: bool, penalty: float) -> dict[str, Tensor]:
+        """`accumulate` in one process or under DDP; a recorded micro-batch is replayed."""
+        if self.recorder and first:
+            self.recorder.begin_step()
+        with deferred(self.shared, self.defers):
+            loss = self.recorder.run(batch) if self.recorder else None
+            if loss is not None:
+                terms = self.module.penalties(penalty)
+            else:
+                if first:
+                    make_shadows(self.whole)
+                terms = self.module(batch.to(self.acc.device), penalty)
+            if terms:
+                sum(terms.values()).backward()
+        return terms if loss is None else {"loss": loss, **terms}
+
+    def _by_deepspeed(self, batch, first: bool, last: bool, penalty: float) -> dict[str, Tensor]:
         """`accumulate` under DeepSpeed."""
+        if first:
+            make_shadows(self.whole)
         try:
-            terms = self.module(batch, penalty)
+            terms = self.module(batch.to(self.acc.device), penalty)
             self.module.set_gradient_accumulation_boundary(last)
             # ZeRO averages over ranks, but the batch's weights already divide by the global count.
             self.module.backward(sum(terms.values()) * self.acc.num_processes)
@@ -112,6 +136,8 @@ class Engine:
         cached.
         """
         self.inner.zero_grad(set_to_none=True)
+        if self.recorder:
+            self.recorder.stop()
         self._forget()  # what an interrupted forward computed for layers that were not called yet
         clear_device_cache(garbage_collection=True)
 
@@ -164,7 +190,7 @@ class Engine:
 
     def _norm(self) -> Tensor:
         """The L2 norm of all gradients, a scalar on the device."""
-        return nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
     def step(self) -> float | None:
         """Clip, update, clear. Returns the global gradient norm before clipping, None where `read` returned
@@ -175,7 +201,7 @@ class Engine:
             norm = self.module.get_global_grad_norm() or 0.0
         else:
             norm = self.norm if known else self._norm()
-            nn.utils.clip_grads_with_norm_(self.module.parameters(), self.max_norm, norm)
+            nn.utils.clip_grads_with_norm_(self.parameters, self.max_norm, norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.norm = None
@@ -348,7 +374,7 @@ class Engine:
                 p.data, p.grad, p.ds_tensor = p.data.new_empty(0), None, None
             for held in (zero.__dict__, inner.state, inner.param_groups):
                 held.clear()
-        self.model, self.shared, self.whole = None, [], []
+        self.model, self.shared, self.whole, self.recorder, self.parameters = None, [], [], None, []
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):  # glibc does not return freed memory to the system by itself
             libc.malloc_trim(0)

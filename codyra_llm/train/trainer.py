@@ -52,11 +52,12 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch, penalty: float = 0.0) -> dict[str, Tensor]:
         """The method's loss terms and its penalty terms times `penalty`; with 0 these are not computed."""
-        terms = dict(self.method.loss(self.model, batch))
-        if penalty:
-            for name, value in self.method.penalty(self.model).items():
-                terms[name] = penalty * value
-        return terms
+        return dict(self.method.loss(self.model, batch)) | self.penalties(penalty)
+
+    def penalties(self, factor: float) -> dict[str, Tensor]:
+        """The method's penalty terms times `factor`; none with 0."""
+        terms = self.method.penalty(self.model) if factor else {}
+        return {name: factor * value for name, value in terms.items()}
 
 
 @dataclass
@@ -371,9 +372,7 @@ class Trainer:
         try:
             batches = self._next(examples, chosen)
             return batches, [
-                self.engine.accumulate(
-                    batch.to(self.acc.device), first=batch is batches[0], last=batch is batches[-1]
-                )
+                self.engine.accumulate(batch, first=batch is batches[0], last=batch is batches[-1])
                 for batch in batches
             ]
         except torch.OutOfMemoryError:

@@ -13,6 +13,7 @@ from codyra_llm.bench.gpu.shapes import model
 from codyra_llm.bench.gpu.training import training_without_memory, within
 from codyra_llm.evaluate.budget import MOST, STEP, Budget, within_memory
 from codyra_llm.evaluate.generate import generate_ids
+from codyra_llm.models import fused_norm
 
 NO_END = -1  # no token has this id, so no answer ends early
 TARGETED = (1, 64)  # rows for which there is a target
@@ -22,6 +23,7 @@ def decode(context: Context) -> None:
     """Time decoding with random weights in Llama-3.2-1B's shape, a prompt of about 512 tokens per row. No
     step can be faster than reading the weights once."""
     made = model(context, "llama-3.2-1b").eval()
+    fused_norm.use(made)  # as evaluation does
     weights = sum(p.nbytes for p in made.parameters())
     floor = 1000 * weights / copy_speed(context)
     context.record("reading the weights once, ms", round(floor, 4))

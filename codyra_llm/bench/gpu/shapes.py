@@ -58,9 +58,10 @@ PAD = 0
 
 
 def config(context: Context, name: str) -> PreTrainedConfig:
-    """The config of that shape; with --tiny of a small model of the same family."""
+    """A config of that shape; with --tiny of a small model of the same family. A new one each time, since a
+    model that packs its rows says so in its config."""
     made = CONFIGS[name]
-    return type(made)(**(made.to_dict() | TINY)) if context.tiny else made
+    return type(made)(**(made.to_dict() | (TINY if context.tiny else {})))
 
 
 def model(context: Context, name: str, layers: int | None = None) -> PreTrainedModel:

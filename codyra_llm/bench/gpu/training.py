@@ -22,6 +22,7 @@ from codyra_llm.train.trainer import TaskData, Trainer
 
 PACKAGE = f"{Path(__file__).parents[2]}/"
 BATCH = 16
+EPOCHS = 8  # of a run that is timed
 STEPS = 10  # of a run in which waits are counted, and of one whose last two steps are profiled
 
 
@@ -45,7 +46,7 @@ def train(context: Context) -> None:
     count, batch = (8, 4) if context.tiny else (4 * BATCH, BATCH)
     for batching, kind in (("auto", "short"), ("buckets", "short"), ("auto", "long")):
         given, made = examples(context, count, kind == "long"), trainer(context, batching, batch)
-        task = TaskData("T", 0, given, [range(count)] * 3, [])
+        task = TaskData("T", 0, given, [range(count)] * EPOCHS, [])
         key = f"{kind} examples, batching {batching}"
         context.attempt(f"fit, {key}", partial(fit_figures, made, task))
         if batching == "auto":
@@ -63,15 +64,16 @@ def record_waits_and_kernels(context: Context, made: Trainer, task: TaskData, ki
 
 
 def fit_figures(made: Trainer, task: TaskData) -> dict:
-    """Run `Trainer.fit`; the figures are of its second epoch on, when all is warm."""
+    """Run `Trainer.fit`; the figures are of its second half, when all is warm and what can be recorded is."""
     rows = list(made.fit(task, 1))
-    warm = rows[len(rows) // len(task.epochs) :]
+    warm = rows[len(rows) // 2 :]
     seconds = [row.seconds for row in warm]
     return {
         "packed": made.packed,
         "steps": len(rows),
         "tokens/s": round(sum(row.tokens for row in warm) / sum(seconds)),
         "median step, s": median(seconds),
+        "recorded shapes": len(made.engine.recorder.recordings) if made.engine.recorder else 0,
         "first and last loss": [rows[0].loss, rows[-1].loss],
     }
 

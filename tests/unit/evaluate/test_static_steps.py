@@ -35,9 +35,9 @@ def counted(monkeypatch):
     """Static steps wherever their family allows, and the rows of each that is made."""
     plain, rows = static_steps.StaticSteps.next, []
 
-    def spying(self):
-        rows.append(len(self.token))
-        return plain(self)
+    def spying(self, count):
+        rows.extend([len(self.token)] * count)
+        return plain(self, count)
 
     monkeypatch.setattr(static_steps.StaticSteps, "next", spying)
     return rows
@@ -77,7 +77,7 @@ def test_rows_that_are_done_leave(model, counted, monkeypatch):
 
     counted.clear()
     assert generate_ids(model, batch, NEW, -1, None, stop) == [free[0], *(row[:8] for row in free[1:])]
-    assert counted == [4] * 4 + [1] * (NEW - 8)
+    assert counted == [4] * 8 + [1] * (NEW - 12), "tokens are read eight steps at a time"
 
 
 def test_where_it_is_used(monkeypatch):
@@ -97,14 +97,23 @@ def test_where_it_is_used(monkeypatch):
 @pytest.mark.parametrize("heads, shared", [(4, 4), (8, 2), (8, 1)])
 def test_grouped_attention_is_attention(heads, shared):
     torch.manual_seed(0)
-    query = torch.randn(3, heads, 1, 16, dtype=torch.float64)
+    query = torch.randn(3, heads, 16, dtype=torch.float64)
     key, value = torch.randn(2, 3, shared, 9, 16, dtype=torch.float64)
-    mask = torch.rand(3, 1, 1, 9) < 0.7
-    mask[..., 0] = True
-    found, _ = static_steps.grouped(None, query, key, value, mask, scaling=0.3)
+    seen = torch.rand(3, 1, 1, 9) < 0.7
+    seen[..., 0] = True
+    mask = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -torch.inf).repeat(1, shared, 1, 1)
+    found = static_steps.grouped(query, key, value, mask, scaling=0.3)
     repeated = (t.repeat_interleave(heads // shared, 1) for t in (key, value))
-    expected = functional.scaled_dot_product_attention(query, *repeated, mask, scale=0.3)
-    torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-12, atol=1e-12)
+    expected = functional.scaled_dot_product_attention(query[:, :, None], *repeated, seen, scale=0.3)
+    torch.testing.assert_close(found, expected[:, :, 0], rtol=1e-12, atol=1e-12)
+
+
+def test_modules_attend_as_before_once_the_steps_are_done(monkeypatch):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval()
+    monkeypatch.setattr(static_steps, "pays", always)
+    generate_ids(model, prompts([3, 5]), NEW, -1)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 @pytest.mark.gpu

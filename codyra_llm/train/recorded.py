@@ -1,0 +1,215 @@
+"""Forward and backward of packed micro-batches, recorded once for each shape and replayed (CUDA graphs): a
+micro-batch of short examples is thousands of kernels, which a GPU finishes long before the host has started
+them."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from codyra_llm.data.batches import Batch
+from codyra_llm.lora.shared import SharedInput
+from codyra_llm.lora.together import make_shadows
+from codyra_llm.methods.base import Method
+from codyra_llm.models import families, packed_attention
+
+LARGEST = 8192  # tokens; more of them keep a GPU busy for longer than the host needs
+SEEN = 2  # micro-batches of a shape that run as they come, before it is recorded
+MOST = 24  # shapes of a task
+LEAST_TOKENS = 64  # tokens of a shape are a multiple of this
+TENSORS = ("ids", "positions", "predictors", "targets", "weights", "ends")  # of a packed batch
+
+
+class Shape(NamedTuple):
+    """What is fixed in a recorded micro-batch. A batch gets pads up to the numbers of its shape."""
+
+    tokens: int
+    labelled: int
+    segments: int
+    longest: int  # an upper bound of the segments' lengths
+
+
+def shape_of(batch: Batch) -> Shape:
+    """The shape of a packed batch: at most an eighth of its tokens, or 63, are added as pads, and the other
+    numbers are powers of two."""
+    assert batch.segments is not None, "only packed batches are recorded"
+    count = batch.ids.numel()
+    step = max(LEAST_TOKENS, _power(count) // 16)
+    tokens = -(-count // step) * step
+    longest = max(*batch.segments, tokens - count)
+    return Shape(tokens, _power(len(batch.targets)), _power(len(batch.segments) + 1), _power(longest))
+
+
+def _power(count: int) -> int:
+    """The least power of two that is not less than `count`."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def padded(batch: Batch, shape: Shape) -> Batch:
+    """A packed batch with pads as one more segment, empty segments up to the shape's number, and labelled
+    positions of weight 0: loss and gradients are the same."""
+    assert batch.segments is not None and batch.positions is not None, "only packed batches are recorded"
+    pads = shape.tokens - batch.ids.numel()
+    segments = [*batch.segments, pads]
+    segments += [0] * (shape.segments - len(segments))
+    more = shape.labelled - len(batch.targets)
+    return replace(
+        batch,
+        ids=functional.pad(batch.ids, (0, pads)),
+        positions=torch.cat([batch.positions, torch.arange(pads)[None]], 1),
+        predictors=functional.pad(batch.predictors, (0, more)),
+        targets=functional.pad(batch.targets, (0, more)),
+        weights=functional.pad(batch.weights, (0, more)),
+        segments=segments,
+        ends=packed_attention.segment_ends(segments),
+        longest=shape.longest,
+    )
+
+
+def can_record(model: nn.Module, method: Method, shared: Sequence[SharedInput], stepped: set[int]) -> bool:
+    """Whether a micro-batch is the same kernels every time: rows are packed and attention is PyTorch's, the
+    loss is the usual one, nothing is drawn, dequantised or computed twice, and the optimizer's parameters
+    (`stepped`, their ids) are adapters whose gradients are computed together at the end of a step."""
+    if type(method).loss is not Method.loss:
+        return False
+    base = families.pretrained(model)
+    fixed = families.of(base.config).recorded_steps and "dynamic" not in families.rope_type(base.config)
+    if not (fixed and packed_attention.used(base)) or base.is_activation_checkpointing:
+        return False
+    masters = {id(p) for group in shared for p in group.masters()}
+    return bool(shared) and stepped <= masters and all(map(_is_fixed, shared))
+
+
+def _is_fixed(group: SharedInput) -> bool:
+    """Whether the group's products are the same kernels every time, and sum where they are told to."""
+    plain = all(isinstance(layer.weight, Tensor) for layer in group.layers)
+    return plain and group.fused and group.trains_itself() and not group.layers[0].spec.dropout
+
+
+class Graphs:
+    """Records work that runs on the GPU. All recordings share the memory of their intermediate tensors, so
+    what is to last is written into tensors that were there before."""
+
+    def __init__(self):
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        """A function that does again what `work` does; `work` itself is not done yet."""
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may call CUDA meanwhile: autograd's own do.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            work()
+        return graph.replay
+
+
+@dataclass
+class _Recording:
+    """One shape's input, its loss, and the function that computes it and adds to the groups' sums."""
+
+    batch: Batch
+    loss: Tensor
+    replay: Callable[[], None]
+
+
+class Recorder:
+    """Runs forward and backward of micro-batches by replaying them where it can.
+
+    `loss`: the loss of a batch on the device. The products from which the factors' gradients follow
+    (`together.finish_gradients`) are summed in tensors that stay, one for all micro-batches of a step."""
+
+    def __init__(
+        self,
+        shared: Sequence[SharedInput],
+        loss: Callable[[Batch], Tensor],
+        device: torch.device,
+        record: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
+    ):
+        self.shared, self.loss, self.device = shared, loss, device
+        self.record = record or Graphs()
+        self.on = True
+        self.more = True  # whether new shapes may be recorded
+        self.seen: Counter[Shape] = Counter()
+        self.recordings: dict[Shape, _Recording] = {}
+        self.sums: list[tuple[Tensor, list[Tensor]]] = []  # by group: Q and all P_k
+
+    def begin_step(self) -> None:
+        """Begin the sums of a step anew."""
+        if self.sums:
+            torch._foreach_zero_([x for q, ps in self.sums for x in (q, *ps)])
+            self._sum_here()
+
+    def run(self, batch: Batch) -> Tensor | None:
+        """Forward and backward of a batch that is still on the host: its loss. None where it is to be run in
+        the usual way: a shape that is too large, or new, or that there is no room for."""
+        if not self.on or batch.segments is None or batch.ids.numel() > LARGEST:
+            return None
+        shape = shape_of(batch)
+        if shape not in self.recordings:
+            self.seen[shape] += 1
+            if self.seen[shape] <= SEEN or not self._takes_more():
+                return None
+        given = padded(batch, shape).to(self.device)
+        if shape not in self.recordings:
+            self.recordings[shape] = self._recorded(given)
+        recording = self.recordings[shape]
+        self._set(recording.batch, given)
+        recording.replay()
+        return recording.loss.clone()
+
+    def stop(self) -> None:
+        """Free all recordings and record nothing more: memory ran out."""
+        self.on = False
+        self.recordings, self.sums = {}, []
+
+    def _takes_more(self) -> bool:
+        """Whether fewer than MOST shapes are recorded, and half of the GPU's memory is free: recordings have
+        memory of their own, which other micro-batches can't use."""
+        if self.more:
+            torch.cuda.empty_cache()
+            free, total = torch.cuda.mem_get_info(self.device)
+            self.more = len(self.recordings) < MOST and 2 * free > total
+        return self.more
+
+    def _recorded(self, given: Batch) -> _Recording:
+        """A recording for batches of this one's shape."""
+        if not self.sums:
+            self._make_sums()
+        total = torch.zeros((), device=self.device, dtype=self.sums[0][0].dtype)
+
+        def work() -> None:
+            make_shadows(self.shared)
+            loss = self.loss(given)
+            loss.backward()
+            total.copy_(loss.detach())
+
+        replay = self.record(work)
+        for group in self.shared:  # their memory is that of the recording, and may soon hold something else
+            group.forget_shadows()
+        return _Recording(given, total, replay)
+
+    def _make_sums(self) -> None:
+        """Make the sums, with what this step's micro-batches have left so far."""
+        for group in self.shared:
+            layers = group.layers
+            q = torch.cat([torch.zeros_like(layer.factors[0]) for layer in layers])  # [R, in]
+            ps = [torch.zeros_like(layer.factors[2]) for layer in layers]  # [out_k, r_k]
+            if group.left is not None:
+                torch._foreach_add_([q, *ps], [group.left[0], *group.left[1]])
+            self.sums.append((q, ps))
+        self._sum_here()
+
+    def _sum_here(self) -> None:
+        for group, sums in zip(self.shared, self.sums, strict=True):
+            group.left = sums
+
+    @staticmethod
+    def _set(fixed: Batch, given: Batch) -> None:
+        """Write the batch into the one whose tensors were recorded."""
+        targets = [getattr(fixed, name) for name in TENSORS]
+        sources = [getattr(given, name) for name in TENSORS]
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)

@@ -1,0 +1,142 @@
+"""Recorded micro-batches: pads change neither loss nor gradients, all micro-batches of a step are summed, and
+what can't be recorded runs as usual."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from packed import batch, examples, loaded
+
+from codyra_llm.config.registry import METHODS
+from codyra_llm.lora.layer import AdapterSpec, attach, sites
+from codyra_llm.lora.shared import share_inputs, shared_inputs
+from codyra_llm.lora.together import deferred, finish_gradients
+from codyra_llm.methods.base import Method
+from codyra_llm.models import packed_attention
+from codyra_llm.train import recorded
+from codyra_llm.train.recorded import Recorder, can_record, padded, shape_of
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture
+def model(tiny_llama):
+    made = loaded(tiny_llama).requires_grad_(False)
+    attach(made, TARGETS, AdapterSpec(3, importance="normal"))
+    torch.manual_seed(0)
+    for name, layer in sites(made).items():
+        layer.reset(0, name)
+        torch.nn.init.normal_(layer.lora_B, std=0.05)
+    share_inputs(made)
+    packed_attention.use(made)
+    return made.double()
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    """The gradients, which are then dropped."""
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def usual(model, batches) -> tuple[list, dict]:
+    losses = [given.cross_entropy(model) for given in batches]
+    sum(losses).backward()
+    return [loss.detach() for loss in losses], gradients(model)
+
+
+def same(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("lengths", [[(3, 2)], [(60, 3)], [(37, 4), (1, 2), (20, 3)], [(300, 9), (200, 2)]])
+def test_pads_change_nothing(model, lengths):
+    given = batch(examples(lengths), packed=True)
+    shape = shape_of(given)
+    filled = padded(given, shape)
+    assert filled.ids.shape == filled.positions.shape == (1, shape.tokens)
+    assert len(filled.ends) == shape.segments + 1 and int(filled.ends.diff().max()) <= shape.longest
+    assert len(filled.targets) == len(filled.predictors) == len(filled.weights) == shape.labelled
+    (loss,), expected = usual(model, [given])
+    (found,), own = usual(model, [filled])
+    torch.testing.assert_close(found, loss, rtol=1e-12, atol=0)
+    same(own, expected)
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 1000, 1024, 1025, 1500, 5000, 8192])
+def test_pads_are_few(count):
+    given = batch(examples([(count - 1, 1)]), packed=True)
+    shape = shape_of(given)
+    assert 0 <= shape.tokens - count <= max(63, count / 8)
+    if count in (64, 1024, 8192):
+        assert shape.tokens == count
+
+
+def test_steps_of_recorded_and_other_micro_batches_have_the_same_gradients(model, monkeypatch):
+    """`again` stands for a CUDA graph: it runs when it is replayed, from the tensors of the first batch. On a
+    CPU attention reads the segments' lengths on the host, so here they are the same for each shape."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 1))
+    replayed = []
+
+    def again(work):
+        return lambda: (replayed.append(1), work())
+
+    shared = shared_inputs(model)
+    recorder = Recorder(shared, lambda given: given.cross_entropy(model), torch.device("cpu"), again)
+    pairs = [(37, 4), (37, 4), (90, 3), (37, 4), (150, 7)]
+    for step in range(6):
+        batches = [batch(examples([pair], seed=step), packed=True) for pair in pairs]
+        losses, expected = usual(model, batches)
+        recorder.begin_step()
+        found = []
+        with deferred(shared):
+            for given in batches:
+                loss = recorder.run(given)
+                if loss is None:
+                    loss = given.cross_entropy(model)
+                    loss.backward()
+                found.append(loss.detach())
+        finish_gradients(shared)
+        torch.testing.assert_close(found, losses, rtol=1e-12, atol=0)
+        same(gradients(model), expected)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.mul_(1.01)  # an optimizer writes in place
+    assert len(recorder.recordings) == 3 and len(replayed) > 20
+
+
+def test_a_shape_runs_as_usual_until_it_was_seen_often_enough(model):
+    recorder = Recorder(shared_inputs(model), lambda given: 1 / 0, torch.device("cpu"), lambda work: work)
+    given = batch(examples(), packed=True)
+    assert [recorder.run(given) for _ in range(recorded.SEEN)] == [None] * recorded.SEEN
+    assert recorder.run(batch(examples(), packed=False)) is None
+    recorder.stop()
+    assert recorder.run(given) is None
+
+
+def test_where_memory_is_short_nothing_more_is_recorded(model, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (49, 100))
+    recorder = Recorder(shared_inputs(model), lambda given: 1 / 0, torch.device("cpu"), lambda work: work)
+    given = batch(examples(), packed=True)
+    assert [recorder.run(given) for _ in range(recorded.SEEN + 3)] == [None] * (recorded.SEEN + 3)
+
+
+def test_what_can_be_recorded(model, tiny_llama):
+    method = METHODS["codyra"](METHODS["codyra"].Config(), 0)
+    shared = shared_inputs(model)
+    stepped = {id(p) for p in model.parameters() if p.requires_grad}
+    assert can_record(model, method, shared, stepped)
+    other = type("Other", (Method,), {"loss": lambda self, model, batch: {}})
+    assert not can_record(model, other(METHODS["codyra"].Config(), 0), shared, stepped)
+    assert not can_record(model, method, shared, stepped | {id(model.model.norm.weight)})
+    assert not can_record(model, method, [], stepped)
+    spec = shared[0].layers[0].spec
+    shared[0].layers[0].spec = SimpleNamespace(scale=1.0, dropout=0.1)
+    assert not can_record(model, method, shared, stepped)
+    shared[0].layers[0].spec = spec
+    model.gradient_checkpointing_enable()
+    assert not can_record(model, method, shared, stepped)
+    assert not can_record(loaded(tiny_llama), method, shared, stepped), "its rows are padded"
