@@ -351,7 +351,7 @@ def _training(setup: Setup, model: nn.Module, work: Work, device: torch.device) 
         return made
 
     batches = (work.biggest, work.pieces[-1].front), (work.typical, middle.front)
-    seconds = [step_seconds(make, batch, layers, front) for batch, front in batches]
+    seconds = [step_seconds(make, batch, layers, front, setup.method) for batch, front in batches]
     timed = [Timed(n, each) for n, each in zip(flops, seconds, strict=True)]
     total = total_seconds(*timed, len(work.pieces), operations)
     line = (

@@ -14,8 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from codyra_llm.data.batches import Batch
 from codyra_llm.lora.shared import shared_inputs
 from codyra_llm.lora.together import deferred, finish_gradients, make_shadows
+from codyra_llm.methods.base import Method
 from codyra_llm.models import families
 from codyra_llm.runtime.memory import Meter
+from codyra_llm.train.recorded import SEEN, Recorder, can_record
 
 # Even numbers, since in some families layers alternate between two kinds of attention.
 MEASURED_LAYERS = (2, 4)
@@ -155,15 +157,22 @@ def total_seconds(big: Timed, typical: Timed, count: int, operations: float) -> 
 Make = Callable[[int, range | None], nn.Module]  # from the number of layers and the adapted ones, to a model
 
 
-def step_seconds(make: Make, batch: Batch, layers: Depth, front: int = 0) -> float:
+def step_seconds(
+    make: Make, batch: Batch, layers: Depth, front: int = 0, method: Method | None = None
+) -> float:
     """Seconds of forward and backward of one micro-batch in a model of these `layers`, measured on models of
     fewer. `make(count, adapted)` gives one with `count` layers and random weights, on its device, with
     adapters in the `adapted` layers (None: those that the recipe asks for). `front` as in
-    `activation_bytes`."""
+    `activation_bytes`. `method`: trains these models; where its micro-batches are recorded, replays are
+    timed."""
+
+    def measured(count: int, adapted: range | None) -> float:
+        return _seconds(make(count, adapted), batch, front, method)
+
     if sum(layers) <= MEASURED_LAYERS[1]:
-        return _seconds(make(sum(layers), None), batch, front)
+        return measured(sum(layers), None)
     few, more = MEASURED_LAYERS
-    start, whole = (_seconds(make(count, range(count)), batch, front) for count in MEASURED_LAYERS)
+    start, whole = (measured(count, range(count)) for count in MEASURED_LAYERS)
 
     def each(seconds: float) -> float:
         """Seconds of one layer, from those of a model with `more` layers: the first `few` of them have
@@ -174,33 +183,54 @@ def step_seconds(make: Make, batch: Batch, layers: Depth, front: int = 0) -> flo
         return start + (sum(layers) - few) * each(whole)
     total = start + (layers.adapted - few) * each(whole)
     if layers.passed:
-        total += layers.passed * each(_seconds(make(more, range(few)), batch, front))
+        total += layers.passed * each(measured(more, range(few)))
     if layers.ended:
-        total += layers.ended * each(_seconds(make(more, range(more - few, more)), batch, front))
+        total += layers.ended * each(measured(more, range(more - few, more)))
     return total
 
 
-def _seconds(model: nn.Module, batch: Batch, front: int = 0) -> float:
-    """Seconds of one forward and backward: the median of at most ROUNDS, after one that allocates. A single
-    long pass is enough; with a large model on a CPU each takes seconds."""
-    shared, times = shared_inputs(model), []
-    device = next(model.parameters()).device
-    batch = batch.to(device)
-    while len(times) <= ROUNDS and sum(times[1:]) < ENOUGH:
-        model.zero_grad()
-        for group in shared:
-            group.forget()
+def _seconds(model: nn.Module, batch: Batch, front: int = 0, method: Method | None = None) -> float:
+    """Seconds of one forward and backward: the median of at most ROUNDS, after one that allocates, or, where
+    they are recorded, after the recording. A single long pass is enough; with a large model on a CPU each
+    takes seconds."""
+    recorder = recorder_for(model, method) if method and not front else None
+    first = SEEN + 1 if recorder else 1
+    times: list[float] = []
+    while len(times) < first + ROUNDS and sum(times[first:]) < ENOUGH:
         began = time.perf_counter()
-        make_shadows(shared)
-        with deferred(shared, device.type == "cuda"):
-            loss = _loss(model, batch, front)
-            loss.backward()
-        finish_gradients(shared)
-        loss.item()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        one_pass(model, batch, front, recorder)
         times.append(time.perf_counter() - began)
-    return median(times[1:])
+    return median(times[first:])
+
+
+def recorder_for(model: nn.Module, method: Method) -> Recorder | None:
+    """What records the micro-batches of this model in training, None where they are not recorded."""
+    device, shared = next(model.parameters()).device, shared_inputs(model)
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    if device.type != "cuda" or not can_record(model, method, shared, trained):
+        return None
+    return Recorder(shared, lambda batch: batch.cross_entropy(model), device)
+
+
+def one_pass(model: nn.Module, batch: Batch, front: int = 0, recorder: Recorder | None = None) -> None:
+    """Forward and backward of one micro-batch as in training, until the device is done. The gradients of an
+    earlier pass are dropped. `batch` is on the host."""
+    device, shared = next(model.parameters()).device, shared_inputs(model)
+    model.zero_grad()
+    for group in shared:
+        group.forget()
+    if recorder:
+        recorder.begin_step()
+    with deferred(shared, device.type == "cuda"):
+        loss = recorder.run(batch) if recorder else None
+        if loss is None:
+            make_shadows(shared)
+            loss = _loss(model, batch.to(device), front)
+            loss.backward()
+    finish_gradients(shared)
+    loss.item()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def matmul_speed(model: nn.Module, tokens: int, dtype: torch.dtype, device: torch.device) -> float:

@@ -8,9 +8,11 @@ from codyra_llm.bench.gpu.context import Context
 from codyra_llm.bench.gpu.shapes import PAD, adapted, config, examples, model, skeleton
 from codyra_llm.data.batches import Batch, collate, example_weights
 from codyra_llm.lora.shared import shared_inputs
+from codyra_llm.methods.base import Method
 from codyra_llm.models import loading, packed_attention
 from codyra_llm.runtime.memory import peak_bytes
-from codyra_llm.train.estimate import activation_bytes, depth, step_seconds
+from codyra_llm.train.estimate import activation_bytes, depth, one_pass, recorder_for, step_seconds
+from codyra_llm.train.recorded import SEEN
 
 SHAPE = "llama-3.2-1b"
 CASES = (("padded", False), ("packed", False), ("packed", True))
@@ -35,27 +37,26 @@ def plan(context: Context) -> None:
 def estimate_errors(context: Context, packed: bool, checkpointing: bool) -> dict[str, float]:
     """Estimated and measured for one micro-batch: megabytes at the peak, without weights, and seconds."""
     batch = micro_batch(context, packed)
-    planned = as_trained(skeleton(context, SHAPE), context, packed, checkpointing)
+    planned, method = as_trained(skeleton(context, SHAPE), context, packed, checkpointing)
     layers = depth(planned)
     predicted = activation_bytes(planned, batch, context.device)
 
     def with_layers(count: int, adapted_layers: range | None = None) -> PreTrainedModel:
         """The model with its first `count` layers, all of them with adapters whatever is asked for."""
-        return as_trained(model(context, SHAPE, count), context, packed, checkpointing)
+        return as_trained(model(context, SHAPE, count), context, packed, checkpointing)[0]
 
-    expected = step_seconds(with_layers, batch, layers)
-    made, there = with_layers(config(context, SHAPE).num_hidden_layers), batch.to(context.device)
-
-    def work() -> None:
-        forget(made)
-        there.cross_entropy(made).backward()
-
-    work()
-    forget(made)
-    peak = peak_bytes(work, context.device)
-    seconds = context.seconds(work, 2 if context.tiny else 5)
+    expected = step_seconds(with_layers, batch, layers, method=method)
+    made = with_layers(config(context, SHAPE).num_hidden_layers)
+    one_pass(made, batch)
+    peak = peak_bytes(partial(one_pass, made, batch), context.device)
+    recorder = recorder_for(made, method)
+    for _ in range(SEEN):
+        one_pass(made, batch, recorder=recorder)
+    rounds = 2 if context.tiny else 5
+    seconds = context.seconds(partial(one_pass, made, batch, recorder=recorder), rounds)
     return {
         "tokens": batch.ids.numel(),
+        "recorded": recorder is not None,
         "peak MB": round(peak / 1e6, 2),
         "peak MB, estimated": round(predicted / 1e6, 2),
         "peak, off by": round(predicted / peak - 1, 4),
@@ -72,14 +73,16 @@ def micro_batch(context: Context, packed: bool) -> Batch:
     return collate(given, chosen, example_weights(given, chosen, "token"), PAD, packed)
 
 
-def as_trained(made: PreTrainedModel, context: Context, packed: bool, checkpointing: bool) -> PreTrainedModel:
-    """The model with adapters, ready for training in this way."""
-    adapted(made, context)
+def as_trained(
+    made: PreTrainedModel, context: Context, packed: bool, checkpointing: bool
+) -> tuple[PreTrainedModel, Method]:
+    """The model with adapters, ready for training in this way, and its method."""
+    method = adapted(made, context)
     if checkpointing:
         loading.checkpoint_layers(made)
     if packed:
         packed_attention.use(made)
-    return made
+    return made, method
 
 
 def forget(made: PreTrainedModel) -> None:

@@ -354,7 +354,7 @@ def test_seconds_of_many_layers_follow_from_a_few(tiny_llama, monkeypatch):
         own = range(count) if adapted is None else adapted
         return 0.3 + 0.1 * len(own) + 0.02 * own.start + 0.06 * (count - own.stop)
 
-    monkeypatch.setattr(estimate, "_seconds", lambda seconds, batch, front: seconds)
+    monkeypatch.setattr(estimate, "_seconds", lambda seconds, *others: seconds)
     assert step_seconds(make, None, Depth(32, 0, 0)) == pytest.approx(3.5) and asked == [2, 4]
     assert step_seconds(make, None, Depth(3, 0, 0)) == pytest.approx(0.6) and asked == [2, 4, 3]
     assert step_seconds(make, None, Depth(0, 32, 0)) == pytest.approx(3.5)  # made alike by prompt methods
