@@ -20,7 +20,6 @@ from codyra_llm.models import families, packed_attention
 LARGEST = 8192  # tokens; more of them keep a GPU busy for longer than the host needs
 SEEN = 2  # micro-batches of a shape that run as they come, before it is recorded
 MOST = 24  # shapes of a task
-LEAST_TOKENS = 64  # tokens of a shape are a multiple of this
 TENSORS = ("ids", "positions", "predictors", "targets", "weights", "ends")  # of a packed batch
 
 
@@ -33,15 +32,20 @@ class Shape(NamedTuple):
     longest: int  # an upper bound of the segments' lengths
 
 
+# The smallest shape: with less in it a micro-batch takes a GPU about as long, and there would be more shapes.
+LEAST = Shape(tokens=256, labelled=64, segments=8, longest=256)
+
+
 def shape_of(batch: Batch) -> Shape:
-    """The shape of a packed batch: at most an eighth of its tokens, or 63, are added as pads, and the other
+    """The shape of a packed batch: at most an eighth of its tokens, or 255, are added as pads, and the other
     numbers are powers of two."""
     assert batch.segments is not None, "only packed batches are recorded"
     count = batch.ids.numel()
-    step = max(LEAST_TOKENS, _power(count) // 16)
+    step = max(LEAST.tokens, _power(count) // 16)
     tokens = -(-count // step) * step
     longest = max(*batch.segments, tokens - count)
-    return Shape(tokens, _power(len(batch.targets)), _power(len(batch.segments) + 1), _power(longest))
+    others = (_power(len(batch.targets)), _power(len(batch.segments) + 1), _power(longest))
+    return Shape(tokens, *map(max, others, LEAST[1:]))
 
 
 def _power(count: int) -> int:
