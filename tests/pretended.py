@@ -137,8 +137,10 @@ def dispatch(func, args: tuple, kwargs: dict):
         raise DevicesMixed(f"{func}: expected a 'cuda' device type for generator but found 'cpu'")
     pinned = kwargs.get("pin_memory")
     written = _written(func, args, kwargs)
-    if recording and isinstance(written, OnDevice):
-        recording.keep(written)
+    if recording:
+        for tensor in _tensors([written]):  # one, or those of a list
+            if isinstance(tensor, OnDevice):
+                recording.keep(tensor)
     out = computed(func, args, kwargs)
     if written is not None and func._schema.returns:
         result = written

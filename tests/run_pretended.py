@@ -2,7 +2,8 @@
 library of `pretend/hooks.cpp` preloaded, since `import torch` already looks for devices.
 
 Prints a line of JSON for each method: the fault that ended it or null, how many recorded micro-batches were
-replayed, and by step after the first of each task its micro-batches and the waits of the host by line.
+replayed, of every step its loss and its gradients' norm, the same without recording, and by step after the
+first of each task its micro-batches and the waits of the host by line.
 """
 
 import gc
@@ -31,6 +32,7 @@ from codyra_llm.train.engine import Engine
 from codyra_llm.train.trainer import Trainer
 
 TASKS = ["ONE", "TWO"]
+NEVER = 1 << 30  # micro-batches
 # Settings with code of their own in a step: by what they are called here, the method and the settings.
 VARIANTS = {
     "codyra_drift by ratio": (
@@ -48,6 +50,7 @@ class Counted:
 
     def __init__(self, patch: pytest.MonkeyPatch):
         self.steps: list[dict] = []
+        self.trained: list[tuple[float, float]] = []  # of every step: its loss and its gradients' norm
         self.micro_batches = 0
         patch.setattr(Trainer, "fit", lambda *args, **kwargs: self._fit(*args, **kwargs))
         patch.setattr(Engine, "accumulate", lambda *args, **kwargs: self._accumulate(*args, **kwargs))
@@ -56,6 +59,7 @@ class Counted:
         self._restart()
         for row in TRAIN(*args, **kwargs):
             yield row
+            self.trained.append((row.loss, row.grad_norm))
             if row.step == 1:
                 read_back(args[0])
             else:
@@ -110,7 +114,19 @@ def section(base: str, stream: str, out: Path, called: str) -> dict:
 
 
 def trained(base: str, stream: str, out: Path, name: str) -> dict:
-    """One method's row."""
+    """One method's row. Where micro-batches were replayed, it trains once more without."""
+    row = once(base, stream, out, name)
+    if row["replays"] and not row["fault"]:
+        recorded.SEEN = NEVER
+        try:
+            row["unrecorded"] = once(base, stream, out.with_name(f"{name} unrecorded"), name)["trained"]
+        finally:
+            recorded.SEEN = 0
+    return row
+
+
+def once(base: str, stream: str, out: Path, name: str) -> dict:
+    """A run of one method: what was found in it."""
     fault, replayed = None, pretended_graph.replays
     with pytest.MonkeyPatch.context() as patch, collecting_no_cycles():
         patch.setattr(runs, "_run", learn_both)
@@ -124,7 +140,8 @@ def trained(base: str, stream: str, out: Path, name: str) -> dict:
         except Exception:  # told, with the others
             fault = traceback.format_exc()
     replayed = pretended_graph.replays - replayed
-    return {"method": name, "fault": fault, "steps": counted.steps, "replays": replayed}
+    found = {"steps": counted.steps, "replays": replayed, "trained": counted.trained}
+    return {"method": name, "fault": fault, **found}
 
 
 def check_the_device() -> None:

@@ -19,7 +19,7 @@ from codyra_llm.models import families, packed_attention
 
 LARGEST = 8192  # tokens; more of them keep a GPU busy for longer than the host needs
 SEEN = 2  # micro-batches of a shape that run as they come, before it is recorded
-MOST = 24  # shapes of a task
+MOST = 24  # recordings of a task
 TENSORS = ("ids", "positions", "predictors", "targets", "weights", "ends")  # of a packed batch
 
 
@@ -136,8 +136,8 @@ class Recorder:
         self.record = record or Graphs()
         self.on = True
         self.more = True  # whether new shapes may be recorded
-        self.seen: Counter[Shape] = Counter()
-        self.recordings: dict[Shape, _Recording] = {}
+        self.seen: Counter[tuple] = Counter()
+        self.recordings: dict[tuple, _Recording] = {}  # by the shape and what else is fixed
         self.sums: list[tuple[Tensor, list[Tensor]]] = []  # by group: Q and all P_k
 
     def begin_step(self) -> None:
@@ -152,14 +152,16 @@ class Recorder:
         if not self.on or batch.segments is None or batch.ids.numel() > LARGEST:
             return None
         shape = shape_of(batch)
-        if shape not in self.recordings:
-            self.seen[shape] += 1
-            if self.seen[shape] <= SEEN or not self._takes_more():
+        # The scale of ΔW is a number on the host, which a method may change from step to step.
+        kind = shape, *(group.layers[0].spec.scale for group in self.shared)
+        if kind not in self.recordings:
+            self.seen[kind] += 1
+            if self.seen[kind] <= SEEN or not self._takes_more():
                 return None
         given = padded(batch, shape).to(self.device)
-        if shape not in self.recordings:
-            self.recordings[shape] = self._recorded(given)
-        recording = self.recordings[shape]
+        if kind not in self.recordings:
+            self.recordings[kind] = self._recorded(given)
+        recording = self.recordings[kind]
         self._set(recording.batch, given)
         recording.replay()
         return recording.loss.clone()
@@ -170,7 +172,7 @@ class Recorder:
         self.recordings, self.sums = {}, []
 
     def _takes_more(self) -> bool:
-        """Whether fewer than MOST shapes are recorded, and half of the GPU's memory is free: recordings have
+        """Whether there are fewer than MOST recordings, and half of the GPU's memory is free: recordings have
         memory of their own, which other micro-batches can't use."""
         if self.more:
             torch.cuda.empty_cache()

@@ -48,6 +48,7 @@ def estimate_errors(context: Context, packed: bool, checkpointing: bool) -> dict
     expected = step_seconds(with_layers, batch, layers, method=method)
     made = with_layers(config(context, SHAPE).num_hidden_layers)
     one_pass(made, batch)
+    forget(made)  # so that nothing of this pass is there before the next one is measured
     peak = peak_bytes(partial(one_pass, made, batch), context.device)
     recorder = recorder_for(made, method)
     for _ in range(SEEN):
