@@ -50,7 +50,9 @@ class Family:
     fused_norms: tuple[str, ...] = ()
     needs_bos: bool = False  # whether it was pretrained with BOS before every text, and needs it
     turn_ends: tuple[str, ...] = ()  # tokens that end a turn in the family's own chats
-    recorded_steps: bool = False  # whether its attention may be that of `evaluate/static_steps.py`
+    # Whether `evaluate/static_steps.py` may attend in place of its modules, and whether training is the same
+    # kernels for every micro-batch of a shape (`train/recorded.py`).
+    recorded_steps: bool = False
     gguf: str | None = None  # llama.cpp's architecture, where a GGUF export is known to be computed alike
     tower: Tower | None = None  # None: the checkpoint is the text model
 
