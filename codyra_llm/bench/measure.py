@@ -60,14 +60,14 @@ class Options:
 @dataclass
 class Contestant:
     """What the measurement calls. `outcome` returns output or loss, and gradients, and changes nothing;
-    `expected` are the same in float64; `run(i)` does the work of round i; `weighed`, if given, does it in the
-    way whose memory counts; `saved`, if given, returns the bytes that forward keeps for backward."""
+    `expected` are the same in float64; `run(i)` does the work of round i; `saved`, if given, returns the
+    bytes that forward keeps for backward; `before_weighing` is called before memory is measured."""
 
     outcome: Callable[[], dict[str, Tensor]]
     expected: dict[str, Tensor]
     run: Callable[[int], object]
     saved: Callable[[], int] | None = None
-    weighed: Callable[[int], object] | None = None
+    before_weighing: Callable[[], None] = lambda: None
 
 
 def compare(
@@ -82,14 +82,14 @@ def compare(
     reference = next((name for name in ("peft", "full") if name in times), next(iter(times)))
     rows = {}
     for name, contestant in contestants.items():
-        weighed = contestant.weighed or contestant.run
+        contestant.before_weighing()
         rows[name] = {
             "speedup": _spread(_ratios(times[reference], times[name])),
             "over": reference,
             "over_floor": median(_ratios(times[name], times["frozen"])) if "frozen" in times else None,
             "milliseconds": _spread([1000 * t for t in times[name]]),
             "seconds": sum(times[name]),
-            "peak_bytes": peak_bytes(partial(weighed, largest), options.device),
+            "peak_bytes": peak_bytes(partial(contestant.run, largest), options.device),
             "saved_bytes": contestant.saved() if contestant.saved else None,
             "error": errors[name],
         }

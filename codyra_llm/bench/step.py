@@ -20,7 +20,7 @@ from codyra_llm.experiment.setup import base_folder, data_root
 from codyra_llm.lora.together import deferred, finish_gradients, make_shadows
 from codyra_llm.models import loading, packed_attention
 from codyra_llm.models.tokenizer import load_tokenizer
-from codyra_llm.train.recorded import SEEN, Recorder
+from codyra_llm.train.recorded import SEEN, Recorder, repeats
 
 RANK = 16
 LR = 1e-4
@@ -68,7 +68,7 @@ def steps(
             del reference
         losses = peft if name == "peft" else ours
         arm = _prepared(ARMS[name](base, numbers), packed and losses is ours)
-        if name == "ours" and packed and options.device.type == "cuda":
+        if name == "ours" and options.device.type == "cuda" and repeats(arm.model):
             arm.recorder = Recorder(arm.shared, partial(_loss, arm.model), options.device)
             for batch in (checked, *batches):  # in training a shape comes often enough to be recorded
                 for _ in range(SEEN):
@@ -78,7 +78,7 @@ def steps(
             partial(_outcome, arm, losses, checked, options.device),
             expected[kind],
             step,
-            weighed=partial(_unrecorded, arm, step),
+            before_weighing=partial(_stop_recording, arm),
         )
     rows = compare(contestants, options, (options.rounds or 1) * len(batches), largest, len(batches))
     for row in rows.values():
@@ -136,11 +136,12 @@ def _loss(model: nn.Module, piece: Batch) -> Tensor:
     return piece.cross_entropy(model)
 
 
-def _unrecorded(arm: Arm, step: Callable[[int], None], number: int) -> None:
-    """A step without recordings, whose memory the allocator does not count."""
+def _stop_recording(arm: Arm) -> None:
+    """From here on steps run without recordings, whose memory the allocator does not count."""
     if arm.recorder:
         arm.recorder.stop()
-    step(number)
+    for group in arm.shared:
+        group.forget()
 
 
 def _our_losses(

@@ -170,7 +170,7 @@ def _finish(
             going = batch.add(list(column))
         if not going:
             break
-        if 2 * len(going) <= len(batch.rows):  # half is done
+        if steps.left and 2 * len(going) <= len(batch.rows):  # half is done
             steps = steps.select(torch.tensor(going, device=model.device))
             batch.keep(going)
 

@@ -19,6 +19,7 @@ LEAST = 12  # steps left for recording to pay: it costs about as much as four st
 # The cache's length is a multiple of this: cuBLAS has no fast kernel for rows of scores that do not begin at
 # a multiple of 16 bytes.
 ALIGNED = 16
+Linear = tuple[Tensor, Tensor | None]  # weight and bias
 AT_ONCE = 8  # steps whose tokens the host reads together: it waits for the GPU each time that it reads
 
 
@@ -38,6 +39,7 @@ class StaticSteps:
 
     mask [B, S + 1] says which of these, and of the new token, a row may attend to; token [B, 1] is the last
     one generated, which no layer has seen yet, and position [B, 1] its position. At most `left` steps.
+    `joined`: what `join` gave for every attention module, if that is known.
     """
 
     def __init__(
@@ -48,11 +50,12 @@ class StaticSteps:
         token: Tensor,
         position: Tensor,
         left: int,
+        joined: list[Linear | None] | None = None,
     ):
         self.model, self.left, self.used = model, left, layers[0][0].shape[2]
         length = -(-(self.used + left) // ALIGNED) * ALIGNED
         self.layers = [(longer(keys, length), longer(values, length)) for keys, values in layers]
-        self.joined = [joined(module) for module in families.attentions(model)]
+        self.joined = joined or [join(module) for module in families.attentions(model)]
         hidden = mask.new_ones(len(mask), length, dtype=torch.bool)
         hidden[:, : mask.shape[1]] = ~mask.bool()
         # What is added to the scores, [B, H_kv, 1, S]: as many copies as the products of a layer read.
@@ -85,7 +88,8 @@ class StaticSteps:
         layers = [(keys[rows, :, : self.used], values[rows, :, : self.used]) for keys, values in self.layers]
         mask = self.mask[rows, 0, 0, : self.used + 1] == 0
         mask[:, -1] = True
-        return StaticSteps(self.model, layers, mask, self.token[rows], self.position[rows], self.left)
+        token, position = self.token[rows], self.position[rows]
+        return StaticSteps(self.model, layers, mask, token, position, self.left, self.joined)
 
     def _step(self) -> None:
         """One step, on the device alone: nothing in it depends on the host."""
@@ -107,8 +111,8 @@ class StaticSteps:
         """Within this block, the model's attention modules are `attend`."""
         modules = families.attentions(self.model)
         before = [vars(module).get("forward") for module in modules]
-        for module, one, cache in zip(modules, self.joined, self.layers, strict=True):
-            module.forward = partial(attend, module, one, cache, self.slot, self.mask)
+        for module, qkv, cache in zip(modules, self.joined, self.layers, strict=True):
+            module.forward = partial(attend, module, qkv, cache, self.slot, self.mask)
         try:
             yield
         finally:
@@ -126,7 +130,7 @@ def longer(kept: Tensor, length: int) -> Tensor:
     return whole
 
 
-def joined(module: Any) -> tuple[Tensor, Tensor | None] | None:
+def join(module: Any) -> Linear | None:
     """Weight and bias of the module's projections of query, key and value as one, since one product takes a
     third of the time of three small ones. None where they are no plain linear layers."""
     layers = (module.q_proj, module.k_proj, module.v_proj)
@@ -139,7 +143,7 @@ def joined(module: Any) -> tuple[Tensor, Tensor | None] | None:
 
 def attend(
     module: Any,
-    one: tuple[Tensor, Tensor | None] | None,
+    qkv: Linear | None,
     cache: tuple[Tensor, Tensor],
     slot: Tensor,
     mask: Tensor,
@@ -147,13 +151,13 @@ def attend(
     position_embeddings: tuple[Tensor, Tensor],
     **others,
 ) -> tuple[Tensor, None]:
-    """What the attention `module` of a LLaMA gives for one token per row, hidden_states [B, 1, h], with few
-    operations: q, k and v are one product (`one`), q and k are rotated together, and the token's key and
-    value are written into `cache` at `slot`. Returns [B, 1, h]."""
+    """What the attention `module` of a LLaMA (or one with norms of q and k) gives for one token per row,
+    hidden_states [B, 1, h], with few operations: q, k and v are one product (`qkv`), q and k are rotated
+    together, and the token's key and value are written into `cache` at `slot`. Returns [B, 1, h]."""
     keys, values = cache
     batch, shared, _, size = keys.shape
-    if one:
-        every = functional.linear(hidden_states, *one)
+    if qkv:
+        every = functional.linear(hidden_states, *qkv)
     else:
         layers = (module.q_proj, module.k_proj, module.v_proj)
         every = torch.cat([layer(hidden_states) for layer in layers], -1)

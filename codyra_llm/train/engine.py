@@ -56,7 +56,7 @@ class Engine:
             unset_hf_deepspeed_config()
         elif acc.num_processes > 1:
             self._agree()
-        if self.defers and can_record(self.model, objective.method, self.shared, self.stepped):
+        if self.defers and can_record(self.model, objective.method, self.stepped):
             self.recorder = Recorder(self.shared, self._loss, acc.device)
 
     def _loss(self, batch) -> Tensor:
@@ -103,8 +103,9 @@ class Engine:
                 if first:
                     make_shadows(self.whole)
                 terms = self.module(batch.to(self.acc.device), penalty)
-            if terms:
-                sum(terms.values()).backward()
+            total = sum(terms.values())
+            if isinstance(total, Tensor) and total.requires_grad:  # penalties alone may have no gradient yet
+                total.backward()
         return terms if loss is None else {"loss": loss, **terms}
 
     def _by_deepspeed(self, batch, first: bool, last: bool, penalty: float) -> dict[str, Tensor]:
@@ -131,15 +132,19 @@ class Engine:
         with heartbeat.waiting():
             return self.acc.reduce(torch.tensor(float(mine), device=self.acc.device), "sum").item() > 0
 
-    def discard(self) -> None:
-        """Drop the gradients of a step that was not finished, and free the memory that the allocator has
-        cached.
-        """
+    def discard(self) -> bool:
+        """Drop the gradients of a step that was not finished, and free the memory of recordings and what the
+        allocator has cached. Returns whether there were recordings on any rank."""
         self.inner.zero_grad(set_to_none=True)
-        if self.recorder:
-            self.recorder.stop()
+        freed = self.recorder is not None and self.recorder.stop()
         self._forget()  # what an interrupted forward computed for layers that were not called yet
         clear_device_cache(garbage_collection=True)
+        return self.anywhere(freed)
+
+    def free_recordings(self) -> None:
+        """Free the recorded micro-batches, whose memory nothing else can use."""
+        if self.recorder:
+            self.recorder.free()
 
     @torch.no_grad()
     def reduce(self, terms: Tensor, flags: list[float]) -> Tensor:
@@ -367,14 +372,14 @@ class Engine:
         cache of `__params_to_release`), so their tensors are freed here one by one."""
         zero = self.module.optimizer if zero_stage(self.acc) == 3 else None
         inner = self.inner
-        self.module = self.optimizer = self.inner = None
+        self.module = self.optimizer = self.inner = self.recorder = None
         self.acc.free_memory()
         if zero is not None:
             for p in self.model.parameters():
                 p.data, p.grad, p.ds_tensor = p.data.new_empty(0), None, None
             for held in (zero.__dict__, inner.state, inner.param_groups):
                 held.clear()
-        self.model, self.shared, self.whole, self.recorder, self.parameters = None, [], [], None, []
+        self.model, self.shared, self.whole, self.parameters = None, [], [], []
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):  # glibc does not return freed memory to the system by itself
             libc.malloc_trim(0)

@@ -207,7 +207,7 @@ def recorder_for(model: nn.Module, method: Method) -> Recorder | None:
     """What records the micro-batches of this model in training, None where they are not recorded."""
     device, shared = next(model.parameters()).device, shared_inputs(model)
     trained = {id(p) for p in model.parameters() if p.requires_grad}
-    if device.type != "cuda" or not can_record(model, method, shared, trained):
+    if device.type != "cuda" or not can_record(model, method, trained):
         return None
     return Recorder(shared, lambda batch: batch.cross_entropy(model), device)
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from codyra_llm.data.batches import Batch
-from codyra_llm.lora.shared import SharedInput
+from codyra_llm.lora.layer import LoraLinear
+from codyra_llm.lora.shared import SharedInput, shared_inputs
 from codyra_llm.lora.together import make_shadows
 from codyra_llm.methods.base import Method
 from codyra_llm.models import families, packed_attention
@@ -74,23 +75,31 @@ def padded(batch: Batch, shape: Shape) -> Batch:
     )
 
 
-def can_record(model: nn.Module, method: Method, shared: Sequence[SharedInput], stepped: set[int]) -> bool:
-    """Whether a micro-batch is the same kernels every time: rows are packed and attention is PyTorch's, the
-    loss is the usual one, nothing is drawn, dequantised or computed twice, and the optimizer's parameters
-    (`stepped`, their ids) are adapters whose gradients are computed together at the end of a step."""
-    if type(method).loss is not Method.loss:
+def can_record(model: nn.Module, method: Method, stepped: set[int]) -> bool:
+    """Whether a micro-batch of a shape is the same kernels every time in this method's training: the loss is
+    the usual one, and the optimizer's parameters (`stepped`, their ids) are adapters whose gradients are
+    computed together at the end of a step."""
+    if type(method).loss is not Method.loss or not repeats(model):
         return False
-    base = families.pretrained(model)
+    return stepped <= {id(p) for group in shared_inputs(model) for p in group.masters()}
+
+
+def repeats(model: nn.Module) -> bool:
+    """Whether the model's loss is the same kernels for every micro-batch of a shape: one kernel attends in
+    packed rows, and nothing is drawn, dequantised or computed twice. Without that kernel, attention reads
+    the segments' lengths on the host."""
+    base, shared = families.pretrained(model), shared_inputs(model)
+    if not packed_attention.used(base) or not packed_attention.pays(base, base.device):
+        return False
     fixed = families.of(base.config).recorded_steps and "dynamic" not in families.rope_type(base.config)
-    if not (fixed and packed_attention.used(base)) or base.is_activation_checkpointing:
-        return False
-    masters = {id(p) for group in shared for p in group.masters()}
-    return bool(shared) and stepped <= masters and all(map(_is_fixed, shared))
+    return bool(fixed and shared and not base.is_activation_checkpointing and all(map(_is_fixed, shared)))
 
 
 def _is_fixed(group: SharedInput) -> bool:
     """Whether the group's products are the same kernels every time, and sum where they are told to."""
     plain = all(isinstance(layer.weight, Tensor) for layer in group.layers)
+    # A layer with a forward of its own might compute it from numbers on the host.
+    plain = plain and all(type(layer).forward is LoraLinear.forward for layer in group.layers)
     return plain and group.fused and group.trains_itself() and not group.layers[0].spec.dropout
 
 
@@ -166,10 +175,17 @@ class Recorder:
         recording.replay()
         return recording.loss.clone()
 
-    def stop(self) -> None:
-        """Free all recordings and record nothing more: memory ran out."""
-        self.on = False
+    def free(self) -> bool:
+        """Free all recordings; returns whether there were any."""
+        held = bool(self.sums)
         self.recordings, self.sums = {}, []
+        self.seen.clear()
+        return held
+
+    def stop(self) -> bool:
+        """Free all recordings and record nothing more; returns whether there were any."""
+        self.on = False
+        return self.free()
 
     def _takes_more(self) -> bool:
         """Whether there are fewer than MOST recordings, and half of the GPU's memory is free: recordings have

@@ -232,6 +232,7 @@ class Trainer:
             if asked:
                 signals.ask("another process was")
                 raise signals.Stopped(f"task {task.name}, step {step + 1} of {steps}")
+        self.engine.free_recordings()  # what comes after the last step needs the memory
         if self.kept:
             self.engine.load_state(self.kept.items())
 
@@ -362,7 +363,8 @@ class Trainer:
             if not self.engine.anywhere(losses is None):
                 assert losses is not None, "memory ran out on no rank"
                 return batches, losses
-            self.engine.discard()
+            if self.engine.discard():
+                continue  # with the memory that recordings held
             self._shrink([len(task.examples[i]) for i in chosen], f"task {task.name}, step {step + 1}")
 
     def _attempt(self, examples: list[Encoded], chosen: list[int]) -> tuple[list[Batch], list[dict] | None]:

@@ -129,10 +129,11 @@ def test_deepspeed_says_what_to_lower():
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     engine = Engine.__new__(Engine)
-    engine.deepspeed, engine.module, engine.acc = True, fails, SimpleNamespace(num_processes=2)
-    engine.whole = []
+    engine.acc = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    engine.deepspeed, engine.module, engine.whole = True, fails, []
+    batch = SimpleNamespace(ids=torch.zeros(3, 24), to=lambda device: batch)
     with pytest.raises(Fault, match=r"72 tokens .*DeepSpeed.*optim.micro_batch_tokens"):
-        engine.accumulate(SimpleNamespace(ids=torch.zeros(3, 24)), first=True, last=True)
+        engine.accumulate(batch, first=True, last=True)
 
 
 def test_after_a_rewrite_adam_steps_as_at_the_start(tiny_llama):

@@ -57,7 +57,7 @@ def estimate_errors(context: Context, packed: bool, checkpointing: bool) -> dict
     seconds = context.seconds(partial(one_pass, made, batch, recorder=recorder), rounds)
     return {
         "tokens": batch.ids.numel(),
-        "recorded": recorder is not None,
+        "recorded": bool(recorder and recorder.recordings),
         "peak MB": round(peak / 1e6, 2),
         "peak MB, estimated": round(predicted / 1e6, 2),
         "peak, off by": round(predicted / peak - 1, 4),

@@ -2,6 +2,7 @@
 linear, so moments can be summed over ranks and tasks."""
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -73,6 +74,7 @@ def kept_numbers(size: int, width: int) -> int:
     return size * (width if size > EXACT_UP_TO * width else size)
 
 
+@lru_cache(8)  # a model has few sizes of inputs, and many inputs of each
 def sketching(size: int, width: int) -> Tensor | None:
     """Ω [in, width], orthonormal columns drawn by the size alone, float64; None where Σ itself is kept."""
     if size <= EXACT_UP_TO * width:

@@ -8,13 +8,16 @@ import torch
 from packed import batch, examples, loaded
 
 from codyra_llm.config.registry import METHODS
+from codyra_llm.config.sections import OptimSection
 from codyra_llm.lora.layer import AdapterSpec, attach, sites
 from codyra_llm.lora.shared import share_inputs, shared_inputs
 from codyra_llm.lora.together import deferred, finish_gradients
 from codyra_llm.methods.base import Method
 from codyra_llm.models import packed_attention
+from codyra_llm.runtime.launch import accelerator
 from codyra_llm.train import recorded
 from codyra_llm.train.recorded import Recorder, can_record, padded, shape_of
+from codyra_llm.train.trainer import TaskData, Trainer
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -124,19 +127,75 @@ def test_where_memory_is_short_nothing_more_is_recorded(model, monkeypatch):
     assert [recorder.run(given) for _ in range(recorded.SEEN + 3)] == [None] * (recorded.SEEN + 3)
 
 
-def test_what_can_be_recorded(model, tiny_llama):
+class Full:
+    """Stands for a recorder whose recordings leave no memory to anything else."""
+
+    def __init__(self):
+        self.stopped = False
+
+    def begin_step(self):
+        pass
+
+    def run(self, given):
+        if not self.stopped:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def stop(self):
+        had, self.stopped = not self.stopped, True
+        return had
+
+    def free(self):
+        return False
+
+
+def trainer(model, method) -> Trainer:
+    optim = OptimSection(
+        lr=1e-3,
+        schedule="constant",
+        batch_size=5,
+        betas=(0.9, 0.99),
+        loss_average="token",
+        micro_batch_tokens=200,
+    )
+    return Trainer(accelerator(), method, model, optim, pad=0, batching="packed")
+
+
+def test_out_of_memory_frees_recordings_before_micro_batches_are_cut(model):
+    method = METHODS["codyra"](METHODS["codyra"].Config(), 0)
+    made = trainer(model, method)
+    made.engine.recorder = Full()
+    rows = list(made.fit(TaskData("T", 0, examples(), [range(5)] * 2, []), 1))
+    assert made.engine.recorder.stopped and {row.micro_batch_tokens for row in rows} == {200}
+    made.free()
+
+
+def test_a_penalty_without_a_gradient_adds_nothing_to_a_replayed_micro_batch(model):
+    class Penalised(METHODS["codyra"]):
+        def penalty(self, model):
+            return {"none": torch.zeros(())}
+
+    made = trainer(model, Penalised(METHODS["codyra"].Config(), 0))
+    made.engine.recorder = SimpleNamespace(begin_step=list, run=lambda given: torch.ones(()), free=list)
+    terms = made.engine.accumulate(batch(examples(), packed=True), first=True, last=True)
+    assert list(terms) == ["loss", "none"] and float(terms["loss"]) == 1
+    made.free()
+
+
+def test_what_can_be_recorded(model, tiny_llama, monkeypatch):
     method = METHODS["codyra"](METHODS["codyra"].Config(), 0)
     shared = shared_inputs(model)
     stepped = {id(p) for p in model.parameters() if p.requires_grad}
-    assert can_record(model, method, shared, stepped)
+    assert not can_record(model, method, stepped), "without the kernel, lengths are read on the host"
+    monkeypatch.setattr(packed_attention, "_has_kernel", lambda *given: True)
+    assert can_record(model, method, stepped)
     other = type("Other", (Method,), {"loss": lambda self, model, batch: {}})
-    assert not can_record(model, other(METHODS["codyra"].Config(), 0), shared, stepped)
-    assert not can_record(model, method, shared, stepped | {id(model.model.norm.weight)})
-    assert not can_record(model, method, [], stepped)
+    assert not can_record(model, other(METHODS["codyra"].Config(), 0), stepped)
+    assert not can_record(model, method, stepped | {id(model.model.norm.weight)})
+    assert not can_record(model, method, {id(model.lm_head.weight)})
     spec = shared[0].layers[0].spec
     shared[0].layers[0].spec = SimpleNamespace(scale=1.0, dropout=0.1)
-    assert not can_record(model, method, shared, stepped)
+    assert not can_record(model, method, stepped)
     shared[0].layers[0].spec = spec
     model.gradient_checkpointing_enable()
-    assert not can_record(model, method, shared, stepped)
-    assert not can_record(loaded(tiny_llama), method, shared, stepped), "its rows are padded"
+    assert not can_record(model, method, stepped)
+    assert not can_record(loaded(tiny_llama), method, set()), "its rows are padded"
