@@ -363,9 +363,8 @@ class Trainer:
             if not self.engine.anywhere(losses is None):
                 assert losses is not None, "memory ran out on no rank"
                 return batches, losses
-            if self.engine.discard():
-                continue  # with the memory that recordings held
-            self._shrink([len(task.examples[i]) for i in chosen], f"task {task.name}, step {step + 1}")
+            if not self.engine.discard():  # else there is now the memory that recordings held
+                self._shrink([len(task.examples[i]) for i in chosen], f"task {task.name}, step {step + 1}")
 
     def _attempt(self, examples: list[Encoded], chosen: list[int]) -> tuple[list[Batch], list[dict] | None]:
         """Forward and backward of this rank's share: the micro-batches and their losses, None where memory

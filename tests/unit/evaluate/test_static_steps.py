@@ -108,6 +108,21 @@ def test_grouped_attention_is_attention(heads, shared):
     torch.testing.assert_close(found, expected[:, :, 0], rtol=1e-12, atol=1e-12)
 
 
+class Own(torch.nn.Linear):
+    """A projection that may compute something else than its weight says, as adapted and packed ones do."""
+
+
+def test_projections_that_are_no_plain_layers_are_called_one_by_one(model, monkeypatch):
+    batch = prompts([3, 5, 9])
+    free = generate_ids(model, batch, NEW, -1)
+    for module in families.attentions(model):
+        assert static_steps.join(module) is not None
+        module.k_proj.__class__ = Own
+        assert static_steps.join(module) is None
+    monkeypatch.setattr(static_steps, "pays", always)
+    assert generate_ids(model, batch, NEW, -1) == free
+
+
 def test_modules_attend_as_before_once_the_steps_are_done(monkeypatch):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval()
