@@ -16,9 +16,10 @@ from codyra_llm.lora.layer import sites
 from codyra_llm.lora.shared import shared_inputs
 from codyra_llm.lora.together import deferred, finish_gradients, make_shadows
 from codyra_llm.lora.update import Adapter
+from codyra_llm.methods.base import Method
 from codyra_llm.runtime import heartbeat
 from codyra_llm.runtime.launch import zero_stage
-from codyra_llm.train.recorded import Recorder, can_record
+from codyra_llm.train.recorded import Recorder, recorder_for
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # A gradient of at least this many numbers is summed over ranks by itself: together with others it would be
@@ -56,12 +57,8 @@ class Engine:
             unset_hf_deepspeed_config()
         elif acc.num_processes > 1:
             self._agree()
-        if self.defers and can_record(self.model, objective.method, self.stepped):
-            self.recorder = Recorder(self.shared, self._loss, acc.device)
-
-    def _loss(self, batch) -> Tensor:
-        """The loss of a batch on the device, without penalties."""
-        return self.module(batch)["loss"]
+        if self.defers:
+            self.recorder = recorder_for(cast(nn.Module, objective.model), cast(Method, objective.method))
 
     @property
     def groups(self) -> list[dict]:

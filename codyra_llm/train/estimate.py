@@ -17,7 +17,7 @@ from codyra_llm.lora.together import deferred, finish_gradients, make_shadows
 from codyra_llm.methods.base import Method
 from codyra_llm.models import families
 from codyra_llm.runtime.memory import Meter
-from codyra_llm.train.recorded import SEEN, Recorder, can_record
+from codyra_llm.train.recorded import SEEN, Recorder, recorder_for
 
 # Even numbers, since in some families layers alternate between two kinds of attention.
 MEASURED_LAYERS = (2, 4)
@@ -201,15 +201,6 @@ def _seconds(model: nn.Module, batch: Batch, front: int = 0, method: Method | No
         one_pass(model, batch, front, recorder)
         times.append(time.perf_counter() - began)
     return median(times[first:])
-
-
-def recorder_for(model: nn.Module, method: Method) -> Recorder | None:
-    """What records the micro-batches of this model in training, None where they are not recorded."""
-    device, shared = next(model.parameters()).device, shared_inputs(model)
-    trained = {id(p) for p in model.parameters() if p.requires_grad}
-    if device.type != "cuda" or not can_record(model, method, trained):
-        return None
-    return Recorder(shared, lambda batch: batch.cross_entropy(model), device)
 
 
 def one_pass(model: nn.Module, batch: Batch, front: int = 0, recorder: Recorder | None = None) -> None:

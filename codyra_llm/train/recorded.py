@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from codyra_llm.data.batches import Batch
 from codyra_llm.lora.layer import LoraLinear
-from codyra_llm.lora.shared import SharedInput, shared_inputs
+from codyra_llm.lora.shared import AdaptedLayer, SharedInput, shared_inputs
 from codyra_llm.lora.together import make_shadows
 from codyra_llm.methods.base import Method
 from codyra_llm.models import families, packed_attention
@@ -75,13 +75,13 @@ def padded(batch: Batch, shape: Shape) -> Batch:
     )
 
 
-def can_record(model: nn.Module, method: Method, stepped: set[int]) -> bool:
+def can_record(model: nn.Module, method: Method) -> bool:
     """Whether a micro-batch of a shape is the same kernels every time in this method's training: the loss is
-    the usual one, and the optimizer's parameters (`stepped`, their ids) are adapters whose gradients are
-    computed together at the end of a step."""
+    the usual one, and what trains are adapters whose gradients are computed together at the end of a step."""
     if type(method).loss is not Method.loss or not repeats(model):
         return False
-    return stepped <= {id(p) for group in shared_inputs(model) for p in group.masters()}
+    masters = {id(p) for group in shared_inputs(model) for p in group.masters()}
+    return all(id(p) in masters for p in model.parameters() if p.requires_grad)
 
 
 def repeats(model: nn.Module) -> bool:
@@ -97,10 +97,21 @@ def repeats(model: nn.Module) -> bool:
 
 def _is_fixed(group: SharedInput) -> bool:
     """Whether the group's products are the same kernels every time, and sum where they are told to."""
-    plain = all(isinstance(layer.weight, Tensor) for layer in group.layers)
-    # A layer with a forward of its own might compute it from numbers on the host.
-    plain = plain and all(type(layer).forward is LoraLinear.forward for layer in group.layers)
+    plain = all(map(_is_plain, group.layers))
     return plain and group.fused and group.trains_itself() and not group.layers[0].spec.dropout
+
+
+def _is_plain(layer: AdaptedLayer) -> bool:
+    """Not packed, and without a forward of its own, which might read numbers on the host."""
+    usual = isinstance(layer, LoraLinear) and type(layer).forward is LoraLinear.forward
+    return usual and isinstance(layer.weight, Tensor)
+
+
+def _product_shapes(group: SharedInput) -> list[tuple[int, int]]:
+    """The shapes of Q [R, in] and of all P_k [out_k, r_k]."""
+    factors = [layer.factors for layer in group.layers]
+    rows, inputs = sum(len(a) for a, _, _ in factors), factors[0][0].shape[1]
+    return [(rows, inputs), *((len(b), b.shape[1]) for _, _, b in factors)]
 
 
 class Graphs:
@@ -147,12 +158,13 @@ class Recorder:
         self.more = True  # whether new shapes may be recorded
         self.seen: Counter[tuple] = Counter()
         self.recordings: dict[tuple, _Recording] = {}  # by the shape and what else is fixed
-        self.sums: list[tuple[Tensor, list[Tensor]]] = []  # by group: Q and all P_k
+        self.flat = torch.empty(0)  # all sums
+        self.sums: list[tuple[Tensor, list[Tensor]]] = []  # its parts by group: Q and all P_k
 
     def begin_step(self) -> None:
         """Begin the sums of a step anew."""
         if self.sums:
-            torch._foreach_zero_([x for q, ps in self.sums for x in (q, *ps)])
+            self.flat.zero_()
             self._sum_here()
 
     def run(self, batch: Batch) -> Tensor | None:
@@ -178,7 +190,7 @@ class Recorder:
     def free(self) -> bool:
         """Free all recordings; returns whether there were any."""
         held = bool(self.sums)
-        self.recordings, self.sums = {}, []
+        self.recordings, self.sums, self.flat = {}, [], torch.empty(0)
         self.seen.clear()
         return held
 
@@ -214,14 +226,17 @@ class Recorder:
         return _Recording(given, total, replay)
 
     def _make_sums(self) -> None:
-        """Make the sums, with what this step's micro-batches have left so far."""
-        for group in self.shared:
-            layers = group.layers
-            q = torch.cat([torch.zeros_like(layer.factors[0]) for layer in layers])  # [R, in]
-            ps = [torch.zeros_like(layer.factors[2]) for layer in layers]  # [out_k, r_k]
-            if group.left is not None:
-                torch._foreach_add_([q, *ps], [group.left[0], *group.left[1]])
+        """Make the sums, as parts of one tensor, with what this step's micro-batches have left so far."""
+        shapes = [_product_shapes(group) for group in self.shared]
+        sizes = [rows * columns for own in shapes for rows, columns in own]
+        self.flat = self.shared[0].layers[0].factors[0].new_zeros(sum(sizes))
+        parts = iter(self.flat.split(sizes))
+        for group, own in zip(self.shared, shapes, strict=True):
+            q, *ps = [next(parts).view(shape) for shape in own]
             self.sums.append((q, ps))
+            if group.left is not None:
+                for total, left in zip((q, *ps), (group.left[0], *group.left[1]), strict=True):
+                    total.add_(left)
         self._sum_here()
 
     def _sum_here(self) -> None:
@@ -235,3 +250,11 @@ class Recorder:
         sources = [getattr(given, name) for name in TENSORS]
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
+
+
+def recorder_for(model: nn.Module, method: Method) -> Recorder | None:
+    """What records the micro-batches of this model in training, None where they are not recorded."""
+    device = next(model.parameters()).device
+    if device.type != "cuda" or not can_record(model, method):
+        return None
+    return Recorder(shared_inputs(model), lambda batch: batch.cross_entropy(model), device)

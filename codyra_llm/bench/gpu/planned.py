@@ -11,8 +11,8 @@ from codyra_llm.lora.shared import shared_inputs
 from codyra_llm.methods.base import Method
 from codyra_llm.models import loading, packed_attention
 from codyra_llm.runtime.memory import peak_bytes
-from codyra_llm.train.estimate import activation_bytes, depth, one_pass, recorder_for, step_seconds
-from codyra_llm.train.recorded import SEEN
+from codyra_llm.train.estimate import activation_bytes, depth, one_pass, step_seconds
+from codyra_llm.train.recorded import SEEN, recorder_for
 
 SHAPE = "llama-3.2-1b"
 CASES = (("padded", False), ("packed", False), ("packed", True))
