@@ -86,7 +86,7 @@ def test_a_plan_counts_what_is_adapted(tiny_llama, toy_stream, tmp_path, monkeyp
     """Of a model of which only a few layers are timed, with operations for seconds: what is estimated is what
     PyTorch counts in the whole model."""
 
-    def counted(model, batch, front=0):
+    def counted(model, batch, front=0, method=None):
         assert front == 0
         with FlopCounterMode(display=False) as counter:
             batch.cross_entropy(model).backward()
