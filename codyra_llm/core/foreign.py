@@ -155,7 +155,8 @@ class _Worker:
         code = self.process.wait()
         self.close()
         if code == -signal.SIGPROF:
-            return f"it takes more than {foreign_worker.SECONDS} s of computing"
+            each = f"{1000 * foreign_worker.EACH:g} ms each for many texts"
+            return f"it takes more than {foreign_worker.SECONDS} s of computing for one text, or {each}"
         return f"its process ended with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
 
     def close(self) -> None:

@@ -141,8 +141,7 @@ def try_first(task: "ConfigurableTask", name: str, positions: int | None) -> Non
     """Ask and score the first example with a made-up response in place of a model's. Raises Fault if that
     fails, if its right answer is none of its choices, if no metric gives it a score, if the task samples, or
     if its longest answer takes all `positions` of the model."""
-    state = random.getstate()
-    with telling(name):
+    with _random_state_kept(), telling(name):
         shots = task.config.num_fewshot or 0
         task.set_config("num_fewshot", shots)
         task.set_fewshot_seed(0)
@@ -167,7 +166,16 @@ def try_first(task: "ConfigurableTask", name: str, positions: int | None) -> Non
         better = task.higher_is_better()
         if not any(is_score(value, better.get(metric)) for metric, value in found.items()):
             raise Fault(no_score(name, found))
-    random.setstate(state)
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """What is drawn within this block changes nothing afterwards, also if it raises."""
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 def refuse_label(name: str, target: Any, choices: Sequence[str]) -> None:
