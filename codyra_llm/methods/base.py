@@ -36,6 +36,7 @@ class Task:
     ends: frozenset[int] = frozenset()  # the tokens that end an answer, in addition to the model's own EOS
     # The tokens that the model's chat template writes before and after a user's text; None: no template.
     chat_frame: Callable[[], tuple[list[int], list[int]] | None] = lambda: None
+    newline: tuple[int, ...] = ()  # the tokens of a line break
 
     def records(self, past: int | None = None) -> list[dict]:
         """Training records of an earlier task, or of this one."""

@@ -57,6 +57,43 @@ class DreamConfig(StartConfig, frozen=True):
         description="most tokens that are kept of the common beginning of a task's prompts",
     )
     batch: Count = Field(default=16, ge=1, description="sequences per optimizer step, redrawn each time")
+    inputs: Literal["beginnings", "demonstrations"] = Field(
+        default="beginnings",
+        description="what dreams of earlier tasks are made from: beginnings: the common beginning of a "
+        "task's prompts; demonstrations: training examples of each task, which are kept, and after which the "
+        "base writes inputs (SSR); needs `fresh` false",
+    )
+    demonstrations: Count | None = Field(
+        default=None,
+        ge=1,
+        description="demonstrations only: how many training examples of each task are kept for it, if the "
+        "model's positions have room for them; default 2",
+    )
+    input_tokens: Count | None = Field(
+        default=None,
+        ge=1,
+        description="demonstrations only: most tokens that the base writes for an input; a longer one is "
+        "dropped; default 256",
+    )
+
+    @model_validator(mode="after")
+    def _base_is_within_reach(self) -> "DreamConfig":
+        if self.inputs == "demonstrations" and self.fresh:
+            raise ValueError(
+                "'inputs' is demonstrations, after which the base writes inputs, but with 'fresh' true every "
+                "update is merged into the base; set 'fresh' to false, or 'inputs' to beginnings"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _demonstrations_are_shown(self) -> "DreamConfig":
+        for key in ("demonstrations", "input_tokens"):
+            if getattr(self, key) is not None and self.inputs != "demonstrations":
+                raise ValueError(
+                    f"'{key}' has no effect with inputs '{self.inputs}'; remove it, or set inputs to "
+                    "demonstrations"
+                )
+        return self
 
 
 class SdftConfig(StartConfig, frozen=True):

@@ -1,19 +1,25 @@
-"""What methods read from prompts: which tokens of a batch are prompt, and features pooled over them."""
+"""What methods read from prompts: which tokens of a batch are prompt, features pooled over them, and clusters
+of features."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from codyra_llm.core.tensors import generator
 from codyra_llm.data.batches import Batch, in_one_copy
 from codyra_llm.methods.base import Task
 from codyra_llm.models import families, packed_attention
 
 if TYPE_CHECKING:
     from codyra_llm.data.encoding import Encoded
+
+ROUNDS = 100  # of k-means; a few dozen reach its fixed point on a task's prompts
 
 
 def first_tokens(lengths: Tensor, width: int) -> Tensor:
@@ -88,3 +94,35 @@ def over_prompts(
 def cosine(x: Tensor, y: Tensor) -> Tensor:
     """Cosines of the rows of x [n, h] and y [m, h]: [n, m]."""
     return functional.normalize(x, dim=1) @ functional.normalize(y, dim=1).T
+
+
+def kmeans(x: Tensor, k: int, *key: int | str) -> Tensor:
+    """k centroids [k, h] of x [n, h] on the CPU in float64: k-means++ seeds drawn by `key`, then ROUNDS of
+    Lloyd's. A centroid that no point is nearest to stays; with fewer than k distinct points some coincide."""
+    from scipy.cluster.vq import kmeans2  # slow to import
+
+    draw = np.random.default_rng(generator(*key).initial_seed())
+    # Neither is a fault here: an empty cluster, and no distance left to draw by, where points coincide.
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
+        warnings.filterwarnings("ignore", "One of the clusters is empty")
+        # scipy calls it rng from 1.15 on, and takes both names.
+        centroids, _ = kmeans2(x.numpy(), k, iter=ROUNDS, minit="++", seed=draw)  # pyright: ignore
+    return torch.from_numpy(centroids)
+
+
+def nearest_to_centroids(x: Tensor, count: int, *key: int | str) -> list[int]:
+    """The numbers, in order, of `count` rows of x [n, h] (all where there are no more): k-means with as many
+    clusters as rows are wanted, and of each cluster the row nearest to its centroid. An empty cluster has
+    none; then the rows nearest to their centroids among the others make up for it."""
+    if len(x) <= count:
+        return list(range(len(x)))
+    x = x.cpu().double()
+    distances, clusters = torch.cdist(x, kmeans(x, count, *key)).min(1)
+    # The rows of a cluster of two are equally near up to rounding, which devices do differently: the first.
+    ranks = torch.round(distances / distances.max().clamp_min(1e-12), decimals=4)
+    first, others, seen = [], [], set()
+    for row in ranks.argsort(stable=True).tolist():
+        cluster = int(clusters[row])
+        (others if cluster in seen else first).append(row)
+        seen.add(cluster)
+    return sorted((first + others)[:count])

@@ -8,12 +8,31 @@ from codyra_llm.config.methods.regularised import DreamConfig
 from codyra_llm.core.tensors import generator
 from codyra_llm.data.batches import Batch, collate
 from codyra_llm.data.encoding import Encoded
-from codyra_llm.lora.layer import snapshot, stand_in
+from codyra_llm.lora.layer import snapshot, stand_in, without_update
 from codyra_llm.methods.base import Task
-from codyra_llm.methods.parts.samples import continued, end_tokens, first_token, self_sampled
+from codyra_llm.methods.parts.samples import (
+    TOGETHER,
+    answered,
+    continued,
+    end_tokens,
+    first_token,
+    self_sampled,
+)
+from codyra_llm.methods.regularised.demonstrations import (
+    Demonstrations,
+    chosen,
+    common_closing,
+    common_prefix,
+    diverse,
+    new_inputs,
+)
 from codyra_llm.methods.sequential.seqlora import SeqLora
 from codyra_llm.models import families, packed_attention
 from codyra_llm.models.head_loss import distillation, head_loss
+
+DEMONSTRATIONS = 2  # kept of each task, as many as SSR shows at a time
+INPUT_TOKENS = 256
+CANDIDATES = 4  # inputs that the base writes for each dream, of which the selection takes one
 
 
 class Dream(SeqLora):
@@ -26,12 +45,26 @@ class Dream(SeqLora):
     replay of what a language model generates itself (LAMOL, 1909.03329; SSR, 2403.01244; pseudo-examples in
     EasyCL). `target` tokens is the second idea alone: cross entropy on the tokens as they were drawn, whose
     gradient on average over draws is that of the KL. LAMOL trains the model to generate inputs, with a token
-    for each task; SSR has the base generate inputs from demonstrations and selects from clusters. Neither is
-    done here, so how much a dream resembles a task depends on how well the model continues the beginning of
-    its prompts. No example is kept: the state is the tokens with which all uncut prompts of a task begin, and
-    the tokens that end its texts. Cost: `batch` sequences forward and backward per step, and a forward of the
-    model before the task; per task `samples` sequences decoded with cached keys and values, the same on every
-    rank; one more copy of the adapter. Training takes 2.4 times as long as seqlora's on the quickstart."""
+    for each task, which is not done here. So by default how much a dream resembles a task depends on how well
+    the model continues the beginning of its prompts, and no example is kept: the state is the tokens with
+    which all uncut prompts of a task begin, and the tokens that end its texts.
+
+    With `inputs` demonstrations dreams of earlier tasks are made as in SSR. A few training examples of each
+    are then kept in the state, although `codyra-llm methods` lists dream, by its defaults, as a method that
+    does without. The paper's: the base (the adapter as zero) writes inputs after the examples, the model
+    before the task writes the answers, and k-means selects diverse inputs. Ours: the KL; answers at
+    temperature 1, where its code takes the likeliest tokens; all kept examples are shown, in an order drawn
+    for each input, where it keeps more and shows every ordered pair; features are means of the model's own
+    last hidden states, where it has a sentence encoder; as many clusters as dreams, where it has 20. An input
+    ends with the tokens that all uncut prompts end with, if no prompt holds them before its end. Otherwise
+    the examples are shown without answers, and an input ends with the blank line after which the next would
+    follow. Inputs without an end within `input_tokens`, empty ones, those written before and those of the
+    examples are dropped; sequences from BOS make up for what is missing.
+
+    Cost: `batch` sequences forward and backward per step, and a forward of the model before the task; per
+    task `samples` sequences decoded with cached keys and values, the same on every rank; one more copy of the
+    adapter. Training takes 2.4 times as long as seqlora's on the quickstart. With demonstrations, 4 inputs of
+    `input_tokens` tokens are decoded in addition for each dream of an earlier task."""
 
     name, Config = "dream", DreamConfig
     summary = "seqlora that distils the model before the task on sequences it writes itself"
@@ -70,7 +103,23 @@ class Dream(SeqLora):
             f"prefix.{task.index}": torch.tensor(prefix),
             f"ends.{task.index}": torch.tensor(sorted(ends), dtype=torch.long),
         }
+        if self.config.inputs == "demonstrations":
+            own |= self._demonstrations(model, task, examples, ends).state(task.index)
         return {**task.state, **own}
+
+    def _demonstrations(self, model, task: Task, examples: list[Encoded], ends: set[int]) -> Demonstrations:
+        """What is kept of the task, so that the base can write inputs like its own. The context that they
+        make leaves room for an input in the positions that the model has."""
+        c = self.config
+        whole = [example for example in examples if not example.cut] or examples
+        prompts = [example.prompt for example in whole]
+        opening = common_prefix(prompts)[: c.prefix_tokens]
+        count, written = c.demonstrations or DEMONSTRATIONS, c.input_tokens or INPUT_TOKENS
+        positions = getattr(families.pretrained(model).config, "max_position_embeddings", None) or 4096
+        separators = count * len(_blank_line(task))
+        room = positions - separators - len(opening) - written
+        kept = chosen(whole, count, room, self.seed, task.index)
+        return Demonstrations(kept, opening, common_closing(prompts, opening), frozenset(ends))
 
     def _dreamt(self, model, task: Task) -> list[Encoded]:
         """The task's dreams: the same number for each earlier task, and the rest from BOS."""
@@ -78,11 +127,34 @@ class Dream(SeqLora):
         each = int(c.samples * c.prompted / task.index) if task.index else 0
         found = []
         for k in range(task.index):
+            if c.inputs == "demonstrations":
+                found += self._after_demonstrations(model, task, k, each)
+                continue
             prefix, ends = task.state[f"prefix.{k}"].tolist(), task.state[f"ends.{k}"].tolist()
             found += continued(model, prefix, each, c.sample_tokens, ends, self.seed, self._index, k)
         seed = generator("dream", self.seed, self._index).initial_seed()
         free = self_sampled(model, c.samples - len(found), c.sample_tokens, seed)
         return found + [whole_answer(example) for example in free]
+
+    def _after_demonstrations(self, model, task: Task, past: int, count: int) -> list[Encoded]:
+        """Up to `count` dreams of an earlier task: the base writes the inputs, and the model as it is the
+        answers."""
+        kept, key = Demonstrations.load(task.state, past), (self.seed, self._index, past)
+        length, separator = self.config.input_tokens or INPUT_TOKENS, _blank_line(task)
+        training = model.training
+        model.eval()
+        # `fresh` is false, so the adapter is all that the stream has changed.
+        with stand_in(model, without_update(self._before)):
+            written = new_inputs(model, kept, CANDIDATES * count, length, separator, *key)
+        prompts = diverse(model, written, count, *key)
+        found = []
+        for start in range(0, len(prompts), TOGETHER):
+            group = prompts[start : start + TOGETHER]
+            draws = [generator("dreamt answer", *key, start + i) for i in range(len(group))]
+            answers = answered(model, group, self.config.sample_tokens, task.ends, draws)
+            found += [Encoded(p, a, cut=False) for p, a in zip(group, answers, strict=True)]
+        model.train(training)
+        return found
 
     def _drawn(self, model) -> Batch:
         """This process's share of the step's dreamt batch. Its weights sum to 1 over the batch, times the
@@ -106,11 +178,9 @@ class Dream(SeqLora):
         return distillation(head, hidden, taught, batch.weights, 1.0, cap)
 
 
-def common_prefix(sequences: list[list[int]]) -> list[int]:
-    """The tokens that all begin with."""
-    first, last = min(sequences), max(sequences)  # in dictionary order, so what these two share all share
-    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    return first[:length]
+def _blank_line(task: Task) -> list[int]:
+    """The tokens between two demonstrations."""
+    return [*task.newline, *task.newline]
 
 
 def whole_answer(example: Encoded) -> Encoded:
