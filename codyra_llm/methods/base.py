@@ -130,6 +130,12 @@ class Method:
         """Whether the method drives ranks to zero during a task, some of them only in its last steps."""
         return False
 
+    @property
+    def has_usual_loss(self) -> bool:
+        """Whether `loss` is the batch's cross entropy and nothing else, so that a GPU may replay a recorded
+        forward and backward of it."""
+        return type(self).loss is Method.loss
+
     def check(self, config: "PreTrainedConfig", attention: str | None) -> list[str]:
         """Faults: settings that a base model of this config does not support, one sentence each."""
         return []

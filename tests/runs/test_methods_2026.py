@@ -140,6 +140,24 @@ def test_dream_after_demonstrations_has_the_base_write(run, monkeypatch):
     assert all(math.isfinite(row["dream"]) for row in log) and max(row["dream"] for row in log) > 0
 
 
+def test_dream_learns_to_write_inputs(run):
+    """After the first task its prompts are likelier than to a model that learnt the answers alone."""
+    settings = {"inputs": "learnt", "input_weight": 4.0}
+    plain, learnt = run({"name": "seqlora"}), run({"name": "dream", "samples": 0, **settings})
+    assert all(row["inputs"] > 0 for row in rows(learnt))
+    losses = []
+    for folder in (plain, learnt):
+        setup = prepare(folder.recipe)
+        model, _ = setup.load_stage(folder, Stage.of(folder.recipe.tasks, 0), torch.device("cpu"))
+        prompts = [setup.encoder.prompt(r["prompt"])[0] for r in setup.stream.records(0, "train")]
+        each = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            each.append(model(input_ids=ids, labels=ids).loss.item())
+        losses.append(sum(each) / len(each))
+    assert losses[1] < losses[0] - 0.1
+
+
 def test_other_methods_start_from_the_same_rows(run):
     """B = 0 at first, so that A is still near its start after a task of a few steps: W's least directions."""
     settings = {"start": "weights"}

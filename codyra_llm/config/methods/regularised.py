@@ -57,11 +57,16 @@ class DreamConfig(StartConfig, frozen=True):
         description="most tokens that are kept of the common beginning of a task's prompts",
     )
     batch: Count = Field(default=16, ge=1, description="sequences per optimizer step, redrawn each time")
-    inputs: Literal["beginnings", "demonstrations"] = Field(
+    inputs: Literal["beginnings", "learnt", "demonstrations"] = Field(
         default="beginnings",
         description="what dreams of earlier tasks are made from: beginnings: the common beginning of a "
-        "task's prompts; demonstrations: training examples of each task, which are kept, and after which the "
-        "base writes inputs (SSR); needs `fresh` false",
+        "task's prompts; learnt: the same, and the model is trained to write prompts (LAMOL, with target "
+        "tokens); demonstrations: training examples of each task, which are kept, and after which the base "
+        "writes inputs (SSR); needs `fresh` false",
+    )
+    input_weight: NotNegative | None = Field(
+        default=None,
+        description="learnt only: λ of the cross entropy of the prompts' tokens in every step; default 0.25",
     )
     demonstrations: Count | None = Field(
         default=None,
@@ -86,12 +91,16 @@ class DreamConfig(StartConfig, frozen=True):
         return self
 
     @model_validator(mode="after")
-    def _demonstrations_are_shown(self) -> "DreamConfig":
-        for key in ("demonstrations", "input_tokens"):
-            if getattr(self, key) is not None and self.inputs != "demonstrations":
+    def _settings_of_inputs(self) -> "DreamConfig":
+        used_by = {
+            "input_weight": "learnt",
+            "demonstrations": "demonstrations",
+            "input_tokens": "demonstrations",
+        }
+        for key, inputs in used_by.items():
+            if getattr(self, key) is not None and self.inputs != inputs:
                 raise ValueError(
-                    f"'{key}' has no effect with inputs '{self.inputs}'; remove it, or set inputs to "
-                    "demonstrations"
+                    f"'{key}' has no effect with inputs '{self.inputs}'; remove it, or set inputs to {inputs}"
                 )
         return self
 

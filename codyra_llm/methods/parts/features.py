@@ -4,6 +4,7 @@ of features."""
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,6 +42,27 @@ def prompt_mask(batch: Batch) -> Tensor:
     is asked for, earlier turns of a chat among them, as in `over_prompts` and at the test."""
     (lengths,) = in_one_copy([torch.tensor([len(prompt) for prompt in batch.prompts])], batch.ids.device)
     return first_tokens(lengths, batch.ids.shape[1])
+
+
+def on_prompts(batch: Batch) -> Batch:
+    """The batch with the tokens of its prompts as those to predict, except each prompt's first: BOS, or one
+    that nothing predicts. The tokens of a prompt share its example's weight in the loss equally."""
+    counts = [len(prompt) - 1 for prompt in batch.prompts]
+    width = batch.ids.shape[1]
+    starts = range(0, batch.ids.numel(), width)
+    if batch.segments is not None:
+        starts = accumulate([0, *batch.segments[:-1]])
+    places = [torch.arange(n) + start + 1 for start, n in zip(starts, counts, strict=True)]
+    numbers = torch.arange(len(counts))  # of the examples
+    of_labelled = numbers.repeat_interleave(torch.tensor(batch.labelled))
+    of_places = numbers.repeat_interleave(torch.tensor(counts))
+    on_host = [torch.cat(places), of_labelled, of_places, torch.tensor(counts)]
+    at, of_labelled, of_places, sizes = in_one_copy(on_host, batch.ids.device)
+    shares = batch.weights.new_zeros(len(counts)).index_add(0, of_labelled, batch.weights)
+    weights = (shares / sizes.clamp_min(1))[of_places]
+    return replace(
+        batch, predictors=at - 1, targets=batch.ids.flatten()[at], weights=weights, labelled=counts
+    )
 
 
 def row_weights(batch: Batch) -> Tensor:

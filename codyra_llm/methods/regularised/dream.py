@@ -1,5 +1,7 @@
 """Dream: sequential LoRA that distils the model before the task on sequences which that model generates."""
 
+from dataclasses import replace
+
 import torch
 from accelerate import PartialState
 from torch import Tensor
@@ -10,6 +12,7 @@ from codyra_llm.data.batches import Batch, collate
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.lora.layer import snapshot, stand_in, without_update
 from codyra_llm.methods.base import Task
+from codyra_llm.methods.parts.features import on_prompts
 from codyra_llm.methods.parts.samples import (
     TOGETHER,
     answered,
@@ -32,6 +35,7 @@ from codyra_llm.models.head_loss import distillation, head_loss
 
 DEMONSTRATIONS = 2  # kept of each task, as many as SSR shows at a time
 INPUT_TOKENS = 256
+INPUT_WEIGHT = 0.25  # LAMOL's λ
 CANDIDATES = 4  # inputs that the base writes for each dream, of which the selection takes one
 
 
@@ -44,10 +48,17 @@ class Dream(SeqLora):
     Ours, from two ideas: distilling the model before the task (LwF, 1606.09282, there on new inputs), and
     replay of what a language model generates itself (LAMOL, 1909.03329; SSR, 2403.01244; pseudo-examples in
     EasyCL). `target` tokens is the second idea alone: cross entropy on the tokens as they were drawn, whose
-    gradient on average over draws is that of the KL. LAMOL trains the model to generate inputs, with a token
-    for each task, which is not done here. So by default how much a dream resembles a task depends on how well
-    the model continues the beginning of its prompts, and no example is kept: the state is the tokens with
-    which all uncut prompts of a task begin, and the tokens that end its texts.
+    gradient on average over draws is that of the KL. By default nothing teaches the model to write inputs, so
+    how much a dream resembles a task depends on how well the model continues the beginning of its prompts. No
+    example is kept: the state is the tokens with which all uncut prompts of a task begin, and the tokens that
+    end its texts.
+
+    With `inputs` learnt every step adds λ (`input_weight`) times the cross entropy of the prompts' tokens of
+    its examples, all but the first, so that the model learns to write inputs after their beginning, as in
+    LAMOL (λ 0.25), whose dreams are learnt by `target` tokens. Ours: a mean over a prompt's tokens, weighted
+    as its example is in the loss; the answer's tokens are not in this term, as they are there; tasks have no
+    token of their own, whose place their common beginnings take; all that is dreamt after such a beginning
+    has one weight, where LAMOL has λ for inputs there too. `sample_tokens` must hold an input and its answer.
 
     With `inputs` demonstrations dreams of earlier tasks are made as in SSR. A few training examples of each
     are then kept in the state, although `codyra-llm methods` lists dream, by its defaults, as a method that
@@ -64,13 +75,30 @@ class Dream(SeqLora):
     Cost: `batch` sequences forward and backward per step, and a forward of the model before the task; per
     task `samples` sequences decoded with cached keys and values, the same on every rank; one more copy of the
     adapter. Training takes 2.4 times as long as seqlora's on the quickstart. With demonstrations, 4 inputs of
-    `input_tokens` tokens are decoded in addition for each dream of an earlier task."""
+    `input_tokens` tokens are decoded in addition for each dream of an earlier task. Where inputs are learnt,
+    the head runs on all tokens of the prompts, and a GPU's micro-batches are not recorded."""
 
     name, Config = "dream", DreamConfig
     summary = "seqlora that distils the model before the task on sequences it writes itself"
     config: DreamConfig
     max_zero_stage = 2  # the model before the task is a copy of whole parameters
     grows = True
+
+    def check(self, config, attention: str | None) -> list[str]:
+        """A model whose positions would have no room for demonstrations in front of an input."""
+        c, positions = self.config, _positions(config)
+        longest = c.prefix_tokens + self._input_tokens + c.sample_tokens
+        if c.inputs != "demonstrations" or longest < positions:
+            return []
+        return [
+            f"method.input_tokens: an input of {self._input_tokens} tokens, its beginning of up to "
+            f"{c.prefix_tokens} and an answer of up to {c.sample_tokens} leave no room for demonstrations in "
+            f"the model's {positions} positions; lower input_tokens, prefix_tokens or sample_tokens"
+        ]
+
+    @property
+    def _input_tokens(self) -> int:
+        return self.config.input_tokens or INPUT_TOKENS
 
     def begin_task(self, model, task: Task) -> None:
         """Copy the factors for the teacher, and have the model generate its sequences."""
@@ -88,6 +116,32 @@ class Dream(SeqLora):
         if not (self._dreams and self.config.weight):
             return {}
         return {"dream": self.config.weight * self._term(model, self._drawn(model))}
+
+    @property
+    def has_usual_loss(self) -> bool:
+        """Not where inputs are learnt."""
+        return type(self).loss is Dream.loss and not self._input_weight
+
+    @property
+    def _input_weight(self) -> float:
+        """λ of the prompts' tokens; 0 where inputs are not learnt."""
+        c = self.config
+        if c.inputs != "learnt":
+            return 0.0
+        return INPUT_WEIGHT if c.input_weight is None else c.input_weight
+
+    def loss(self, model, batch: Batch) -> dict[str, Tensor]:
+        """Cross entropy, and in training, where inputs are learnt, λ times that of the prompts' tokens."""
+        weight = self._input_weight
+        if not weight or not model.training:
+            return super().loss(model, batch)
+        asked = on_prompts(batch)
+        both = replace(batch, predictors=torch.cat([batch.predictors, asked.predictors]))
+        own, of_prompts = both.hidden(model).split([len(batch.predictors), len(asked.predictors)])
+        return {
+            "loss": batch.cross_entropy_of(model, own),
+            "inputs": weight * asked.cross_entropy_of(model, of_prompts),
+        }
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
         """What later dreams of this task need. `prefix`: the common beginning of its uncut prompts, or of all
@@ -114,10 +168,10 @@ class Dream(SeqLora):
         whole = [example for example in examples if not example.cut] or examples
         prompts = [example.prompt for example in whole]
         opening = common_prefix(prompts)[: c.prefix_tokens]
-        count, written = c.demonstrations or DEMONSTRATIONS, c.input_tokens or INPUT_TOKENS
-        positions = getattr(families.pretrained(model).config, "max_position_embeddings", None) or 4096
+        count = c.demonstrations or DEMONSTRATIONS
         separators = count * len(_blank_line(task))
-        room = positions - separators - len(opening) - written
+        positions = _positions(families.pretrained(model).config)
+        room = positions - separators - len(opening) - self._input_tokens
         kept = chosen(whole, count, room, self.seed, task.index)
         return Demonstrations(kept, opening, common_closing(prompts, opening), frozenset(ends))
 
@@ -140,7 +194,7 @@ class Dream(SeqLora):
         """Up to `count` dreams of an earlier task: the base writes the inputs, and the model as it is the
         answers."""
         kept, key = Demonstrations.load(task.state, past), (self.seed, self._index, past)
-        length, separator = self.config.input_tokens or INPUT_TOKENS, _blank_line(task)
+        length, separator = self._input_tokens, _blank_line(task)
         training = model.training
         model.eval()
         # `fresh` is false, so the adapter is all that the stream has changed.
@@ -176,6 +230,11 @@ class Dream(SeqLora):
         with torch.no_grad(), stand_in(model, self._before):
             taught = batch.hidden(model)
         return distillation(head, hidden, taught, batch.weights, 1.0, cap)
+
+
+def _positions(config) -> int:
+    """How many tokens a model of this config reads."""
+    return getattr(config, "max_position_embeddings", None) or 4096
 
 
 def _blank_line(task: Task) -> list[int]:

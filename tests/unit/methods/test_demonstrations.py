@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from codyra_llm.config.registry import METHODS
 from codyra_llm.core.errors import Fault
@@ -268,11 +268,23 @@ def test_a_task_of_which_no_example_fits_is_dreamt_from_its_opening(tiny_llama, 
         ({"inputs": "demonstrations", "fresh": True}, "set 'fresh' to false, or 'inputs' to beginnings"),
         ({"demonstrations": 3}, "'demonstrations' has no effect with inputs 'beginnings'; remove it"),
         ({"input_tokens": 9}, "'input_tokens' has no effect with inputs 'beginnings'; remove it"),
-        ({"inputs": "shots"}, "inputs: 'shots' is not valid; .*'beginnings' or 'demonstrations'"),
+        ({"input_weight": 0.5}, "'input_weight' has no effect .* set inputs to learnt"),
+        ({"inputs": "learnt", "input_tokens": 9}, "'input_tokens' has no effect with inputs 'learnt'"),
+        ({"inputs": "shots"}, "inputs: 'shots' is not valid; .*'learnt' or 'demonstrations'"),
         ({"inputs": "demonstrations", "demonstrations": 0}, "demonstrations: 0 is not valid"),
     ],
-    ids=["fresh", "demonstrations", "tokens", "unknown", "none"],
+    ids=["fresh", "demonstrations", "tokens", "weight", "learnt", "unknown", "none"],
 )
 def test_settings_that_do_not_fit(settings, message):
     with pytest.raises(Fault, match=message):
         METHODS["dream"].Config(**settings)
+
+
+def test_an_input_must_leave_room_for_demonstrations(tiny_llama):
+    """In 256 positions, with a beginning of up to 64 tokens and an answer of up to 48."""
+    config = AutoConfig.from_pretrained(tiny_llama)
+    for tokens, faults in ((143, 0), (144, 1)):
+        method = Dream(Dream.Config(inputs="demonstrations", input_tokens=tokens), 0)
+        found = method.check(config, None)
+        assert len(found) == faults and all("256 positions; lower input_tokens" in text for text in found)
+    assert Dream(Dream.Config(sample_tokens=1000), 0).check(config, None) == []
