@@ -51,10 +51,18 @@ class Demonstrations:
         Without a closing only the prompts are shown. After a prompt with its answer nothing would tell where
         in what the model writes the prompt ends."""
         tokens: list[int] = []
+        bos = 1 if self._begin_with(first) else 0
         for number in order:
-            tokens += _without_bos(self._shown(self.examples[number]), first, bool(tokens)) + separator
-        tokens += _without_bos(self.opening, first, bool(tokens))
+            shown = self._shown(self.examples[number])
+            tokens += (shown[bos:] if tokens else shown) + separator
+        tokens += self.opening[bos:] if tokens else self.opening
         return tokens or [first]
+
+    def _begin_with(self, first: int) -> bool:
+        """Whether `first` is the BOS of the prompts. A chat template's token that begins every turn is not,
+        although SmolLM2's config calls it so."""
+        prompts = [example.prompt for example in self.examples]
+        return all(prompt[:1] == [first] and first not in prompt[1:] for prompt in prompts)
 
     def _shown(self, example: Encoded) -> list[int]:
         """A demonstration, without the token after which a document would end."""
@@ -74,10 +82,6 @@ class Demonstrations:
         prompt = self.opening + body + self.closing
         is_copy = prompt in [example.prompt for example in self.examples]
         return prompt if body and is_ended and not is_copy else None
-
-
-def _without_bos(tokens: list[int], first: int, is_inside: bool) -> list[int]:
-    return tokens[1:] if is_inside and tokens[:1] == [first] else tokens
 
 
 def chosen(examples: Sequence[Encoded], count: int, room: int, *key: int | str) -> list[Encoded]:

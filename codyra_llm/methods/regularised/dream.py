@@ -1,5 +1,6 @@
 """Dream: sequential LoRA that distils the model before the task on sequences which that model generates."""
 
+import logging
 from dataclasses import replace
 
 import torch
@@ -33,9 +34,16 @@ from codyra_llm.methods.sequential.seqlora import SeqLora
 from codyra_llm.models import families, packed_attention
 from codyra_llm.models.head_loss import distillation, head_loss
 
+log = logging.getLogger(__name__)
+
 DEMONSTRATIONS = 2  # kept of each task, as many as SSR shows at a time
 INPUT_TOKENS = 256
 INPUT_WEIGHT = 0.25  # LAMOL's λ
+FEW = (
+    "dream: of %d inputs that the base wrote like those of task %s, %d came to their end and are new, where "
+    "%d are wanted; sequences from BOS take the place of the others. A longer method.input_tokens, or a base "
+    "that makes use of demonstrations, gives more"
+)
 CANDIDATES = 4  # inputs that the base writes for each dream, of which the selection takes one
 
 
@@ -200,6 +208,8 @@ class Dream(SeqLora):
         # `fresh` is false, so the adapter is all that the stream has changed.
         with stand_in(model, without_update(self._before)):
             written = new_inputs(model, kept, CANDIDATES * count, length, separator, *key)
+        if len(written) < count and PartialState().is_main_process:
+            log.warning(FEW, CANDIDATES * count, task.stream.tasks[past], len(written), count)
         prompts = diverse(model, written, count, *key)
         found = []
         for start in range(0, len(prompts), TOGETHER):

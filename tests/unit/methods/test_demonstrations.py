@@ -55,6 +55,7 @@ def at_task(index: int, state: dict, examples=EXAMPLES) -> SimpleNamespace:
         records=list,
         encode=lambda records: examples,
         archive=None,
+        stream=SimpleNamespace(tasks=["ONE", "TWO"]),
     )
 
 
@@ -150,6 +151,9 @@ def test_what_the_base_reads():
     chats = Demonstrations([Encoded([5, 4, MARK], [20, 4], False)], [5], [4, MARK], frozenset([2]))
     assert chats.context([0], [LINE], 1) == [5, 4, MARK, 20, 4, LINE, 5]
     assert Demonstrations([], [], [], frozenset()).context([], [LINE], 1) == [1]
+    turns = Demonstrations([Encoded([1, 5, 4, 1, MARK], [20, 4], False)] * 2, [1, 5], [MARK], frozenset([2]))
+    turn = [1, 5, 4, 1, MARK, 20, 4, LINE]
+    assert turns.context([0, 1], [LINE], 1) == [*turn, *turn, 1, 5]
 
 
 def test_the_order_of_the_examples_is_drawn_for_each_input(tiny_llama, monkeypatch):
@@ -251,6 +255,17 @@ def test_what_is_kept_of_a_task(tiny_llama, monkeypatch):
     cut = Encoded([1, 5, MARK], [20, 2], True)
     found = method.end_task(model, at_task(0, {}, [long, cut, EXAMPLES[0]]), None)
     assert Demonstrations.load(found, 0).examples == [EXAMPLES[0]]
+
+
+def test_too_few_inputs_are_told(tiny_llama, monkeypatch, caplog):
+    """In one token no input comes to its end; sequences from BOS take their place."""
+    method, model, state = after_a_task(tiny_llama, monkeypatch)
+    method.begin_task(model, at_task(1, state))
+    assert not caplog.messages
+    method.config = method.config.model_copy(update={"input_tokens": 1})
+    method.begin_task(model, at_task(1, state))
+    assert "of 32 inputs that the base wrote like those of task ONE, 0 came" in caplog.text
+    assert len(method._dreams) == 10 and all(len(example.prompt) == 2 for example in method._dreams)
 
 
 def test_a_task_of_which_no_example_fits_is_dreamt_from_its_opening(tiny_llama, monkeypatch):
