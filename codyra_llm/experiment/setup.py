@@ -123,8 +123,9 @@ class Setup:
                 observer.at(f"passes over data of task {self.recipe.tasks[index]}")
                 yield collate(examples, chosen, [0.0] * len(chosen), pad, packed).to(model.device)
 
-        own = self.encoder
-        return Task(index, archive, self.stream, own.encode, batches, state, own.ends, own.chat_frame)
+        own, newline = self.encoder, tuple(self.encoder.newline)
+        ends, frame = own.ends, own.chat_frame
+        return Task(index, archive, self.stream, own.encode, batches, state, ends, frame, newline)
 
     def test(self, index: int) -> list[dict]:
         """The records on which task `index` is scored."""

@@ -137,9 +137,23 @@ def sites(model: nn.Module) -> dict[str, LoraLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
+def by_shape(layers: dict[str, LoraLinear]) -> list[dict[str, LoraLinear]]:
+    """The sites grouped by the shape of A, in the model's order within each group, so that a method can treat
+    those of one shape by one batched product."""
+    groups: dict[tuple, dict[str, LoraLinear]] = {}
+    for site, layer in layers.items():
+        groups.setdefault(tuple(layer.lora_A.shape), {})[site] = layer
+    return list(groups.values())
+
+
 def snapshot(model: nn.Module) -> dict[str, Factors]:
     """A copy of the factors at every site, without gradient."""
     return {site: _copied(layer.factors) for site, layer in sites(model).items()}
+
+
+def without_update(factors: dict[str, Factors]) -> dict[str, Factors]:
+    """These factors with B = 0, with which the model is the base that it was loaded as."""
+    return {site: (a, w, torch.zeros_like(b)) for site, (a, w, b) in factors.items()}
 
 
 def _copied(factors: Factors) -> Factors:

@@ -36,6 +36,7 @@ class Task:
     ends: frozenset[int] = frozenset()  # the tokens that end an answer, in addition to the model's own EOS
     # The tokens that the model's chat template writes before and after a user's text; None: no template.
     chat_frame: Callable[[], tuple[list[int], list[int]] | None] = lambda: None
+    newline: tuple[int, ...] = ()  # the tokens of a line break
 
     def records(self, past: int | None = None) -> list[dict]:
         """Training records of an earlier task, or of this one."""
@@ -128,6 +129,12 @@ class Method:
     def shrinks(self) -> bool:
         """Whether the method drives ranks to zero during a task, some of them only in its last steps."""
         return False
+
+    @property
+    def has_usual_loss(self) -> bool:
+        """Whether `loss` is the batch's cross entropy and nothing else, so that a GPU may replay a recorded
+        forward and backward of it."""
+        return type(self).loss is Method.loss
 
     def check(self, config: "PreTrainedConfig", attention: str | None) -> list[str]:
         """Faults: settings that a base model of this config does not support, one sentence each."""

@@ -78,7 +78,7 @@ def padded(batch: Batch, shape: Shape) -> Batch:
 def can_record(model: nn.Module, method: Method) -> bool:
     """Whether a micro-batch of a shape is the same kernels every time in this method's training: the loss is
     the usual one, and what trains are adapters whose gradients are computed together at the end of a step."""
-    if type(method).loss is not Method.loss or not repeats(model):
+    if not method.has_usual_loss or not repeats(model):
         return False
     masters = {id(p) for group in shared_inputs(model) for p in group.masters()}
     return all(id(p) in masters for p in model.parameters() if p.requires_grad)

@@ -99,3 +99,23 @@ def test_zero_2_equals_one_process(finished, tiny_llama, toy_stream, tmp_path, f
     run_in_two(forked, files(tasks, tiny_llama, toy_stream, tmp_path / "two"), zero("zero2"))
     for name, number in tasks.items():
         assert_same(name, finished(name)[0], RunFolder(tmp_path / "two" / name), number)
+
+
+@pytest.mark.distributed
+def test_every_kind_of_dream_in_two_processes(tiny_llama, toy_stream, tmp_path, forked):
+    """Both dream the same inputs, and learn each prompt once."""
+    recipe_files = []
+    for inputs, settings in {"learnt": {}, "demonstrations": {"input_tokens": 20}}.items():
+        for folder in ("one", "two"):
+            recipe = raw(tiny_llama, toy_stream, tmp_path / folder / inputs, "dream")
+            recipe["eval"] = {"max_new_tokens": 3, "max_examples": 2}
+            recipe["method"] |= {"inputs": inputs, "prompted": 1.0, **settings}
+            recipe_files.append(tmp_path / f"{folder}-{inputs}.yaml")
+            recipe_files[-1].write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    run_in_two(forked, recipe_files[1::2], {})
+    for file in recipe_files[::2]:
+        one = runs.run(load_recipe(file))
+        two = RunFolder(tmp_path / "two" / one.path.name)
+        assert_same("dream", one, two, 3)
+        for a, b in zip(rows(one), rows(two), strict=True):
+            assert b.get("inputs", 0.0) == pytest.approx(a.get("inputs", 0.0), rel=1e-5)

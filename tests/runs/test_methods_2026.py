@@ -14,6 +14,8 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.experiment import run as runs
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.methods.parts.inputs import loaded
+from codyra_llm.methods.regularised import dream
+from codyra_llm.methods.regularised.demonstrations import new_inputs
 from codyra_llm.methods.sequential.slao import merged_columns, orthonormal_rows
 from codyra_llm.store.rows import Stage
 
@@ -111,6 +113,49 @@ def test_dream_without_weight_is_seqlora(run):
         prefix = load_file(free.state(2))[f"prefix.{index}"].tolist()
         examples = setup.encoder.encode(setup.stream.records(index, "train"))
         assert prefix and all(example.prompt[: len(prefix)] == prefix for example in examples)
+
+
+def test_dream_after_demonstrations_has_the_base_write(run, monkeypatch):
+    """Before each task the base as it was loaded reads two training examples of every earlier task."""
+    ids, seen = torch.tensor([[1, 30, 40, 50]]), []
+
+    def spying(model, kept, *given):
+        seen.append((model(input_ids=ids).logits, kept))
+        return new_inputs(model, kept, *given)
+
+    monkeypatch.setattr(dream, "new_inputs", spying)
+    settings = {"inputs": "demonstrations", "samples": 8, "sample_tokens": 3, "input_tokens": 20}
+    plain, free = run({"name": "seqlora"}), run({"name": "dream", "weight": 0.0, **settings})
+    setup = prepare(free.recipe)
+    base = AutoModelForCausalLM.from_pretrained(setup.base)
+    assert len(seen) == 3  # one earlier task, then two
+    for (logits, kept), past in zip(seen, (0, 0, 1), strict=True):
+        torch.testing.assert_close(logits, base(input_ids=ids).logits)
+        examples = setup.encoder.encode(setup.stream.records(past, "train"))
+        assert len(kept.examples) == 2 and all(example in examples for example in kept.examples)
+    for index in range(3):
+        one, two = plain.archive().load(index).adapters, free.archive().load(index).adapters
+        assert all(torch.equal(one[site].b, two[site].b) for site in one)
+    log = rows(run({"name": "dream", **settings}))
+    assert all(math.isfinite(row["dream"]) for row in log) and max(row["dream"] for row in log) > 0
+
+
+def test_dream_learns_to_write_inputs(run):
+    """After the first task its prompts are likelier than to a model that learnt the answers alone."""
+    settings = {"inputs": "learnt", "input_weight": 4.0}
+    plain, learnt = run({"name": "seqlora"}), run({"name": "dream", "samples": 0, **settings})
+    assert all(row["inputs"] > 0 for row in rows(learnt))
+    losses = []
+    for folder in (plain, learnt):
+        setup = prepare(folder.recipe)
+        model, _ = setup.load_stage(folder, Stage.of(folder.recipe.tasks, 0), torch.device("cpu"))
+        prompts = [setup.encoder.prompt(r["prompt"])[0] for r in setup.stream.records(0, "train")]
+        each = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            each.append(model(input_ids=ids, labels=ids).loss.item())
+        losses.append(sum(each) / len(each))
+    assert losses[1] < losses[0] - 0.1
 
 
 def test_other_methods_start_from_the_same_rows(run):

@@ -57,6 +57,52 @@ class DreamConfig(StartConfig, frozen=True):
         description="most tokens that are kept of the common beginning of a task's prompts",
     )
     batch: Count = Field(default=16, ge=1, description="sequences per optimizer step, redrawn each time")
+    inputs: Literal["beginnings", "learnt", "demonstrations"] = Field(
+        default="beginnings",
+        description="what dreams of earlier tasks are made from: beginnings: the common beginning of a "
+        "task's prompts; learnt: the same, and the model is trained to write prompts (LAMOL, with target "
+        "tokens); demonstrations: training examples of each task, which are kept, and after which the base "
+        "writes inputs (SSR); needs `fresh` false",
+    )
+    input_weight: NotNegative | None = Field(
+        default=None,
+        description="learnt only: λ of the cross entropy of the prompts' tokens in every step; default 0.25",
+    )
+    demonstrations: Count | None = Field(
+        default=None,
+        ge=1,
+        description="demonstrations only: how many training examples of each task are kept for it, if the "
+        "model's positions have room for them; default 2",
+    )
+    input_tokens: Count | None = Field(
+        default=None,
+        ge=1,
+        description="demonstrations only: most tokens that the base writes for an input; a longer one is "
+        "dropped; default 256",
+    )
+
+    @model_validator(mode="after")
+    def _base_is_within_reach(self) -> "DreamConfig":
+        if self.inputs == "demonstrations" and self.fresh:
+            raise ValueError(
+                "'inputs' is demonstrations, after which the base writes inputs, but with 'fresh' true every "
+                "update is merged into the base; set 'fresh' to false, or 'inputs' to beginnings"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _settings_of_inputs(self) -> "DreamConfig":
+        used_by = {
+            "input_weight": "learnt",
+            "demonstrations": "demonstrations",
+            "input_tokens": "demonstrations",
+        }
+        for key, inputs in used_by.items():
+            if getattr(self, key) is not None and self.inputs != inputs:
+                raise ValueError(
+                    f"'{key}' has no effect with inputs '{self.inputs}'; remove it, or set inputs to {inputs}"
+                )
+        return self
 
 
 class SdftConfig(StartConfig, frozen=True):

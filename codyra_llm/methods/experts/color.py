@@ -5,9 +5,8 @@ from torch import Tensor
 
 from codyra_llm.config.methods.experts import ColorConfig
 from codyra_llm.methods.base import Task
-from codyra_llm.methods.experts.identity import kmeans
 from codyra_llm.methods.experts.single import Single
-from codyra_llm.methods.parts.features import over_prompts, padded, pooled_states
+from codyra_llm.methods.parts.features import kmeans, over_prompts, padded, pooled_states
 
 
 class Color(Single):

@@ -1,30 +1,10 @@
-"""From a feature vector to its task: centroids and Gaussians, kept per task."""
+"""From a feature vector to its task: Gaussians, kept per task."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from codyra_llm.core.tensors import generator
-
-ROUNDS = 100  # of k-means; a few dozen reach its fixed point on a task's prompts
-
-
-def kmeans(x: Tensor, k: int, *key: int | str) -> Tensor:
-    """k centroids [k, h] of x [n, h] on the CPU in float64: k-means++ seeds drawn by `key`, then ROUNDS of
-    Lloyd's. A centroid that no point is nearest to stays; with fewer than k distinct points some coincide."""
-    from scipy.cluster.vq import kmeans2  # slow to import
-
-    draw = np.random.default_rng(generator(*key).initial_seed())
-    # Neither is a fault here: an empty cluster, and no distance left to draw by, where points coincide.
-    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
-        warnings.filterwarnings("ignore", "One of the clusters is empty")
-        # scipy calls it rng from 1.15 on, and takes both names.
-        centroids, _ = kmeans2(x.numpy(), k, iter=ROUNDS, minit="++", seed=draw)  # pyright: ignore
-    return torch.from_numpy(centroids)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def self_sampled(
     The random second token makes the texts diverse: without it a model that begins most texts in the same way
     would show little of what it knows. Decoding caches keys and values, so a sequence costs one forward of
     its length."""
-    rows = _shared_out(model, partial(_starts, model), count, length, ("self-sampled", seed), rank, world)
+    rows = written_after(model, partial(_starts, model), count, length, ("self-sampled", seed), rank, world)
     return [Encoded(row[:-1], row[-1:], cut=False) for row in rows]
 
 
@@ -48,19 +48,19 @@ def self_sampled_chats(
     def begin(n: int, draw: torch.Generator) -> Tensor:
         return torch.tensor([before] * n)
 
-    rows = _shared_out(model, begin, count, length, ("self-sampled chats", seed), rank, world)
-    places = [min(_end_of(after, row, len(before)), len(row) - 1) for row in rows]
+    rows = written_after(model, begin, count, length, ("self-sampled chats", seed), rank, world)
+    places = [min(end_of(after, row, len(before)), len(row) - 1) for row in rows]
     return [Encoded(row[:place], row[place:], cut=False) for place, row in zip(places, rows, strict=True)]
 
 
-def _shared_out(
+def written_after(
     model: nn.Module,
     starts: Callable[[int, torch.Generator], Tensor],
     count: int,
     length: int,
-    key: tuple[str, int],
-    rank: int,
-    world: int,
+    key: tuple[int | str, ...],
+    rank: int = 0,
+    world: int = 1,
 ) -> list[list[int]]:
     """This rank's share of `count` rows: `starts(n, draw)` [n, k] and what the model writes after them, drawn
     by generators of this key."""
@@ -75,7 +75,7 @@ def _shared_out(
     return rows
 
 
-def _end_of(part: list[int], row: list[int], start: int) -> int:
+def end_of(part: list[int], row: list[int], start: int) -> int:
     """The position in `row` after the first occurrence of `part` from `start` on; the row's length if there
     is none."""
     places = range(start, len(row) - len(part) + 1)

@@ -7,8 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from codyra_llm.config.methods.regularised import HideLoraRepoConfig
-from codyra_llm.lora.layer import sites
-from codyra_llm.methods.regularised.shapes import by_shape
+from codyra_llm.lora.layer import by_shape, sites
 from codyra_llm.methods.sequential.seqlora import SeqLora
 
 

@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from codyra_llm.config.methods.regularised import OLoraConfig
-from codyra_llm.lora.layer import sites
+from codyra_llm.lora.layer import by_shape, sites
 from codyra_llm.lora.update import Adapter
 from codyra_llm.methods.base import Task
-from codyra_llm.methods.regularised.shapes import by_shape
 from codyra_llm.methods.sequential.seqlora import SeqLora
 
 

@@ -10,9 +10,8 @@ from torch import Tensor
 from codyra_llm.config.methods.regularised import TreeLoraRepoConfig
 from codyra_llm.core.tensors import generator
 from codyra_llm.data.batches import in_one_copy
-from codyra_llm.lora.layer import LoraLinear, sites
+from codyra_llm.lora.layer import LoraLinear, by_shape, sites
 from codyra_llm.methods.base import Task
-from codyra_llm.methods.regularised.shapes import by_shape
 from codyra_llm.methods.sequential.seqlora import SeqLora
 
 

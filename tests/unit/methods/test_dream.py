@@ -8,12 +8,14 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from codyra_llm.config.registry import METHODS
+from codyra_llm.data.batches import collate
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.lora.layer import sites
 from codyra_llm.lora.shared import share_inputs
 from codyra_llm.methods.parts.samples import continued, end_tokens, first_token
 from codyra_llm.methods.regularised import dream
-from codyra_llm.methods.regularised.dream import common_prefix
+from codyra_llm.methods.regularised.demonstrations import common_prefix
+from codyra_llm.models import packed_attention
 
 
 def begun(path, state=None, **settings):
@@ -69,6 +71,45 @@ def test_over_two_processes_it_is_the_same(tiny_llama, monkeypatch):
             parts.append(method.penalty(model)["dream"] / 2)
         monkeypatch.undo()
         torch.testing.assert_close(sum(parts), whole, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("turns", [(), ((2, 4),)], ids=["plain", "chat"])
+def test_learnt_inputs_are_prompts_weighted_as_their_examples(tiny_llama, packed, turns):
+    """Against each example alone, in float64, by its share of the loss; a filler and BOS have none."""
+    method, model = begun(tiny_llama, inputs="learnt", input_weight=0.5)
+    examples = [
+        Encoded([1, 30, 40, 50, 60], [70, 2], False, turns),
+        Encoded([1, 80, 90], [33, 44, 55, 2], False),
+        Encoded([1, 21], [22], False),
+        Encoded([1], [23, 2], False),
+    ]
+    weights = [0.1, 0.05, 0.0, 0.2]
+    batch = collate(examples, range(4), weights, 0, packed)
+    if packed:
+        packed_attention.use(model)
+    found = method.loss(model.train(), batch)
+    model.set_attn_implementation("sdpa")
+    expected = torch.zeros((), dtype=torch.float64)
+    for example, weight in zip(examples[:2], weights, strict=False):
+        ids = torch.tensor(example.prompt)
+        own = functional.nll_loss(log_chances(model, ids)[:-1], ids[1:])
+        expected += 0.5 * own * weight * len(example.labelled)
+    torch.testing.assert_close(found["inputs"].double(), expected, rtol=1e-5, atol=1e-7)
+    plain = collate(examples, range(4), weights, 0).cross_entropy(model)
+    torch.testing.assert_close(found["loss"], plain, rtol=1e-5, atol=1e-7)
+    assert found.keys() == {"loss", "inputs"}
+
+
+def test_inputs_are_learnt_in_training_alone_and_where_that_is_set(tiny_llama):
+    batch = collate([Encoded([1, 30, 40], [70, 2], False)], [0], [0.5], 0)
+    for settings in ({}, {"inputs": "learnt", "input_weight": 0.0}):
+        method, model = begun(tiny_llama, **settings)
+        assert method.has_usual_loss and method.loss(model.train(), batch).keys() == {"loss"}
+    method, model = begun(tiny_llama, inputs="learnt")
+    assert not method.has_usual_loss and method.loss(model.eval(), batch).keys() == {"loss"}
+    whole, half = method.loss(model.train(), batch), begun(tiny_llama, inputs="learnt", input_weight=0.125)
+    torch.testing.assert_close(half[0].loss(half[1].train(), batch)["inputs"], whole["inputs"] / 2)
 
 
 def test_before_the_first_step_there_is_nothing_to_hold_back(tiny_llama):

@@ -17,8 +17,8 @@ from codyra_llm.lora.layer import AdapterSpec
 from codyra_llm.lora.mixture import MixtureLinear, select, weigh
 from codyra_llm.lora.update import Adapter
 from codyra_llm.methods.experts.duallora import DualLinear, gate_by
-from codyra_llm.methods.experts.identity import Gaussians, kmeans
-from codyra_llm.methods.parts.features import prompt_mask
+from codyra_llm.methods.experts.identity import Gaussians
+from codyra_llm.methods.parts.features import kmeans, prompt_mask
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "bias"])
