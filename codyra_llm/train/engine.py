@@ -96,14 +96,16 @@ class Engine:
             loss = self.recorder.run(batch) if self.recorder else None
             if loss is not None:
                 terms = self.module.penalties(penalty)
-            else:
-                if first:
-                    make_shadows(self.whole)
-                terms = self.module(batch.to(self.acc.device), penalty)
-            total = sum(terms.values())
-            if isinstance(total, Tensor) and total.requires_grad:  # penalties alone may have no gradient yet
-                total.backward()
-        return terms if loss is None else {"loss": loss, **terms}
+                # Penalties may have no gradient yet; a loss without one is a mistake, which autograd refuses.
+                with_gradient = [term for term in terms.values() if term.requires_grad]
+                if with_gradient:
+                    sum(with_gradient).backward()
+                return {"loss": loss, **terms}
+            if first:
+                make_shadows(self.whole)
+            terms = self.module(batch.to(self.acc.device), penalty)
+            sum(terms.values()).backward()
+        return terms
 
     def _by_deepspeed(self, batch, first: bool, last: bool, penalty: float) -> dict[str, Tensor]:
         """`accumulate` under DeepSpeed."""

@@ -48,6 +48,15 @@ def test_adapters_are_rewritten_after_a_checkpoint_where_one_never_had_a_gradien
         assert not (state["exp_avg"].any() or state["exp_avg_sq"].any() or state["step"].any())
 
 
+def test_a_loss_without_a_gradient_is_refused():
+    """Else a model in which nothing trains would train to its end."""
+    model = TwoLayers().requires_grad_(False)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    engine = Engine(Accelerator(cpu=True), Objective(model, SumOfOne()), optimizer, 1.0)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        engine.accumulate(torch.ones(2, 4), first=True, last=True)
+
+
 @pytest.mark.parametrize("large", [1, 100, 10_000])
 def test_gradients_are_summed_over_ranks_whatever_their_size(monkeypatch, large):
     """Another rank with the same gradients doubles them. A large one is not copied together with the
