@@ -1,7 +1,7 @@
 """The engine of one task: one interface for one process, DDP and DeepSpeed ZeRO."""
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import cast
 
 import torch
@@ -25,6 +25,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 # A gradient of at least this many numbers is summed over ranks by itself: together with others it would be
 # copied twice, and such tensors are few.
 LARGE = 1 << 22
+
+
+def _total(terms: Iterable[Tensor]) -> Tensor:
+    first, *others = terms
+    return sum(others, first)
 
 
 class Engine:
@@ -99,12 +104,12 @@ class Engine:
                 # Penalties may have no gradient yet; a loss without one is a mistake, which autograd refuses.
                 with_gradient = [term for term in terms.values() if term.requires_grad]
                 if with_gradient:
-                    sum(with_gradient).backward()
+                    _total(with_gradient).backward()
                 return {"loss": loss, **terms}
             if first:
                 make_shadows(self.whole)
             terms = self.module(batch.to(self.acc.device), penalty)
-            sum(terms.values()).backward()
+            _total(terms.values()).backward()
         return terms
 
     def _by_deepspeed(self, batch, first: bool, last: bool, penalty: float) -> dict[str, Tensor]:
