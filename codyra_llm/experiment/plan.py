@@ -299,6 +299,7 @@ def disk_bytes(setup: Setup, trained: int) -> int:
 
 # If a micro-batch takes more than these seconds in a few layers, time is estimated from counted operations.
 LONGEST = 20
+SLOWEST = 1e9  # operations of matrix products a second; no machine that trains is slower
 
 
 class Training(NamedTuple):
@@ -336,8 +337,11 @@ def _training(setup: Setup, model: nn.Module, work: Work, device: torch.device) 
     timed_pieces = (work.pieces[-1], middle)
     flops = [step_flops(model, piece.tokens, piece.squares, piece.labelled) for piece in timed_pieces]
     layers = depth(model)
-    speed = matmul_speed(model, work.pieces[-1].tokens, setup.dtype, device)
-    if flops[0] / speed * MEASURED_LAYERS[1] / sum(layers) > LONGEST:
+    timed_flops = flops[0] * MEASURED_LAYERS[1] / sum(layers)  # of a few layers
+    speed = SLOWEST
+    if timed_flops / speed > LONGEST:
+        speed = matmul_speed(model, work.pieces[-1].tokens, setup.dtype, device)
+    if timed_flops / speed > LONGEST:
         basis = f"{operations:.2g} operations of matrix products, {speed:.2g} a second measured here"
         line = f"time to train, at least: {duration(operations / speed)} ({basis}, one process)"
         return Training(steps, tokens, operations / speed, line)
