@@ -18,6 +18,7 @@ from codyra_llm.evaluate.budget import batches, budget, within_memory
 from codyra_llm.methods.base import Condition
 from codyra_llm.models import families
 from codyra_llm.models.ends import ended
+from codyra_llm.models.inference import last_logits
 from codyra_llm.runtime import heartbeat, signals
 from codyra_llm.store import observer
 
@@ -70,21 +71,21 @@ def generate_ids(
     tensor = partial(torch.tensor, device=model.device)
     if shared:
         prefix = tensor([prompts[0][:shared]])
-        model(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        last_logits(model, input_ids=prefix, past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(len(prompts))
     given, mask = _prefill(model, prompts, shared, condition)
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
     batch = _Batch(len(prompts), ends, stop)
     for number in range(new):
         padded = any(len(prompts[row]) < width for row in batch.rows)
-        logits = model(
+        logits = last_logits(
+            model,
             **given,
             attention_mask=mask if padded else None,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
-        ).logits
+        )
         ids = logits[:, -1].argmax(-1, keepdim=True)
         going = batch.add(ids[:, 0].tolist())
         if not going:

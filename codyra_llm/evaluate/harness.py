@@ -42,6 +42,7 @@ from codyra_llm.evaluate.statistics import blank, commonest
 from codyra_llm.evaluate.suite import Ability, drawn, quiet
 from codyra_llm.methods.base import Condition
 from codyra_llm.models.ends import without_end
+from codyra_llm.models.inference import last_logits
 from codyra_llm.models.tokenizer import DATE, render_chats, template_fault
 from codyra_llm.runtime import heartbeat, signals
 from codyra_llm.store import observer
@@ -169,7 +170,7 @@ class Live(HFLM):
         prefix = self.conditions([context]).prefix if self.conditions else None
         if prefix is not None:
             given = {"inputs_embeds": prefixed(self.model, ids, rows, prefix)}
-        return self.model(**given, use_cache=False, logits_to_keep=keep).logits
+        return last_logits(self.model, keep, **given, use_cache=False)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Greedy answers, each cut at its first stop sequence. Raises Fault for a task that samples."""

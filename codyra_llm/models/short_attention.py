@@ -42,12 +42,12 @@ class ShortAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """query [R, H, T, d], key and value [R, H_kv, T, d] to [R, H, T, d]."""
-        q, k, v = _by_key_head(query, key), _flat(key), _flat(value)
+        q, k, v = by_key_head(query, key), flat(key), flat(value)
         ctx.save_for_backward(q, k, v)
         ctx.scale, ctx.shapes = scale, (query.shape, key.shape, value.shape)
         out = q.new_empty(*q.shape[:2], v.shape[2])
         mask = _mask(q, k)
-        for heads in _portions(q, k):
+        for heads in portions(q, k):
             torch.bmm(_probabilities(q[heads], k[heads], scale, mask), v[heads], out=out[heads])
         return out.view(*query.shape[:3], v.shape[2])
 
@@ -58,7 +58,7 @@ class ShortAttention(torch.autograd.Function):
         do = do.reshape(*q.shape[:2], v.shape[2])  # [R·H_kv, g·T, d]
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         mask = _mask(q, k)
-        for heads in _portions(q, k):
+        for heads in portions(q, k):
             p = _probabilities(q[heads], k[heads], ctx.scale, mask)
             torch.bmm(p.mT, do[heads], out=dv[heads])
             dp = torch.bmm(do[heads], v[heads].mT)
@@ -71,12 +71,12 @@ class ShortAttention(torch.autograd.Function):
         return dq.view(query_shape), dk.view(key_shape), dv.view(value_shape), None
 
 
-def _by_key_head(query: Tensor, key: Tensor) -> Tensor:
+def by_key_head(query: Tensor, key: Tensor) -> Tensor:
     """The query [R, H, T, d] as [R·H_kv, g·T, d]: for each key head the rows of its g query heads."""
     return query.reshape(len(query) * key.shape[1], -1, query.shape[3])
 
 
-def _flat(heads: Tensor) -> Tensor:
+def flat(heads: Tensor) -> Tensor:
     """[R, H_kv, T, d] as [R·H_kv, T, d]."""
     return heads.reshape(-1, *heads.shape[2:])
 
@@ -88,7 +88,7 @@ def _mask(q: Tensor, k: Tensor) -> Tensor:
     return later.repeat(q.shape[1] // tokens, 1)
 
 
-def _portions(q: Tensor, k: Tensor) -> list[slice]:
+def portions(q: Tensor, k: Tensor) -> list[slice]:
     """Key heads whose scores fit into the cache together."""
     step = max(1, IN_CACHE // (q.shape[1] * k.shape[1]))
     return [slice(start, start + step) for start in range(0, len(q), step)]

@@ -5,10 +5,12 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from codyra_llm.core.tensors import generator
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.models.families import pretrained
+from codyra_llm.models.inference import last_logits
 from codyra_llm.runtime import signals
 from codyra_llm.store import observer
 
@@ -130,19 +132,18 @@ def answered(
     fed = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = None
+    cache = DynamicCache(config=pretrained(model).config)
     model.eval()
     for place in range(length):
-        out = model(
+        logits = last_logits(
+            pretrained(model),
             input_ids=fed,
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
         )
-        cache = out.past_key_values
-        fed = _inverse_cdf(out.logits[:, -1], uniform[:, place, None])
+        fed = _inverse_cdf(logits[:, -1], uniform[:, place, None])
         for row, token in enumerate(fed[:, 0].tolist()):
             if row in unfinished:
                 found[row].append(token)
@@ -187,16 +188,12 @@ def _starts(model: nn.Module, count: int, draw: torch.Generator) -> Tensor:
 
 def _continued(model: nn.Module, ids: Tensor, length: int, draw: torch.Generator) -> Tensor:
     """ids [n, k] followed by `length` tokens that the model draws: [n, k + length]."""
-    cache, fed, device = None, ids, pretrained(model).device
+    cache, fed, device = DynamicCache(config=pretrained(model).config), ids, pretrained(model).device
     for _ in range(length):
-        out = model(
-            input_ids=fed.to(device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
+        logits = last_logits(
+            pretrained(model), input_ids=fed.to(device), past_key_values=cache, use_cache=True
         )
-        cache = out.past_key_values
-        probabilities = out.logits[:, -1].float().softmax(1).cpu()
+        probabilities = logits[:, -1].float().softmax(1).cpu()
         fed = torch.multinomial(probabilities, 1, generator=draw)
         ids = torch.cat([ids, fed], 1)
     return ids
