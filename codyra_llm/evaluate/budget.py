@@ -1,8 +1,9 @@
 """How many tokens are decoded at once: prompts in batches of similar length, as many as fit into memory."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +18,7 @@ from codyra_llm.runtime import heartbeat
 MOST = {"cpu": 4096, "cuda": 131072}  # tokens of a batch
 # Prompt tokens that cost as much as one decoding step. Measured on the CPU; on an H100 800 to 3000.
 STEP = {"cpu": 16, "cuda": 1024}
+BEGINNING = 64  # tokens by which rows are compared
 
 T = TypeVar("T")
 
@@ -82,19 +84,45 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
-def batches(lengths: Sequence[int], new: int, tokens: int, step: int) -> Iterator[list[int]]:
+class Alike(NamedTuple):
+    """Rows, by their positions, that have the first `shared` tokens in common."""
+
+    rows: list[int]
+    shared: int
+
+
+def by_beginning(rows: Sequence[list[int]], new: int, step: int) -> list[Alike]:
+    """The rows in groups. Those with one beginning are a group of their own, if reading it once saves more
+    prompt tokens than the batch that this adds costs (`new` and `step` as in `batches`); all others are one
+    group. Questions after the same examples, such as those of a subject of MMLU, begin alike."""
+    by_start: dict[tuple[int, ...], list[int]] = {}
+    for i, row in enumerate(rows):
+        by_start.setdefault(tuple(row[:BEGINNING]), []).append(i)
+    groups, others = [], []
+    for members in by_start.values():
+        shared = len(os.path.commonprefix([rows[i] for i in members]))
+        if (len(members) - 1) * shared > step * new:
+            groups.append(Alike(members, shared))
+        else:
+            others += members
+    return [*groups, Alike(others, 0)] if others else groups
+
+
+def batches(lengths: Sequence[int], new: int, tokens: int, step: int, again: int = 0) -> Iterator[list[int]]:
     """Positions in batches of similar length, longest first, each of at most `tokens` tokens including the
     `new` ones of every row.
 
     `step` says how many prompt tokens cost as much as one decoding step: a batch also ends where more pads
-    would cost more than the `new` steps of another batch.
+    would cost more than the `new` steps of another batch, and than the `again` prompt tokens that every batch
+    reads first.
     """
     current: list[int] = []
     pads = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         longest = lengths[current[0]] if current else lengths[i]
         pads += longest - lengths[i]
-        if current and ((longest + new) * (len(current) + 1) > tokens or pads > step * new):
+        full = (longest + new) * (len(current) + 1) > tokens
+        if current and (full or pads > step * new + again):
             yield current
             current, pads = [], 0
         current.append(i)

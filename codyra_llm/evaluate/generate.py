@@ -3,7 +3,6 @@ finished rows leave their batch, and a shared prefix is encoded once."""
 
 import os
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -34,15 +33,15 @@ class Answer(NamedTuple):
     cut: bool
 
 
-def shared_prefix(prompts: Sequence[list[int]], new: int, windows: Sequence[int]) -> int:
+def shared_prefix(prompts: Sequence[list[int]], new: int, windows: Sequence[int], keep: int = 1) -> int:
     """How many of the first tokens, which all `prompts` share, to encode once; 0 where this saves less than
-    an eighth of the tokens.
+    an eighth of the tokens. The last `keep` tokens of each are not among them, since their logits are wanted.
 
     The pads of shorter prompts are then between the prefix and the rest. A sliding window counts them, so
     with `windows` (of the sliding layers, in tokens) nothing is shared unless prompt and answer fit into
     each."""
     lengths = [len(p) for p in prompts]
-    shared = min(len(os.path.commonprefix(prompts)), min(lengths) - 1)  # the last token must be read again
+    shared = min(len(os.path.commonprefix(prompts)), min(lengths) - keep)
     pays = shared >= LEAST_SHARED and 8 * shared * (len(prompts) - 1) >= sum(lengths)
     return shared if pays and all(max(lengths) + new <= window for window in windows) else 0
 
@@ -64,15 +63,10 @@ def generate_ids(
     batch, since removing them copies the cache of the others.
     """
     ends = {ends} if isinstance(ends, int) else ends
-    cache = DynamicCache(config=model.config)
     width = max(map(len, prompts))
     # A condition may differ from row to row, so that no prefix is shared.
     shared = 0 if condition else shared_prefix(prompts, new, families.windows(model.config))
-    tensor = partial(torch.tensor, device=model.device)
-    if shared:
-        prefix = tensor([prompts[0][:shared]])
-        last_logits(model, input_ids=prefix, past_key_values=cache, use_cache=True)
-        cache.batch_repeat_interleave(len(prompts))
+    cache = _cache(model, prompts, shared)
     given, mask = _prefill(model, prompts, shared, condition)
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
     batch = _Batch(len(prompts), ends, stop)
@@ -93,7 +87,7 @@ def generate_ids(
         mask = torch.cat([mask, torch.ones_like(ids)], 1)
         positions = positions[:, -1:] + 1
         if 4 * len(going) <= 3 * len(batch.rows):  # a quarter is done
-            chosen = tensor(going)
+            chosen = torch.tensor(going, device=model.device)
             batch.keep(going)
             ids, mask, positions = ids[chosen], mask[chosen], positions[chosen]
             cache.batch_select_indices(chosen)
@@ -105,6 +99,31 @@ def generate_ids(
             _finish(model, cache, mask, ids, positions, batch, left)
             break
     return batch.out
+
+
+@torch.no_grad()
+def prompt_logits(
+    model: PreTrainedModel, prompts: Sequence[list[int]], keep: int, condition: Condition | None = None
+) -> Tensor:
+    """Logits [B, keep, V] at the last `keep` tokens of every prompt; a prefix that all share is read once."""
+    shared = 0 if condition else shared_prefix(prompts, 0, families.windows(model.config), keep)
+    given, mask = _prefill(model, prompts, shared, condition)
+    if len(set(map(len, prompts))) > 1:
+        given["attention_mask"] = mask
+    if shared:
+        given["past_key_values"] = _cache(model, prompts, shared)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
+    return last_logits(model, keep, **given, position_ids=positions, use_cache=bool(shared))
+
+
+def _cache(model: PreTrainedModel, prompts: Sequence[list[int]], shared: int) -> DynamicCache:
+    """A cache with the `shared` first tokens of the prompts, for each of them."""
+    cache = DynamicCache(config=model.config)
+    if shared:
+        prefix = torch.tensor([prompts[0][:shared]], device=model.device)
+        last_logits(model, input_ids=prefix, past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(prompts))
+    return cache
 
 
 def _prefill(

@@ -36,13 +36,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.foreign import Failed
 from codyra_llm.evaluate.bounded_tasks import is_score, no_score, refuse_label
-from codyra_llm.evaluate.budget import batches, budget, within_memory
-from codyra_llm.evaluate.generate import generate_ids, prefixed
+from codyra_llm.evaluate.budget import Alike, batches, budget, by_beginning, within_memory
+from codyra_llm.evaluate.generate import generate_ids, prompt_logits
 from codyra_llm.evaluate.statistics import blank, commonest
 from codyra_llm.evaluate.suite import Ability, drawn, quiet
 from codyra_llm.methods.base import Condition
 from codyra_llm.models.ends import without_end
-from codyra_llm.models.inference import last_logits
 from codyra_llm.models.tokenizer import DATE, render_chats, template_fault
 from codyra_llm.runtime import heartbeat, signals
 from codyra_llm.store import observer
@@ -132,45 +131,27 @@ class Live(HFLM):
         for i, (_, context, continuation) in enumerate(requests):
             read = (context + continuation)[:-1]
             sharing.setdefault(tuple(read[-self.max_length :]), []).append(i)
-        rows = list(sharing)
-        lengths = list(map(len, rows))
+        rows = list(map(list, sharing))
+        numbers = list(sharing.values())
         longest = max(len(continuation) for _, _, continuation in requests)
         most = max(1, MOST_LOGITS // (longest * self.model.config.vocab_size))  # rows of a forward pass
         found = []
 
-        def last_logits(chosen: list[int]) -> Tensor:
-            context = requests[sharing[rows[chosen[0]]][0]][1]
-            return self._last_logits([list(rows[r]) for r in chosen], context, longest)
+        def answer(chosen: list[int]) -> Tensor:
+            context = requests[numbers[chosen[0]][0]][1]
+            condition = self.conditions and self.conditions([context])
+            return prompt_logits(self.model, [rows[r] for r in chosen], longest, condition)
 
-        for chosen, logits in self._own(lengths, 1, last_logits, 1 if self.conditions else most):
+        for chosen, logits in self._own(rows, 1, answer, 1 if self.conditions else most):
             for r, own in zip(chosen, logits, strict=True):
                 logs = own.float().log_softmax(-1)
-                for i in sharing[rows[r]]:
+                for i in numbers[r]:
                     target = torch.tensor(requests[i][2], device=logs.device)
                     last = logs[-len(target) :]
                     log_likelihood = last.gather(1, target[:, None]).sum().item()
                     is_greedy = bool((last.argmax(-1) == target).all())
                     found.append((i, (log_likelihood, is_greedy)))
         return self._gathered(found, len(requests))
-
-    def _last_logits(self, rows: list[list[int]], context: list[int], keep: int) -> Tensor:
-        """Logits [B, keep, V] at the last `keep` positions of `rows`, which are padded on the left.
-        `context`: the prompt that conditions depend on; with conditions there is a single row.
-        """
-        width = max(map(len, rows))
-
-        def tensor(value):
-            return torch.tensor(value, device=self.device)
-
-        ids = tensor([[0] * (width - len(row)) + row for row in rows])
-        given: dict[str, Any] = {"input_ids": ids}
-        if any(len(row) < width for row in rows):
-            mask = tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-            given |= {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-        prefix = self.conditions([context]).prefix if self.conditions else None
-        if prefix is not None:
-            given = {"inputs_embeds": prefixed(self.model, ids, rows, prefix)}
-        return last_logits(self.model, keep, **given, use_cache=False)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """Greedy answers, each cut at its first stop sequence. Raises Fault for a task that samples."""
@@ -197,7 +178,7 @@ class Live(HFLM):
                 self.tok_encode(requests[i].args[0], left_truncate_len=self.max_length - new) for i in members
             ]
             answer = partial(self._generated, prompts, new, self._stops(until))
-            for chosen, answers in self._own(list(map(len, prompts)), new, answer):
+            for chosen, answers in self._own(prompts, new, answer):
                 found += [
                     (members[n], self._text(ids, until)) for n, ids in zip(chosen, answers, strict=True)
                 ]
@@ -226,14 +207,15 @@ class Live(HFLM):
         return postprocess_generated_text(self.tok_decode(without_end(ids, self.ends)), list(until), None)
 
     def _own(
-        self, lengths: list[int], new: int, answer: Callable[[list[int]], Any], most: int | None = None
+        self, rows: list[list[int]], new: int, answer: Callable[[list[int]], Any], most: int | None = None
     ) -> Iterator[tuple[list[int], Any]]:
-        """This rank's batches (positions in `lengths`), each of at most `most` rows, with what `answer`
-        returns for them (collective: all ranks cut the same batches)."""
+        """This rank's batches (positions in `rows`), each of at most `most` rows, with what `answer` returns
+        for them (collective: all ranks cut the same batches)."""
         self.held.agree(self.acc)
+        lengths = list(map(len, rows))
         number = answered = 0
-        observer.counted(0, len(lengths))
-        for chosen in list(batches(lengths, new, self.held.tokens, self.held.step)):
+        observer.counted(0, len(rows))
+        for chosen in self._batches(rows, new):
             for start in range(0, len(chosen), most or len(chosen)):
                 if number % self.acc.num_processes == self.acc.process_index:
                     signals.check()
@@ -242,7 +224,17 @@ class Live(HFLM):
                     yield from within_memory(part, lengths, new, self.held, answer)
                 number += 1
             answered += len(chosen)
-            observer.counted(answered, len(lengths))
+            observer.counted(answered, len(rows))
+
+    def _batches(self, rows: list[list[int]], new: int) -> list[list[int]]:
+        """Positions in `rows` in batches; rows that begin alike are together, where no condition differs."""
+        step, found = self.held.step, []
+        everything = [Alike(list(range(len(rows))), 0)]
+        for group in everything if self.conditions else by_beginning(rows, new, step):
+            lengths = [len(rows[i]) for i in group.rows]
+            for chosen in batches(lengths, new, self.held.tokens, step, group.shared):
+                found.append([group.rows[i] for i in chosen])
+        return found
 
     def _gathered(self, found: list[tuple[int, Any]], count: int) -> list[Any]:
         """The results of all ranks, in the order of the requests."""

@@ -1,5 +1,5 @@
 """Logits at the last positions of a batch, without gradients. On a CPU in bfloat16, attention is by plain
-products: PyTorch's kernel takes 2 to 20 times as long.
+products: PyTorch's kernel takes 1.6 to 40 times as long.
 """
 
 from collections.abc import Iterator

@@ -94,3 +94,22 @@ def test_memory_that_runs_out_halves_the_batch_and_every_prompt_is_answered(aske
 def test_one_prompt_that_does_not_fit_is_a_fault(asked):
     with pytest.raises(Fault, match=r"one prompt with its answer, \d+ tokens.*max_prompt_tokens"):
         asked(3)
+
+
+def test_rows_that_begin_alike_are_a_group_where_that_saves_more_than_a_batch_costs():
+    """Two sets of questions after examples of their own, and others that begin alike by 10 tokens alone."""
+    first, second, none = [1] * 90, [2] * 70, [3] * 10
+    rows = [[*first, 7], [*none, 8], [*second, 9], [*first, 10], [*none, 11], [*second, 12, 13], [*first, 14]]
+    assert budget.by_beginning(rows, 1, 69) == [([0, 3, 6], 90), ([2, 5], 70), ([1, 4], 0)]
+    assert budget.by_beginning(rows, 1, 70) == [([0, 3, 6], 90), ([1, 2, 5, 4], 0)]  # 70 saved, 70 lost
+    assert budget.by_beginning(rows, 2, 90) == [([0, 3, 6, 1, 2, 5, 4], 0)]
+    assert budget.by_beginning([], 1, 70) == []
+
+
+def test_a_batch_ends_where_pads_cost_more_than_another():
+    """Pads cost as much as prompt tokens; another batch costs its steps, and what each batch reads first."""
+    lengths = [10, 8, 5]
+    assert list(budget.batches(lengths, 1, 100, 1)) == [[0], [1], [2]]
+    assert list(budget.batches(lengths, 1, 100, 2)) == [[0, 1], [2]]
+    assert list(budget.batches(lengths, 1, 100, 1, again=6)) == [[0, 1, 2]]
+    assert list(budget.batches(lengths, 1, 32, 1, again=6)) == [[0, 1], [2]]

@@ -152,6 +152,34 @@ def test_the_model_is_asked_as_the_harness_asks_it(model, live, request):
     assert answers == plain.generate_until(requests("generate_until", asked)) and answers[0] == first[:2]
 
 
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_gemma3"])
+def test_examples_before_many_questions_are_read_once(model, live, request):
+    """The same log-likelihoods as alone, of questions after either of two sets of examples, with choices of
+    several tokens; counted in tokens read. Not where a sliding window would end within the prompt."""
+    from lm_eval.api.instance import Instance
+
+    own_model, tokenizer, lm = live(request.getfixturevalue(model))
+    shots = [
+        "A tin is opened with a key, and a jar by its lid. " * 2,
+        "Wet shirts dry where the sun shines. " * 3,
+    ]
+    asked = [
+        (f"{shots[i % 2]}{'How ' * (i // 2)}so?", f" {choice}")
+        for i in range(12)
+        for choice in ("a", "by sun")
+    ]
+    read = []
+    own_model.model.embed_tokens.register_forward_hook(lambda _, given, out: read.append(given[0].numel()))
+    found = lm.loglikelihood(
+        [Instance("loglikelihood", {}, pair, i, ("t", i, 1)) for i, pair in enumerate(asked)]
+    )
+    taken = sum(read)
+    right = [log_likelihood(own_model, tokenizer, *pair) for pair in asked]
+    assert [total for total, _ in found] == pytest.approx(right, rel=1e-4)
+    whole = sum(len(tokenizer(prompt + choice)["input_ids"]) - 1 for prompt, choice in asked)
+    assert taken < 0.6 * whole if model == "tiny_llama" else taken >= whole
+
+
 def test_prefixes_of_a_method_leave_room_within_the_models_positions(live, tiny_llama):
     """56 of the 256 positions: what is asked is cut on the left, as the harness cuts what is too long."""
     from lm_eval.api.instance import Instance
