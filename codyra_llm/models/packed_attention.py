@@ -12,7 +12,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from codyra_llm.models import families, prefix_attention, short_attention
+from codyra_llm.models import families, plain_attention, prefix_attention
 
 NAME = "packed"
 FLASH = "flash_attention_2"
@@ -23,7 +23,7 @@ def causal(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given
 ) -> tuple[Tensor, None]:
     """Causal attention of query [R, H, T, d] to key and value [R, H_kv, T, d], to [R, T, H, d], by
-    `short_attention.causal`.
+    `plain_attention.causal`.
 
     Except in float32 on a GPU, where every query head first gets a copy of its key head: of PyTorch's kernels
     only flash reads key heads that are shared, and it takes 16-bit numbers alone. Without the copies PyTorch
@@ -36,7 +36,7 @@ def causal(
             query, *heads, dropout_p=dropout, is_causal=query.shape[2] > 1, scale=scale
         )
         return out.transpose(1, 2), None
-    return short_attention.causal(module, query, key, value, attention_mask, **given)
+    return plain_attention.causal(module, query, key, value, attention_mask, **given)
 
 
 def _lacks_shared_heads(query: Tensor) -> bool:

@@ -6,7 +6,7 @@ from fused import CONFIGS
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from codyra_llm.models import inference, short_attention
+from codyra_llm.models import inference, plain_attention
 from codyra_llm.models.inference import attend, last_logits, single, whole
 
 
@@ -34,13 +34,14 @@ def by_pytorch(query, key, value, mask, scale):
 
 @pytest.mark.parametrize("shape", [(3, 6, 2, 7, 7), (2, 4, 4, 5, 9), (2, 3, 1, 40, 40), (1, 2, 1, 300, 300)])
 def test_whole_prompts_attend_as_in_pytorch(shape, monkeypatch):
-    """In float64, after a cache or not, in one portion and in many. Where a token may attend to nothing,
-    PyTorch gives 0 and we an average of the values: both are finite, and nothing reads them."""
+    """In float64, after a cache or not, in one block and portion and in many. Where a token may attend to
+    nothing, PyTorch gives 0 and we an average of the values: both are finite, and nothing reads them."""
     query, key, value, mask = drawn(*shape)
     expected = by_pytorch(query, key, value, mask, 0.3)
     some = mask.any(-1)[:, 0, :, None]  # [R, T, 1]
-    for portion in (short_attention.IN_CACHE, 1):
-        monkeypatch.setattr(short_attention, "IN_CACHE", portion)
+    for portion, block in ((plain_attention.IN_CACHE, 512), (1, 3)):
+        monkeypatch.setattr(plain_attention, "IN_CACHE", portion)
+        monkeypatch.setattr(plain_attention, "BLOCK", block)
         found = whole(query, key, value, mask, 0.3)
         assert found.isfinite().all()
         read = some[:, None].expand_as(found)
@@ -69,7 +70,6 @@ def test_single_tokens_attend_as_in_pytorch(masked):
         (64, 64, torch.bfloat16, "bool", True),
         (64, 64, torch.bfloat16, None, True),
         (64, 65, torch.bfloat16, None, False),  # PyTorch would align such a triangle at the first key
-        (inference.LONGEST + 1, inference.LONGEST + 1, torch.bfloat16, "bool", False),
         (64, 64, torch.bfloat16, "float", False),
         (64, 64, torch.float32, "bool", False),
         (1, 64, torch.float16, "bool", False),

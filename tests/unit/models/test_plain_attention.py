@@ -1,13 +1,13 @@
-"""Attention over short rows on a CPU, against float64 and against PyTorch's kernel."""
+"""Attention by plain products on a CPU, against float64 and against PyTorch's kernel."""
 
 import pytest
 import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from codyra_llm.models import packed_attention, short_attention
+from codyra_llm.models import packed_attention, plain_attention
 from codyra_llm.models.loading import checkpoint_layers
-from codyra_llm.models.short_attention import LONGEST, ShortAttention, causal
+from codyra_llm.models.plain_attention import PlainAttention, causal
 
 
 def drawn(rows: int, heads: int, key_heads: int, tokens: int, size: int, dtype: torch.dtype) -> list:
@@ -33,24 +33,25 @@ def outcome(function, query, key, value, grad, scale) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("shape", [(2, 6, 2, 7), (1, 4, 4, 1), (3, 3, 1, 40), (1, 2, 1, 300)])
 def test_it_is_attention_with_its_derivative(shape, monkeypatch):
-    """In float64, with one query head or several to a key head, in one portion and in many."""
+    """In float64, with one query head or several to a key head, in one block and portion and in many."""
     query, key, value, grad = drawn(*shape, 8, torch.float64)
     expected = outcome(by_pytorch, query, key, value, grad, 0.3)
-    for portion in (short_attention.IN_CACHE, 1):
-        monkeypatch.setattr(short_attention, "IN_CACHE", portion)
+    for portion, block in ((plain_attention.IN_CACHE, 512), (1, 3)):
+        monkeypatch.setattr(plain_attention, "IN_CACHE", portion)
+        monkeypatch.setattr(plain_attention, "BLOCK", block)
         for found, right in zip(
-            outcome(ShortAttention.apply, query, key, value, grad, 0.3), expected, strict=True
+            outcome(PlainAttention.apply, query, key, value, grad, 0.3), expected, strict=True
         ):
             torch.testing.assert_close(found, right)
 
 
-@pytest.mark.parametrize("tokens", [16, 64, 200])
+@pytest.mark.parametrize("tokens", [16, 64, 200, 700])
 def test_its_errors_in_bfloat16_are_those_of_pytorchs_kernel(tokens):
     """Against float64, relative, of the output and of every gradient."""
     given = drawn(2, 9, 3, tokens, 64, torch.bfloat16)
     exact = [tensor.detach().double().requires_grad_() for tensor in given[:3]] + [given[3].double()]
     expected = outcome(by_pytorch, *exact, 64**-0.5)
-    ours = outcome(ShortAttention.apply, *given, 64**-0.5)
+    ours = outcome(PlainAttention.apply, *given, 64**-0.5)
     theirs = outcome(by_pytorch, *given, 64**-0.5)
     for own, other, right in zip(ours, theirs, expected, strict=True):
         error = (own.double() - right).norm() / right.norm()
@@ -62,7 +63,7 @@ def test_what_it_saves_is_what_it_reads():
     query, key, value, _ = drawn(2, 4, 2, 32, 16, torch.bfloat16)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        ShortAttention.apply(query, key, value, 0.25)
+        PlainAttention.apply(query, key, value, 0.25)
     assert sorted(saved) == sorted(tensor.numel() for tensor in (query, key, value))
 
 
@@ -70,7 +71,7 @@ def test_what_it_saves_is_what_it_reads():
     ("tokens", "dtype", "given", "ours"),
     [
         (16, torch.bfloat16, {}, True),
-        (LONGEST + 1, torch.bfloat16, {}, False),
+        (3000, torch.bfloat16, {}, True),
         (1, torch.bfloat16, {}, False),
         (16, torch.float32, {}, False),
         (16, torch.bfloat16, {"dropout": 0.5}, False),
@@ -79,7 +80,7 @@ def test_what_it_saves_is_what_it_reads():
 )
 def test_all_else_is_left_to_pytorch(tokens, dtype, given, ours, monkeypatch):
     seen = []
-    monkeypatch.setattr(ShortAttention, "apply", lambda q, *rest: seen.append(1) or q.detach())
+    monkeypatch.setattr(PlainAttention, "apply", lambda q, *rest: seen.append(1) or q.detach())
     query, key, value, _ = drawn(1, 2, 2, tokens, 8, dtype)
     module = torch.nn.Module()
     module.is_causal = True
@@ -93,8 +94,8 @@ def test_a_models_rows_take_it(tiny_llama, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16).eval()
     ids = torch.randint(3, 40, (3, 11))
     before = model.model(input_ids=ids, use_cache=False).last_hidden_state
-    calls, apply = [], ShortAttention.apply
-    monkeypatch.setattr(ShortAttention, "apply", lambda *given: calls.append(1) or apply(*given))
+    calls, apply = [], PlainAttention.apply
+    monkeypatch.setattr(PlainAttention, "apply", lambda *given: calls.append(1) or apply(*given))
     after = packed_attention.states(model, input_ids=ids)
     assert len(calls) == model.config.num_hidden_layers
     torch.testing.assert_close(after, before, rtol=0.05, atol=0.05)
