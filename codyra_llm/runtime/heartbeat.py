@@ -185,16 +185,16 @@ def at(place: str) -> None:
 
 
 def alive() -> tuple[int, int] | None:
-    """How many processes are alive (not ended, and with a recent heartbeat), and how many there are; None if
-    there is only one. For rank 0, which reads all heartbeats."""
+    """How many processes are alive (this one, and those that have not ended and sent a heartbeat lately), and
+    how many there are; None if there is only one. For rank 0, which reads all heartbeats."""
     if not _watch:
         return None
-    missed = [
+    beating = [
         sign
         for sign, since in list(_watch.seen.values())
-        if sign.code is not None or time.monotonic() - since >= BROKEN
+        if sign.code is None and time.monotonic() - since < BROKEN
     ]
-    return len(_watch.others) - len(missed), len(_watch.others)
+    return 1 + len(beating), len(_watch.others)
 
 
 @contextmanager
