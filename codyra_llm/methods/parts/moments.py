@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from codyra_llm.core.tensors import generator
 
@@ -32,9 +33,9 @@ class SecondMoment(NamedTuple):
 
     def between(self, rows: Tensor) -> Tensor:
         """rows Σ rowsᵀ, [..., r, r]."""
-        read = rows @ self.factor
         if self.weights is None:
-            return read @ rows.mT
+            return _Between.apply(rows, self.factor)
+        read = rows @ self.factor
         return (read * self.weights) @ read.mT + self.rest * (rows @ rows.mT)
 
     def energy(self, matrix: Tensor) -> Tensor:
@@ -60,6 +61,25 @@ class SecondMoment(NamedTuple):
         size = self.factor.shape[-2]
         squares = self.factor.square().sum(-2, keepdim=True)
         return ((squares * self.weights).sum() / size + self.rest.sum()).item()
+
+
+class _Between(torch.autograd.Function):
+    """M = X Σ Xᵀ with Σ symmetric and fixed. With G = dL/dM, dL/dX = (G + Gᵀ) X Σ, and X Σ is there from
+    forward; plain autograd would multiply by Σ again."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, sigma: Tensor) -> Tensor:
+        """rows [..., r, in] and Σ [..., in, in] to M [..., r, r]."""
+        read = rows @ sigma
+        ctx.save_for_backward(read)
+        return read @ rows.mT
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        """dL/dX from dL/dM."""
+        (read,) = ctx.saved_tensors
+        return (grad + grad.mT) @ read, None
 
 
 def stacked(moments: list[SecondMoment]) -> SecondMoment:

@@ -20,6 +20,20 @@ def test_readings_are_those_of_the_matrix(width):
     torch.testing.assert_close(batch.between(torch.stack([rows, -rows]))[1], rows @ sigma @ rows.T)
 
 
+@pytest.mark.parametrize("width", [20, 4])  # whole, sketched
+def test_the_gradient_of_a_reading(width):
+    """Against finite differences. Where Σ is whole, X Σ alone is kept for backward, which does not multiply
+    by Σ again."""
+    found, _ = moment(inputs(300, 40), width)
+    rows = normal(2, 3, 40, seed=5).requires_grad_()
+    assert torch.autograd.gradcheck(found.between, rows)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()), lambda _: None):
+        found.between(rows)
+    if found.weights is None:
+        assert saved == [rows.numel()]
+
+
 def test_a_sketch_of_low_rank_is_exact():
     x = normal(200, 5, seed=1) @ normal(5, 60, seed=2)
     found, whole = moment(x, 8)
