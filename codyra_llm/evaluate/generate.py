@@ -3,7 +3,7 @@ finished rows leave their batch, and a shared prefix is encoded once."""
 
 import os
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -128,7 +128,7 @@ def _cache(model: PreTrainedModel, prompts: Sequence[list[int]], shared: int) ->
 
 def _prefill(
     model: PreTrainedModel, prompts: Sequence[list[int]], shared: int, condition: Condition | None
-) -> tuple[dict[str, Tensor], Tensor]:
+) -> tuple[dict[str, Any], Tensor]:
     """The first inputs of a batch after its `shared` tokens, left-padded, and the mask of all columns of the
     cache [B, width + a method's prefix]."""
     width = max(map(len, prompts))

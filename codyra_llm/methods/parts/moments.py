@@ -76,7 +76,7 @@ class _Between(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
         """dL/dX from dL/dM."""
         (read,) = ctx.saved_tensors
         return (grad + grad.mT) @ read, None
