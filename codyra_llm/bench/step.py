@@ -18,7 +18,8 @@ from codyra_llm.data.encoding import Encoded, Encoder
 from codyra_llm.data.records import read_split
 from codyra_llm.experiment.setup import base_folder, data_root
 from codyra_llm.lora.together import deferred, finish_gradients, make_shadows
-from codyra_llm.models import loading, packed_attention
+from codyra_llm.models import loading
+from codyra_llm.models.attention import packed_attention
 from codyra_llm.models.tokenizer import load_tokenizer
 from codyra_llm.train.recorded import SEEN, Recorder, repeats
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from codyra_llm.core.tensors import generator
 from codyra_llm.data.encoding import Encoded
-from codyra_llm.models import families, packed_attention
+from codyra_llm.models import families
+from codyra_llm.models.attention import packed_attention
 from codyra_llm.models.head_loss import head_loss
 
 

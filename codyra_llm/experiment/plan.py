@@ -24,7 +24,8 @@ from codyra_llm.experiment.setup import Setup, prepare
 from codyra_llm.lora.layer import sites
 from codyra_llm.lora.shared import share_inputs
 from codyra_llm.methods.base import Method
-from codyra_llm.models import families, fused_norm, loading, packed_attention, saved
+from codyra_llm.models import families, fused_norm, loading, saved
+from codyra_llm.models.attention import packed_attention
 from codyra_llm.models.ends import ended
 from codyra_llm.runtime.forecast import duration
 from codyra_llm.train.estimate import (

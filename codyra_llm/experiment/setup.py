@@ -30,7 +30,8 @@ from codyra_llm.formats.adapter_files import vocabulary
 from codyra_llm.lora.merge import merge
 from codyra_llm.lora.proximal import warmup_steps
 from codyra_llm.methods.base import Method, Task
-from codyra_llm.models import families, fused_norm, loading, packed_attention, saved
+from codyra_llm.models import families, fused_norm, loading, saved
+from codyra_llm.models.attention import packed_attention
 from codyra_llm.models.ends import answer_ends
 from codyra_llm.models.tokenizer import chat_faults, load_tokenizer, tokenizer_folder, tokenizer_hash
 from codyra_llm.models.weights import WeightReader, fingerprint, formats

@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from codyra_llm.models import families
-from codyra_llm.models.plain_attention import by_key_head, flat, read
+from codyra_llm.models.attention.plain_attention import by_key_head, flat, read
 
 NAME = "sdpa_or_products"
 

@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import file_sha256
 from codyra_llm.core.parsing import expanded, read_json, shown
-from codyra_llm.models import families, packed_attention
+from codyra_llm.models import families
+from codyra_llm.models.attention import packed_attention
 from codyra_llm.models.families.config_file import read_config, size_faults
 from codyra_llm.models.saved import TERMS
 from codyra_llm.models.tokenizer import tokenizer_faults

@@ -16,7 +16,8 @@ from codyra_llm.lora.layer import LoraLinear
 from codyra_llm.lora.shared import AdaptedLayer, SharedInput, shared_inputs
 from codyra_llm.lora.together import make_shadows
 from codyra_llm.methods.base import Method
-from codyra_llm.models import families, packed_attention
+from codyra_llm.models import families
+from codyra_llm.models.attention import packed_attention
 
 LARGEST = 8192  # tokens; more of them keep a GPU busy for longer than the host needs
 SEEN = 2  # micro-batches of a shape that run as they come, before it is recorded

@@ -30,7 +30,7 @@ from codyra_llm.data.encoding import Encoded
 from codyra_llm.lora.proximal import ProximalAdamW, rate_factor
 from codyra_llm.lora.update import Adapter
 from codyra_llm.methods.base import Method
-from codyra_llm.models import packed_attention
+from codyra_llm.models.attention import packed_attention
 from codyra_llm.runtime import heartbeat, signals
 from codyra_llm.runtime.launch import everywhere, wait
 from codyra_llm.store import checkpoint, observer

@@ -6,7 +6,7 @@ import pytest
 import torch
 from packed import batch, examples, loaded, loss_and_gradients
 
-from codyra_llm.models import packed_attention
+from codyra_llm.models.attention import packed_attention
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ from codyra_llm.core.files import read_jsonl
 from codyra_llm.data.batches import Batch
 from codyra_llm.experiment import run
 from codyra_llm.experiment.setup import prepare
-from codyra_llm.models import packed_attention
+from codyra_llm.models.attention import packed_attention
 from codyra_llm.runtime.launch import accelerator
 from codyra_llm.store.archive import Archive
 from codyra_llm.train.trainer import Trainer

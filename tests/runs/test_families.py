@@ -29,7 +29,8 @@ from codyra_llm.experiment.setup import prepare
 from codyra_llm.formats.adapter import Base, base_of
 from codyra_llm.lora.layer import AdapterSpec, attach, sites
 from codyra_llm.lora.shared import share_inputs
-from codyra_llm.models import families, loading, packed_attention
+from codyra_llm.models import families, loading
+from codyra_llm.models.attention import packed_attention
 from codyra_llm.models.families import known
 from codyra_llm.models.weights import WeightReader, stored, weight_files
 

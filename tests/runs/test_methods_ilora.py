@@ -15,7 +15,7 @@ from codyra_llm.lora.layer import sites
 from codyra_llm.lora.merge import merge
 from codyra_llm.lora.shared import share_inputs
 from codyra_llm.lora.update import Adapter, Update
-from codyra_llm.models import packed_attention
+from codyra_llm.models.attention import packed_attention
 from codyra_llm.models.weights import WeightReader
 from codyra_llm.store.archive import Archive
 

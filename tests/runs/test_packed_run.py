@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from codyra_llm.core.files import read_jsonl
 from codyra_llm.experiment import run
-from codyra_llm.models import packed_attention
+from codyra_llm.models.attention import packed_attention
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gemma2"])

@@ -23,6 +23,7 @@ LAYERS = [
     "codyra_llm.config",
     "codyra_llm.runtime",
     "codyra_llm.models.families",
+    "codyra_llm.models.attention",
     "codyra_llm.models",
     "codyra_llm.formats",
     "codyra_llm.data",

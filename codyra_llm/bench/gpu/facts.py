@@ -13,7 +13,7 @@ from torch import Tensor
 
 from codyra_llm.bench.gpu.context import Context
 from codyra_llm.core.version import __version__
-from codyra_llm.models import packed_attention
+from codyra_llm.models.attention import packed_attention
 from codyra_llm.runtime.memory import peak_bytes
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed", "triton")

@@ -11,7 +11,7 @@ from codyra_llm.bench.gpu.context import Context
 from codyra_llm.bench.gpu.planned import forget
 from codyra_llm.bench.gpu.shapes import PAD, adapted, examples, model
 from codyra_llm.data.batches import Batch, collate, example_weights
-from codyra_llm.models import packed_attention
+from codyra_llm.models.attention import packed_attention
 from codyra_llm.runtime.memory import peak_bytes
 
 SHAPE = "four layers of llama-3-8b"

@@ -9,7 +9,8 @@ from codyra_llm.bench.gpu.shapes import PAD, adapted, config, examples, model, s
 from codyra_llm.data.batches import Batch, collate, example_weights
 from codyra_llm.lora.shared import shared_inputs
 from codyra_llm.methods.base import Method
-from codyra_llm.models import loading, packed_attention
+from codyra_llm.models import loading
+from codyra_llm.models.attention import packed_attention
 from codyra_llm.runtime.memory import peak_bytes
 from codyra_llm.train.estimate import activation_bytes, depth, one_pass, step_seconds
 from codyra_llm.train.recorded import SEEN, recorder_for

@@ -19,7 +19,7 @@ from codyra_llm.methods.parts.features import (
     prompt_mask,
     row_weights,
 )
-from codyra_llm.models import packed_attention
+from codyra_llm.models.attention import packed_attention
 
 
 class HideLora(Single):

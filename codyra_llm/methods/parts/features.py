@@ -15,7 +15,8 @@ from torch.nn import functional
 from codyra_llm.core.tensors import generator
 from codyra_llm.data.batches import Batch, in_one_copy
 from codyra_llm.methods.base import Task
-from codyra_llm.models import families, packed_attention
+from codyra_llm.models import families
+from codyra_llm.models.attention import packed_attention
 
 if TYPE_CHECKING:
     from codyra_llm.data.encoding import Encoded

@@ -19,7 +19,8 @@ from codyra_llm.methods.prompts.pool import (
     uniform,
     zeros,
 )
-from codyra_llm.models import families, prefix_attention
+from codyra_llm.models import families
+from codyra_llm.models.attention import prefix_attention
 
 
 class DualPrompt(PromptMethod):

@@ -31,7 +31,8 @@ from codyra_llm.methods.regularised.demonstrations import (
     new_inputs,
 )
 from codyra_llm.methods.sequential.seqlora import SeqLora
-from codyra_llm.models import families, packed_attention
+from codyra_llm.models import families
+from codyra_llm.models.attention import packed_attention
 from codyra_llm.models.head_loss import distillation, head_loss
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from codyra_llm.data.batches import Batch, in_one_copy
 from codyra_llm.lora.layer import stand_in
 from codyra_llm.methods.base import Task
 from codyra_llm.methods.sequential.ilora_mixed import IloraMixed
-from codyra_llm.models import packed_attention
+from codyra_llm.models.attention import packed_attention
 
 
 class Ilora(IloraMixed):

@@ -15,7 +15,7 @@ from codyra_llm.data.batches import collate, example_weights
 from codyra_llm.data.encoding import Encoder
 from codyra_llm.data.rendering import ByTemplate, plain
 from codyra_llm.data.sources import read
-from codyra_llm.models import packed_attention
+from codyra_llm.models.attention import packed_attention
 from codyra_llm.models.tokenizer import load_tokenizer
 
 CALLS = (

@@ -15,7 +15,7 @@ from codyra_llm.lora.shared import share_inputs
 from codyra_llm.methods.parts.samples import continued, end_tokens, first_token
 from codyra_llm.methods.regularised import dream
 from codyra_llm.methods.regularised.demonstrations import common_prefix
-from codyra_llm.models import packed_attention
+from codyra_llm.models.attention import packed_attention
 
 
 def begun(path, state=None, **settings):

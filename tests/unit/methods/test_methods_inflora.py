@@ -13,7 +13,7 @@ from codyra_llm.lora.shared import share_inputs
 from codyra_llm.methods.parts import subspace
 from codyra_llm.methods.parts.inputs import covariances
 from codyra_llm.methods.parts.subspace import Subspace, eigen
-from codyra_llm.models import packed_attention
+from codyra_llm.models.attention import packed_attention
 from codyra_llm.store.archive import Archive
 
 

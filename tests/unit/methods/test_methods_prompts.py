@@ -13,7 +13,8 @@ from codyra_llm.evaluate.generate import generate_ids
 from codyra_llm.methods.base import Condition, Task
 from codyra_llm.methods.parts.features import cosine, row_weights
 from codyra_llm.methods.prompts.pool import query
-from codyra_llm.models import loading, prefix_attention
+from codyra_llm.models import loading
+from codyra_llm.models.attention import prefix_attention
 
 FAMILIES = ["tiny_llama", "tiny_gemma2", "tiny_gemma3"]
 every_method = pytest.mark.parametrize("name", SECTIONS)

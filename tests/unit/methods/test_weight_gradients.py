@@ -11,7 +11,7 @@ from codyra_llm.lora.layer import AdapterSpec, attach, sites
 from codyra_llm.lora.shared import share_inputs
 from codyra_llm.methods.base import Task
 from codyra_llm.methods.parts.weight_gradients import mean_gradients, weight_fisher
-from codyra_llm.models import packed_attention
+from codyra_llm.models.attention import packed_attention
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EXAMPLES = [

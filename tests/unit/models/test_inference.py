@@ -6,7 +6,8 @@ from fused import CONFIGS
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from codyra_llm.models import inference, plain_attention
+from codyra_llm.models import inference
+from codyra_llm.models.attention import plain_attention
 from codyra_llm.models.inference import attend, last_logits, single, whole
 
 

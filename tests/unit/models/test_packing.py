@@ -12,7 +12,8 @@ from torch.nn import functional
 from transformers import AttentionInterface, masking_utils
 
 from codyra_llm.data.batches import collate
-from codyra_llm.models import families, packed_attention, prefix_attention
+from codyra_llm.models import families
+from codyra_llm.models.attention import packed_attention, prefix_attention
 
 
 def assert_same(got, expected, rtol=1e-5, atol=1e-8):

@@ -5,9 +5,9 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from codyra_llm.models import packed_attention, plain_attention
+from codyra_llm.models.attention import packed_attention, plain_attention
+from codyra_llm.models.attention.plain_attention import PlainAttention, causal
 from codyra_llm.models.loading import checkpoint_layers
-from codyra_llm.models.plain_attention import PlainAttention, causal
 
 
 def drawn(rows: int, heads: int, key_heads: int, tokens: int, size: int, dtype: torch.dtype) -> list:

@@ -109,15 +109,16 @@ def test_what_has_never_said_anything_is_named(ended):
     assert "rank 0" not in ended[0]
 
 
-def test_without_a_limit_nothing_hangs(two, ended, monkeypatch):
+def test_without_a_limit_nothing_hangs(patient, two, ended, monkeypatch):
     """Before it is set a model may be downloaded for hours; what was before does not count."""
     two[0].hung, two[0].moved = math.inf, 0.0
     time.sleep(0.3)
     assert not ended
     monkeypatch.setattr(heartbeat, "_watch", two[0])
-    heartbeat.limit(0.4 / 60)
-    time.sleep(0.2)
+    heartbeat.limit(1)
+    time.sleep(0.3)
     assert not ended
+    heartbeat.limit(0.1 / 60)
     until(lambda: ended)
 
 

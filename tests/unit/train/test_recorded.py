@@ -13,7 +13,7 @@ from codyra_llm.lora.layer import AdapterSpec, attach, sites
 from codyra_llm.lora.shared import share_inputs, shared_inputs
 from codyra_llm.lora.together import deferred, finish_gradients
 from codyra_llm.methods.base import Method
-from codyra_llm.models import packed_attention
+from codyra_llm.models.attention import packed_attention
 from codyra_llm.runtime.launch import accelerator
 from codyra_llm.train import recorded
 from codyra_llm.train.recorded import Recorder, can_record, padded, shape_of

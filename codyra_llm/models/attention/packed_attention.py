@@ -12,7 +12,8 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from codyra_llm.models import families, plain_attention, prefix_attention
+from codyra_llm.models import families
+from codyra_llm.models.attention import plain_attention, prefix_attention
 
 NAME = "packed"
 FLASH = "flash_attention_2"

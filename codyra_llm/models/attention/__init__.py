@@ -1,0 +1,1 @@
+"""Attention in other ways than transformers has it: packed rows, prefixes, plain products on a CPU."""
