@@ -41,7 +41,7 @@ go() {  # become the command, or print it so that it can be pasted
 }
 
 number() {  # NAME VALUE LEAST
-  [[ $2 =~ ^(0|[1-9][0-9]*)$ ]] && [ "$2" -ge "$3" ] || refuse "$1: '$2' is no whole number from $3 on; give one"
+  [[ $2 =~ ^(0|[1-9][0-9]*)$ ]] && [ "$2" -ge "$3" ] || refuse "$1: '$2' is not a whole number from $3 on; give one"
 }
 
 cores() { nproc 2>/dev/null || getconf _NPROCESSORS_ONLN; }

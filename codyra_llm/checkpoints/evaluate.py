@@ -156,7 +156,7 @@ def _prepare(checkpoint: str, wanted: Wanted, bfloat16: bool | None = None) -> P
     measured = setup.recipe.general.data or setup.prompts
     if wanted.base and not (source.adapter or measured):
         raise Fault(
-            f"--base: {checkpoint} is no PEFT adapter, and nothing is measured on the base, since neither "
+            f"--base: {checkpoint} is not a PEFT adapter, and nothing is measured on the base, since neither "
             "general.data nor open_ended.prompts is given; give one of them, or leave --base out"
         )
     scored = setup

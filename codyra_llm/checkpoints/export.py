@@ -64,7 +64,7 @@ def check(asked: Export, out: Path) -> None:
         )
     if asked.type not in (None, *GGUF_TYPES):
         faults.append(
-            f"--type: '{asked.type}' is no type of GGUF exports; choose one of {', '.join(GGUF_TYPES)}"
+            f"--type: '{asked.type}' is not a type of GGUF exports; choose one of {', '.join(GGUF_TYPES)}"
         )
     if out.exists():
         faults.append(f"{out} exists already; give a new name")

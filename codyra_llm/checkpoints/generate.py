@@ -48,7 +48,7 @@ def answer(checkpoint: str, prompt: str, new: int, base: str | None = None) -> s
         raise Fault(f"{run} is not a run folder (it has no recipe.json); give RUN@TASK or a model folder")
     source = checkpoint_source(checkpoint, base)
     if base and not source.adapter:
-        raise Fault(f"--base: {checkpoint} is no PEFT adapter, and has its own weights; leave --base out")
+        raise Fault(f"--base: {checkpoint} is not a PEFT adapter, and has its own weights; leave --base out")
     launch.leave_out_cudnn_attention()
     device = own_device()
     asked = _stage(source.run, source.after, device) if source.run else _plain(source, new, device)

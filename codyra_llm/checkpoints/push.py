@@ -22,7 +22,7 @@ def check(repo: str, public: bool) -> None:
     except HFValidationError:
         whole = False
     if not whole:
-        raise Fault(f"--push: '{repo[:200]}' is no name of a repository; give OWNER/NAME")
+        raise Fault(f"--push: '{repo[:200]}' is not a name of a repository; give OWNER/NAME")
     if constants.HF_HUB_OFFLINE:
         raise Fault("--push: HF_HUB_OFFLINE is set, so nothing can be pushed; unset it, or leave --push out")
     if not get_token():

@@ -43,8 +43,8 @@ class Registry(MutableMapping[str, Any]):
         return entry.Config
 
     def __setitem__(self, name: str, method: Any) -> None:
-        """Raises Fault for the name of a shipped method, for what is no class of this name, and for settings
-        that can't be made by naming the method alone."""
+        """Raises Fault for the name of a shipped method, for what is not a class of this name, and for
+        settings that can't be made by naming the method alone."""
         if name in self._shipped:
             raise Fault(f"method '{name}' is one of codyra_llm's own; give yours another name")
         if getattr(method, "name", None) != name:
@@ -53,7 +53,9 @@ class Registry(MutableMapping[str, Any]):
                 f"{getattr(method, 'name', None)!r}; give both the same name"
             )
         if not isinstance(method, type):
-            raise Fault(f"method '{name}' is registered with {method!r}, which is no class; give the class")
+            raise Fault(
+                f"method '{name}' is registered with {method!r}, which is not a class; give the class"
+            )
         _check_settings(name, method)
         self._entries[name] = method
 

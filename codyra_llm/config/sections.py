@@ -62,7 +62,7 @@ class JudgeSection(Strict, frozen=True):
     def _names_a_variable(cls, name: str | None) -> str | None:
         if name is not None and not re.fullmatch(r"[A-Z][A-Z0-9_]{0,63}", name):
             raise ValueError(  # without the value, which may be the key itself
-                "this is no name of an environment variable in capitals, such as OPENAI_API_KEY; give the "
+                "this is not a name of an environment variable in capitals, such as OPENAI_API_KEY; give the "
                 "name, not the key"
             )
         return name
@@ -83,12 +83,12 @@ class JudgeSection(Strict, frozen=True):
                 or "@" in parts.netloc
                 or parts.query
             )
-        except ValueError:  # a port that is no number, a wrong IP address, a bracket that is not closed
+        except ValueError:  # a port that is not a number, a wrong IP address, a bracket that is not closed
             wrong = True
         if wrong or scheme not in ("http", "https"):
             raise ValueError(
-                "this is no address of an endpoint; give one like http://localhost:8000/v1, without a user, "
-                "a password or a query"
+                "this is not an address of an endpoint; give one like http://localhost:8000/v1, without a "
+                "user, a password or a query"
             )
         return url
 

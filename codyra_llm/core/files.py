@@ -182,5 +182,5 @@ def read_jsonl(path: Path) -> list[dict]:
         try:
             rows.append(json.loads(line))
         except (ValueError, RecursionError):
-            raise Fault(f"{path}, line {number}: this is no JSON; restore the file from a copy") from None
+            raise Fault(f"{path}, line {number}: this is not JSON; restore the file from a copy") from None
     return rows

@@ -44,7 +44,7 @@ def listed(text: str | None) -> list[str] | None:
 def _path(value: str) -> str:
     if not value or max(len(part.encode()) for part in value.split("/")) > 255 or len(value) > 4000:
         raise ValueError(
-            f"{shown(value)} is no path that a file system takes; give a shorter one, and not an empty one"
+            f"{shown(value)} is not a path that a file system takes; give a shorter one, and not an empty one"
         )
     return value
 
@@ -144,7 +144,7 @@ class _Loader(yaml.SafeLoader):
             key = key_node.value if is_merge else self.construct_object(key_node, deep=True)
             if not isinstance(key, str) or len(key) > 100 or UNPRINTABLE.search(key) or "\n" in key:
                 raise _error(
-                    f"the key {shown(key)} is no text of at most 100 letters; put it in quotes, or shorten "
+                    f"the key {shown(key)} is not text of at most 100 letters; put it in quotes, or shorten "
                     "it",
                     key_node.start_mark,
                 )
@@ -285,7 +285,7 @@ def _items(stream: TextIO) -> Iterator[Any]:
             expects = "value]" if expects == "[" else "value"
             at += 1
         else:
-            raise ValueError("it is no list")
+            raise ValueError("it is not a list")
     if text[at + 1 :].strip() or stream.read().strip():
         raise ValueError("it goes on after its list")
 

@@ -130,7 +130,7 @@ def _refuse_unavailable(name: str, variant: str | None, out: Path, source: str |
         raise Fault(f"the data of {name} is a repository: git clone {address}, and give data.root: {root}")
     if name != TRACE:
         names = (TRACE, *ELSEWHERE)
-        raise Fault(f"{shown(name)} is no benchmark that is known; give trace.{nearest(name, names)}")
+        raise Fault(f"{shown(name)} is not a benchmark that is known; give trace.{nearest(name, names)}")
     if variant not in (None, *VARIANTS):
         raise Fault(
             f"--variant: {shown(variant)} is none of {', '.join(VARIANTS)}; give one of them."
@@ -149,8 +149,8 @@ def _located(source: str, temporary: Path, out: Path, seen: Seen) -> Path:
     if HUB_ID.fullmatch(source) and not source.endswith(ARCHIVES):
         return _from_hub(source, temporary / "hub", out)
     raise Fault(
-        f"--from: {shown(source)} is no archive or folder that is here, no address (https://...) and no id "
-        "of the hub (owner/name); give one"
+        f"--from: {shown(source)} is not an archive or folder that is here, an address (https://...) or an "
+        "id of the hub (owner/name); give one"
     )
 
 
@@ -383,7 +383,7 @@ def _members(archive: Path, called: str) -> Iterator[Member]:
                 if info.isfile():
                     yield Member(info.name, partial(_tar_file, opened, info))
     else:
-        raise Fault(f"{called} is no zip or tar archive; give one ({', '.join(ARCHIVES)}), or a folder")
+        raise Fault(f"{called} is not a zip or tar archive; give one ({', '.join(ARCHIVES)}), or a folder")
 
 
 def _tar_file(archive: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:

@@ -205,7 +205,7 @@ def _table(
             )
     except csv.Error as error:
         raise Fault(
-            f"{path} is no CSV ({error}); put texts with {name}, quotes or line breaks into quotes"
+            f"{path} is not CSV ({error}); put texts with {name}, quotes or line breaks into quotes"
         ) from None
     except ValueError:
         raise Fault(

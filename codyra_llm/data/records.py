@@ -63,7 +63,7 @@ def missing(root: Path, task: str, path: Path) -> str:
     """
     if not root.is_dir():
         return (
-            f"{root} is no folder: expected the benchmark's root, such as LLM-CL-Benchmark_500; correct "
+            f"{root} is not a folder: expected the benchmark's root, such as LLM-CL-Benchmark_500; correct "
             "the path."
         )
     if not path.parent.is_dir():

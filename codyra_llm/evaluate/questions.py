@@ -32,7 +32,7 @@ def find_questions(section: OpenEndedSection) -> dict[str, list[str]]:
     paths = sorted(p for p in (root.iterdir() if root.is_dir() else [root]) if kind(p) and p.is_file())
     known = {stem(path): path for path in paths}
     faults = [
-        f"open_ended.files: '{name}' is no file of {root}.{nearest(name, known)} Known: "
+        f"open_ended.files: '{name}' is not a file of {root}.{nearest(name, known)} Known: "
         f"{', '.join(known) or 'none'}"
         for name in section.files or ()
         if name not in known

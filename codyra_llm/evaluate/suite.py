@@ -150,8 +150,8 @@ def find(section: "GeneralSection") -> dict[str, Ability]:
     for name in asked:
         if name not in known:
             faults.append(
-                f"general.tasks: '{name}' is no task of general.data '{section.data}'.{nearest(name, known)} "
-                f"Known: {', '.join(known)}"
+                f"general.tasks: '{name}' is not a task of general.data '{section.data}'."
+                f"{nearest(name, known)} Known: {', '.join(known)}"
             )
             continue
         try:
@@ -177,7 +177,7 @@ def find(section: "GeneralSection") -> dict[str, Ability]:
 
 def _offered(section: "GeneralSection") -> tuple[dict[str, Any], Path | None]:
     """The tasks that there are, by name, as `parts` takes them, and the folder that they read (None: the
-    hub). Raises Fault where that is no folder."""
+    hub). Raises Fault where that is not a folder."""
     if section.data == "hub":
         return HUB, None
     assert section.data is not None, "without data nothing is measured"
@@ -211,8 +211,8 @@ def parts(spec: dict | Path, root: Path | None, trusted: bool = False) -> dict[s
         lacking = sorted({"task", "dataset_path"} - config.keys())
         if lacking:
             raise Fault(
-                f"general.data: {spec} is no task of lm-evaluation-harness (it lacks {', '.join(lacking)}); "
-                "write one, or take the file out of the folder"
+                f"general.data: {spec} is not a task of lm-evaluation-harness (it lacks "
+                f"{', '.join(lacking)}); write one, or take the file out of the folder"
             )
         if root is not None:
             if not (ours or trusted):

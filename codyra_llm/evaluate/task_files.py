@@ -38,8 +38,8 @@ TRUST = "look at what it runs, and set general.trust_code to true"
 
 
 def read_task(file: Path, trusted: bool) -> dict[str, Any]:
-    """The task file's own keys, without those that it includes. Raises Fault where the file is no task, or,
-    unless it is trusted, names code to run."""
+    """The task file's own keys, without those that it includes. Raises Fault where the file is not a task,
+    or, unless it is trusted, names code to run."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     if trusted:
@@ -60,8 +60,8 @@ def read_task(file: Path, trusted: bool) -> dict[str, Any]:
     own = parse_yaml(text, str(file))
     if not isinstance(own, dict):
         raise Fault(
-            f"general.data: {file} is no task of lm-evaluation-harness (it holds {shown(own)}); write one, "
-            "or take the file out of the folder"
+            f"general.data: {file} is not a task of lm-evaluation-harness (it holds {shown(own)}); write "
+            "one, or take the file out of the folder"
         )
     return own
 
@@ -111,7 +111,7 @@ def _of_keys(config: dict[str, Any]) -> Iterator[str]:
     known = {field.name for field in fields(TaskConfig)}
     for key in config:
         if key not in known:
-            yield f"'{key}' is no key of a task.{nearest(key, known)} Leave it out"
+            yield f"'{key}' is not a key of a task.{nearest(key, known)} Leave it out"
     for key in PROGRAMS:
         if config.get(key):
             yield f"{key} is {shown(config[key])}, which would run code; leave it out, or {TRUST}"
@@ -162,8 +162,8 @@ def _of_scoring(config: dict[str, Any], scored: bool) -> Iterator[str]:
         name = row.get("metric")
         if not isinstance(name, str) or name not in metric_registry or row.get("hf_evaluate"):
             yield (
-                f"metric_list: {shown(name)} is no metric of the harness, and others are code that would be "
-                f"fetched.{nearest(str(name), metric_registry)} Take one of the harness's, or {TRUST}"
+                f"metric_list: {shown(name)} is not a metric of the harness, and others are code that would "
+                f"be fetched.{nearest(str(name), metric_registry)} Take one of the harness's, or {TRUST}"
             )
     generation = config.get("generation_kwargs")
     if generation is not None and not isinstance(generation, dict):

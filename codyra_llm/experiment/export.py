@@ -275,7 +275,7 @@ def refuse_unmerged(setup: Setup, without: int | None) -> None:
         )
     if not setup.method.merges:
         raise Fault(
-            f"a {setup.method.name} run is no plain model after a task, since what it adds depends on the "
+            f"a {setup.method.name} run is not a plain model after a task, since what it adds depends on the "
             "prompt; export with --format stage, and ask it with `codyra-llm generate OUT@TASK`"
         )
 

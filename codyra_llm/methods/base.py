@@ -48,7 +48,7 @@ class Task:
         return self._drawn(self.records(past), count, seed, self.index if past is None else past)
 
     def general(self, name: str, count: int, seed: int) -> list["Encoded"]:
-        """`count` training records of a set that is no task of the stream, or all if there are fewer."""
+        """`count` training records of a set that is not a task of the stream, or all if there are fewer."""
         return self._drawn(self.stream.extra(name), count, seed, name)
 
     def _drawn(self, records: list[dict], count: int, *key: int | str) -> list["Encoded"]:

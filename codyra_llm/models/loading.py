@@ -85,7 +85,7 @@ def download(name: str, revision: str | None) -> Path:
         reason = "has no such revision on the hub: expected a branch, a tag or a commit; check 'revision'"
     except LocalEntryNotFoundError:
         reason = (
-            "is no folder here, is not in the hub's cache and the hub can't be reached: check the network "
+            "is not a folder here, is not in the hub's cache and the hub can't be reached: check the network "
             "and HF_HUB_OFFLINE, or give a local folder or a GGUF file"
         )
     except RepositoryNotFoundError:

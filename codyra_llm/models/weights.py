@@ -74,7 +74,7 @@ def stored(file: Path) -> dict[str, tuple[list[int], str]]:
             "again with save_pretrained where you trust it."
         )
     with (
-        explain_errors(f"{file} is no whole safetensors file", "download it again"),
+        explain_errors(f"{file} is not a whole safetensors file", "download it again"),
         safe_open(file, framework="pt") as opened,
     ):
         parts = {name: opened.get_slice(name) for name in opened.keys()}

@@ -61,7 +61,9 @@ class Series:
 def check(out: Path, kind: str | None) -> None:
     """Raises Fault for an unknown figure, for a file name that is not a figure's, and without matplotlib."""
     if kind is not None and kind not in FIGURES:
-        raise Fault(f"--figure: '{kind}' is no figure; choose {', '.join(FIGURES)}.{nearest(kind, FIGURES)}")
+        raise Fault(
+            f"--figure: '{kind}' is not a figure; choose {', '.join(FIGURES)}.{nearest(kind, FIGURES)}"
+        )
     if kind is not None and out.suffix not in SUFFIXES:
         raise Fault(f"--out: '{out}' must end in {', '.join(SUFFIXES)} for --figure; give such a name")
     if not find_spec("matplotlib"):

@@ -78,7 +78,7 @@ def show(found: dict, console: Console) -> None:
 
 
 def _recipe(folder: Path, owner: dict | None) -> dict:
-    """The run's recipe as it is on disk. Raises Fault where there is none (yet), or it is no recipe."""
+    """The run's recipe as it is on disk. Raises Fault where there is none (yet), or it is not a recipe."""
     found = _mapping(folder / "recipe.json", "what the run wrote")
     match found:
         case {"data": {"tasks": [*tasks]}, "method": {"name": str()}} if _all_text(tasks):

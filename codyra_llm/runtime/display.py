@@ -81,7 +81,7 @@ class Line:
 
     def count(self, done: int, total: int, loss: float | None = None, tokens: int = 0) -> None:
         """Show how much of the piece is done, after an optimizer step also its loss and tokens. Where there
-        is no terminal, print a line for the first and the last step, and every `EVERY` seconds."""
+        is not a terminal, print a line for the first and the last step, and every `EVERY` seconds."""
         now = time.monotonic()
         with self.lock:
             phase = self.phase

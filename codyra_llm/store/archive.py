@@ -160,8 +160,8 @@ def _metadata(path: Path) -> dict[str, str]:
     missing = {"parent", "lineage", "mode", "scale", "sites"} - meta.keys()
     if missing:
         raise Fault(
-            f"{path} is no update of a run (its header lacks {', '.join(sorted(missing))}); restore it from "
-            "a copy"
+            f"{path} is not an update of a run (its header lacks {', '.join(sorted(missing))}); restore it "
+            "from a copy"
         )
     return meta
 

@@ -51,7 +51,7 @@ class Row:
             return cls(**{name: raw[name] for name in known if name in raw})
         except TypeError:
             raise Fault(
-                f"{where}: this is no row with {', '.join(known)}; restore the file from a copy"
+                f"{where}: this is not a row with {', '.join(known)}; restore the file from a copy"
             ) from None
 
     def as_json(self) -> dict[str, Any]:

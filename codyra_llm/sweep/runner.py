@@ -39,7 +39,7 @@ def execute(sweep: Sweep, jobs: int | None, launcher: str | None, done: Callable
         shlex.split(launcher or "")
     except ValueError as error:
         raise Fault(
-            f"--launcher: {shown(launcher)} is no command ({error}); give one as you would to a shell"
+            f"--launcher: {shown(launcher)} is not a command ({error}); give one as you would to a shell"
         ) from None
     sweep.prepare()  # before the output is made
     with _held(sweep.output) as lock:

@@ -54,8 +54,8 @@ def one_process(recipe_files, tmp_path_factory):
 
 
 def test_the_oracle_prunes_and_moves(one_process, recipe_files):
-    """What the other tests compare with is no idle run: some ranks are gone, some are left, B has moved, and
-    two processes do not get the same number of micro-batches."""
+    """What the other tests compare with is not an idle run: some ranks are gone, some are left, B has moved,
+    and two processes do not get the same number of micro-batches."""
     setup = prepare(load_recipe(recipe_files / "codyra.yaml", []))
     lengths = [len(e) for e in setup.encoder.encode(setup.stream.records(1, "train"))][:7]
     shares = micro_batches(lengths, 2, setup.recipe.optim.micro_batch_tokens)

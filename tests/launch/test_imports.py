@@ -1,4 +1,4 @@
-"""Importing the package is no work: it changes nothing that the rest of the process shares."""
+"""Importing the package is not work: it changes nothing that the rest of the process shares."""
 
 import json
 import subprocess

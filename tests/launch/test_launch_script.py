@@ -276,8 +276,8 @@ def test_a_python_may_be_named_by_a_relative_path(launch, tmp_path):
         (["--dry-run"], {}, "there is no recipe"),
         (["--nodes"], {}, "--nodes needs a value"),
         (["x.yaml"], {"ACCELERATE_CONFIG": "nowhere.yaml"}, "there is no file 'nowhere.yaml'"),
-        (["--nodes", "two", "x.yaml"], {}, "'two' is no whole number from 1 on"),
-        (["x.yaml"], {"NNODES": "0"}, "'0' is no whole number from 1 on"),
+        (["--nodes", "two", "x.yaml"], {}, "'two' is not a whole number from 1 on"),
+        (["x.yaml"], {"NNODES": "0"}, "'0' is not a whole number from 1 on"),
         (["x.yaml"], {"PROCESSES": "0"}, "PROCESSES: '0'"),
         (["--nodes", "2", "--rank", "1", "x.yaml"], {}, "give --master HOST[:PORT]"),
         (
@@ -293,7 +293,7 @@ def test_a_python_may_be_named_by_a_relative_path(launch, tmp_path):
         (
             ["--nodes", "2", "--master", "n7:x", "--rank", "0", "x.yaml"],
             {},
-            "--master: 'x' is no whole number",
+            "--master: 'x' is not a whole number",
         ),
         (["--rank", "1", "x.yaml"], {}, "--rank without --nodes has no meaning"),
         (["--nodes", "2", "plan", "x.yaml"], {}, "'plan' is none"),

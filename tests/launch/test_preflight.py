@@ -81,7 +81,7 @@ def test_a_second_process_that_differs_ends_both(sections, other_data, tmp_path,
 @pytest.mark.distributed
 @pytest.mark.parametrize("place", ["prepare", "fingerprint"])
 def test_a_process_that_fails_before_it_is_compared_is_named(place, sections, tmp_path, monkeypatch, forked):
-    """On another machine, by a mistake that is no Fault: nothing that waits for it may wait on."""
+    """On another machine, by a mistake that is not a Fault: nothing that waits for it may wait on."""
     monkeypatch.setattr(loading, "load", lambda *arguments: sys.exit("weights were loaded"))
     (tmp_path / "recipe.yaml").write_text(json.dumps(sections), encoding="utf-8")
 

@@ -161,8 +161,8 @@ row("aliases that multiply")(
 )
 row("an alias within itself")(lambda p: p.recipe("a: &a [*a]"))
 row("sections nested without end")(lambda p: p.recipe("seed: " + "[" * 5000))
-row("a key that is no text")(lambda p: p.recipe("$recipe3: 4\n"))
-row("a file that is no YAML")(lambda p: p.recipe("model: {path: x"))
+row("a key that is not text")(lambda p: p.recipe("$recipe3: 4\n"))
+row("a file that is not YAML")(lambda p: p.recipe("model: {path: x"))
 row("a file in UTF-16")(lambda p: p.recipe("seed: 1".encode("utf-16")))
 row("an empty file")(lambda p: p.recipe(""))
 row("a file of a megabyte")(lambda p: p.recipe("# " + "x" * (1 << 20)))
@@ -198,7 +198,7 @@ row("a plug-in with the name of ours")(
 row("an override without a value")(lambda p: p.recipe(None, "seed"))
 row("an override without a key")(lambda p: p.recipe(None, "=3"))
 row("an override below a value")(lambda p: p.recipe(None, "output.lr=1"))
-row("an override that is no YAML")(lambda p: p.recipe(None, "optim.betas=[0.9"))
+row("an override that is not YAML")(lambda p: p.recipe(None, "optim.betas=[0.9"))
 row("an output that is a file")(lambda p: p.recipe(output=str(p.write("taken", "x"))))
 row("an output below a file")(lambda p: p.recipe(output=str(p.write("taken", "x") / "run")))
 row("an output that can't be written")(lambda p: p.recipe(output="/proc/run"))
@@ -211,11 +211,11 @@ row("a folder in place of a split")(
     lambda p: ((p.data / "ONE/test.json").unlink(), (p.data / "ONE/test.json").mkdir(), p.recipe())[-1]
 )
 row("a split that isn't there")(lambda p: ((p.data / "ONE/test.json").unlink(), p.recipe())[-1])
-row("data that is no UTF-8")(lambda p: p.records(b'[{"prompt": "\xff"}]'))
-row("data that is no JSON")(lambda p: p.records('[{"prompt": "a" "answer": "b"}]'))
-row("data that is no list")(lambda p: p.records(GOOD))
+row("data that is not UTF-8")(lambda p: p.records(b'[{"prompt": "\xff"}]'))
+row("data that is not JSON")(lambda p: p.records('[{"prompt": "a" "answer": "b"}]'))
+row("data that is not a list")(lambda p: p.records(GOOD))
 row("an empty list")(lambda p: p.records([]))
-row("a record that is no object")(lambda p: p.records([GOOD, ["a", "b"]]))
+row("a record that is not an object")(lambda p: p.records([GOOD, ["a", "b"]]))
 row("a record without an answer")(lambda p: p.records([{"prompt": "a", "anser": "b"}]))
 row("a record that has a key twice")(lambda p: p.records('[{"prompt": "a", "prompt": "b", "answer": "c"}]'))
 row("a fraction as prompt")(lambda p: p.records([{"prompt": 3.5, "answer": "b"}]))
@@ -236,7 +236,7 @@ row("a raw NUL byte")(lambda p: p.records(b'[{"prompt": "a\0", "answer": "b"}]')
 row("a record of 10 MB")(lambda p: p.records([{"prompt": "word " * 2_000_000, "answer": "b"}]))
 row("JSON nested without end")(lambda p: p.records("[" * 100_000 + "]" * 100_000))
 row("a folder of general ability without any")(lambda p: p.recipe(general={"data": str(p.data / "ONE")}))
-row("a YAML file that is no task of general ability")(lambda p: p.recipe(general={"data": str(p.folder)}))
+row("a YAML file that is not a task of general ability")(lambda p: p.recipe(general={"data": str(p.folder)}))
 
 # Models
 row("a model that isn't there")(lambda p: p.recipe(model={"path": "./nowhere"}))
@@ -244,7 +244,7 @@ row("a model folder without config.json")(lambda p: ((p.model / "config.json").u
 row("a config.json that is torn")(
     lambda p: ((p.model / "config.json").write_text('{"model_type": "ll'), p.recipe())[-1]
 )
-row("a config.json that is no mapping")(
+row("a config.json that is not a mapping")(
     lambda p: ((p.model / "config.json").write_text("[]"), p.recipe())[-1]
 )
 row("a family that is not supported")(lambda p: p.config(model_type="gpt2"))
@@ -307,7 +307,7 @@ row("infinite weights")(
     lambda p: (p.weights(lambda t: t["lm_head.weight"][3].fill_(math.inf)), ["generate", p.model, "x"])[-1]
 )
 row("no room for a prompt")(lambda p: ["generate", p.model, "x", "--max-new-tokens", 250])
-row("a file that is no GGUF")(lambda p: p.recipe(model={"path": str(p.write("x.gguf", "no GGUF at all"))}))
+row("a file that is not GGUF")(lambda p: p.recipe(model={"path": str(p.write("x.gguf", "no GGUF at all"))}))
 row("a GGUF file that is torn")(
     lambda p: p.recipe(model={"path": str(p.write("x.gguf", b"GGUF\3\0\0\0" + bytes(8) + b"\5" + bytes(7)))})
 )
@@ -339,7 +339,7 @@ row("base weights that were changed")(
         ["generate", f"{p.run}@ONE", "x"],
     )[-1]
 )
-row("a folder that is no run")(lambda p: ["report", p.data])
+row("a folder that is not a run")(lambda p: ["report", p.data])
 row("a report of an unknown kind")(lambda p: ["report", p.run, "--out", p.out.with_suffix(".pdff")])
 row("a figure that doesn't exist")(
     lambda p: ["report", p.run, "--out", p.out.with_suffix(".pdf"), "--figure", "matrx"]
@@ -356,9 +356,9 @@ row("a sweep of which nothing is finished")(
 # Predictions and sweeps
 row("predictions that aren't there")(lambda p: ["score", "FOMC", "nowhere.json"])
 row("a folder in place of predictions")(lambda p: ["score", "FOMC", p.data])
-row("predictions that are no JSON")(lambda p: p.predictions("[{"))
-row("predictions that are no list")(lambda p: p.predictions({}))
-row("a prediction that is no text")(
+row("predictions that are not JSON")(lambda p: p.predictions("[{"))
+row("predictions that are not a list")(lambda p: p.predictions({}))
+row("a prediction that is not text")(
     lambda p: p.predictions([{"prompt": "a", "prediction": None, "answer": "b"}])
 )
 row("a prediction of 1 MB")(
@@ -370,7 +370,7 @@ row("a sweep with a key twice")(lambda p: p.sweep("output: x\n"))
 row("a sweep of a million runs")(
     lambda p: p.sweep(grid={"seed": list(range(1000)), "data.max_train_examples": list(range(1, 1001))})
 )
-row("an arm that is no folder's name")(lambda p: p.sweep(arms={"../x": {}}))
+row("an arm that is not a folder's name")(lambda p: p.sweep(arms={"../x": {}}))
 row("a sweep of a recipe that isn't there")(lambda p: p.sweep(recipe="quikstart"))
 row("a setting that a run would refuse")(lambda p: p.sweep(set={"data.root": "nowhere"}))
 

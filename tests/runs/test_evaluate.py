@@ -352,7 +352,7 @@ def test_an_option_that_nothing_uses_is_refused(merging, tiny_llama, tmp_path, c
     for command, option, told in (
         ("evaluate", ["--base", tiny_llama], "--base: .* nothing is measured on the base"),
         ("evaluate", ["--general-tasks", "piqa"], "--general-tasks: no general ability is measured"),
-        ("generate", ["Say A:", "--base", tiny_llama], "--base: .* is no PEFT adapter"),
+        ("generate", ["Say A:", "--base", tiny_llama], "--base: .* is not a PEFT adapter"),
     ):
         code, out, err = call(capsys, command, merging.path, *option)
         assert code == 2 and not out and re.search(told, err)

@@ -51,7 +51,11 @@ for name, keys, *said in (
         "Leave it out",
     ),
     ("no kwargs", {"dataset_kwargs": [1]}, f"{FILES} is None", "give it"),
-    ("an unknown key", {"doc_to_txt": "x"}, "'doc_to_txt' is no key of a task. Did you mean 'doc_to_text'"),
+    (
+        "an unknown key",
+        {"doc_to_txt": "x"},
+        "'doc_to_txt' is not a key of a task. Did you mean 'doc_to_text'",
+    ),
     ("a prompt of promptsource", {"use_prompt": "promptsource:x"}, "use_prompt is .*which would run", TRUST),
     ("a data set made by code", {"custom_dataset": "x.y"}, "custom_dataset is 'x.y', which would run", TRUST),
     ("unsafe code", {"unsafe_code": True}, "unsafe_code is True, which would run code", TRUST),
@@ -64,10 +68,10 @@ for name, keys, *said in (
     (
         "a metric that is fetched",
         {"metric_list": [{"metric": "exact_match", "hf_evaluate": True}]},
-        "metric_list: 'exact_match' is no metric of the harness, and others are code",
+        "metric_list: 'exact_match' is not a metric of the harness, and others are code",
         TRUST,
     ),
-    ("a metric that is a number", {"metric_list": [{"metric": 5}]}, "metric_list: 5 is no metric"),
+    ("a metric that is a number", {"metric_list": [{"metric": 5}]}, "metric_list: 5 is not a metric"),
     (
         "metrics in a mapping",
         {"metric_list": {"metric": "acc"}},
@@ -194,7 +198,7 @@ for name, keys, *said in (
 ):
     case(f"a task with {name}", lambda p, keys=keys: p.suite(**keys), *said)
 for name, keys, *said in (
-    ("choices that are no list", {"doc_to_choice": "{{ text }}"}, "'own' can't be asked or scored", FIRST),
+    ("choices that are not a list", {"doc_to_choice": "{{ text }}"}, "'own' can't be asked or scored", FIRST),
     ("choices that loop", {"doc_to_choice": LOOPS}, "'own' has the template", "more than 0.5 s", FIRST),
     ("nested choices", {"doc_to_choice": "{{ '[' * 99999 }}"}, "'own' can't be asked or scored", FIRST),
     ("a choice that is not there", {"doc_to_target": 9}, "'own' can't be asked or scored .*index", FIRST),
@@ -220,7 +224,7 @@ for name, text, *said in (
         "a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(40)),
         "holds more than 20000 values",
     ),
-    ("a list", "- 1\n", "is no task of lm-evaluation-harness .*write one, or take the file out"),
+    ("a list", "- 1\n", "is not a task of lm-evaluation-harness .*write one, or take the file out"),
     ("a megabyte", "# " + "x" * (1 << 20), "expected at most 262,144; give a smaller one"),
 ):
     case(f"a task file of {name}", lambda p, text=text: p.suite(text), *said)

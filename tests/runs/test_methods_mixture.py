@@ -326,7 +326,7 @@ def test_duallora_bases_are_those_of_the_first_inputs(finished):
 def test_export(name, finished, tmp_path):
     """No merged model; a stage answers as the run did after that task."""
     folder, _ = finished(name)
-    with pytest.raises(Fault, match=f"a {name} run is no plain model .* --format stage") as caught:
+    with pytest.raises(Fault, match=f"a {name} run is not a plain model .* --format stage") as caught:
         write_merged(prepare(folder.recipe), folder.archive(), 1, None, tmp_path / "merged")
     assert len(caught.value.messages) == 1 and not (tmp_path / "merged").exists()
     write_stage(folder, 1, tmp_path / "stage")

@@ -50,7 +50,7 @@ def test_a_state_of_each_task_and_a_stage_that_answers(name, tiny_llama, toy_str
     )
     assert Archive(straight.path / "updates", straight.manifest["base"]).load(2).adapters == {}
 
-    with pytest.raises(Fault, match=f"^a {name} run is no plain model.*--format stage"):
+    with pytest.raises(Fault, match=f"^a {name} run is not a plain model.*--format stage"):
         write_merged(prepare(straight.recipe), straight.archive(), 1, None, tmp_path / "merged")
     asked = CliRunner().invoke(
         app, ["export", str(straight.path), str(tmp_path / "stage"), "--format", "stage", "--after", "TWO"]

@@ -99,8 +99,8 @@ def test_a_hub_that_fails_is_one_sentence_and_the_export_stays(run, calls, tmp_p
 
 def test_what_cannot_work_is_said_before_anything_is_written(run, calls, tmp_path, capsys, monkeypatch):
     for repo, change, message in (
-        ("a b//c", (), "is no name of a repository"),
-        ("mine", (), "is no name of a repository"),
+        ("a b//c", (), "is not a name of a repository"),
+        ("mine", (), "is not a name of a repository"),
         ("me/away", (), "does not say whether me/away is public (no route)"),
         ("me/mine", (hub, "get_token", lambda: None), "there is no token"),
         ("me/mine", (constants, "HF_HUB_OFFLINE", True), "HF_HUB_OFFLINE is set"),

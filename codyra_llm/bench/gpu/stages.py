@@ -90,7 +90,7 @@ def limit(name: str) -> float:
 
 
 def _chosen(names: Sequence[str] | None) -> list[str]:
-    """The stages to run, in their order. Raises Fault for a name that is no stage."""
+    """The stages to run, in their order. Raises Fault for a name that is not a stage."""
     for name in names or ():
         if name not in STAGES:
             known = ", ".join(STAGES)

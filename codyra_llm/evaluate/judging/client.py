@@ -92,7 +92,7 @@ def _ask(client: Any, section: JudgeSection, text: str) -> str:
         reply = client.chat.completions.create(
             model=section.model, messages=[{"role": "user", "content": text}], **given
         )
-    except (OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON
+    except (OpenAIError, ValueError) as error:  # ValueError: a body that is not JSON
         raise Fault(
             f"open_ended.judge: {section.base_url} failed ({_reason(error, section)}); what was judged is "
             "kept, give the same command again once the endpoint answers, or set open_ended.judge.base_url "

@@ -47,7 +47,7 @@ BETTER = {  # by title of a measure
 
 
 def opened(members: list[Member]) -> list[Run]:
-    """The runs with what is measured of them. Raises Fault for a folder that is no run's."""
+    """The runs with what is measured of them. Raises Fault for a folder that is not a run's."""
     runs = []
     for folder, arm, rest in members:
         found = summarised(folder)

@@ -60,7 +60,7 @@ def test_a_benchmark_of_ones_own_is_told_from_trace(tmp_path, capsys):
 
 
 def test_odd_names(tmp_path, capsys, monkeypatch):
-    """A file is no folder of tasks; a command that is shown can be pasted."""
+    """A file is not a folder of tasks; a command that is shown can be pasted."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
     code, _, err = call(capsys, "recipe", "init", "a.yaml", "--yes", "--data", "mine.csv")

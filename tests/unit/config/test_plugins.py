@@ -85,7 +85,7 @@ def test_a_file_is_loaded_once_and_anew_when_it_has_changed(tmp_path):
         ("x = 1\n", "registers no method and no metric"),
         (METHOD + "METHODS['seqlora'] = Mine\n", "method 'seqlora' is one of codyra_llm's own"),
         (METHOD + "METHODS['yours'] = Mine\n", "whose `name` is 'mine'"),
-        (METHOD + "METHODS['mine'] = Mine(MineConfig(), 0)\n", "which is no class; give the class"),
+        (METHOD + "METHODS['mine'] = Mine(MineConfig(), 0)\n", "which is not a class; give the class"),
         (
             METHOD + "Mine.Config = SeqLoraConfig\nMETHODS['mine'] = Mine\n",
             'with the field `name: Literal["mine"] = "mine"`; that of SeqLoraConfig is \'seqlora\'',

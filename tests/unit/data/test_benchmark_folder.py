@@ -270,7 +270,7 @@ def test_prompts_do_not_change_from_day_to_day(tmp_path, tiny_llama, template, t
     [
         ("a.csv", "prompt,answer\na,b,c\n", "record 0 has 3 values, the first line names 2"),
         ("a.csv", "prompt,prompt\na,b\n", "the column 'prompt' is there twice"),
-        ("a.csv", 'prompt,answer\n"a,b\n', "is no CSV"),
+        ("a.csv", 'prompt,answer\n"a,b\n', "is not CSV"),
         ("a.csv", "", "is empty, expected records of the train data of task 'T'"),
         ("a.csv", "prompt,answer\n", "holds no record"),
         (

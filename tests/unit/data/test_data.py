@@ -280,7 +280,7 @@ def test_settings_are_not_chosen_on_prompts_of_the_test_split(tmp_path):
 
 
 def test_spaces_in_front_of_punctuation_stay_in_answers():
-    """Code has them. A tokenizer that is no BPE drops them where its config asks for cleaning up."""
+    """Code has them. A tokenizer that is not a BPE drops them where its config asks for cleaning up."""
     pieces = ["<unk>", "</s>", *(f"\u2581{piece}" for piece in "f(.,")]
     words = [(piece, -1.0) for piece in pieces]
     core = Tokenizer(Unigram(words, unk_id=0))

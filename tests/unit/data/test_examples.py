@@ -54,7 +54,7 @@ def test_missing_task_names_the_nearest(root):
 def test_missing_split_and_missing_root(root):
     (root / "FOMC" / "eval.json").unlink()
     assert "eval.json doesn't exist" in faults(root, split="eval")[0]
-    assert "is no folder" in faults(root / "nowhere")[0]
+    assert "is not a folder" in faults(root / "nowhere")[0]
 
 
 @pytest.mark.parametrize(

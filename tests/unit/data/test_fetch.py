@@ -110,13 +110,13 @@ def test_an_archive_that_is_cut_off_is_one_sentence(tmp_path, name):
     whole = packed(tmp_path / name, {f"{i}.json": bytes(range(256)) * 40 for i in range(9)}).read_bytes()
     (tmp_path / name).write_bytes(whole[: len(whole) // 2])
     (message,) = faults(get, "trace", tmp_path / "out", "500", str(tmp_path / name))
-    assert str(tmp_path / name) in message and ("download it again" in message or "is no zip" in message)
+    assert str(tmp_path / name) in message and ("download it again" in message or "is not a zip" in message)
 
 
 @pytest.mark.parametrize(
     "name, variant, source, expected",
     [
-        ("trase", None, None, "'trase' is no benchmark that is known; give trace. Did you mean 'trace'?"),
+        ("trase", None, None, "'trase' is not a benchmark that is known; give trace. Did you mean 'trace'?"),
         (
             "olora",
             None,
@@ -134,9 +134,9 @@ def test_an_archive_that_is_cut_off_is_one_sentence(tmp_path, name):
             "trace",
             None,
             "nowhere.zip",
-            "--from: 'nowhere.zip' is no archive or folder that is here, no address",
+            "--from: 'nowhere.zip' is not an archive or folder that is here, an address",
         ),
-        ("trace", None, "own/er/x", "--from: 'own/er/x' is no archive or folder that is here"),
+        ("trace", None, "own/er/x", "--from: 'own/er/x' is not an archive or folder that is here"),
         (
             "trace",
             None,
@@ -161,4 +161,4 @@ def test_the_command_checks_what_it_wrote(tmp_path, capsys):
     code, out, _ = call(capsys, "data", "get", "trace", "--from", archive, tmp_path / "worse")
     assert code == 1 and "1 faults" in out
     code, _, err = call(capsys, "data", "get", "trace", "--from", tmp_path / "bad.tar", tmp_path / "data")
-    assert code == 2 and "is no archive or folder that is here" in err
+    assert code == 2 and "is not an archive or folder that is here" in err

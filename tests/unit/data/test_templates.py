@@ -32,7 +32,7 @@ ALPACA = "{instruction}\n{input}\nAnswer:\n"
         ("[[{x}]][[{y}]]", {"y": "2"}, "2"),
         ("[INST] [{x}] [[0, 1]] [/INST]", {"x": "1"}, "[INST] [1] [[0, 1]] [/INST]"),
         ('{{"a": {x}}}', {"x": "1"}, '{"a": 1}'),
-        ("{Problem Text}", {"Problem Text": "{x}"}, "{x}"),  # what is put in is no template
+        ("{Problem Text}", {"Problem Text": "{x}"}, "{x}"),  # what is put in is not a template
     ],
 )
 def test_what_has_no_text_leaves_no_trace(text, values, expected):
@@ -272,4 +272,4 @@ def test_training_records_without_an_answer_are_left_out_where_that_is_asked(tmp
     shutil.copy(tmp_path / "a.jsonl", tmp_path / "set" / "train.jsonl")
     (note,) = remarks(tmp_path, "T", task(dataset="set", skip_empty=True))
     assert note == "tasks.T: set (train): 3 of 6 records have no answer, and are left out"
-    assert len(faults(read, tmp_path, "T", asked, "test")) == 1  # null is no answer that can be scored
+    assert len(faults(read, tmp_path, "T", asked, "test")) == 1  # null is not an answer that can be scored

@@ -370,13 +370,15 @@ def test_what_is_refused(root, monkeypatch):
 
     assert "there is no folder '/nowhere'" in told(data="/nowhere")
     both = told(data=str(root), tasks=["piqaa", "mmlu", "gsm8k_cot"])
-    assert "'piqaa' is no task" in both and "Did you mean 'piqa'?" in both
+    assert "'piqaa' is not a task" in both and "Did you mean 'piqa'?" in both
     assert (
         "'mmlu' reads" in both
         and "nor are 113 more" in both
         and "gsm8k/test.jsonl, which is not there" in both
     )
-    assert "'mmul' is no task of general.data 'hub'. Did you mean 'mmlu'?" in told(data="hub", tasks=["mmul"])
+    assert "'mmul' is not a task of general.data 'hub'. Did you mean 'mmlu'?" in told(
+        data="hub", tasks=["mmul"]
+    )
     (root / "piqa" / "test.json").unlink()
     assert "holds the files of no task" in told(data=str(root))
     monkeypatch.setattr(suite, "find_spec", lambda name: None)

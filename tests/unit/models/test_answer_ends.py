@@ -57,7 +57,7 @@ def test_an_answer_ends_where_transformers_ends_it(chat_model):
     ids = encoder.prompt(PROMPT)[0]
     theirs = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
     assert theirs == said[: said.index(end) + 1] == generate_ids(model, [ids], 12, encoder.ends)[0]
-    text = tokenizer.decode(theirs[:-1], skip_special_tokens=True)  # the end is no part of the answer
+    text = tokenizer.decode(theirs[:-1], skip_special_tokens=True)  # the end is not a part of the answer
     assert answers(Accelerator(cpu=True), model, encoder, [PROMPT], 12) == [(text, False)]
     assert answer(str(folder), PROMPT, 12) == text
 

@@ -102,7 +102,7 @@ def test_looks_differ():
 def test_mistakes_are_one_sentence(runs, tmp_path, capsys, monkeypatch):
     path = str(runs[0].path)
     for words, message in (
-        (["--out", "x.pdf", "--figure", "matrx"], "'matrx' is no figure; choose matrix, tradeoff"),
+        (["--out", "x.pdf", "--figure", "matrx"], "'matrx' is not a figure; choose matrix, tradeoff"),
         (["--out", "x.md", "--figure", "matrix"], "must end in .pdf, .svg, .png"),
     ):
         assert main_ends(["report", path, *words]) == 2

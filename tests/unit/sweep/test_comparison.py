@@ -92,7 +92,7 @@ def test_tasks_of_one_example_or_none_have_no_interval(sweep_file):
 
 def test_the_change_of_general_ability_is_paired(sweep_file):
     """Of one seed: the same questions are drawn before and after, so ΔR's interval is that of the change of
-    single questions; IFEval is no member, and a probe of the base alone neither."""
+    single questions; IFEval is not a member, and a probe of the base alone neither."""
     asked = load_sweep(sweep_file(grid={"seed": [1]}, arms={"seqlora": {}}))
     rng = np.random.default_rng(2)
     (run,) = asked.runs()

@@ -57,7 +57,7 @@ def test_a_method_comes_first_whichever_layer_names_it(sweep_file):
         ({"grid": {"output": ["x", "y"]}}, "folder of its own"),
         ({"arms": {"x": {"output": "y"}}}, "arms.x: .*folder of its own"),
         ({"arms": {"x": {"method": {"name": [1]}}}}, r"\[1\] is not a method"),
-        ({3: 4}, "the key 3 is no text"),
+        ({3: 4}, "the key 3 is not text"),
         (
             {
                 "tune": {
@@ -264,7 +264,7 @@ def test_one_run_per_gpu_or_a_share_of_the_cores(monkeypatch):
 
 @pytest.mark.parametrize(
     ("jobs", "launcher", "told"),
-    [(2, "accelerate launch", "leave one of the two out"), (None, "accelerate 'launch", "is no command")],
+    [(2, "accelerate launch", "leave one of the two out"), (None, "accelerate 'launch", "is not a command")],
 )
 def test_a_launcher_is_checked_before_anything_runs(jobs, launcher, told, sweep_file):
     asked = load_sweep(sweep_file())
