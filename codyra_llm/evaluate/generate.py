@@ -17,7 +17,7 @@ from codyra_llm.evaluate.budget import batches, budget, within_memory
 from codyra_llm.methods.base import Condition
 from codyra_llm.models import families
 from codyra_llm.models.ends import ended
-from codyra_llm.models.inference import last_logits
+from codyra_llm.models.inference import empty_cache, last_logits
 from codyra_llm.runtime import heartbeat, signals
 from codyra_llm.store import observer
 
@@ -118,7 +118,7 @@ def prompt_logits(
 
 def _cache(model: PreTrainedModel, prompts: Sequence[list[int]], shared: int) -> DynamicCache:
     """A cache with the `shared` first tokens of the prompts, for each of them."""
-    cache = DynamicCache(config=model.config)
+    cache = empty_cache(model)
     if shared:
         prefix = torch.tensor([prompts[0][:shared]], device=model.device)
         last_logits(model, input_ids=prefix, past_key_values=cache, use_cache=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -24,6 +24,11 @@ def last_logits(model: PreTrainedModel, keep: int = 1, **given: Any) -> Tensor:
     transformers' models take."""
     with _rows_without_gaps(model), _fast_attention(model):
         return model(**given, logits_to_keep=keep).logits
+
+
+def empty_cache(model: PreTrainedModel) -> DynamicCache:
+    """A cache of keys and values that grows with the tokens read."""
+    return DynamicCache(config=model.config)
 
 
 @contextmanager

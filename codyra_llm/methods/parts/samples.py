@@ -5,12 +5,10 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from codyra_llm.core.tensors import generator
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.models.families import pretrained
-from codyra_llm.models.inference import last_logits
 from codyra_llm.runtime import signals
 from codyra_llm.store import observer
 
@@ -123,6 +121,8 @@ def answered(
     """What the model answers to each prompt at temperature 1: up to `length` tokens, the last of them the
     model's EOS or one of `ends` where the model draws it. Each answer has a generator of its own, so it
     depends on no other prompt of the batch (up to rounding, since shorter prompts are padded on the left)."""
+    from codyra_llm.models.inference import empty_cache, last_logits  # slow, and `report` reads this file
+
     training, device = model.training, pretrained(model).device
     closing = end_tokens(model, ends)
     width = max(map(len, prompts))
@@ -132,7 +132,7 @@ def answered(
     fed = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache(config=pretrained(model).config)
+    cache = empty_cache(pretrained(model))
     model.eval()
     for place in range(length):
         logits = last_logits(
@@ -188,7 +188,9 @@ def _starts(model: nn.Module, count: int, draw: torch.Generator) -> Tensor:
 
 def _continued(model: nn.Module, ids: Tensor, length: int, draw: torch.Generator) -> Tensor:
     """ids [n, k] followed by `length` tokens that the model draws: [n, k + length]."""
-    cache, fed, device = DynamicCache(config=pretrained(model).config), ids, pretrained(model).device
+    from codyra_llm.models.inference import empty_cache, last_logits  # slow, and `report` reads this file
+
+    cache, fed, device = empty_cache(pretrained(model)), ids, pretrained(model).device
     for _ in range(length):
         logits = last_logits(
             pretrained(model), input_ids=fed.to(device), past_key_values=cache, use_cache=True
