@@ -158,7 +158,7 @@ def test_declared_merge_is_a_plain_model(name, finished, tmp_path, capsys):
         assert plain.state_dict().keys() == loading.load(setup.base, setup.dtype).state_dict().keys()
         assert all(torch.equal(model.state_dict()[key], value) for key, value in plain.state_dict().items())
         return
-    with pytest.raises(Fault, match="no plain model"):
+    with pytest.raises(Fault, match="not a plain model"):
         write_merged(setup, folder.archive(), 2, None, tmp_path / "out")
     write_stage(folder, 2, tmp_path / "stage")
     prompt = setup.test(0)[0]["prompt"]
