@@ -9,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from codyra_llm.config.methods.base import InputsConfig
 from codyra_llm.core.errors import Fault
+from codyra_llm.core.products import gram
 from codyra_llm.lora.layer import LoraLinear, sites
 from codyra_llm.lora.shared import layer_by_layer
 from codyra_llm.methods.base import Task
@@ -121,15 +122,15 @@ def covariances(
     before: Callable[["Batch"], None] | None = None,
 ) -> list[Tensor]:
     """C = (1/n) Σ x xᵀ [in, in] of the input of each of `layers`, over the n tokens of prompts and answers
-    except the first of every example. Products are in float32, sums in float64; the results are on the
-    CPU."""
+    except the first of every example. Products are summed in float32, batches in float64; the
+    results are on the CPU."""
     sums = [
         torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64, device=layer.weight.device)
         for layer in layers
     ]
 
     def add(i: int, x: Tensor) -> None:
-        sums[i].add_(x.T @ x)
+        sums[i].add_(gram(x))
 
     count = read_inputs(model, layers, task, examples, add, before)
     return [total.div_(count).cpu() for total in sums]
@@ -144,8 +145,8 @@ def read_inputs(
     take: Callable[[int, Tensor], None],
     before: Callable[["Batch"], None] | None = None,
 ) -> int:
-    """Call `take(i, x)` with the input x [n, in] in float32 of layer i for every batch of examples,
-    without the first token of each; returns the number of tokens."""
+    """Call `take(i, x)` with the input x [n, in] of layer i, as the layer reads it, for every batch of
+    examples, without the first token of each; returns the number of tokens."""
     seen: dict[int, Tensor] = {}
     hooks = [_recording_hook(layer, i, seen) for i, layer in enumerate(layers)]
     count, training = 0, model.training
@@ -158,7 +159,7 @@ def read_inputs(
             read = batch.content([len(examples[i]) for i in batch.examples])
             count += len(read)
             for i in range(len(layers)):
-                take(i, seen.pop(i).flatten(0, -2).index_select(0, read).float())
+                take(i, seen.pop(i).flatten(0, -2).index_select(0, read))
     for hook in hooks:
         hook.remove()
     model.train(training)

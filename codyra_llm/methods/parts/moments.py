@@ -120,8 +120,11 @@ def recovered(product: Tensor, trace: Tensor, omega: Tensor | None) -> SecondMom
     core = omega.T @ shifted
     lower = torch.linalg.cholesky((core + core.T) / 2)
     root = torch.linalg.solve_triangular(lower, shifted.T, upper=False).T
-    vectors, singular, _ = torch.linalg.svd(root, full_matrices=False)
-    values = (singular.square() - shift).clamp_min(0)
+    # The singular values of `root` are at least √shift, so the eigenvectors of its Gram matrix, which take
+    # half of the time, are accurate.
+    squares, rotation = torch.linalg.eigh(root.T @ root)
+    vectors = root @ (rotation / squares.sqrt())
+    values = (squares - shift).clamp_min(0)
     rest = ((trace - values.sum()) / (size - width)).clamp_min(0)
     # `rest`·I also covers the directions of F, whose values are complete: subtract it there.
     return SecondMoment(vectors, (values - rest)[None], rest.reshape(1, 1))

@@ -9,6 +9,7 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from codyra_llm.config.methods.sequential import OldInputsConfig
+from codyra_llm.core.products import gram
 from codyra_llm.data.batches import Batch
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.lora.layer import sites
@@ -136,8 +137,8 @@ def moments(
 ) -> Moments:
     """Means over all tokens of all ranks' examples, except the first of each example: it takes BOS's role in
     attention, and its outliers would dominate Σ. Every token has the same weight, or, with `answer_share`,
-    those that predict an answer's tokens have this share of the total weight. One pass; products in float32,
-    sums in float64."""
+    those that predict an answer's tokens have this share of the total weight. One pass; the products of
+    a batch are summed in float32, batches in float64."""
     names = [group[0] for group in distinct_inputs(model)]
     layers = [sites(model)[name] for name in names]
     omegas = [sketching(layer.in_features, config.sketch) for layer in layers]
@@ -152,9 +153,11 @@ def moments(
     shares = None if answer_share is None else _Shares(examples, answer_share, device)
 
     def take(i: int, x: Tensor) -> None:
-        x = x if shares is None else x * shares.roots
-        sums[i].add_(x.T @ (x if reading[i] is None else x @ reading[i]))
-        traces[i] += x.square().sum()
+        parts = [(1.0, x)] if shares is None else shares.divided(x)
+        for weight, part in parts:
+            product, trace = _read(part, reading[i])
+            sums[i].add_(product, alpha=weight)
+            traces[i].add_(trace, alpha=weight)
 
     traces[-1] += read_inputs(model, layers, task, examples, take, shares and shares.begin)
     with heartbeat.waiting():
@@ -165,6 +168,15 @@ def moments(
         name: (total.div_(count).cpu(), (trace / count).cpu())
         for name, total, trace in zip(names, sums, traces[:-1], strict=True)
     }
+
+
+def _read(x: Tensor, omega: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of the inputs x [n, in], the sums Σ Ω, or Σ itself, and tr Σ, in float32."""
+    if omega is None:
+        product = gram(x)
+        return product, product.trace()
+    x = x.to(omega)
+    return x.T @ (x @ omega), torch.dot(x.flatten(), x.flatten())
 
 
 class _Shares:
@@ -179,13 +191,17 @@ class _Shares:
         # The last token of an example predicts nothing, so there are always others; answers may be missing.
         self.answer = share * tokens / answers if answers else 1.0
         self.other = (1 - share) * tokens / (tokens - answers) if answers else 1.0
-        self.roots: Tensor  # [n, 1], of the batch that `begin` was called with last
+        self.are_answers: Tensor  # [n], of the batch that `begin` was called with last
 
     def begin(self, batch: Batch) -> None:
-        """The roots of the weights of this batch's tokens, in the order of `Batch.content`."""
+        """Find the batch's tokens that predict a labelled one, in the order of `Batch.content`."""
         read = batch.content([len(self.examples[i]) for i in batch.examples])
-        weights = torch.where(torch.isin(read, batch.predictors), self.answer, self.other)
-        self.roots = weights.sqrt()[:, None]
+        self.are_answers = torch.isin(read, batch.predictors)
+
+    def divided(self, x: Tensor) -> list[tuple[float, Tensor]]:
+        """The batch's inputs x [n, in] in two parts with one weight each: x times the roots of the weights
+        would no longer be in half precision, in which products are faster."""
+        return [(self.answer, x[self.are_answers]), (self.other, x[~self.are_answers])]
 
 
 def _answers(example: Encoded) -> int:
