@@ -1,6 +1,6 @@
 """Decoding with recorded steps on a device that is not there: `run_recorded.py`, with the library of
 `pretend/hooks.cpp` preloaded. Prints a line of JSON for each model: its name, the fault or null, whether its
-answers are those of the CPU, and how many steps were replayed.
+answers are those of the CPU, how many steps were replayed, and how many prompts began in another one's place.
 """
 
 import copy
@@ -14,6 +14,7 @@ from fused import CONFIGS
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from codyra_llm.evaluate.budget import Budget, Share
 from codyra_llm.evaluate.generate import generate_ids
 
 NEW = 24
@@ -63,12 +64,31 @@ def decoded(config: PreTrainedConfig) -> dict:
         ends.append(
             max({t for row in expected for t in row}, key=lambda t: sum(t in row for row in expected))
         )
-    on_cpu = [generate_ids(model, prompts, NEW, end) for end in ends]
+    on_cpu = [answers(model, prompts, end, set()) for end in ends]
+    early: set[int] = set()
     replayed = pretended_graph.replays
     with pretended.Pretending():
         model.to(pretended.DEVICE)
-        found = [generate_ids(model, prompts, NEW, end) for end in ends]
-    return {"same": found == on_cpu, "replays": pretended_graph.replays - replayed}
+        found = [answers(model, prompts, end, early) for end in ends]
+    return {"same": found == on_cpu, "early": len(early), "replays": pretended_graph.replays - replayed}
+
+
+def answers(model: nn.Module, prompts: list[list[int]], end: int, early: set[int]) -> list[dict]:
+    """The answers in one batch, and in two, of which the second's prompts may begin in the first: those are
+    added to `early`."""
+    found = []
+    whole = list(range(len(prompts)))
+    for cut in ([whole], [whole[::-2], whole[-2::-2]]):
+        share, own = Share("prompts", prompts, cut, NEW, len(prompts)), {}
+
+        def answer(chosen: list[int], share=share) -> list[list[int]]:
+            return generate_ids(model, [prompts[i] for i in chosen], NEW, end, None, None, share)
+
+        for chosen, ids in share.answered(Budget(10**9, 16), answer):
+            own |= zip(chosen, ids, strict=True)
+        found.append(own | share.early)
+        early.update(share.early)
+    return found
 
 
 def main() -> None:

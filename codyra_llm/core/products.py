@@ -24,7 +24,7 @@ def gram(x: Tensor) -> Tensor:
 @contextmanager
 def _read_as_bfloat16() -> Iterator[None]:
     """Within this block a CPU that multiplies bfloat16 rounds float32 factors to it, and sums in float32."""
-    products = torch.backends.mkldnn.matmul
+    products = torch.backends.mkldnn.matmul  # pyright: ignore
     before = products.fp32_precision
     products.fp32_precision = "bf16"
     try:

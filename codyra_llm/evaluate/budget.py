@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -13,7 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from codyra_llm.core.errors import Fault
 from codyra_llm.models import families
-from codyra_llm.runtime import heartbeat
+from codyra_llm.runtime import heartbeat, signals
+from codyra_llm.store import observer
 
 MOST = {"cpu": 4096, "cuda": 131072}  # tokens of a batch
 # Prompt tokens that cost as much as one decoding step. Measured on the CPU; on an H100 800 to 3000.
@@ -130,12 +132,63 @@ def batches(lengths: Sequence[int], new: int, tokens: int, step: int, again: int
         yield current
 
 
+class Share:
+    """One process's share of the rows to answer: `batches` of positions in `rows`, `what` they are in words,
+    and the most tokens that follow, `new`. While one batch is answered, rows of later ones may begin in it;
+    their answers are in `early`. Progress is reported out of `total`, the rows of all processes."""
+
+    def __init__(self, what: str, rows: Sequence[list[int]], batches: list[list[int]], new: int, total: int):
+        self.what, self.rows, self.batches, self.new, self.total = what, rows, batches, new, total
+        self.order = [i for batch in batches for i in batch]
+        self.begun: set[int] = set()
+        self.done: set[int] = set()
+        self.early: dict[int, list[int]] = {}
+        observer.counted(0, total)
+
+    def answered(self, held: Budget, answer: Callable[[list[int]], T]) -> Iterator[tuple[list[int], T]]:
+        """Positions of rows with what `answer` gives for them, in batches that fit into memory."""
+        lengths = [len(row) for row in self.rows]
+        for number, batch in enumerate(self.batches):
+            observer.at(f"batch {number + 1} of {self.what}")
+            self.report()
+            for part, found in within_memory(self._begin(batch), lengths, self.new, held, answer):
+                self.done.update(part)
+                yield part, found
+        self.report()
+
+    def _begin(self, batch: list[int]) -> list[int]:
+        """The rows of a batch that are not done, and as many of later batches as are missing."""
+        left = [i for i in batch if i not in self.done]
+        self.begun = {*self.done, *left}
+        if not left:
+            return left
+        return left + self.take(len(batch) - len(left), max(len(self.rows[i]) for i in left))
+
+    def take(self, count: int, most: int) -> list[int]:
+        """Up to `count` rows of later batches, which begin now: the next in order of at most `most` tokens,
+        and of at least half of that, since attention reads all `most` places for a short one too."""
+        fitting = (i for i in self.order if i not in self.begun and most / 2 <= len(self.rows[i]) <= most)
+        taken = list(islice(fitting, count))
+        self.begun.update(taken)
+        return taken
+
+    def finished_early(self, row: int, ids: list[int]) -> None:
+        """Keep the answer of a row that began in the batch of others."""
+        self.early[row] = ids
+        self.done.add(row)
+
+    def report(self) -> None:
+        """Say how far this process has come, as if all had, and end here if it is to stop."""
+        signals.check()
+        observer.counted(round(self.total * len(self.done) / max(1, len(self.order))), self.total)
+
+
 def within_memory(
     chosen: Sequence[int], lengths: Sequence[int], new: int, held: Budget, answer: Callable[[list[int]], T]
 ) -> Iterator[tuple[list[int], T]]:
     """`answer` of the batch `chosen` (positions in `lengths`), whole or, where memory runs out, in parts: the
     budget is halved, and what has no answer yet is asked again."""
-    waiting = [list(chosen)]
+    waiting = [list(chosen)] if chosen else []
     while waiting:
         batch = waiting.pop()
         needed = (max(lengths[i] for i in batch) + new) * len(batch)

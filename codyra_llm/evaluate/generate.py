@@ -13,13 +13,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from codyra_llm.data.encoding import Encoder
 from codyra_llm.evaluate import static_steps
-from codyra_llm.evaluate.budget import batches, budget, within_memory
+from codyra_llm.evaluate.budget import Share, batches, budget
 from codyra_llm.methods.base import Condition
 from codyra_llm.models import families
 from codyra_llm.models.ends import ended
 from codyra_llm.models.inference import empty_cache, last_logits
-from codyra_llm.runtime import heartbeat, signals
-from codyra_llm.store import observer
+from codyra_llm.runtime import heartbeat
 
 # The first steps of every batch are not recorded: many answers, such as a single letter, end within them.
 UNRECORDED = 4
@@ -54,51 +53,30 @@ def generate_ids(
     ends: int | Collection[int],
     condition: Condition | None = None,
     stop: Callable[[list[int]], bool] | None = None,
+    share: Share | None = None,
 ) -> list[list[int]]:
     """Greedy continuations of one batch of prompts, each of at most `new` tokens, up to and including one of
     `ends` (EOS, and other tokens that end a turn), or until `stop` of the tokens so far is true.
 
     A row of the cache holds [shared prefix | pads | own tokens], or [pads | a method's prefix | own tokens];
     pads are masked and positions count tokens only. Finished rows are removed when they are a quarter of the
-    batch, since removing them copies the cache of the others.
+    batch, since removing them copies the cache of the others. Where steps are recorded, prompts of later
+    batches of the `share` take their places, and are answered there.
     """
     ends = {ends} if isinstance(ends, int) else ends
-    width = max(map(len, prompts))
-    # A condition may differ from row to row, so that no prefix is shared.
-    shared = 0 if condition else shared_prefix(prompts, new, families.windows(model.config))
-    cache = _cache(model, prompts, shared)
-    given, mask = _prefill(model, prompts, shared, condition)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
-    batch = _Batch(len(prompts), ends, stop)
-    for number in range(new):
-        padded = any(len(prompts[row]) < width for row in batch.rows)
-        logits = last_logits(
-            model,
-            **given,
-            attention_mask=mask if padded else None,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        ids = logits[:, -1].argmax(-1, keepdim=True)
-        going = batch.add(ids[:, 0].tolist())
-        if not going:
-            break
-        mask = torch.cat([mask, torch.ones_like(ids)], 1)
-        positions = positions[:, -1:] + 1
+    rows = _Rows(model, prompts, new, condition)
+    batch = _Batch(len(prompts), new, ends, stop)
+    going, left = batch.add(rows.tokens), new - 1
+    while going:
         if 4 * len(going) <= 3 * len(batch.rows):  # a quarter is done
-            chosen = torch.tensor(going, device=model.device)
             batch.keep(going)
-            ids, mask, positions = ids[chosen], mask[chosen], positions[chosen]
-            cache.batch_select_indices(chosen)
-            if condition:
-                condition.select(chosen)
-        given = {"input_ids": ids}
-        left = new - number - 1
-        if number + 1 >= UNRECORDED and condition is None and static_steps.pays(model, left):
-            _finish(model, cache, mask, ids, positions, batch, left)
+            rows.keep(going)
+        if new - left >= UNRECORDED and condition is None and static_steps.pays(model, left):
+            _finish(rows, batch, share)
             break
-    return batch.out
+        rows.step()
+        going, left = batch.add(rows.tokens), left - 1
+    return [batch.out[number] for number in range(len(prompts))]
 
 
 @torch.no_grad()
@@ -146,53 +124,166 @@ def _prefill(
     return {"inputs_embeds": prefixed(model, ids_bt, prompts, prefix)}, mask_bt
 
 
-class _Batch:
-    """Which prompts the rows of a batch answer, and the answers so far."""
+class _Rows:
+    """What a batch has read. `cache` [B, H_kv, S, d] of every layer, `mask` [B, S] of the columns that are
+    tokens, the token generated last, `ids` [B, 1], which the cache does not have yet, and its `positions`
+    [B, 1]."""
 
-    def __init__(self, count: int, ends: Collection[int], stop: Callable[[list[int]], bool] | None):
+    def __init__(
+        self, model: PreTrainedModel, prompts: Sequence[list[int]], new: int, condition: Condition | None
+    ):
+        """Read the prompts, of which up to `new` tokens are to follow."""
+        self.model, self.condition = model, condition
+        self.pads = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
+        # A condition may differ from row to row, so that no prefix is shared.
+        shared = 0 if condition else shared_prefix(prompts, new, families.windows(model.config))
+        self.cache = _cache(model, prompts, shared)
+        given, self.mask = _prefill(model, prompts, shared, condition)
+        self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
+        self._forward(**given)
+
+    def step(self) -> None:
+        """Read the last token of every row, and generate the next."""
+        self.mask = torch.cat([self.mask, torch.ones_like(self.ids)], 1)
+        self._forward(input_ids=self.ids)
+
+    def keep(self, rows: list[int]) -> None:
+        """Keep these rows alone."""
+        chosen = torch.tensor(rows, device=self.model.device)
+        self.pads = [self.pads[row] for row in rows]
+        self.ids, self.mask, self.positions = self.ids[chosen], self.mask[chosen], self.positions[chosen]
+        self.cache.batch_select_indices(chosen)
+        if self.condition:
+            self.condition.select(chosen)
+
+    @property
+    def tokens(self) -> list[int]:
+        """The token generated last of every row."""
+        return self.ids[:, 0].tolist()
+
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of every layer, which leave this object."""
+        found = [(layer.keys, layer.values) for layer in self.cache.layers]
+        self.cache.layers.clear()
+        return found
+
+    def _forward(self, **given: Tensor) -> None:
+        logits = last_logits(
+            self.model,
+            **given,
+            attention_mask=self.mask if any(self.pads) else None,
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.ids = logits[:, -1].argmax(-1, keepdim=True)
+        self.positions = self.positions[:, -1:] + 1
+
+
+class _Batch:
+    """Which prompts the rows of a batch answer, and the answers so far, by the prompts' numbers."""
+
+    def __init__(self, count: int, new: int, ends: Collection[int], stop: Callable[[list[int]], bool] | None):
+        self.count = count  # of rows at first
         self.rows = list(range(count))  # of each row that is left, the number of its prompt
-        self.out: list[list[int]] = [[] for _ in range(count)]
+        self.out: dict[int, list[int]] = {number: [] for number in self.rows}
         self.done: set[int] = set()  # numbers of prompts
-        self.ends, self.stop = ends, stop
+        self.later: dict[int, int] = {}  # of prompts of later batches, their positions in the share
+        self.new, self.ends, self.stop = new, ends, stop
 
     def add(self, tokens: list[int]) -> list[int]:
         """Add one more token to every row; returns the positions of the rows that go on."""
-        for row, token in zip(self.rows, tokens, strict=True):
-            if row not in self.done:
-                self.out[row].append(token)
-                if token in self.ends or (self.stop and self.stop(self.out[row])):
-                    self.done.add(row)
-        return [i for i, row in enumerate(self.rows) if row not in self.done]
+        for number, token in zip(self.rows, tokens, strict=True):
+            if number not in self.done:
+                self._add(number, token)
+        return self.going()
+
+    def going(self) -> list[int]:
+        """The positions of the rows that go on."""
+        return [i for i, number in enumerate(self.rows) if number not in self.done]
+
+    def places_of_done(self) -> list[int]:
+        """The positions of the rows that are done."""
+        return [i for i, number in enumerate(self.rows) if number in self.done]
+
+    def _add(self, number: int, token: int) -> None:
+        own = self.out[number]
+        own.append(token)
+        if token in self.ends or len(own) == self.new or (self.stop and self.stop(own)):
+            self.done.add(number)
+
+    def left(self) -> int:
+        """How many tokens the row that may go on for longest has left."""
+        return max(self.new - len(self.out[number]) for number in self.rows if number not in self.done)
 
     def keep(self, going: list[int]) -> None:
         """Keep only the rows at these positions."""
         self.rows = [self.rows[i] for i in going]
 
+    def put(self, places: list[int], taken: list[int], tokens: list[int]) -> list[int]:
+        """Let prompts of later batches, `taken` by their positions in the share, have the first of these
+        places, with the first tokens of their answers; returns the positions of the rows that go on."""
+        for place, i, token in zip(places, taken, tokens, strict=False):
+            number = len(self.out)
+            self.rows[place], self.out[number], self.later[number] = number, [], i
+            self._add(number, token)
+        return self.going()
 
-def _finish(
-    model: PreTrainedModel,
-    cache: DynamicCache,
-    mask: Tensor,
-    ids: Tensor,
-    positions: Tensor,
-    batch: _Batch,
-    left: int,
-) -> None:
-    """The remaining steps of a batch, recorded. Finished rows are removed when they are half of it, since the
-    smaller batch must be recorded again."""
-    layers = [(layer.keys, layer.values) for layer in cache.layers]
-    steps = static_steps.StaticSteps(model, layers, mask, ids, positions, left)
-    cache.layers.clear()  # the steps have copied it
-    del layers
-    while steps.left:
-        tokens = steps.next(min(static_steps.AT_ONCE, steps.left))
+    def hand_over(self, share: Share) -> None:
+        """Give the finished answers to prompts of later batches to the `share`."""
+        for number in self.later.keys() & self.done:
+            share.finished_early(self.later.pop(number), self.out[number])
+
+
+def _finish(rows: _Rows, batch: _Batch, share: Share | None) -> None:
+    """The remaining steps of a batch, recorded. Where a quarter of the rows are done, prompts of later
+    batches take their places, unless more than half of the rows are gone: a step of a small batch takes about
+    as long as one of a large batch. Else finished rows are removed when they are half of the batch, since the
+    smaller one must be recorded again."""
+    layers = rows.layers()
+    used = layers[0][0].shape[2]
+    length = used + batch.left()
+    most = length - (batch.new - 1)  # tokens of a prompt that fits in: an answer's last token is not read
+    steps = static_steps.StaticSteps.begun(
+        rows.model, layers, rows.mask[:, :used], rows.ids, rows.positions, length
+    )
+    del layers  # the steps have copied them
+    going = batch.going()
+    while going:
+        tokens = steps.next(min(static_steps.AT_ONCE, batch.left()))
         for column in zip(*tokens.tolist(), strict=True):
             going = batch.add(list(column))
-        if not going:
-            break
-        if steps.left and 2 * len(going) <= len(batch.rows):  # half is done
-            steps = steps.select(torch.tensor(going, device=model.device))
+        full = 2 * len(batch.rows) >= batch.count
+        if share and full and 4 * len(going) <= 3 * len(batch.rows):
+            going = _refill(rows.model, steps, batch, share, most)
+        if going and 2 * len(going) <= len(batch.rows):  # half is done
+            steps = steps.select(torch.tensor(going, device=rows.model.device))
             batch.keep(going)
+        elif len(going) < len(batch.rows):
+            steps.park(torch.tensor(batch.places_of_done(), device=rows.model.device))
+    if share:
+        batch.hand_over(share)
+
+
+def _refill(
+    model: PreTrainedModel,
+    steps: static_steps.StaticSteps,
+    batch: _Batch,
+    share: Share,
+    most: int,
+) -> list[int]:
+    """Give the places of finished rows to prompts of later batches, of at most `most` tokens; returns the
+    rows that go on."""
+    free = batch.places_of_done()
+    batch.hand_over(share)
+    share.report()
+    taken = share.take(len(free), most)
+    if not taken:
+        return batch.going()
+    read = _Rows(model, [share.rows[i] for i in taken], batch.new, None)
+    places = torch.tensor(free[: len(taken)], device=model.device)
+    steps.put(places, read.layers(), read.mask, read.ids, read.positions)
+    return batch.put(free, taken, read.tokens)
 
 
 def prefixed(model: PreTrainedModel, ids: Tensor, prompts: Sequence[list[int]], prefix: Tensor) -> Tensor:
@@ -223,24 +314,20 @@ def answers(
     distinct = list(dict.fromkeys(texts))
     prompts = [ids for ids, _ in encoder.prompts(distinct)]
     lengths = [len(p) for p in prompts]
-    own: list[tuple[int, Answer]] = []
-    answered = 0
-    observer.counted(0, len(prompts))
+    mine = list(batches(lengths, new, held.tokens, held.step))[acc.process_index :: acc.num_processes]
+    share, found = Share("answers", prompts, mine, new, len(prompts)), {}
 
     def answer(chosen: list[int]) -> list[list[int]]:
         batch = [prompts[i] for i in chosen]
-        return generate_ids(model, batch, new, encoder.ends, conditions and conditions(batch))
+        condition = conditions and conditions(batch)
+        return generate_ids(model, batch, new, encoder.ends, condition, None, share)
 
-    for number, chosen in enumerate(list(batches(lengths, new, held.tokens, held.step))):
-        if number % acc.num_processes == acc.process_index:
-            signals.check()
-            observer.at(f"batch {number + 1} of answers")
-            for part, ids in within_memory(chosen, lengths, new, held, answer):
-                cut = [not ended(row, encoder.ends) for row in ids]
-                own += zip(part, map(Answer, encoder.texts(ids), cut), strict=True)
-        answered += len(chosen)
-        observer.counted(answered, len(prompts))
+    for chosen, ids in share.answered(held, answer):
+        found |= zip(chosen, ids, strict=True)
+    found |= share.early
+    cut = [not ended(ids, encoder.ends) for ids in found.values()]
+    own = list(zip(found, map(Answer, encoder.texts(list(found.values())), cut), strict=True))
     with heartbeat.waiting():
-        found = dict(gather_object(own))
-    by_text = {text: found[i] for i, text in enumerate(distinct)}
+        all_found = dict(gather_object(own))
+    by_text = {text: all_found[i] for i, text in enumerate(distinct)}
     return [by_text[text] for text in texts]

@@ -9,11 +9,10 @@ don't merge get their condition.
 import math
 import random
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import redirect_stderr
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from io import StringIO
 from itertools import chain
@@ -36,15 +35,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.foreign import Failed
 from codyra_llm.evaluate.bounded_tasks import is_score, no_score, refuse_label
-from codyra_llm.evaluate.budget import Alike, batches, budget, by_beginning, within_memory
+from codyra_llm.evaluate.budget import Alike, Share, batches, budget, by_beginning
 from codyra_llm.evaluate.generate import generate_ids, prompt_logits
 from codyra_llm.evaluate.statistics import blank, commonest
 from codyra_llm.evaluate.suite import Ability, drawn, quiet
 from codyra_llm.methods.base import Condition
 from codyra_llm.models.ends import without_end
 from codyra_llm.models.tokenizer import DATE, render_chats, template_fault
-from codyra_llm.runtime import heartbeat, signals
-from codyra_llm.store import observer
+from codyra_llm.runtime import heartbeat
 from codyra_llm.store.rows import GENERAL, ScoreRow, Stage
 
 if TYPE_CHECKING:
@@ -142,7 +140,8 @@ class Live(HFLM):
             condition = self.conditions and self.conditions([context])
             return prompt_logits(self.model, [rows[r] for r in chosen], longest, condition)
 
-        for chosen, logits in self._own(rows, 1, answer, 1 if self.conditions else most):
+        share = self._share(rows, 1, 1 if self.conditions else most)
+        for chosen, logits in share.answered(self.held, answer):
             for r, own in zip(chosen, logits, strict=True):
                 logs = own.float().log_softmax(-1)
                 for i in numbers[r]:
@@ -177,24 +176,24 @@ class Live(HFLM):
             prompts = [
                 self.tok_encode(requests[i].args[0], left_truncate_len=self.max_length - new) for i in members
             ]
-            answer = partial(self._generated, prompts, new, self._stops(until))
-            for chosen, answers in self._own(prompts, new, answer):
-                found += [
-                    (members[n], self._text(ids, until)) for n, ids in zip(chosen, answers, strict=True)
-                ]
+            answers = self._generated(prompts, new, self._stops(until))
+            found += [(members[n], self._text(ids, until)) for n, ids in answers.items()]
         return self._gathered(found, len(requests))
 
     def _generated(
-        self,
-        prompts: list[list[int]],
-        new: int,
-        stop: Callable[[list[int]], bool],
-        chosen: list[int],
-    ) -> list[list[int]]:
-        """The answers, as token ids, to the `chosen` of the prompts."""
-        batch = [prompts[n] for n in chosen]
-        condition = self.conditions and self.conditions(batch)
-        return generate_ids(self.model, batch, new, self.ends, condition, stop)
+        self, prompts: list[list[int]], new: int, stop: Callable[[list[int]], bool]
+    ) -> dict[int, list[int]]:
+        """This rank's share of the answers, as token ids, by the prompts' positions."""
+        share, found = self._share(prompts, new), {}
+
+        def answer(chosen: list[int]) -> list[list[int]]:
+            batch = [prompts[n] for n in chosen]
+            condition = self.conditions and self.conditions(batch)
+            return generate_ids(self.model, batch, new, self.ends, condition, stop, share)
+
+        for chosen, ids in share.answered(self.held, answer):
+            found |= zip(chosen, ids, strict=True)
+        return found | share.early
 
     def _stops(self, until: Sequence[str]) -> Callable[[list[int]], bool]:
         """A function that says whether an answer, as token ids, has come to a stop sequence."""
@@ -206,25 +205,16 @@ class Live(HFLM):
         """An answer up to its first stop sequence."""
         return postprocess_generated_text(self.tok_decode(without_end(ids, self.ends)), list(until), None)
 
-    def _own(
-        self, rows: list[list[int]], new: int, answer: Callable[[list[int]], Any], most: int | None = None
-    ) -> Iterator[tuple[list[int], Any]]:
-        """This rank's batches (positions in `rows`), each of at most `most` rows, with what `answer` returns
-        for them (collective: all ranks cut the same batches)."""
+    def _share(self, rows: list[list[int]], new: int, most: int | None = None) -> Share:
+        """This rank's share of the rows, in batches of at most `most` (collective: all ranks cut the same
+        batches)."""
         self.held.agree(self.acc)
-        lengths = list(map(len, rows))
-        number = answered = 0
-        observer.counted(0, len(rows))
+        parts = []
         for chosen in self._batches(rows, new):
-            for start in range(0, len(chosen), most or len(chosen)):
-                if number % self.acc.num_processes == self.acc.process_index:
-                    signals.check()
-                    observer.at(f"batch {number + 1} of general ability")
-                    part = chosen[start : start + (most or len(chosen))]
-                    yield from within_memory(part, lengths, new, self.held, answer)
-                number += 1
-            answered += len(chosen)
-            observer.counted(answered, len(rows))
+            size = most or len(chosen)
+            parts += [chosen[start : start + size] for start in range(0, len(chosen), size)]
+        own = parts[self.acc.process_index :: self.acc.num_processes]
+        return Share("general ability", rows, own, new, len(rows))
 
     def _batches(self, rows: list[list[int]], new: int) -> list[list[int]]:
         """Positions in `rows` in batches; rows that begin alike are together, where no condition differs."""

@@ -35,35 +35,51 @@ def pays(model: PreTrainedModel, left: int) -> bool:
 
 
 class StaticSteps:
-    """Greedy steps of a batch whose prompts are in `layers`, keys and values [B, H_kv, S, d] of every layer.
+    """Greedy steps of a batch.
 
-    mask [B, S + 1] says which of these, and of the new token, a row may attend to; token [B, 1] is the last
-    one generated, which no layer has seen yet, and position [B, 1] its position. At most `left` steps.
-    `joined`: what `join` gave for every attention module, if that is known.
+    Keys and values of every layer, `layers` [B, H_kv, L, d], are a ring: a step writes the column `slot`, the
+    next step the one after it, and after the last column comes the first. So a row has L columns for its
+    prompt and answer, and another prompt may take the place of one that is done. `seen` [B, L] says which
+    columns a row may attend to; token [B, 1] is the last one generated, which no layer has read yet, and
+    position [B, 1] its position. `joined`: what `join` gave for every attention module, if that is known.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
+        layers: list[tuple[Tensor, Tensor]],
+        seen: Tensor,
+        token: Tensor,
+        position: Tensor,
+        slot: Tensor,
+        joined: list[Linear | None] | None = None,
+    ):
+        self.model, self.layers = model, layers
+        self.length = layers[0][0].shape[2]
+        self.joined = joined or [join(module) for module in families.attentions(model)]
+        # What is added to the scores, [B, H_kv, 1, L]: as many copies as the products of a layer read.
+        self.mask = _added(seen, layers[0][0].dtype)[:, None, None].repeat(1, layers[0][0].shape[1], 1, 1)
+        self.token, self.position, self.slot = token.clone(), position.clone(), slot.clone()
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    @classmethod
+    def begun(
+        cls,
+        model: PreTrainedModel,
         layers: Sequence[tuple[Tensor, Tensor]],
         mask: Tensor,
         token: Tensor,
         position: Tensor,
-        left: int,
-        joined: list[Linear | None] | None = None,
-    ):
-        self.model, self.left, self.used = model, left, layers[0][0].shape[2]
-        length = -(-(self.used + left) // ALIGNED) * ALIGNED
-        self.layers = [(longer(keys, length), longer(values, length)) for keys, values in layers]
-        self.joined = joined or [join(module) for module in families.attentions(model)]
-        hidden = mask.new_ones(len(mask), length, dtype=torch.bool)
-        hidden[:, : mask.shape[1]] = ~mask.bool()
-        # What is added to the scores, [B, H_kv, 1, S]: as many copies as the products of a layer read.
-        self.mask = torch.zeros_like(hidden, dtype=self.layers[0][0].dtype).masked_fill_(hidden, -torch.inf)
-        self.mask = self.mask[:, None, None].repeat(1, self.layers[0][0].shape[1], 1, 1)
-        self.token, self.position = token.clone(), position.clone()
-        self.slot = torch.full((1,), self.used, device=mask.device)
-        self.graph: torch.cuda.CUDAGraph | None = None
+        length: int,
+    ) -> "StaticSteps":
+        """Steps of a batch whose prompts are in `layers` [B, H_kv, S, d], and mask [B, S] says which columns
+        are tokens; the ring has at least `length` columns."""
+        used, length = layers[0][0].shape[2], -(-length // ALIGNED) * ALIGNED
+        rings = [(longer(keys, length), longer(values, length)) for keys, values in layers]
+        seen = mask.new_zeros(len(mask), length, dtype=torch.bool)
+        seen[:, :used] = mask.bool()
+        slot = torch.full((1,), used, device=mask.device)
+        return cls(model, rings, seen, token, position, slot)
 
     def next(self, count: int) -> Tensor:
         """The next `count` tokens of every row, [B, count]."""
@@ -80,16 +96,43 @@ class StaticSteps:
             self.graph.replay()
         else:
             self._step()
-        self.used, self.left = self.used + 1, self.left - 1
         return self.token
 
     def select(self, rows: Tensor) -> "StaticSteps":
         """Steps for these rows alone, to be recorded again; this object can't be used any more."""
-        layers = [(keys[rows, :, : self.used], values[rows, :, : self.used]) for keys, values in self.layers]
-        mask = self.mask[rows, 0, 0, : self.used + 1] == 0
-        mask[:, -1] = True
-        token, position = self.token[rows], self.position[rows]
-        return StaticSteps(self.model, layers, mask, token, position, self.left, self.joined)
+        layers = [(keys[rows], values[rows]) for keys, values in self.layers]
+        seen, token, position = self.mask[rows, 0, 0] == 0, self.token[rows], self.position[rows]
+        return StaticSteps(self.model, layers, seen, token, position, self.slot, self.joined)
+
+    def put(
+        self,
+        rows: Tensor,
+        layers: Sequence[tuple[Tensor, Tensor]],
+        mask: Tensor,
+        token: Tensor,
+        position: Tensor,
+    ) -> None:
+        """Let other prompts take the places of `rows` [k], with arguments as those of `begun`, for k rows and
+        S at most the ring's length. They get the S columns before `slot`."""
+        count = mask.shape[1]
+        columns = (self.slot - count + torch.arange(count, device=rows.device)) % self.length
+        places = (
+            rows[:, None],
+            slice(None),
+            columns[None],
+        )  # [k, S], and heads after them
+        for (keys, values), (own_keys, own_values) in zip(self.layers, layers, strict=True):
+            keys[places] = own_keys.transpose(1, 2)
+            values[places] = own_values.transpose(1, 2)
+        added = self.mask.new_full((len(rows), self.length), -torch.inf)
+        added[:, columns] = _added(mask.bool(), self.mask.dtype)
+        self.mask[rows] = added[:, None, None].expand(-1, *self.mask.shape[1:])
+        self.token[rows], self.position[rows] = token, position
+
+    def park(self, rows: Tensor) -> None:
+        """Take the positions of rows that are done back to 0, since their steps go on: of some models the
+        longest position chooses the frequencies of RoPE."""
+        self.position.index_fill_(0, rows, 0)
 
     def _step(self) -> None:
         """One step, on the device alone: nothing in it depends on the host."""
@@ -104,7 +147,7 @@ class StaticSteps:
             ).logits
         self.token.copy_(logits[:, -1].argmax(-1, keepdim=True))
         self.position.add_(1)
-        self.slot.add_(1)
+        self.slot.add_(1).remainder_(self.length)
 
     @contextmanager
     def _attending(self) -> Iterator[None]:
@@ -120,6 +163,11 @@ class StaticSteps:
                 del module.forward
                 if own:
                     module.forward = own
+
+
+def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of columns: 0 where they are `seen`, else -inf."""
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
 
 
 def longer(kept: Tensor, length: int) -> Tensor:

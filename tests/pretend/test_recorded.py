@@ -33,4 +33,5 @@ def test_recorded_steps_answer_as_the_cpu_does(rows):
 def test_steps_are_recorded_where_nothing_asks_the_host(rows):
     """Not where layers have windows, or RoPE asks how long the longest row is."""
     assert {row["model"] for row in rows if row["replays"]} == RECORDED
+    assert {row["model"] for row in rows if row["early"]} == RECORDED
     assert "llama, dynamic" in {row["model"] for row in rows} - RECORDED

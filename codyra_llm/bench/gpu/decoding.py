@@ -1,5 +1,6 @@
 """Stages `decode` and `oom`: how fast answers are decoded, and what happens when memory runs out."""
 
+from collections.abc import Callable
 from functools import partial
 from time import perf_counter
 
@@ -11,7 +12,7 @@ from codyra_llm.bench.gpu.context import Context
 from codyra_llm.bench.gpu.facts import copy_speed
 from codyra_llm.bench.gpu.shapes import model
 from codyra_llm.bench.gpu.training import training_without_memory, within
-from codyra_llm.evaluate.budget import MOST, STEP, Budget, within_memory
+from codyra_llm.evaluate.budget import MOST, STEP, Budget, Share, within_memory
 from codyra_llm.evaluate.generate import generate_ids
 from codyra_llm.models import fused_norm
 
@@ -31,6 +32,7 @@ def decode(context: Context) -> None:
         found = context.attempt(f"{rows} rows", partial(decode_times, context, made, rows, floor))
         if found and rows in TARGETED:
             context.target(f"decoding {rows} rows", found["step over reading the weights"])
+    context.attempt("answers of many lengths", partial(places_time, context, made))
     context.attempt("transformers' generate, one row, ms per token", lambda: generate_time(context, made))
 
 
@@ -58,6 +60,48 @@ def _seconds(context: Context, made: PreTrainedModel, prompts: list[list[int]], 
     generate_ids(made, prompts, new, NO_END)
     context.wait()
     return perf_counter() - began
+
+
+def places_time(context: Context, made: PreTrainedModel) -> dict[str, float]:
+    """Seconds for four batches of answers of which one in eight goes on to the limit, where prompts of later
+    batches take the places of rows that are done, and batch after batch."""
+    rows, width, new = (2, 12, 8) if context.tiny else (64, 512, 256)
+    prompts = random_prompts(4 * rows, width, 1)
+    batches = [list(range(start, start + rows)) for start in range(0, len(prompts), rows)]
+
+    def stop(ids: list[int]) -> bool:
+        return len(ids) > new // 8 and ids[0] % 8 > 0
+
+    def seconds(shares: list[list[list[int]]]) -> float:
+        context.wait()
+        began = perf_counter()
+        for own in shares:
+            _answer(made, prompts, own, new, stop)
+        context.wait()
+        return perf_counter() - began
+
+    alone = [[batch] for batch in batches]
+    seconds([batches])  # meets the shapes
+    found = {"together, s": seconds([batches]), "apart, s": seconds(alone)}
+    found["ratio"] = found["together, s"] / found["apart, s"]
+    return {name: round(value, 3) for name, value in found.items()}
+
+
+def _answer(
+    made: PreTrainedModel,
+    prompts: list[list[int]],
+    batches: list[list[int]],
+    new: int,
+    stop: Callable[[list[int]], bool],
+) -> None:
+    """Answer the prompts of these batches, as one process's share."""
+    share = Share("prompts", prompts, batches, new, len(prompts))
+
+    def answer(chosen: list[int]) -> list[list[int]]:
+        return generate_ids(made, [prompts[i] for i in chosen], new, NO_END, None, stop, share)
+
+    for _ in share.answered(Budget(MOST["cuda"], STEP["cuda"]), answer):
+        pass
 
 
 def generate_time(context: Context, made: PreTrainedModel) -> float:

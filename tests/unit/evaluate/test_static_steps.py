@@ -8,6 +8,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from codyra_llm.evaluate import generate, static_steps
+from codyra_llm.evaluate.budget import Budget, Share
 from codyra_llm.evaluate.generate import generate_ids
 from codyra_llm.models import families
 
@@ -78,6 +79,107 @@ def test_rows_that_are_done_leave(model, counted, monkeypatch):
     counted.clear()
     assert generate_ids(model, batch, NEW, -1, None, stop) == [free[0], *(row[:8] for row in free[1:])]
     assert counted == [4] * 8 + [1] * (NEW - 12), "tokens are read eight steps at a time"
+
+
+LENGTHS = [12, 12, 11, 10, *range(9, 15), *[8] * 20, 7, 7, 6, 5, 3]
+
+
+def answered(model, given, rows, stop, held=None) -> dict[int, list[int]]:
+    """The answers to all prompts in batches of so many rows, by their positions."""
+    cut = [list(range(start, min(start + rows, len(given)))) for start in range(0, len(given), rows)]
+    share, found = Share("prompts", given, cut, NEW, len(given)), {}
+
+    def answer(chosen):
+        return generate_ids(model, [given[i] for i in chosen], NEW, -1, None, stop, share)
+
+    for chosen, ids in share.answered(held or Budget(10**9, 16), answer):
+        found |= zip(chosen, ids, strict=True)
+    assert not found.keys() & share.early.keys()
+    return found | share.early
+
+
+def ends_early(ids) -> bool:
+    """Answers end after 2 to 24 tokens, as their first token says."""
+    return len(ids) >= 2 + ids[0] * 7 % 23
+
+
+@pytest.mark.parametrize("prefix", [(), range(4, 40)])
+def test_prompts_of_later_batches_take_the_places_of_rows_that_are_done(model, prefix, monkeypatch):
+    given = prompts(LENGTHS, prefix)
+    expected = answered(model, given, 5, ends_early)
+    monkeypatch.setattr(static_steps, "pays", always)
+    plain = static_steps.StaticSteps.put
+    places, slots = [], {}
+
+    def spying(self, rows, *others):
+        places.extend(rows.tolist())
+        slots.setdefault(self, []).append(self.slot.item())
+        return plain(self, rows, *others)
+
+    monkeypatch.setattr(static_steps.StaticSteps, "put", spying)
+    assert answered(model, given, 5, ends_early) == expected
+    assert len(places) >= 10, "these began where others had ended"
+    assert any(own != sorted(own) for own in slots.values()), "the ring came round"
+
+
+@pytest.mark.parametrize("end, share_of_steps", [(6, 0.7), (4, 1.0)])
+def test_no_more_steps_than_batch_after_batch(end, share_of_steps, counted, monkeypatch):
+    """Every fourth answer goes on to the limit. The others end after 6 tokens, so that prompts take their
+    places, or after 4, before steps are recorded: then the batch is too small for that."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval()
+    given = prompts([9] * 16)
+    free = generate_ids(model, given, NEW, -1)
+    long = [row[:end] for row in free[::4]]
+
+    def stop(ids):
+        return len(ids) == end and ids not in long
+
+    monkeypatch.setattr(static_steps, "pays", always)
+    found = answered(model, given, 4, stop)
+    assert [found[i] for i in range(16)] == [row if row[:end] in long else row[:end] for row in free]
+    taken = len(counted)
+    counted.clear()
+    monkeypatch.setattr(Share, "take", lambda *_: [])
+    assert answered(model, given, 4, stop) == found
+    assert len(counted) == 4 * (NEW - generate.UNRECORDED)
+    assert taken <= share_of_steps * len(counted)
+
+
+def test_a_short_prompt_does_not_take_the_place_of_a_long_one():
+    share = Share("prompts", [[1] * n for n in (12, 9, 13, 6, 5, 8)], [[0], [1, 2], [3, 4, 5]], 8, 6)
+    share.begun.add(0)
+    assert share.take(2, 12) == [1, 3]
+    assert share.take(2, 12) == [5]
+    assert share.take(2, 12) == []
+
+
+def test_a_batch_of_which_rows_are_done_is_filled_up():
+    """The second batch has one of three rows left, and takes two that fit from the third."""
+    share, asked = Share("prompts", [[1] * n for n in (9, 9, 9, 8, 8, 3)], [[0, 1], [2, 3], [4, 5]], 8, 6), []
+    for part, _ in share.answered(Budget(10**9, 16), lambda chosen: chosen):
+        asked.append(part)
+        if len(asked) == 1:
+            share.finished_early(2, [7])
+    assert asked == [[0, 1], [3, 4], [5]]
+
+
+def test_a_prompt_that_began_early_is_asked_again_if_its_batch_ran_out_of_memory(model, monkeypatch):
+    given = prompts(LENGTHS)
+    expected = answered(model, given, 4, ends_early)
+    monkeypatch.setattr(static_steps, "pays", always)
+    plain, calls = static_steps.StaticSteps.next, []
+
+    def failing(self, count):
+        calls.append(count)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(self, count)
+
+    monkeypatch.setattr(static_steps.StaticSteps, "next", failing)
+    held = Budget(10**9, 16)
+    assert answered(model, given, 4, ends_early, held) == expected
+    assert held.tokens < 10**9
 
 
 def test_where_it_is_used(monkeypatch):
