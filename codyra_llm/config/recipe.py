@@ -112,8 +112,8 @@ class Recipe(Strict, frozen=True):
                 raise ValueError("\n".join(missing))
         faults = [
             *_task_faults(self.tasks),
-            *_number_faults("data.epochs", self.data.epochs, 1000, self.tasks),
-            *_number_faults("eval.max_new_tokens", self.eval.max_new_tokens, 1 << 20, self.tasks),
+            *_foreign_tasks("data.epochs", self.data.epochs, self.tasks),
+            *_foreign_tasks("eval.max_new_tokens", self.eval.max_new_tokens, self.tasks),
         ]
         if faults:
             raise ValueError("\n".join(faults))
@@ -170,17 +170,11 @@ def _task_faults(tasks: list[str]) -> Iterator[str]:
         yield f"data.tasks: there are {len(tasks)}, and files of a run are numbered up to 99; leave some out"
 
 
-def _number_faults(
-    key: str, value: int | dict[str, int] | None, most: int, tasks: list[str]
-) -> Iterator[str]:
-    """What is wrong with a setting that is one number, or a number by task."""
+def _foreign_tasks(key: str, value: int | dict[str, int] | None, tasks: list[str]) -> Iterator[str]:
+    """What is wrong with the names in a setting that is one number, or a number by task."""
     for name in value if isinstance(value, dict) else ():
         if name not in tasks:
             yield f"{key}: '{name}' is not a task of this recipe.{nearest(name, tasks)}"
-    numbers = list(value.values()) if isinstance(value, dict) else [value]
-    for number in numbers:
-        if number is not None and not 1 <= number <= most:
-            yield f"{key}: {number} must be at least 1, and at most {most:,d}"
 
 
 def by_task(value: int | dict[str, int], task: str) -> int:

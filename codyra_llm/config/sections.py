@@ -2,7 +2,7 @@
 
 import re
 from ipaddress import ip_address
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
@@ -12,6 +12,9 @@ from codyra_llm.core.schema import Fraction, NotNegative, Positive, Strict, Toke
 
 TRACE, FILE = "trace", "benchmark.yaml"
 SHIPPED = (TRACE, "olora", "superni")  # benchmarks known by name; their data is not shipped
+
+Epochs = Annotated[int, Field(ge=1, le=1000)]
+NewTokens = Annotated[int, Field(ge=1, le=1 << 20)]
 
 
 class JudgeSection(Strict, frozen=True):
@@ -110,7 +113,7 @@ class OpenEndedSection(Strict, frozen=True):
     files: list[str] | None = Field(
         default=None, min_length=1, description="names of files in the folder, without suffix; default: all"
     )
-    max_new_tokens: int = Field(default=512, ge=1, le=1 << 20, description="most tokens of an answer")
+    max_new_tokens: NewTokens = Field(default=512, description="most tokens of an answer")
     limit: int | None = Field(default=None, ge=1, description="prompts of each file, drawn by the seed")
     seed: int = Field(default=0, ge=0, lt=1 << 32, description="seed of that draw")
     judge: JudgeSection = JudgeSection()
@@ -165,10 +168,10 @@ class DataSection(Strict, frozen=True):
     tasks: list[str] | int = Field(
         default=1, description="names in order, or the number of one of the benchmark's orders"
     )
-    epochs: int | dict[str, int] | None = Field(
+    epochs: Epochs | dict[str, Epochs] | None = Field(
         default=None,
-        description="1 to 1000, for all tasks, or by task; default: each "
-        "task's own (docs/trace_protocol.md), 1 for tasks that are not the benchmark's",
+        description="for all tasks, or by task; default: each task's own (docs/trace_protocol.md), 1 for "
+        "tasks that are not the benchmark's",
     )
     max_prompt_tokens: Tokens | None = Field(
         default=None, ge=8, description="most tokens of a prompt, BOS included; longer ones are cut"
@@ -272,8 +275,8 @@ class EvalSection(Strict, frozen=True):
     split: Literal["test", "eval"] = Field(
         default="test", description="which split is scored; eval: for choosing settings"
     )
-    max_new_tokens: int | dict[str, int] | None = Field(
-        default=None, description="most tokens of an answer, 1 to 2^20, for all tasks, or by task"
+    max_new_tokens: NewTokens | dict[str, NewTokens] | None = Field(
+        default=None, description="most tokens of an answer, for all tasks, or by task"
     )
     max_examples: int | None = Field(default=None, ge=1, description="only the first N of each task")
     backend: Literal["torch", "vllm"] = Field(

@@ -132,7 +132,8 @@ def _by_key(error: ValidationError, schema: type[BaseModel]) -> list[dict[str, A
 
     For a value that may be of several kinds (a union) pydantic has an error for each kind, with the kind's
     name among the parts of the location. Here the name is left out. What is wrong within the value is kept,
-    where it fits one kind well enough to be looked into; otherwise one error names all kinds."""
+    where it fits one kind well enough to be looked into or compared with a bound; otherwise one error names
+    all kinds."""
     found: dict[tuple, list[dict[str, Any]]] = {}
     for e in error.errors():
         loc, cut = e["loc"], _place_of_kind(schema, e["loc"])
@@ -142,8 +143,11 @@ def _by_key(error: ValidationError, schema: type[BaseModel]) -> list[dict[str, A
     out = []
     for at, errors in found.items():
         inner = [e for e in errors if e["within"]]
+        of_a_kind = [e for e in errors if e["type"].startswith(("greater_than", "less_than"))]
         if inner:
             out += [{**e, "loc": (*at, *e["within"])} for e in inner]
+        elif of_a_kind:
+            out += of_a_kind
         elif len(errors) > 1:
             messages = dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in errors)
             out.append({**errors[0], "type": "kind", "msg": f"Input should be {', or '.join(messages)}"})

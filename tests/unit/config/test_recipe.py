@@ -76,7 +76,7 @@ def test_all_mistakes_at_once_with_the_nearest_name():
         (["data.tasks=[FOMC,base]"], "'base' is the name of the stage before all tasks"),
         ([f"data.tasks=[{','.join(f't{i}' for i in range(101))}]"], "there are 101"),
         (["data.epochs={FOMK: 2}"], "'FOMK' is not a task of this recipe. Did you mean 'FOMC'?"),
-        (["data.epochs=0"], "data.epochs: 0 must be at least 1"),
+        (["data.epochs=0"], "data.epochs: 0 is not valid; input should be greater than or equal to 1"),
         (["model=null"], "'model.path' is missing; add it"),
         (["optim.lr=abc"], "optim.lr: 'abc' is not valid"),
     ],
@@ -162,6 +162,10 @@ def test_a_required_section_of_nothing_lacks_its_keys():
             ],
         ),
         ("optim.betas=[0.9]", ["recipe: optim.betas: [0.9] has too few items; write all of them"]),
+        (
+            "data.epochs=1001",
+            ["recipe: data.epochs: 1001 is not valid; input should be less than or equal to 1000"],
+        ),
         (
             "data.epochs={FOMC: 2.5, Py150: x}",
             [
