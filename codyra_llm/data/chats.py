@@ -178,9 +178,9 @@ def _parsed(raw: object, where: str, what: str) -> dict:
     try:
         value = json.loads(raw) if isinstance(raw, str) else raw
     except (ValueError, RecursionError):
-        raise Wrong(f"{where}: the {what} is not JSON; correct it.") from None
+        raise Wrong(f"{where}: the {what} can't be read as JSON; correct it.") from None
     if not isinstance(value, dict):
-        raise Wrong(f"{where}: the {what} is {_a(value)}, expected an object; correct it.")
+        raise Wrong(f"{where}: the {what} must be an object, not {_a(value)}; correct it.")
     return value
 
 
@@ -191,7 +191,7 @@ def _tools(raw: object) -> list[dict] | None:
     try:
         value = json.loads(raw) if isinstance(raw, str) else raw
     except (ValueError, RecursionError):
-        raise Wrong("'tools' is not JSON; correct it.") from None
+        raise Wrong("'tools' can't be read as JSON; correct it.") from None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise Wrong("'tools' must be a list of objects; correct it.")
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in value] or None

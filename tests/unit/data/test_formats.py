@@ -161,14 +161,14 @@ def test_sharegpt_has_its_system_message_as_a_field_too_and_any_name(tmp_path, r
                     REPLY,
                 ]
             ),
-            "message 1: the arguments of 'a' is not JSON",
+            "message 1: the arguments of 'a' can't be read as JSON",
         ),
         (
             "openai",
             openai([USER, {"role": "assistant", "content": None, "tool_calls": [{"function": {}}]}, REPLY]),
             "message 1 calls a tool without a 'name'",
         ),
-        ("openai", openai([USER, REPLY], tools="x"), "'tools' is not JSON"),
+        ("openai", openai([USER, REPLY], tools="x"), "'tools' can't be read as JSON"),
         ("sharegpt", {"conversations": TURNS[0][1]}, "It looks like OpenAI's; give format: openai."),
         (
             "sharegpt",
