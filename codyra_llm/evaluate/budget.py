@@ -1,7 +1,7 @@
 """How many tokens are decoded at once: prompts in batches of similar length, as many as fit into memory."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple, TypeVar
@@ -65,7 +65,7 @@ def budget(acc: Accelerator, model: PreTrainedModel, asked: int | None) -> Budge
 
 def affordable(config: PreTrainedConfig, dtype: torch.dtype, free: int) -> int:
     """Tokens of a batch on a GPU with `free` bytes: those that fit into half of them, at most `MOST`. The
-    other half is for the rows that are copied when others leave."""
+    other half is for rows that are copied when others leave, or read when they take their places."""
     return max(1, min(MOST["cuda"], free // 2 // token_bytes(config, dtype)))
 
 
@@ -135,12 +135,25 @@ def batches(lengths: Sequence[int], new: int, tokens: int, step: int, again: int
 class Share:
     """One process's share of the rows to answer: `batches` of positions in `rows`, `what` they are in words,
     and the most tokens that follow, `new`. While one batch is answered, rows of later ones may begin in it;
-    their answers are in `early`. Progress is reported out of `total`, the rows of all processes."""
+    their answers are in `early`. Progress is reported out of `total`, the rows of all processes.
 
-    def __init__(self, what: str, rows: Sequence[list[int]], batches: list[list[int]], new: int, total: int):
+    `groups`: numbers of the groups of rows that begin alike. Rows begin only in batches of their own group,
+    since a beginning is read once only where all that are read together have it.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        rows: Sequence[list[int]],
+        batches: list[list[int]],
+        new: int,
+        total: int,
+        groups: Mapping[int, int] | None = None,
+    ):
         self.what, self.rows, self.batches, self.new, self.total = what, rows, batches, new, total
         self.order = [i for batch in batches for i in batch]
-        self.begun: set[int] = set()
+        self.groups, self.group = groups or {}, None
+        self.begun: set[int] = set()  # in the batch that is answered now
         self.done: set[int] = set()
         self.early: dict[int, list[int]] = {}
         observer.counted(0, total)
@@ -148,10 +161,13 @@ class Share:
     def answered(self, held: Budget, answer: Callable[[list[int]], T]) -> Iterator[tuple[list[int], T]]:
         """Positions of rows with what `answer` gives for them, in batches that fit into memory."""
         lengths = [len(row) for row in self.rows]
-        for number, batch in enumerate(self.batches):
-            observer.at(f"batch {number + 1} of {self.what}")
+        for batch in self.batches:
+            chosen = self._begin(batch)
+            if not chosen:
+                continue
+            signals.check()
             self.report()
-            for part, found in within_memory(self._begin(batch), lengths, self.new, held, answer):
+            for part, found in within_memory(chosen, lengths, self.new, held, answer):
                 self.done.update(part)
                 yield part, found
         self.report()
@@ -159,18 +175,22 @@ class Share:
     def _begin(self, batch: list[int]) -> list[int]:
         """The rows of a batch that are not done, and as many of later batches as are missing."""
         left = [i for i in batch if i not in self.done]
-        self.begun = {*self.done, *left}
+        self.begun, self.group = set(left), self.groups.get(batch[0])
         if not left:
             return left
         return left + self.take(len(batch) - len(left), max(len(self.rows[i]) for i in left))
 
     def take(self, count: int, most: int) -> list[int]:
-        """Up to `count` rows of later batches, which begin now: the next in order of at most `most` tokens,
-        and of at least half of that, since attention reads all `most` places for a short one too."""
-        fitting = (i for i in self.order if i not in self.begun and most / 2 <= len(self.rows[i]) <= most)
-        taken = list(islice(fitting, count))
+        """Up to `count` rows of later batches, which begin now: the next in order that fit (`_fits`)."""
+        taken = list(islice((i for i in self.order if self._fits(i, most)), count))
         self.begun.update(taken)
         return taken
+
+    def _fits(self, row: int, most: int) -> bool:
+        """Whether a row can begin in the batch: in a place of `most` tokens, of which it fills at least half,
+        since attention reads all of them for a short row too."""
+        waits = row not in self.begun and row not in self.done
+        return waits and most / 2 <= len(self.rows[row]) <= most and self.groups.get(row) == self.group
 
     def finished_early(self, row: int, ids: list[int]) -> None:
         """Keep the answer of a row that began in the batch of others."""
@@ -178,8 +198,8 @@ class Share:
         self.done.add(row)
 
     def report(self) -> None:
-        """Say how far this process has come, as if all had, and end here if it is to stop."""
-        signals.check()
+        """Say how far this process has come, as if all had."""
+        observer.at(f"{self.what}, {len(self.done)} of {len(self.order)} done")
         observer.counted(round(self.total * len(self.done) / max(1, len(self.order))), self.total)
 
 
@@ -188,7 +208,7 @@ def within_memory(
 ) -> Iterator[tuple[list[int], T]]:
     """`answer` of the batch `chosen` (positions in `lengths`), whole or, where memory runs out, in parts: the
     budget is halved, and what has no answer yet is asked again."""
-    waiting = [list(chosen)] if chosen else []
+    waiting = [list(chosen)]
     while waiting:
         batch = waiting.pop()
         needed = (max(lengths[i] for i in batch) + new) * len(batch)

@@ -1,5 +1,6 @@
 """Greedy generation in torch. Prompts are batched by length, and batches are divided among the ranks;
-finished rows leave their batch, and a shared prefix is encoded once."""
+finished rows leave their batch, or give their places to prompts of later batches, and a shared prefix is
+encoded once."""
 
 import os
 from collections.abc import Callable, Collection, Sequence
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -18,7 +20,7 @@ from codyra_llm.methods.base import Condition
 from codyra_llm.models import families
 from codyra_llm.models.ends import ended
 from codyra_llm.models.inference import empty_cache, last_logits
-from codyra_llm.runtime import heartbeat
+from codyra_llm.runtime import heartbeat, signals
 
 # The first steps of every batch are not recorded: many answers, such as a single letter, end within them.
 UNRECORDED = 4
@@ -63,6 +65,8 @@ def generate_ids(
     batch, since removing them copies the cache of the others. Where steps are recorded, prompts of later
     batches of the `share` take their places, and are answered there.
     """
+    if new < 1:
+        return [[] for _ in prompts]
     ends = {ends} if isinstance(ends, int) else ends
     rows = _Rows(model, prompts, new, condition)
     batch = _Batch(len(prompts), new, ends, stop)
@@ -220,14 +224,13 @@ class _Batch:
         """Keep only the rows at these positions."""
         self.rows = [self.rows[i] for i in going]
 
-    def put(self, places: list[int], taken: list[int], tokens: list[int]) -> list[int]:
+    def put(self, places: list[int], taken: list[int], tokens: list[int]) -> None:
         """Let prompts of later batches, `taken` by their positions in the share, have the first of these
-        places, with the first tokens of their answers; returns the positions of the rows that go on."""
+        places, with the first tokens of their answers."""
         for place, i, token in zip(places, taken, tokens, strict=False):
             number = len(self.out)
             self.rows[place], self.out[number], self.later[number] = number, [], i
             self._add(number, token)
-        return self.going()
 
     def hand_over(self, share: Share) -> None:
         """Give the finished answers to prompts of later batches to the `share`."""
@@ -248,14 +251,15 @@ def _finish(rows: _Rows, batch: _Batch, share: Share | None) -> None:
         rows.model, layers, rows.mask[:, :used], rows.ids, rows.positions, length
     )
     del layers  # the steps have copied them
-    going = batch.going()
+    going, refills = batch.going(), share is not None
     while going:
         tokens = steps.next(min(static_steps.AT_ONCE, batch.left()))
         for column in zip(*tokens.tolist(), strict=True):
             going = batch.add(list(column))
         full = 2 * len(batch.rows) >= batch.count
-        if share and full and 4 * len(going) <= 3 * len(batch.rows):
-            going = _refill(rows.model, steps, batch, share, most)
+        if share and refills and full and 4 * len(going) <= 3 * len(batch.rows):
+            refills = _refill(rows.model, steps, batch, share, most)
+            going = batch.going()
         if going and 2 * len(going) <= len(batch.rows):  # half is done
             steps = steps.select(torch.tensor(going, device=rows.model.device))
             batch.keep(going)
@@ -266,24 +270,41 @@ def _finish(rows: _Rows, batch: _Batch, share: Share | None) -> None:
 
 
 def _refill(
-    model: PreTrainedModel,
-    steps: static_steps.StaticSteps,
-    batch: _Batch,
-    share: Share,
-    most: int,
-) -> list[int]:
-    """Give the places of finished rows to prompts of later batches, of at most `most` tokens; returns the
-    rows that go on."""
+    model: PreTrainedModel, steps: static_steps.StaticSteps, batch: _Batch, share: Share, most: int
+) -> bool:
+    """Give the places of finished rows to prompts of later batches, of at most `most` tokens. Returns whether
+    this may be tried again: not where memory ran out, which leaves the other rows as they are."""
+    signals.check()
+    share.report()
     free = batch.places_of_done()
     batch.hand_over(share)
-    share.report()
     taken = share.take(len(free), most)
     if not taken:
-        return batch.going()
-    read = _Rows(model, [share.rows[i] for i in taken], batch.new, None)
-    places = torch.tensor(free[: len(taken)], device=model.device)
-    steps.put(places, read.layers(), read.mask, read.ids, read.positions)
-    return batch.put(free, taken, read.tokens)
+        return True
+    try:
+        tokens = _put(model, steps, [share.rows[i] for i in taken], batch.new, free[: len(taken)])
+    except torch.OutOfMemoryError:
+        tokens = None
+    # Not in the except block, where the exception still refers to what was read.
+    if tokens is None:
+        clear_device_cache(garbage_collection=True)
+        return False
+    batch.put(free, taken, tokens)
+    return True
+
+
+def _put(
+    model: PreTrainedModel,
+    steps: static_steps.StaticSteps,
+    prompts: list[list[int]],
+    new: int,
+    places: list[int],
+) -> list[int]:
+    """Let prompts take these places of a batch; returns the first tokens of their answers."""
+    read = _Rows(model, prompts, new, None)
+    chosen = torch.tensor(places, device=model.device)
+    steps.put(chosen, read.layers(), read.mask, read.ids, read.positions)
+    return read.tokens
 
 
 def prefixed(model: PreTrainedModel, ids: Tensor, prompts: Sequence[list[int]], prefix: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ don't merge get their condition.
 import math
 import random
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import redirect_stderr
 from copy import deepcopy
 from dataclasses import dataclass
@@ -209,22 +209,26 @@ class Live(HFLM):
         """This rank's share of the rows, in batches of at most `most` (collective: all ranks cut the same
         batches)."""
         self.held.agree(self.acc)
-        parts = []
-        for chosen in self._batches(rows, new):
-            size = most or len(chosen)
-            parts += [chosen[start : start + size] for start in range(0, len(chosen), size)]
+        groups, parts = self._groups(rows, new), []
+        for group in groups:
+            for chosen in self._batches(group, rows, new):
+                size = most or len(chosen)
+                parts += [chosen[start : start + size] for start in range(0, len(chosen), size)]
         own = parts[self.acc.process_index :: self.acc.num_processes]
-        return Share("general ability", rows, own, new, len(rows))
+        numbers = {i: number for number, group in enumerate(groups) for i in group.rows}
+        return Share("general ability", rows, own, new, len(rows), numbers)
 
-    def _batches(self, rows: list[list[int]], new: int) -> list[list[int]]:
-        """Positions in `rows` in batches; rows that begin alike are together, where no condition differs."""
-        step, found = self.held.step, []
-        everything = [Alike(list(range(len(rows))), 0)]
-        for group in everything if self.conditions else by_beginning(rows, new, step):
-            lengths = [len(rows[i]) for i in group.rows]
-            for chosen in batches(lengths, new, self.held.tokens, step, group.shared):
-                found.append([group.rows[i] for i in chosen])
-        return found
+    def _groups(self, rows: list[list[int]], new: int) -> list[Alike]:
+        """The rows in groups that begin alike, where no condition differs."""
+        if self.conditions:
+            return [Alike(list(range(len(rows))), 0)]
+        return by_beginning(rows, new, self.held.step)
+
+    def _batches(self, group: Alike, rows: list[list[int]], new: int) -> Iterator[list[int]]:
+        """Positions in `rows` of a group, in batches."""
+        lengths = [len(rows[i]) for i in group.rows]
+        for chosen in batches(lengths, new, self.held.tokens, self.held.step, group.shared):
+            yield [group.rows[i] for i in chosen]
 
     def _gathered(self, found: list[tuple[int, Any]], count: int) -> list[Any]:
         """The results of all ranks, in the order of the requests."""

@@ -116,11 +116,8 @@ class StaticSteps:
         S at most the ring's length. They get the S columns before `slot`."""
         count = mask.shape[1]
         columns = (self.slot - count + torch.arange(count, device=rows.device)) % self.length
-        places = (
-            rows[:, None],
-            slice(None),
-            columns[None],
-        )  # [k, S], and heads after them
+        # Rows and columns [k, S], and in what is assigned the heads after them.
+        places = rows[:, None], slice(None), columns[None]
         for (keys, values), (own_keys, own_values) in zip(self.layers, layers, strict=True):
             keys[places] = own_keys.transpose(1, 2)
             values[places] = own_values.transpose(1, 2)

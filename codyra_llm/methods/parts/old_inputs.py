@@ -176,7 +176,7 @@ def _read(x: Tensor, omega: Tensor | None) -> tuple[Tensor, Tensor]:
         product = gram(x)
         return product, product.trace()
     x = x.to(omega)
-    return x.T @ (x @ omega), torch.dot(x.flatten(), x.flatten())
+    return x.T @ (x @ omega), x.square().sum()
 
 
 class _Shares:
@@ -191,17 +191,22 @@ class _Shares:
         # The last token of an example predicts nothing, so there are always others; answers may be missing.
         self.answer = share * tokens / answers if answers else 1.0
         self.other = (1 - share) * tokens / (tokens - answers) if answers else 1.0
-        self.are_answers: Tensor  # [n], of the batch that `begin` was called with last
+        self.parts: list[
+            tuple[float, Tensor]
+        ]  # weights and tokens, of the batch that `begin` was called with
 
     def begin(self, batch: Batch) -> None:
-        """Find the batch's tokens that predict a labelled one, in the order of `Batch.content`."""
+        """Find the batch's tokens that predict a labelled one, in the order of `Batch.content`, and the
+        others."""
         read = batch.content([len(self.examples[i]) for i in batch.examples])
-        self.are_answers = torch.isin(read, batch.predictors)
+        are_answers = torch.isin(read, batch.predictors)
+        answers, others = are_answers.nonzero()[:, 0], (~are_answers).nonzero()[:, 0]
+        self.parts = [(self.answer, answers), (self.other, others)]
 
     def divided(self, x: Tensor) -> list[tuple[float, Tensor]]:
         """The batch's inputs x [n, in] in two parts with one weight each: x times the roots of the weights
         would no longer be in half precision, in which products are faster."""
-        return [(self.answer, x[self.are_answers]), (self.other, x[~self.are_answers])]
+        return [(weight, x.index_select(0, tokens)) for weight, tokens in self.parts]
 
 
 def _answers(example: Encoded) -> int:

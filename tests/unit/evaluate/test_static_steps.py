@@ -11,6 +11,7 @@ from codyra_llm.evaluate import generate, static_steps
 from codyra_llm.evaluate.budget import Budget, Share
 from codyra_llm.evaluate.generate import generate_ids
 from codyra_llm.models import families
+from codyra_llm.store import observer
 
 NEW = 24
 RECORDED = [name for name, config in CONFIGS.items() if families.of(config).recorded_steps]
@@ -180,6 +181,57 @@ def test_a_prompt_that_began_early_is_asked_again_if_its_batch_ran_out_of_memory
     held = Budget(10**9, 16)
     assert answered(model, given, 4, ends_early, held) == expected
     assert held.tokens < 10**9
+
+
+def test_memory_that_runs_out_for_newcomers_leaves_the_batch_as_it_is(model, monkeypatch):
+    """Also in batches of one row, which can't be halved."""
+    given = prompts([9, 9, 8, 8, 7, 7])
+    expected = answered(model, given, 6, ends_early)
+    monkeypatch.setattr(static_steps, "pays", always)
+    calls = []
+
+    def failing(self, *others):
+        calls.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(static_steps.StaticSteps, "put", failing)
+    for rows in (1, 2):
+        held, before = Budget(10**9, 16), len(calls)
+        assert answered(model, given, rows, ends_early, held) == expected
+        assert held.tokens == 10**9 and len(calls) > before
+
+
+def test_a_row_begins_only_in_a_batch_of_its_own_group():
+    rows = [[1] * 9, [2] * 9, [1] * 9, [2] * 9]
+    share = Share("prompts", rows, [[0], [2], [1, 3]], 8, 4, {0: 0, 2: 0, 1: 1, 3: 1})
+    found = []
+    for part, _ in share.answered(Budget(10**9, 16), lambda chosen: chosen):
+        found.append((part, share.take(4, 9)))
+    assert found == [([0], [2]), ([2], []), ([1, 3], [])]
+
+
+def test_progress_is_told_within_a_batch(model, monkeypatch):
+    """By which the watch of a launch knows that it does not hang."""
+    monkeypatch.setattr(static_steps, "pays", always)
+    plain, done = static_steps.StaticSteps.put, []
+
+    class Told(observer.Observer):
+        def at(self, place):
+            done.append(place)
+
+    def counting(self, *others):
+        done.append("put")
+        return plain(self, *others)
+
+    monkeypatch.setattr(static_steps.StaticSteps, "put", counting)
+    with observer.observing([], Told()):
+        answered(model, prompts(LENGTHS), 5, ends_early)
+    puts = [i for i, what in enumerate(done) if what == "put"]
+    assert puts and all(done[i - 1].startswith("prompts, ") for i in puts)
+
+
+def test_no_new_tokens_are_no_tokens(model):
+    assert generate_ids(model, prompts([3, 5]), 0, -1) == [[], []]
 
 
 def test_where_it_is_used(monkeypatch):
