@@ -12,6 +12,7 @@ from codyra_llm.config.benchmark import PROBE, load_benchmark
 from codyra_llm.config.sections import FILE
 from codyra_llm.config.task import Task
 from codyra_llm.core.errors import Fault
+from codyra_llm.core.parsing import shown
 from codyra_llm.core.terminal import REPLACEMENT, Terminal
 from codyra_llm.data.examples import label_names
 from codyra_llm.data.records import SPLITS, read_split
@@ -70,7 +71,7 @@ def check_task(
     """Statistics of the splits that `read` gives and their overlaps; faults and warnings are added to
     `report`. `labels`: the answers of a task that classifies.
     """
-    splits, prompts, overlap = {}, {}, {}
+    splits, prompts, overlap, answers = {}, {}, {}, {}
     for split in SPLITS:
         try:
             records = read(split)
@@ -80,8 +81,11 @@ def check_task(
             continue
         splits[split] = statistics(records)
         prompts[split] = {record["prompt"] for record in records}
+        answers[split] = Counter(record["answer"] for record in records)
         for count, what in doubtful(records, splits[split], labels):
             report["warnings"].append(f"{name}/{split}: {count} of {len(records)} records {what}.")
+    for warning in unlearnable(answers, labels):
+        report["warnings"].append(f"{name}: {warning}.")
     for a, b in itertools.combinations(prompts, 2):
         shared = len(prompts[a] & prompts[b])
         if shared:
@@ -115,6 +119,19 @@ def doubtful(records: list[dict], stats: dict, labels: tuple[str, ...]) -> Itera
     for count, what in found:
         if count:
             yield count, what
+
+
+def unlearnable(answers: dict[str, Counter[str]], labels: tuple[str, ...]) -> Iterator[str]:
+    """Labels that a split asks for and train does not have; `answers` of each split with their counts."""
+    if "train" not in answers:
+        return
+    for split, counts in answers.items():
+        for label in labels:
+            if counts[label] and not answers["train"][label]:
+                yield (
+                    f"{counts[label]} of {counts.total()} records of {split} have the answer {shown(label)}, "
+                    "which no record of train has"
+                )
 
 
 def statistics(records: list[dict]) -> dict:

@@ -220,6 +220,18 @@ def test_labels_outside_of_train_are_counted(tmp_path):
     assert report["warnings"] == ["b/ONE/test: 3 of 9 records have an answer that is none of the labels."]
 
 
+def test_a_label_that_train_does_not_have_is_told(tmp_path):
+    rows(tmp_path / "b", [{"text": f"{i}", "answer": "n"} for i in range(9)])
+    rows(tmp_path / "b", [{"text": f"t{i}", "answer": "nyy"[i % 3]} for i in range(9)], "t.jsonl")
+    files = {"train": "a.jsonl", "eval": "a.jsonl", "test": "t.jsonl"}
+    task = {"metrics": ["exact_match"], "files": files, "prompt": "{text} {labels}", "labels": ["n", "y"]}
+    folder(tmp_path / "b", tasks={"ONE": task})
+    assert check(tmp_path / "b")["warnings"] == [
+        "b/ONE: 6 of 9 records of test have the answer 'y', which no record of train has.",
+        "b/ONE: train and eval share 9 prompts (9 and 9 distinct).",
+    ]
+
+
 @pytest.mark.parametrize(
     "given, expected",
     [
