@@ -1,6 +1,8 @@
 """Decoding with tensors that keep their places: the same tokens as the growing cache gives. On a CPU nothing
 is recorded."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from fused import CONFIGS
@@ -235,7 +237,7 @@ def test_no_new_tokens_are_no_tokens(model):
 
 
 def test_where_it_is_used(monkeypatch):
-    llama = AutoModelForCausalLM.from_config(CONFIGS["llama"])
+    llama = AutoModelForCausalLM.from_config(deepcopy(CONFIGS["llama"]))
     assert not static_steps.pays(llama, 100)  # on a CPU
     monkeypatch.setattr(type(llama), "device", torch.device("cuda"))
     assert static_steps.pays(llama, 100)
