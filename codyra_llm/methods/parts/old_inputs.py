@@ -191,9 +191,8 @@ class _Shares:
         # The last token of an example predicts nothing, so there are always others; answers may be missing.
         self.answer = share * tokens / answers if answers else 1.0
         self.other = (1 - share) * tokens / (tokens - answers) if answers else 1.0
-        self.parts: list[
-            tuple[float, Tensor]
-        ]  # weights and tokens, of the batch that `begin` was called with
+        # Weights and numbers of tokens, of the batch that `begin` was called with last.
+        self.parts: list[tuple[float, Tensor]]
 
     def begin(self, batch: Batch) -> None:
         """Find the batch's tokens that predict a labelled one, in the order of `Batch.content`, and the
