@@ -28,6 +28,12 @@ def test_links_and_named_files_exist(page):
         assert (ROOT / path).exists(), path
 
 
+@pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("benchmarks/**/README.md")], ids=str)
+def test_no_section_is_there_twice(page):
+    titles = re.findall(r"^##? .*", BLOCK.sub("", page.read_text()), re.M)
+    assert len(titles) == len(set(titles))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_settings_in_the_text_exist(page):
     known = {key.name for key in reference.keys(Recipe)}
