@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from codyra_llm.data.encoding import Encoder
 from codyra_llm.evaluate import static_steps
-from codyra_llm.evaluate.budget import Share, batches, budget
+from codyra_llm.evaluate.budget import Budget, Share, batches, budget
 from codyra_llm.methods.base import Condition
 from codyra_llm.models import families
 from codyra_llm.models.ends import ended
@@ -317,6 +317,28 @@ def prefixed(model: PreTrainedModel, ids: Tensor, prompts: Sequence[list[int]], 
     return torch.stack(rows)
 
 
+def generated(
+    model: PreTrainedModel,
+    share: Share,
+    held: Budget,
+    ends: int | Collection[int],
+    conditions: Callable[[list[list[int]]], Condition] | None = None,
+    stop: Callable[[list[int]], bool] | None = None,
+) -> dict[int, list[int]]:
+    """The answers to all rows of a share, as token ids, by the rows' positions. `conditions` makes what a
+    batch of prompts needs in addition to the model."""
+
+    def answer(chosen: list[int]) -> list[list[int]]:
+        batch = [share.rows[i] for i in chosen]
+        condition = conditions(batch) if conditions else None
+        return generate_ids(model, batch, share.new, ends, condition, stop, share)
+
+    found = {}
+    for chosen, ids in share.answered(held, answer):
+        found |= zip(chosen, ids, strict=True)
+    return found | share.early
+
+
 def answers(
     acc: Accelerator,
     model: PreTrainedModel,
@@ -336,16 +358,8 @@ def answers(
     prompts = [ids for ids, _ in encoder.prompts(distinct)]
     lengths = [len(p) for p in prompts]
     mine = list(batches(lengths, new, held.tokens, held.step))[acc.process_index :: acc.num_processes]
-    share, found = Share("answers", prompts, mine, new, len(prompts)), {}
-
-    def answer(chosen: list[int]) -> list[list[int]]:
-        batch = [prompts[i] for i in chosen]
-        condition = conditions and conditions(batch)
-        return generate_ids(model, batch, new, encoder.ends, condition, None, share)
-
-    for chosen, ids in share.answered(held, answer):
-        found |= zip(chosen, ids, strict=True)
-    found |= share.early
+    share = Share("answers", prompts, mine, new, len(prompts))
+    found = generated(model, share, held, encoder.ends, conditions)
     cut = [not ended(ids, encoder.ends) for ids in found.values()]
     own = list(zip(found, map(Answer, encoder.texts(list(found.values())), cut), strict=True))
     with heartbeat.waiting():

@@ -36,7 +36,7 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.core.foreign import Failed
 from codyra_llm.evaluate.bounded_tasks import is_score, no_score, refuse_label
 from codyra_llm.evaluate.budget import Alike, Share, batches, budget, by_beginning
-from codyra_llm.evaluate.generate import generate_ids, prompt_logits
+from codyra_llm.evaluate.generate import generated, prompt_logits
 from codyra_llm.evaluate.statistics import blank, commonest
 from codyra_llm.evaluate.suite import Ability, drawn, quiet
 from codyra_llm.methods.base import Condition
@@ -176,24 +176,10 @@ class Live(HFLM):
             prompts = [
                 self.tok_encode(requests[i].args[0], left_truncate_len=self.max_length - new) for i in members
             ]
-            answers = self._generated(prompts, new, self._stops(until))
+            share, stop = self._share(prompts, new), self._stops(until)
+            answers = generated(self.model, share, self.held, self.ends, self.conditions, stop)
             found += [(members[n], self._text(ids, until)) for n, ids in answers.items()]
         return self._gathered(found, len(requests))
-
-    def _generated(
-        self, prompts: list[list[int]], new: int, stop: Callable[[list[int]], bool]
-    ) -> dict[int, list[int]]:
-        """This rank's share of the answers, as token ids, by the prompts' positions."""
-        share, found = self._share(prompts, new), {}
-
-        def answer(chosen: list[int]) -> list[list[int]]:
-            batch = [prompts[n] for n in chosen]
-            condition = self.conditions and self.conditions(batch)
-            return generate_ids(self.model, batch, new, self.ends, condition, stop, share)
-
-        for chosen, ids in share.answered(self.held, answer):
-            found |= zip(chosen, ids, strict=True)
-        return found | share.early
 
     def _stops(self, until: Sequence[str]) -> Callable[[list[int]], bool]:
         """A function that says whether an answer, as token ids, has come to a stop sequence."""

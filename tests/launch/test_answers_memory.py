@@ -18,12 +18,12 @@ def answers(folder: Path, fails: int | None) -> list[list[str]]:
     batch."""
     from lm_eval.api.instance import Instance
 
-    from codyra_llm.evaluate import harness
+    from codyra_llm.evaluate import generate, harness
 
     acc = accelerator()
     model, tokenizer = loading.load(folder, torch.float32).eval(), load_tokenizer(folder)
     live = harness.Live(acc, model, tokenizer, tokens=90)
-    plain, calls = harness.generate_ids, []
+    plain, calls = generate.generate_ids, []
 
     def limited(*given):
         calls.append(1)
@@ -31,7 +31,7 @@ def answers(folder: Path, fails: int | None) -> list[list[str]]:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return plain(*given)
 
-    harness.generate_ids = limited
+    generate.generate_ids = limited
     found = []
     for new in (4, 5, 6):
         settings = {"until": ["never"], "max_gen_toks": new, "do_sample": False}
@@ -39,7 +39,7 @@ def answers(folder: Path, fails: int | None) -> list[list[str]]:
         for i, text in enumerate(TEXTS):
             asked.append(Instance("generate_until", {}, (text, settings), i, ("t", i, 1)))
         found.append(live.generate_until(asked))
-    harness.generate_ids = plain
+    generate.generate_ids = plain
     return found
 
 

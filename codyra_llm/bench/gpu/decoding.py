@@ -13,7 +13,7 @@ from codyra_llm.bench.gpu.facts import copy_speed
 from codyra_llm.bench.gpu.shapes import model
 from codyra_llm.bench.gpu.training import training_without_memory, within
 from codyra_llm.evaluate.budget import MOST, STEP, Budget, Share, within_memory
-from codyra_llm.evaluate.generate import generate_ids
+from codyra_llm.evaluate.generate import generate_ids, generated
 from codyra_llm.models import fused_norm
 
 NO_END = -1  # no token has this id, so no answer ends early
@@ -96,12 +96,7 @@ def _answer(
 ) -> None:
     """Answer the prompts of these batches, as one process's share."""
     share = Share("prompts", prompts, batches, new, len(prompts))
-
-    def answer(chosen: list[int]) -> list[list[int]]:
-        return generate_ids(made, [prompts[i] for i in chosen], new, NO_END, None, stop, share)
-
-    for _ in share.answered(Budget(MOST["cuda"], STEP["cuda"]), answer):
-        pass
+    generated(made, share, Budget(MOST["cuda"], STEP["cuda"]), NO_END, None, stop)
 
 
 def generate_time(context: Context, made: PreTrainedModel) -> float:
