@@ -21,10 +21,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from contract import collecting_no_cycles, raw, watched
+from transformers import AutoModelForCausalLM
 
 from codyra_llm.config.recipe import parse_recipe
 from codyra_llm.experiment import run as runs
 from codyra_llm.experiment.experiment import Experiment
+from codyra_llm.methods.parts.samples import self_sampled
 from codyra_llm.runtime.memory import ProcessPeak
 from codyra_llm.store.rows import LogRow
 from codyra_llm.train import recorded
@@ -173,6 +175,17 @@ def check_the_device() -> None:
         assert pretended.waits.total() == number, pretended.waits
 
 
+def check_the_drawing(base: str) -> None:
+    """Tokens are drawn on the device: how often the host waits doesn't depend on how many."""
+    model = AutoModelForCausalLM.from_pretrained(base).to(pretended.DEVICE)
+    waits = []
+    for length in (2, 6):
+        pretended.waits.clear()
+        self_sampled(model, 3, length, seed=0)
+        waits.append(by_line())
+    assert waits[0] == waits[1], waits
+
+
 def main() -> None:
     _, base, stream, out, *names = sys.argv
     pretended.install()
@@ -182,6 +195,7 @@ def main() -> None:
     gc.freeze()  # the collection after each task need not walk what the packages hold
     with pretended.Pretending():
         check_the_device()
+        check_the_drawing(base)
     # Both cores, after the imports, which take longer than a method's steps.
     # Each sets its threads before it has several: PyTorch makes its pool anew after a fork, and two threads
     # that ask for it at once can find none.

@@ -12,7 +12,10 @@ from codyra_llm.models.families import pretrained
 from codyra_llm.runtime import signals
 from codyra_llm.store import observer
 
-TOGETHER = 32  # sequences drawn by one generator, whatever the number of processes
+# Rows drawn by one generator, whatever the number of processes: in one batch, since a step reads all weights
+# whatever its rows.
+TOGETHER = 64  # of short texts
+PROMPTS_TOGETHER = 32  # of rows that begin with prompts of a task, whose keys and values take more memory
 
 
 @torch.no_grad()
@@ -61,16 +64,17 @@ def written_after(
     key: tuple[int | str, ...],
     rank: int = 0,
     world: int = 1,
+    together: int = TOGETHER,
 ) -> list[list[int]]:
     """This rank's share of `count` rows: `starts(n, draw)` [n, k] and what the model writes after them, drawn
-    by generators of this key."""
+    by generators of this key, one for `together` rows."""
     training, rows = model.training, []
     model.eval()
-    for start in range(rank * TOGETHER, count, world * TOGETHER):
+    for start in range(rank * together, count, world * together):
         signals.check()
         observer.at("sequences that the base writes")
         draw = generator(*key, start)
-        rows += _continued(model, starts(min(TOGETHER, count - start), draw), length, draw).tolist()
+        rows += _continued(model, starts(min(together, count - start), draw), length, draw).tolist()
     model.train(training)
     return rows
 
@@ -98,11 +102,11 @@ def continued(
     training, found = model.training, []
     prompt = prefix or [first_token(model)]
     model.eval()
-    for start in range(0, count, TOGETHER):
+    for start in range(0, count, PROMPTS_TOGETHER):
         signals.check()
         observer.at("sequences that the model writes")
         draw = generator("continued", *key, start)
-        ids = torch.tensor([prompt] * min(TOGETHER, count - start))
+        ids = torch.tensor([prompt] * min(PROMPTS_TOGETHER, count - start))
         for row in _continued(model, ids, length, draw)[:, len(prompt) :].tolist():
             written = next((i + 1 for i, token in enumerate(row) if token in ends), length)
             found.append(Encoded(prompt, row[:written], cut=False))
@@ -159,9 +163,9 @@ def answered(
 
 def _inverse_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
     """For each row of logits [R, V], the token at which the cumulative probability passes the row's random
-    number `uniform` [R, 1] in [0, 1): [R, 1]. In float64, in which the least likely of 250,000 tokens still
-    counts."""
-    cumulative = logits.double().softmax(1).cumsum(1)
+    number `uniform` [R, 1] in [0, 1): [R, 1]. The sums are in float64, in which the least likely of 250,000
+    tokens still counts."""
+    cumulative = logits.float().softmax(1).cumsum(1, dtype=torch.float64)
     at = uniform.double() * cumulative[:, -1:]  # the last sum is 1 only up to rounding
     return torch.searchsorted(cumulative, at, right=True).clamp(max=logits.shape[1] - 1)
 
@@ -187,15 +191,17 @@ def _starts(model: nn.Module, count: int, draw: torch.Generator) -> Tensor:
 
 
 def _continued(model: nn.Module, ids: Tensor, length: int, draw: torch.Generator) -> Tensor:
-    """ids [n, k] followed by `length` tokens that the model draws: [n, k + length]."""
+    """ids [n, k] followed by `length` tokens that the model draws: [n, k + length], on the model's device.
+    All random numbers are drawn before, so that a GPU's queue stays full: no step waits for the one before.
+    """
     from codyra_llm.models.inference import empty_cache, last_logits  # slow, and `report` reads this file
 
-    cache, fed, device = empty_cache(pretrained(model)), ids, pretrained(model).device
-    for _ in range(length):
-        logits = last_logits(
-            pretrained(model), input_ids=fed.to(device), past_key_values=cache, use_cache=True
-        )
-        probabilities = logits[:, -1].float().softmax(1).cpu()
-        fed = torch.multinomial(probabilities, 1, generator=draw)
-        ids = torch.cat([ids, fed], 1)
-    return ids
+    device = pretrained(model).device
+    uniform = torch.rand(len(ids), length, generator=draw).to(device)
+    cache, fed = empty_cache(pretrained(model)), ids.to(device)
+    written = [fed]
+    for place in range(length):
+        logits = last_logits(pretrained(model), input_ids=fed, past_key_values=cache, use_cache=True)
+        fed = _inverse_cdf(logits[:, -1], uniform[:, place, None])
+        written.append(fed)
+    return torch.cat(written, 1)

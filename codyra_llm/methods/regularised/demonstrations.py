@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from codyra_llm.core.tensors import generator
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.methods.parts.features import nearest_to_centroids, padded, pooled_states
-from codyra_llm.methods.parts.samples import TOGETHER, end_of, first_token, written_after
+from codyra_llm.methods.parts.samples import PROMPTS_TOGETHER, end_of, first_token, written_after
 from codyra_llm.models.families import pretrained
 
 
@@ -127,7 +127,8 @@ def new_inputs(
         return torch.tensor([kept.context(order, separator, first) for order in orders])
 
     found: dict[tuple[int, ...], None] = {}  # in the order in which they were written
-    for row in written_after(model, begin, count, length, ("demonstrated", *key)):
+    rows = written_after(model, begin, count, length, ("demonstrated", *key), together=PROMPTS_TOGETHER)
+    for row in rows:
         prompt = kept.completed(row[start:], separator)
         if prompt:
             found[tuple(prompt)] = None
@@ -142,8 +143,8 @@ def diverse(model: nn.Module, prompts: Sequence[list[int]], count: int, *key: in
         return list(prompts)
     training, parts = model.training, []
     model.eval()
-    for start in range(0, len(prompts), TOGETHER):
-        ids, mask = padded(prompts[start : start + TOGETHER], pretrained(model).device)
+    for start in range(0, len(prompts), PROMPTS_TOGETHER):
+        ids, mask = padded(prompts[start : start + PROMPTS_TOGETHER], pretrained(model).device)
         parts.append(pooled_states(model, ids, mask).cpu().double())
     model.train(training)
     features = nn.functional.normalize(torch.cat(parts), dim=1)  # [n, h]

@@ -15,7 +15,7 @@ from codyra_llm.lora.layer import snapshot, stand_in, without_update
 from codyra_llm.methods.base import Task
 from codyra_llm.methods.parts.features import on_prompts
 from codyra_llm.methods.parts.samples import (
-    TOGETHER,
+    PROMPTS_TOGETHER,
     answered,
     continued,
     end_tokens,
@@ -217,8 +217,8 @@ class Dream(SeqLora):
             written = new_inputs(model, kept, CANDIDATES * count, length, separator, *key)
         prompts = diverse(model, written, count, *key)
         found = []
-        for start in range(0, len(prompts), TOGETHER):
-            group = prompts[start : start + TOGETHER]
+        for start in range(0, len(prompts), PROMPTS_TOGETHER):
+            group = prompts[start : start + PROMPTS_TOGETHER]
             draws = [generator("dreamt answer", *key, start + i) for i in range(len(group))]
             answers = answered(model, group, self.config.sample_tokens, task.ends, draws)
             found += [Encoded(p, a, cut=False) for p, a in zip(group, answers, strict=True)]
