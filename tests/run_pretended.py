@@ -39,7 +39,7 @@ NEVER = 1 << 30  # micro-batches
 VARIANTS = {
     "codyra_drift by ratio": (
         "codyra_drift",
-        {"selection": "ratio", "keep_drift": 0.5, "threshold": {"dense": 0.0}},  # priced before step 1
+        {"selection": "ratio", "keep_drift": 0.5},
     ),
 }
 TRAIN = Trainer.fit

@@ -205,10 +205,10 @@ class Trainer:
             factor = rate_factor(self.optim.schedule, *phase, self.optim.warmup)
             for group, rate in zip(self.engine.groups, self.rates, strict=True):
                 group["lr"] = rate * factor
-            self.method.before_step(self.engine.groups, step, steps, self.optim.schedule)
             rewritten = self.method.rewrite(step, steps)
             if rewritten:
                 self.engine.rewrite(rewritten)
+            self.method.before_step(self.engine.groups, step, steps, self.optim.schedule)
             terms, norm, asked, due = self._step(task, chosen, step, seed, saves, following)
             if step == 0:
                 self._check_that_all_move()

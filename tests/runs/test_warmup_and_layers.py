@@ -19,6 +19,7 @@ from codyra_llm.experiment import plan
 from codyra_llm.experiment.run import run
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.lora.layer import block_number
+from codyra_llm.lora.proximal import lr_factor
 from codyra_llm.train import estimate
 
 LORA = [name for name in METHODS if issubclass(METHODS.settings(name), LoraConfig)]
@@ -32,6 +33,22 @@ def test_the_learning_rate_that_is_logged(tiny_llama, toy_stream, tmp_path):
     for task in ("ONE", "TWO"):
         rates = [row.lr for row in folder.log_rows if row.task == task]
         assert rates == pytest.approx([1e-2 * f for f in (1 / 3, 2 / 3, *cosine)])
+
+
+def test_the_memory_epoch_has_a_cosine_of_its_own(tiny_llama, toy_stream, tmp_path):
+    """At the tail of the task's cosine its rates would be next to none, and replay would be off."""
+    changes = {"method": {"name": "replay", "rank": 2, "when": "after", "ratio": 0.5, "general": None}}
+    folder = run(
+        tiny_recipe(
+            tiny_llama, toy_stream, tmp_path / "run", checkpoint=False, optim__schedule="cosine", **changes
+        )
+    )
+    rates = {task: [row.lr for row in folder.log_rows if row.task == task] for task in ("ONE", "TWO")}
+    own, memory = rates["TWO"][:6], rates["TWO"][6:]
+    assert own == rates["ONE"] and own[0] == 1e-2 and memory
+    assert memory == pytest.approx(
+        [1e-2 * lr_factor("cosine", step, len(memory)) for step in range(len(memory))]
+    )
 
 
 def test_layers_are_written_as_lists_or_ranges():

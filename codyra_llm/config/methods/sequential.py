@@ -129,6 +129,22 @@ class RankWeightsConfig(LoraConfig, frozen=True):
             )
         return self
 
+    @model_validator(mode="after")
+    def _nothing_that_is_not_read(self) -> "RankWeightsConfig":
+        """Settings of weights per rank, which plain LoRA has not."""
+        if self.selection != "none":
+            return self
+        fields = type(self).model_fields
+        names = ("importance_init", "importance_value", "importance_lr", "align", "threshold")
+        unused = [name for name in names if getattr(self, name) != fields[name].default]
+        if unused:
+            listed = ", ".join(repr(name) for name in unused)
+            raise ValueError(
+                f"no effect with selection 'none', where ranks have no weights: {listed}; remove this or "
+                "choose another selection"
+            )
+        return self
+
 
 class CodyraConfig(RankWeightsConfig, frozen=True):
     """Settings of `Codyra` in methods/sequential/codyra.py, which explains them."""
@@ -206,7 +222,9 @@ class CodyraDriftConfig(OldInputsConfig, RankWeightsConfig, frozen=True):
         "threshold, random: codyra's rule and its random control, for comparison",
     )
     keep_drift: Fraction | None = Field(
-        default=None, description="ratio only: τ, share of the predicted drift of old outputs that may remain"
+        default=None,
+        description="ratio only: τ, the share of the drift of old outputs that may remain when the ranks are "
+        "chosen, at the end of the dense phase; those that stay are trained further",
     )
 
     @model_validator(mode="after")
@@ -215,6 +233,11 @@ class CodyraDriftConfig(OldInputsConfig, RankWeightsConfig, frozen=True):
             raise ValueError(
                 "'keep_drift' goes with selection 'ratio' and with nothing else; "
                 + ("remove it" if self.keep_drift is not None else "give the share of drift that may stay")
+            )
+        if self.selection == "ratio" and not self.threshold.dense:
+            raise ValueError(
+                "'threshold.dense' must be above 0 with selection 'ratio', which chooses among ranks that "
+                "have been trained; 0.5 is the default"
             )
         return self
 

@@ -141,11 +141,14 @@ def moments(
     a batch are summed in float32, batches in float64."""
     names = [group[0] for group in distinct_inputs(model)]
     layers = [sites(model)[name] for name in names]
-    omegas = [sketching(layer.in_features, config.sketch) for layer in layers]
-    reading = [None if omega is None else omega.to(layers[0].lora_A) for omega in omegas]
+    omegas: dict[int, Tensor | None] = {}  # by the input's size, of which a model has two or three
+    for size in {layer.in_features for layer in layers}:
+        omega = sketching(size, config.sketch)
+        omegas[size] = None if omega is None else omega.to(layers[0].lora_A)
     device = layers[0].weight.device
     sums = []
-    for layer, omega in zip(layers, omegas, strict=True):
+    for layer in layers:
+        omega = omegas[layer.in_features]
         width = layer.in_features if omega is None else omega.shape[1]
         sums.append(torch.zeros(layer.in_features, width, dtype=torch.float64, device=device))
     # The last entry counts tokens, so that one reduction does for all.
@@ -155,7 +158,7 @@ def moments(
     def take(i: int, x: Tensor) -> None:
         parts = [(1.0, x)] if shares is None else shares.divided(x)
         for weight, part in parts:
-            product, trace = _read(part, reading[i])
+            product, trace = _read(part, omegas[layers[i].in_features])
             sums[i].add_(product, alpha=weight)
             traces[i].add_(trace, alpha=weight)
 

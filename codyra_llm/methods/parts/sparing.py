@@ -18,12 +18,21 @@ def spared(
     ΔW* = B A* minimises E_new|(ΔW - X) x|² + μ E_old|X x|² + ε‖X‖_F² over all X: its gradient is zero where X
     (Σ_new + μ Σ_old + εI) = ΔW Σ_new. (RegMean, 2212.09849, weights two models in this way; here one of the
     two is the zero update.) float64; by Cholesky where both moments are whole, else by Woodbury's identity,
-    with a system of the two sketches' widths."""
+    with a system of the two sketches' widths. Where no input had any energy, A* is 0."""
     new, old = new.in_float64(), old.in_float64()
     rows = torch.cat([adapter.a for adapter in adapters]).double()
-    found = solved(new.times(rows), new, old, weight, ridge * new.mean).float()
+    energy = new.mean
+    epsilon = max(ridge * energy, weight * rounding(old))
+    found = solved(new.times(rows), new, old, weight, epsilon).float() if energy else 0 * rows.float()
     parts = found.split([len(adapter.a) for adapter in adapters])
     return [adapter._replace(a=part.contiguous()) for adapter, part in zip(adapters, parts, strict=True)]
+
+
+def rounding(moment: SecondMoment) -> float:
+    """How far below 0 rounding to float32 may have brought an eigenvalue of a moment: sums of products are
+    exact up to a few units in the last place of its trace."""
+    size = moment.factor.shape[-2]
+    return 4 * torch.finfo(torch.float32).eps * size * moment.mean
 
 
 def solved(rows: Tensor, new: SecondMoment, old: SecondMoment, weight: float, epsilon: float) -> Tensor:

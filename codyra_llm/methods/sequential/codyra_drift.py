@@ -1,7 +1,11 @@
 """codyra_drift, ours: a fresh LoRA per task whose update changes little on old inputs, by a penalty in
 training and in the merge."""
 
+from typing import cast
+
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast
 from torch import Tensor
 
 from codyra_llm.config.methods.sequential import CodyraDriftConfig
@@ -40,8 +44,8 @@ class CodyraDrift(Codyra):
     this way; Ritter et al.'s Kronecker-factored Laplace (1805.07810) also has the output side in the penalty.
     `selection` ratio: when the dense phase ends, every ΔW is rewritten as rank-one parts, each with its own
     cost and gain (`pricing.joint`), and over all layers the parts with the least gain per cost are dropped
-    until the predicted drift is within `keep_drift`. It is off by default, since it did not improve on the
-    penalty and the merge (docs/codyra.md).
+    until the predicted drift is within `keep_drift`; in a task of one step there is nothing to choose from.
+    It is off by default, since it did not improve on the penalty and the merge (docs/codyra.md).
 
     Cost per step: r·in·k per site, k the columns of Σ (`DriftPenalty`). Per task: a forward pass over
     `max_examples` (with ratio two), a solve of size `in` where in ≤ 4·`sketch`, else of 2·`sketch`, per
@@ -57,6 +61,12 @@ class CodyraDrift(Codyra):
     def max_zero_stage(self) -> int:
         """Passes over data and the penalty need whole parameters; masks need them in one piece."""
         return 0 if self.config.selection in ("ratio", "random") else 2
+
+    @property
+    def _reads_moments(self) -> bool:
+        """Without penalty, merge and prices, second moments are not needed."""
+        config = self.config
+        return bool(config.drift_weight or config.merge_weight or config.selection == "ratio")
 
     def foresee(self, model, steps: list[int], schedule: str) -> list[str]:
         """In addition, what the second moments take in memory, and the penalty in operations."""
@@ -88,7 +98,7 @@ class CodyraDrift(Codyra):
         self._model, self._masks = model, None
         self._inputs = {names[0]: names for names in distinct_inputs(model)}
         self._old = OldInputs(self.config, task.state)
-        if not task.index:
+        if self._reads_moments and not task.index:
             self._add_base(model, task)
         penalised = self.config.drift_weight and self._old
         self._drift = DriftPenalty(model, self._old) if penalised else None
@@ -113,7 +123,8 @@ class CodyraDrift(Codyra):
         """Price the ranks when the sparse phase begins, or align them as codyra does."""
         if self.config.selection != "ratio":
             return super().rewrite(step, steps)
-        return self._priced if self._old and step == int(self.config.threshold.dense * steps) else None
+        chooses = step and step == int(self.config.threshold.dense * steps)
+        return self._priced if self._old and chooses else None
 
     def progress(self) -> dict[str, Tensor]:
         """The masks of the ranks to drop."""
@@ -126,6 +137,8 @@ class CodyraDrift(Codyra):
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
         """The old inputs' second moments, with this task's added."""
         self._drift, self._found = None, {}  # free their memory for the next pass
+        if not self._reads_moments:
+            return {}
         self._found = self._moments(model, task)
         return self._old.state_with(self._found)
 
@@ -165,12 +178,20 @@ class CodyraDrift(Codyra):
             for site in names:
                 relative = share(layers[site], on_device).item()
                 priced[site] = joint(adapters[site], new, old, relative, self.config.ridge)
-        self._masks = self._on_device(
-            dropped({site: priced[site] for site in adapters}, self.config.keep_drift)
-        )
+        masks = dropped({site: priced[site] for site in adapters}, self.config.keep_drift)
+        self._masks = self._on_device(_of_first_rank(masks))
         return {site: priced[site][0] for site in adapters}
 
     def _on_device(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
         """The masks of all sites, in the model's order, on the device of the weights that they belong to,
         since every step reads them."""
         return {site: masks[site].to(layer.lora_w) for site, layer in sites(self._model).items()}
+
+
+def _of_first_rank(masks: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The first rank's masks on all ranks (collective), as the factors that they belong to. Where two parts
+    cost and gain almost the same, ranks may choose differently by rounding."""
+    joined = torch.cat(list(masks.values())).to(PartialState().device)
+    sizes = [len(mask) for mask in masks.values()]
+    agreed = cast(Tensor, broadcast(joined))
+    return dict(zip(masks, agreed.split(sizes), strict=True))

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from codyra_llm.config.methods.sequential import CodyraDriftConfig
+from codyra_llm.config.methods.sequential import CodyraConfig, CodyraDriftConfig
 from codyra_llm.config.recipe import parse_recipe
 from codyra_llm.config.registry import METHODS
 from codyra_llm.core.errors import Fault
@@ -50,6 +50,14 @@ def test_ratio_s_budget_is_asked_for():
         CodyraDriftConfig(selection="ratio")
     with pytest.raises(Fault, match="'keep_drift' goes with selection 'ratio'"):
         CodyraDriftConfig(keep_drift=0.5)
+    with pytest.raises(Fault, match="'threshold.dense' must be above 0 with selection 'ratio'"):
+        CodyraDriftConfig(selection="ratio", keep_drift=0.5, threshold={"dense": 0.0})
+
+
+@pytest.mark.parametrize("config", [CodyraDriftConfig, CodyraConfig])
+def test_what_plain_lora_does_not_read_is_refused(config):
+    with pytest.raises(Fault, match="no effect with selection 'none'.*: 'align', 'threshold'; remove"):
+        config(selection="none", align=False, threshold={"budget": 0.3})
 
 
 def test_sequences_are_drawn_by_the_model_and_split_over_ranks(setup):
@@ -272,6 +280,27 @@ def test_stopped_after_the_choice_and_restarted(method, tiny_llama, toy_stream, 
     kept = sum(len(adapter.a) for adapter in one.values())
     assert 0 < kept < 3 * len(one)
     assert [row.score for row in straight.scores] == [row.score for row in again.scores]
+
+
+@pytest.mark.parametrize("steps, choice", [(1, None), (2, 1), (3, 1), (4, 2)])
+def test_the_choice_is_made_among_trained_ranks(setup, steps, choice):
+    """In a task of few steps too; before the first step there is nothing to choose from."""
+    config = CodyraDriftConfig(selection="ratio", keep_drift=0.5)
+    method = METHODS["codyra_drift"](config, 0)
+    method._old = {"some": "moments"}
+    chosen = [step for step in range(steps) if method.rewrite(step, steps)]
+    assert chosen == ([] if choice is None else [choice])
+
+
+def test_ranks_are_dropped_in_a_task_of_two_steps(tiny_llama, toy_stream, tmp_path):
+    """The masks act from the step on before which they are made."""
+    method = {"selection": "ratio", "keep_drift": 0.1, "samples": 8}
+    made = recipe(tiny_llama, toy_stream, tmp_path / "run", **method)
+    data = made.data.model_copy(update={"epochs": 1, "max_train_examples": 16})
+    run = runs.run(made.model_copy(update={"data": data}))
+    assert max(json.loads(line)["steps"] for line in (run.path / "log.jsonl").read_text().splitlines()) == 2
+    kept = [len(adapter.a) for adapter in run.archive().load(1).adapters.values()]
+    assert 0 < sum(kept) < 3 * len(kept)
 
 
 def test_the_parts_alone(tiny_llama, toy_stream, tmp_path):

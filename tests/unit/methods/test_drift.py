@@ -14,6 +14,7 @@ from codyra_llm.lora.layer import AdapterSpec, attach, sites
 from codyra_llm.lora.update import Adapter
 from codyra_llm.methods.base import Task
 from codyra_llm.methods.parts.drift import DriftPenalty, share
+from codyra_llm.methods.parts.moments import SecondMoment
 from codyra_llm.methods.parts.old_inputs import OldInputs
 from codyra_llm.methods.parts.pricing import dropped, joint
 from codyra_llm.methods.parts.sparing import solved, spared, woodbury
@@ -108,6 +109,31 @@ def test_woodbury_against_the_inverse():
     sides, weights = normal(60, 5, seed=4), torch.tensor([[3.0, 0.0, 1.0, 1e-9, 2.0]]).double()
     inverse = torch.linalg.inv(0.1 * torch.eye(60).double() + sides * weights @ sides.T)
     torch.testing.assert_close(woodbury(rows, sides, weights, 0.1), rows @ inverse)
+
+
+@pytest.mark.parametrize("weight", [1.0, 1e3, 1e6])
+def test_the_merge_stands_rounding_of_the_old_moment(weight):
+    """Fewer tokens than dimensions, one of them an outlier: stored in float32, the moment has eigenvalues
+    below 0, which a large weight raises above the ridge."""
+    new, old = (moment(inputs(50, 300, seed=s), 300)[0] for s in (1, 2))
+    old.factor[0, 0] += 1e4
+    stored = SecondMoment(old.factor.float())
+    assert torch.linalg.eigvalsh(stored.factor.double()).min() < 0
+    adapter = Adapter(normal(2, 300, seed=3).float(), normal(6, 2, seed=4).float(), None)
+    (found,) = spared([adapter], new, stored, weight, 1e-6)
+    (plain,) = spared([adapter], new, stored, 0.0, 1e-6)
+    assert found.a.isfinite().all() and found.a.any()
+    assert old.energy(found.delta(1.0).double()) < old.energy(plain.delta(1.0).double())
+
+
+def test_the_merge_of_an_input_without_energy_is_nothing():
+    """As a layer's that every task leaves at zero."""
+    adapter = Adapter(normal(2, 20, seed=3).float(), normal(6, 2, seed=4).float(), None)
+    for width in (20, 4):
+        none = moment(torch.zeros(30, 20).double(), width)[0]
+        for old in (none, moment(inputs(300, 20, seed=2), width)[0]):
+            (found,) = spared([adapter], none, old, 1.0, 1e-3)
+            assert not found.a.any() and torch.equal(found.b, adapter.b)
 
 
 @pytest.mark.parametrize("width", [20, 4])
