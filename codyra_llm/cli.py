@@ -164,12 +164,7 @@ def main(args: list[str] | None = None) -> None:
         _end(2)
     except signals.Stopped as stopped:
         _end_if_others_are_gone(keeper=False)
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # all of them stop at the same place
-            print(
-                f"stopped ({one_line(str(stopped))}), all is saved; run the same command to resume",
-                file=sys.stderr,
-                flush=True,
-            )
+        signals.say_stopped(str(stopped))
         _end(signals.EXIT)
     except Exception as error:
         _end_if_others_are_gone()

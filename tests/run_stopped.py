@@ -25,6 +25,18 @@ def ask_at(task: str, step: int) -> None:
     RunFolder.log = asking
 
 
+def ask_within(function: str) -> None:
+    """From here on this process is asked to stop where the function of that name looks whether it was."""
+    check = signals.check
+
+    def asking() -> None:
+        if sys._getframe(1).f_code.co_name == function:
+            signals.ask("a test")
+        check()
+
+    signals.check = asking
+
+
 def wait_at(task: str, step: int) -> None:
     """From here on that step takes a minute."""
     log = RunFolder.log

@@ -57,6 +57,7 @@ class Watch:
         self.seen: dict[int, tuple[Sign, float]] = {}  # each one's last heartbeat, and when it came
         self.moved = time.monotonic()
         self.stopping = False  # this process is already ending in an orderly way
+        self.told = math.inf  # when this process was asked to stop since another has
         self.tell()
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -97,6 +98,24 @@ class Watch:
                 )
         return found
 
+    def stopped(self) -> str:
+        """Which process was asked to stop and has ended; empty where none has."""
+        for rank, (sign, _) in sorted(self.seen.items()):
+            if sign.code == signals.EXIT:
+                return f"rank {rank} on {sign.host} has stopped"
+        return ""
+
+    def outlast(self) -> None:
+        """Wait until all watched processes have ended, for `BROKEN` seconds at most."""
+        end_of_wait = time.monotonic() + BROKEN
+        with suppress(DistError):
+            self.look(self.others)
+            while any(sign.code is None for sign, _ in self.seen.values()):
+                if time.monotonic() > end_of_wait:
+                    break
+                time.sleep(BEAT / 4)
+                self.look(self.others)
+
     def _run(self) -> None:
         while self.own.code is None:
             time.sleep(BEAT)
@@ -114,15 +133,30 @@ class Watch:
     def _judge(self) -> None:
         if self.store.check(["verdict"]):
             end(self.store.get("verdict").decode())
-        if not self.stopping and any(sign.code == signals.EXIT for sign, _ in self.seen.values()):
-            leave(signals.EXIT)
-            os._exit(signals.EXIT)
+        stopped = self.stopped()
+        if stopped and not self.stopping:
+            self._stop_too(stopped)
         verdict = "; ".join(self.gone(BROKEN if signals.asked() else SILENT))
         if not verdict and self.rank == 0:
             verdict = self._hang()
         if verdict:
             self.store.set("verdict", verdict)
             end(verdict)
+
+    def _stop_too(self, reason: str) -> None:
+        """End this process, since another has stopped. The first one has files to close and a folder to
+        release, so it is asked to stop, and ended only if it doesn't in time, as where it waits for the
+        process that is gone. The others have nothing to close."""
+        if self.rank == 0:
+            if math.isinf(self.told):
+                self.told = time.monotonic()
+                signals.ask(reason)
+            patience = BEAT if self.own.waits else BROKEN
+            if time.monotonic() - self.told < patience:
+                return
+        leave_stopped()
+        signals.say_stopped(reason)
+        os._exit(signals.EXIT)
 
     def _hang(self) -> str:
         """A sentence that no process makes progress, and where they are; empty while one does."""
@@ -243,13 +277,37 @@ def first_ended() -> int | None:
 @contextmanager
 def until_stopped() -> Iterator[None]:
     """Once `Stopped` leaves this block the watchdog no longer ends this process, even if the others ended
-    long ago: it still has to finish a tracker's upload and release the lock of the folder."""
+    long ago: it still has to finish a tracker's upload and release the lock of the folder.
+
+    Only an optimizer step agrees on a stop. Elsewhere each process stops by itself, and the others, which
+    wait for it, meet a broken connection: that becomes `Stopped` here."""
     try:
         yield
     except signals.Stopped:
-        if _watch:
-            _watch.stopping = True
+        _keep_from_ending()
         raise
+    except RuntimeError as error:  # torch's, whatever the backend
+        reason = _other_that_stopped()
+        if not reason:
+            raise
+        _keep_from_ending()
+        raise signals.Stopped(reason) from error
+
+
+def _keep_from_ending() -> None:
+    if _watch:
+        _watch.stopping = True
+
+
+def _other_that_stopped() -> str:
+    """See `Watch.stopped`, of all processes; a process announces its end before its connections break."""
+    if not _watch:
+        return ""
+    try:
+        _watch.look(range(_watch.world))
+    except DistError:
+        return ""
+    return _watch.stopped()
 
 
 def leave(code: int) -> None:
@@ -259,6 +317,14 @@ def leave(code: int) -> None:
         _watch.own.code = code
         with suppress(DistError):  # the process that keeps the store has left already
             _watch.tell()
+
+
+def leave_stopped() -> None:
+    """Announce to the others that this process has stopped as it was asked to. The first one then waits for
+    the others to end: they read its announcement in the store, which may end with it."""
+    leave(signals.EXIT)
+    if _watch and _watch.rank == 0:
+        _watch.outlast()
 
 
 def end(verdict: str) -> None:

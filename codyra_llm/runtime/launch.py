@@ -21,7 +21,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.gpus import has_nvidia_gpu
 from codyra_llm.core.parsing import read_mapping
-from codyra_llm.runtime import heartbeat, launchers
+from codyra_llm.runtime import heartbeat, launchers, signals
 
 log = logging.getLogger(__name__)
 _at_work = RLock()
@@ -162,7 +162,10 @@ def leave(code: int = 0) -> None:
     """End this process at once if it belongs to a group: gloo's threads may still be freeing the last
     tensors, and Python aborts the process if they do so while it finalises. Without a group this returns."""
     if torch.distributed.is_initialized():
-        heartbeat.leave(code)
+        if code == signals.EXIT:
+            heartbeat.leave_stopped()
+        else:
+            heartbeat.leave(code)
         if not code:
             # Rank 0, which may keep the store, ends only once no other process watches it through the store.
             torch.distributed.barrier()

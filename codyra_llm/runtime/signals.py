@@ -4,8 +4,11 @@ steps, batches and layers. A second Ctrl-C ends the process at once.
 
 import os
 import signal
+import sys
 import time
 from types import FrameType
+
+from codyra_llm.core.terminal import one_line
 
 EXIT = 75  # EX_TEMPFAIL: everything is saved, and the same command resumes
 _asked: list[str] = []
@@ -89,3 +92,13 @@ def check() -> None:
     """Raise Stopped if this process was asked: for work that is done again as a whole."""
     if _asked:
         raise Stopped(_asked[0])
+
+
+def say_stopped(why: str) -> None:
+    """Say that this process has stopped, in the first one of each machine."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(
+            f"stopped ({one_line(why)}), all is saved; run the same command to resume",
+            file=sys.stderr,
+            flush=True,
+        )

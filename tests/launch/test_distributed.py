@@ -365,6 +365,33 @@ def test_a_run_goes_on_under_another_launch(one_process, recipe_files, tmp_path,
     assert_same_run(one_process["codyra"], tmp_path / "run", 0)
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_process_stops_within_a_pass_at_whose_end_the_other_waits(
+    asked, one_process, recipe_files, tmp_path, forked
+):
+    """In the Fisher's, after the last step, where nothing agrees on a stop. The first process keeps the store
+    where it is the one that is asked, as under DeepSpeed's launcher."""
+    command = ["run", recipe_files / "ewc.yaml", f"output={tmp_path / 'run'}"]
+    port = str(free_port())
+
+    def work(rank: int) -> None:
+        if asked == 0:
+            os.environ.update(TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT=port)
+        if rank == asked:
+            run_stopped.ask_within("each")
+        main([str(word) for word in command])
+
+    stopped = forked.ranks(work)
+    assert stopped.codes == [75, 75], stopped.stderr
+    assert stopped.stderr.count("all is saved; run the same command to resume") == 1, stopped.stderr
+    assert "mistake of codyra_llm" not in stopped.stderr and "Traceback" not in stopped.stderr
+    assert not (tmp_path / "run" / "lease.json").exists()
+    done = forked.command(*command)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(one_process["ewc"], tmp_path / "run", 0)
+
+
 def begun(process: psutil.Process) -> bool:
     """Whether it has begun to import torch, which comes after the first lines of the command line."""
     return any("libtorch" in file.path for file in process.memory_maps())

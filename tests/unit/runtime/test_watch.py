@@ -144,6 +144,69 @@ def test_a_process_that_stops_is_given_the_time_to_end(two, ended, monkeypatch):
     assert not gone and not ended and two[0].own.code is None
 
 
+@pytest.fixture
+def exits(monkeypatch) -> list[int]:
+    """The codes with which the first of the two would have been ended at once."""
+    found: list[int] = []
+    monkeypatch.setattr(heartbeat.os, "_exit", found.append)
+    return found
+
+
+def stop(one: Watch) -> None:
+    """As that process does which is asked first."""
+    one.own.code = signals.EXIT
+    one.tell()
+
+
+def test_the_first_process_is_asked_to_stop_where_another_has(patient, two, ended, exits, monkeypatch):
+    monkeypatch.setattr(heartbeat, "_watch", two[0])
+    stop(two[1])
+    until(signals.asked)
+    with pytest.raises(signals.Stopped, match="rank 1 on .* has stopped"), heartbeat.until_stopped():
+        signals.check()
+    beats = two[0].own.beats
+    until(lambda: two[0].own.beats > beats + 4)
+    assert not exits and not ended
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_process_that_can_not_stop_by_itself_is_ended(waits, two, ended, exits, monkeypatch, capsys):
+    """One that waits for the process that has stopped waits in vain: it is not given as long."""
+    monkeypatch.setattr(heartbeat, "BROKEN", 60.0 if waits else 0.3)
+    monkeypatch.setattr(heartbeat, "_watch", two[0])
+    two[0].own.waits = waits
+    stop(two[1])
+    until(lambda: exits)
+    assert exits == [signals.EXIT] and two[0].own.code == signals.EXIT and not ended
+    assert capsys.readouterr().err.count("has stopped), all is saved; run the same command to resume") == 1
+
+
+def test_a_connection_that_breaks_where_another_has_stopped(patient, two, monkeypatch):
+    """Not where none has: then it is an error as any other."""
+    monkeypatch.setattr(heartbeat, "_watch", two[1])
+    with pytest.raises(RuntimeError, match="closed by peer"), heartbeat.until_stopped():
+        raise RuntimeError("Connection closed by peer")
+    two[0].own.code = signals.EXIT
+    two[0].tell()
+    with pytest.raises(signals.Stopped, match="rank 0 on .* has stopped"), heartbeat.until_stopped():
+        raise RuntimeError("Connection closed by peer")
+
+
+def test_the_keeper_of_the_store_ends_last(two, monkeypatch):
+    """It waits until the other has ended, but not for long."""
+    first, other = two
+    monkeypatch.setattr(heartbeat, "_watch", first)
+    monkeypatch.setattr(other, "_judge", lambda: None)  # it would end on seeing that the first has
+    clock = time.monotonic()
+    heartbeat.leave_stopped()
+    assert time.monotonic() - clock > heartbeat.BROKEN
+    stop(other)
+    monkeypatch.setattr(heartbeat, "BROKEN", 60.0)
+    clock = time.monotonic()
+    heartbeat.leave_stopped()
+    assert time.monotonic() - clock < 30
+
+
 def test_one_process_has_none():
     heartbeat.at("anywhere")
     with heartbeat.waiting():
