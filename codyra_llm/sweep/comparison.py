@@ -32,10 +32,9 @@ def compare(sweep: Sweep) -> dict:
     pooled, by_order = _grouped(runs, over_orders=True), _grouped(runs, over_orders=False)
     tries = []
     for run in finished(sweep.tries):
-        score = run.folder.summary[sweep.by]
-        tries.append(
-            {"arm": run.arm, "settings": run.settings, "split": run.recipe.eval.split, sweep.by: score}
-        )
+        found = {sweep.by: run.folder.summary[sweep.by]} | measures(run.folder.summary)
+        told = {"arm": run.arm, "settings": run.settings, "split": run.recipe.eval.split}
+        tries.append(told | found)
     return {
         "baseline": sweep.baseline,
         "by": sweep.by,
@@ -59,6 +58,7 @@ def _basis(run: Run) -> Basis:
     return basis(run.recipe, run.folder.summary)
 
 
+FRONTIER = ("learnt", "forgetting", "delta_r")  # of a try, in addition to what tries are chosen by
 Groups = dict[tuple, list[Run]]  # by arm, by point except seed and order, and by tasks
 
 
@@ -271,21 +271,25 @@ def render(found: dict, name: str) -> str:
         lines += ["", plain(line)]
     if found["by_order"]:
         lines += ["", "By order of the tasks, over seeds:", "", *head, *_lines(found["by_order"])]
-    if found["tries"]:
-        split = found["tries"][0]["split"]  # the same for all: sweeps with several splits are refused
-        lines += [
-            "",
-            f"Settings of each arm were chosen by {found['by']} on the {split} splits, among:",
-            "",
-            f"| arm | try | {found['by']} | chosen |",
-            "|---|---|---|---|",
-        ]
+    return "\n".join([*lines, *_tried(found)]) + "\n"
+
+
+def _tried(found: dict) -> list[str]:
+    """Every try with what it learnt and what it forgot, where settings were chosen: each arm's frontier."""
+    if not found["tries"]:
+        return []
+    split = found["tries"][0]["split"]  # the same for all: sweeps with several splits are refused
+    shown = {found["by"]: found["by"]} | {name: MEASURES[name] for name in FRONTIER if name != found["by"]}
+    heads = ["arm", "try", *shown.values(), "chosen"]
+    lines = ["", f"Settings of each arm were chosen by {found['by']} on the {split} splits, among:", ""]
+    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     chosen = {row["arm"]: row["chosen"] for row in found["rows"]}
     for tried in found["tries"]:
         settings = plain(", ".join(f"{key}={value}" for key, value in tried["settings"].items()))
+        scores = ["" if tried.get(name) is None else f"{tried[name]:z.1f}" for name in shown]
         mark = "yes" if chosen.get(tried["arm"]) == tried["settings"] else ""
-        lines.append(f"| {tried['arm']} | {settings or 'as it is'} | {tried[found['by']]:.1f} | {mark} |")
-    return "\n".join(lines) + "\n"
+        lines.append(f"| {' | '.join([tried['arm'], settings or 'as it is', *scores, mark])} |")
+    return lines
 
 
 def _lines(rows: list[dict]) -> list[str]:

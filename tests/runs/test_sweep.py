@@ -39,8 +39,11 @@ def test_the_best_try_is_what_is_run(sweep_file, launches):
     assert all(run.recipe.eval.split == "eval" and run.recipe.seed == 0 for run in asked.tries)
     assert [(r.recipe.optim.lr, r.recipe.eval.split) for r in asked.runs()] == [(3e-2, "test")] * 2
     assert launches == ["seqlora/try=1", "seqlora/try=2", "seqlora/seed=1", "seqlora/seed=2"]
-    text = comparison.render(comparison.compare(asked), "x")
-    assert f"| seqlora | optim.lr=0.03 | {scores[1]:.1f} | yes |" in text
+    found = comparison.compare(asked)
+    assert [tried["learnt"] for tried in found["tries"]] == scores  # of one task
+    text = comparison.render(found, "x")
+    assert "| arm | try | op | just learnt | forgetting | ΔR | chosen |" in text
+    assert f"| seqlora | optim.lr=0.03 | {scores[1]:.1f} | {scores[1]:.1f} |  |  | yes |" in text
 
 
 def test_a_dry_run_lists_runs_tokens_and_hours(sweep_file, launches, capsys):

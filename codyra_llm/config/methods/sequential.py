@@ -185,6 +185,11 @@ class CodyraDriftConfig(OldInputsConfig, RankWeightsConfig, frozen=True):
     """Settings of `CodyraDrift` in methods/sequential/codyra_drift.py, which explains them."""
 
     name: Literal["codyra_drift"] = "codyra_drift"
+    max_examples: int = Field(
+        default=128,
+        ge=1,
+        description="how many drawn training examples of a finished task its inputs are taken from",
+    )
     drift_weight: NotNegative = Field(
         default=10.0,
         description="μ of the relative drift of old outputs, once per optimizer step; 0: no penalty",
