@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from codyra_llm.lora.layer import LoraLinear, sites
 from codyra_llm.methods.parts.inputs import distinct_inputs
-from codyra_llm.methods.parts.moments import SecondMoment, stacked
+from codyra_llm.methods.parts.moments import SecondMoment, kept_columns, stacked
 
 
 @dataclass
@@ -26,8 +26,8 @@ class DriftPenalty:
     """Σ_sites s² tr(B_w A Σ Aᵀ B_wᵀ) / tr(W Σ Wᵀ), B_w = B diag(w): E|ΔW x|² over old inputs, as a share of
     E|W x|², summed over sites.
 
-    From r x r products: ⟨B_wᵀ B_w, A Σ Aᵀ⟩, at 2·r·k·in + r²·(k + out) multiplications per site where Σ has k
-    columns, all inputs of one shape in one batched product. Memory: the moments in float32 on the device.
+    From r x r products: ⟨B_wᵀ B_w, A Σ Aᵀ⟩, all inputs of one shape in one batched product;
+    `penalty_operations` counts them. Memory: the moments in float32 on the device.
     """
 
     def __init__(self, model: nn.Module, old: Mapping[str, SecondMoment]):
@@ -43,6 +43,24 @@ class DriftPenalty:
     def __call__(self) -> Tensor:
         """The penalty at the adapters' current factors, a scalar with gradient."""
         return sum(_drift(group) for group in self.groups)
+
+
+def penalty_operations(model: nn.Module, sketch: int) -> int:
+    """Operations of the matrix products of one penalty and its gradient, where every input of the model has a
+    moment of this sketch. Its layers' rows are read together, so products of rows with rows are as wide as
+    all of them. The model may be without weights."""
+    found, total = sites(model), 0
+    for names in distinct_inputs(model):
+        layers = [found[name] for name in names]
+        size, rows = layers[0].in_features, sum(layer.spec.rank for layer in layers)
+        columns = kept_columns(size, sketch)
+        read = 2 * rows * size * columns
+        if columns == size:  # backward multiplies what forward has read by R x R
+            total += read + 4 * rows**2 * size
+        else:  # R x R of what was read and of the rows themselves; backward takes twice as many
+            total += 2 * read + 6 * rows**2 * (columns + size)
+        total += sum(6 * layer.spec.rank**2 * layer.out_features for layer in layers)  # BᵀB
+    return total
 
 
 def share(layer: LoraLinear, moment: SecondMoment) -> Tensor:

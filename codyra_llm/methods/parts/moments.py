@@ -89,9 +89,9 @@ def stacked(moments: list[SecondMoment]) -> SecondMoment:
     return SecondMoment(*(torch.stack(parts) for parts in zip(*moments, strict=True)))
 
 
-def kept_numbers(size: int, width: int) -> int:
-    """How many numbers are kept of the moment of an input of this size."""
-    return size * (width if size > EXACT_UP_TO * width else size)
+def kept_columns(size: int, width: int) -> int:
+    """How many columns are kept of the moment of an input of this size: `width` of a sketch, else all."""
+    return width if size > EXACT_UP_TO * width else size
 
 
 @lru_cache(8)  # a model has few sizes of inputs, and many inputs of each

@@ -15,7 +15,7 @@ from codyra_llm.data.encoding import Encoded
 from codyra_llm.lora.layer import sites
 from codyra_llm.methods.base import Task
 from codyra_llm.methods.parts.inputs import distinct_inputs, read_inputs
-from codyra_llm.methods.parts.moments import SecondMoment, recovered, sketching
+from codyra_llm.methods.parts.moments import SecondMoment, kept_columns, recovered, sketching
 from codyra_llm.methods.parts.samples import self_sampled, self_sampled_chats
 from codyra_llm.runtime import heartbeat
 
@@ -73,6 +73,18 @@ class OldInputs(Mapping[str, SecondMoment]):
             old_product, old_trace = self._sums.get(name, (0.0, 0.0))
             sums[name] = product + old_product, trace + old_trace
         return sums
+
+
+def kept_numbers(model: nn.Module, sketch: int) -> int:
+    """How many numbers are kept of the second moments of the model's inputs; it may be without weights."""
+    sizes = input_sizes(model)
+    return sum(size * kept_columns(size, sketch) for size in sizes)
+
+
+def input_sizes(model: nn.Module) -> list[int]:
+    """The sizes of the distinct inputs of the adapted sites."""
+    found = sites(model)
+    return [found[names[0]].in_features for names in distinct_inputs(model)]
 
 
 def own_share(examples: list[Encoded]) -> list[Encoded]:

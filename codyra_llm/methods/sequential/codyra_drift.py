@@ -13,13 +13,13 @@ from codyra_llm.lora.layer import sites
 from codyra_llm.lora.proximal import vanishing_rate
 from codyra_llm.lora.update import Adapter, Update
 from codyra_llm.methods.base import Task
-from codyra_llm.methods.parts.drift import DriftPenalty, share
+from codyra_llm.methods.parts.drift import DriftPenalty, penalty_operations, share
 from codyra_llm.methods.parts.general import general_hash, general_set
 from codyra_llm.methods.parts.inputs import distinct_inputs
-from codyra_llm.methods.parts.moments import kept_numbers
 from codyra_llm.methods.parts.old_inputs import (
     Moments,
     OldInputs,
+    kept_numbers,
     moments,
     own_share,
     sampled_moments,
@@ -70,17 +70,12 @@ class CodyraDrift(Codyra):
 
     def foresee(self, model, steps: list[int], schedule: str) -> list[str]:
         """In addition, what the second moments take in memory, and the penalty in operations."""
-        sizes = {
-            name: kept_numbers(layer.in_features, self.config.sketch) for name, layer in sites(model).items()
-        }
-        inputs = [names[0] for names in distinct_inputs(model)]
-        kept = sum(sizes[name] for name in inputs)
-        # Forward, and backward to the rows; the products of r x r are small compared with these.
-        drift = 4 * self.config.rank * sum(sizes.values()) if self.config.drift_weight else 0
+        count, kept = len(distinct_inputs(model)), kept_numbers(model, self.config.sketch)
+        drift = penalty_operations(model, self.config.sketch) if self.config.drift_weight else 0
         return [
             *super().foresee(model, steps, schedule),
-            f"second moments of {len(inputs)} inputs: {4 * kept / 1e9:.2f} GB of state and of device memory; "
-            f"the drift penalty: {drift:.2g} operations of matrix products per step",
+            f"second moments of {count} inputs: {4 * kept / 1e9:.2f} GB of state and of device memory; the "
+            f"drift penalty: {drift:.2g} operations of matrix products per step",
         ]
 
     def train_data(self, stream, index: int):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from moments_cases import dense, inputs, moment, normal
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from codyra_llm.config.methods.sequential import CodyraDriftConfig
@@ -13,7 +14,7 @@ from codyra_llm.config.registry import METHODS
 from codyra_llm.lora.layer import AdapterSpec, attach, sites
 from codyra_llm.lora.update import Adapter
 from codyra_llm.methods.base import Task
-from codyra_llm.methods.parts.drift import DriftPenalty, share
+from codyra_llm.methods.parts.drift import DriftPenalty, penalty_operations, share
 from codyra_llm.methods.parts.moments import SecondMoment
 from codyra_llm.methods.parts.old_inputs import OldInputs
 from codyra_llm.methods.parts.pricing import dropped, joint
@@ -59,6 +60,17 @@ def test_the_penalty_is_the_drift_of_sampled_inputs(model, width):
         torch.autograd.grad(found, parameters), torch.autograd.grad(expected, parameters), strict=True
     ):
         torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("sketch", [16, 8, 4])
+def test_the_penalty_s_operations_are_counted(model, sketch):
+    """Against torch's counter, over all inputs whole, one of three sketched, and all sketched."""
+    x = {"q_proj": inputs(100, 40, seed=1), "o_proj": inputs(100, 24, seed=2)}
+    x["down_proj"] = inputs(100, 24, seed=3)
+    penalty = DriftPenalty(model, {name: moment(rows, sketch)[0] for name, rows in x.items()})
+    with FlopCounterMode(display=False) as counter:
+        penalty().backward()
+    assert penalty_operations(model, sketch) == counter.get_total_flops()
 
 
 def ratio(change, output):
