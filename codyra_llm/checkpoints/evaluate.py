@@ -137,7 +137,7 @@ def _prepare(checkpoint: str, wanted: Wanted, bfloat16: bool | None = None) -> P
     """Find out what to score. `bfloat16`: whether all processes multiply it fast."""
     source = taken_apart(checkpoint, wanted)
     recipe = recipe_of(checkpoint, source, wanted)
-    setup = prepare(recipe, bool(wanted.base), source.adapter, bfloat16)
+    setup = prepare(recipe, bool(wanted.base), source.adapter, bfloat16, learns=False)
     tasks = setup.recipe.tasks
     faults = [
         f"--tasks: '{task}' is not a task of the recipe that {checkpoint} carries."
@@ -166,7 +166,8 @@ def _prepare(checkpoint: str, wanted: Wanted, bfloat16: bool | None = None) -> P
         return Prepared(scored, source, stage, None)
     named = {"path": wanted.base, "revision": revision_of(wanted.base, source.raw)}
     model = recipe.model.model_copy(update=named)
-    plain = prepare(without_tasks(recipe.model_copy(update={"model": model})), bfloat16=bfloat16)
+    alone = without_tasks(recipe.model_copy(update={"model": model}))
+    plain = prepare(alone, bfloat16=bfloat16, learns=False)
     return Prepared(scored, source, stage, Checkpoint(**vars(plain), build=lambda: _built(plain, None)))
 
 

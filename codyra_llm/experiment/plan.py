@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from codyra_llm.config.recipe import Recipe
 from codyra_llm.config.registry import METHODS
@@ -23,8 +22,9 @@ from codyra_llm.experiment.preflight import refuse_lacking
 from codyra_llm.experiment.setup import Setup, prepare
 from codyra_llm.lora.layer import sites
 from codyra_llm.lora.shared import share_inputs
+from codyra_llm.methods import sizes
 from codyra_llm.methods.base import Method
-from codyra_llm.models import families, fused_norm, loading, saved
+from codyra_llm.models import families, fused_norm, loading
 from codyra_llm.models.attention import packed_attention
 from codyra_llm.models.ends import ended
 from codyra_llm.runtime.forecast import duration
@@ -72,7 +72,8 @@ def plan(recipe: Recipe, console: Console) -> None:
     model = skeleton(setup)
     work = _work(setup, model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    size = sum(p.numel() for p in bare_model(setup).parameters())
+    bare = loading.bare(setup.base, setup.dtype, setup.recipe.model.attention)
+    size = sum(p.numel() for p in bare.parameters())
     console.print(
         Text.assemble(
             (setup.recipe.model.path, "bold"),
@@ -106,7 +107,8 @@ def skeleton(
     """The model as it trains, without weights (meta device); on another device with random ones, and with
     only its first `layers` layers. `adapted`: the layers with adapters, where the method has such a choice;
     None: those of the recipe."""
-    model = bare_model(setup, layers, device)
+    attention = setup.recipe.model.attention
+    model = loading.bare(setup.base, setup.dtype, attention, layers, device)
     if own_device().type == "cuda":
         fused_norm.replace(model)
     if setup.method.trains:
@@ -119,20 +121,6 @@ def skeleton(
         # What such a method adds to the model is small and not counted.
         model.enable_input_require_grads()
     return model.train()
-
-
-def bare_model(
-    setup: Setup, layers: int | None = None, device: torch.device | str = "meta"
-) -> PreTrainedModel:
-    """The base of `skeleton`, frozen and without what the method adds."""
-    config = families.text_config(setup.base)
-    if layers is not None:
-        config = families.shortened(config, layers)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=setup.dtype, attn_implementation=setup.recipe.model.attention
-        )
-    return model.requires_grad_(False)
 
 
 def _with_layers(setup: Setup, layers: range) -> Method:
@@ -264,9 +252,10 @@ def _shown(setup: Setup, example: Encoded) -> Text:
 
 
 def _estimates(setup: Setup, model: nn.Module, work: Work, trained: int, size: int) -> list[str]:
-    """Memory: weights, what trains with two moments in float32, and the peak of the largest micro-batch.
-    Time: of a few layers that run here. Disk: updates and, if asked, the final model. `trained`, `size`: how
-    many parameters train, and how many the base has."""
+    """Memory: weights, what trains with two moments in float32, and the peak of the largest micro-batch with
+    what the method holds, or that of the method's passes over data. Time: of a few layers that run here.
+    Disk: updates, states and, if asked, the final model. `trained`, `size`: how many parameters train, and
+    how many the base has."""
     device = own_device()
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     held = {"weights": _weight_bytes(setup, model, frozen)}
@@ -274,28 +263,30 @@ def _estimates(setup: Setup, model: nn.Module, work: Work, trained: int, size: i
     if work.biggest:
         # Time first: estimating memory fills the skeleton with fake tensors.
         lines.append(_training(setup, model, work, device).line)
-        biggest = work.pieces[-1]
         held[f"{setup.method.trains} and Adam's moments"] = trained * 12
-        held[f"forward and backward of {biggest.tokens} tokens"] = activation_bytes(
-            model, work.biggest, device, biggest.front
-        )
+        held |= _at_the_peak(setup, model, work, device)
+    disk = sizes.disk_bytes(setup.recipe, setup.base, setup.method, model)
     parts = ", ".join(f"{name} {part / 1e9:.2f}" for name, part in held.items())
     return [
         f"memory, estimated: {sum(held.values()) / 1e9:.2f} GB ({parts})",
         *lines,
         _answering(setup, model, size),
-        f"disk, at most: {disk_bytes(setup, trained) / 1e9:.2f} GB in {setup.recipe.output}",
+        f"disk, at most: {disk / 1e9:.2f} GB in {setup.recipe.output}",
     ]
 
 
-def disk_bytes(setup: Setup, trained: int) -> int:
-    """The most bytes of a finished run: each task's update in float32, or a model in the run's dtype where a
-    method archives weights; and the merged model if it is asked for."""
-    whole = setup.method.archives_weights
-    each = saved.size(setup.base, setup.dtype) if whole else 4 * trained
-    updates = len(setup.recipe.tasks) * each
-    merged = setup.recipe.checkpoint and setup.method.trains and setup.method.merges
-    return updates + (saved.size(setup.base) if merged else 0)
+def _at_the_peak(setup: Setup, model: nn.Module, work: Work, device: torch.device) -> dict[str, int]:
+    """What is in memory at the peak, in addition to the weights and to what trains: in a step of the last
+    task, or, where that takes more, in a pass over data. Turns `model` into fake tensors."""
+    method, biggest = setup.method, work.pieces[-1]
+    assert work.biggest, "there are pieces"
+    reading = method.pass_bytes(model, biggest.tokens)
+    held = method.held_bytes(model, len(work.tasks) - 1)
+    activations = activation_bytes(model, work.biggest, device, biggest.front)
+    if reading > activations + held:
+        return {f"a pass over {biggest.tokens} tokens at a time": reading}
+    found = {f"forward and backward of {biggest.tokens} tokens": activations}
+    return found | {f"what {method.name} holds": held} if held else found
 
 
 # If a micro-batch takes more than these seconds in a few layers, time is estimated from counted operations.
@@ -348,9 +339,7 @@ def _training(setup: Setup, model: nn.Module, work: Work, device: torch.device) 
         return Training(steps, tokens, operations / speed, line)
 
     def make(count: int, adapted: range | None) -> nn.Module:
-        made = skeleton(setup, count, device, adapted)
-        for name, layer in sites(made).items():
-            layer.reset(0, name)
+        made = _small(setup, device, count, adapted)
         if packed_attention.used(model):
             packed_attention.use(made)
         return made
@@ -365,6 +354,14 @@ def _training(setup: Setup, model: nn.Module, work: Work, device: torch.device) 
         "layers here; one process; optimizer, loading and evaluation come on top)"
     )
     return Training(steps, tokens, total, line)
+
+
+def _small(setup: Setup, device: torch.device, count: int, adapted: range | None) -> nn.Module:
+    """A model as it trains with `count` layers and random weights; `adapted` as in `skeleton`."""
+    made = skeleton(setup, count, device, adapted)
+    for name, layer in sites(made).items():
+        layer.reset(0, name)
+    return made
 
 
 def _answering(setup: Setup, model: nn.Module, size: int) -> str:

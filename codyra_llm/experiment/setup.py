@@ -29,8 +29,9 @@ from codyra_llm.experiment.inspection import as_presented, prompt_faults, splits
 from codyra_llm.formats.adapter_files import vocabulary
 from codyra_llm.lora.merge import merge
 from codyra_llm.lora.proximal import warmup_steps
+from codyra_llm.methods import sizes
 from codyra_llm.methods.base import Method, Task
-from codyra_llm.models import families, fused_norm, loading, saved
+from codyra_llm.models import families, fused_norm, loading
 from codyra_llm.models.attention import packed_attention
 from codyra_llm.models.ends import answer_ends
 from codyra_llm.models.tokenizer import chat_faults, load_tokenizer, tokenizer_folder, tokenizer_hash
@@ -168,13 +169,14 @@ def prepare(
     adapter: Path | None = None,
     bfloat16: bool | None = None,
     runs: bool = True,
+    learns: bool = True,
 ) -> Setup:
     """Resolve the recipe and check model, data, method and disk. `open_ended`: whether its prompts are to be
     answered, so that their files must be there. `adapter`: a folder whose tokenizer and chat template, if it
     has them, are used instead of the base's. `bfloat16`: whether it is fast on all processes; None: this
     process checks. `runs`: whether anything is trained or scored. A finished run, perhaps from another
-    machine, can be exported and asked without its data and without a place to write to. Raises one Fault with
-    everything that is wrong."""
+    machine, can be exported and asked without its data and without a place to write to. `learns`: whether
+    what is learnt is written to the output. Raises one Fault with everything that is wrong."""
     recipe, tried = recipe.resolved(), Attempts()
     method = METHODS[recipe.method.name](recipe.method, recipe.seed)
     base = tried(base_folder, recipe.model.path, recipe.model.revision)
@@ -202,20 +204,19 @@ def prepare(
     if runs:
         setup.probes, setup.suite = _general(tried, recipe, config)
         setup.prompts = tried(find_questions, recipe.open_ended) if open_ended else {}
-        _try_run(tried, setup, config)
+        _try_run(tried, setup, config, learns)
     if tried.faults:
         raise Fault(*dict.fromkeys(tried.faults))
     return setup
 
 
-def _try_run(tried: Attempts, setup: Setup, config: PreTrainedConfig | None) -> None:
+def _try_run(tried: Attempts, setup: Setup, config: PreTrainedConfig | None, learns: bool) -> None:
     """Check what only training and scoring need: settings that fit together, disk, data, prompts, metrics."""
     recipe, method, stream = setup.recipe, setup.method, setup.stream
     tried.faults += [*_settings_that_exclude(recipe, method), *idle.settings(recipe, BASES)]
     if setup.base:
-        # Where the config or dtype is missing, for which there is a fault already, the size is not known.
-        sized = config and recipe.model.dtype != "auto"
-        needed = _written(recipe, setup.base, method.archives_weights) if sized else 0
+        # Where something is wrong already, there may be no model to take the size of.
+        needed = 0 if tried.faults else sizes.bytes_to_write(recipe, setup.base, method, learns)
         tried.faults += room_faults(Path(recipe.output), needed)
     if stream.root is None:
         return
@@ -433,13 +434,3 @@ def _probes() -> dict[str, list[dict]]:
     folder = mini_data() / "general"
     names = sorted(file.parent.name for file in folder.glob("*/test.json"))
     return {name: read_split(folder, name, "test") for name in names}
-
-
-def _written(recipe: Recipe, base: Path, whole: bool) -> int:
-    """Bytes of whole models that the run writes: the checkpoint or vLLM's copy, which never exist at the same
-    time, and each task's weights if the method trains all of them."""
-    dtype = getattr(torch, recipe.model.dtype)
-    checkpoint = saved.size(base) if recipe.checkpoint else 0
-    served = saved.size(base, dtype) if recipe.eval.backend == "vllm" else 0
-    updates = len(recipe.tasks) * saved.size(base, dtype) if whole else 0
-    return max(checkpoint, served) + updates

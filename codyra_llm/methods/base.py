@@ -149,6 +149,21 @@ class Method:
         weights (meta device), `steps` are each task's, `schedule` is the learning rate's."""
         return []
 
+    def state_bytes(self, model: nn.Module, tasks: int) -> int:
+        """At most how many bytes `end_task` gives after so many tasks; `model` as in `foresee`. The state of
+        every task stays on disk."""
+        return 0
+
+    def held_bytes(self, model: nn.Module, tasks: int) -> int:
+        """How many bytes are on the device in the steps of the task after so many tasks, in addition to the
+        weights, to what trains with its moments, and to activations; `model` as in `foresee`."""
+        return 0
+
+    def pass_bytes(self, model: nn.Module, tokens: int) -> int:
+        """How many bytes the method's passes over data, of so many tokens at a time, take on the device in
+        addition to the weights and to what trains with its moments; `model` as in `foresee`."""
+        return 0
+
     def spec(self) -> AdapterSpec:
         """The adapter at every site."""
         raise TypeError(f"{self.name} has no adapter")
@@ -268,6 +283,17 @@ def restore(model: nn.Module, update: Update) -> None:
 def trained_factors(model: nn.Module) -> dict[str, Tensor]:
     """A copy of all adapters' factors by parameter name, for methods whose archive holds something else."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if ".lora_" in name}
+
+
+def factor_bytes(model: nn.Module) -> int:
+    """The size of what `trained_factors` gives, in bytes."""
+    factors = [p for name, p in model.named_parameters() if ".lora_" in name]
+    return sum(p.nbytes for p in factors)
+
+
+def trained_bytes(model: nn.Module) -> int:
+    """The size of all that trains, in bytes."""
+    return sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
 
 @torch.no_grad()

@@ -66,6 +66,23 @@ def resolve(path: str, revision: str | None = None) -> Path:
     return folder
 
 
+def bare(
+    base: Path,
+    dtype: torch.dtype,
+    attention: str | None,
+    layers: int | None = None,
+    device: torch.device | str = "meta",
+) -> PreTrainedModel:
+    """A frozen model as in `base`, without weights (meta device) or with random ones; `layers`: only so many
+    of its first layers."""
+    config = families.text_config(base)
+    if layers is not None:
+        config = families.shortened(config, layers)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    return model.requires_grad_(False)
+
+
 def download(name: str, revision: str | None) -> Path:
     """Snapshot of a hub model in the hub's own cache, without pickles and without second copies of the
     weights.

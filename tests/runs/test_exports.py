@@ -29,11 +29,12 @@ from codyra_llm.experiment.export import (
     write_merged,
     write_peft,
 )
-from codyra_llm.experiment.plan import disk_bytes, skeleton
+from codyra_llm.experiment.plan import skeleton
 from codyra_llm.experiment.run import run as run_recipe
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.lora.merge import merged_weight
 from codyra_llm.lora.update import Adapter, Update
+from codyra_llm.methods import sizes
 from codyra_llm.models import loading
 from codyra_llm.models.weights import WeightReader
 from codyra_llm.store.archive import Archive
@@ -238,11 +239,11 @@ def test_a_tied_head_that_is_stored_stays_the_embeddings(tiny_gemma2, toy_stream
 def test_what_plan_says_of_the_disk_is_what_is_written(stored_bf16, toy_stream, tmp_path):
     asked = recipe(stored_bf16, toy_stream, tmp_path / "run", SEQLORA).model_copy(update={"checkpoint": True})
     setup = prepare(asked)
-    trained = sum(p.numel() for p in skeleton(setup).parameters() if p.requires_grad)
     folder = run_recipe(asked)
-    held = [*(folder.path / "checkpoint").rglob("*"), *(folder.path / "updates").rglob("*")]
+    parts = ("checkpoint", "updates", "state")
+    held = [file for part in parts for file in (folder.path / part).rglob("*")]
     written = sum(file.stat().st_size for file in held if file.is_file())
-    said = disk_bytes(setup, trained)
+    said = sizes.disk_bytes(setup.recipe, setup.base, setup.method, skeleton(setup))
     cards = 30_000  # the card, and the headers of updates, which don't grow with the model
     assert abs(written - said) < cards
     model = (folder.path / "checkpoint" / "model.safetensors").stat().st_size

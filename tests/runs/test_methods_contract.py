@@ -20,7 +20,7 @@ from codyra_llm.core.errors import Fault
 from codyra_llm.core.files import write_json, write_jsonl
 from codyra_llm.experiment import run as runs
 from codyra_llm.experiment.export import write_merged, write_stage
-from codyra_llm.experiment.plan import plan
+from codyra_llm.experiment.plan import plan, skeleton
 from codyra_llm.experiment.setup import prepare
 from codyra_llm.methods.base import Method
 from codyra_llm.methods.parts.subspace import Subspace
@@ -164,6 +164,17 @@ def test_declared_merge_is_a_plain_model(name, finished, tmp_path, capsys):
     prompt = setup.test(0)[0]["prompt"]
     for source in (folder.path, tmp_path / "stage"):
         assert run_cli(capsys, "generate", f"{source}@THREE", prompt, "--max-new-tokens", "3")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_state_is_no_larger_than_declared(name, finished):
+    """Some kilobytes of tokens and numbers may go undeclared: here that is less than any factor's size."""
+    folder, _ = finished(name)
+    setup = prepare(folder.recipe)
+    model = skeleton(setup)
+    for index in range(3 if METHODS[name].trains else 0):
+        written = sum(tensor.nbytes for tensor in folder.load_state(index).values())
+        assert written <= setup.method.state_bytes(model, index + 1) + 200
 
 
 @pytest.mark.parametrize("name", METHODS)

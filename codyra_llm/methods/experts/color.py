@@ -7,6 +7,7 @@ from codyra_llm.config.methods.experts import ColorConfig
 from codyra_llm.methods.base import Task
 from codyra_llm.methods.experts.single import Single
 from codyra_llm.methods.parts.features import kmeans, over_prompts, padded, pooled_states
+from codyra_llm.models import families
 
 
 class Color(Single):
@@ -31,6 +32,11 @@ class Color(Single):
         self._found = kmeans(
             features.cpu().double(), self.config.centroids, "k-means", self.seed, task.index
         ).float()
+
+    def state_bytes(self, model, tasks: int) -> int:
+        """Each task's centroids."""
+        size = families.pretrained(model).config.hidden_size
+        return 4 * tasks * self.config.centroids * size
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
         """All tasks' centroids, [tasks, k, h]."""

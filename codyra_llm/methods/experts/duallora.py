@@ -12,7 +12,7 @@ from codyra_llm.lora.update import Adapter
 from codyra_llm.methods.base import Condition, Task, restore
 from codyra_llm.methods.experts.single import Single
 from codyra_llm.methods.parts.features import mean_state, padded, prompt_mask
-from codyra_llm.methods.parts.inputs import free_rows, grown, input_covariances, loaded
+from codyra_llm.methods.parts.inputs import free_rows, grown, input_covariances, loaded, memory_bytes
 from codyra_llm.methods.parts.subspace import Subspace
 from codyra_llm.models import families
 
@@ -123,6 +123,10 @@ class DualLora(Single):
             layer.lora_A[half:] = a[half:]
             if self._later:
                 layer.lora_B[:, :half] = b
+
+    def state_bytes(self, model, tasks: int) -> int:
+        """The subspace of every input, at its largest."""
+        return memory_bytes(model)
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
         """M with this task's inputs in addition."""

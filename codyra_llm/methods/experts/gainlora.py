@@ -17,8 +17,15 @@ from codyra_llm.lora.mixture import MixtureLinear, mixtures, weigh
 from codyra_llm.methods.base import Task
 from codyra_llm.methods.experts.single import Single
 from codyra_llm.methods.parts.features import mean_embeddings, over_prompts, padded, prompt_mask
-from codyra_llm.methods.parts.inputs import energy_at, free_rows, grown, input_covariances, loaded
-from codyra_llm.methods.parts.subspace import Subspace
+from codyra_llm.methods.parts.inputs import (
+    energy_at,
+    free_rows,
+    grown,
+    input_covariances,
+    loaded,
+    memory_bytes,
+)
+from codyra_llm.methods.parts.subspace import Subspace, most_bytes
 
 SHARPNESS = 4.0
 
@@ -151,6 +158,13 @@ class GainLora(Single):
         """Cross entropy under the gates of each row's prompt."""
         weigh(model, gates_of(model)(mean_embeddings(model, batch.ids, prompt_mask(batch))))
         return super().loss(model, batch)
+
+    def state_bytes(self, model, tasks: int) -> int:
+        """The gates of each task, and the subspaces at their largest."""
+        gates = gates_of(model)
+        hidden, size = gates.u.shape
+        spaces = memory_bytes(model) + 2 * most_bytes(size) + most_bytes(hidden)
+        return spaces + tasks * (gates.u.nbytes + gates.v.nbytes + gates.key.nbytes)
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
         """The gates, and M₁, M₂, M₃ and the inputs' memories grown by this task."""

@@ -19,6 +19,7 @@ from codyra_llm.methods.parts.features import (
     prompt_mask,
     row_weights,
 )
+from codyra_llm.models import families
 from codyra_llm.models.attention import packed_attention
 
 
@@ -76,6 +77,11 @@ class HideLora(Single):
             "loss": batch.cross_entropy_of(model, labelled),
             "contrast": self.config.weight * row_weights(batch) @ terms,
         }
+
+    def state_bytes(self, model, tasks: int) -> int:
+        """The scatter, two means of each task, and a count."""
+        size = families.pretrained(model).config.hidden_size
+        return 4 * size * (size + 2 * tasks) + 8
 
     @torch.no_grad()
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@ test.
 """
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -130,6 +131,12 @@ class Sapt(Single):
             (chosen,) = in_one_copy([drawn], features.device)
             terms.append(attention_divergence(model.prompt_attention(features[chosen]), mean))
         return {"attention": self.config.kl_ratio * torch.stack(terms).sum()}
+
+    def state_bytes(self, model, tasks: int) -> int:
+        """The query net, and of each task its key and its prompts' attention to all up to it."""
+        attention = cast(PromptAttention, model.prompt_attention)
+        net = sum(p.nbytes for p in attention.query.parameters())
+        return net + tasks * attention.key.nbytes + 4 * sum(range(tasks + 1))
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
         """Keys and query net, and the mean attention of the prompts of every task."""

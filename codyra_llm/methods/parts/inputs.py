@@ -13,7 +13,7 @@ from codyra_llm.core.products import gram
 from codyra_llm.lora.layer import LoraLinear, sites
 from codyra_llm.lora.shared import layer_by_layer
 from codyra_llm.methods.base import Task
-from codyra_llm.methods.parts.subspace import Subspace
+from codyra_llm.methods.parts.subspace import Subspace, most_bytes
 from codyra_llm.models import families
 
 if TYPE_CHECKING:
@@ -77,6 +77,17 @@ def distinct_inputs(model: nn.Module) -> list[list[str]]:
         together = next((names for names in siblings if leaf in names), leaf)
         groups.setdefault((block, together), []).append(name)
     return list(groups.values())
+
+
+def input_sizes(model: nn.Module) -> list[int]:
+    """The size of every distinct input of the adapted sites."""
+    found = sites(model)
+    return [found[names[0]].in_features for names in distinct_inputs(model)]
+
+
+def memory_bytes(model: nn.Module) -> int:
+    """The most bytes that the state which `grown` gives can have."""
+    return sum(map(most_bytes, input_sizes(model)))
 
 
 def input_covariances(

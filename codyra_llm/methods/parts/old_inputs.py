@@ -14,7 +14,7 @@ from codyra_llm.data.batches import Batch
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.lora.layer import sites
 from codyra_llm.methods.base import Task
-from codyra_llm.methods.parts.inputs import distinct_inputs, read_inputs
+from codyra_llm.methods.parts.inputs import distinct_inputs, input_sizes, read_inputs
 from codyra_llm.methods.parts.moments import SecondMoment, kept_columns, recovered, sketching
 from codyra_llm.methods.parts.samples import self_sampled, self_sampled_chats
 from codyra_llm.runtime import heartbeat
@@ -77,14 +77,21 @@ class OldInputs(Mapping[str, SecondMoment]):
 
 def kept_numbers(model: nn.Module, sketch: int) -> int:
     """How many numbers are kept of the second moments of the model's inputs; it may be without weights."""
+    return sum(size * kept_columns(size, sketch) for size in input_sizes(model))
+
+
+def kept_bytes(model: nn.Module, sketch: int) -> int:
+    """The size of what `OldInputs.state_with` gives: products in float32, traces in float64, a count."""
+    return 4 * kept_numbers(model, sketch) + 8 * len(input_sizes(model)) + 8
+
+
+def pass_bytes(model: nn.Module, sketch: int, tokens: int) -> int:
+    """What `moments` holds on the device: sums in float64, Ω in float32 for every sketched input, and of so
+    many tokens at a time what all layers read."""
     sizes = input_sizes(model)
-    return sum(size * kept_columns(size, sketch) for size in sizes)
-
-
-def input_sizes(model: nn.Module) -> list[int]:
-    """The sizes of the distinct inputs of the adapted sites."""
-    found = sites(model)
-    return [found[names[0]].in_features for names in distinct_inputs(model)]
+    sketched = sum(size * sketch for size in sizes if kept_columns(size, sketch) < size)
+    read = tokens * sum(sizes) * next(iter(sites(model).values())).weight.itemsize
+    return 8 * kept_numbers(model, sketch) + 4 * sketched + read
 
 
 def own_share(examples: list[Encoded]) -> list[Encoded]:

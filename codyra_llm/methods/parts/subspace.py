@@ -82,6 +82,11 @@ class Subspace(NamedTuple):
         return Subspace(torch.linalg.qr(used, mode="complete")[0][:, k:], True)
 
 
+def most_bytes(size: int) -> int:
+    """The most bytes that a subspace of a space of this size takes in a state."""
+    return 4 * size * (size // 2)
+
+
 def symmetric_root(covariance: Tensor) -> Tensor:
     """C^½ [in, in]: its singular values are those of the inputs themselves, as a matrix of one per column."""
     values, vectors = eigen(covariance)

@@ -51,6 +51,11 @@ def weight_fisher(model: nn.Module, task: Task, examples: list[Encoded]) -> dict
         return {name: reduce(total, "sum") for name, total in sums.items()}
 
 
+def weight_numbers(model: nn.Module) -> int:
+    """How many weights the sites have, one by one."""
+    return sum(layer.in_features * layer.out_features for layer in sites(model).values())
+
+
 def _zeros(layer: LoraLinear) -> Tensor:
     """Zeros of W's shape [out, in], in float32; a packed W has another shape itself."""
     return layer.lora_B.new_zeros(layer.out_features, layer.in_features, dtype=torch.float32)

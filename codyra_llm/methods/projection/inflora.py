@@ -8,7 +8,7 @@ from torch import Tensor
 
 from codyra_llm.config.methods.projection import InfLoraConfig
 from codyra_llm.methods.base import Task
-from codyra_llm.methods.parts.inputs import free_rows, grown, input_covariances, loaded
+from codyra_llm.methods.parts.inputs import free_rows, grown, input_covariances, loaded, memory_bytes
 from codyra_llm.methods.parts.subspace import Subspace
 from codyra_llm.methods.projection.fixed_rows import FixedRows
 
@@ -47,6 +47,10 @@ class InfLora(FixedRows):
             rows = free_rows(space, name, covariance, self.config.rank, task) / math.sqrt(3)
             for layer in layers:
                 layer.lora_A.copy_(rows)
+
+    def state_bytes(self, model, tasks: int) -> int:
+        """The subspace of every input, at its largest."""
+        return memory_bytes(model)
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
         """The old inputs' subspaces, grown by this task's."""

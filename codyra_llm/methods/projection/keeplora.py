@@ -17,7 +17,7 @@ from codyra_llm.methods.parts.inputs import (
     loaded,
     portions,
 )
-from codyra_llm.methods.parts.subspace import Subspace, symmetric_root
+from codyra_llm.methods.parts.subspace import Subspace, most_bytes, symmetric_root
 from codyra_llm.methods.parts.weight_gradients import mean_gradients
 from codyra_llm.methods.projection.fixed_rows import FixedRows
 
@@ -59,6 +59,10 @@ class KeepLora(FixedRows):
                 self._kept[site] = empty.grown(weight.T, self.config.energy_weights)
             rows = free_rows(self._kept[site], site, gradient.T, rank, task, KEYS)
             layer.lora_A.copy_(rows)
+
+    def state_bytes(self, model, tasks: int) -> int:
+        """A subspace for every site, at its largest."""
+        return sum(most_bytes(layer.in_features) for layer in sites(model).values())
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
         """The kept directions, grown by this task's."""

@@ -9,7 +9,7 @@ from codyra_llm.config.methods.projection import OgdConfig
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.tensors import flat, unflatten
 from codyra_llm.data.batches import Batch
-from codyra_llm.methods.base import Task
+from codyra_llm.methods.base import Task, trained_bytes
 from codyra_llm.methods.sequential.seqlora import SeqLora
 from codyra_llm.models import families
 
@@ -32,6 +32,7 @@ class Ogd(SeqLora):
         "seqlora whose steps are orthogonal to earlier tasks' logit gradients",
         OgdConfig,
     )
+    config: OgdConfig
     grows = True
     max_zero_stage = 0
 
@@ -62,6 +63,14 @@ class Ogd(SeqLora):
             before = flat(self._before)
             moved = flat(gradients.parameters) - before
             _write(gradients.parameters, before + project(moved, self._basis))
+
+    def state_bytes(self, model, tasks: int) -> int:
+        """The basis: `examples` directions of each task."""
+        return tasks * self.config.examples * trained_bytes(model)
+
+    def held_bytes(self, model, tasks: int) -> int:
+        """The basis again."""
+        return self.state_bytes(model, tasks)
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
         """The directions with this task's logit gradients, orthonormal rows [k, n]."""

@@ -3,6 +3,7 @@ its key.
 """
 
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +114,11 @@ class DualPrompt(PromptMethod):
             "loss": batch.cross_entropy(model),
             "pull": -self.config.pull * (row_weights(batch) @ near.to(batch.weights)),
         }
+
+    def state_bytes(self, model, tasks: int) -> int:
+        """The general prefix, and of each task its own and its key."""
+        held = cast(nn.ParameterDict, model.prompts)
+        return held["general"].nbytes + tasks * (held["expert"].nbytes + held["key"].nbytes)
 
     def end_task(self, model, task: Task, gradients) -> dict:
         """The general prefix, and all tasks' expert prefixes and keys."""

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from codyra_llm.config.methods.prompts import L2pConfig
-from codyra_llm.methods.base import Condition, Task
+from codyra_llm.methods.base import Condition, Task, trained_bytes
 from codyra_llm.methods.parts.features import cosine, row_weights
 from codyra_llm.methods.prompts.pool import (
     PromptMethod,
@@ -69,6 +69,10 @@ class L2p(PromptMethod):
         front = held["prompts"][near.indices].flatten(1, 2)
         pull = row_weights(batch) @ near.values.sum(1).to(batch.weights)
         return {"loss": batch.cross_entropy(model, front), "pull": -self.config.pull * pull}
+
+    def state_bytes(self, model, tasks: int) -> int:
+        """The pool and its keys."""
+        return trained_bytes(model)
 
     def end_task(self, model, task: Task, gradients) -> dict:
         """The pool and its keys."""

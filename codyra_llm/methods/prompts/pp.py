@@ -1,5 +1,7 @@
 """Progressive Prompts: a soft prompt per task, in front of all earlier ones, which are frozen."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -90,6 +92,10 @@ class ProgressivePrompts(PromptMethod):
     def loss(self, model, batch) -> dict:
         """Cross entropy after all prompts."""
         return {"loss": batch.cross_entropy(model, _for_all(model.prompts(), len(batch.ids)))}
+
+    def state_bytes(self, model, tasks: int) -> int:
+        """A prompt of each task."""
+        return tasks * cast(Prompt, model.prompts).prompt.nbytes
 
     def end_task(self, model, task: Task, gradients) -> dict:
         """All prompts, the newest first; the MLP is dropped."""

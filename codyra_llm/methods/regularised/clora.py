@@ -9,7 +9,7 @@ from codyra_llm.config.methods.regularised import CLoraConfig
 from codyra_llm.core.tensors import generator
 from codyra_llm.lora.layer import LoraLinear, attach, sites
 from codyra_llm.lora.update import Adapter, Update
-from codyra_llm.methods.base import Task, load_factors, trained_factors
+from codyra_llm.methods.base import Task, factor_bytes, load_factors, trained_factors
 from codyra_llm.methods.sequential.seqlora import SeqLora
 
 
@@ -90,6 +90,10 @@ class CLora(SeqLora):
             return {}
         delta = torch.stack([layer.lora_w for layer in self._layers]) - self._old
         return {"routing": self.config.weight * (self._old.mT @ delta).square().sum()}
+
+    def state_bytes(self, model, tasks: int) -> int:
+        """A, R and B."""
+        return factor_bytes(model)
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
         """A, R and B as they are, since the archive holds B R in place of both."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from codyra_llm.config.methods.regularised import EwcConfig
-from codyra_llm.methods.base import Task
+from codyra_llm.methods.base import Task, trained_bytes
 from codyra_llm.methods.sequential.seqlora import SeqLora
 
 
@@ -43,6 +43,14 @@ class Ewc(SeqLora):
             for name, (fisher, start) in self._anchors.items()
         ]
         return {"ewc": self.config.weight / 2 * torch.stack(terms).sum()} if terms else {}
+
+    def state_bytes(self, model, tasks: int) -> int:
+        """F, of the size of what trains."""
+        return trained_bytes(model)
+
+    def held_bytes(self, model, tasks: int) -> int:
+        """F and θ*."""
+        return 2 * trained_bytes(model) if tasks else 0
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
         """γ F + F_new by parameter."""

@@ -6,7 +6,7 @@ from torch import Tensor
 from codyra_llm.config.methods.regularised import EwcLoraConfig
 from codyra_llm.lora.layer import LoraLinear, sites
 from codyra_llm.methods.base import Task
-from codyra_llm.methods.parts.weight_gradients import weight_fisher
+from codyra_llm.methods.parts.weight_gradients import weight_fisher, weight_numbers
 from codyra_llm.methods.sequential.seqlora import SeqLora
 
 
@@ -39,6 +39,14 @@ class EwcLora(SeqLora):
         """λ/2 Σ F ΔW²."""
         terms = [held_back(layer, fisher) for layer, fisher in self._held]
         return {"ewc": self.config.weight / 2 * torch.stack(terms).sum()} if terms else {}
+
+    def state_bytes(self, model, tasks: int) -> int:
+        """F, one number per weight of the sites."""
+        return weight_numbers(model) * 4
+
+    def held_bytes(self, model, tasks: int) -> int:
+        """F again."""
+        return self.state_bytes(model, tasks) if tasks else 0
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
         """γ F + F_new by site, [out, in]. The sites' sums are moved to the CPU one by one, so that the device

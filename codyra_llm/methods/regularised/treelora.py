@@ -7,7 +7,7 @@ from torch import Tensor
 
 from codyra_llm.config.methods.regularised import TreeLoraConfig
 from codyra_llm.lora.layer import sites
-from codyra_llm.methods.base import Task
+from codyra_llm.methods.base import Task, factor_bytes
 from codyra_llm.methods.regularised.tree import Bandit
 from codyra_llm.methods.sequential.seqlora import SeqLora
 
@@ -83,6 +83,14 @@ class TreeLora(SeqLora):
         for site, bandit in self._bandits.items():
             pulls, bandit.costs = progress[f"bandit.{site}"].tolist()
             bandit.pulls = list(map(int, pulls))
+
+    def state_bytes(self, model, tasks: int) -> int:
+        """A signature of each task, of the adapter's size."""
+        return tasks * factor_bytes(model)
+
+    def held_bytes(self, model, tasks: int) -> int:
+        """The signatures again."""
+        return self.state_bytes(model, tasks)
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
         """The mean gradients of all tasks by site, [tasks, n]."""

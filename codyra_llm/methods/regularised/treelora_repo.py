@@ -85,6 +85,14 @@ class TreeLoraRepo(SeqLora):
                 device = _first(self._groups[i]).lora_A.device
                 setattr(draw, key, value.to(device) if value.dim() else value.item())
 
+    def state_bytes(self, model, tasks: int) -> int:
+        """A of each task."""
+        return tasks * sum(layer.lora_A.nbytes for layer in sites(model).values())
+
+    def held_bytes(self, model, tasks: int) -> int:
+        """The signatures again."""
+        return self.state_bytes(model, tasks)
+
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
         """The mean A of all tasks by site, [tasks, F]."""
         state = {}

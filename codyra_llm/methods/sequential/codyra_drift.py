@@ -19,9 +19,11 @@ from codyra_llm.methods.parts.inputs import distinct_inputs
 from codyra_llm.methods.parts.old_inputs import (
     Moments,
     OldInputs,
+    kept_bytes,
     kept_numbers,
     moments,
     own_share,
+    pass_bytes,
     sampled_moments,
     task_moments,
 )
@@ -77,6 +79,23 @@ class CodyraDrift(Codyra):
             f"second moments of {count} inputs: {4 * kept / 1e9:.2f} GB of state and of device memory; the "
             f"drift penalty: {drift:.2g} operations of matrix products per step",
         ]
+
+    def state_bytes(self, model, tasks: int) -> int:
+        """The second moments, whatever the number of tasks."""
+        return kept_bytes(model, self.config.sketch)
+
+    def held_bytes(self, model, tasks: int) -> int:
+        """The second moments in float32, where there are some and the penalty reads them."""
+        penalised = self.config.drift_weight and self._has_old(tasks)
+        return 4 * kept_numbers(model, self.config.sketch) if penalised else 0
+
+    def pass_bytes(self, model, tokens: int) -> int:
+        """The sums of the second moments."""
+        return pass_bytes(model, self.config.sketch, tokens)
+
+    def _has_old(self, tasks: int) -> bool:
+        """Whether there are old inputs after so many tasks."""
+        return bool(tasks or self.config.samples or self.config.general)
 
     def train_data(self, stream, index: int):
         """The task's records; raises Fault where the general set can't be read."""

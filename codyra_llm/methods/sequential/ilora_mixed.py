@@ -7,7 +7,7 @@ from codyra_llm.config.methods.sequential import IloraMixedConfig
 from codyra_llm.data.batches import in_one_copy
 from codyra_llm.lora.layer import sites, snapshot, stand_in
 from codyra_llm.lora.update import Adapter, Update
-from codyra_llm.methods.base import Method, Task, restore
+from codyra_llm.methods.base import Method, Task, factor_bytes, restore
 from codyra_llm.methods.sequential.replay import head
 from codyra_llm.methods.sequential.seqlora import SeqLora
 
@@ -97,6 +97,10 @@ class IloraMixed(SeqLora):
         for site, (a, _, b) in self._slow.items():
             a.copy_(progress[f"{site}.a"])
             b.copy_(progress[f"{site}.b"])
+
+    def state_bytes(self, model, tasks: int) -> int:
+        """The fast adapter's factors."""
+        return factor_bytes(model)
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
         """The fast adapter, from which the next task goes on."""

@@ -14,8 +14,8 @@ from codyra_llm.methods.base import Task
 from codyra_llm.methods.parts.drift import share
 from codyra_llm.methods.parts.inputs import distinct_inputs
 from codyra_llm.methods.parts.moments import SecondMoment
-from codyra_llm.methods.parts.old_inputs import OldInputs, sampled_moments, task_moments
-from codyra_llm.methods.parts.weight_gradients import weight_fisher
+from codyra_llm.methods.parts.old_inputs import OldInputs, kept_bytes, sampled_moments, task_moments
+from codyra_llm.methods.parts.weight_gradients import weight_fisher, weight_numbers
 from codyra_llm.methods.sequential.seqlora import SeqLora
 
 
@@ -64,6 +64,12 @@ class PerturbMerge(SeqLora):
     def after_step(self, gradients) -> None:
         """Back to the plain scale."""
         self._resize(1.0)
+
+    def state_bytes(self, model, tasks: int) -> int:
+        """Old inputs' moments, or two numbers per weight of the sites; and α."""
+        if self.config.curvature == "inputs":
+            return kept_bytes(model, self.config.sketch) + 4
+        return 8 * weight_numbers(model) + 4
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
         """Find α, and keep what later tasks need to find theirs."""

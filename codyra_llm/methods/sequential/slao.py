@@ -43,6 +43,10 @@ class Slao(SeqLora):
             layer.lora_A.copy_(orthonormal_rows(last[site].a))
             layer.lora_B.copy_(task.state[site])
 
+    def state_bytes(self, model, tasks: int) -> int:
+        """B of every site."""
+        return sum(layer.lora_B.nbytes for layer in sites(model).values())
+
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
         """B as trained, since the archive holds the merged one."""
         return {site: layer.lora_B.detach().clone() for site, layer in sites(model).items()}

@@ -7,7 +7,7 @@ from torch import Tensor
 from codyra_llm.config.methods.sequential import SoraConfig
 from codyra_llm.lora.layer import AdapterSpec, sites
 from codyra_llm.lora.update import Adapter, Update
-from codyra_llm.methods.base import Task, load_factors, survivors, trained_factors
+from codyra_llm.methods.base import Task, factor_bytes, load_factors, survivors, trained_factors
 from codyra_llm.methods.sequential.seqlora import SeqLora
 
 
@@ -62,6 +62,10 @@ class Sora(SeqLora):
                 "weight_decay": 0.0,
             },
         ]
+
+    def state_bytes(self, model, tasks: int) -> int:
+        """All factors."""
+        return factor_bytes(model)
 
     def end_task(self, model, task: Task, gradients) -> dict[str, Tensor]:
         """All ranks, since the archive leaves out those whose gate is zero."""

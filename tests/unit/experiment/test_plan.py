@@ -1,13 +1,18 @@
-"""What a plan counts: micro-batches as they reach the model."""
+"""What a plan counts: micro-batches as they reach the model, and what methods add to memory, time, disk."""
 
 from io import StringIO
+from types import SimpleNamespace
 
 import pytest
 from helpers import tiny_recipe
 
+from codyra_llm.core import files
+from codyra_llm.core.errors import Fault
 from codyra_llm.core.terminal import Terminal
 from codyra_llm.experiment.plan import _work, plan, skeleton
+from codyra_llm.experiment.run import run
 from codyra_llm.experiment.setup import prepare
+from codyra_llm.methods import sizes
 
 
 @pytest.mark.parametrize(
@@ -39,3 +44,69 @@ def test_the_size_of_the_base_does_not_depend_on_what_trains(method, toy_stream,
     recipe = tiny_recipe("mini", toy_stream, tmp_path, method={"name": method})
     plan(recipe, Terminal(file=text, width=200))
     assert "mini (llama, 0.4 M parameters, " in text.getvalue()
+
+
+DRIFT = {"name": "codyra_drift", "rank": 3, "samples": 70, "sample_tokens": 6, "sketch": 8, "max_examples": 5}
+
+
+def planned(recipe):
+    text = StringIO()
+    plan(recipe, Terminal(file=text, width=1000))
+    return text.getvalue()
+
+
+PUBLISHED = {"name": "codyra", "rank": 4, "threshold": {"schedule": "published", "kappa_max": 9.0}}
+
+
+@pytest.mark.parametrize(
+    ("method", "epochs", "remark"),
+    [
+        (PUBLISHED, 2, "the threshold will prune nothing in 6 steps"),
+        (PUBLISHED, 40, "the threshold will prune everything in 120 steps"),
+        (DRIFT, 2, "second moments of 8 inputs: 0.00 GB of state"),
+    ],
+)
+def test_what_a_method_foresees_is_said(method, epochs, remark, tiny_llama, toy_stream, tmp_path):
+    assert remark in planned(
+        tiny_recipe(tiny_llama, toy_stream, tmp_path, method=method, data__epochs=epochs)
+    )
+
+
+def test_disk_and_memory_have_the_state(tiny_llama, toy_stream, tmp_path):
+    """What was planned is what is there afterwards, but for headers."""
+    recipe = tiny_recipe(
+        tiny_llama, toy_stream, tmp_path / "run", method=DRIFT | {"max_examples": 256}, checkpoint=False
+    )
+    setup = prepare(recipe)
+    model = skeleton(setup)
+    said = sizes.disk_bytes(recipe, setup.base, setup.method, model)
+    assert "what codyra_drift holds 0.00" in planned(recipe)
+    assert setup.method.held_bytes(model, 1) == 4 * 2 * (3 * 32 * 32 + 64 * 8)
+    folder = run(recipe)
+    written = 0
+    for part in ("updates", "state"):
+        files = list((folder.path / part).glob("*.safetensors"))
+        assert len(files) == 2
+        written += sum(file.stat().st_size for file in files)
+    assert said <= written < said + 20_000
+
+
+def test_a_disk_without_room_for_the_states(tiny_llama, toy_stream, tmp_path, monkeypatch):
+    """Room for what is missing is enough: an evaluation writes no states, and a run that goes on has some."""
+    asked = tiny_recipe(tiny_llama, toy_stream, tmp_path / "run", method=DRIFT, checkpoint=False)
+    setup = prepare(asked)
+    whole = sizes.disk_bytes(asked, setup.base, setup.method, skeleton(setup))
+
+    def free(more):
+        found = SimpleNamespace(free=(64 << 20) + more)
+        monkeypatch.setattr(files.shutil, "disk_usage", lambda place: found)
+
+    free(whole)
+    prepare(asked)
+    free(whole - 1)
+    with pytest.raises(Fault, match="^output: .* free some, or choose another output$"):
+        prepare(asked)
+    prepare(asked, learns=False)
+    (tmp_path / "run" / "state").mkdir(parents=True)
+    (tmp_path / "run" / "state" / "00.safetensors").write_bytes(bytes(100))
+    prepare(asked)
