@@ -2,6 +2,7 @@
 example."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from codyra_llm.experiment.setup import Setup, prepare
 from codyra_llm.lora.layer import sites
 from codyra_llm.lora.shared import share_inputs
 from codyra_llm.methods import sizes
-from codyra_llm.methods.base import Method
+from codyra_llm.methods.base import Aside, Method
 from codyra_llm.models import families, fused_norm, loading
 from codyra_llm.models.attention import packed_attention
 from codyra_llm.models.ends import ended
@@ -32,7 +33,11 @@ from codyra_llm.train.estimate import (
     MEASURED_LAYERS,
     Timed,
     activation_bytes,
+    aside_flops,
+    decoding_flops,
+    decoding_seconds,
     depth,
+    host_speed,
     matmul_speed,
     step_flops,
     step_seconds,
@@ -262,7 +267,8 @@ def _estimates(setup: Setup, model: nn.Module, work: Work, trained: int, size: i
     lines = []
     if work.biggest:
         # Time first: estimating memory fills the skeleton with fake tensors.
-        lines.append(_training(setup, model, work, device).line)
+        expected = _training(setup, model, work, device)
+        lines += [line for line in (expected.line, expected.aside) if line]
         held[f"{setup.method.trains} and Adam's moments"] = trained * 12
         held |= _at_the_peak(setup, model, work, device)
     disk = sizes.disk_bytes(setup.recipe, setup.base, setup.method, model)
@@ -296,12 +302,14 @@ SLOWEST = 1e9  # operations of matrix products a second; no machine that trains 
 
 class Training(NamedTuple):
     """What training takes in one process: optimizer steps, tokens (padding included) and seconds; `line` is
-    the plan's sentence on the seconds and how they were estimated."""
+    the plan's sentence on the seconds and how they were estimated, `aside` the one on what the method does
+    before and after the steps, which is part of the seconds."""
 
     steps: int
     tokens: int
     seconds: float
     line: str
+    aside: str = ""
 
 
 def training(recipe: Recipe) -> Training:
@@ -334,9 +342,11 @@ def _training(setup: Setup, model: nn.Module, work: Work, device: torch.device) 
     if timed_flops / speed > LONGEST:
         speed = matmul_speed(model, work.pieces[-1].tokens, setup.dtype, device)
     if timed_flops / speed > LONGEST:
+        aside = _aside(setup, model, work, operations, speed)
+        total = operations / speed + aside.seconds
         basis = f"{operations:.2g} operations of matrix products, {speed:.2g} a second measured here"
-        line = f"time to train, at least: {duration(operations / speed)} ({basis}, one process)"
-        return Training(steps, tokens, operations / speed, line)
+        line = f"time to train, at least: {duration(total)} ({basis}, one process)"
+        return Training(steps, tokens, total, line, aside.line)
 
     def make(count: int, adapted: range | None) -> nn.Module:
         made = _small(setup, device, count, adapted)
@@ -347,13 +357,65 @@ def _training(setup: Setup, model: nn.Module, work: Work, device: torch.device) 
     batches = (work.biggest, work.pieces[-1].front), (work.typical, middle.front)
     seconds = [step_seconds(make, batch, layers, front, setup.method) for batch, front in batches]
     timed = [Timed(n, each) for n, each in zip(flops, seconds, strict=True)]
-    total = total_seconds(*timed, len(work.pieces), operations)
+    in_steps = total_seconds(*timed, len(work.pieces), operations)
+    aside = _aside(setup, model, work, operations, operations / in_steps, device)
+    total = in_steps + aside.seconds
     line = (
         f"time to train, estimated: {duration(total)} ({len(work.pieces):,} micro-batches; the largest "
         f"takes {timed[0].seconds:.2g} s, one of median size {timed[1].seconds:.2g} s, measured on a few "
         "layers here; one process; optimizer, loading and evaluation come on top)"
     )
-    return Training(steps, tokens, total, line)
+    return Training(steps, tokens, total, line, aside.line)
+
+
+class _Aside(NamedTuple):
+    """What the method does before and after the steps of all tasks, in seconds, and the sentence on it."""
+
+    seconds: float
+    line: str
+
+
+def _aside(
+    setup: Setup,
+    model: nn.Module,
+    work: Work,
+    operations: float,
+    speed: float,
+    device: torch.device | None = None,
+) -> _Aside:
+    """`operations` of matrix products are those of all steps, at this `speed`, which forward passes are taken
+    to have too. Generation is timed on a few layers on `device`; None: at the same speed, at least."""
+    chats, found = bool(setup.tokenizer.chat_template), Aside()
+    for data in work.tasks:
+        lengths = [len(example) for example in data.examples]
+        found = found.plus(setup.method.aside(model, data.index, lengths, chats))
+    if not any(found):
+        return _Aside(0.0, "")
+    flops = aside_flops(model, found)
+    seconds = flops / speed
+    parts = [
+        f"forward passes over {found.tokens:,.0f} tokens with {flops:.2g} operations of matrix products, "
+        f"{flops / operations:.1%} of those in steps"
+    ]
+    if found.decoding:
+        parts.append(f"{found.decoding:,} steps of generation, {found.rows} texts at once")
+        seconds += _generation(setup, model, found, speed, device)
+    if found.on_host:
+        parts.append(f"{found.on_host:.2g} operations in float64 on the CPU")
+        seconds += found.on_host / host_speed()
+    line = f"of that before and after the steps: about {duration(seconds)} ({'; '.join(parts)})"
+    return _Aside(seconds, line)
+
+
+def _generation(
+    setup: Setup, model: nn.Module, aside: Aside, speed: float, device: torch.device | None
+) -> float:
+    """Seconds of the method's steps of generation; `speed` and `device` as in `_aside`."""
+    if device is None:
+        return decoding_flops(model, aside) / speed
+
+    make = partial(_small, setup, device)  # not packed: the run turns that on later
+    return aside.decoding * decoding_seconds(make, sum(depth(model)), aside.rows)
 
 
 def _small(setup: Setup, device: torch.device, count: int, adapted: range | None) -> nn.Module:

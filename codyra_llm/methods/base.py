@@ -4,7 +4,7 @@ differs.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,31 @@ class Task:
         draw = generator("sample", *key)
         chosen = torch.randperm(len(records), generator=draw)[:count].tolist()
         return self.encode([records[i] for i in chosen])
+
+
+class Aside(NamedTuple):
+    """What a method does for a task in addition to its steps. `tokens`: that the model reads in forward
+    passes, in texts whose squared lengths sum to `squares`; `products`: operations of further products on the
+    model's device; `on_host`: operations in float64 on the CPU; `decoding`: steps of generation, of `rows`
+    rows each."""
+
+    tokens: float = 0.0
+    squares: float = 0.0
+    products: float = 0.0
+    on_host: float = 0.0
+    decoding: int = 0
+    rows: int = 0
+
+    def plus(self, other: "Aside") -> "Aside":
+        """Both of them; decoding is taken to have the larger number of rows."""
+        return Aside(
+            self.tokens + other.tokens,
+            self.squares + other.squares,
+            self.products + other.products,
+            self.on_host + other.on_host,
+            self.decoding + other.decoding,
+            max(self.rows, other.rows),
+        )
 
 
 class Condition:
@@ -163,6 +188,12 @@ class Method:
         """How many bytes the method's passes over data, of so many tokens at a time, take on the device in
         addition to the weights and to what trains with its moments; `model` as in `foresee`."""
         return 0
+
+    def aside(self, model: nn.Module, index: int, lengths: list[int], chats: bool) -> Aside:
+        """What the method does before and after the steps of task `index`, estimated; `model` as in
+        `foresee`. `lengths`: the tokens of each of its training examples; `chats`: whether the model has a
+        chat template."""
+        return Aside()
 
     def spec(self) -> AdapterSpec:
         """The adapter at every site."""

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from codyra_llm.data.batches import Batch
 from codyra_llm.lora.shared import shared_inputs
 from codyra_llm.lora.together import deferred, finish_gradients, make_shadows
-from codyra_llm.methods.base import Method
+from codyra_llm.methods.base import Aside, Method
+from codyra_llm.methods.parts.samples import self_sampled
 from codyra_llm.models import families
 from codyra_llm.runtime.memory import Meter
 from codyra_llm.train.recorded import SEEN, Recorder, recorder_for
@@ -22,6 +23,7 @@ from codyra_llm.train.recorded import SEEN, Recorder, recorder_for
 # Even numbers, since in some families layers alternate between two kinds of attention.
 MEASURED_LAYERS = (2, 4)
 SECONDS = 0.3  # how long products are timed
+DECODED = 8  # steps of generation that are timed together
 ENOUGH = 0.5  # seconds that the timed passes of a model take together, unless ROUNDS of them are shorter
 ROUNDS = 3
 
@@ -124,6 +126,26 @@ def step_flops(model: nn.Module, tokens: int, squares: int, labelled: int) -> in
     return forward + returning + adapters + 4 * labelled * config.hidden_size * config.vocab_size
 
 
+def aside_flops(model: nn.Module, aside: Aside) -> float:
+    """Operations of matrix products in forward passes without the head, and of what is made of their inputs;
+    generation is not among them."""
+    config = families.pretrained(model).config
+    widths = [shape.heads * shape.head_dim for shape in families.attention_shapes(config)]
+    return 2 * aside.tokens * _layer_weights(model) + 4 * aside.squares * sum(widths) + aside.products
+
+
+def decoding_flops(model: nn.Module, aside: Aside) -> float:
+    """Operations of matrix products in generation, without those of attention, since texts are short."""
+    config = families.pretrained(model).config
+    head = config.hidden_size * config.vocab_size
+    return 2 * aside.decoding * aside.rows * (_layer_weights(model) + head)
+
+
+def _layer_weights(model: nn.Module) -> int:
+    """How many weights a token meets in the layers, those that train among them."""
+    return _trained(model) + sum(_linear_weights(block) for block in families.blocks(model))
+
+
 def _trained(module: nn.Module) -> int:
     """How many weights the trained matrices have."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad and p.ndim == 2)
@@ -222,6 +244,35 @@ def one_pass(model: nn.Module, batch: Batch, front: int = 0, recorder: Recorder 
     loss.item()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def decoding_seconds(make: Make, layers: int, rows: int) -> float:
+    """Seconds of one step of generation of so many rows in a model of `layers`, measured on models of fewer;
+    `make` as in `step_seconds`."""
+
+    def measured(count: int) -> float:
+        model = make(count, None)
+        self_sampled(model, rows, 1, 0)  # allocates
+        began = time.perf_counter()
+        self_sampled(model, rows, DECODED, 0)
+        return (time.perf_counter() - began) / DECODED
+
+    if layers <= MEASURED_LAYERS[1]:
+        return measured(layers)
+    start, more = map(measured, MEASURED_LAYERS)
+    each = max(0.0, more - start) / (MEASURED_LAYERS[1] - MEASURED_LAYERS[0])
+    return start + (layers - MEASURED_LAYERS[0]) * each
+
+
+def host_speed() -> float:
+    """Floating-point operations per second that the CPU reaches in products in float64."""
+    x = torch.ones(512, 512, dtype=torch.float64)
+    times: list[float] = []
+    while len(times) < 3:
+        began = time.perf_counter()
+        torch.mm(x, x)
+        times.append(time.perf_counter() - began)
+    return 2 * len(x) ** 3 / min(times)
 
 
 def matmul_speed(model: nn.Module, tokens: int, dtype: torch.dtype, device: torch.device) -> float:

@@ -94,6 +94,14 @@ def kept_columns(size: int, width: int) -> int:
     return width if size > EXACT_UP_TO * width else size
 
 
+def recovery_operations(size: int, width: int) -> int:
+    """Operations of `recovered` in float64: none for a moment that is kept whole."""
+    if kept_columns(size, width) == size:
+        return 0
+    products = 7 * size * width**2  # ΩᵀY, the triangular solve, the root's Gram matrix and its rotation
+    return products + 10 * width**3  # Cholesky, and the eigenvectors, which take about nine times k³
+
+
 @lru_cache(8)  # a model has few sizes of inputs, and many inputs of each
 def sketching(size: int, width: int) -> Tensor | None:
     """Ω [in, width], orthonormal columns drawn by the size alone, float64; None where Σ itself is kept."""

@@ -1,6 +1,7 @@
 """Earlier tasks' inputs as second moments per distinct input: no example is kept, and the state does not grow
 with the tasks."""
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -13,10 +14,10 @@ from codyra_llm.core.products import gram
 from codyra_llm.data.batches import Batch
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.lora.layer import sites
-from codyra_llm.methods.base import Task
+from codyra_llm.methods.base import Aside, Task
 from codyra_llm.methods.parts.inputs import distinct_inputs, input_sizes, read_inputs
 from codyra_llm.methods.parts.moments import SecondMoment, kept_columns, recovered, sketching
-from codyra_llm.methods.parts.samples import self_sampled, self_sampled_chats
+from codyra_llm.methods.parts.samples import TOGETHER, self_sampled, self_sampled_chats
 from codyra_llm.runtime import heartbeat
 
 # By an input's first site: Σ Ω (or Σ) and tr Σ, on the CPU; float64, those of a stored sum float32.
@@ -92,6 +93,29 @@ def pass_bytes(model: nn.Module, sketch: int, tokens: int) -> int:
     sketched = sum(size * sketch for size in sizes if kept_columns(size, sketch) < size)
     read = tokens * sum(sizes) * next(iter(sites(model).values())).weight.itemsize
     return 8 * kept_numbers(model, sketch) + 4 * sketched + read
+
+
+def reading(config: OldInputsConfig, model: nn.Module, texts: float, lengths: list[int]) -> Aside:
+    """`moments` of so many texts, which have these lengths in the mean."""
+    share = texts / len(lengths)
+    tokens, squares = share * sum(lengths), share * sum(n * n for n in lengths)
+    each = 0
+    for size in input_sizes(model):
+        columns = kept_columns(size, config.sketch)
+        each += 2 * size * columns * (1 if columns == size else 2)  # a sketch takes x Ω, and xᵀ with that
+    return Aside(tokens, squares, tokens * each)
+
+
+def writing(config: OldInputsConfig, model: nn.Module, chats: float = 0.0) -> Aside:
+    """`sampled_moments`, `chats` as there, and 0 for a model without a chat template."""
+    chat_count, found = round(chats * config.samples), Aside()
+    for count, length in (
+        (config.samples - chat_count, config.sample_tokens),
+        (chat_count, 2 * config.sample_tokens),
+    ):
+        written = Aside(decoding=math.ceil(count / TOGETHER) * length, rows=min(count, TOGETHER))
+        found = found.plus(written).plus(reading(config, model, count, [length]))
+    return found
 
 
 def own_share(examples: list[Encoded]) -> list[Encoded]:

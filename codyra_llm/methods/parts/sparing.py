@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from codyra_llm.lora.update import Adapter
-from codyra_llm.methods.parts.moments import SecondMoment
+from codyra_llm.methods.parts.moments import SecondMoment, kept_columns
 
 
 def spared(
@@ -46,6 +46,15 @@ def solved(rows: Tensor, new: SecondMoment, old: SecondMoment, weight: float, ep
     sides = torch.cat([new.factor, old.factor], 1)
     weights = torch.cat([new.weights, weight * old.weights], 1)
     return woodbury(rows, sides, weights, diagonal)
+
+
+def merge_operations(size: int, sketch: int, rows: int) -> int:
+    """Operations of `spared` in float64 for one input of this size, whose layers have `rows` ranks in all."""
+    columns = kept_columns(size, sketch)
+    if columns == size:
+        return size**3 // 3 + 4 * rows * size**2
+    both = 2 * columns  # the sketches of new and old inputs side by side
+    return 2 * size * both**2 + 2 * both**3 // 3 + rows * (6 * size * both + 2 * both**2)
 
 
 def woodbury(rows: Tensor, sides: Tensor, weights: Tensor, diagonal: float) -> Tensor:

@@ -12,10 +12,11 @@ from codyra_llm.config.methods.sequential import CodyraDriftConfig
 from codyra_llm.lora.layer import sites
 from codyra_llm.lora.proximal import vanishing_rate
 from codyra_llm.lora.update import Adapter, Update
-from codyra_llm.methods.base import Task
+from codyra_llm.methods.base import Aside, Task
 from codyra_llm.methods.parts.drift import DriftPenalty, penalty_operations, share
 from codyra_llm.methods.parts.general import general_hash, general_set
-from codyra_llm.methods.parts.inputs import distinct_inputs
+from codyra_llm.methods.parts.inputs import distinct_inputs, input_sizes
+from codyra_llm.methods.parts.moments import recovery_operations
 from codyra_llm.methods.parts.old_inputs import (
     Moments,
     OldInputs,
@@ -24,11 +25,13 @@ from codyra_llm.methods.parts.old_inputs import (
     moments,
     own_share,
     pass_bytes,
+    reading,
     sampled_moments,
     task_moments,
+    writing,
 )
 from codyra_llm.methods.parts.pricing import dropped, joint
-from codyra_llm.methods.parts.sparing import spared
+from codyra_llm.methods.parts.sparing import merge_operations, spared
 from codyra_llm.methods.sequential.codyra import Codyra
 
 
@@ -93,9 +96,33 @@ class CodyraDrift(Codyra):
         """The sums of the second moments."""
         return pass_bytes(model, self.config.sketch, tokens)
 
+    def aside(self, model, index: int, lengths: list[int], chats: bool) -> Aside:
+        """The passes over data, of a general set as if its texts were as long as the first task's; what the
+        base writes; the decompositions and merges. What `ratio` does to price parts is left out."""
+        c, has_old = self.config, self._has_old(index)
+        passes = 2 if c.selection == "ratio" and has_old else 1
+        general = 1 if c.general and not index else 0
+        texts = passes * min(c.max_examples, len(lengths)) + general * c.max_examples
+        found = reading(c, model, texts, lengths)
+        if not index:
+            found = found.plus(writing(c, model, c.chats if chats else 0.0))
+        return found.plus(Aside(on_host=self._solving(model) if has_old else 0))
+
     def _has_old(self, tasks: int) -> bool:
         """Whether there are old inputs after so many tasks."""
         return bool(tasks or self.config.samples or self.config.general)
+
+    def _solving(self, model) -> int:
+        """Operations on the host for one task: old moments are recovered for the penalty, old and new ones
+        for the merge."""
+        c, sizes = self.config, input_sizes(model)
+        recovering = sum(recovery_operations(size, c.sketch) for size in sizes)
+        count = bool(c.drift_weight) + 2 * bool(c.merge_weight)
+        if not c.merge_weight:
+            return count * recovering
+        ranks = [c.rank * len(names) for names in distinct_inputs(model)]
+        merges = [merge_operations(n, c.sketch, rank) for n, rank in zip(sizes, ranks, strict=True)]
+        return count * recovering + sum(merges)
 
     def train_data(self, stream, index: int):
         """The task's records; raises Fault where the general set can't be read."""

@@ -1,10 +1,13 @@
 """What a plan counts: micro-batches as they reach the model, and what methods add to memory, time, disk."""
 
+import math
+import re
 from io import StringIO
 from types import SimpleNamespace
 
 import pytest
 from helpers import tiny_recipe
+from torch.utils.flop_counter import FlopCounterMode
 
 from codyra_llm.core import files
 from codyra_llm.core.errors import Fault
@@ -12,7 +15,12 @@ from codyra_llm.core.terminal import Terminal
 from codyra_llm.experiment.plan import _work, plan, skeleton
 from codyra_llm.experiment.run import run
 from codyra_llm.experiment.setup import prepare
+from codyra_llm.lora.layer import sites
 from codyra_llm.methods import sizes
+from codyra_llm.methods.parts.old_inputs import moments, reading
+from codyra_llm.methods.parts.samples import TOGETHER, self_sampled
+from codyra_llm.store.archive import Archive
+from codyra_llm.train.estimate import aside_flops
 
 
 @pytest.mark.parametrize(
@@ -70,6 +78,44 @@ def test_what_a_method_foresees_is_said(method, epochs, remark, tiny_llama, toy_
     assert remark in planned(
         tiny_recipe(tiny_llama, toy_stream, tmp_path, method=method, data__epochs=epochs)
     )
+
+
+def test_what_is_done_before_and_after_the_steps_is_said(tiny_llama, toy_stream, tmp_path):
+    """70 texts of six tokens that the base writes, and five examples of each of two tasks."""
+    recipe = tiny_recipe(tiny_llama, toy_stream, tmp_path, method=DRIFT)
+    setup = prepare(recipe)
+    lengths = []
+    for index in range(2):
+        records = setup.stream.records(index, "train")
+        lengths.append([len(example) for example in setup.encoder.encode(records)])
+    tokens = 70 * 6 + sum(5 / len(own) * sum(own) for own in lengths)
+    (found,) = [line for line in planned(recipe).splitlines() if line.startswith("of that before and after")]
+    assert f"forward passes over {tokens:,.0f} tokens with " in found
+    steps = 6 * math.ceil(70 / TOGETHER)
+    assert f"; {steps} steps of generation, {min(70, TOGETHER)} texts at once; " in found
+    operations = re.search(r"; (\S+) operations in float64 on the CPU", found)
+    assert float(operations[1]) > 0
+    plain = tiny_recipe(tiny_llama, toy_stream, tmp_path, method={"name": "seqlora"})
+    assert "of that before" not in planned(plain)
+
+
+def test_operations_of_a_pass_are_those_that_are_counted(tiny_llama, toy_stream, tmp_path):
+    """Against torch's counter, which sees neither fused layers nor attention; moments leave out the first of
+    a text's eight tokens."""
+    recipe = tiny_recipe(
+        tiny_llama, toy_stream, tmp_path, method=DRIFT, model__fused=False, model__attention="eager"
+    )
+    setup = prepare(recipe)
+    model = skeleton(setup, device="cpu")
+    for name, layer in sites(model).items():
+        layer.reset(0, name)
+    examples = self_sampled(model, 4, 6, 0)
+    task = setup.task(model, Archive(tmp_path / "updates", "base"), 0, {})
+    with FlopCounterMode(display=False) as counter:
+        moments(setup.method.config, model, task, examples)
+    found = reading(setup.method.config, model, 4, [len(example) for example in examples])
+    expected = aside_flops(model, found) - found.products / 8
+    assert counter.get_total_flops() == pytest.approx(expected, rel=1e-6)
 
 
 def test_disk_and_memory_have_the_state(tiny_llama, toy_stream, tmp_path):
