@@ -87,10 +87,10 @@ def kept_bytes(model: nn.Module, sketch: int) -> int:
 
 
 def pass_bytes(model: nn.Module, sketch: int, tokens: int) -> int:
-    """What `moments` holds on the device: sums in float64, Ω in float32 for every sketched input, and of so
-    many tokens at a time what all layers read."""
+    """What `moments` holds on the device: sums in float64, Ω in float32 for every size of sketched inputs,
+    and of so many tokens at a time what all layers read."""
     sizes = input_sizes(model)
-    sketched = sum(size * sketch for size in sizes if kept_columns(size, sketch) < size)
+    sketched = sum(size * sketch for size in set(sizes) if kept_columns(size, sketch) < size)
     read = tokens * sum(sizes) * next(iter(sites(model).values())).weight.itemsize
     return 8 * kept_numbers(model, sketch) + 4 * sketched + read
 

@@ -75,6 +75,8 @@ class CodyraDrift(Codyra):
 
     def foresee(self, model, steps: list[int], schedule: str) -> list[str]:
         """In addition, what the second moments take in memory, and the penalty in operations."""
+        if not self._reads_moments:
+            return super().foresee(model, steps, schedule)
         count, kept = len(distinct_inputs(model)), kept_numbers(model, self.config.sketch)
         drift = penalty_operations(model, self.config.sketch) if self.config.drift_weight else 0
         return [
@@ -85,7 +87,7 @@ class CodyraDrift(Codyra):
 
     def state_bytes(self, model, tasks: int) -> int:
         """The second moments, whatever the number of tasks."""
-        return kept_bytes(model, self.config.sketch)
+        return kept_bytes(model, self.config.sketch) if self._reads_moments else 0
 
     def held_bytes(self, model, tasks: int) -> int:
         """The second moments in float32, where there are some and the penalty reads them."""
@@ -94,11 +96,13 @@ class CodyraDrift(Codyra):
 
     def pass_bytes(self, model, tokens: int) -> int:
         """The sums of the second moments."""
-        return pass_bytes(model, self.config.sketch, tokens)
+        return pass_bytes(model, self.config.sketch, tokens) if self._reads_moments else 0
 
     def aside(self, model, index: int, lengths: list[int], chats: bool) -> Aside:
         """The passes over data, of a general set as if its texts were as long as the first task's; what the
         base writes; the decompositions and merges. What `ratio` does to price parts is left out."""
+        if not self._reads_moments:
+            return Aside()
         c, has_old = self.config, self._has_old(index)
         passes = 2 if c.selection == "ratio" and has_old else 1
         general = 1 if c.general and not index else 0
