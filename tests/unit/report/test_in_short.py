@@ -3,10 +3,11 @@
 from io import StringIO
 
 import pytest
+import yaml
 from rich.console import Console
 
 from codyra_llm.config.recipe import load_recipe
-from codyra_llm.report.in_short import in_short
+from codyra_llm.report.in_short import REFERENCE, in_short
 
 FOUND = {
     "matrix": [[80.0, None], [70.0, 60.0]],
@@ -54,3 +55,12 @@ def test_what_is_not_comparable_has_no_such_lines(settings):
 @pytest.mark.parametrize("measure", ["forgetting", "op", "delta_r"])
 def test_a_measure_that_is_missing_leaves_the_lines_out(measure):
     assert in_short(load_recipe("quickstart", []).resolved(), FOUND | {measure: None}) is None
+
+
+def test_the_reference_differs_in_method_and_rate_alone():
+    command = yaml.safe_load(REFERENCE.read_text(encoding="utf-8"))["command"].split()
+    own, other = (load_recipe("quickstart", settings) for settings in ([], command))
+    assert other.method.name == "seqlora" and other.method.rank == own.method.rank
+    alike = own.model_copy(update={"method": None, "optim": None, "output": ""})
+    assert alike == other.model_copy(update={"method": None, "optim": None, "output": ""})
+    assert other.optim == own.optim.model_copy(update={"lr": other.optim.lr})
