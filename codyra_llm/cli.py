@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from codyra_llm.commands import begin, checkpoints, files, runs
-from codyra_llm.core.errors import Fault
+from codyra_llm.core.errors import Fault, is_out_of_memory
 from codyra_llm.core.terminal import log_printed, one_line, unbroken_output, write
 from codyra_llm.core.version import __version__
 from codyra_llm.runtime import cores, quiet, signals
@@ -125,8 +125,7 @@ def _run(args: list[str] | None) -> None:
             "(--traceback shows where it was raised)"
         ) from error
     except (RuntimeError, MemoryError) as error:
-        # By name, since OutOfMemoryError is torch's, which is slow to import.
-        if type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):
+        if not (isinstance(error, MemoryError) or is_out_of_memory(error)):
             raise
         raise Fault(
             f"memory ran out ({' '.join(str(error).split())[:200]}); lower optim.micro_batch_tokens or "

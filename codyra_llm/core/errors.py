@@ -4,6 +4,10 @@ import difflib
 from collections.abc import Callable, Iterable
 from typing import Any
 
+# What errors other than torch.OutOfMemoryError say where memory ran out: CUDA, such as when it makes a graph,
+# and its libraries, such as cuBLAS when it has no room for a handle.
+NO_MEMORY = ("CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+
 
 class Fault(Exception):
     """One or more mistakes of the user. Each message names the key, the value, what was expected and what to
@@ -28,6 +32,18 @@ class Attempts:
             return action(*args)
         except Fault as fault:
             self.faults += fault.messages
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether a GPU's memory ran out, as this error says or one that it followed: where something fails that
+    is recorded, the end of the recording may fail too, and tells of something else. By name, since torch is
+    slow to import."""
+    while isinstance(error, RuntimeError):
+        named = type(error).__name__ == "OutOfMemoryError"
+        if named or any(words in str(error) for words in NO_MEMORY):
+            return True
+        error = error.__context__
+    return False
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

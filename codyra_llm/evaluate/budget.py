@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from codyra_llm.core.errors import Fault
 from codyra_llm.models import families
 from codyra_llm.runtime import heartbeat, signals
+from codyra_llm.runtime.memory import if_it_fits
 from codyra_llm.store import observer
 
 MOST = {"cpu": 4096, "cuda": 131072}  # tokens of a batch
@@ -217,11 +219,7 @@ def within_memory(
             for part in reversed(list(cut)):
                 waiting.append([batch[n] for n in part])
             continue
-        try:
-            found = answer(batch)
-        except torch.OutOfMemoryError:
-            found = None
-        # Not in the except block, where the exception still refers to the failed batch's tensors.
+        found = if_it_fits(partial(answer, batch))
         if found is None:
             held.halve(needed, len(batch))
             waiting.append(batch)

@@ -4,6 +4,7 @@ encoded once."""
 
 import os
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from codyra_llm.models import families
 from codyra_llm.models.ends import ended
 from codyra_llm.models.inference import empty_cache, last_logits
 from codyra_llm.runtime import heartbeat, signals
+from codyra_llm.runtime.memory import if_it_fits
 
 # The first steps of every batch are not recorded: many answers, such as a single letter, end within them.
 UNRECORDED = 4
@@ -281,11 +283,8 @@ def _refill(
     taken = share.take(len(free), most)
     if not taken:
         return True
-    try:
-        tokens = _put(model, steps, [share.rows[i] for i in taken], batch.new, free[: len(taken)])
-    except torch.OutOfMemoryError:
-        tokens = None
-    # Not in the except block, where the exception still refers to what was read.
+    prompts = [share.rows[i] for i in taken]
+    tokens = if_it_fits(partial(_put, model, steps, prompts, batch.new, free[: len(taken)]))
     if tokens is None:
         clear_device_cache(garbage_collection=True)
         return False

@@ -1,16 +1,32 @@
 """What a computation keeps in memory: bytes allocated at its peak, and bytes that forward leaves for
-backward.
+backward; and whether it fits.
 """
 
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from codyra_llm.core.errors import is_out_of_memory
+
+T = TypeVar("T")
+
+
+def if_it_fits(work: Callable[[], T]) -> T | None:
+    """What `work` gives, None where a GPU's memory ran out. Then nothing refers any more to the tensors that
+    it had made, as the exception did, so that the caller can free their memory."""
+    try:
+        return work()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    return None
 
 
 class Meter(TorchDispatchMode):

@@ -11,7 +11,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers.integrations import unset_hf_deepspeed_config
 
-from codyra_llm.core.errors import Fault
+from codyra_llm.core.errors import Fault, is_out_of_memory
 from codyra_llm.lora.layer import sites
 from codyra_llm.lora.shared import shared_inputs
 from codyra_llm.lora.together import deferred, finish_gradients, make_shadows
@@ -121,7 +121,9 @@ class Engine:
             self.module.set_gradient_accumulation_boundary(last)
             # ZeRO averages over ranks, but the batch's weights already divide by the global count.
             self.module.backward(sum(terms.values()) * self.acc.num_processes)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise Fault(
                 f"a micro-batch of {batch.ids.numel()} tokens does not fit into the device's memory, and "
                 "under DeepSpeed no rank can try again; lower optim.micro_batch_tokens or "

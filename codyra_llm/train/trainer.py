@@ -33,6 +33,7 @@ from codyra_llm.methods.base import Method
 from codyra_llm.models.attention import packed_attention
 from codyra_llm.runtime import heartbeat, signals
 from codyra_llm.runtime.launch import everywhere, wait
+from codyra_llm.runtime.memory import if_it_fits
 from codyra_llm.store import checkpoint, observer
 from codyra_llm.store.checkpoint import Progress
 from codyra_llm.store.rows import LogRow
@@ -370,14 +371,11 @@ class Trainer:
         """Forward and backward of this rank's share: the micro-batches and their losses, None where memory
         ran out.
         """
-        try:
-            batches = self._next(examples, chosen)
-            return batches, [
-                self.engine.accumulate(batch, first=batch is batches[0], last=batch is batches[-1])
-                for batch in batches
-            ]
-        except torch.OutOfMemoryError:
-            return [], None  # the caller frees memory: here the failed forward's tensors are still referenced
+        batches = self._next(examples, chosen)
+        work = self.engine.accumulate
+        return batches, if_it_fits(
+            lambda: [work(each, first=each is batches[0], last=each is batches[-1]) for each in batches]
+        )
 
     def _shrink(self, lengths: list[int], where: str) -> None:
         """Halve the tokens of a micro-batch, but not below the longest example. All ranks have the same

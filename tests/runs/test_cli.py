@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
+from full_memory import ERRORS
 from helpers import call
 
 from codyra_llm.cli import main
@@ -123,14 +123,12 @@ def test_data_check(capsys, toy_stream, tmp_path):
     assert code == 1 and "answer" in out + err
 
 
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB."), MemoryError()]
-)
-def test_memory_that_runs_out_is_one_sentence(error, folder, capsys, monkeypatch):
+@pytest.mark.parametrize("made", [*ERRORS, MemoryError])
+def test_memory_that_runs_out_is_one_sentence(made, folder, capsys, monkeypatch):
     """Wherever it does: training alone can make its batches smaller by itself."""
 
     def full(*arguments):
-        raise error
+        raise made()
 
     monkeypatch.setattr("codyra_llm.models.loading.load", full)
     code, _, err = call(capsys, "generate", f"{folder}@ONE", "Say A:")

@@ -11,6 +11,7 @@ from codyra_llm.bench.gpu.context import Context
 from codyra_llm.bench.gpu.shapes import PAD, examples, model
 from codyra_llm.bench.measure import Options
 from codyra_llm.bench.step import steps
+from codyra_llm.core.errors import is_out_of_memory
 
 QUEUED = 10_000_000  # clock cycles of sleep: some 6 ms, in which the host queues one linear layer's kernels
 LAYER_QUEUED = 40_000_000
@@ -106,7 +107,9 @@ def measure_steps(context: Context, shape: str, arms: tuple[str, ...], kind: str
     key = f"{shape}, {kind} examples"
     try:
         found = measured(arms)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         context.record(f"{key}, peft", f"ran out of memory: {str(error)[:200]}")
     else:
         context.record(key, found)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from codyra_llm.core.tensors import own_device
+from codyra_llm.runtime.memory import if_it_fits
 
 
 class Subspace(NamedTuple):
@@ -98,9 +99,8 @@ def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     on the GPU if there is one that has room: processes share the cores, and each has a GPU."""
     device = own_device()
     if device.type != "cpu":
-        try:
-            values, vectors = torch.linalg.eigh(matrix.to(device))
-            return values.cpu(), vectors.cpu()
-        except torch.OutOfMemoryError:  # the model, and sums over inputs, are there too
-            pass
+        # The model, and sums over inputs, are there too.
+        found = if_it_fits(lambda: torch.linalg.eigh(matrix.to(device)))
+        if found is not None:
+            return found[0].cpu(), found[1].cpu()
     return torch.linalg.eigh(matrix)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from full_memory import ERRORS
 from transformers import GemmaConfig, LlamaConfig
 
 from codyra_llm.config.sections import DataSection
@@ -68,13 +69,13 @@ def asked(tiny_llama, monkeypatch):
     encoder = Encoder(tokenizer, DataSection(root="-", max_prompt_tokens=64, max_answer_tokens=8))
     plain, acc = generate.generate_ids, Accelerator(cpu=True)
 
-    def ask(most: int) -> tuple[list[generate.Answer], list[int]]:
+    def ask(most: int, error=ERRORS[0]) -> tuple[list[generate.Answer], list[int]]:
         tried = []
 
         def limited(model, prompts, new, *others):
             tried.append(len(prompts))
             if (max(map(len, prompts)) + new) * len(prompts) > most:
-                raise torch.OutOfMemoryError("CUDA out of memory")
+                raise error()
             return plain(model, prompts, new, *others)
 
         monkeypatch.setattr(generate, "generate_ids", limited)
@@ -83,10 +84,11 @@ def asked(tiny_llama, monkeypatch):
     return ask
 
 
-def test_memory_that_runs_out_halves_the_batch_and_every_prompt_is_answered(asked):
+@pytest.mark.parametrize("error", ERRORS)
+def test_memory_that_runs_out_halves_the_batch_and_every_prompt_is_answered(error, asked):
     whole, tried = asked(10**9)
     assert tried == [len(TEXTS)] and any(answer.text for answer in whole)
-    found, tried = asked(70)
+    found, tried = asked(70, error)
     assert found == whole
     assert tried[0] == len(TEXTS) and len(tried) > 2 and max(tried[-2:]) < len(TEXTS)
 

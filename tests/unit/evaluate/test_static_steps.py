@@ -5,6 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from full_memory import ERRORS
 from fused import CONFIGS
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
@@ -185,7 +186,8 @@ def test_a_prompt_that_began_early_is_asked_again_if_its_batch_ran_out_of_memory
     assert held.tokens < 10**9
 
 
-def test_memory_that_runs_out_for_newcomers_leaves_the_batch_as_it_is(model, monkeypatch):
+@pytest.mark.parametrize("error", ERRORS)
+def test_memory_that_runs_out_for_newcomers_leaves_the_batch_as_it_is(error, model, monkeypatch):
     """Also in batches of one row, which can't be halved."""
     given = prompts([9, 9, 8, 8, 7, 7])
     expected = answered(model, given, 6, ends_early)
@@ -194,7 +196,7 @@ def test_memory_that_runs_out_for_newcomers_leaves_the_batch_as_it_is(model, mon
 
     def failing(self, *others):
         calls.append(1)
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error()
 
     monkeypatch.setattr(static_steps.StaticSteps, "put", failing)
     for rows in (1, 2):

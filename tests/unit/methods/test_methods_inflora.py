@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from adapters import recipe
+from full_memory import ERRORS
 
 from codyra_llm.core.errors import Fault
 from codyra_llm.experiment.setup import prepare
@@ -130,14 +131,15 @@ def test_a_task_that_finds_no_free_direction_is_refused(on_llama):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_eigenproblem_that_does_not_fit_on_the_gpu_is_solved_on_the_cpu(monkeypatch):
+@pytest.mark.parametrize("error", ERRORS)
+def test_an_eigenproblem_that_does_not_fit_on_the_gpu_is_solved_on_the_cpu(error, monkeypatch):
     matrix, _ = planted((0, 3.0), (1, 2.0), (2, 1.0))
     eigh, asked = torch.linalg.eigh, []
 
     def full(given):
         asked.append(given.device.type)
         if given.device.type != "cpu":
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise error()
         return eigh(given)
 
     monkeypatch.setattr(torch.linalg, "eigh", full)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from full_memory import ERRORS
 from packed import batch, examples, loaded
 
 from codyra_llm.config.registry import METHODS
@@ -130,15 +131,15 @@ def test_where_memory_is_short_nothing_more_is_recorded(model, monkeypatch):
 class Full:
     """Stands for a recorder whose recordings leave no memory to anything else."""
 
-    def __init__(self):
-        self.stopped = False
+    def __init__(self, made):
+        self.stopped, self.made = False, made
 
     def begin_step(self):
         pass
 
     def run(self, given):
         if not self.stopped:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise self.made()
 
     def stop(self):
         had, self.stopped = not self.stopped, True
@@ -160,10 +161,11 @@ def trainer(model, method) -> Trainer:
     return Trainer(accelerator(), method, model, optim, pad=0, batching="packed")
 
 
-def test_out_of_memory_frees_recordings_before_micro_batches_are_cut(model):
+@pytest.mark.parametrize("error", ERRORS)
+def test_out_of_memory_frees_recordings_before_micro_batches_are_cut(error, model):
     method = METHODS["codyra"](METHODS["codyra"].Config(), 0)
     made = trainer(model, method)
-    made.engine.recorder = Full()
+    made.engine.recorder = Full(error)
     rows = list(made.fit(TaskData("T", 0, examples(), [range(5)] * 2, []), 1))
     assert made.engine.recorder.stopped and {row.micro_batch_tokens for row in rows} == {200}
     made.free()
