@@ -4,7 +4,9 @@ As on a device, recording does nothing yet, and replaying runs no Python: a numb
 step must be in a tensor. The host may not wait while it records.
 """
 
+from contextlib import nullcontext
 from types import TracebackType
+from weakref import WeakSet
 
 import pretended
 import torch
@@ -18,8 +20,34 @@ class NotRecorded(RuntimeError):
     """What CUDA says of a call that can't be recorded."""
 
 
+class Lost(RuntimeError):
+    """A graph would read memory that it doesn't have any more, or take some that was given back."""
+
+
+class Stream:
+    """Stands in for `torch.cuda.Stream`; `graphs`: those that were recorded on it and are still there."""
+
+    def __init__(self, device: torch.device = pretended.DEVICE) -> None:
+        self.device, self.graphs = device, WeakSet()
+
+
+class Pool:
+    """Stands in for a handle of a graph's memory, which is given back with the last of its `graphs`."""
+
+    def __init__(self) -> None:
+        self.used, self.graphs = False, WeakSet()
+
+
 class Graph:
-    """Stands in for `torch.cuda.CUDAGraph`."""
+    """Stands in for `torch.cuda.CUDAGraph`. One that goes takes the memory of cuBLAS from the others that
+    were recorded on its stream."""
+
+    stream: Stream | None = None
+    is_lost = False
+
+    def __del__(self) -> None:
+        for other in self.stream.graphs if self.stream else ():
+            other.is_lost = True
 
     def __init__(self) -> None:
         self.calls: list[tuple] = []  # operator, its arguments, and its result
@@ -39,6 +67,8 @@ class Graph:
     def replay(self) -> None:
         """Run what was recorded, into the same memory."""
         global replays
+        if self.is_lost:
+            raise Lost("another graph that was recorded on this one's stream is gone")
         replays += 1
         for func, args, kwargs, result in self.calls:
             again = pretended.computed(func, args, kwargs)
@@ -57,10 +87,23 @@ def _copy(result, again) -> None:
 class Recording:
     """Stands in for `torch.cuda.graph`."""
 
-    def __init__(self, graph: Graph, pool: object = None, capture_error_mode: str = "global"):
-        self.graph = graph
+    usual = Stream()  # where no other is given
+
+    def __init__(
+        self,
+        graph: Graph,
+        pool: Pool | None = None,
+        stream: Stream | None = None,
+        capture_error_mode: str = "global",
+    ):
+        self.graph, self.pool, self.stream = graph, pool or Pool(), stream or self.usual
 
     def __enter__(self) -> None:
+        if self.pool.used and not self.pool.graphs:
+            raise Lost("this memory was given back")
+        self.pool.used, self.graph.stream = True, self.stream
+        self.pool.graphs.add(self.graph)
+        self.stream.graphs.add(self.graph)
         pretended.recording = self.graph
         self.waits = pretended.waits.total()
 
@@ -72,9 +115,19 @@ class Recording:
             raise NotRecorded(f"the host waited while it recorded: {dict(pretended.waits)}")
 
 
+NAMES = {  # in torch.cuda
+    "CUDAGraph": Graph,
+    "graph": Recording,
+    "graph_pool_handle": Pool,
+    "Stream": Stream,
+    "current_stream": Stream,
+    "stream": nullcontext,
+    "empty_cache": lambda: None,
+    "mem_get_info": lambda device: (80 << 30, 80 << 30),
+}
+
+
 def install() -> None:
     """Let torch's own names mean these, for good."""
-    torch.cuda.CUDAGraph, torch.cuda.graph = Graph, Recording
-    torch.cuda.graph_pool_handle = object
-    torch.cuda.empty_cache = lambda: None
-    torch.cuda.mem_get_info = lambda device: (80 << 30, 80 << 30)
+    for name, own in NAMES.items():
+        setattr(torch.cuda, name, own)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from codyra_llm.evaluate.budget import Budget, Share
 from codyra_llm.evaluate.generate import generate_ids
+from codyra_llm.train.recorded import Recorder
 
 NEW = 24
 LENGTHS = (1, 2, 3, 5, 7, 9, 12, 12)
@@ -94,10 +95,13 @@ def answers(model: nn.Module, prompts: list[list[int]], end: int, early: set[int
 def main() -> None:
     pretended.install()
     pretended_graph.install()
+    # A recording that stays: those of decoding come and go.
+    other = Recorder([], lambda given: given, pretended.DEVICE).record(list)
     for name, config in models().items():
         row = {"model": name, "fault": None}
         try:
             row |= decoded(config)
+            other()
         except Exception:  # told, with the others
             row["fault"] = traceback.format_exc()
         print(json.dumps(row), flush=True)

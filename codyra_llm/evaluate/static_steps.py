@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from codyra_llm.models import families
+from codyra_llm.runtime import graphs
 
 LEAST = 12  # steps left for recording to pay: it costs about as much as four steps that are not recorded
 # The cache's length is a multiple of this: cuBLAS has no fast kernel for rows of scores that do not begin at
@@ -89,9 +90,8 @@ class StaticSteps:
     def _next(self) -> Tensor:
         """The next token of every row, [B, 1]; the same tensor each time."""
         if self.graph is None and self.token.is_cuda:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self._step()
+            # A stream for this alone: training may have recordings too, and others may not be gone yet.
+            self.graph = graphs.recorded(self._step, torch.cuda.Stream(self.token.device))
         if self.graph:
             self.graph.replay()
         else:

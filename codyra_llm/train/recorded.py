@@ -5,6 +5,7 @@ them."""
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,11 +19,13 @@ from codyra_llm.lora.together import make_shadows
 from codyra_llm.methods.base import Method
 from codyra_llm.models import families
 from codyra_llm.models.attention import packed_attention
+from codyra_llm.runtime import graphs
 
 LARGEST = 8192  # tokens; more of them keep a GPU busy for longer than the host needs
 SEEN = 2  # micro-batches of a shape that run as they come, before it is recorded
 MOST = 24  # recordings of a task
 TENSORS = ("ids", "positions", "predictors", "targets", "weights", "ends")  # of a packed batch
+Record = Callable[[Callable[[], None]], Callable[[], None]]  # from work to what does it again
 
 
 class Shape(NamedTuple):
@@ -116,19 +119,15 @@ def _product_shapes(group: SharedInput) -> list[tuple[int, int]]:
 
 
 class Graphs:
-    """Records work that runs on the GPU. All recordings share the memory of their intermediate tensors, so
-    what is to last is written into tensors that were there before."""
+    """Records work that runs on the GPU, on a stream for this alone. All recordings share the memory of their
+    intermediate tensors, so what is to last is written into tensors that were there before."""
 
-    def __init__(self):
-        self.pool = torch.cuda.graph_pool_handle()
+    def __init__(self, stream: torch.cuda.Stream):
+        self.stream, self.pool = stream, torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
         """A function that does again what `work` does; `work` itself is not done yet."""
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may call CUDA meanwhile: autograd's own do.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            work()
-        return graph.replay
+        return graphs.recorded(work, self.stream, self.pool).replay
 
 
 @dataclass
@@ -144,17 +143,19 @@ class Recorder:
     """Runs forward and backward of micro-batches by replaying them where it can.
 
     `loss`: the loss of a batch on the device. The products from which the factors' gradients follow
-    (`together.finish_gradients`) are summed in tensors that stay, one for all micro-batches of a step."""
+    (`together.finish_gradients`) are summed in tensors that stay, one for all micro-batches of a step.
+    `begin` gives what records, at first and after all recordings were freed."""
 
     def __init__(
         self,
         shared: Sequence[SharedInput],
         loss: Callable[[Batch], Tensor],
         device: torch.device,
-        record: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
+        begin: Callable[[], Record] | None = None,
     ):
         self.shared, self.loss, self.device = shared, loss, device
-        self.record = record or Graphs()
+        self.begin = begin or partial(Graphs, torch.cuda.Stream(device))
+        self.record = self.begin()
         self.on = True
         self.more = True  # whether new shapes may be recorded
         self.seen: Counter[tuple] = Counter()
@@ -193,6 +194,9 @@ class Recorder:
         held = bool(self.sums)
         self.recordings, self.sums, self.flat = {}, [], torch.empty(0)
         self.seen.clear()
+        # Memory that recordings shared may not be asked for again once the last of them is gone: PyTorch's
+        # allocator asserts that it is in use.
+        self.record = self.begin()
         return held
 
     def stop(self) -> bool:

@@ -1,8 +1,10 @@
 """Recorded micro-batches: pads change neither loss nor gradients, all micro-batches of a step are summed, and
 what can't be recorded runs as usual."""
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
+import pretended_graph
 import pytest
 import torch
 from full_memory import ERRORS
@@ -88,7 +90,7 @@ def test_steps_of_recorded_and_other_micro_batches_have_the_same_gradients(model
         return lambda: (replayed.append(1), work())
 
     shared = shared_inputs(model)
-    recorder = Recorder(shared, lambda given: given.cross_entropy(model), torch.device("cpu"), again)
+    recorder = Recorder(shared, lambda given: given.cross_entropy(model), torch.device("cpu"), lambda: again)
     pairs = [(37, 4), (37, 4), (290, 3), (37, 4), (550, 7)]
     for step in range(6):
         batches = [batch(examples([pair], seed=step), packed=True) for pair in pairs]
@@ -113,7 +115,7 @@ def test_steps_of_recorded_and_other_micro_batches_have_the_same_gradients(model
 
 
 def test_a_shape_runs_as_usual_until_it_was_seen_often_enough(model):
-    recorder = Recorder(shared_inputs(model), lambda given: 1 / 0, torch.device("cpu"), lambda work: work)
+    recorder = Recorder(shared_inputs(model), lambda given: 1 / 0, torch.device("cpu"), lambda: None)
     given = batch(examples(), packed=True)
     assert [recorder.run(given) for _ in range(recorded.SEEN)] == [None] * recorded.SEEN
     assert recorder.run(batch(examples(), packed=False)) is None
@@ -123,9 +125,60 @@ def test_a_shape_runs_as_usual_until_it_was_seen_often_enough(model):
 
 def test_where_memory_is_short_nothing_more_is_recorded(model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (49, 100))
-    recorder = Recorder(shared_inputs(model), lambda given: 1 / 0, torch.device("cpu"), lambda work: work)
+    recorder = Recorder(shared_inputs(model), lambda given: 1 / 0, torch.device("cpu"), lambda: None)
     given = batch(examples(), packed=True)
     assert [recorder.run(given) for _ in range(recorded.SEEN + 3)] == [None] * (recorded.SEEN + 3)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """CUDA graphs that are not there."""
+    for name, own in pretended_graph.NAMES.items():
+        monkeypatch.setattr(torch.cuda, name, own)
+
+
+def test_memory_that_was_given_back_is_not_asked_for_again(graphs):
+    recorder = Recorder([], lambda given: given, torch.device("cuda"))
+    replay = recorder.record(list)
+    replay()
+    del replay
+    recorder.free()
+    recorder.record(list)()
+
+
+def test_recordings_of_others_may_go(graphs):
+    """With any of them goes memory of all that were recorded on its stream."""
+    one, other = (Recorder([], lambda given: given, torch.device("cuda")) for _ in range(2))
+    replay, others = one.record(list), other.record(list)
+    others()
+    del others
+    replay()
+
+
+def test_a_recording_that_fails_leaves_the_stream_as_it_was(graphs, monkeypatch):
+    """torch.cuda.graph leaves its own the current one."""
+    now = ["usual"]
+
+    class Failing(pretended_graph.Recording):
+        def __enter__(self):
+            now.append("capture")
+
+        def __exit__(self, *raised):
+            raise torch.AcceleratorError("CUDA error: out of memory")
+
+    @contextmanager
+    def put_back(stream):
+        before = now[-1]
+        try:
+            yield
+        finally:
+            now.append(before)
+
+    monkeypatch.setattr(torch.cuda, "graph", Failing)
+    monkeypatch.setattr(torch.cuda, "stream", put_back)
+    with pytest.raises(torch.AcceleratorError):
+        Recorder([], lambda given: given, torch.device("cuda")).record(list)
+    assert now == ["usual", "capture", "usual"]
 
 
 class Full:
