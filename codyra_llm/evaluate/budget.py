@@ -14,6 +14,7 @@ from accelerate.utils.memory import clear_device_cache
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from codyra_llm.core.errors import Fault
+from codyra_llm.evaluate import static_steps
 from codyra_llm.models import families
 from codyra_llm.runtime import heartbeat, signals
 from codyra_llm.runtime.memory import if_it_fits
@@ -23,6 +24,7 @@ MOST = {"cpu": 4096, "cuda": 131072}  # tokens of a batch
 # Prompt tokens that cost as much as one decoding step. Measured on the CPU; on an H100 800 to 3000.
 STEP = {"cpu": 16, "cuda": 1024}
 BEGINNING = 64  # tokens by which rows are compared
+JOINED = 8  # weights that recorded steps join take at most one in so many bytes of the free memory
 
 T = TypeVar("T")
 
@@ -66,9 +68,25 @@ def budget(acc: Accelerator, model: PreTrainedModel, asked: int | None) -> Budge
 
 
 def affordable(config: PreTrainedConfig, dtype: torch.dtype, free: int) -> int:
-    """Tokens of a batch on a GPU with `free` bytes: those that fit into half of them, at most `MOST`. The
-    other half is for rows that are copied when others leave, or read when they take their places."""
-    return max(1, min(MOST["cuda"], free // 2 // token_bytes(config, dtype)))
+    """Tokens of a batch on a GPU with `free` bytes: those that fit into half of what recorded steps leave, at
+    most `MOST`. The other half is for rows that are copied when others leave, or read when they take their
+    places, and for the layer of the cache that is copied when recorded steps begin."""
+    left = free - joined_within(config, dtype, free)
+    return max(1, min(MOST["cuda"], left // 2 // token_bytes(config, dtype)))
+
+
+def joined_within(config: PreTrainedConfig, dtype: torch.dtype, free: int) -> int:
+    """Bytes that recorded steps take on a GPU with `free` bytes for joined weights. 0 where no steps are
+    recorded, or where that would be more than its part (JOINED): a larger batch is worth more."""
+    size = static_steps.joined_bytes(config, dtype) if static_steps.possible(config) else 0
+    return size if JOINED * size <= free else 0
+
+
+def joins(model: PreTrainedModel) -> bool:
+    """Whether recorded steps of this model read joined weights, with the memory that is free now."""
+    if model.device.type != "cuda":
+        return True
+    return joined_within(model.config, model.dtype, free_bytes(model.device)) > 0
 
 
 def token_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:

@@ -5,7 +5,7 @@ encoded once."""
 import os
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
@@ -13,10 +13,11 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from codyra_llm.data.encoding import Encoder
 from codyra_llm.evaluate import static_steps
-from codyra_llm.evaluate.budget import Budget, Share, batches, budget
+from codyra_llm.evaluate.budget import Budget, Share, batches, budget, joins
 from codyra_llm.methods.base import Condition
 from codyra_llm.models import families
 from codyra_llm.models.ends import ended
@@ -58,6 +59,7 @@ def generate_ids(
     condition: Condition | None = None,
     stop: Callable[[list[int]], bool] | None = None,
     share: Share | None = None,
+    recordings: static_steps.Recordings | None = None,
 ) -> list[list[int]]:
     """Greedy continuations of one batch of prompts, each of at most `new` tokens, up to and including one of
     `ends` (EOS, and other tokens that end a turn), or until `stop` of the tokens so far is true.
@@ -65,11 +67,13 @@ def generate_ids(
     A row of the cache holds [shared prefix | pads | own tokens], or [pads | a method's prefix | own tokens];
     pads are masked and positions count tokens only. Finished rows are removed when they are a quarter of the
     batch, since removing them copies the cache of the others. Where steps are recorded, prompts of later
-    batches of the `share` take their places, and are answered there.
+    batches of the `share` take their places, and are answered there. `recordings`: what the recorded steps of
+    several batches have in common.
     """
     if new < 1:
         return [[] for _ in prompts]
     ends = {ends} if isinstance(ends, int) else ends
+    recordings = recordings or static_steps.Recordings(model, joins(model))
     rows = _Rows(model, prompts, new, condition)
     batch = _Batch(len(prompts), new, ends, stop)
     going, left = batch.add(rows.tokens), new - 1
@@ -77,8 +81,8 @@ def generate_ids(
         if 4 * len(going) <= 3 * len(batch.rows):  # a quarter is done
             batch.keep(going)
             rows.keep(going)
-        if new - left >= UNRECORDED and condition is None and static_steps.pays(model, left):
-            _finish(rows, batch, share)
+        records = recordings.on and condition is None and new - left >= UNRECORDED
+        if records and static_steps.pays(model, left) and _finish(rows, batch, share, recordings):
             break
         rows.step()
         going, left = batch.add(rows.tokens), left - 1
@@ -173,6 +177,18 @@ class _Rows:
         self.cache.layers.clear()
         return found
 
+    def rings(self, length: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of every layer with room for `length` tokens. The cache has parts of them from now
+        on, one layer after the other, so that no more than one layer is in memory twice."""
+        found = []
+        used = self.mask.shape[1]
+        for layer in cast(list[DynamicLayer], self.cache.layers):
+            assert layer.keys is not None and layer.values is not None, "prompts were read"
+            keys, values = static_steps.longer(layer.keys, length), static_steps.longer(layer.values, length)
+            layer.keys, layer.values = keys[:, :, :used], values[:, :, :used]
+            found.append((keys, values))
+        return found
+
     def _forward(self, **given: Tensor) -> None:
         logits = last_logits(
             self.model,
@@ -240,35 +256,56 @@ class _Batch:
             share.finished_early(self.later.pop(number), self.out[number])
 
 
-def _finish(rows: _Rows, batch: _Batch, share: Share | None) -> None:
-    """The remaining steps of a batch, recorded. Where a quarter of the rows are done, prompts of later
-    batches take their places, unless more than half of the rows are gone: a step of a small batch takes about
-    as long as one of a large batch. Else finished rows are removed when they are half of the batch, since the
-    smaller one must be recorded again."""
-    layers = rows.layers()
-    used = layers[0][0].shape[2]
-    length = used + batch.left()
+def _begun(
+    rows: _Rows, batch: _Batch, recordings: static_steps.Recordings
+) -> tuple[static_steps.StaticSteps, Tensor] | None:
+    """Recorded steps of a batch, and the first tokens that they gave. None where memory ran out: then nothing
+    more is recorded, and the rows, whose cache is as it was, go on without."""
+
+    def begin() -> tuple[static_steps.StaticSteps, Tensor]:
+        rings = rows.rings(rows.mask.shape[1] + batch.left())
+        steps = static_steps.StaticSteps.begun(recordings, rings, rows.mask, rows.ids, rows.positions)
+        return steps, steps.next(min(static_steps.AT_ONCE, batch.left()))
+
+    begun = if_it_fits(begin)
+    if begun is None:
+        recordings.stop()
+        clear_device_cache(garbage_collection=True)
+    return begun
+
+
+def _finish(rows: _Rows, batch: _Batch, share: Share | None, recordings: static_steps.Recordings) -> bool:
+    """The remaining steps of a batch, recorded; whether there was memory for the first. Where a quarter of
+    the rows are done, prompts of later batches take their places, unless more than half of the rows are gone:
+    a step of a small batch takes about as long as one of a large batch. Else finished rows are removed when
+    they are half of the batch, since the smaller one must be recorded again."""
+    begun = _begun(rows, batch, recordings)
+    if begun is None:
+        return False
+    steps, tokens = begun
+    del begun  # steps of fewer rows take the place of these, whose memory is then free
+    rows.layers()
+    length = rows.mask.shape[1] + batch.left()
     most = length - (batch.new - 1)  # tokens of a prompt that fits in: an answer's last token is not read
-    steps = static_steps.StaticSteps.begun(
-        rows.model, layers, rows.mask[:, :used], rows.ids, rows.positions, length
-    )
-    del layers  # the steps have copied them
     going, refills = batch.going(), share is not None
     while going:
-        tokens = steps.next(min(static_steps.AT_ONCE, batch.left()))
         for column in zip(*tokens.tolist(), strict=True):
             going = batch.add(list(column))
         full = 2 * len(batch.rows) >= batch.count
         if share and refills and full and 4 * len(going) <= 3 * len(batch.rows):
             refills = _refill(rows.model, steps, batch, share, most)
             going = batch.going()
-        if going and 2 * len(going) <= len(batch.rows):  # half is done
+        if not going:
+            break
+        if 2 * len(going) <= len(batch.rows):  # half is done
             steps = steps.select(torch.tensor(going, device=rows.model.device))
             batch.keep(going)
         elif len(going) < len(batch.rows):
             steps.park(torch.tensor(batch.places_of_done(), device=rows.model.device))
+        tokens = steps.next(min(static_steps.AT_ONCE, batch.left()))
     if share:
         batch.hand_over(share)
+    return True
 
 
 def _refill(
@@ -326,11 +363,12 @@ def generated(
 ) -> dict[int, list[int]]:
     """The answers to all rows of a share, as token ids, by the rows' positions. `conditions` makes what a
     batch of prompts needs in addition to the model."""
+    recordings = static_steps.Recordings(model, joins(model))
 
     def answer(chosen: list[int]) -> list[list[int]]:
         batch = [share.rows[i] for i in chosen]
         condition = conditions(batch) if conditions else None
-        return generate_ids(model, batch, share.new, ends, condition, stop, share)
+        return generate_ids(model, batch, share.new, ends, condition, stop, share, recordings)
 
     found = {}
     for chosen, ids in share.answered(held, answer):

@@ -3,6 +3,7 @@ graph): a step of a small batch is hundreds of kernels, and launching them takes
 runs them.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from codyra_llm.models import families
 from codyra_llm.runtime import graphs
+
+log = logging.getLogger(__name__)
 
 LEAST = 12  # steps left for recording to pay: it costs about as much as four steps that are not recorded
 # The cache's length is a multiple of this: cuBLAS has no fast kernel for rows of scores that do not begin at
@@ -25,14 +28,49 @@ AT_ONCE = 8  # steps whose tokens the host reads together: it waits for the GPU 
 
 
 def pays(model: PreTrainedModel, left: int) -> bool:
-    """Whether to go on with recorded steps: on a GPU, for families that attend to everything before a token,
-    with PyTorch's own attention, and where enough steps are `left`. Not with a RoPE of the kind "dynamic":
-    its code reads at every step, on the host, how long the longest row is."""
+    """Whether to go on with recorded steps: on a GPU, with PyTorch's own attention, where the family allows
+    it and enough steps are `left`."""
     config = model.config
     if model.device.type != "cuda" or left < LEAST or config._attn_implementation != "sdpa":
         return False
+    return possible(config)
+
+
+def possible(config: PreTrainedConfig) -> bool:
+    """Whether steps can be recorded: in families that attend to everything before a token. Not with a RoPE of
+    the kind "dynamic": its code reads at every step, on the host, how long the longest row is."""
     attends_to_all = families.of(config).recorded_steps and not families.windows(config)
     return attends_to_all and "dynamic" not in families.rope_type(config)
+
+
+def joined_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of what `join` gives for all attention modules."""
+    shapes = families.attention_shapes(config)
+    outputs = sum((shape.heads + 2 * shape.kv_heads) * shape.head_dim for shape in shapes)
+    return outputs * config.hidden_size * dtype.itemsize
+
+
+class Recordings:
+    """What the recorded steps of all batches of a call have in common. `on`: whether there are any, until
+    memory runs out in them; `joins`: whether they read joined weights, which are copies."""
+
+    def __init__(self, model: PreTrainedModel, joins: bool):
+        self.model, self.joins, self.on = model, joins, True
+        self._joined: list[Linear | None] | None = None
+
+    @property
+    def joined(self) -> list[Linear | None]:
+        """What `join` gives for every attention module, once for all batches; None for each where nothing is
+        joined."""
+        if self._joined is None:
+            modules = families.attentions(self.model)
+            self._joined = [join(module) if self.joins else None for module in modules]
+        return self._joined
+
+    def stop(self) -> None:
+        """Record nothing more, and let go of the joined weights."""
+        self.on, self._joined = False, None
+        log.info("recorded decoding steps do not fit into memory; going on with steps that are not recorded")
 
 
 class StaticSteps:
@@ -42,7 +80,7 @@ class StaticSteps:
     next step the one after it, and after the last column comes the first. So a row has L columns for its
     prompt and answer, and another prompt may take the place of one that is done. `seen` [B, L] says which
     columns a row may attend to; token [B, 1] is the last one generated, which no layer has read yet, and
-    position [B, 1] its position. `joined`: what `join` gave for every attention module, if that is known.
+    position [B, 1] its position. `joined`: what `join` gave for every attention module, or None for it.
     """
 
     def __init__(
@@ -53,11 +91,10 @@ class StaticSteps:
         token: Tensor,
         position: Tensor,
         slot: Tensor,
-        joined: list[Linear | None] | None = None,
+        joined: list[Linear | None],
     ):
-        self.model, self.layers = model, layers
+        self.model, self.layers, self.joined = model, layers, joined
         self.length = layers[0][0].shape[2]
-        self.joined = joined or [join(module) for module in families.attentions(model)]
         # What is added to the scores, [B, H_kv, 1, L]: as many copies as the products of a layer read.
         self.mask = _added(seen, layers[0][0].dtype)[:, None, None].repeat(1, layers[0][0].shape[1], 1, 1)
         self.token, self.position, self.slot = token.clone(), position.clone(), slot.clone()
@@ -66,21 +103,19 @@ class StaticSteps:
     @classmethod
     def begun(
         cls,
-        model: PreTrainedModel,
-        layers: Sequence[tuple[Tensor, Tensor]],
+        recordings: Recordings,
+        rings: list[tuple[Tensor, Tensor]],
         mask: Tensor,
         token: Tensor,
         position: Tensor,
-        length: int,
     ) -> "StaticSteps":
-        """Steps of a batch whose prompts are in `layers` [B, H_kv, S, d], and mask [B, S] says which columns
-        are tokens; the ring has at least `length` columns."""
-        used, length = layers[0][0].shape[2], -(-length // ALIGNED) * ALIGNED
-        rings = [(longer(keys, length), longer(values, length)) for keys, values in layers]
-        seen = mask.new_zeros(len(mask), length, dtype=torch.bool)
+        """Steps of a batch whose prompts are in the first S columns of `rings` [B, H_kv, L, d], and mask
+        [B, S] says which of those are tokens. Until the ring comes round, these columns stay as they are."""
+        used = mask.shape[1]
+        seen = mask.new_zeros(len(mask), rings[0][0].shape[2], dtype=torch.bool)
         seen[:, :used] = mask.bool()
         slot = torch.full((1,), used, device=mask.device)
-        return cls(model, rings, seen, token, position, slot)
+        return cls(recordings.model, rings, seen, token, position, slot, recordings.joined)
 
     def next(self, count: int) -> Tensor:
         """The next `count` tokens of every row, [B, count]."""
@@ -168,9 +203,10 @@ def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def longer(kept: Tensor, length: int) -> Tensor:
-    """Keys or values [B, H_kv, S, d] with room for more tokens after them: [B, H_kv, length, d]."""
+    """Keys or values [B, H_kv, S, d] with room for more tokens after them: [B, H_kv, L, d], where L is at
+    least `length`."""
     batch, heads, used, size = kept.shape
-    whole = kept.new_zeros(batch, heads, length, size)
+    whole = kept.new_zeros(batch, heads, -(-length // ALIGNED) * ALIGNED, size)
     whole[:, :, :used] = kept
     return whole
 

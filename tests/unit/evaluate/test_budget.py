@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from full_memory import ERRORS
-from transformers import GemmaConfig, LlamaConfig
+from transformers import Gemma2Config, GemmaConfig, LlamaConfig
 
 from codyra_llm.config.sections import DataSection
 from codyra_llm.core.errors import Fault
@@ -44,12 +44,27 @@ def test_bytes_of_a_token(config, cache):
     assert budget.token_bytes(config, torch.bfloat16) == cache + activations
 
 
+JOINED_7B = 32 * 4096 * 3 * 4096 * 2  # bytes of all queries', keys' and values' weights: 3.2 GB
+
+
 def test_half_of_the_free_memory_is_used_and_never_more_than_pays():
     free = 60 << 30
     tokens = budget.affordable(LLAMA_2_7B, torch.bfloat16, free)
     assert tokens < 131072 and tokens * 524288 < free / 2
+    each = budget.token_bytes(LLAMA_2_7B, torch.bfloat16)
+    assert tokens == (free - JOINED_7B) // 2 // each, "recorded steps hold weights once more"
     assert budget.affordable(LLAMA_3_8B, torch.bfloat16, 200 << 30) == 131072
     assert budget.affordable(LLAMA_3_8B, torch.bfloat16, -5) == 1
+
+
+@pytest.mark.parametrize("free, joined", [(60 << 30, True), (8 * JOINED_7B, True), (2 << 30, False)])
+def test_weights_are_joined_where_they_take_an_eighth_of_the_free_memory_at_most(free, joined, monkeypatch):
+    monkeypatch.setattr(budget, "free_bytes", lambda device: free)
+    model = SimpleNamespace(config=LLAMA_2_7B, dtype=torch.bfloat16, device=torch.device("cuda"))
+    assert budget.joins(model) is joined
+    assert budget.joined_within(LLAMA_2_7B, torch.bfloat16, free) == (JOINED_7B if joined else 0)
+    windows = Gemma2Config()  # nothing is recorded
+    assert budget.joined_within(windows, torch.bfloat16, free) == 0
 
 
 def test_all_ranks_cut_by_the_least_memory(monkeypatch):

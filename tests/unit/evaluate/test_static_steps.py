@@ -1,6 +1,7 @@
 """Decoding with tensors that keep their places: the same tokens as the growing cache gives. On a CPU nothing
 is recorded."""
 
+import weakref
 from copy import deepcopy
 
 import pytest
@@ -203,6 +204,105 @@ def test_memory_that_runs_out_for_newcomers_leaves_the_batch_as_it_is(error, mod
         held, before = Budget(10**9, 16), len(calls)
         assert answered(model, given, rows, ends_early, held) == expected
         assert held.tokens == 10**9 and len(calls) > before
+
+
+def failing_at(number, plain, error, calls):
+    """`plain`, which runs out of memory when it is called for the time of this `number`, and later."""
+
+    def failing(*given):
+        calls.append(1)
+        if len(calls) > number:
+            raise error()
+        return plain(*given)
+
+    return failing
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize(
+    "owner, name, number",
+    [
+        (static_steps, "join", 1),
+        (static_steps, "longer", 3),  # the second layer's values
+        (static_steps.StaticSteps, "_step", 0),
+        (static_steps.StaticSteps, "_step", 5),
+    ],
+)
+def test_recorded_steps_that_do_not_fit_are_done_without(error, owner, name, number, monkeypatch, caplog):
+    """In batches of one row too, which can't be halved; the first steps are done again."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval()
+    given, calls = prompts([9, 8, 7, 7]), []
+    expected = answered(model, given, 1, ends_early)
+    monkeypatch.setattr(static_steps, "pays", always)
+    monkeypatch.setattr(owner, name, failing_at(number, getattr(owner, name), error, calls))
+    share, held = Share("prompts", given, [[0, 1], [2], [3]], NEW, 4), Budget(10**9, 16)
+    with caplog.at_level("INFO", "codyra_llm"):
+        assert generate.generated(model, share, held, -1, None, ends_early) == expected
+    assert len(calls) == number + 1, "tried once"
+    assert [line for line in caplog.messages if "recorded decoding steps" in line] == caplog.messages[:1]
+    assert held.tokens == 10**9
+
+
+def test_a_cache_with_room_for_more_has_no_second_copy_beside_it():
+    """Each layer's keys and values take the place of those before."""
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval()
+    rows = generate._Rows(model, prompts([9, 7]), NEW, None)
+    before = [(layer.keys.clone(), weakref.ref(layer.keys)) for layer in rows.cache.layers]
+    rings = rows.rings(40)
+    for layer, (keys, _), (own, gone) in zip(rows.cache.layers, rings, before, strict=True):
+        assert gone() is None and keys.shape[2] == 48
+        assert layer.keys.data_ptr() == keys.data_ptr() and torch.equal(layer.keys, own)
+
+
+def test_steps_of_fewer_rows_begin_when_the_memory_of_the_others_is_free(monkeypatch):
+    """And their recording is gone, which takes memory from those made after it on its stream."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval()
+    monkeypatch.setattr(static_steps, "pays", always)
+    select, plain, before = static_steps.StaticSteps.select, static_steps.StaticSteps.next, []
+
+    def selecting(self, rows):
+        before.extend([weakref.ref(self), weakref.ref(self.layers[0][0])])
+        return select(self, rows)
+
+    def stepping(self, count):
+        assert all(gone() is None for gone in before)
+        return plain(self, count)
+
+    monkeypatch.setattr(static_steps.StaticSteps, "select", selecting)
+    monkeypatch.setattr(static_steps.StaticSteps, "next", stepping)
+    given = prompts([9, 9, 9, 9])
+    keeps_on = generate_ids(model, given, NEW, -1)[0][:8]
+    assert not before
+    generate_ids(model, given, NEW, -1, None, lambda ids: len(ids) == 8 and ids != keeps_on)
+    assert before
+
+
+def test_weights_are_joined_once_for_all_batches(monkeypatch):
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval()
+    monkeypatch.setattr(static_steps, "pays", always)
+    plain, joined = static_steps.join, []
+
+    def counting(module):
+        joined.append(module)
+        return plain(module)
+
+    monkeypatch.setattr(static_steps, "join", counting)
+    share = Share("prompts", prompts([3, 7, 15]), [[0], [1], [2]], NEW, 3)  # none fits where another was
+    generate.generated(model, share, Budget(10**9, 16), -1)
+    assert len(joined) == len(families.attentions(model))
+
+
+def test_where_memory_is_short_nothing_is_joined(monkeypatch):
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval()
+    share = Share("prompts", prompts([9, 8]), [[0, 1]], NEW, 2)
+    expected = generate.generated(model, share, Budget(10**9, 16), -1)
+    monkeypatch.setattr(static_steps, "pays", always)
+    monkeypatch.setattr(generate, "joins", lambda model: False)
+    monkeypatch.setattr(static_steps, "join", lambda module: 1 / 0)
+    share = Share("prompts", prompts([9, 8]), [[0, 1]], NEW, 2)
+    assert generate.generated(model, share, Budget(10**9, 16), -1) == expected
 
 
 def test_a_row_begins_only_in_a_batch_of_its_own_group():

@@ -6,12 +6,15 @@ from io import StringIO
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import tiny_recipe
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig
 
 from codyra_llm.core import files
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.terminal import Terminal
+from codyra_llm.experiment import plan as plans
 from codyra_llm.experiment.plan import _work, plan, skeleton
 from codyra_llm.experiment.run import run
 from codyra_llm.experiment.setup import prepare
@@ -43,6 +46,26 @@ def test_prompts_before_a_text_count(method, front, tiny_llama, toy_stream, tmp_
     assert (
         f"prompts and Adam's moments 0.00, forward and backward of {largest.tokens} tokens" in text.getvalue()
     )
+
+
+@pytest.mark.parametrize(
+    "free, line",
+    [
+        (66 << 30, "41,295 tokens at once, 656 kB each"),  # weights joined once more: 3.2 GB
+        (18 << 30, "4,460 tokens at once, 656 kB each"),  # not joined
+    ],
+)
+def test_the_tokens_at_once_leave_room_for_what_recorded_steps_hold(free, line, monkeypatch):
+    """LLaMA 2 7B, whose weights are 13.5 GB."""
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+    )
+    monkeypatch.setattr(plans, "own_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(plans, "free_bytes", lambda device: free)
+    recipe = SimpleNamespace(eval=SimpleNamespace(batch_tokens=None))
+    setup = SimpleNamespace(recipe=recipe, dtype=torch.bfloat16)
+    told = plans._answering(setup, SimpleNamespace(config=config), 6_738_415_616)
+    assert told == f"answers: {line}, halved if memory runs out"
 
 
 @pytest.mark.parametrize("method", ["seqft", "seqlora"])
