@@ -4,6 +4,7 @@ itself, and over rows that are padded on the right."""
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -47,52 +48,83 @@ def _lacks_shared_heads(query: Tensor) -> bool:
 
 # Attention functions, by name, that are causal when they get no mask.
 WITHOUT_MASK = {"sdpa": causal, prefix_attention.NAME: prefix_attention.prefixed}
+EAGER = "eager"  # transformers' own products, to whose scores a mask is added; causal only with one
+KINDS = {"full_attention", "sliding_attention"}  # of layers whose masks are made here
 
 
 def states(model: nn.Module, **given) -> Tensor:
     """The last hidden states [R, T, h] of rows that are padded on the right, or packed (and then with what
     `arguments` gives)."""
-    with unmasked(model, _width(given)):
-        return families.backbone(model)(**given, use_cache=False).last_hidden_state
+    with own_masks(model, given) as masks:
+        return families.backbone(model)(**given, **masks, use_cache=False).last_hidden_state
 
 
 def all_states(model: nn.Module, ids: Tensor) -> tuple[Tensor, ...]:
     """The hidden states [R, T, h] of the embeddings and of every layer, of rows padded on the right."""
-    with unmasked(model, ids.shape[1]):
-        made = families.backbone(model)(input_ids=ids, use_cache=False, output_hidden_states=True)
+    given = {"input_ids": ids}
+    with own_masks(model, given) as masks:
+        made = families.backbone(model)(**given, **masks, use_cache=False, output_hidden_states=True)
     return made.hidden_states
 
 
-def _width(given: dict) -> int:
-    return (given["input_ids"] if "input_ids" in given else given["inputs_embeds"]).shape[1]
-
-
 @contextmanager
-def unmasked(model: nn.Module, width: int) -> Iterator[None]:
-    """Within this block the model's layers get no mask, since rows of this `width` that are padded on the
-    right need none: a token attends only to earlier ones. transformers would also make none, but it first
-    checks whether the positions of such rows restart, for which the host waits for the GPU.
+def own_masks(model: nn.Module, given: dict) -> Iterator[dict]:
+    """Within this block transformers makes no masks for the model's layers, of which those that need one get
+    it by the arguments that this yields. Rows that are padded on the right need none that depends on them: a
+    token attends only to earlier ones. transformers first checks whether the positions of such rows restart,
+    for which the host waits for the GPU, once for every kind of layer.
 
-    This has no effect if a layer's sliding window is no longer than the rows, or with an attention function
-    that needs a mask."""
+    This has no effect with other attention functions: packed rows have no masks, and with flash_attention_2
+    transformers asks for the positions of a single row in every layer too."""
     config = families.pretrained(model).config
-    name = getattr(config, "_attn_implementation", None)
-    function = WITHOUT_MASK.get(name or "")
-    if function is None or any(window <= width for window in families.windows(config)):
-        yield
-        return
-    # transformers makes masks only for attention functions whose names it knows.
-    AttentionInterface.register(f"{name}_unmasked", function)
-    config._attn_implementation = f"{name}_unmasked"
-    try:
-        yield
-    finally:
-        config._attn_implementation = name
+    name = getattr(config, "_attn_implementation", None) or ""
+    function = WITHOUT_MASK.get(name)
+    if not KINDS.issuperset(getattr(config, "layer_types", None) or ()):
+        yield {}
+    elif name == EAGER:
+        yield _masks(model, given, added=True)
+    elif function is None:
+        yield {}
+    else:
+        # transformers makes masks only for attention functions whose names it knows.
+        AttentionInterface.register(f"{name}_unmasked", function)
+        config._attn_implementation = f"{name}_unmasked"
+        try:
+            yield _masks(model, given, added=False)
+        finally:
+            config._attn_implementation = name
+
+
+def _masks(model: nn.Module, given: dict, added: bool) -> dict:
+    """The model's argument with the masks [1, 1, T, T] of its layers; `added`: as numbers that are added to
+    scores, else true where a token looks, and only where a layer's window is shorter than the rows."""
+    base = families.pretrained(model)
+    rows = given["input_ids"] if "input_ids" in given else given["inputs_embeds"]
+    embeddings = cast(nn.Embedding, base.get_input_embeddings())
+    dtype = embeddings.weight.dtype if added else torch.bool
+    kinds = getattr(base.config, "layer_types", None)
+    windows = [shape.window for shape in families.attention_shapes(base.config)]
+    made = {window: _mask(rows.shape[1], window, dtype, rows.device) for window in set(windows)}
+    if not kinds:  # all layers are alike
+        return {"attention_mask": made[windows[0]]}
+    return {"attention_mask": {kind: made[window] for kind, window in zip(kinds, windows, strict=True)}}
+
+
+def _mask(width: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """The mask of rows of this width in a layer with this window; None where one of bool would only say that
+    all earlier tokens are seen."""
+    reach = window or width + 1
+    if dtype == torch.bool and reach > width:
+        return None
+    seen = torch.ones(1, 1, width, width, dtype=torch.bool, device=device).tril().triu(1 - reach)
+    if dtype == torch.bool:
+        return seen
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 class As:
     """Within this context a model of this config attends as it did when the object was made. Checkpointed
-    layers need it: they are recomputed in backward, when `unmasked` has ended. It may be entered more than
+    layers need it: they are recomputed in backward, when `own_masks` has ended. It may be entered more than
     once, since backward may run again."""
 
     def __init__(self, config: PreTrainedConfig):

@@ -2,18 +2,23 @@
 built.
 """
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from losses import Largest
 from packed import LENGTHS, batch, examples, loaded, loss_and_gradients
+from tiny_families import make
+from torch import nn
 from torch.nn import functional
 from transformers import AttentionInterface, masking_utils
 
 from codyra_llm.data.batches import collate
-from codyra_llm.models import families
+from codyra_llm.models import families, loading
 from codyra_llm.models.attention import packed_attention, prefix_attention
+
+SHORT = [(9, 3), (1, 2), (5, 7)]  # rows shorter than the window
 
 
 def assert_same(got, expected, rtol=1e-5, atol=1e-8):
@@ -37,28 +42,66 @@ def test_packed_equals_padded(folder, checkpointing):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("prefixed", [False, True])
-def test_padded_rows_need_no_mask(folder, prefixed, checkpointing, monkeypatch):
+@pytest.mark.parametrize("lengths", [LENGTHS, SHORT])
+def test_padded_rows_are_given_masks_without_asking(folder, prefixed, checkpointing, lengths, monkeypatch):
     """They are the same to the last bit. And transformers does not ask whether their positions restart, for
-    which the host would wait, where no layer needs a mask of its own."""
-    model, padded = loaded(folder), batch(examples(), packed=False)
+    which the host would wait."""
+    model, padded = loaded(folder), batch(examples(lengths), packed=False)
     if prefixed:
         prefix_attention.use(model)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        loading.checkpoint_layers(model)
+    assert_asks_no_more(model, padded, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["mistral", "llama", "qwen3"])
+@pytest.mark.parametrize("lengths", [LENGTHS, SHORT])
+def test_whatever_form_a_model_takes_masks_in(name, lengths, tmp_path, monkeypatch):
+    """One for all layers or one for each kind of layer, to be added or true where a token looks."""
+    folder, padded = make(name, tmp_path), batch(examples(lengths), packed=False)
+    for attention in ("sdpa", "eager"):
+        model = loaded(folder, attn_implementation=attention)
+        with monkeypatch.context() as patch:
+            assert_asks_no_more(model, padded, patch)
+
+
+def assert_asks_no_more(model, padded, patch):
     name = model.config._attn_implementation
-    with monkeypatch.context() as patch:
-        patch.setattr(packed_attention, "WITHOUT_MASK", {})
+    with pytest.MonkeyPatch.context() as without:
+        without.setattr(packed_attention, "own_masks", lambda model, given: nullcontext({}))
         expected = loss_and_gradients(model, padded)
     asked = []
     ask = masking_utils.find_packed_sequence_indices
-    monkeypatch.setattr(
-        masking_utils, "find_packed_sequence_indices", lambda ids: asked.append(ids) or ask(ids)
-    )
+    patch.setattr(masking_utils, "find_packed_sequence_indices", lambda ids: asked.append(ids) or ask(ids))
     found = loss_and_gradients(model, padded)
     assert torch.equal(found[0], expected[0])
     assert all(torch.equal(found[1][key], value) for key, value in expected[1].items())
-    masked = name not in packed_attention.WITHOUT_MASK or families.windows(model.config)
-    assert bool(asked) == bool(masked) and model.config._attn_implementation == name
+    assert not asked and model.config._attn_implementation == name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("lengths", [LENGTHS, SHORT])
+def test_padded_rows_are_those_that_transformers_computes_one_by_one(folder, lengths, dtype):
+    """With its own masks and no pads: in float64 it makes NaN of a pad whose window holds only pads."""
+    model, own = loaded(folder, dtype), examples(lengths)
+    padded = batch(own, packed=False)
+    found = loss_and_gradients(model, padded)
+    model.zero_grad()
+    rows = zip(padded.ids, map(len, own), strict=True)
+    alone = [families.backbone(model)(input_ids=ids[None, :n]).last_hidden_state[0] for ids, n in rows]
+    hidden = nn.utils.rnn.pad_sequence(alone, batch_first=True)
+    loss = padded.cross_entropy_of(model, hidden.flatten(0, 1)[padded.predictors])
+    loss.backward()
+    expected = loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+    rtol = 1e-4 if dtype == torch.float32 else 1e-6  # norms and a capped softmax are float32 in float64 too
+    assert_same(found, expected, rtol, rtol * 1e-2)
+
+
+def test_kinds_of_layers_that_have_other_masks_are_left_to_transformers(tiny_gemma3):
+    model = loaded(tiny_gemma3)
+    model.config.layer_types = ["chunked_attention", "full_attention"]
+    with packed_attention.own_masks(model, {"input_ids": torch.ones(1, 5, dtype=torch.long)}) as given:
+        assert given == {} and model.config._attn_implementation == "sdpa"
 
 
 def test_no_kernel_without_shared_heads_is_given_any(tiny_llama, monkeypatch):
