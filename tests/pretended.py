@@ -286,7 +286,6 @@ def install() -> None:
         "mem_get_info": (1 << 30, 1 << 34),
         "memory_reserved": 0,
         "reset_peak_memory_stats": None,
-        "synchronize": None,
         "max_memory_allocated": 0,
         "memory_allocated": 0,
         "get_device_capability": (9, 0),
@@ -295,3 +294,5 @@ def install() -> None:
     }
     for name, value in stated.items():
         setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+    for name in ("synchronize", "empty_cache"):  # memory is given back when the device is done with it
+        setattr(torch.cuda, name, lambda *_, name=name: wait(name))

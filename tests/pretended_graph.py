@@ -14,6 +14,7 @@ from pretended import OnDevice
 from torch import Tensor
 
 replays = 0  # of all graphs
+recordings = 0
 
 
 class NotRecorded(RuntimeError):
@@ -99,11 +100,15 @@ class Recording:
         self.graph, self.pool, self.stream = graph, pool or Pool(), stream or self.usual
 
     def __enter__(self) -> None:
+        global recordings
+        recordings += 1
         if self.pool.used and not self.pool.graphs:
             raise Lost("this memory was given back")
         self.pool.used, self.graph.stream = True, self.stream
         self.pool.graphs.add(self.graph)
         self.stream.graphs.add(self.graph)
+        torch.cuda.synchronize()  # as PyTorch's own does
+        torch.cuda.empty_cache()
         pretended.recording = self.graph
         self.waits = pretended.waits.total()
 
@@ -122,7 +127,6 @@ NAMES = {  # in torch.cuda
     "Stream": Stream,
     "current_stream": Stream,
     "stream": nullcontext,
-    "empty_cache": lambda: None,
     "mem_get_info": lambda device: (80 << 30, 80 << 30),
 }
 

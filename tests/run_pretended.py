@@ -1,9 +1,10 @@
-"""Two tasks of methods on a device that is not there: `run_pretended.py BASE STREAM OUT METHOD ...`, with the
-library of `pretend/hooks.cpp` preloaded, since `import torch` already looks for devices.
+"""Two tasks of methods on a device that is not there: `run_pretended.py MODELS STREAM OUT METHOD ...`, with
+the library of `pretend/hooks.cpp` preloaded, since `import torch` already looks for devices. MODELS is a
+folder of models, each by its family's name.
 
 Prints a line of JSON for each method: the fault that ended it or null, how many recorded micro-batches were
-replayed, of every step its loss and its gradients' norm, the same without recording, and by step after the
-first of each task its micro-batches and the waits of the host by line.
+replayed, of every step its loss and its gradients' norm, the same without recording, and by step its
+micro-batches, how many shapes were recorded, and the waits of the host by what was asked for and by line.
 """
 
 import gc
@@ -14,6 +15,7 @@ import traceback
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pretended
 import pretended_graph
@@ -35,25 +37,42 @@ from codyra_llm.train.trainer import Trainer
 
 TASKS = ["ONE", "TWO"]
 NEVER = 1 << 30  # micro-batches
-# Settings with code of their own in a step: by what they are called here, the method and the settings.
-VARIANTS = {
-    "codyra_drift by ratio": (
-        "codyra_drift",
-        {"selection": "ratio", "keep_drift": 0.5},
-    ),
+
+
+class Variant(NamedTuple):
+    """Settings or a family of models with code of their own in a step."""
+
+    method: str
+    settings: dict = {}
+    model: str = "llama"
+
+
+VARIANTS = {  # by what they are called here
+    "codyra_drift by ratio": Variant("codyra_drift", {"selection": "ratio", "keep_drift": 0.5}),
+    # Scores are capped, and half of the layers have a window.
+    "seqlora, gemma2": Variant("seqlora", model="gemma2"),
+    "codyra_drift, gemma2": Variant("codyra_drift", model="gemma2"),
+    "lwf, gemma2": Variant("lwf", model="gemma2"),
+    # Packed rows with a window, and padded ones.
+    "seqlora, gemma3": Variant("seqlora", model="gemma3"),
+    "l2p, gemma3": Variant("l2p", model="gemma3"),
 }
+# What does something once a task gets a third step: the first is another one anyway, and the second is its.
+THREE_STEPS = {"batch_size": 7, "micro_batch_tokens": 40}
+TWO_STEPS = {"batch_size": 10, "micro_batch_tokens": 65}
+ONCE_A_TASK = ("codyra", "codyra_drift by ratio")
 TRAIN = Trainer.fit
 ACCUMULATE = Engine.accumulate
 
 
 class Counted:
-    """Waits of the host by step of one method, the first of each task left out, after which all
-    adapters are read once, to see that they moved."""
+    """Waits of the host by step of one method. In the first of each task all adapters are read, to see that
+    they moved."""
 
     def __init__(self, patch: pytest.MonkeyPatch):
         self.steps: list[dict] = []
         self.trained: list[tuple[float, float]] = []  # of every step: its loss and its gradients' norm
-        self.micro_batches = 0
+        self.micro_batches = self.recordings = 0
         patch.setattr(Trainer, "fit", lambda *args, **kwargs: self._fit(*args, **kwargs))
         patch.setattr(Engine, "accumulate", lambda *args, **kwargs: self._accumulate(*args, **kwargs))
 
@@ -62,12 +81,22 @@ class Counted:
         for row in TRAIN(*args, **kwargs):
             yield row
             self.trained.append((row.loss, row.grad_norm))
+            self._count(row)
             if row.step == 1:
                 read_back(args[0])
-            else:
-                where = {"task": row.task, "step": row.step}
-                self.steps.append({**where, "micro_batches": self.micro_batches, "waits": by_line()})
             self._restart()
+
+    def _count(self, row: LogRow) -> None:
+        """Add what was found in a step."""
+        self.steps.append(
+            {
+                "task": row.task,
+                "step": row.step,
+                "micro_batches": self.micro_batches,
+                "recordings": pretended_graph.recordings - self.recordings,
+                "waits": by_line(),
+            }
+        )
 
     def _accumulate(self, engine, *args, **kwargs):
         self.micro_batches += 1
@@ -75,7 +104,7 @@ class Counted:
 
     def _restart(self) -> None:
         pretended.waits.clear()
-        self.micro_batches = 0
+        self.micro_batches, self.recordings = 0, pretended_graph.recordings
 
 
 def read_back(trainer: Trainer) -> None:
@@ -84,8 +113,9 @@ def read_back(trainer: Trainer) -> None:
     trainer.engine.load_state(iter(kept.items()))
 
 
-def by_line() -> dict[str, int]:
-    return {f"{line} ({kind})": number for (kind, line), number in pretended.waits.items()}
+def by_line() -> list[tuple[str, str, int]]:
+    """What was asked for, the line, and how often."""
+    return [(kind, line, number) for (kind, line), number in pretended.waits.items()]
 
 
 def learn_both(experiment: Experiment) -> None:
@@ -103,31 +133,32 @@ def learn_both(experiment: Experiment) -> None:
         runs.evaluate(experiment, stage)
 
 
-def section(base: str, stream: str, out: Path, called: str) -> dict:
-    name, settings = VARIANTS.get(called, (called, {}))
-    made = raw(base, stream, out, name)
+def section(models: str, stream: str, out: Path, called: str) -> dict:
+    name, settings, model = VARIANTS.get(called, Variant(called))
+    made = raw(Path(models) / model, stream, out, name)
     made["method"] |= settings
     made["model"]["dtype"] = "bfloat16"
     made["data"] |= {"tasks": TASKS, "epochs": 1}
-    made["optim"] |= {"batch_size": 10, "micro_batch_tokens": 65}  # two micro-batches
+    # Of two micro-batches each.
+    made["optim"] |= THREE_STEPS if called in ONCE_A_TASK else TWO_STEPS
     if "inputs_at_once" in made["method"]:
         made["method"]["inputs_at_once"] = 5  # of eight: two passes over the prompts
     return made
 
 
-def trained(base: str, stream: str, out: Path, name: str) -> dict:
+def trained(models: str, stream: str, out: Path, name: str) -> dict:
     """One method's row. Where micro-batches were replayed, it trains once more without."""
-    row = once(base, stream, out, name)
+    row = once(models, stream, out, name)
     if row["replays"] and not row["fault"]:
         recorded.SEEN = NEVER
         try:
-            row["unrecorded"] = once(base, stream, out.with_name(f"{name} unrecorded"), name)["trained"]
+            row["unrecorded"] = once(models, stream, out.with_name(f"{name} unrecorded"), name)["trained"]
         finally:
             recorded.SEEN = 0
     return row
 
 
-def once(base: str, stream: str, out: Path, name: str) -> dict:
+def once(models: str, stream: str, out: Path, name: str) -> dict:
     """A run of one method: what was found in it."""
     fault, replayed = None, pretended_graph.replays
     with pytest.MonkeyPatch.context() as patch, collecting_no_cycles():
@@ -138,7 +169,7 @@ def once(base: str, stream: str, out: Path, name: str) -> dict:
         watched(patch)  # nothing of a model is alive after `learn`
         try:
             with pretended.Pretending():
-                runs.run(parse_recipe(section(base, stream, out, name)))
+                runs.run(parse_recipe(section(models, stream, out, name)))
         except Exception:  # told, with the others
             fault = traceback.format_exc()
     replayed = pretended_graph.replays - replayed
@@ -169,6 +200,8 @@ def check_the_device() -> None:
         lambda: there[there > 1],
         lambda: bool((there > 1).all()),
         lambda: here.to(pretended.DEVICE, non_blocking=True),
+        lambda: torch.cuda.synchronize(pretended.DEVICE),
+        torch.cuda.empty_cache,
     ]
     for number, asked in enumerate(waiting, 1):
         asked()
@@ -187,7 +220,8 @@ def check_the_drawing(base: str) -> None:
 
 
 def main() -> None:
-    _, base, stream, out, *names = sys.argv
+    _, models, stream, out, *names = sys.argv
+    base = str(Path(models) / "llama")
     pretended.install()
     pretended_graph.install()
     recorded.SEEN = 0  # every micro-batch that can be
@@ -201,7 +235,7 @@ def main() -> None:
     # that ask for it at once can find none.
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(2, fork, torch.set_num_threads, (1,)) as pool:
-        asked = [pool.submit(trained, base, stream, Path(out) / name, name) for name in names]
+        asked = [pool.submit(trained, models, stream, Path(out) / name, name) for name in names]
         for done in asked:
             print(json.dumps(done.result()), flush=True)
 
