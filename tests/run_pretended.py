@@ -23,6 +23,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from contract import collecting_no_cycles, raw, watched
+from recorded_training import assert_the_same
 from transformers import AutoModelForCausalLM
 
 from codyra_llm.config.recipe import parse_recipe
@@ -219,6 +220,14 @@ def check_the_drawing(base: str) -> None:
     assert waits[0] == waits[1], waits
 
 
+def check_recordings(base: str) -> None:
+    """What a GPU is tested with holds here too."""
+    with pytest.MonkeyPatch.context() as patch, pretended.Pretending():
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(Accelerator, "device", pretended.DEVICE)
+        assert_the_same(Path(base), steps=2)
+
+
 def main() -> None:
     _, models, stream, out, *names = sys.argv
     base = str(Path(models) / "llama")
@@ -236,8 +245,10 @@ def main() -> None:
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(2, fork, torch.set_num_threads, (1,)) as pool:
         asked = [pool.submit(trained, models, stream, Path(out) / name, name) for name in names]
+        checked = pool.submit(check_recordings, base)
         for done in asked:
             print(json.dumps(done.result()), flush=True)
+        checked.result()
 
 
 if __name__ == "__main__":

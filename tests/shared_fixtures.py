@@ -34,7 +34,9 @@ from codyra_llm.sweep import runner
 from codyra_llm.train import estimate
 
 # Helpers that assert say what differed, as test files do.
-pytest.register_assert_rewrite("commands", "fused", "helpers", "launches", "made_runs", "own_benchmark")
+pytest.register_assert_rewrite(
+    "commands", "fused", "helpers", "launches", "made_runs", "own_benchmark", "recorded_training"
+)
 settings.register_profile("any machine", deadline=None)  # a busy one is not a fault
 settings.load_profile("any machine")
 estimate.SECONDS = 0.0  # three products: no test asks how exact a plan's hours are

@@ -160,6 +160,7 @@ class Recorder:
         self.more = True  # whether new shapes may be recorded
         self.seen: Counter[tuple] = Counter()
         self.recordings: dict[tuple, _Recording] = {}  # by the shape and what else is fixed
+        self.made = 0  # how many there have been, those that were freed included
         self.flat = torch.empty(0)  # all sums
         self.sums: list[tuple[Tensor, list[Tensor]]] = []  # its parts by group: Q and all P_k
 
@@ -184,6 +185,7 @@ class Recorder:
         given = padded(batch, shape).to(self.device)
         if kind not in self.recordings:
             self.recordings[kind] = self._recorded(given)
+            self.made += 1
         recording = self.recordings[kind]
         self._set(recording.batch, given)
         recording.replay()

@@ -66,6 +66,7 @@ def record_waits_and_kernels(context: Context, made: Trainer, task: TaskData, ki
 def fit_figures(made: Trainer, task: TaskData) -> dict:
     """Run `Trainer.fit`; the figures are of its second half, when all is warm and what can be recorded is."""
     rows = list(made.fit(task, 1))
+    recorder = made.engine.recorder
     warm = rows[len(rows) // 2 :]
     seconds = [row.seconds for row in warm]
     return {
@@ -73,7 +74,7 @@ def fit_figures(made: Trainer, task: TaskData) -> dict:
         "steps": len(rows),
         "tokens/s": round(sum(row.tokens for row in warm) / sum(seconds)),
         "median step, s": median(seconds),
-        "recorded shapes": len(made.engine.recorder.recordings) if made.engine.recorder else 0,
+        "recorded shapes": recorder.made if recorder else 0,
         "first and last loss": [rows[0].loss, rows[-1].loss],
     }
 

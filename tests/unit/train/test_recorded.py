@@ -112,6 +112,7 @@ def test_steps_of_recorded_and_other_micro_batches_have_the_same_gradients(model
                 if p.requires_grad:
                     p.mul_(1.01)  # an optimizer writes in place
     assert len(recorder.recordings) == 3 and len(replayed) > 20
+    assert recorder.free() and recorder.made == 3 and not recorder.recordings
 
 
 def test_a_shape_runs_as_usual_until_it_was_seen_often_enough(model):
