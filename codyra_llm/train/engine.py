@@ -80,7 +80,7 @@ class Engine:
         with heartbeat.waiting():
             for name, p in self._named():
                 if ".lora_" in name:
-                    p.copy_(broadcast(p.detach().clone()))
+                    p.copy_(cast(Tensor, broadcast(p.detach().clone())))
 
     def accumulate(self, batch, first: bool, last: bool) -> dict[str, Tensor]:
         """Run forward and backward on one micro-batch. `first` adds the penalty terms, once per step; `last`
