@@ -195,10 +195,10 @@ def begin_own_benchmark(words, here):
 @pytest.mark.parametrize("command", lines("sh"), ids=named)
 def test_command_of_a_block(command, here):
     words = command[1]
+    begin_own_benchmark(words, here)  # a recipe that it makes is read when the command is checked
     check(words)
     if not (reduced := small(words)):
         return
-    begin_own_benchmark(words, here)
     with plugin():
         run(reduced[1:])
 

@@ -1,4 +1,4 @@
-"""codyra_drift as a method: what its state is, restarts within a task and launches where it selects, and
+"""codyra_drift as a method: what its state is, restarts within a task where it selects, and
 what it keeps on a stream."""
 
 import json

@@ -153,10 +153,11 @@ def test_tries_are_scored_on_eval_unless_they_say_otherwise(sweep_file, tune, sp
     assert {run.recipe.eval.split for run in asked.runs()} == {"test"}
     for run in asked.tries:
         run.folder.open(run.recipe.resolved(), {"base": "x"})
-        found = {**summarise(["ONE", "TWO"], [[50.0, None], [40.0, 60.0]], None), "costs": None}
-        write_json(run.folder.path / "summary.json", found)
+        found = summarise(["ONE", "TWO"], [[50.0, None], [40.0, 60.0]], None)
+        write_json(run.folder.path / "summary.json", {**found, "costs": None, "general": {}})
     text = comparison.render(comparison.compare(asked), "x")
     assert f"Settings of each arm were chosen by op on the {split} splits, among:" in text
+    assert "| 50.0 | 55.0 | 10.0 |  |" in text  # OP, just learnt, forgetting, and ΔR without general ability
 
 
 def test_a_setting_of_one_point_of_the_grid_alone_is_checked_before_the_first(sweep_file, launches):
