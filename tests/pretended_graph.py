@@ -107,8 +107,8 @@ class Recording:
         self.pool.used, self.graph.stream = True, self.stream
         self.pool.graphs.add(self.graph)
         self.stream.graphs.add(self.graph)
-        torch.cuda.synchronize()  # as PyTorch's own does
-        torch.cuda.empty_cache()
+        for asked in ("synchronize", "empty_cache"):  # by PyTorch's own
+            pretended.wait(asked)
         pretended.recording = self.graph
         self.waits = pretended.waits.total()
 
