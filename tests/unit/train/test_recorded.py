@@ -133,11 +133,9 @@ def test_where_memory_is_short_nothing_more_is_recorded(model, monkeypatch):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """CUDA graphs that are not there, nor a device to wait for."""
+    """CUDA graphs that are not there."""
     for name, own in pretended_graph.NAMES.items():
         monkeypatch.setattr(torch.cuda, name, own)
-    for name in ("synchronize", "empty_cache"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
 
 
 def test_memory_that_was_given_back_is_not_asked_for_again(graphs):
