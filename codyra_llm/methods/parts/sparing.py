@@ -13,7 +13,8 @@ def spared(
     adapters: list[Adapter], new: SecondMoment, old: SecondMoment, weight: float, ridge: float
 ) -> list[Adapter]:
     """The adapters of one input with A* = A Σ_new (Σ_new + μ Σ_old + εI)⁻¹ in place of A, μ = `weight` and
-    ε = `ridge` · tr(Σ_new)/in; B and w as they are, so the rank too.
+    ε = `ridge` · tr(Σ_new)/in, or more where rounding of Σ_old asks for it; B and w as they are, so the rank
+    too.
 
     ΔW* = B A* minimises E_new|(ΔW - X) x|² + μ E_old|X x|² + ε‖X‖_F² over all X: its gradient is zero where X
     (Σ_new + μ Σ_old + εI) = ΔW Σ_new. (RegMean, 2212.09849, weights two models in this way; here one of the
@@ -22,9 +23,11 @@ def spared(
     new, old = new.in_float64(), old.in_float64()
     rows = torch.cat([adapter.a for adapter in adapters]).double()
     energy = new.mean
-    epsilon = max(ridge * energy, weight * rounding(old))
-    found = solved(new.times(rows), new, old, weight, epsilon).float() if energy else 0 * rows.float()
-    parts = found.split([len(adapter.a) for adapter in adapters])
+    found = torch.zeros_like(rows)
+    if energy > 0:
+        epsilon = max(ridge * energy, weight * rounding(old))
+        found = solved(new.times(rows), new, old, weight, epsilon)
+    parts = found.float().split([len(adapter.a) for adapter in adapters])
     return [adapter._replace(a=part.contiguous()) for adapter, part in zip(adapters, parts, strict=True)]
 
 
