@@ -102,6 +102,13 @@ def test_zero_2_equals_one_process(finished, tiny_llama, toy_stream, tmp_path, f
 
 
 @pytest.mark.distributed
+def test_codyra_drift_under_zero_1(finished, tiny_llama, toy_stream, tmp_path, forked):
+    """Its penalty has gradients of its own, in addition to those of the loss."""
+    run_in_two(forked, files({"codyra_drift": 2}, tiny_llama, toy_stream, tmp_path / "two"), zero("zero1"))
+    assert_same("codyra_drift", finished("codyra_drift")[0], RunFolder(tmp_path / "two" / "codyra_drift"), 2)
+
+
+@pytest.mark.distributed
 def test_every_kind_of_dream_in_two_processes(tiny_llama, toy_stream, tmp_path, forked):
     """Both dream the same inputs, and learn each prompt once."""
     recipe_files = []
