@@ -2,8 +2,7 @@
 
 Makes a virtual environment in FOLDER (default: one that is removed afterwards), installs every requirement of
 the package and of the extras that tests use at its floor, says what else pip chose, and runs a part of the
-tests and a short quickstart with it. Exits with 1 where something fails: then a floor is to be raised. To be
-run when a requirement changes; it takes longer than a change should wait for, so `.ci/run` does not call it.
+tests and a short quickstart with it. Exits with 1 where something fails: then a floor is to be raised.
 """
 
 import os
@@ -61,7 +60,7 @@ def main(folder: Path) -> None:
     run(*pip, "install", "--quiet", *floors(), DS_BUILD_OPS="0")
     run(*pip, "install", "--quiet", "--no-deps", "--editable", ".")
     run(*pip, "list")
-    run(python, "-m", "pytest", "-p", "no:cacheprovider", *TESTS, HF_HUB_OFFLINE="1")
+    run(python, "-m", "pytest", "-p", "no:cacheprovider", "--numprocesses", "2", *TESTS, HF_HUB_OFFLINE="1")
     with TemporaryDirectory() as out:
         run(python, "-m", "codyra_llm", "run", *QUICKSTART, f"output={out}/run", HF_HUB_OFFLINE="1")
 

@@ -2,6 +2,8 @@
 bytes saved.
 """
 
+from copy import deepcopy
+
 import torch
 from torch import nn
 from transformers import (
@@ -34,18 +36,28 @@ SIZES = {
 }
 
 
-CONFIGS = {
-    "llama": LlamaConfig(**SIZES),
-    "llama with biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
-    "gemma": GemmaConfig(**SIZES),
-    "gemma2": Gemma2Config(**SIZES, sliding_window=4),
-    "gemma3": Gemma3TextConfig(
-        **SIZES, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
-    ),
-    "mistral": MistralConfig(**SIZES),
-    "qwen2": Qwen2Config(**SIZES),
-    "qwen3": Qwen3Config(**SIZES),
-}
+class Copies(dict):
+    """Configurations, of which every reader gets a copy: `from_config` writes the dtype that it is asked for
+    into the one that it is given."""
+
+    def __getitem__(self, name: str):
+        return deepcopy(super().__getitem__(name))
+
+
+CONFIGS = Copies(
+    {
+        "llama": LlamaConfig(**SIZES),
+        "llama with biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+        "gemma": GemmaConfig(**SIZES),
+        "gemma2": Gemma2Config(**SIZES, sliding_window=4),
+        "gemma3": Gemma3TextConfig(
+            **SIZES, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
+        ),
+        "mistral": MistralConfig(**SIZES),
+        "qwen2": Qwen2Config(**SIZES),
+        "qwen3": Qwen3Config(**SIZES),
+    }
+)
 
 
 IDS = torch.arange(3, 27).view(2, 12)
