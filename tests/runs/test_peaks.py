@@ -41,7 +41,8 @@ def eight_tasks(tmp_path_factory):
     for number, task in enumerate(TASKS):
         (root / task).mkdir()
         rows = [
-            {"prompt": f"Say {'ABC'[(i + number) % 3]}:", "answer": "ABC"[(i + number) % 3]} for i in range(16)
+            {"prompt": f"Say {'ABC'[(i + number) % 3]}:", "answer": "ABC"[(i + number) % 3]}
+            for i in range(16)
         ]
         for split in ("train", "eval", "test"):
             (root / task / f"{split}.json").write_text(json.dumps(rows), encoding="utf-8")
