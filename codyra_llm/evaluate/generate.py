@@ -21,7 +21,7 @@ from codyra_llm.evaluate.budget import Budget, Share, batches, budget, joins
 from codyra_llm.methods.base import Condition
 from codyra_llm.models import families
 from codyra_llm.models.ends import ended
-from codyra_llm.models.inference import empty_cache, last_logits
+from codyra_llm.models.inference import cached, empty_cache, last_logits
 from codyra_llm.runtime import heartbeat, signals
 from codyra_llm.runtime.memory import if_it_fits
 
@@ -98,10 +98,9 @@ def prompt_logits(
     given, mask = _prefill(model, prompts, shared, condition)
     if len(set(map(len, prompts))) > 1:
         given["attention_mask"] = mask
-    if shared:
-        given["past_key_values"] = _cache(model, prompts, shared)
+    given |= cached(_cache(model, prompts, shared)) if shared else {"use_cache": False}
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
-    return last_logits(model, keep, **given, position_ids=positions, use_cache=bool(shared))
+    return last_logits(model, keep, **given, position_ids=positions)
 
 
 def _cache(model: PreTrainedModel, prompts: Sequence[list[int]], shared: int) -> DynamicCache:
@@ -109,7 +108,7 @@ def _cache(model: PreTrainedModel, prompts: Sequence[list[int]], shared: int) ->
     cache = empty_cache(model)
     if shared:
         prefix = torch.tensor([prompts[0][:shared]], device=model.device)
-        last_logits(model, input_ids=prefix, past_key_values=cache, use_cache=True)
+        last_logits(model, input_ids=prefix, **cached(cache))
         cache.batch_repeat_interleave(len(prompts))
     return cache
 
@@ -195,8 +194,7 @@ class _Rows:
             **given,
             attention_mask=self.mask if any(self.pads) else None,
             position_ids=self.positions,
-            past_key_values=self.cache,
-            use_cache=True,
+            **cached(self.cache),
         )
         self.ids = logits[:, -1].argmax(-1, keepdim=True)
         self.positions = self.positions[:, -1:] + 1

@@ -228,6 +228,7 @@ def attend(
     cache: tuple[Tensor, Tensor],
     slot: Tensor,
     mask: Tensor,
+    /,
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     **others,

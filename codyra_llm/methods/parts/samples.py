@@ -125,7 +125,11 @@ def answered(
     """What the model answers to each prompt at temperature 1: up to `length` tokens, the last of them the
     model's EOS or one of `ends` where the model draws it. Each answer has a generator of its own, so it
     depends on no other prompt of the batch (up to rounding, since shorter prompts are padded on the left)."""
-    from codyra_llm.models.inference import empty_cache, last_logits  # slow, and `report` reads this file
+    from codyra_llm.models.inference import (
+        cached,
+        empty_cache,
+        last_logits,
+    )  # slow, and `report` reads this file
 
     training, device = model.training, pretrained(model).device
     closing = end_tokens(model, ends)
@@ -144,8 +148,7 @@ def answered(
             input_ids=fed,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
+            **cached(cache),
         )
         fed = _inverse_cdf(logits[:, -1], uniform[:, place, None])
         for row, token in enumerate(fed[:, 0].tolist()):
@@ -194,14 +197,18 @@ def _continued(model: nn.Module, ids: Tensor, length: int, draw: torch.Generator
     """ids [n, k] followed by `length` tokens that the model draws: [n, k + length], on the model's device.
     All random numbers are drawn before, so that a GPU's queue stays full: no step waits for the one before.
     """
-    from codyra_llm.models.inference import empty_cache, last_logits  # slow, and `report` reads this file
+    from codyra_llm.models.inference import (
+        cached,
+        empty_cache,
+        last_logits,
+    )  # slow, and `report` reads this file
 
     device = pretrained(model).device
     uniform = torch.rand(len(ids), length, generator=draw).to(device)
     cache, fed = empty_cache(pretrained(model)), ids.to(device)
     written = [fed]
     for place in range(length):
-        logits = last_logits(pretrained(model), input_ids=fed, past_key_values=cache, use_cache=True)
+        logits = last_logits(pretrained(model), input_ids=fed, **cached(cache))
         fed = _inverse_cdf(logits[:, -1], uniform[:, place, None])
         written.append(fed)
     return torch.cat(written, 1)

@@ -10,6 +10,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from codyra_llm.models import families
+from codyra_llm.models.inference import cached
 
 NAME = "prefixed"
 
@@ -48,7 +49,7 @@ def select(model: PreTrainedModel, rows: Tensor) -> None:
 def made_by(model: PreTrainedModel, ids: Tensor, layers: list[int]) -> Tensor:
     """The keys (rotated) and values of the tokens `ids` [P] in these layers: [layers, 2, H_kv, P, d]."""
     cache = DynamicCache()  # without the config, so that no sliding window drops any
-    families.backbone(model)(input_ids=ids[None], past_key_values=cache, use_cache=True)
+    families.backbone(model)(input_ids=ids[None], **cached(cache))
     return torch.stack([_keys_and_values(cache, i) for i in layers])
 
 

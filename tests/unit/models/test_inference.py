@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from codyra_llm.models import inference
 from codyra_llm.models.attention import plain_attention
-from codyra_llm.models.inference import attend, last_logits, single, whole
+from codyra_llm.models.inference import CACHE, attend, last_logits, single, whole
 
 
 def made(name: str = "llama", dtype: torch.dtype = torch.bfloat16):
@@ -98,7 +98,7 @@ def test_logits_in_bfloat16_are_as_exact_as_transformers(name):
         cache, found = DynamicCache(config=model.config), []
         for part in (slice(0, 18), slice(18, 19), slice(19, 20)):
             upto = mask[:, : part.stop]
-            given = {"input_ids": ids[:, part], "attention_mask": upto, "past_key_values": cache}
+            given = {"input_ids": ids[:, part], "attention_mask": upto, CACHE: cache}
             positions = (upto.cumsum(1) - 1).clamp(min=0)[:, part]
             found.append(forward(model, **given, position_ids=positions, use_cache=True)[:, -1].double())
         return torch.stack(found)
