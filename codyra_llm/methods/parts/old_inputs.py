@@ -150,16 +150,16 @@ def sampled_moments(
 
 
 def _mean(found: list[tuple[int, Moments]]) -> Moments:
-    """The weighted mean of the moments, from pairs of weight and moments."""
-    if len(found) == 1:
-        return found[0][1]
-    total = sum(weight for weight, _ in found)
-    mean = {}
-    for name in found[0][1]:
-        products = [weight / total * own[name][0] for weight, own in found]
-        traces = [weight / total * own[name][1] for weight, own in found]
-        mean[name] = sum(products), sum(traces)
-    return mean
+    """The weighted mean of the moments, from pairs of weight and moments, which it overwrites: in float64
+    they take much memory."""
+    total, sums = sum(weight for weight, _ in found), found[0][1]
+    for weight, own in found:
+        for name, parts in own.items():
+            for part, into in zip(parts, sums[name], strict=True):
+                part.mul_(weight / total)
+                if part is not into:
+                    into.add_(part)
+    return sums
 
 
 def task_moments(
