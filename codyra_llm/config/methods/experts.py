@@ -33,7 +33,7 @@ class DualLoraConfig(InputsConfig, ExpertConfig, frozen=True):
     )
 
 
-class GainLoraConfig(InputsConfig, ExpertConfig, frozen=True):
+class GainLoraConfig(ExpertConfig, InputsConfig, frozen=True):
     """Settings of `GainLora` in methods/experts/gainlora.py, which explains them."""
 
     name: Literal["gainlora"] = "gainlora"

@@ -96,16 +96,16 @@ class GainLora(Single):
     So f_t gives those prompts what f_{t-1} gave, c_t is orthogonal to it, and a_t is zero there.
 
     Source: GainLoRA (Liang and Li, 2505.15424) and its released code (T5; hidden 100, SiLU, ε 0.995 for gates
-    and inputs, rank 8, alpha 32, learning rate 3e-4, q and v), in its form on InfLoRA: A_t and its memory are
-    that method's (`inflora`), B_t trains. M₁, M₂, M₃ grow by DualGPM with covariances of e, SiLU(U e) and
-    f(e). Ours: e is the mean over the prompt's own tokens, where the release divides by the padded length;
-    rows of U and V are not rescaled to their length before the projected step, which would undo the
-    projection; old adapters are frozen, but the gradient with respect to their input is exact, where the
-    release cuts it; if no direction is left for a key, so that its gate would be dead, this is a Fault. Cost
-    per step: (tasks)× the adapter's products in plain autograd, and 2·hidden·h·tasks per prompt. Per task:
-    inflora's passes over data; three eigenproblems of sizes h, hidden, h. Memory and state: all adapters; per
-    task 2·hidden·h; at most in²/2 float32 per distinct input of an adapted layer. Training takes 1.4 times as
-    long as seqlora's on the quickstart."""
+    and inputs, rank 8 on the long stream and 4 on SuperNI, alpha 32, learning rate 3e-4, q and v), in its
+    form on InfLoRA: A_t and its memory are that method's (`inflora`), B_t trains. M₁, M₂, M₃ grow by DualGPM
+    with covariances of e, SiLU(U e) and f(e). Ours: e is the mean over the prompt's own tokens, where the
+    release divides by the padded length; rows of U and V are not rescaled to their length before the
+    projected step, which would undo the projection; old adapters are frozen, but the gradient with respect to
+    their input is exact, where the release cuts it; if no direction is left for a key, so that its gate would
+    be dead, this is a Fault. Cost per step: (tasks)× the adapter's products in plain autograd, and
+    2·hidden·h·tasks per prompt. Per task: inflora's passes over data; three eigenproblems of sizes h, hidden,
+    h. Memory and state: all adapters; per task 2·hidden·h; at most in²/2 float32 per distinct input of an
+    adapted layer. Training takes 1.4 times as long as seqlora's on the quickstart."""
 
     name, summary, Config = (
         "gainlora",

@@ -8,6 +8,7 @@ from adapters import a_task, attached, drawn
 from hypothesis import given
 from hypothesis import strategies as st
 
+from codyra_llm.config.methods.experts import ExpertConfig
 from codyra_llm.config.registry import METHODS
 from codyra_llm.data.batches import Batch
 from codyra_llm.lora.layer import sites
@@ -44,6 +45,14 @@ def test_the_first_split_of_equal_tasks_is_by_halves():
 
 def test_the_authors_energy_for_language_models_is_the_default():
     assert METHODS["inflora"].Config().energy_first == METHODS["duallora"].Config().energy_first == 0.995
+
+
+def test_methods_with_an_adapter_per_task_have_its_published_size():
+    """Rank 8 and alpha 32 on TRACE, and in GainLoRA's scripts for the long stream: a scale of 4."""
+    found = [kind.Config() for kind in METHODS.values() if issubclass(kind.Config, ExpertConfig)]
+    names = {config.name for config in found}
+    assert names == {"single", "hidelora", "color", "sapt", "duallora", "gainlora"}
+    assert {(config.rank, config.alpha) for config in found} == {(8, 32.0)}
 
 
 def test_hidelora_s_momentum():
