@@ -76,10 +76,11 @@ class Sapt(Single):
     when it was learnt (zero for later adapters), w' that of its stored prompts now.
 
     Source: SAPT (Zhao et al., 2401.08295) and its released code; e is the maximum over the prompt's token
-    embeddings, pads and answer left out. Published on SuperNI: rank 4, alpha 32, learning rate 5e-5, kl_ratio
-    1, q_proj and v_proj; no setting for TRACE is. Ours: the stored prompts are real training prompts, so this
-    method reads old data; the release trains a generator. Old adapters are frozen, but the gradient with
-    respect to their input is exact, where the release cuts it. The term is added once per optimizer step,
+    embeddings, pads and answer left out. Published for LLaMA: rank 4, alpha 32, learning rate 5e-5, kl_ratio
+    1 on SuperNI and 2 on the long stream, q_proj and v_proj; no setting for TRACE is. Ours: the stored
+    prompts are real training prompts, so this method reads old data; the release trains a generator. Old
+    adapters are frozen, but the gradient with respect to their input is exact, where the release cuts it. a_j
+    is that of training prompts, in the release of the eval split. The term is added once per optimizer step,
     with a batch drawn by (seed, task, step). Cost per step: (tasks)× the adapter's products, in plain
     autograd; the attention on `replay_batch` prompts per old task. Memory: all adapters, `replay_examples`·h
     float32 per old task. State: h + tasks float32 per task and 2·hidden·h."""

@@ -32,16 +32,16 @@ class KeepLora(FixedRows):
 
     Source: KeepLoRA (2601.19659) and its released code. Its CLIP code uses W's output side for M, which is
     possible there since the matrices are square; its LLaVA code, followed here, uses the input side, with 0.6
-    of W's energy, rank 64, scale 2, learning rate 2e-5. After a task the paper and the CLIP code add
-    directions of the task's inputs (`old` inputs); the LLaVA code those of its gradient where it ends, 0.99
-    of it (`old` gradients). B starts from zero as in the LLaVA code; the CLIP code starts it from the
-    gradient and subtracts the product from W. Ours: exact eigenvectors for randomised ones; the first token
-    of an example is left out of the inputs; rows of A for which no free direction is left are zero. Cost per
-    step: none. Per task: for every portion of the inputs (`inputs_at_once`) a backward pass over
-    `max_examples` before, and a forward (or backward) one after; an eigenproblem in float64 of size `in`, on
-    the GPU if there is one, per site before and after. All ranks do the same. Memory: G in float32 for the
-    sites of a portion. State: at most in²/2 float32 per site. Training takes 1.4 times as long as seqlora's
-    on the quickstart (`old` gradients: 1.8 times)."""
+    of W's energy (and one direction fewer than reaches it), rank 64, scale 2, learning rate 2e-5 or 2e-4.
+    After a task the paper and the CLIP code add directions of the task's inputs (`old` inputs); the LLaVA
+    code those of its gradient where it ends, 0.99 of it (`old` gradients). B starts from zero as in the LLaVA
+    code; the CLIP code starts it from the gradient and subtracts the product from W. Ours: exact eigenvectors
+    for randomised ones; the first token of an example is left out of the inputs; rows of A for which no free
+    direction is left are zero. Cost per step: none. Per task: for every portion of the inputs
+    (`inputs_at_once`) a backward pass over `max_examples` before, and a forward (or backward) one after; an
+    eigenproblem in float64 of size `in`, on the GPU if there is one, per site before and after. All ranks do
+    the same. Memory: G in float32 for the sites of a portion. State: at most in²/2 float32 per site. Training
+    takes 1.4 times as long as seqlora's on the quickstart (`old` gradients: 1.8 times)."""
 
     name, Config = "keeplora", KeepLoraConfig
     summary = "fresh LoRA per task, A from its gradient outside of W's and old inputs' directions"

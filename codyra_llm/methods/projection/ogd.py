@@ -20,12 +20,12 @@ class Ogd(SeqLora):
     """g̃ = g - Uᵀ(U g), and the same for the step that AdamW takes; rows of U: an orthonormal basis of ∂/∂θ Σ
     (logit of the true token) over drawn examples of each finished task (the variant OGD-GTL).
 
-    Source: Farajtabar et al. (1910.07104). TRACE's code sets 150 directions in all but never uses the number;
-    20 for each of its eight tasks are close to it. Ours: the optimizer's step (momentum, preconditioning,
-    weight decay) is projected as well, since it leaves the complement in which the gradient is; logits summed
-    over the answer, without dropout. Cost per step: eight products of U with a vector, as each projection is
-    done twice against rounding. Memory: 4 bytes · parameters · (tasks · `examples` + 3); each task's state on
-    disk holds the basis so far."""
+    Source: Farajtabar et al. (1910.07104). TRACE's code names a limit of 150 directions for each task, which
+    it never uses; the default here is 20, since each takes as much memory as the adapter. Ours: the
+    optimizer's step (momentum, preconditioning, weight decay) is projected as well, since it leaves the
+    complement in which the gradient is; logits summed over the answer, without dropout. Cost per step: eight
+    products of U with a vector, as each projection is done twice against rounding. Memory: 4 bytes ·
+    parameters · (tasks · `examples` + 3); each task's state on disk holds the basis so far."""
 
     name, summary, Config = (
         "ogd",

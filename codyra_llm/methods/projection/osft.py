@@ -72,15 +72,16 @@ class Osft(AwayFromKept):
 
     Source: OSFT (Nayak et al., 2504.07097), by its abstract and as PEFT implements it (`osf`, a share of half
     preserved): a test compares the two. PEFT projects only the gradients; AdamW's steps can still leave the
-    complement, so here the factors are projected as well, as the paper's trainer reportedly does. Left out:
-    the paper's choice of the share by layer, from the cosine between a layer's input and output, and a share
-    that grows with the tasks. With model.dtype bfloat16 W_hi is rounded once more while a task trains; the
-    archive holds W_hi + U_lo S_lo V_loᵀ summed in float32 and rounded once, as whole weights of the
-    projections. Cost per step: the factors' products, for square W as many as W's own, and the two
-    projections, 4·k·r·(in + out) per site. Per task: an SVD of W per site on the device. Memory: U, S, V of
-    all sites in float32, with gradients and moments for what trains; W_hi once more on the CPU, and in
-    checkpoints inside a task. On disk a copy of the projections per task. Training takes 1.1 times as long as
-    seqlora's on the quickstart.
+    complement, so here the factors are projected as well, as in the authors' later trainer (mini_trainer);
+    the paper's own code projects gradients alone. Left out: embeddings, norms and head, which the paper's
+    code trains without a constraint; the paper's choice of the share by layer, from the cosine between a
+    layer's input and output, and a share that grows with the tasks. With model.dtype bfloat16 W_hi is rounded
+    once more while a task trains; the archive holds W_hi + U_lo S_lo V_loᵀ summed in float32 and rounded
+    once, as whole weights of the projections. Cost per step: the factors' products, for square W as many as
+    W's own, and the two projections, 4·k·r·(in + out) per site. Per task: an SVD of W per site on the device.
+    Memory: U, S, V of all sites in float32, with gradients and moments for what trains; W_hi once more on the
+    CPU, and in checkpoints inside a task. On disk a copy of the projections per task. Training takes 1.1
+    times as long as seqlora's on the quickstart.
     """
 
     name, Config, trains = "osft", OsftConfig, "projections"

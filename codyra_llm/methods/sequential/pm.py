@@ -24,20 +24,21 @@ class PerturbMerge(SeqLora):
     W*_i are the weights at the end of task i's training. Each training step takes its gradient at (1 ± ε) ΔW
     with a drawn sign, which on average minimises L + ε²/2 ΔWᵀ H ΔW.
 
-    Source: P&M (2505.22389), by its abstract and reviews; no code was found. As published, `curvature`
-    fisher: H_i the diagonal empirical Fisher of W, so that
+    Source: P&M (2505.22389), by its abstract, reviews and summaries; its code (github.com/qhmiao) could not
+    be read. As published: one α for all layers, ε = 0.5, and `curvature` fisher: H_i the diagonal empirical
+    Fisher of W, so that
 
         α = (⟨F_t, ΔW²⟩ - ⟨Σ_{i<t} F_i ⊙ (W_{t-1} - W*_i), ΔW⟩) / ⟨Σ_{i≤t} F_i, ΔW²⟩.
 
-    Ours: one α for all layers; 0 and 1 as its bounds; the value of ε, and that only the sign is drawn; the
-    Fisher information of the sites' whole W instead of the factors'; and `curvature` inputs, which needs no
-    gradients: H is the second moment of a site's inputs, relative to the energy of the site's output, and
-    W*_i is taken to be W_{t-1}, so α = q_t/(q_t + μ q_old) with q = Σ_sites c tr(ΔW Σ ΔWᵀ). This is the
-    scalar case of codyra_drift's merge, which chooses a matrix. A task that is learnt so well that its
-    gradients vanish has almost no Fisher information, and so gets an α near 0, which `inputs` avoids. Cost:
-    none per step; per task `max_examples` backward passes (fisher), or a forward pass. State: two numbers per
-    weight of the sites in float32 (fisher), or codyra_drift's. Training takes 1.3 times as long as seqlora's
-    on the quickstart (`inputs`: 1.1 times)."""
+    Ours: that only the sign is drawn, where the paper leaves a third of the steps at ΔW, so that its term is
+    2/3 of this one; the Fisher information of the sites' whole W instead of the factors'; and `curvature`
+    inputs, which needs no gradients: H is the second moment of a site's inputs, relative to the energy of the
+    site's output, and W*_i is taken to be W_{t-1}, so α = q_t/(q_t + μ q_old) with q = Σ_sites c tr(ΔW Σ
+    ΔWᵀ). This is the scalar case of codyra_drift's merge, which chooses a matrix. A task that is learnt so
+    well that its gradients vanish has almost no Fisher information, and so gets an α near 0, which `inputs`
+    avoids. Cost: none per step; per task `max_examples` backward passes (fisher), or a forward pass. State:
+    two numbers per weight of the sites in float32 (fisher), or codyra_drift's. Training takes 1.3 times as
+    long as seqlora's on the quickstart (`inputs`: 1.1 times)."""
 
     name, Config = "pm", PmConfig
     summary = "fresh LoRA per task, merged by the coefficient that costs all tasks least"

@@ -16,11 +16,12 @@ class Slao(SeqLora):
     """Task t starts from A = Qᵀ, Q R = QR(A_{t-1}ᵀ), and B = B_{t-1}, trained as in seqlora; the model after
     it is W₀ + s·B^m_t A_t with B^m_t = B^m_{t-1} + (B_t - B^m_{t-1})/√t, B^m_1 = B_1.
 
-    Source: Qiao and Mahdavi (2512.23017), by its abstract and reviews; no code was found, and the scale 1/√t
-    is from memory. Ours: R's diagonal is positive, so that the starting rows are those of A_{t-1} after
-    Gram-Schmidt, and none of them flips its sign; A and B both train. Since A is not averaged, old columns of
-    B^m are combined with a newer A. Cost: none per step; one QR of rank r per site and task; state: B of the
-    last task. Training takes as long as seqlora's on the quickstart."""
+    Source: Qiao and Mahdavi (2512.23017), by its abstract, reviews and a summary; no code of theirs was
+    found. The scale 1/√t and R's positive diagonal are as a review and another implementation (Backpropagate)
+    quote them: the starting rows are those of A_{t-1} after Gram-Schmidt, and none of them flips its sign.
+    Ours: A and B both train. Since A is not averaged, old columns of B^m are combined with a newer A. Cost:
+    none per step; one QR of rank r per site and task; state: B of the last task. Training takes as long as
+    seqlora's on the quickstart."""
 
     name, summary, Config = (
         "slao",
