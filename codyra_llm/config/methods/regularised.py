@@ -115,7 +115,9 @@ class SdftConfig(StartConfig, frozen=True):
         description="the prompt that the teacher gets; {prompt} and {answer} are replaced by the example's",
     )
     divergence: Literal["reverse", "forward"] = Field(
-        default="reverse", description="reverse: KL(student ‖ teacher); forward: KL(teacher ‖ student)"
+        default="forward",
+        description="forward: KL(teacher ‖ student), with which the paper's results were made; reverse: "
+        "KL(student ‖ teacher), which the paper writes",
     )
     answer_tokens: Count = Field(default=64, ge=1, description="most tokens that the student draws")
     skip: int = Field(

@@ -19,24 +19,25 @@ PARTS = ("A", "w", "B")
 
 
 class Sdft(SeqLora):
-    """Σ_examples share · mean over the tokens of y of KL(p_θ(·|x, y_<) ‖ p_φ(·|c(x, a), y_<)), with y drawn
+    """Σ_examples share · mean over the tokens of y of KL(p_φ(·|c(x, a), y_<) ‖ p_θ(·|x, y_<)), with y drawn
     by the student from p_θ(·|x) at temperature 1, c(x, a) the prompt that shows the gold answer a as a
     demonstration, and φ an exponential average of the student's adapter, restarted with every task. The sum
     over the vocabulary is exact; no gradient flows through the draw or to the teacher.
 
     Source: Shenfeld et al. (2601.19897), who train on the model's own answers since this changes the model
-    least. The wording of the demonstration is theirs, without "including the thinking process"; the reverse
-    divergence is the paper's. Their code (read in copies of it) has the forward one as its default
-    (`divergence`), leaves out the first 3 tokens of every answer (`skip`), so that nothing is left of a
-    letter, uses α = 0.01 (the paper tries 0.01, 0.02 and 0.05), and averages over examples, which here is
-    `optim.loss_average: sample` (by tokens, an example's share is that of its gold answer). Ours: an adapter
-    instead of all weights, and `probe`: the method can't work where the base does not use a demonstration, so
-    before the first task the cross entropy of `probe` gold answers is measured with and without it. A
-    demonstration that doesn't fit into `data.max_prompt_tokens` loses the beginning of its prompt; in a chat,
-    only the last answer is learnt, and it is shown in the user's last turn. Validation losses
-    (optim.validate_every) are the cross entropy of the gold answers, without demonstration. Cost per step: up
-    to `answer_tokens` forwards of one token per micro-batch, and the teacher's forward; one more copy of the
-    adapter."""
+    least. The wording of the demonstration is theirs, without "including the thinking process"; the paper
+    writes the reverse divergence, KL(student ‖ teacher), but its results were made with the forward one, says
+    its author (issue 5 of github.com/idanshen/Self-Distillation), and that is the default there and here
+    (`divergence`). Their code (read in copies of it) leaves out the first 3 tokens of every answer (`skip`),
+    so that nothing is left of a letter, uses α = 0.01 (the paper tries 0.01, 0.02 and 0.05), and averages
+    over examples, which here is `optim.loss_average: sample` (by tokens, an example's share is that of its
+    gold answer). Ours: an adapter instead of all weights, and `probe`: the method can't work where the base
+    does not use a demonstration, so before the first task the cross entropy of `probe` gold answers is
+    measured with and without it. A demonstration that doesn't fit into `data.max_prompt_tokens` loses the
+    beginning of its prompt; in a chat, only the last answer is learnt, and it is shown in the user's last
+    turn. Validation losses (optim.validate_every) are the cross entropy of the gold answers, without
+    demonstration. Cost per step: up to `answer_tokens` forwards of one token per micro-batch, and the
+    teacher's forward; one more copy of the adapter."""
 
     name, Config = "sdft", SdftConfig
     summary = "seqlora that learns, on its own answers, from itself with the right answer in the prompt"

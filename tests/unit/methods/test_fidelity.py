@@ -55,6 +55,11 @@ def test_methods_with_an_adapter_per_task_have_its_published_size():
     assert {(config.rank, config.alpha) for config in found} == {(8, 32.0)}
 
 
+def test_sdft_s_divergence_is_that_of_its_authors_results():
+    """KL(teacher ‖ student) on the student's answers, `alpha` 0 in their trainer."""
+    assert METHODS["sdft"].Config().divergence == "forward"
+
+
 def test_hidelora_s_momentum():
     """After each task A ← 0.9 A + 0.1 (mean of the earlier tasks' A), B alike, as archived."""
     method = METHODS["hidelora"](METHODS["hidelora"].Config(), 0)
