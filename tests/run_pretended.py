@@ -3,8 +3,9 @@ the library of `pretend/hooks.cpp` preloaded, since `import torch` already looks
 folder of models, each by its family's name.
 
 Prints a line of JSON for each method: the fault that ended it or null, how many recorded micro-batches were
-replayed, of every step its loss and its gradients' norm, the same without recording, and by step its
-micro-batches, how many shapes were recorded, and the waits of the host by what was asked for and by line.
+replayed, of every step its loss and its gradients' norm, the same without recording (and for each micro-batch
+of that, how many factors are in a graph of autograd when it begins), and by step its micro-batches, how many
+shapes were recorded, and the waits of the host by what was asked for and by line.
 """
 
 import gc
@@ -17,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import outlived
 import pretended
 import pretended_graph
 import pytest
@@ -153,7 +155,10 @@ def trained(models: str, stream: str, out: Path, name: str) -> dict:
     if row["replays"] and not row["fault"]:
         recorded.SEEN = NEVER
         try:
-            row["unrecorded"] = once(models, stream, out.with_name(f"{name} unrecorded"), name)["trained"]
+            with pytest.MonkeyPatch.context() as patch:
+                row["outlived"] = outlived.counted(patch)
+                without = once(models, stream, out.with_name(f"{name} unrecorded"), name)
+            row["unrecorded"] = without["trained"]
         finally:
             recorded.SEEN = 0
     return row

@@ -206,6 +206,9 @@ def _forward_backward(arm: Arm, losses: Losses, batch: list[Encoded], device: to
             if loss.requires_grad:
                 loss.backward()
             total = total + loss.detach()
+            # With it goes autograd's graph, which must be gone before the next piece may be recorded
+            # (`Recorder.run`).
+            del loss
     finish_gradients(shared)
     return total
 

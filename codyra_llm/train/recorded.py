@@ -172,7 +172,11 @@ class Recorder:
 
     def run(self, batch: Batch) -> Tensor | None:
         """Forward and backward of a batch that is still on the host: its loss. None where it is to be run in
-        the usual way: a shape that is too large, or new, or that there is no room for."""
+        the usual way: a shape that is too large, or new, or that there is no room for.
+
+        No graph of autograd with the factors in it may be alive. Its nodes would be those of a recording too,
+        whose backward pass would wait at its end for the streams on which they were made (PyTorch 2.13). That
+        is not allowed while it is recorded."""
         if not self.on or batch.segments is None or batch.ids.numel() > LARGEST:
             return None
         shape = shape_of(batch)

@@ -3,12 +3,14 @@
 import json
 from types import SimpleNamespace
 
+import outlived
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from codyra_llm.bench import arms, head, layers, measured, options
+from codyra_llm.bench import arms, head, layers, measured, options, step
 from codyra_llm.cli import main
 from codyra_llm.config.methods.base import PROJECTIONS
 from codyra_llm.data.batches import collate, example_weights
@@ -149,6 +151,21 @@ def test_a_loss_that_counts_the_prompt_is_told(capsys, monkeypatch, levels):
 def test_mistakes_are_one_sentence(args, message, capsys):
     code, _, err = bench(capsys, *args)
     assert code == 2 and message in err and "Traceback" not in err
+
+
+def test_no_graph_is_alive_where_the_next_piece_may_be_recorded():
+    """CUDA would refuse to record it."""
+    p, left = nn.Parameter(torch.ones(2)), []
+
+    def pieces(arm, batch):
+        for _ in range(3):
+            left.append(outlived.is_left(p))
+            losses = [(2 * p).sum()]
+            outlived.mark(p)
+            yield losses.pop()
+
+    total = step._forward_backward(arms.Arm(nn.Module()), pieces, [], CPU)
+    assert left == [False] * 3 and total == 12 and p.grad.tolist() == [6, 6]
 
 
 def test_the_meter_counts_storages_while_they_live():
