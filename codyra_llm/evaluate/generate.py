@@ -20,8 +20,9 @@ from codyra_llm.evaluate import static_steps
 from codyra_llm.evaluate.budget import Budget, Share, batches, budget, joins
 from codyra_llm.methods.base import Condition
 from codyra_llm.models import families
+from codyra_llm.models.attention.cache import cached, empty_cache
 from codyra_llm.models.ends import ended
-from codyra_llm.models.inference import cached, empty_cache, last_logits
+from codyra_llm.models.inference import last_logits
 from codyra_llm.runtime import heartbeat, signals
 from codyra_llm.runtime.memory import if_it_fits
 

@@ -7,10 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import transformers
-from packaging.version import Version
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -18,8 +16,6 @@ from codyra_llm.models import families
 from codyra_llm.models.attention.plain_attention import by_key_head, flat, read
 
 NAME = "sdpa_or_products"
-# What a model's forward calls its cache; 5.24 still takes the older name, but warns of it.
-CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 
 
 @torch.no_grad()
@@ -28,16 +24,6 @@ def last_logits(model: PreTrainedModel, keep: int = 1, **given: Any) -> Tensor:
     transformers' models take."""
     with _rows_without_gaps(model), _fast_attention(model):
         return model(**given, logits_to_keep=keep).logits
-
-
-def empty_cache(model: PreTrainedModel) -> DynamicCache:
-    """A cache of keys and values that grows with the tokens read."""
-    return DynamicCache(config=model.config)
-
-
-def cached(cache: DynamicCache) -> dict[str, Any]:
-    """The arguments with which a model reads this cache and adds to it."""
-    return {CACHE: cache, "use_cache": True}
 
 
 @contextmanager

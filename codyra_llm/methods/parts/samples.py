@@ -125,11 +125,9 @@ def answered(
     """What the model answers to each prompt at temperature 1: up to `length` tokens, the last of them the
     model's EOS or one of `ends` where the model draws it. Each answer has a generator of its own, so it
     depends on no other prompt of the batch (up to rounding, since shorter prompts are padded on the left)."""
-    from codyra_llm.models.inference import (
-        cached,
-        empty_cache,
-        last_logits,
-    )  # slow, and `report` reads this file
+    # Here since they are slow to import, and `report` reads this file.
+    from codyra_llm.models.attention.cache import cached, empty_cache
+    from codyra_llm.models.inference import last_logits
 
     training, device = model.training, pretrained(model).device
     closing = end_tokens(model, ends)
@@ -197,11 +195,9 @@ def _continued(model: nn.Module, ids: Tensor, length: int, draw: torch.Generator
     """ids [n, k] followed by `length` tokens that the model draws: [n, k + length], on the model's device.
     All random numbers are drawn before, so that a GPU's queue stays full: no step waits for the one before.
     """
-    from codyra_llm.models.inference import (
-        cached,
-        empty_cache,
-        last_logits,
-    )  # slow, and `report` reads this file
+    # Here since they are slow to import, and `report` reads this file.
+    from codyra_llm.models.attention.cache import cached, empty_cache
+    from codyra_llm.models.inference import last_logits
 
     device = pretrained(model).device
     uniform = torch.rand(len(ids), length, generator=draw).to(device)

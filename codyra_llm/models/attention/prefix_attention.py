@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from codyra_llm.models import families
-from codyra_llm.models.inference import cached
+from codyra_llm.models.attention.cache import cached
 
 NAME = "prefixed"
 

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from codyra_llm.models import inference
 from codyra_llm.models.attention import plain_attention
-from codyra_llm.models.inference import CACHE, attend, last_logits, single, whole
+from codyra_llm.models.attention.cache import CACHE
+from codyra_llm.models.inference import attend, last_logits, single, whole
 
 
 def made(name: str = "llama", dtype: torch.dtype = torch.bfloat16):
