@@ -57,8 +57,8 @@ def delta_r(general: dict[str, dict]) -> dict | None:
 
 
 def commonest(texts: Sequence[str]) -> tuple[str, float] | None:
-    """The most frequent of `texts`, the first one of several, and its share of them, 0 to 1; None where there
-    is not text."""
+    """The most frequent of `texts`, in a tie the first, and its share of them, 0 to 1; None where there is no
+    text."""
     if not texts:
         return None
     text, count = Counter(texts).most_common(1)[0]
