@@ -39,8 +39,8 @@ BOUNDS = {
 TYPES = {"string": "text", "object": "section", None: "any value"}
 
 LABEL = re.compile(
-    r"\s+((?:Source|Idea|Ours|Cost|On TRACE|As published|As run there)\b[^:\n]{0,60}:)"
-)  # in docstrings
+    r"\s+((?:Source|Idea|Ours|Cost|On TRACE|As published|As run there)\b[^:]{0,60}:)"
+)  # in docstrings, where a line may end inside of one
 
 
 class Key(NamedTuple):
