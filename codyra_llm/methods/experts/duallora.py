@@ -55,15 +55,18 @@ class DualLora(Single):
     updated orthogonally to the features of old tasks, one within bases outside of these features, and a
     memory that weights the latter by how well a test input fits their bases. All formulas are ours, so this
     is not a reproduction:
-    M: an orthonormal basis of old tasks' inputs, for each distinct input, grown by DualGPM as in InfLoRA
-    (2404.00228).
-    O: in the first task plain LoRA; later B_o is frozen (a changed B_o would change old outputs whatever
-    A_o is) and A_o's applied updates are projected, ΔA_o ← ΔA_o (I - M Mᵀ), Adam's scaling and weight decay
-    included.
-    R_t: A_t = U_tᵀ frozen, U_t the leading left singular vectors of (I - M Mᵀ) C_t; B_t trains from zero.
-    Gates: without gradient or dropout; ‖x̄‖² cancels. x̄ leaves out the first token, as C does: BOS, or a
-    token that takes its role in attention. Since U_1 has what all prompts share, ρ_1 is large for every
-    prompt. Gates of old prompts do shrink when a task is added.
+
+    - M: an orthonormal basis of old tasks' inputs, for each distinct input, grown by DualGPM as in InfLoRA
+      (2404.00228).
+    - O: in the first task plain LoRA; later B_o is frozen (a changed B_o would change old outputs whatever
+      A_o is) and A_o's applied updates are projected, ΔA_o ← ΔA_o (I - M Mᵀ), Adam's scaling and weight
+      decay included.
+    - R_t: A_t = U_tᵀ frozen, U_t the leading left singular vectors of (I - M Mᵀ) C_t, C_t the covariance of
+      the task's inputs; B_t trains from zero.
+    - Gates: without gradient or dropout; ‖x̄‖² cancels. x̄ leaves out the first token, as C_t does: BOS, or a
+      token that takes its role in attention. Since U_1 has what all prompts share, ρ_1 is large for every
+      prompt. Gates of old prompts do shrink when a task is added.
+
     Cost per step: (tasks + 1)× the adapter's products in plain autograd, 4·r·in·k per site for the
     projections, k columns of M. Per task: for every portion of the inputs (`inputs_at_once`) a pass over
     `max_examples` before and one after; an eigenproblem of size `in` in float64, on the GPU if there is one,

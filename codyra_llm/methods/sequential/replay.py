@@ -6,13 +6,13 @@ from codyra_llm.methods.sequential.seqlora import SeqLora
 
 
 class Replay(SeqLora):
-    """The first 10 % of each earlier task, and all of a general set, Lima, in every epoch of a task; with
-    `when` after, as in TRACE, in one epoch after the task's own.
+    """Every epoch of a task also visits the memory: the first 10 % of each earlier task's examples, and all
+    of a general set, Lima. With `when` after, as in TRACE, the memory has one epoch after the task's own.
 
     Source: TRACE (2310.06762) and its code, whose learning rate is constant. Ours: one adapter trains, as in
     seqlora; the memory is mixed in; a separate memory epoch has its own schedule (at the end of the task's
-    cosine its rate would be almost 0); `general` may be another set, or none. Cost: the memory's examples, up
-    to 0.7 of an epoch and the general set, per task (or per epoch with `when` mixed)."""
+    cosine its rate would be almost 0); `general` may be another set, or none. Cost: the memory's examples,
+    which are up to 0.7 of an epoch and the general set, per epoch (with `when` after: per task)."""
 
     name, summary, Config = (
         "replay",
