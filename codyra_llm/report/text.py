@@ -139,18 +139,10 @@ def updates_table(rows: list[UpdateRow]) -> list[str]:
     return lines
 
 
-def _floor_measure(floor: dict | None) -> list[str]:
-    """The line of the floor's OP in the table of measures, or none."""
-    if floor is None or floor["op"] is None:
-        return []
-    return [f"| op of the floor | {floor['op']:.2f} | {answers.FLOOR_SAID} |"]
-
-
 def render(recipe: Recipe, found: dict, updates: list[UpdateRow]) -> str:
     """The report in Markdown: measures with their formulas, the matrix, general ability, what each task
     changed.
     """
-    tasks = [plain(task) for task in found["tasks"]]
     lines = [
         f"# {recipe.method.name} on {len(found['tasks'])} tasks",
         "",
@@ -161,42 +153,67 @@ def render(recipe: Recipe, found: dict, updates: list[UpdateRow]) -> str:
     for line in answers.sentences(found["answers"], answers.floored(found)):
         lines += [plain(line), ""]
     lines += [
-        "| measure | value | definition |",
-        "|---|---|---|",
+        *_measures_lines(found),
+        *_matrix_lines(found),
+        *_general_lines(found),
+        *judged.lines(found["open_ended"]),
+        *_costs_lines(found["costs"]),
+        *updates_table(updates),
     ]
-    lines += [
-        f"| {name} | {'not measured' if found[name] is None else format(found[name], '.2f')} | "
-        f"{FORMULAS[name]} |"
-        for name in MEASURES
-    ]
-    lines += _floor_measure(found["floor"])
-    lines += [
+    return "\n".join(lines) + "\n"
+
+
+def _measures_lines(found: dict) -> list[str]:
+    """A Markdown table of the measures, each with its formula."""
+    lines = ["| measure | value | definition |", "|---|---|---|"]
+    for name in MEASURES:
+        value = "not measured" if found[name] is None else format(found[name], ".2f")
+        lines.append(f"| {name} | {value} | {FORMULAS[name]} |")
+    floor = found["floor"]
+    if floor and floor["op"] is not None:
+        lines.append(f"| op of the floor | {floor['op']:.2f} | {answers.FLOOR_SAID} |")
+    return lines
+
+
+def _matrix_lines(found: dict) -> list[str]:
+    """The score matrix as a Markdown table, with the floor and the base above it where they are known."""
+    tasks = [plain(task) for task in found["tasks"]]
+    lines = [
         "",
-        "| after | " + " | ".join(tasks) + " |",
+        f"| after | {' | '.join(tasks)} |",
         "|---" * (len(tasks) + 1) + "|",
-        "| metric | " + " | ".join(found["metrics"]) + " |",
+        f"| metric | {' | '.join(found['metrics'])} |",
     ]
     if found["floor"]:
-        lines.append(f"| {answers.FLOOR} | " + " | ".join(map(_cell, found["floor"]["scores"])) + " |")
+        lines.append(_score_line(answers.FLOOR, found["floor"]["scores"]))
     if found["zero_shot"]:
-        lines.append("| base | " + " | ".join(map(_cell, found["zero_shot"])) + " |")
-    lines += [
-        f"| {task} | " + " | ".join(map(_cell, row)) + " |"
-        for task, row in zip(tasks, found["matrix"], strict=False)
+        lines.append(_score_line("base", found["zero_shot"]))
+    rows = zip(tasks, found["matrix"], strict=False)  # without training there is no matrix
+    return lines + [_score_line(task, row) for task, row in rows]
+
+
+def _score_line(name: str, scores: list[float | None]) -> str:
+    return f"| {name} | {' | '.join(map(_cell, scores))} |"
+
+
+def _general_lines(found: dict) -> list[str]:
+    """A Markdown table of general ability and a sentence on ΔR, or none."""
+    if not found["general"]:
+        return []
+    lines = ["", "| general ability | before | after |", "|---|---|---|"]
+    for name, scores in found["general"].items():
+        lines.append(f"| {plain(name)} | {_cell(scores.get('before'))} | {_cell(scores.get('after'))} |")
+    for change in _change(found):
+        lines += ["", f"{plain(change)}."]
+    return lines
+
+
+def _costs_lines(costs: dict | None) -> list[str]:
+    """What training took, or nothing where it isn't known."""
+    if not costs:
+        return []
+    peak = "not measured" if costs["peak_bytes"] is None else f"{costs['peak_bytes'] / 2**20:.0f} MiB"
+    return [
+        "",
+        f"Training: {costs['trained']:,} parameters, {costs['seconds']:.0f} s, peak memory {peak}.",
     ]
-    if found["general"]:
-        lines += ["", "| general ability | before | after |", "|---|---|---|"]
-        lines += [
-            f"| {plain(name)} | {_cell(v.get('before'))} | {_cell(v.get('after'))} |"
-            for name, v in found["general"].items()
-        ]
-        lines += [line for change in _change(found) for line in ("", f"{plain(change)}.")]
-    lines += judged.lines(found["open_ended"])
-    costs = found["costs"]
-    if costs:
-        peak = "not measured" if costs["peak_bytes"] is None else f"{costs['peak_bytes'] / 2**20:.0f} MiB"
-        lines += [
-            "",
-            f"Training: {costs['trained']:,} parameters, {costs['seconds']:.0f} s, peak memory {peak}.",
-        ]
-    return "\n".join(lines + updates_table(updates)) + "\n"
