@@ -4,6 +4,7 @@ by."""
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from codyra_llm.config.benchmark import benchmark_folder, digest
 from codyra_llm.config.overrides import assign, override, split_overrides
@@ -183,6 +184,28 @@ def recipe_of(checkpoint: str, source: Source, wanted: Wanted) -> Recipe:
         "general": {"data": None},
     }
     raw = deepcopy(source.raw) or plain
+    if source.raw:
+        _refuse_own_code(checkpoint, source, wanted)
+    # None leaves the recipe's value, except for these keys, which it resets.
+    reset = {"optim.validate_every", "model.quantization"}
+    if source.model:
+        reset.add("model.revision")
+    for key, value in _given(checkpoint, source, wanted).items():
+        if value is not None or (source.raw and key in reset):
+            assign(raw, key, value)
+    recipe = parse_recipe(override(raw, wanted.overrides), checkpoint)
+    _refuse_another_run(checkpoint, source, recipe)
+    if wanted.general_tasks and not recipe.general.data:
+        raise Fault("--general-tasks: no general ability is measured; give --general, or leave it out")
+    if source.raw or wanted.data or recipe.data.root != ".":
+        return recipe
+    if not (recipe.general.data or recipe.open_ended.prompts):
+        raise _nothing_to_score(checkpoint)
+    return without_tasks(recipe)
+
+
+def _given(checkpoint: str, source: Source, wanted: Wanted) -> dict[str, Any]:
+    """By key, the settings that the command's options and the checkpoint's kind decide; None: left open."""
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in checkpoint.strip("/."))
     given = {
         "output": str(wanted.out or Path("evaluations") / name),
@@ -203,25 +226,9 @@ def recipe_of(checkpoint: str, source: Source, wanted: Wanted) -> Recipe:
             "general.trust_code": False,
             "trackers": [],
         }
-        _refuse_own_code(checkpoint, source, wanted)
     elif wanted.tasks:
         given["data.tasks"] = wanted.tasks
-    # None leaves the recipe's value, except for these keys, which it resets.
-    reset = {"optim.validate_every", "model.quantization"}
-    if source.model:
-        reset.add("model.revision")
-    for key, value in given.items():
-        if value is not None or (source.raw and key in reset):
-            assign(raw, key, value)
-    recipe = parse_recipe(override(raw, wanted.overrides), checkpoint)
-    _refuse_another_run(checkpoint, source, recipe)
-    if wanted.general_tasks and not recipe.general.data:
-        raise Fault("--general-tasks: no general ability is measured; give --general, or leave it out")
-    if source.raw or wanted.data or recipe.data.root != ".":
-        return recipe
-    if not (recipe.general.data or recipe.open_ended.prompts):
-        raise _nothing_to_score(checkpoint)
-    return without_tasks(recipe)
+    return given
 
 
 def _nothing_to_score(checkpoint: str) -> Fault:

@@ -165,21 +165,26 @@ def write_peft(
         lora_dropout=0.0,
         target_modules=_targets(setup, set(one.factors)),
     )
-    family = families.family_in(setup.base)
-    tensors = {
-        f"base_model.model.{family.whole_name(site)}.lora_{key}.weight": factor.contiguous()
-        for site, pair in one.factors.items()
-        for key, factor in zip("AB", pair, strict=True)
-    }
     with replacing(out) as temporary:
         temporary.mkdir()
         config.save_pretrained(temporary)
-        save_tensors(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
+        save_tensors(_peft_tensors(setup, one), temporary / "adapter_model.safetensors", {"format": "pt"})
         saved.copy_files(setup.base, temporary, (*saved.TOKENIZER, *saved.TERMS))
         cut = {"rank": one.rank, "error": one.error, "sites": one.relative()} if one.errors else None
         _write_lineage(setup, archive, after, without, temporary, {"truncation": cut} if cut else {})
         _write_card(card(adapter_notes(setup, one)) if card else "", temporary)
     return one
+
+
+def _peft_tensors(setup: Setup, one: OneAdapter) -> dict[str, torch.Tensor]:
+    """The adapter's factors under the names that PEFT gives them."""
+    family = families.family_in(setup.base)
+    tensors = {}
+    for site, (a, b) in one.factors.items():
+        prefix = f"base_model.model.{family.whole_name(site)}"
+        tensors[f"{prefix}.lora_A.weight"] = a.contiguous()
+        tensors[f"{prefix}.lora_B.weight"] = b.contiguous()
+    return tensors
 
 
 def _base_path(setup: Setup) -> str:
