@@ -63,25 +63,35 @@ def read_chat(row: object, task: Task) -> Chat:
         )
     read_one = _turn if sharegpt else _message
     messages = [read_one(message, f"'{field}', message {i}") for i, message in enumerate(raw)]
-    last = messages[-1]
-    if last["role"] != "assistant" or "tool_calls" in last or not isinstance(last["content"], str):
-        found = "calls a tool" if "tool_calls" in last else f"is of role {shown(last['role'])}"
-        raise Wrong(
-            f"'{field}' must be a list of messages of which the last is the assistant's text, to be learnt, "
-            f"and its last {found}; cut it after one."
-        )
-    unlearnt = frozenset()
-    if not sharegpt:  # which has no weights
-        unlearnt = frozenset(i for i, message in enumerate(raw) if _without_weight(message, field, i))
-    if len(raw) - 1 in unlearnt:
-        raise Wrong(
-            f"the last message of '{field}' has the weight 0, so that nothing of the chat would be learnt; "
-            "cut it after a message that is to be learnt."
-        )
+    _refuse_other_end(messages[-1], field)
+    unlearnt = frozenset() if sharegpt else _unlearnt(raw, field)  # ShareGPT has no weights
     system = fields.get("system") if sharegpt else None
     if isinstance(system, str) and system:
         messages.insert(0, {"role": "system", "content": system})
     return Chat(messages, _tools(fields.get("tools")), unlearnt)
+
+
+def _refuse_other_end(last: dict[str, Any], field: str) -> None:
+    """Raises Wrong where the last message is not a text of the assistant's."""
+    calls = "tool_calls" in last
+    if last["role"] == "assistant" and isinstance(last["content"], str) and not calls:
+        return
+    found = "calls a tool" if calls else f"is of role {shown(last['role'])}"
+    raise Wrong(
+        f"'{field}' must be a list of messages of which the last is the assistant's text, to be learnt, "
+        f"and its last {found}; cut it after one."
+    )
+
+
+def _unlearnt(raw: list[dict], field: str) -> frozenset[int]:
+    """The places of the messages that are not to be learnt. Raises Wrong where the last is one of them."""
+    places = frozenset(i for i, message in enumerate(raw) if _without_weight(message, field, i))
+    if len(raw) - 1 in places:
+        raise Wrong(
+            f"the last message of '{field}' has the weight 0, so that nothing of the chat would be learnt; "
+            "cut it after a message that is to be learnt."
+        )
+    return places
 
 
 def _without_weight(raw: dict, field: str, place: int) -> bool:

@@ -101,8 +101,8 @@ def doubtful(records: list[dict], stats: dict, labels: tuple[str, ...]) -> Itera
     """What a user should look at in one split: how many records, and what is wrong with them. `stats`: their
     `statistics`; `labels`: the answers of a task that classifies."""
     answers = [record["answer"] for record in records]
-    strangers = [answer for answer in answers if labels and answer not in labels]
-    secret = answers if set(answers) == {"-1"} else []
+    not_labels = [answer for answer in answers if labels and answer not in labels]
+    hidden = answers if set(answers) == {"-1"} else []
     found = (
         (stats["duplicates"], "repeat an earlier prompt of the split"),
         (stats["empty_prompts"], "have an empty prompt, which only a tokenizer that adds BOS can answer to"),
@@ -112,8 +112,8 @@ def doubtful(records: list[dict], stats: dict, labels: tuple[str, ...]) -> Itera
             "never matches where a metric compares exactly",
         ),
         (stats["empty_answers"], "have an empty answer and can't be scored"),
-        (len(strangers), "have an answer that is none of the labels"),
-        (len(secret), "have the answer -1, the mark of labels that are kept secret, and can't be scored"),
+        (len(not_labels), "have an answer that is none of the labels"),
+        (len(hidden), "have the answer -1, the mark of labels that are kept secret, and can't be scored"),
         (stats["replacement_characters"], "hold U+FFFD, left by a lossy decoding"),
     )
     for count, what in found:
@@ -167,39 +167,47 @@ def print_check(report: dict) -> None:
     """Show a report of `check_root`: one table per variant, then warnings and faults."""
     console = Terminal()
     for variant, tasks in report["variants"].items():
-        table = Table("task", "split", title=variant)
-        for title in (
-            "records",
-            "repeated\nprompts",
-            "empty\nanswers",
-            "prompt chars\nmean / max",
-            "answer chars\nmean / max",
-            "prompts\nshared with",
-        ):
-            table.add_column(title, justify="right")
-        for task, checked in tasks.items():
-            for split, s in checked["splits"].items():
-                shared = [
-                    f"{pair.removeprefix(split + '/')} {n}"
-                    for pair, n in checked["overlap"].items()
-                    if pair.startswith(split + "/")
-                ]
-                table.add_row(
-                    task,
-                    split,
-                    str(s["records"]),
-                    str(s["duplicates"]),
-                    str(s["empty_answers"]),
-                    f"{s['prompt_mean']:.0f} / {s['prompt_max']}",
-                    f"{s['answer_mean']:.0f} / {s['answer_max']}",
-                    ", ".join(shared),
-                )
-            table.add_section()
-        console.print(table)
+        console.print(_table(variant, tasks))
     for kind, style in (("notes", "cyan"), ("warnings", "yellow"), ("faults", "red")):
         for message in report.get(kind, ()):
             console.print(f"{kind[:-1]}: {message}", style=style, soft_wrap=True)
     console.print(f"{len(report['faults'])} faults, {len(report['warnings'])} warnings")
+
+
+def _table(variant: str, tasks: dict[str, dict]) -> Table:
+    """The splits of a variant's tasks, a row each."""
+    table = Table("task", "split", title=variant)
+    for title in (
+        "records",
+        "repeated\nprompts",
+        "empty\nanswers",
+        "prompt chars\nmean / max",
+        "answer chars\nmean / max",
+        "prompts\nshared with",
+    ):
+        table.add_column(title, justify="right")
+    for task, checked in tasks.items():
+        for split, stats in checked["splits"].items():
+            table.add_row(
+                task,
+                split,
+                str(stats["records"]),
+                str(stats["duplicates"]),
+                str(stats["empty_answers"]),
+                f"{stats['prompt_mean']:.0f} / {stats['prompt_max']}",
+                f"{stats['answer_mean']:.0f} / {stats['answer_max']}",
+                _shared(split, checked["overlap"]),
+            )
+        table.add_section()
+    return table
+
+
+def _shared(split: str, overlap: dict[str, int]) -> str:
+    """With which later splits this one shares prompts, and how many."""
+    start = f"{split}/"
+    return ", ".join(
+        f"{pair.removeprefix(start)} {count}" for pair, count in overlap.items() if pair.startswith(start)
+    )
 
 
 def check(root: Path, benchmark: str | None = None) -> dict:
