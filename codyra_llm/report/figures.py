@@ -231,22 +231,17 @@ def stream(series: Sequence[Series]) -> "Figure":
     longest: list[str] = []
     drawn = 0
     for number, one in enumerate(series):
-        steps = zip(*map(along, one.runs), strict=False)
-        places, known = [], []
-        for step, values in enumerate(steps, 1):
-            found = interval(list(values), None)
-            if found is not None:
-                places.append(step + apart * number)
-                known.append(found)
+        known = _known_along(one)
         if not known:
             continue
         drawn += 1
         tasks = one.runs[0].recipe.tasks
         longest = tasks if len(tasks) > len(longest) else longest
+        places = [step + apart * number for step in known]
         axes.errorbar(
             places,
-            [row["mean"] for row in known],
-            yerr=_halves(known),
+            [row["mean"] for row in known.values()],
+            yerr=_halves(list(known.values())),
             label=one.name,
             capsize=1.5,
             elinewidth=0.6,
@@ -265,6 +260,16 @@ def stream(series: Sequence[Series]) -> "Figure":
     axes.set_ylabel("mean score on tasks so far")
     figure.legend(loc="outside lower center", ncols=2)
     return figure
+
+
+def _known_along(series: Series) -> dict[int, dict]:
+    """By the number of tasks learnt, the mean over the runs with its interval, where all runs have one."""
+    known = {}
+    for step, values in enumerate(zip(*map(along, series.runs), strict=False), 1):
+        found = interval(list(values), None)
+        if found is not None:
+            known[step] = found
+    return known
 
 
 def kept(runs: list[Run]) -> dict[str, dict[int, float]]:
