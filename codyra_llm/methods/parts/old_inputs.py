@@ -184,16 +184,12 @@ def moments(
     a batch are summed in float32, batches in float64."""
     names = [group[0] for group in distinct_inputs(model)]
     layers = [sites(model)[name] for name in names]
+    device = layers[0].weight.device
     omegas: dict[int, Tensor | None] = {}  # by the input's size, of which a model has two or three
     for size in {layer.in_features for layer in layers}:
         omega = sketching(size, config.sketch)
         omegas[size] = None if omega is None else omega.to(layers[0].lora_A)
-    device = layers[0].weight.device
-    sums = []
-    for layer in layers:
-        omega = omegas[layer.in_features]
-        width = layer.in_features if omega is None else omega.shape[1]
-        sums.append(torch.zeros(layer.in_features, width, dtype=torch.float64, device=device))
+    sums = [_zeros(layer.in_features, omegas[layer.in_features], device) for layer in layers]
     # The last entry counts tokens, so that one reduction does for all.
     traces = torch.zeros(len(layers) + 1, dtype=torch.float64, device=device)
     shares = None if answer_share is None else _Shares(examples, answer_share, device)
@@ -214,6 +210,12 @@ def moments(
         name: (total.div_(count).cpu(), (trace / count).cpu())
         for name, total, trace in zip(names, sums, traces[:-1], strict=True)
     }
+
+
+def _zeros(size: int, omega: Tensor | None, device: torch.device) -> Tensor:
+    """Room for the sum of Σ Ω, or of Σ itself, of inputs of this size."""
+    width = size if omega is None else omega.shape[1]
+    return torch.zeros(size, width, dtype=torch.float64, device=device)
 
 
 def _read(x: Tensor, omega: Tensor | None) -> tuple[Tensor, Tensor]:
