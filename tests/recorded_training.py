@@ -11,7 +11,8 @@ from packed import examples, loaded
 from codyra_llm.config.registry import METHODS
 from codyra_llm.config.sections import OptimSection
 from codyra_llm.lora.shared import share_inputs
-from codyra_llm.train.trainer import TaskData, Trainer
+from codyra_llm.train.task_data import TaskData
+from codyra_llm.train.trainer import Trainer
 
 # The longest makes a micro-batch by itself, of more tokens than the smallest shape has; all others together
 # make several of that shape.

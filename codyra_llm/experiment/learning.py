@@ -25,7 +25,8 @@ from codyra_llm.store.archive import Archive
 from codyra_llm.store.checkpoint import Progress
 from codyra_llm.store.folder import RunFolder
 from codyra_llm.store.rows import CostRow, Stage, UpdateRow
-from codyra_llm.train.trainer import TaskData, Trainer
+from codyra_llm.train.task_data import TaskData
+from codyra_llm.train.trainer import Trainer
 
 OPTIMIZER = "optimizer."  # in a task's state: Adam's moments
 

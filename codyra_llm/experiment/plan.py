@@ -43,7 +43,7 @@ from codyra_llm.train.estimate import (
     step_seconds,
     total_seconds,
 )
-from codyra_llm.train.trainer import TaskData
+from codyra_llm.train.task_data import TaskData
 
 
 @dataclass

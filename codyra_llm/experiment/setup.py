@@ -41,7 +41,7 @@ from codyra_llm.store import observer
 from codyra_llm.store.archive import Archive
 from codyra_llm.store.folder import RunFolder
 from codyra_llm.store.rows import Stage
-from codyra_llm.train.trainer import TaskData
+from codyra_llm.train.task_data import TaskData
 
 PROBE_TOKENS = 32  # general-ability probes have short answers
 

@@ -4,7 +4,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +23,6 @@ from codyra_llm.data.batches import (
     default_tokens,
     example_weights,
     micro_batches,
-    shuffled,
 )
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.lora.proximal import ProximalAdamW, rate_factor
@@ -40,6 +38,7 @@ from codyra_llm.store.rows import LogRow
 from codyra_llm.train.engine import Engine
 from codyra_llm.train.finite import require_finite_gradients, require_finite_losses
 from codyra_llm.train.gradients import Gradients
+from codyra_llm.train.task_data import TaskData
 
 log = logging.getLogger(__name__)
 
@@ -59,51 +58,6 @@ class Objective(nn.Module):
         """The method's penalty terms times `factor`; none with 0."""
         terms = self.method.penalty(self.model) if factor else {}
         return {name: factor * value for name, value in terms.items()}
-
-
-@dataclass
-class TaskData:
-    """What one task trains on: examples, which of them each epoch visits, and the eval split, if it is
-    used.
-    """
-
-    name: str
-    index: int
-    examples: list[Encoded]
-    epochs: list[range]
-    validation: list[Encoded]
-    apart: int = 0  # the last epochs that have a learning-rate schedule of their own
-
-    def batches(self, seed: int, size: int) -> Iterator[list[int]]:
-        """Global batches; a function of (seed, task, epoch) alone."""
-        for epoch, visited in enumerate(self.epochs):
-            order = shuffled(visited, seed, self.index, epoch)
-            yield from _divided(order, size)
-
-    def steps(self, size: int) -> int:
-        """Optimizer steps over all epochs, with `size` examples each."""
-        return _steps(self.epochs, size)
-
-    def phase(self, step: int, size: int) -> tuple[int, int]:
-        """The position of step `step` in its learning-rate schedule, and how many steps that schedule has."""
-        first = _steps(self.epochs[: len(self.epochs) - self.apart], size)
-        return (step, first) if step < first else (step - first, self.steps(size) - first)
-
-
-def _divided(order: list[int], size: int) -> Iterator[list[int]]:
-    """An epoch's batches of `size`, the last with the rest. Where the rest would be less than half a batch,
-    the epoch is divided evenly instead: Adam moves the weights as far for a few examples as for a full
-    batch."""
-    count, start = math.ceil(len(order) / size), 0
-    uneven = 0 < 2 * (len(order) % size) < size and count > 1
-    for i in range(count):
-        stop = (i + 1) * len(order) // count if uneven else start + size
-        yield order[start:stop]
-        start = stop
-
-
-def _steps(epochs: list[range], size: int) -> int:
-    return sum(math.ceil(len(visited) / size) for visited in epochs)
 
 
 def _saved(path: Path, prefix: str) -> Iterator[tuple[str, Tensor]]:
@@ -202,14 +156,7 @@ class Trainer:
         for step, (chosen, following) in islice(enumerate(batches), start, None):
             began = time.perf_counter()
             observer.at(f"task {task.name}, step {step + 1}")
-            phase = task.phase(step, self.optim.batch_size)
-            factor = rate_factor(self.optim.schedule, *phase, self.optim.warmup)
-            for group, rate in zip(self.engine.groups, self.rates, strict=True):
-                group["lr"] = rate * factor
-            rewritten = self.method.rewrite(step, steps)
-            if rewritten:
-                self.engine.rewrite(rewritten)
-            self.method.before_step(self.engine.groups, step, steps, self.optim.schedule)
+            self._begin_step(task, step, steps)
             terms, norm, asked, due = self._step(task, chosen, step, seed, saves, following)
             if step == 0:
                 self._check_that_all_move()
@@ -236,6 +183,18 @@ class Trainer:
         self.engine.free_recordings()  # what comes after the last step needs the memory
         if self.kept:
             self.engine.load_state(self.kept.items())
+
+    def _begin_step(self, task: TaskData, step: int, steps: int) -> None:
+        """Set the learning rates of step `step`, and let the method rewrite the adapters and set its own
+        values."""
+        phase = task.phase(step, self.optim.batch_size)
+        factor = rate_factor(self.optim.schedule, *phase, self.optim.warmup)
+        for group, rate in zip(self.engine.groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        rewritten = self.method.rewrite(step, steps)
+        if rewritten:
+            self.engine.rewrite(rewritten)
+        self.method.before_step(self.engine.groups, step, steps, self.optim.schedule)
 
     def adapters(self) -> dict[str, Adapter]:
         """The adapters as they are now, gathered (collective under ZeRO 3)."""

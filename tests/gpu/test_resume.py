@@ -10,7 +10,8 @@ from codyra_llm.config.sections import OptimSection
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.lora.layer import AdapterSpec, attach, sites
 from codyra_llm.methods.base import Method
-from codyra_llm.train.trainer import TaskData, Trainer
+from codyra_llm.train.task_data import TaskData
+from codyra_llm.train.trainer import Trainer
 
 EXAMPLES = [Encoded([1], [2], False), Encoded([3], [1, 2], False), Encoded([1, 2], [3], False)]
 

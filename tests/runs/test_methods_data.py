@@ -20,7 +20,7 @@ from codyra_llm.experiment import run as runs
 from codyra_llm.experiment.export import write_peft
 from codyra_llm.experiment.learning import task_data
 from codyra_llm.experiment.setup import prepare
-from codyra_llm.train.trainer import TaskData
+from codyra_llm.train.task_data import TaskData
 
 THREE = {"data__tasks": ["ONE", "TWO", "THREE"], "eval__max_examples": 2, "checkpoint": False}
 

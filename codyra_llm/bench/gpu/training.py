@@ -18,7 +18,8 @@ from codyra_llm.bench.gpu.context import Context
 from codyra_llm.bench.gpu.shapes import PAD, adapted, examples, model
 from codyra_llm.config.sections import OptimSection
 from codyra_llm.runtime.launch import accelerator
-from codyra_llm.train.trainer import TaskData, Trainer
+from codyra_llm.train.task_data import TaskData
+from codyra_llm.train.trainer import Trainer
 
 PACKAGE = f"{Path(__file__).parents[2]}/"
 BATCH = 16

@@ -13,7 +13,7 @@ from codyra_llm.bench.gpu.context import Context, findings, record
 from codyra_llm.bench.gpu.shapes import examples
 from codyra_llm.cli import main
 from codyra_llm.train.engine import Engine
-from codyra_llm.train.trainer import TaskData
+from codyra_llm.train.task_data import TaskData
 
 CPU = torch.device("cpu")
 

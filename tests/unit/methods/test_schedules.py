@@ -7,7 +7,7 @@ from codyra_llm.config.registry import METHODS
 from codyra_llm.core.errors import Fault
 from codyra_llm.lora.proximal import lr_factor
 from codyra_llm.methods.sequential.codyra import PUBLISHED_TOTAL, shrink
-from codyra_llm.train.trainer import TaskData
+from codyra_llm.train.task_data import TaskData
 
 
 class Stream:

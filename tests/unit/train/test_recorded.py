@@ -20,7 +20,8 @@ from codyra_llm.models.attention import packed_attention
 from codyra_llm.runtime.launch import accelerator
 from codyra_llm.train import recorded
 from codyra_llm.train.recorded import Recorder, can_record, padded, shape_of
-from codyra_llm.train.trainer import TaskData, Trainer
+from codyra_llm.train.task_data import TaskData
+from codyra_llm.train.trainer import Trainer
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
