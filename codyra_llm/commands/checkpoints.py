@@ -75,9 +75,9 @@ def score(
     from codyra_llm.evaluate.statistics import predictions, summarise_all
 
     known = load_benchmark(benchmark)
-    strangers = known.strangers([task], "TASK: {} is not a task of " + benchmark)
-    if strangers:
-        raise Fault(*strangers)
+    unknown = known.unknown_tasks([task], "TASK: {} is not a task of " + benchmark)
+    if unknown:
+        raise Fault(*unknown)
     rows = ((row["prompt"], row["prediction"], row["answer"]) for row in predictions(file))
     print(json.dumps(summarise_all(known.score_each(task, rows)), indent=1))
 

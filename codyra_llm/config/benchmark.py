@@ -138,9 +138,9 @@ class Benchmark(Strict, frozen=True):
                     f"data.tasks: there is no order {data.tasks}; choose from {sorted(self.orders)}"
                 )
             return faults
-        return faults + self.strangers(data.tasks, "data.tasks: {} is not a task of " + data.benchmark)
+        return faults + self.unknown_tasks(data.tasks, "data.tasks: {} is not a task of " + data.benchmark)
 
-    def strangers(self, names: Sequence[str], sentence: str) -> list[str]:
+    def unknown_tasks(self, names: Sequence[str], sentence: str) -> list[str]:
         """A sentence for each of `names` that is not allowed here: `sentence` with the name in place of its
         first {}, and the nearest task that exists."""
         return [

@@ -72,7 +72,7 @@ class Encoder:
         """`ends`: the tokens that end an answer of the model (models/ends.py); by default EOS alone. `rows`:
         the number of its embeddings; by default every token has one."""
         self.tokenizer, self.data, self.rows = tokenizer, data, rows
-        self.strangers = without_embedding(tokenizer, rows)  # tokens of which the model has no embedding
+        self.unembedded = without_embedding(tokenizer, rows)  # tokens of which the model has no embedding
         eos = tokenizer.eos_token_id
         assert isinstance(eos, int), "load_tokenizer refuses a tokenizer without EOS"
         self.eos = eos
@@ -93,7 +93,7 @@ class Encoder:
         if not texts:
             return []
         found = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        if self.strangers:
+        if self.unembedded:
             self._refuse_strangers(texts, found)
         return found
 
@@ -101,7 +101,7 @@ class Encoder:
         """Raises Fault for a text with a token that the model has no embedding of."""
         for text, ids in zip(texts, found, strict=True):
             # Tokens without an embedding have the highest ids, so a text's highest id decides.
-            token = self.strangers.get(max(ids, default=0))
+            token = self.unembedded.get(max(ids, default=0))
             if token:
                 raise Fault(
                     f"the text {shown(text)} holds the token {token}, of which the model has no embedding; "

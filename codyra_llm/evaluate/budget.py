@@ -23,7 +23,7 @@ from codyra_llm.store import observer
 MOST = {"cpu": 4096, "cuda": 131072}  # tokens of a batch
 # Prompt tokens that cost as much as one decoding step. Measured on the CPU; on an H100 800 to 3000.
 STEP = {"cpu": 16, "cuda": 1024}
-BEGINNING = 64  # tokens by which rows are compared
+PREFIX = 64  # tokens by which rows are compared
 JOINED = 8  # weights that recorded steps join take at most one in so many bytes of the free memory
 
 T = TypeVar("T")
@@ -106,28 +106,28 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
-class Alike(NamedTuple):
+class PrefixGroup(NamedTuple):
     """Rows, by their positions, that have the first `shared` tokens in common."""
 
     rows: list[int]
     shared: int
 
 
-def by_beginning(rows: Sequence[list[int]], new: int, step: int) -> list[Alike]:
+def by_prefix(rows: Sequence[list[int]], new: int, step: int) -> list[PrefixGroup]:
     """The rows in groups. Those with one beginning are a group of their own, if reading it once saves more
     prompt tokens than the batch that this adds costs (`new` and `step` as in `batches`); all others are one
     group. Questions after the same examples, such as those of a subject of MMLU, begin alike."""
     by_start: dict[tuple[int, ...], list[int]] = {}
     for i, row in enumerate(rows):
-        by_start.setdefault(tuple(row[:BEGINNING]), []).append(i)
+        by_start.setdefault(tuple(row[:PREFIX]), []).append(i)
     groups, others = [], []
     for members in by_start.values():
         shared = len(os.path.commonprefix([rows[i] for i in members]))
         if (len(members) - 1) * shared > step * new:
-            groups.append(Alike(members, shared))
+            groups.append(PrefixGroup(members, shared))
         else:
             others += members
-    return [*groups, Alike(others, 0)] if others else groups
+    return [*groups, PrefixGroup(others, 0)] if others else groups
 
 
 def batches(lengths: Sequence[int], new: int, tokens: int, step: int, again: int = 0) -> Iterator[list[int]]:

@@ -35,7 +35,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from codyra_llm.core.errors import Fault
 from codyra_llm.core.foreign import Failed
 from codyra_llm.evaluate.bounded_tasks import is_score, no_score, refuse_label
-from codyra_llm.evaluate.budget import Alike, Share, batches, budget, by_beginning
+from codyra_llm.evaluate.budget import PrefixGroup, Share, batches, budget, by_prefix
 from codyra_llm.evaluate.generate import generated, prompt_logits
 from codyra_llm.evaluate.statistics import blank, commonest
 from codyra_llm.evaluate.suite import Ability, drawn, quiet
@@ -60,7 +60,7 @@ NORMAL = 1.96  # standard errors in half of a 95 % interval
 Conditions = Callable[[list[list[int]]], Condition]
 
 
-class Live(HFLM):
+class InMemoryLM(HFLM):
     """A model in memory with the interface that the harness expects. Every rank gets all requests, answers
     its share, and returns all answers.
 
@@ -204,13 +204,13 @@ class Live(HFLM):
         numbers = {i: number for number, group in enumerate(groups) for i in group.rows}
         return Share("general ability", rows, own, new, len(rows), numbers)
 
-    def _groups(self, rows: list[list[int]], new: int) -> list[Alike]:
+    def _groups(self, rows: list[list[int]], new: int) -> list[PrefixGroup]:
         """The rows in groups that begin alike, where no condition differs."""
         if self.conditions:
-            return [Alike(list(range(len(rows))), 0)]
-        return by_beginning(rows, new, self.held.step)
+            return [PrefixGroup(list(range(len(rows))), 0)]
+        return by_prefix(rows, new, self.held.step)
 
-    def _batches(self, group: Alike, rows: list[list[int]], new: int) -> Iterator[list[int]]:
+    def _batches(self, group: PrefixGroup, rows: list[list[int]], new: int) -> Iterator[list[int]]:
         """Positions in `rows` of a group, in batches."""
         lengths = [len(rows[i]) for i in group.rows]
         for chosen in batches(lengths, new, self.held.tokens, self.held.step, group.shared):
@@ -239,7 +239,7 @@ class Measured:
 
 
 @quiet()
-def measure(lm: Live, ability: Ability, section: "GeneralSection", chat: bool) -> Measured:
+def measure(lm: InMemoryLM, ability: Ability, section: "GeneralSection", chat: bool) -> Measured:
     """Measure one task or group. Every rank has all answers and computes the same scores from them."""
     name, tasks = ability.name, ability.tasks
     samples = drawn(
@@ -374,7 +374,7 @@ def _predictions(results: dict, headline: str) -> list[dict]:
 
 
 @quiet()
-def write(folder: Path, model: str, lm: Live, section: "GeneralSection", measured: Measured) -> None:
+def write(folder: Path, model: str, lm: InMemoryLM, section: "GeneralSection", measured: Measured) -> None:
     """The harness's own result files: <folder>/<model>/results_<date>.json and
     samples_<task>_<date>.jsonl.
     """

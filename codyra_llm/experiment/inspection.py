@@ -84,7 +84,7 @@ def _without_embedding(recipe: Recipe, read: Sequence[Split], encoder: Encoder) 
     """The first record of every split that holds one of the tokens that the model has no embedding of."""
     faults = []
     for index, split, records in read:
-        for token in encoder.strangers.values():
+        for token in encoder.unembedded.values():
             holding = [i for i, one in enumerate(records) if token in one["prompt"] or token in one["answer"]]
             if holding:
                 faults.append(

@@ -167,7 +167,7 @@ def _measure_general(experiment: Experiment, stage: Stage, names: list[str]) -> 
     model, conditions = setup.load_stage(experiment.models, stage, experiment.acc.device)
     condition = conditions and partial(conditions, task=None)
     front = setup.method.front(stage.step) if stage.step else 0
-    lm = harness.Live(
+    lm = harness.InMemoryLM(
         experiment.acc,
         model,
         setup.tokenizer,

@@ -22,7 +22,7 @@ def answers(folder: Path, fails: int | None) -> list[list[str]]:
 
     acc = accelerator()
     model, tokenizer = loading.load(folder, torch.float32).eval(), load_tokenizer(folder)
-    live = harness.Live(acc, model, tokenizer, tokens=90)
+    live = harness.InMemoryLM(acc, model, tokenizer, tokens=90)
     plain, calls = generate.generate_ids, []
 
     def limited(*given):

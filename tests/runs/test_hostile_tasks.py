@@ -257,13 +257,13 @@ BRACKET = "{% if text == 'Say 2' %}[{% else %}['a', 'b']{% endif %}"
 )
 def test_a_later_example_is_told_too(keys, said, place, capsys):
     """The first one is faultless, so that the plan is; the third is not."""
-    from codyra_llm.evaluate.harness import Live, measure
+    from codyra_llm.evaluate.harness import InMemoryLM, measure
     from codyra_llm.runtime.launch import accelerator
 
     assert told(capsys, place.choices(**keys))[0] == 0
     section = GeneralSection(data=str(place.general), tasks=["own"])
     model = loading.load(place.model, torch.float32).eval()
-    lm = Live(accelerator(), model, load_tokenizer(place.model))
+    lm = InMemoryLM(accelerator(), model, load_tokenizer(place.model))
     with pytest.raises(Fault, match=said):
         measure(lm, suite.find(section)["own"], section, False)
 

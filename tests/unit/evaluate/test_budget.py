@@ -117,10 +117,10 @@ def test_rows_that_begin_alike_are_a_group_where_that_saves_more_than_a_batch_co
     """Two sets of questions after examples of their own, and others that begin alike by 10 tokens alone."""
     first, second, none = [1] * 90, [2] * 70, [3] * 10
     rows = [[*first, 7], [*none, 8], [*second, 9], [*first, 10], [*none, 11], [*second, 12, 13], [*first, 14]]
-    assert budget.by_beginning(rows, 1, 69) == [([0, 3, 6], 90), ([2, 5], 70), ([1, 4], 0)]
-    assert budget.by_beginning(rows, 1, 70) == [([0, 3, 6], 90), ([1, 2, 5, 4], 0)]  # 70 saved, 70 lost
-    assert budget.by_beginning(rows, 2, 90) == [([0, 3, 6, 1, 2, 5, 4], 0)]
-    assert budget.by_beginning([], 1, 70) == []
+    assert budget.by_prefix(rows, 1, 69) == [([0, 3, 6], 90), ([2, 5], 70), ([1, 4], 0)]
+    assert budget.by_prefix(rows, 1, 70) == [([0, 3, 6], 90), ([1, 2, 5, 4], 0)]  # 70 saved, 70 lost
+    assert budget.by_prefix(rows, 2, 90) == [([0, 3, 6, 1, 2, 5, 4], 0)]
+    assert budget.by_prefix([], 1, 70) == []
 
 
 def test_a_batch_ends_where_pads_cost_more_than_another():

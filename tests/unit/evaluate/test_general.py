@@ -285,11 +285,11 @@ NUMBERS = [  # response, GSM8K's answer, whether it is right
 @pytest.fixture
 def answered(tiny_llama, live, monkeypatch):
     """Function from a section, a task's name and made responses to its measurement, its one part asked."""
-    from codyra_llm.evaluate.harness import Live, measure
+    from codyra_llm.evaluate.harness import InMemoryLM, measure
 
     def measured(section, name, responses):
         _, _, lm = live(tiny_llama)
-        monkeypatch.setattr(Live, "generate_until", lambda self, requests, *_: list(responses))
+        monkeypatch.setattr(InMemoryLM, "generate_until", lambda self, requests, *_: list(responses))
         return measure(lm, suite.find(section)[name], section, False)
 
     return measured

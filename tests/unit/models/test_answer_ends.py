@@ -76,7 +76,7 @@ def test_the_harness_ends_answers_there_too(chat_model):
     folder, _, _ = chat_model
     tokenizer = load_tokenizer(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    lm = harness.Live(Accelerator(cpu=True), model, tokenizer, ends=answer_ends(folder, tokenizer))
+    lm = harness.InMemoryLM(Accelerator(cpu=True), model, tokenizer, ends=answer_ends(folder, tokenizer))
     asked = (PROMPT, {"until": ["nothing"], "max_gen_toks": 12, "do_sample": False})
     request = Instance(request_type="generate_until", doc={}, arguments=asked, idx=0)
     assert lm.generate_until([request]) == [answer(str(folder), PROMPT, 12)]
