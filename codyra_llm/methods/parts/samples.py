@@ -131,12 +131,10 @@ def answered(
 
     training, device = model.training, pretrained(model).device
     closing = end_tokens(model, ends)
-    width = max(map(len, prompts))
     found = [[] for _ in prompts]
     unfinished = set(range(len(prompts)))
     uniform = torch.stack([torch.rand(length, generator=draw) for draw in draws]).to(device)  # [R, length]
-    fed = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    fed, mask = _left_padded(prompts, device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = empty_cache(pretrained(model))
     model.eval()
@@ -160,6 +158,17 @@ def answered(
         positions = positions[:, -1:] + 1
     model.train(training)
     return found
+
+
+def _left_padded(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The prompts [R, T] with pads on their left, and the mask that is 0 on pads."""
+    width = max(map(len, prompts))
+    ids, mask = [], []
+    for prompt in prompts:
+        pads = [0] * (width - len(prompt))
+        ids.append(pads + prompt)
+        mask.append(pads + [1] * len(prompt))
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def _inverse_cdf(logits: Tensor, uniform: Tensor) -> Tensor:
