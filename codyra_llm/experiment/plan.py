@@ -24,7 +24,7 @@ from codyra_llm.experiment.setup import Setup, prepare
 from codyra_llm.lora.layer import sites
 from codyra_llm.lora.shared import share_inputs
 from codyra_llm.methods import sizes
-from codyra_llm.methods.base import Aside, Method
+from codyra_llm.methods.base import Method, OutsideSteps
 from codyra_llm.models import families, fused_norm, loading
 from codyra_llm.models.attention import packed_attention
 from codyra_llm.models.ends import ended
@@ -33,12 +33,12 @@ from codyra_llm.train.estimate import (
     MEASURED_LAYERS,
     Timed,
     activation_bytes,
-    aside_flops,
     decoding_flops,
     decoding_seconds,
     depth,
     host_speed,
     matmul_speed,
+    outside_flops,
     step_flops,
     step_seconds,
     total_seconds,
@@ -93,12 +93,12 @@ def plan(recipe: Recipe, console: Console) -> None:
         console.print(_shown(setup, work.tasks[0].examples[0]))
     read = list(splits(setup.recipe, setup.stream, bool(setup.method.trains)))
     read = as_presented(setup.method, setup.stream, setup.encoder, read)
-    front = setup.method.front(len(setup.recipe.tasks))
+    front = setup.method.prompt_positions(len(setup.recipe.tasks))
     hinted = hints(setup.recipe, read, setup.encoder, model.config, setup.base, front)
     for hint in [*setup.stream.remarks(), *_cut(setup, work), *_endless(setup, work), *hinted]:
         console.print(f"note: {hint}", style="yellow", soft_wrap=True)
     steps = [task.steps(setup.recipe.optim.batch_size) for task in work.tasks]
-    foreseen = setup.method.foresee(model, steps, setup.recipe.optim.schedule) if steps else []
+    foreseen = setup.method.remarks(model, steps, setup.recipe.optim.schedule) if steps else []
     for line in [*foreseen, *_estimates(setup, model, work, trained, size)]:
         console.print(line)
 
@@ -150,7 +150,7 @@ def _work(setup: Setup, model: nn.Module) -> Work:
         records, epochs = setup.method.train_data(setup.stream, index)
         data = TaskData(task, index, setup.encoder.encode(records), epochs, [])
         work.tasks.append(data)
-        front = setup.method.front(index + 1)
+        front = setup.method.prompt_positions(index + 1)
         for chosen in data.batches(recipe.seed, recipe.optim.batch_size):
             for positions in micro_batches([len(data.examples[i]) for i in chosen], 1, limit, packed)[0]:
                 own = [chosen[i] for i in positions]
@@ -268,7 +268,7 @@ def _estimates(setup: Setup, model: nn.Module, work: Work, trained: int, size: i
     if work.biggest:
         # Time first: estimating memory fills the skeleton with fake tensors.
         expected = _training(setup, model, work, device)
-        lines += [line for line in (expected.line, expected.aside) if line]
+        lines += [line for line in (expected.line, expected.outside) if line]
         held[f"{setup.method.trains} and Adam's moments"] = trained * 12
         held |= _at_the_peak(setup, model, work, device)
     disk = sizes.disk_bytes(setup.recipe, setup.base, setup.method, model)
@@ -302,14 +302,14 @@ SLOWEST = 1e9  # operations of matrix products a second; no machine that trains 
 
 class Training(NamedTuple):
     """What training takes in one process: optimizer steps, tokens (padding included) and seconds; `line` is
-    the plan's sentence on the seconds and how they were estimated, `aside` the one on what the method does
+    the plan's sentence on the seconds and how they were estimated, `outside` the one on what the method does
     before and after the steps, which is part of the seconds."""
 
     steps: int
     tokens: int
     seconds: float
     line: str
-    aside: str = ""
+    outside: str = ""
 
 
 def training(recipe: Recipe) -> Training:
@@ -342,11 +342,11 @@ def _training(setup: Setup, model: nn.Module, work: Work, device: torch.device) 
     if timed_flops / speed > LONGEST:
         speed = matmul_speed(model, work.pieces[-1].tokens, setup.dtype, device)
     if timed_flops / speed > LONGEST:
-        aside = _aside(setup, model, work, operations, speed)
-        total = operations / speed + aside.seconds
+        outside = _outside_steps(setup, model, work, operations, speed)
+        total = operations / speed + outside.seconds
         basis = f"{operations:.2g} operations of matrix products, {speed:.2g} a second measured here"
         line = f"time to train, at least: {duration(total)} ({basis}, one process)"
-        return Training(steps, tokens, total, line, aside.line)
+        return Training(steps, tokens, total, line, outside.line)
 
     def make(count: int, adapted: range | None) -> nn.Module:
         made = _small(setup, device, count, adapted)
@@ -358,40 +358,40 @@ def _training(setup: Setup, model: nn.Module, work: Work, device: torch.device) 
     seconds = [step_seconds(make, batch, layers, front, setup.method) for batch, front in batches]
     timed = [Timed(n, each) for n, each in zip(flops, seconds, strict=True)]
     in_steps = total_seconds(*timed, len(work.pieces), operations)
-    aside = _aside(setup, model, work, operations, operations / in_steps, device)
-    total = in_steps + aside.seconds
+    outside = _outside_steps(setup, model, work, operations, operations / in_steps, device)
+    total = in_steps + outside.seconds
     line = (
         f"time to train, estimated: {duration(total)} ({len(work.pieces):,} micro-batches; the largest "
         f"takes {timed[0].seconds:.2g} s, one of median size {timed[1].seconds:.2g} s, measured on a few "
         "layers here; one process; optimizer, loading and evaluation come on top)"
     )
-    return Training(steps, tokens, total, line, aside.line)
+    return Training(steps, tokens, total, line, outside.line)
 
 
-class _Aside(NamedTuple):
+class _Outside(NamedTuple):
     """What the method does before and after the steps of all tasks, in seconds, and the sentence on it."""
 
     seconds: float
     line: str
 
 
-def _aside(
+def _outside_steps(
     setup: Setup,
     model: nn.Module,
     work: Work,
     operations: float,
     speed: float,
     device: torch.device | None = None,
-) -> _Aside:
+) -> _Outside:
     """`operations` of matrix products are those of all steps, at this `speed`, which forward passes are taken
     to have too. Generation is timed on a few layers on `device`; None: at the same speed, at least."""
-    chats, found = bool(setup.tokenizer.chat_template), Aside()
+    chats, found = bool(setup.tokenizer.chat_template), OutsideSteps()
     for data in work.tasks:
         lengths = [len(example) for example in data.examples]
-        found = found.plus(setup.method.aside(model, data.index, lengths, chats))
+        found = found.plus(setup.method.outside_steps(model, data.index, lengths, chats))
     if not any(found):
-        return _Aside(0.0, "")
-    flops = aside_flops(model, found)
+        return _Outside(0.0, "")
+    flops = outside_flops(model, found)
     seconds = flops / speed
     parts = [
         f"forward passes over {found.tokens:,.0f} tokens with {flops:.2g} operations of matrix products, "
@@ -404,18 +404,18 @@ def _aside(
         parts.append(f"{found.on_host:.2g} operations in float64 on the CPU")
         seconds += found.on_host / host_speed()
     line = f"of that before and after the steps: about {duration(seconds)} ({'; '.join(parts)})"
-    return _Aside(seconds, line)
+    return _Outside(seconds, line)
 
 
 def _generation(
-    setup: Setup, model: nn.Module, aside: Aside, speed: float, device: torch.device | None
+    setup: Setup, model: nn.Module, outside: OutsideSteps, speed: float, device: torch.device | None
 ) -> float:
-    """Seconds of the method's steps of generation; `speed` and `device` as in `_aside`."""
+    """Seconds of the method's steps of generation; `speed` and `device` as in `_outside_steps`."""
     if device is None:
-        return decoding_flops(model, aside) / speed
+        return decoding_flops(model, outside) / speed
 
     make = partial(_small, setup, device)  # not packed: the run turns that on later
-    return aside.decoding * decoding_seconds(make, sum(depth(model)), aside.rows)
+    return outside.decoding * decoding_seconds(make, sum(depth(model)), outside.rows)
 
 
 def _small(setup: Setup, device: torch.device, count: int, adapted: range | None) -> nn.Module:

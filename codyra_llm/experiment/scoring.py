@@ -139,11 +139,11 @@ def _measure_tasks(experiment: Experiment, stage: Stage, pending: list[Questions
             began = time.perf_counter()
             prompts, number = questions.prompts, questions.number
             if number is not None:
-                prompts = setup.method.present(setup.stream, setup.encoder, number, prompts)
+                prompts = setup.method.test_prompts(setup.stream, setup.encoder, number, prompts)
             given = ask(prompts, questions.new, number)
             predictions = [answer.text for answer in given]
             if number is not None:
-                predictions = [setup.method.read(questions.name, text) for text in predictions]
+                predictions = [setup.method.parse_answer(questions.name, text) for text in predictions]
             if is_first():
                 scores = benchmark.score(questions.name, questions.prompts, predictions, questions.answers)
                 headline = benchmark.headline(questions.name, setup.recipe.data.protocol)
@@ -166,7 +166,7 @@ def _measure_general(experiment: Experiment, stage: Stage, names: list[str]) -> 
         raise Fault(*tried.faults)
     model, conditions = setup.load_stage(experiment.models, stage, experiment.acc.device)
     condition = conditions and partial(conditions, task=None)
-    front = setup.method.front(stage.step) if stage.step else 0
+    front = setup.method.prompt_positions(stage.step) if stage.step else 0
     lm = harness.InMemoryLM(
         experiment.acc,
         model,

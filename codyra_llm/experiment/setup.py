@@ -224,7 +224,7 @@ def _try_run(tried: Attempts, setup: Setup, config: PreTrainedConfig | None, lea
     if setup.encoder:
         read = list(splits(recipe, stream, bool(method.trains)))
         presented = tried(as_presented, method, stream, setup.encoder, read) or read
-        front = method.front(len(recipe.tasks))
+        front = method.prompt_positions(len(recipe.tasks))
         tried.faults += tried(prompt_faults, recipe, presented, setup.encoder, config, front) or []
         tried(try_metrics, recipe, read)
 

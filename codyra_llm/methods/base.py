@@ -57,7 +57,7 @@ class Task:
         return self.encode([records[i] for i in chosen])
 
 
-class Aside(NamedTuple):
+class OutsideSteps(NamedTuple):
     """What a method does for a task in addition to its steps. `tokens`: that the model reads in forward
     passes, in texts whose squared lengths sum to `squares`; `products`: operations of further products on the
     model's device; `on_host`: operations in float64 on the CPU; `decoding`: steps of generation, of `rows`
@@ -70,9 +70,9 @@ class Aside(NamedTuple):
     decoding: int = 0
     rows: int = 0
 
-    def plus(self, other: "Aside") -> "Aside":
+    def plus(self, other: "OutsideSteps") -> "OutsideSteps":
         """Both of them; decoding is taken to have the larger number of rows."""
-        return Aside(
+        return OutsideSteps(
             self.tokens + other.tokens,
             self.squares + other.squares,
             self.products + other.products,
@@ -165,35 +165,35 @@ class Method:
         """Faults: settings that a base model of this config does not support, one sentence each."""
         return []
 
-    def front(self, tasks: int) -> int:
+    def prompt_positions(self, tasks: int) -> int:
         """How many positions the method's own prompts take before a text, after so many tasks."""
         return 0
 
-    def foresee(self, model: nn.Module, steps: list[int], schedule: str) -> list[str]:
+    def remarks(self, model: nn.Module, steps: list[int], schedule: str) -> list[str]:
         """Remarks for the user on these settings before a run, in sentences. `model` has its adapters but no
         weights (meta device), `steps` are each task's, `schedule` is the learning rate's."""
         return []
 
     def state_bytes(self, model: nn.Module, tasks: int) -> int:
-        """At most how many bytes `end_task` gives after so many tasks; `model` as in `foresee`. The state of
+        """At most how many bytes `end_task` gives after so many tasks; `model` as in `remarks`. The state of
         every task stays on disk."""
         return 0
 
     def held_bytes(self, model: nn.Module, tasks: int) -> int:
         """How many bytes are on the device in the steps of the task after so many tasks, in addition to the
-        weights, to what trains with its moments, and to activations; `model` as in `foresee`."""
+        weights, to what trains with its moments, and to activations; `model` as in `remarks`."""
         return 0
 
     def pass_bytes(self, model: nn.Module, tokens: int) -> int:
         """How many bytes the method's passes over data, of so many tokens at a time, take on the device in
-        addition to the weights and to what trains with its moments; `model` as in `foresee`."""
+        addition to the weights and to what trains with its moments; `model` as in `remarks`."""
         return 0
 
-    def aside(self, model: nn.Module, index: int, lengths: list[int], chats: bool) -> Aside:
+    def outside_steps(self, model: nn.Module, index: int, lengths: list[int], chats: bool) -> OutsideSteps:
         """What the method does before and after the steps of task `index`, estimated; `model` as in
-        `foresee`. `lengths`: the tokens of each of its training examples; `chats`: whether the model has a
+        `remarks`. `lengths`: the tokens of each of its training examples; `chats`: whether the model has a
         chat template."""
-        return Aside()
+        return OutsideSteps()
 
     def spec(self) -> AdapterSpec:
         """The adapter at every site."""
@@ -289,11 +289,11 @@ class Method:
         """
         return Condition()
 
-    def present(self, stream: "Stream", encoder: "Encoder", task: int, prompts: list[str]) -> list[str]:
+    def test_prompts(self, stream: "Stream", encoder: "Encoder", task: int, prompts: list[str]) -> list[str]:
         """The prompts that the model gets instead of task `task`'s test prompts."""
         return prompts
 
-    def read(self, task: str, prediction: str) -> str:
+    def parse_answer(self, task: str, prediction: str) -> str:
         """The part of the model's output that is the answer; called only for tasks, not for general-ability
         probes."""
         return prediction

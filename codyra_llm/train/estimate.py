@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from codyra_llm.data.batches import Batch
 from codyra_llm.lora.shared import shared_inputs
 from codyra_llm.lora.together import deferred, finish_gradients, make_shadows
-from codyra_llm.methods.base import Aside, Method
+from codyra_llm.methods.base import Method, OutsideSteps
 from codyra_llm.methods.parts.samples import self_sampled
 from codyra_llm.models import families
 from codyra_llm.runtime.memory import Meter
@@ -126,19 +126,19 @@ def step_flops(model: nn.Module, tokens: int, squares: int, labelled: int) -> in
     return forward + returning + adapters + 4 * labelled * config.hidden_size * config.vocab_size
 
 
-def aside_flops(model: nn.Module, aside: Aside) -> float:
+def outside_flops(model: nn.Module, outside: OutsideSteps) -> float:
     """Operations of matrix products in forward passes without the head, and of what is made of their inputs;
     generation is not among them."""
     config = families.pretrained(model).config
     widths = [shape.heads * shape.head_dim for shape in families.attention_shapes(config)]
-    return 2 * aside.tokens * _layer_weights(model) + 4 * aside.squares * sum(widths) + aside.products
+    return 2 * outside.tokens * _layer_weights(model) + 4 * outside.squares * sum(widths) + outside.products
 
 
-def decoding_flops(model: nn.Module, aside: Aside) -> float:
+def decoding_flops(model: nn.Module, outside: OutsideSteps) -> float:
     """Operations of matrix products in generation, without those of attention, since texts are short."""
     config = families.pretrained(model).config
     head = config.hidden_size * config.vocab_size
-    return 2 * aside.decoding * aside.rows * (_layer_weights(model) + head)
+    return 2 * outside.decoding * outside.rows * (_layer_weights(model) + head)
 
 
 def _layer_weights(model: nn.Module) -> int:

@@ -56,7 +56,7 @@ class Icl(NoMethod):
         shown = self.config.shots and stream.tasks[index] != NOT_SHOWN
         return stream.records(index, "train") if shown else [], []
 
-    def present(self, stream, encoder, task: int, prompts: list[str]) -> list[str]:
+    def test_prompts(self, stream, encoder, task: int, prompts: list[str]) -> list[str]:
         """Demonstrations in front of each prompt, balanced over the answers."""
         asked = set(prompts)
         records = [r for r in self.train_data(stream, task)[0] if r["prompt"] not in asked]
@@ -73,7 +73,7 @@ class Icl(NoMethod):
         front = (CODE if code else own) + LEAD + "".join(f"{code}{shown[i]}\n\n" for i in chosen)
         return [front + code + prompt.removeprefix(own) for prompt in prompts]
 
-    def read(self, task: str, prediction: str) -> str:
+    def parse_answer(self, task: str, prediction: str) -> str:
         """The output up to where a demonstration would end."""
         if not self.config.shots:
             return prediction

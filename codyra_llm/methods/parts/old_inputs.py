@@ -14,7 +14,7 @@ from codyra_llm.core.products import gram
 from codyra_llm.data.batches import Batch
 from codyra_llm.data.encoding import Encoded
 from codyra_llm.lora.layer import sites
-from codyra_llm.methods.base import Aside, Task
+from codyra_llm.methods.base import OutsideSteps, Task
 from codyra_llm.methods.parts.inputs import distinct_inputs, input_sizes, read_inputs
 from codyra_llm.methods.parts.moments import SecondMoment, kept_columns, recovered, sketching
 from codyra_llm.methods.parts.samples import TOGETHER, self_sampled, self_sampled_chats
@@ -95,7 +95,7 @@ def pass_bytes(model: nn.Module, sketch: int, tokens: int) -> int:
     return 8 * kept_numbers(model, sketch) + 4 * sketched + read
 
 
-def reading(config: OldInputsConfig, model: nn.Module, texts: float, lengths: list[int]) -> Aside:
+def reading(config: OldInputsConfig, model: nn.Module, texts: float, lengths: list[int]) -> OutsideSteps:
     """`moments` of so many texts, which have these lengths in the mean."""
     share = texts / len(lengths)
     tokens, squares = share * sum(lengths), share * sum(n * n for n in lengths)
@@ -103,17 +103,17 @@ def reading(config: OldInputsConfig, model: nn.Module, texts: float, lengths: li
     for size in input_sizes(model):
         columns = kept_columns(size, config.sketch)
         each += 2 * size * columns * (1 if columns == size else 2)  # a sketch takes x Ω, and xᵀ with that
-    return Aside(tokens, squares, tokens * each)
+    return OutsideSteps(tokens, squares, tokens * each)
 
 
-def writing(config: OldInputsConfig, model: nn.Module, chats: float = 0.0) -> Aside:
+def writing(config: OldInputsConfig, model: nn.Module, chats: float = 0.0) -> OutsideSteps:
     """`sampled_moments`, `chats` as there, and 0 for a model without a chat template."""
-    chat_count, found = round(chats * config.samples), Aside()
+    chat_count, found = round(chats * config.samples), OutsideSteps()
     for count, length in (
         (config.samples - chat_count, config.sample_tokens),
         (chat_count, 2 * config.sample_tokens),
     ):
-        written = Aside(decoding=math.ceil(count / TOGETHER) * length, rows=min(count, TOGETHER))
+        written = OutsideSteps(decoding=math.ceil(count / TOGETHER) * length, rows=min(count, TOGETHER))
         found = found.plus(written).plus(reading(config, model, count, [length]))
     return found
 

@@ -39,7 +39,7 @@ class L2p(PromptMethod):
     )
     config: L2pConfig
 
-    def front(self, tasks: int) -> int:
+    def prompt_positions(self, tasks: int) -> int:
         """The chosen prompts."""
         return self.config.chosen * self.config.length
 

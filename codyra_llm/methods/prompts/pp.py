@@ -68,7 +68,7 @@ class ProgressivePrompts(PromptMethod):
     config: PpConfig
     grows = True
 
-    def front(self, tasks: int) -> int:
+    def prompt_positions(self, tasks: int) -> int:
         """A prompt of each task."""
         return tasks * self.config.length
 

@@ -68,7 +68,7 @@ class Codyra(Method):
         """`merge_scale`: the control that shrinks every update."""
         return self.config.merge_scale
 
-    def foresee(self, model, steps: list[int], schedule: str) -> list[str]:
+    def remarks(self, model, steps: list[int], schedule: str) -> list[str]:
         """Warn where the threshold will prune nothing, or everything."""
         if self.config.selection != "threshold":
             return []

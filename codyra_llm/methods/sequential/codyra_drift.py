@@ -12,7 +12,7 @@ from codyra_llm.config.methods.sequential import CodyraDriftConfig
 from codyra_llm.lora.layer import sites
 from codyra_llm.lora.proximal import vanishing_rate
 from codyra_llm.lora.update import Adapter, Update
-from codyra_llm.methods.base import Aside, Task
+from codyra_llm.methods.base import OutsideSteps, Task
 from codyra_llm.methods.parts.drift import DriftPenalty, penalty_operations, share
 from codyra_llm.methods.parts.general import general_hash, general_set
 from codyra_llm.methods.parts.inputs import distinct_inputs, input_sizes
@@ -77,14 +77,14 @@ class CodyraDrift(Codyra):
         config = self.config
         return bool(config.drift_weight or config.merge_weight or config.selection == "ratio")
 
-    def foresee(self, model, steps: list[int], schedule: str) -> list[str]:
+    def remarks(self, model, steps: list[int], schedule: str) -> list[str]:
         """In addition, what the second moments take in memory, and the penalty in operations."""
         if not self._reads_moments:
-            return super().foresee(model, steps, schedule)
+            return super().remarks(model, steps, schedule)
         count, kept = len(distinct_inputs(model)), kept_numbers(model, self.config.sketch)
         drift = penalty_operations(model, self.config.sketch) if self.config.drift_weight else 0
         return [
-            *super().foresee(model, steps, schedule),
+            *super().remarks(model, steps, schedule),
             f"second moments of {count} inputs: {4 * kept / 1e9:.2f} GB of state and of device memory; the "
             f"drift penalty: {drift:.2g} operations of matrix products per step",
         ]
@@ -102,11 +102,11 @@ class CodyraDrift(Codyra):
         """The sums of the second moments."""
         return pass_bytes(model, self.config.sketch, tokens) if self._reads_moments else 0
 
-    def aside(self, model, index: int, lengths: list[int], chats: bool) -> Aside:
+    def outside_steps(self, model, index: int, lengths: list[int], chats: bool) -> OutsideSteps:
         """The passes over data, of a general set as if its texts were as long as the first task's; what the
         base writes; the decompositions and merges. What `ratio` does to price parts is left out."""
         if not self._reads_moments:
-            return Aside()
+            return OutsideSteps()
         c, has_old = self.config, self._has_old(index)
         passes = 2 if c.selection == "ratio" and has_old else 1
         general = 1 if c.general and not index else 0
@@ -114,7 +114,7 @@ class CodyraDrift(Codyra):
         found = reading(c, model, texts, lengths)
         if not index:
             found = found.plus(writing(c, model, c.chats if chats else 0.0))
-        return found.plus(Aside(on_host=self._solving(model) if has_old else 0))
+        return found.plus(OutsideSteps(on_host=self._solving(model) if has_old else 0))
 
     def _has_old(self, tasks: int) -> bool:
         """Whether there are old inputs after so many tasks."""

@@ -42,11 +42,11 @@ class Rcl(SeqLora):
         files = [f"{task}/train.json" for task in stream.tasks]
         return {f"{REASONING_VARIANT}/{file}": file_sha256(self._folder(stream) / file) for file in files}
 
-    def present(self, stream, encoder, task: int, prompts: list[str]) -> list[str]:
+    def test_prompts(self, stream, encoder, task: int, prompts: list[str]) -> list[str]:
         """Prompts that ask for the reasoning too."""
         return [reasoned_prompt(stream.tasks[task], prompt) for prompt in prompts]
 
-    def read(self, task: str, prediction: str) -> str:
+    def parse_answer(self, task: str, prediction: str) -> str:
         """The answer without its reasoning."""
         return read_answer(task, prediction)
 

@@ -190,7 +190,7 @@ def test_the_variant_with_reasoning_holds_the_training_examples_and_rcl_reads_it
         parts = why(prompt, answer), marker, answer
         assert reasoned["answer"] == "".join(parts[::-1] if task == "Py150" else parts)
         assert reasoned["prompt"] == reasoned_prompt(task, prompt) != prompt
-        assert RCL.read(task, reasoned["answer"]) == answer
+        assert RCL.parse_answer(task, reasoned["answer"]) == answer
 
 
 def test_the_plain_files_are_those_of_the_first_version(root):

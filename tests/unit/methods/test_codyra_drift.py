@@ -326,6 +326,6 @@ def test_the_parts_alone(tiny_llama, toy_stream, tmp_path):
 def test_what_it_keeps_is_foreseen(setup):
     model = _plain(setup)
     setup.method.attach(model)
-    (sentence,) = METHODS["codyra_drift"](setup.method.config, 0).foresee(model, [6], "constant")
+    (sentence,) = METHODS["codyra_drift"](setup.method.config, 0).remarks(model, [6], "constant")
     numbers = 2 * (3 * 32 * 32 + 64 * 8)  # two layers; three inputs of 32, one of 64
     assert sentence.startswith(f"second moments of 8 inputs: {4 * numbers / 1e9:.2f} GB of state")

@@ -35,7 +35,7 @@ def icl_of(tiny_llama, tmp_path):
                 data__max_prompt_tokens=tokens,
             )
         )
-        return setup.method.present(setup.stream, setup.encoder, 0, prompts), setup
+        return setup.method.test_prompts(setup.stream, setup.encoder, 0, prompts), setup
 
     return shown
 
@@ -91,7 +91,7 @@ def test_icl_py150_and_meetingbank(icl_of):
 
 
 def test_icl_reads_the_answer_alone():
-    read = METHODS["icl"](METHODS["icl"].Config(), 0).read
+    read = METHODS["icl"](METHODS["icl"].Config(), 0).parse_answer
     assert [read("FOMC", " B. hawkish"), read("C-STANCE", "A\n"), read("C-STANCE", "")] == ["B", "A", ""]
     assert read("NumGLUE-cm", "36\n\nQuestion:\nHow") == "36"
     assert read("ScienceQA", "B\nSince it is.\n\nQuestion:\nIs") == "B\nSince it is.\n\n"
@@ -102,7 +102,7 @@ def test_icl_reads_the_answer_alone():
 
 
 def test_rcl_reads_the_answer_after_its_marker():
-    read = METHODS["rcl"](METHODS["rcl"].Config(), 0).read
+    read = METHODS["rcl"](METHODS["rcl"].Config(), 0).parse_answer
     assert read("C-STANCE", "文本对该政策提出了批评，表明持负面态度。\n回答：B") == "B"
     assert read("FOMC", "Higher rates. The answer: no.\nAnswer:B\nAnswer:C") == "B"
     assert (
@@ -131,7 +131,7 @@ def test_rcl_prompts_by_hand():
     stream.tasks = ["C-STANCE", "ScienceQA", "Py150", "MINE"]
 
     def shown(task, prompt):
-        return method.present(stream, None, stream.tasks.index(task), [prompt])[0]
+        return method.test_prompts(stream, None, stream.tasks.index(task), [prompt])[0]
 
     assert (
         shown("C-STANCE", "判断以下。\n文本：\nx\n态度：")
@@ -161,8 +161,8 @@ def test_rcl_prompts_are_the_real_training_prompts(task):
     plain, theirs = (json.loads(f.read_text(encoding="utf-8")) for f in files)
     stream = type("Stream", (), {"tasks": [task]})()
     method = METHODS["rcl"](METHODS["rcl"].Config(), 0)
-    ours = method.present(stream, None, 0, [r["prompt"] for r in plain])
+    ours = method.test_prompts(stream, None, 0, [r["prompt"] for r in plain])
     known = {re.sub(r"\s", "", r["prompt"]): r["prompt"] for r in theirs}
     both = [p for p in ours if re.sub(r"\s", "", p) in known]
     assert len(both) > 20 and all(known[re.sub(r"\s", "", p)] == p for p in both)
-    assert all(method.read(task, r["answer"]) for r in theirs), "every training answer holds its marker"
+    assert all(method.parse_answer(task, r["answer"]) for r in theirs), "every answer holds its marker"

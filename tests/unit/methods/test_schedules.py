@@ -77,7 +77,7 @@ def test_the_published_total_at_any_length(steps):
 def foreseen(steps, **threshold):
     config = CodyraConfig(align=False, importance_init="normal", threshold=threshold)
     method = METHODS["codyra"](config, 0)
-    return method.foresee(None, steps, "cosine")
+    return method.remarks(None, steps, "cosine")
 
 
 def test_what_is_pruned_is_foreseen():
@@ -89,13 +89,13 @@ def test_what_is_pruned_is_foreseen():
     assert foreseen([39], schedule="published-ramp") == []
     assert foreseen([39], budget=0.0) == nothing
     plain = METHODS["codyra"](CodyraConfig(selection="none"), 0)
-    assert plain.foresee(None, [39], "cosine") == []
+    assert plain.remarks(None, [39], "cosine") == []
 
 
 @pytest.mark.parametrize("align, told", [(True, 1), (False, 0)])
 def test_the_largest_weight_is_1_after_alignment_whatever_it_starts_at(align, told):
     config = CodyraConfig(align=align, importance_value=3.0, threshold={"budget": 2.0})
-    assert len(METHODS["codyra"](config, 0).foresee(None, [39], "cosine")) == told
+    assert len(METHODS["codyra"](config, 0).remarks(None, [39], "cosine")) == told
 
 
 def test_merge_scale_goes_with_merging():
