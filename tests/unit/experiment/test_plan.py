@@ -23,7 +23,7 @@ from codyra_llm.methods import sizes
 from codyra_llm.methods.parts.old_inputs import moments, reading
 from codyra_llm.methods.parts.samples import TOGETHER, self_sampled
 from codyra_llm.store.archive import Archive
-from codyra_llm.train.estimate import aside_flops
+from codyra_llm.train.estimate import outside_flops
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_operations_of_a_pass_are_those_that_are_counted(tiny_llama, toy_stream,
     with FlopCounterMode(display=False) as counter:
         moments(setup.method.config, model, task, examples)
     found = reading(setup.method.config, model, 4, [len(example) for example in examples])
-    expected = aside_flops(model, found) - found.products / 8
+    expected = outside_flops(model, found) - found.products / 8
     assert counter.get_total_flops() == pytest.approx(expected, rel=1e-6)
 
 
