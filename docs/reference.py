@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -183,6 +184,21 @@ def methods_table() -> str:
     return rows(head, linked) + f"\n{shown.caption[0].upper()}{shown.caption[1:]}.\n"
 
 
+SHARED_BY = 10  # methods, from which on a setting is listed once
+
+
+def shared_settings() -> str:
+    """The settings that many methods share, in one table."""
+    shared = [(f"`{key.name}`", key.default, key.meaning) for key in shared_keys()]
+    return rows("| key | default | meaning |", shared)
+
+
+def shared_keys() -> list[Key]:
+    """Settings that mean the same, with the same default, in at least SHARED_BY methods."""
+    counts = Counter(key for method in METHODS.values() for key in own_keys(method))
+    return [key for key, count in counts.items() if count >= SHARED_BY]
+
+
 def each_method() -> str:
     return "\n".join(map(method_section, METHODS.values()))
 
@@ -193,7 +209,15 @@ def method_section(method: type[Method]) -> str:
     text = f"## {method.name}\n\n*{method.summary}* ([{path.rpartition('/')[2]}](../{path}))\n\n"
     lines = "\n".join(map(_markdown, inspect.getdoc(method).splitlines()))
     text += LABEL.sub(r"\n\n**\1**", lines) + "\n"
-    own = [(f"`{key.name}`", key.default, key.meaning) for key in own_keys(method)]
+    return text + settings(method)
+
+
+def settings(method: type[Method]) -> str:
+    """The names of the shared settings that the method has, and a table of its other ones."""
+    found, shared = own_keys(method), shared_keys()
+    names = ", ".join(f"`{key.name}`" for key in found if key in shared)
+    text = f"\n[Shared settings](#shared-settings): {names}.\n" if names else ""
+    own = [(f"`{key.name}`", key.default, key.meaning) for key in found if key not in shared]
     return text + ("\n" + rows("| key | default | meaning |", own) if own else "")
 
 
@@ -323,6 +347,7 @@ PARTS: dict[str, Callable[[], str]] = {
         no_result,
         sweep_keys,
         methods_table,
+        shared_settings,
         each_method,
         method_hooks,
         other_hooks,
