@@ -48,7 +48,7 @@ def as_presented(method: Method, stream: Stream, encoder: Encoder, read: Sequenc
     found = []
     for index, split, records in read:
         if split != "train":
-            prompts = method.test_prompts(stream, encoder, index, _texts(records))
+            prompts = method.prompts_at_test(stream, encoder, index, _texts(records))
             pairs = zip(records, prompts, strict=True)
             records = [{**record, "prompt": prompt} for record, prompt in pairs]
         found.append((index, split, records))

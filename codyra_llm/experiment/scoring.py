@@ -139,7 +139,7 @@ def _measure_tasks(experiment: Experiment, stage: Stage, pending: list[Questions
             began = time.perf_counter()
             prompts, number = questions.prompts, questions.number
             if number is not None:
-                prompts = setup.method.test_prompts(setup.stream, setup.encoder, number, prompts)
+                prompts = setup.method.prompts_at_test(setup.stream, setup.encoder, number, prompts)
             given = ask(prompts, questions.new, number)
             predictions = [answer.text for answer in given]
             if number is not None:

@@ -289,7 +289,9 @@ class Method:
         """
         return Condition()
 
-    def test_prompts(self, stream: "Stream", encoder: "Encoder", task: int, prompts: list[str]) -> list[str]:
+    def prompts_at_test(
+        self, stream: "Stream", encoder: "Encoder", task: int, prompts: list[str]
+    ) -> list[str]:
         """The prompts that the model gets instead of task `task`'s test prompts."""
         return prompts
 

@@ -56,7 +56,7 @@ class Icl(NoMethod):
         shown = self.config.shots and stream.tasks[index] != NOT_SHOWN
         return stream.records(index, "train") if shown else [], []
 
-    def test_prompts(self, stream, encoder, task: int, prompts: list[str]) -> list[str]:
+    def prompts_at_test(self, stream, encoder, task: int, prompts: list[str]) -> list[str]:
         """Demonstrations in front of each prompt, balanced over the answers."""
         asked = set(prompts)
         records = [r for r in self.train_data(stream, task)[0] if r["prompt"] not in asked]

@@ -42,7 +42,7 @@ class Rcl(SeqLora):
         files = [f"{task}/train.json" for task in stream.tasks]
         return {f"{REASONING_VARIANT}/{file}": file_sha256(self._folder(stream) / file) for file in files}
 
-    def test_prompts(self, stream, encoder, task: int, prompts: list[str]) -> list[str]:
+    def prompts_at_test(self, stream, encoder, task: int, prompts: list[str]) -> list[str]:
         """Prompts that ask for the reasoning too."""
         return [reasoned_prompt(stream.tasks[task], prompt) for prompt in prompts]
 

@@ -35,7 +35,7 @@ def icl_of(tiny_llama, tmp_path):
                 data__max_prompt_tokens=tokens,
             )
         )
-        return setup.method.test_prompts(setup.stream, setup.encoder, 0, prompts), setup
+        return setup.method.prompts_at_test(setup.stream, setup.encoder, 0, prompts), setup
 
     return shown
 
@@ -131,7 +131,7 @@ def test_rcl_prompts_by_hand():
     stream.tasks = ["C-STANCE", "ScienceQA", "Py150", "MINE"]
 
     def shown(task, prompt):
-        return method.test_prompts(stream, None, stream.tasks.index(task), [prompt])[0]
+        return method.prompts_at_test(stream, None, stream.tasks.index(task), [prompt])[0]
 
     assert (
         shown("C-STANCE", "判断以下。\n文本：\nx\n态度：")
@@ -161,7 +161,7 @@ def test_rcl_prompts_are_the_real_training_prompts(task):
     plain, theirs = (json.loads(f.read_text(encoding="utf-8")) for f in files)
     stream = type("Stream", (), {"tasks": [task]})()
     method = METHODS["rcl"](METHODS["rcl"].Config(), 0)
-    ours = method.test_prompts(stream, None, 0, [r["prompt"] for r in plain])
+    ours = method.prompts_at_test(stream, None, 0, [r["prompt"] for r in plain])
     known = {re.sub(r"\s", "", r["prompt"]): r["prompt"] for r in theirs}
     both = [p for p in ours if re.sub(r"\s", "", p) in known]
     assert len(both) > 20 and all(known[re.sub(r"\s", "", p)] == p for p in both)
